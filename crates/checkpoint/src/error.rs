@@ -1,0 +1,181 @@
+//! The one error of this crate. Every message is one line that names the file, the tensor or key, and what to do.
+//!
+//! Text that came out of a file is escaped and shortened before it becomes part of a message, so a hostile name can
+//! neither break a log line nor fill a disk.
+
+use std::path::PathBuf;
+
+use crate::config::ConfigError;
+use crate::files::FileError;
+use crate::header::HeaderError;
+use crate::index::{INDEX_FILE, IndexError};
+use crate::spec::Role;
+
+/// Why a model directory is not one that can be served.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The directory itself is missing, unreadable or not a directory.
+    #[error("model directory {}: {reason}", .path.display())]
+    Directory {
+        /// The directory as it was given.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// One of its files cannot be used.
+    #[error("{file}: {problem}")]
+    File {
+        /// Name inside the model directory.
+        file: String,
+        /// What is wrong with it.
+        problem: FileError,
+    },
+    /// `config.json` or `generation_config.json` is damaged, or asks for something this build cannot compute.
+    #[error("{file}: {problem}")]
+    Config {
+        /// Which of the two.
+        file: &'static str,
+        /// What is wrong with it.
+        problem: ConfigError,
+    },
+    /// The index is damaged or disagrees with the shards.
+    #[error("{INDEX_FILE}: {0}")]
+    Index(IndexError),
+    /// A shard's header is damaged or does not describe its file.
+    #[error("{file}: {problem}")]
+    Header {
+        /// The shard.
+        file: String,
+        /// What is wrong with it.
+        problem: HeaderError,
+    },
+    /// There are no weights in a format that is read.
+    #[error(
+        "no weights: neither model.safetensors nor {INDEX_FILE} is there; only safetensors are read, so convert \
+         pickles (.bin) and GGUF files first"
+    )]
+    NoWeights,
+    /// A tensor that the configuration implies is in no shard.
+    #[error(
+        "no shard has tensor `{tensor}` ({role}), which config.json implies; the download may be incomplete"
+    )]
+    MissingTensor {
+        /// Its name.
+        tensor: String,
+        /// What it would be.
+        role: Role,
+    },
+    /// A tensor that the configuration does not imply.
+    #[error(
+        "{file}: tensor `{tensor}` is no part of a {family} model as config.json describes it; serving without it \
+         would give wrong output, so correct config.json or remove the tensor"
+    )]
+    UnplannedTensor {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// `model_type` of the configuration.
+        family: &'static str,
+    },
+    /// A tensor of the wrong shape.
+    #[error("{file}: tensor `{tensor}` ({role}) is {found:?}, config.json says {expected:?}")]
+    Shape {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What it is.
+        role: Role,
+        /// Its shape in the header.
+        found: Vec<usize>,
+        /// Its shape by the configuration.
+        expected: Vec<usize>,
+    },
+    /// A tensor of a dtype that is not read.
+    #[error(
+        "{file}: tensor `{tensor}` ({role}) is {found}; this build reads F32 and BF16, so convert the checkpoint"
+    )]
+    UnsupportedDtype {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What it is.
+        role: Role,
+        /// Its dtype in the header.
+        found: &'static str,
+    },
+    /// Linear weights of more than one dtype.
+    #[error(
+        "{file}: tensor `{tensor}` ({role}) is {found}, but other linear weights are not; all must share one dtype"
+    )]
+    MixedDtype {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What it is.
+        role: Role,
+        /// Its dtype in the header.
+        found: &'static str,
+    },
+    /// A file is not the one that was verified.
+    #[error("{file}: changed after it was opened ({was} bytes then, {now} now); restore it and restart")]
+    Changed {
+        /// The shard.
+        file: String,
+        /// Its length when opened.
+        was: u64,
+        /// Its length now.
+        now: u64,
+    },
+    /// A weight that is NaN or infinite.
+    #[error(
+        "{file}: tensor `{tensor}` ({role}) is {value} at row {row}, column {column}; the checkpoint is damaged"
+    )]
+    NonFinite {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// What it is.
+        role: Role,
+        /// Row within the role.
+        row: usize,
+        /// Column within the role.
+        column: usize,
+        /// The value.
+        value: f32,
+    },
+    /// A weight that the model does not have.
+    #[error("this {family} model has no {role}")]
+    NoSuchRole {
+        /// What was asked for.
+        role: Role,
+        /// `model_type` of the configuration.
+        family: &'static str,
+    },
+}
+
+/// Text from a file, fit for a message: control characters escaped, at most 160 characters.
+pub(crate) fn clip(text: &str) -> String {
+    const LONGEST: usize = 160;
+    let mut shown: String = text.chars().take(LONGEST).flat_map(char::escape_debug).collect();
+    if text.chars().nth(LONGEST).is_some() {
+        shown.push('…');
+    }
+    // `escape_debug` also escapes quotes, which messages quote JSON values with.
+    shown.replace("\\\"", "\"").replace("\\'", "'")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hostile_text_stays_on_one_line() {
+        assert_eq!(clip("a\nb\u{1b}[31m\"c\""), "a\\nb\\u{1b}[31m\"c\"");
+        assert_eq!(clip(&"x".repeat(1000)).chars().count(), 161);
+    }
+}

@@ -1,0 +1,72 @@
+//! GraniteMoE: top-k of the logits, then softmax over those; four multipliers; a layer's experts in two fused tensors.
+
+use muster_types::DType;
+
+use super::Family;
+use super::base::{Base, Defaults, intermediate};
+use crate::config::{Config, ConfigError};
+use crate::error::CheckpointError;
+use crate::plan::{Part, PlanBuilder};
+use crate::spec::{
+    AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise,
+    Role, Score,
+};
+
+pub(super) const FAMILY: Family = Family { model_type: "granitemoe", spec, experts };
+
+const DEFAULTS: Defaults = Defaults {
+    vocab: 32000,
+    hidden: 4096,
+    layers: 32,
+    heads: 32,
+    kv_heads: None,
+    context: 2048,
+    norm_eps: 1e-6,
+    rope_theta: 10000.0,
+    bos: Some(1),
+    eos: Some(2),
+    experts: 8,
+    top_k: 2,
+};
+
+fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    let base = Base::read(config, &DEFAULTS)?;
+    config.refuse_set("sliding_window", "this family attends to the whole sequence")?;
+    let bias = config.flag("attention_bias", false)?;
+    let scale = config.positive("attention_multiplier", 1.0)? as f32;
+    let attention = AttentionSpec { scale, qkv_bias: bias, o_bias: bias, ..base.attention() };
+    let gate = GateRecipe { score: Score::TopKThenSoftmax, renormalise: Renormalise::None };
+    let moe = base.moe(intermediate(config, "intermediate_size", 11008)?, gate);
+    let layers = vec![LayerSpec { attention, mlp: MlpSpec::Moe(moe) }; base.layers];
+    Ok(ModelSpec {
+        embedding_multiplier: config.positive("embedding_multiplier", 1.0)? as f32,
+        residual_multiplier: config.positive("residual_multiplier", 1.0)? as f32,
+        logits_divisor: config.positive("logits_scaling", 1.0)? as f32,
+        ..base.model(FAMILY.model_type, dtype, layers)
+    })
+}
+
+/// `input_linear` is `[experts, 2 * intermediate, hidden]`, an expert's gate rows before its up rows;
+/// `output_linear` is `[experts, hidden, intermediate]`.
+fn experts(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    moe: &MoeSpec,
+) -> Result<(), CheckpointError> {
+    let block = format!("model.layers.{layer}.block_sparse_moe");
+    let (input, output) = (format!("{block}.input_linear.weight"), format!("{block}.output_linear.weight"));
+    let (count, width) = (moe.experts as usize, moe.intermediate);
+    let gate = Role::Layer(layer, LayerRole::Gate);
+    plan.matrix(gate, &format!("{block}.router.layer.weight"), count, hidden)?;
+    for expert in 0..moe.experts {
+        let role = |role| Role::Expert(layer, expert, role);
+        let index = expert as usize;
+        let halves = [count, 2 * width, hidden];
+        plan.part(role(ExpertRole::Gate), &input, halves, Part { index, first_row: 0, rows: width })?;
+        plan.part(role(ExpertRole::Up), &input, halves, Part { index, first_row: width, rows: width })?;
+        let whole = [count, hidden, width];
+        plan.part(role(ExpertRole::Down), &output, whole, Part { index, first_row: 0, rows: hidden })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,51 @@
+//! Mixtral: softmax over all experts, then top-k, divided by the sum of the selected. Noise on the gate
+//! (`router_jitter_noise`) is for training only.
+
+use muster_types::DType;
+
+use super::Family;
+use super::base::{Base, Defaults, intermediate, window};
+use super::trunk::{SplitNames, split_experts};
+use crate::config::{Config, ConfigError};
+use crate::error::CheckpointError;
+use crate::plan::PlanBuilder;
+use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise, Score};
+
+pub(super) const FAMILY: Family = Family { model_type: "mixtral", spec, experts };
+
+const DEFAULTS: Defaults = Defaults {
+    vocab: 32000,
+    hidden: 4096,
+    layers: 32,
+    heads: 32,
+    kv_heads: Some(8),
+    context: 131_072,
+    norm_eps: 1e-5,
+    rope_theta: 1e6,
+    bos: Some(1),
+    eos: Some(2),
+    experts: 8,
+    top_k: 2,
+};
+
+const NAMES: SplitNames = SplitNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2" };
+
+fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    let base = Base::read(config, &DEFAULTS)?;
+    let gate = GateRecipe { score: Score::SoftmaxThenTopK, renormalise: Renormalise::Sum };
+    let layer = LayerSpec {
+        attention: AttentionSpec { window: window(config)?, ..base.attention() },
+        mlp: MlpSpec::Moe(base.moe(intermediate(config, "intermediate_size", 14336)?, gate)),
+    };
+    let layers = vec![layer; base.layers];
+    Ok(base.model(FAMILY.model_type, dtype, layers))
+}
+
+fn experts(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    moe: &MoeSpec,
+) -> Result<(), CheckpointError> {
+    split_experts(plan, layer, hidden, moe, &NAMES)
+}

@@ -1,0 +1,73 @@
+//! Qwen3-MoE: queries and keys normalised per head, dense layers by number, weights renormalised on request.
+//! Also the gate and expert names that OLMoE shares.
+
+use muster_types::DType;
+
+use super::Family;
+use super::base::{Base, Defaults, intermediate};
+use super::trunk::{SplitNames, split_experts};
+use crate::config::{Config, ConfigError};
+use crate::error::CheckpointError;
+use crate::plan::PlanBuilder;
+use crate::spec::{
+    AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score,
+};
+
+pub(super) const FAMILY: Family = Family { model_type: "qwen3_moe", spec, experts };
+
+const DEFAULTS: Defaults = Defaults {
+    vocab: 151_936,
+    hidden: 2048,
+    layers: 24,
+    heads: 32,
+    kv_heads: Some(4),
+    context: 32768,
+    norm_eps: 1e-6,
+    rope_theta: 10000.0,
+    bos: None,
+    eos: None,
+    experts: 128,
+    top_k: 8,
+};
+
+const NAMES: SplitNames = SplitNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+
+fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    let base = Base::read(config, &DEFAULTS)?;
+    config.refuse_unless("use_sliding_window", "this build attends to the whole sequence", |value| {
+        value == false
+    })?;
+    let bias = config.flag("attention_bias", false)?;
+    let attention =
+        AttentionSpec { qk_norm: QkNorm::PerHead, qkv_bias: bias, o_bias: bias, ..base.attention() };
+    let gate = GateRecipe { score: Score::SoftmaxThenTopK, renormalise: renormalise(config)? };
+    let moe = base.moe(intermediate(config, "moe_intermediate_size", 768)?, gate);
+    let dense_width = intermediate(config, "intermediate_size", 6144)?;
+    let sparse_step = config.size("decoder_sparse_step", 1, 1..=1 << 20)?;
+    let dense_layers = config.numbers("mlp_only_layers", u32::try_from(base.layers).unwrap_or(u32::MAX))?;
+    let layer = |number: usize| {
+        let listed = dense_layers.iter().any(|&dense| dense as usize == number);
+        let mlp = if !listed && (number + 1).is_multiple_of(sparse_step) {
+            MlpSpec::Moe(moe.clone())
+        } else {
+            MlpSpec::Dense { intermediate: dense_width }
+        };
+        LayerSpec { attention: attention.clone(), mlp }
+    };
+    let layers = (0..base.layers).map(layer).collect();
+    Ok(base.model(FAMILY.model_type, dtype, layers))
+}
+
+/// `norm_topk_prob`, by which some families say whether selected weights are renormalised; their classes say no.
+pub(super) fn renormalise(config: &Config) -> Result<Renormalise, ConfigError> {
+    Ok(if config.flag("norm_topk_prob", false)? { Renormalise::Sum } else { Renormalise::None })
+}
+
+pub(super) fn experts(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    moe: &MoeSpec,
+) -> Result<(), CheckpointError> {
+    split_experts(plan, layer, hidden, moe, &NAMES)
+}

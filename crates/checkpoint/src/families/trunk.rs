@@ -1,0 +1,91 @@
+//! Tensor names that the families share: embedding, head, norms, attention, and experts stored one by one.
+
+use crate::error::CheckpointError;
+use crate::plan::PlanBuilder;
+use crate::spec::{AttentionSpec, ExpertRole, LayerRole, ModelSpec, MoeSpec, QkNorm, Role};
+
+/// Embedding, final norm and head.
+pub(super) fn outer(plan: &mut PlanBuilder<'_>, spec: &ModelSpec) -> Result<(), CheckpointError> {
+    let vocab = spec.vocab as usize;
+    plan.matrix(Role::Embedding, "model.embed_tokens.weight", vocab, spec.hidden)?;
+    plan.vector(Role::FinalNorm, "model.norm.weight", spec.hidden)?;
+    if spec.tied_head { Ok(()) } else { plan.matrix(Role::Head, "lm_head.weight", vocab, spec.hidden) }
+}
+
+/// Attention of one layer, and both of the layer's norms.
+pub(super) fn attention(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    attention: &AttentionSpec,
+) -> Result<(), CheckpointError> {
+    let q = attention.heads * attention.head_dim;
+    let kv = attention.kv_heads * attention.head_dim;
+    let role = |role| Role::Layer(layer, role);
+    let name = |name: &str| format!("model.layers.{layer}.{name}");
+    plan.vector(role(LayerRole::AttentionNorm), &name("input_layernorm.weight"), hidden)?;
+    plan.vector(role(LayerRole::MlpNorm), &name("post_attention_layernorm.weight"), hidden)?;
+    plan.matrix(role(LayerRole::Q), &name("self_attn.q_proj.weight"), q, hidden)?;
+    plan.matrix(role(LayerRole::K), &name("self_attn.k_proj.weight"), kv, hidden)?;
+    plan.matrix(role(LayerRole::V), &name("self_attn.v_proj.weight"), kv, hidden)?;
+    plan.matrix(role(LayerRole::O), &name("self_attn.o_proj.weight"), hidden, q)?;
+    if attention.qkv_bias {
+        plan.vector(role(LayerRole::QBias), &name("self_attn.q_proj.bias"), q)?;
+        plan.vector(role(LayerRole::KBias), &name("self_attn.k_proj.bias"), kv)?;
+        plan.vector(role(LayerRole::VBias), &name("self_attn.v_proj.bias"), kv)?;
+    }
+    if attention.o_bias {
+        plan.vector(role(LayerRole::OBias), &name("self_attn.o_proj.bias"), hidden)?;
+    }
+    let (q_norm, k_norm) = match attention.qk_norm {
+        QkNorm::None => return Ok(()),
+        QkNorm::PerHead => (attention.head_dim, attention.head_dim),
+        QkNorm::FullWidth => (q, kv),
+    };
+    plan.vector(role(LayerRole::QNorm), &name("self_attn.q_norm.weight"), q_norm)?;
+    plan.vector(role(LayerRole::KNorm), &name("self_attn.k_norm.weight"), k_norm)
+}
+
+/// How a family names the tensors of experts that are stored one by one.
+pub(super) struct SplitNames {
+    /// The block, below the layer.
+    pub block: &'static str,
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+}
+
+/// The gate of one layer and its experts, each in three tensors of its own.
+pub(super) fn split_experts(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    moe: &MoeSpec,
+    names: &SplitNames,
+) -> Result<(), CheckpointError> {
+    let block = format!("model.layers.{layer}.{}", names.block);
+    let gate = Role::Layer(layer, LayerRole::Gate);
+    plan.matrix(gate, &format!("{block}.gate.weight"), moe.experts as usize, hidden)?;
+    for expert in 0..moe.experts {
+        let role = |role| Role::Expert(layer, expert, role);
+        let name = |name: &str| format!("{block}.experts.{expert}.{name}.weight");
+        plan.matrix(role(ExpertRole::Gate), &name(names.gate), moe.intermediate, hidden)?;
+        plan.matrix(role(ExpertRole::Up), &name(names.up), moe.intermediate, hidden)?;
+        plan.matrix(role(ExpertRole::Down), &name(names.down), hidden, moe.intermediate)?;
+    }
+    Ok(())
+}
+
+/// The three tensors of a dense MLP.
+pub(super) fn dense(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    intermediate: usize,
+) -> Result<(), CheckpointError> {
+    let role = |role| Role::Layer(layer, role);
+    let name = |name: &str| format!("model.layers.{layer}.mlp.{name}.weight");
+    plan.matrix(role(LayerRole::DenseGate), &name("gate_proj"), intermediate, hidden)?;
+    plan.matrix(role(LayerRole::DenseUp), &name("up_proj"), intermediate, hidden)?;
+    plan.matrix(role(LayerRole::DenseDown), &name("down_proj"), hidden, intermediate)
+}

@@ -1,0 +1,257 @@
+//! The files of one model: a directory, or bytes built into the program. Opens by plain name, reads by position.
+//!
+//! What always holds: a name is one plain component; what is opened is a regular file inside the directory, or, in a
+//! Hugging Face hub cache, inside the same model's folder, where snapshots link to blobs; no whole file is read
+//! without a cap. Files are read by position and never mapped (`docs/decisions/0002-positioned-reads.md`). Knows
+//! nothing about formats.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Component, Path, PathBuf};
+use std::time::SystemTime;
+
+use crate::error::CheckpointError;
+
+/// Where a model's files come from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A model directory.
+    Directory(PathBuf),
+    /// Files built into the program.
+    Embedded {
+        /// The model's name.
+        name: &'static str,
+        /// Names and contents.
+        files: &'static [(&'static str, &'static [u8])],
+    },
+}
+
+/// Why one file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It is not there.
+    #[error("not found in the model directory")]
+    Missing,
+    /// A link whose target is gone.
+    #[error("is a link to nothing; the download may be incomplete")]
+    Dangling,
+    /// A directory, pipe or device.
+    #[error("is not a regular file")]
+    NotRegular,
+    /// A link that leaves the directory.
+    #[error("is a link that leads out of the model directory; put the file itself there")]
+    Outside,
+    /// Longer than such a file may be.
+    #[error("is {length} bytes long; at most {cap} are read")]
+    TooLong {
+        /// Its length.
+        length: u64,
+        /// The cap.
+        cap: u64,
+    },
+    /// Not a name of a file in the directory itself.
+    #[error(
+        "is not the plain name of a file (letters, digits and . _ - at most 200, not beginning with a dot)"
+    )]
+    Name,
+    /// The operating system refused.
+    #[error("{0}")]
+    Io(io::Error),
+}
+
+impl FileError {
+    pub(crate) fn of(self, file: &str) -> CheckpointError {
+        CheckpointError::File { file: crate::error::clip(file), problem: self }
+    }
+}
+
+/// Whether `name` can name a file in the directory itself: no separator, no `..`, nothing a shell or log would mind.
+pub(crate) fn is_plain(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 200
+        && !name.starts_with('.')
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
+/// The opened source.
+#[derive(Debug)]
+pub(crate) enum Files {
+    Directory {
+        root: PathBuf,
+        /// What links may lead to.
+        boundary: PathBuf,
+    },
+    Embedded(&'static [(&'static str, &'static [u8])]),
+}
+
+impl Files {
+    /// Opens the source and says what the model is called.
+    pub(crate) fn open(source: &Source) -> Result<(Self, String), CheckpointError> {
+        let path = match source {
+            Source::Embedded { name, files } => return Ok((Self::Embedded(files), (*name).to_owned())),
+            Source::Directory(path) => path,
+        };
+        let fail = |reason: String| CheckpointError::Directory { path: path.clone(), reason };
+        let root = fs::canonicalize(path).map_err(|error| fail(error.to_string()))?;
+        if !root.is_dir() {
+            return Err(fail("is not a directory".to_owned()));
+        }
+        let last =
+            root.file_name().map_or_else(|| "model".into(), |last| last.to_string_lossy().into_owned());
+        Ok(match hub_folder(&root) {
+            Some((folder, name)) => (Self::Directory { boundary: folder, root }, name),
+            None => (Self::Directory { boundary: root.clone(), root }, last),
+        })
+    }
+
+    /// The file of this name; `None` when there is none.
+    pub(crate) fn file(&self, name: &str) -> Result<Option<Blob>, CheckpointError> {
+        if !is_plain(name) {
+            return Err(FileError::Name.of(name));
+        }
+        match self {
+            Self::Embedded(files) => {
+                Ok(files.iter().find(|(known, _)| *known == name).map(|&(known, bytes)| Blob {
+                    name: known.to_owned(),
+                    length: bytes.len() as u64,
+                    data: Data::Static(bytes),
+                }))
+            }
+            Self::Directory { root, boundary } => {
+                open_regular(&root.join(name), boundary, name).map_err(|problem| problem.of(name))
+            }
+        }
+    }
+
+    /// The whole of a file that may be at most `cap` bytes long; `None` when there is none.
+    pub(crate) fn read_whole(&self, name: &str, cap: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
+        let Some(blob) = self.file(name)? else { return Ok(None) };
+        let too_long = || FileError::TooLong { length: blob.length, cap }.of(name);
+        let length = usize::try_from(blob.length).map_err(|_| too_long())?;
+        if blob.length > cap {
+            return Err(too_long());
+        }
+        let mut bytes = vec![0; length];
+        blob.read_at(0, &mut bytes)?;
+        Ok(Some(bytes))
+    }
+}
+
+/// The model's folder and name, if `root` is a snapshot in a hub cache: `models--org--name/snapshots/revision`.
+fn hub_folder(root: &Path) -> Option<(PathBuf, String)> {
+    let snapshots = root.parent()?;
+    let folder = snapshots.parent()?;
+    let name = folder.file_name()?.to_str()?.strip_prefix("models--")?;
+    (snapshots.file_name()? == "snapshots").then(|| (folder.to_owned(), name.replacen("--", "/", 1)))
+}
+
+fn open_regular(path: &Path, boundary: &Path, name: &str) -> Result<Option<Blob>, FileError> {
+    let target = match fs::canonicalize(path) {
+        Ok(target) => target,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return if fs::symlink_metadata(path).is_ok() { Err(FileError::Dangling) } else { Ok(None) };
+        }
+        Err(error) => return Err(FileError::Io(error)),
+    };
+    let inside = target.strip_prefix(boundary).is_ok_and(|rest| rest.components().all(is_normal));
+    if !inside {
+        return Err(FileError::Outside);
+    }
+    // Looked at before opening as well, because opening a pipe waits for its other end.
+    if !fs::metadata(&target).map_err(FileError::Io)?.is_file() {
+        return Err(FileError::NotRegular);
+    }
+    let file = File::open(&target).map_err(FileError::Io)?;
+    let metadata = file.metadata().map_err(FileError::Io)?;
+    if !metadata.is_file() {
+        return Err(FileError::NotRegular);
+    }
+    let modified = metadata.modified().ok();
+    Ok(Some(Blob { name: name.to_owned(), length: metadata.len(), data: Data::File { file, modified } }))
+}
+
+fn is_normal(component: Component<'_>) -> bool {
+    matches!(component, Component::Normal(_))
+}
+
+/// One open file. Holds its descriptor, so that replacing the name does not change what is read.
+#[derive(Debug)]
+pub(crate) struct Blob {
+    pub(crate) name: String,
+    /// Bytes, when it was opened.
+    pub(crate) length: u64,
+    data: Data,
+}
+
+#[derive(Debug)]
+enum Data {
+    File { file: File, modified: Option<SystemTime> },
+    Static(&'static [u8]),
+}
+
+impl Blob {
+    /// Fills `buffer` from `offset` on.
+    ///
+    /// # Errors
+    /// When the range is not in the file, reading fails, or the file is no longer as it was when opened.
+    pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), CheckpointError> {
+        match &self.data {
+            Data::Static(bytes) => {
+                let start = usize::try_from(offset).ok();
+                let end = start.and_then(|start| start.checked_add(buffer.len()));
+                let range = start.zip(end).and_then(|(start, end)| bytes.get(start..end));
+                let range = range.ok_or_else(|| self.changed(self.length))?;
+                buffer.copy_from_slice(range);
+                Ok(())
+            }
+            Data::File { file, modified } => {
+                let outcome = file.read_exact_at(buffer, offset);
+                // After reading, so that a change before or during it shows; and before the outcome is looked at,
+                // because "the file changed" explains a short read better than "end of file".
+                let now = file.metadata().map_err(|error| FileError::Io(error).of(&self.name))?;
+                if now.len() != self.length || now.modified().ok() != *modified {
+                    return Err(self.changed(now.len()));
+                }
+                outcome.map_err(|error| FileError::Io(error).of(&self.name))
+            }
+        }
+    }
+
+    fn changed(&self, now: u64) -> CheckpointError {
+        CheckpointError::Changed { file: self.name.clone(), was: self.length, now }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_names_have_no_way_out() {
+        assert!(is_plain("model-00001-of-00002.safetensors"));
+        for name in
+            ["", ".", "..", "../x", "/x", "a/b", "a\\b", "a\0b", "a\nb", ".hidden", "ü", &"x".repeat(201)]
+        {
+            assert!(!is_plain(name), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn embedded_ranges_are_checked() {
+        let files = Files::Embedded(&[("a.bin", b"0123")]);
+        let blob = files.file("a.bin").unwrap().unwrap();
+        let mut two = [0; 2];
+        blob.read_at(2, &mut two).unwrap();
+        assert_eq!(&two, b"23");
+        assert!(blob.read_at(3, &mut two).is_err());
+        assert!(files.file("b.bin").unwrap().is_none());
+    }
+
+    #[test]
+    fn hub_snapshots_are_named_after_their_model() {
+        let (folder, name) = hub_folder(Path::new("/c/models--org--a--b/snapshots/abc")).unwrap();
+        assert_eq!((folder.as_path(), name.as_str()), (Path::new("/c/models--org--a--b"), "org/a--b"));
+        assert!(hub_folder(Path::new("/c/models--org--a/other/abc")).is_none());
+    }
+}

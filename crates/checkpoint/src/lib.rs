@@ -1,0 +1,39 @@
+//! Model directory to verified plan: config, index, headers, and which bytes are which expert.
+//!
+//! [`Checkpoint::open`] reads `config.json`, the index and the header of every shard, and checks the presence, dtype
+//! and shape of every tensor against the configuration before any weight byte is touched. After that,
+//! [`Checkpoint::read`] reads exactly the byte range of one weight: a worker reads its experts and nothing else.
+//!
+//! What always holds: an open checkpoint has every weight that its [`spec::ModelSpec`] implies, in the shape it
+//! implies; nothing is allocated by a size that a file claims before that size was compared with the file's length;
+//! code, pickles and other formats beside the weights are never opened. What this crate does not know: tensors
+//! libraries, devices, wires, placement. Families are told apart in `families/` and nowhere else.
+//!
+//! # Tensors that the plan does not name
+//! One under `model.` or `lm_head.` is refused, because a model served without it would give other output than its
+//! authors meant (a bias the configuration denies, a shared expert, a layer past `num_hidden_layers`). Three kinds are
+//! ignored: rotary frequency buffers (`….rotary_emb.inv_freq`), `lm_head.weight` when the head is tied, and whatever
+//! lies outside those two prefixes. `metadata.total_size` of the index is ignored as well: each header must cover its
+//! file to the byte, which is the stronger check.
+
+mod catalog;
+mod checkpoint;
+mod config;
+mod error;
+mod families;
+mod files;
+pub mod header;
+mod index;
+mod inventory;
+mod json;
+mod locate;
+mod plan;
+pub mod spec;
+
+pub use checkpoint::{Checkpoint, Stored, Weight, WeightData};
+pub use config::ConfigError;
+pub use error::CheckpointError;
+pub use files::{FileError, Source};
+pub use index::IndexError;
+pub use inventory::{Inventory, LayerInventory};
+pub use locate::{LocateError, locate};

@@ -1,0 +1,252 @@
+//! Published layouts of every family, small: each opens, every role reads in its promised shape, and its values are
+//! those of the format's own library.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use muster_checkpoint::spec::{
+    AttentionSpec, ExpertRole, GateRecipe, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, RopeSpec,
+    Score,
+};
+use muster_checkpoint::{Checkpoint, Source, WeightData};
+use muster_types::DType;
+use safetensors::SafeTensors;
+
+use crate::model::{Model, open, refused, root};
+
+const GOLDEN: [&str; 6] = ["mixtral", "mixtral_bf16", "mixtral_top1", "qwen3_moe", "olmoe", "granitemoe"];
+
+fn golden(name: &str) -> PathBuf {
+    root().join("tests/fixtures/golden").join(name)
+}
+
+fn opened(name: &str) -> Checkpoint {
+    open(&golden(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+fn f32s(bytes: &[u8], dtype: safetensors::Dtype) -> Vec<f32> {
+    match dtype {
+        safetensors::Dtype::F32 => {
+            bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        }
+        safetensors::Dtype::BF16 => bytes.chunks(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn widened(data: &WeightData) -> Vec<f32> {
+    match data {
+        WeightData::F32(values) => values.clone(),
+        WeightData::Bf16(bits) => bits.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect(),
+    }
+}
+
+/// Every tensor of a directory, read by the format's own library.
+fn reference(dir: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    let mut tensors = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap();
+        if name.starts_with("model") && name.ends_with(".safetensors") {
+            let bytes = fs::read(&path).unwrap();
+            for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+                tensors.insert(name, (view.shape().to_vec(), f32s(view.data(), view.dtype())));
+            }
+        }
+    }
+    tensors
+}
+
+/// Where a role's part of a fused tensor begins, in elements.
+fn fused_start(role: Role, shape: &[usize]) -> usize {
+    let &[_, rows, cols] = shape else { return 0 };
+    match role {
+        Role::Expert(_, expert, ExpertRole::Up) => (expert as usize * rows + rows / 2) * cols,
+        Role::Expert(_, expert, _) => expert as usize * rows * cols,
+        _ => 0,
+    }
+}
+
+fn check_every_role(dir: &Path) {
+    let checkpoint = open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let reference = reference(dir);
+    let (mut bytes, mut covered) = (0, 0);
+    for role in checkpoint.roles() {
+        let stored = checkpoint.stored(role).unwrap();
+        let weight = checkpoint.read(role).unwrap();
+        let (shape, values) = &reference[stored.tensor];
+        assert_eq!((weight.rows, weight.cols), (stored.rows, stored.cols), "{role}");
+        match shape.as_slice() {
+            [length] => {
+                assert_eq!((weight.rows, weight.cols), (*length, 1), "{role}");
+                assert!(matches!(weight.data, WeightData::F32(_)), "{role}");
+            }
+            [rows, cols] => assert_eq!((weight.rows, weight.cols), (*rows, *cols), "{role}"),
+            shape => assert_eq!(weight.cols, shape[2], "{role}"),
+        }
+        let start = fused_start(role, shape);
+        assert_eq!(widened(&weight.data), values[start..start + stored.rows * stored.cols], "{role}");
+        bytes += stored.bytes;
+        covered += stored.rows * stored.cols;
+    }
+    assert_eq!(
+        covered,
+        reference.values().map(|(_, values)| values.len()).sum::<usize>(),
+        "every element has a role"
+    );
+    assert_eq!(checkpoint.inventory().total_bytes, bytes);
+}
+
+#[test]
+fn every_family_reads_back_what_was_stored() {
+    GOLDEN.iter().for_each(|name| check_every_role(&golden(name)));
+}
+
+#[test]
+fn the_demo_model_reads_back_what_was_stored() {
+    check_every_role(&root().join("models/demo"));
+    let demo = open(&root().join("models/demo")).unwrap();
+    assert_eq!((demo.name(), demo.spec().dtype, demo.spec().tied_head), ("demo", DType::Bf16, true));
+    assert_eq!((demo.spec().bos, demo.spec().eos.as_slice()), (Some(1), [2].as_slice()));
+    assert!(demo.stored(Role::Head).is_none());
+}
+
+fn moe(experts: u32, top_k: u32, intermediate: usize, score: Score, renormalise: Renormalise) -> MlpSpec {
+    MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate: GateRecipe { score, renormalise } })
+}
+
+#[test]
+fn mixtral_is_described_as_published() {
+    let spec = opened("mixtral").spec().clone();
+    assert_eq!(
+        (spec.family, spec.vocab, spec.hidden, spec.context, spec.layers.len()),
+        ("mixtral", 320, 64, 4096, 3)
+    );
+    let plain = AttentionSpec {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        scale: 0.25,
+        qk_norm: QkNorm::None,
+        clip_qkv: None,
+        qkv_bias: false,
+        o_bias: false,
+        rope: RopeSpec { theta: 1e6 },
+        window: None,
+    };
+    assert_eq!(spec.layers[0].attention, plain);
+    assert_eq!(spec.layers[2].mlp, moe(8, 2, 48, Score::SoftmaxThenTopK, Renormalise::Sum));
+    assert_eq!((spec.bos, spec.eos.as_slice(), spec.tied_head), (Some(1), [2].as_slice(), false));
+    assert_eq!(opened("mixtral_bf16").spec().dtype, DType::Bf16);
+}
+
+#[test]
+fn both_ways_of_writing_rope_and_head_width_are_understood() {
+    let spec = opened("mixtral_top1").spec().clone();
+    let attention = &spec.layers[0].attention;
+    assert_eq!((attention.rope.theta, attention.head_dim, spec.norm_eps), (50000.0, 8, 0.002));
+    assert_eq!(spec.moe(0).unwrap().top_k, 1);
+}
+
+#[test]
+fn qwen3_moe_and_olmoe_differ_in_norms_and_renormalisation() {
+    let qwen = opened("qwen3_moe").spec().clone();
+    let attention = &qwen.layers[0].attention;
+    assert_eq!((attention.qk_norm, attention.head_dim, attention.heads), (QkNorm::PerHead, 24, 4));
+    assert_eq!(qwen.layers[0].mlp, moe(8, 3, 40, Score::SoftmaxThenTopK, Renormalise::Sum));
+    let olmoe = opened("olmoe").spec().clone();
+    let attention = &olmoe.layers[0].attention;
+    assert_eq!((attention.qk_norm, attention.clip_qkv), (QkNorm::FullWidth, Some(1.25)));
+    assert_eq!(olmoe.layers[0].mlp, moe(8, 3, 40, Score::SoftmaxThenTopK, Renormalise::None));
+    assert_eq!((olmoe.bos, olmoe.eos), (None, vec![279]));
+}
+
+#[test]
+fn granitemoe_has_its_multipliers() {
+    let spec = opened("granitemoe").spec().clone();
+    assert_eq!((spec.embedding_multiplier, spec.residual_multiplier, spec.logits_divisor), (3.0, 0.7, 1.5));
+    assert_eq!((spec.layers[0].attention.scale, spec.tied_head), (0.15, true));
+    assert_eq!(spec.layers[3].mlp, moe(8, 3, 40, Score::TopKThenSoftmax, Renormalise::None));
+}
+
+#[test]
+fn dense_layers_and_biases_are_planned_by_the_configuration() {
+    let dir = Model::qwen3_moe().written();
+    let checkpoint = open(dir.path()).unwrap();
+    let moe_layers: Vec<u32> = checkpoint.spec().moe_layers().map(|(layer, _)| layer).collect();
+    assert_eq!(moe_layers, [1]);
+    assert_eq!(checkpoint.spec().layers[3].mlp, MlpSpec::Dense { intermediate: 10 });
+    let stored = |role| checkpoint.stored(Role::Layer(0, role)).map(|stored| (stored.rows, stored.cols));
+    assert_eq!(stored(LayerRole::DenseDown), Some((8, 10)));
+    assert_eq!((stored(LayerRole::QBias), stored(LayerRole::OBias)), (Some((8, 1)), Some((8, 1))));
+    assert_eq!(stored(LayerRole::Gate), None);
+    assert_eq!(
+        checkpoint.inventory().layers.iter().map(|layer| layer.experts).collect::<Vec<_>>(),
+        [0, 3, 0, 0]
+    );
+}
+
+#[test]
+fn the_inventory_adds_up() {
+    let inventory = opened("mixtral").inventory();
+    let expert = 3 * 48 * 64;
+    let attention = 2 * 64 * 64 + 2 * 32 * 64;
+    let layer = attention + 2 * 64 + 8 * 64;
+    let outer = 2 * 320 * 64 + 64;
+    assert_eq!(inventory.parameters, 3 * (layer + 8 * expert) + outer);
+    assert_eq!(inventory.active_parameters, 3 * (layer + 2 * expert) + outer);
+    assert_eq!(inventory.trunk_bytes, 4 * (3 * layer + outer));
+    assert_eq!(inventory.total_bytes, 4 * inventory.parameters);
+    let sizes = inventory.layers[1];
+    assert_eq!((sizes.trunk_bytes, sizes.experts, sizes.expert_bytes), (4 * layer, 8, 4 * expert));
+}
+
+#[test]
+fn a_model_built_into_the_program_is_the_same_model() {
+    let dir = Model::mixtral().written();
+    let files = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.map(|path| {
+        let name: &'static str = path.file_name().unwrap().to_str().unwrap().to_owned().leak();
+        let bytes: &'static [u8] = fs::read(&path).unwrap().leak();
+        (name, bytes)
+    });
+    let files: &'static [(&'static str, &'static [u8])] = files.collect::<Vec<_>>().leak();
+    let embedded = Checkpoint::open(&Source::Embedded { name: "tiny", files }).unwrap();
+    let directory = open(dir.path()).unwrap();
+    assert_eq!(embedded.name(), "tiny");
+    assert_eq!((embedded.spec(), embedded.fingerprint()), (directory.spec(), directory.fingerprint()));
+    for role in directory.roles() {
+        assert_eq!(embedded.read(role).unwrap(), directory.read(role).unwrap(), "{role}");
+    }
+}
+
+#[test]
+fn checkpoints_are_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Checkpoint>();
+}
+
+#[test]
+fn fused_experts_are_checked_as_a_whole() {
+    for (key, value, says) in [
+        ("intermediate_size", "41", "input_linear.weight` (layer 0 expert 0 gate projection) is [8, 80, 64]"),
+        (
+            "num_local_experts",
+            "9",
+            "router.layer.weight` (layer 0 gate) is [8, 64], config.json says [9, 64]",
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir(golden("granitemoe")).unwrap() {
+            let path = entry.unwrap().path();
+            fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+        }
+        let config = fs::read_to_string(golden("granitemoe").join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        config[key] = serde_json::from_str(value).unwrap();
+        fs::remove_file(dir.path().join("config.json")).unwrap();
+        fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        refused(key, dir.path(), &[says]);
+    }
+}

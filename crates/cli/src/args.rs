@@ -1,0 +1,510 @@
+//! The command line: what can be asked for, and what that looks like in `--help`.
+//!
+//! Settings of `router` and `worker` stay text here, because a file and the environment give the same settings and
+//! `muster-config` parses whichever wins. Everything else is parsed on the spot.
+
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use muster_config::{parse_size, parse_socket};
+use muster_telemetry::LogFormat;
+use muster_types::Compute;
+
+use crate::client::DEFAULT_GRPC;
+use crate::cluster::MOST_ROWS;
+
+/// Serves Mixture-of-Experts language models with their experts spread over many processes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "muster",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    after_help = "First steps:\n  muster up --prompt \"Once upon a time\"    one answer from the built-in model, then the end\n  \
+                  muster up                                 a local cluster that stays\n  \
+                  muster chat                               talk to it, from another terminal\n\n\
+                  Exit codes: 0 done, 1 failed, 2 bad flags, configuration or input."
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What is logged, and how.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct LogArgs {
+    /// What to log, as `level` or `target=level`, separated by commas [default: info for router and worker, else warn].
+    #[arg(long, global = true, value_name = "FILTER", help_heading = "Logging")]
+    pub(crate) log: Option<String>,
+    /// Format of logs on standard error: human or json [default: human].
+    #[arg(long, global = true, value_name = "FORMAT", help_heading = "Logging")]
+    pub(crate) log_format: Option<LogFormat>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a whole cluster on this machine: one router and N workers as child processes.
+    Up(UpArgs),
+    /// Run a router: requests, attention, KV cache and gates; its experts are in workers.
+    Router(RouterArgs),
+    /// Run an expert worker.
+    Worker(WorkerArgs),
+    /// Talk to the model of a running router.
+    Chat(ChatArgs),
+    /// Continue one prompt and print the text.
+    Generate(GenerateArgs),
+    /// Say what a model is, how big its parts are, and whether it loads.
+    CheckModel(CheckModelArgs),
+    /// Write the logits and gate choices of every position, to compare with another implementation.
+    Logits(LogitsArgs),
+    /// Measure throughput and latency.
+    Bench(BenchArgs),
+    /// Fetch a model from the Hugging Face hub (runs muster-pull).
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Pull(PullArgs),
+}
+
+/// How tokens are picked.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// 0 always takes the likeliest token; higher values take more risks.
+    #[arg(long, default_value_t = 0.0, value_parser = not_negative, value_name = "T")]
+    pub(crate) temperature: f32,
+    /// Keep only the K likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub(crate) top_k: u32,
+    /// Keep the smallest set of tokens whose probabilities reach P.
+    #[arg(long, default_value_t = 1.0, value_parser = fraction, value_name = "P")]
+    pub(crate) top_p: f32,
+    /// Keep tokens at least P times as likely as the likeliest.
+    #[arg(long, default_value_t = 0.0, value_parser = fraction, value_name = "P")]
+    pub(crate) min_p: f32,
+    /// The same seed, prompt and settings give the same tokens [default: chosen anew every time].
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// End where this text appears; may be given several times.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) stop: Vec<String>,
+    /// Do not end at the model's end-of-text token.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    /// The likeliest token, every time.
+    pub(crate) const fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: None,
+            stop: Vec::new(),
+            ignore_eos: false,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  muster up\n  muster up --prompt \"Once upon a time\" --max-tokens 40\n  \
+                        muster up --model ./Mixtral-8x7B-v0.1 --workers 4 --kv-memory 2GiB"
+)]
+pub(crate) struct UpArgs {
+    /// Directory of a model, org/name of a pulled one, or demo for the built-in one.
+    #[arg(long, default_value = crate::models::DEMO, value_name = "MODEL")]
+    pub(crate) model: String,
+    /// How many worker processes share the experts.
+    #[arg(long, default_value = "2", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) workers: u32,
+    /// Continue this text once, print the answer and stop everything.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) prompt: Option<String>,
+    /// Tokens to generate for --prompt [default: 64, or what the context leaves].
+    #[arg(long, value_name = "N", requires = "prompt")]
+    pub(crate) max_tokens: Option<u32>,
+    /// Where OpenAI HTTP, probes and metrics listen [default: 127.0.0.1:8080; with --prompt, a free port].
+    #[arg(long, value_name = "ADDR", value_parser = parse_socket)]
+    pub(crate) http: Option<SocketAddr>,
+    /// Where gRPC listens [default: 127.0.0.1:50051; with --prompt, a free port].
+    #[arg(long, value_name = "ADDR", value_parser = parse_socket)]
+    pub(crate) grpc: Option<SocketAddr>,
+    /// Allow addresses that other machines can reach, without TLS.
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    /// Memory for the KV cache, as in 512MiB or 4GiB [default: as needed, at most 512MiB].
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) kv_memory: Option<u64>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+/// How and with how much of the machine to compute.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct ComputeArgs {
+    /// What activations are rounded to; auto is the dtype of the model's weights.
+    #[arg(long, default_value = "auto", value_name = "MODE")]
+    pub(crate) compute: ComputeMode,
+    /// Compute threads of each process [default: its share of the cores].
+    #[arg(long, value_name = "N", value_parser = threads)]
+    pub(crate) threads: Option<NonZeroUsize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ComputeMode {
+    /// As the weights are stored.
+    Auto,
+    /// Nothing is rounded: what reference outputs are compared with.
+    F32,
+    /// Inputs of linear layers are rounded to bf16.
+    Bf16,
+}
+
+impl ComputeMode {
+    pub(crate) const fn get(self) -> Option<Compute> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(Compute::F32),
+            Self::Bf16 => Some(Compute::Bf16),
+        }
+    }
+}
+
+/// Settings that a file and the environment can give as well.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Configuration")]
+pub(crate) struct ConfigArgs {
+    /// Read settings from this TOML file. The environment overrides it, flags override both.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print the settings in force and where each comes from, as TOML, and end.
+    #[arg(long)]
+    pub(crate) print_config: bool,
+    /// Print a line of JSON on standard output when ready.
+    #[arg(long, hide = true)]
+    pub(crate) announce: bool,
+    /// End when standard input does.
+    #[arg(long, hide = true)]
+    pub(crate) exit_with_parent: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Every setting can also stand in the [router] table of the file given with --config, with \
+                        underscores (kv_memory = \"4GiB\"), and in the environment (MUSTER_ROUTER_KV_MEMORY).\n\n\
+                        SIGTERM ends it once running requests are done; a second one ends it at once.\n\n\
+                        Example:\n  muster router --model demo --worker 127.0.0.1:7070 --worker 127.0.0.1:7071"
+)]
+pub(crate) struct RouterArgs {
+    /// Directory of the model, org/name of a pulled one, or demo for the built-in one.
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Name to serve the model under [default: that of its directory].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// A worker, as host:port or unix:/path; given once for each.
+    #[arg(long = "worker", value_name = "ADDR")]
+    pub(crate) workers: Vec<String>,
+    /// Where OpenAI HTTP, probes and metrics listen [default: 127.0.0.1:8080].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) http: Option<String>,
+    /// Where gRPC listens [default: 127.0.0.1:50051].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) grpc: Option<String>,
+    /// Name of this router in the workers' logs [default: router].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) id: Option<String>,
+    /// What activations are rounded to: auto, f32 or bf16 [default: auto].
+    #[arg(long, value_name = "MODE")]
+    pub(crate) compute: Option<String>,
+    /// Compute threads [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<String>,
+    /// Memory for the KV cache, as in 512MiB or 4GiB [default: as needed, at most 512MiB].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) kv_memory: Option<String>,
+    /// Most tokens in one step of the batch [default: 1024].
+    #[arg(long, value_name = "N")]
+    pub(crate) step_tokens: Option<String>,
+    /// Most prompt tokens of one sequence in one step [default: 512].
+    #[arg(long, value_name = "N")]
+    pub(crate) prefill_chunk: Option<String>,
+    /// Most sequences in the batch [default: 256].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_running: Option<String>,
+    /// Most sequences waiting; one more is refused [default: 1024].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_queue: Option<String>,
+    /// How long to wait for the experts of one layer [default: 30s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) expert_timeout: Option<String>,
+    /// How long to wait for the workers at the start [default: 60s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) connect_timeout: Option<String>,
+    /// How long running requests may go on after SIGTERM [default: 30s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) drain_timeout: Option<String>,
+    /// Allow addresses that other machines can reach, without TLS.
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Every setting can also stand in the [worker] table of the file given with --config, with \
+                        underscores (drain_timeout = \"1m\"), and in the environment (MUSTER_WORKER_DRAIN_TIMEOUT).\n\n\
+                        SIGTERM ends it once rows under way are done; a second one ends it at once.\n\n\
+                        Example, two workers that share the experts:\n  \
+                        muster worker --model demo --listen 127.0.0.1:7070 --share 0/2\n  \
+                        muster worker --model demo --listen 127.0.0.1:7071 --share 1/2"
+)]
+pub(crate) struct WorkerArgs {
+    /// Directory of the model, org/name of a pulled one, or demo for the built-in one.
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Where routers reach it, as host:port or unix:/path [default: 127.0.0.1:7070].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Option<String>,
+    /// Which experts to load: all, or share I of N counted from 0, as in 0/2 [default: all].
+    #[arg(long, value_name = "I/N")]
+    pub(crate) share: Option<String>,
+    /// Name of this worker [default: made from where it listens].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) id: Option<String>,
+    /// What activations are rounded to: auto, f32 or bf16 [default: auto].
+    #[arg(long, value_name = "MODE")]
+    pub(crate) compute: Option<String>,
+    /// Compute threads [default: all cores].
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<String>,
+    /// Most rows of one message; at least the routers' --step-tokens [default: 8192].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_rows: Option<String>,
+    /// Messages waiting for the experts; one more is refused [default: 64].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_queue: Option<String>,
+    /// Streams open at once; a router needs three [default: 256].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_streams: Option<String>,
+    /// How long rows under way may take after SIGTERM [default: 30s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) drain_timeout: Option<String>,
+    /// Allow an address that other machines can reach, without TLS.
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Type a line and press Enter. The conversation is remembered; Ctrl-D ends it.\n\n\
+                        Example:\n  muster chat --system \"Answer in one sentence.\" --temperature 0.7")]
+pub(crate) struct ChatArgs {
+    /// Where the router's gRPC listens.
+    #[arg(long, default_value = DEFAULT_GRPC, value_name = "URL")]
+    pub(crate) grpc: String,
+    /// Instructions for the model, before the conversation.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) system: Option<String>,
+    /// Tokens of one answer at most [default: what the context leaves].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  muster generate \"Once upon a time\" --model demo\n  \
+                        muster generate \"Once upon a time\" --grpc http://127.0.0.1:50051 --temperature 0.8 --seed 7\n  \
+                        muster generate --model ./my-moe --workers 2 --prompt-tokens 1,844,624 --json")]
+pub(crate) struct GenerateArgs {
+    /// The text to continue.
+    #[arg(
+        value_name = "PROMPT",
+        required_unless_present = "prompt_tokens",
+        conflicts_with = "prompt_tokens"
+    )]
+    pub(crate) prompt: Option<String>,
+    /// Token ids to continue, separated by commas, instead of a text.
+    #[arg(long, value_name = "IDS", value_delimiter = ',')]
+    pub(crate) prompt_tokens: Vec<u32>,
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// Tokens to generate at most [default: 64, or what the context leaves].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+    /// Print one JSON object: token_ids, text, finish_reason, prompt_token_ids, usage.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+}
+
+/// A running router, or a model of one's own.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct TargetArgs {
+    /// A running router's gRPC address [default: http://127.0.0.1:50051, unless --model is given].
+    #[arg(long, value_name = "URL", conflicts_with = "model")]
+    pub(crate) grpc: Option<String>,
+    /// Load this model instead: a directory, org/name of a pulled one, or demo.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// With --model: put the experts into this many worker processes [default: all in this process].
+    #[arg(long, value_name = "N", requires = "model", value_parser = worker_count)]
+    pub(crate) workers: Option<NonZeroU32>,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  muster check-model ./Mixtral-8x7B-v0.1\n  muster check-model demo --json\n  \
+                        muster check-model demo --quality"
+)]
+pub(crate) struct CheckModelArgs {
+    /// Directory of the model, org/name of a pulled one, or demo for the built-in one.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Check configuration and headers only; do not read the weights.
+    #[arg(long)]
+    pub(crate) headers_only: bool,
+    /// Also measure how far bf16 computation is from f32: KL divergence and top-1 agreement.
+    #[arg(long, conflicts_with = "headers_only")]
+    pub(crate) quality: bool,
+    /// With --quality: a JSON list of token ids, or a list of such lists [default: the model's own text].
+    #[arg(long, value_name = "FILE", requires = "quality")]
+    pub(crate) tokens: Option<PathBuf>,
+    /// Compute threads for --quality [default: all cores].
+    #[arg(long, value_name = "N", value_parser = threads, requires = "quality")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "The file has tensors `logits` (f32, [tokens, vocab]) and, per MoE layer N, `layer.N.experts` (i64, \
+                        [tokens, k], ascending ids) and `layer.N.weights` (f32, same order).\n\n\
+                        Example:\n  muster logits --model ./my-moe --tokens ids.json --out logits.safetensors --compute f32"
+)]
+pub(crate) struct LogitsArgs {
+    /// Directory of the model, org/name of a pulled one, or demo for the built-in one.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: String,
+    /// A JSON list of token ids.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokens: PathBuf,
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Put the experts into this many worker processes [default: all in this process].
+    #[arg(long, value_name = "N", value_parser = worker_count)]
+    pub(crate) workers: Option<NonZeroU32>,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    /// Tokens per step. The outcome does not depend on it.
+    #[arg(long, default_value = "1024", value_name = "N", value_parser = chunk)]
+    pub(crate) chunk: NonZeroUsize,
+    /// Use the plain f32 implementation that shares no compute code with the fast one.
+    #[arg(long, conflicts_with_all = ["workers", "chunk", "compute", "threads"])]
+    pub(crate) reference: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Prompts are random token ids. Prefill: prompt tokens per second until every sequence has its first \
+                        token. Decode: tokens per second of all sequences together while all of them decode.\n\n\
+                        Examples:\n  muster bench --model demo --workers 2\n  \
+                        muster bench --grpc http://127.0.0.1:50051 --prompt-tokens 128 --concurrency 1,4,16 --json"
+)]
+pub(crate) struct BenchArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// Tokens of every prompt.
+    #[arg(long, default_value = "256", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) prompt_tokens: u32,
+    /// Tokens generated for every prompt.
+    #[arg(long, default_value = "64", value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
+    pub(crate) output_tokens: u32,
+    /// Requests at a time, several values separated by commas.
+    #[arg(long, default_value = "1,8", value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) concurrency: Vec<u32>,
+    /// How often each is measured; rates are medians, latencies are over all.
+    #[arg(long, default_value = "3", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub(crate) rounds: u32,
+    #[command(flatten)]
+    pub(crate) compute: ComputeArgs,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PullArgs {
+    /// What muster-pull takes: org/name, and its options.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "NAME")]
+    pub(crate) arguments: Vec<std::ffi::OsString>,
+}
+
+fn number(text: &str) -> Result<f32, String> {
+    text.parse::<f32>()
+        .ok()
+        .filter(|number| number.is_finite())
+        .ok_or_else(|| "it is not a number".to_owned())
+}
+
+fn not_negative(text: &str) -> Result<f32, String> {
+    let number = number(text)?;
+    if number < 0.0 { Err("it is below 0".to_owned()) } else { Ok(number) }
+}
+
+fn fraction(text: &str) -> Result<f32, String> {
+    let number = number(text)?;
+    if (0.0..=1.0).contains(&number) { Ok(number) } else { Err("it is not between 0 and 1".to_owned()) }
+}
+
+fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= 1024);
+    number.ok_or_else(|| "it is not a whole number from 1 to 1024".to_owned())
+}
+
+fn chunk(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= MOST_ROWS as usize);
+    number.ok_or_else(|| format!("it is not a whole number from 1 to {MOST_ROWS}"))
+}
+
+fn worker_count(text: &str) -> Result<NonZeroU32, String> {
+    let number = text.parse::<NonZeroU32>().ok().filter(|number| number.get() <= 256);
+    number.ok_or_else(|| "it is not a whole number from 1 to 256".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn numbers_are_strict() {
+        assert!(
+            not_negative("nan").is_err() && not_negative("-0.1").is_err() && not_negative("inf").is_err()
+        );
+        assert!(fraction("1.1").is_err() && fraction("1").is_ok());
+        assert!(threads("0").is_err() && threads("1_000").is_err() && threads("8").is_ok());
+    }
+}

@@ -1,0 +1,224 @@
+//! Whoever generates tokens: a running router, or an engine in this process. Both look the same from here on.
+
+use std::pin::Pin;
+
+use muster_model::sampler::RawSampling;
+use muster_proto::v1;
+use muster_proto::v1::finished::Reason;
+use muster_proto::v1::generate_event::Event as WireEvent;
+use muster_proto::v1::generate_request::Prompt as WirePrompt;
+use muster_router::request::{Eos, Event, GenerateRequest, Prompt, RequestError, Stop};
+use muster_router::service::{Generation, Service};
+use muster_text::{ChatMessage, Special};
+use tokio_stream::Stream;
+
+use crate::args::SamplingArgs;
+use crate::client::{Client, Events};
+use crate::failure::Failure;
+
+/// Tokens to generate when nobody says how many.
+const DEFAULT_TOKENS: u32 = 64;
+
+/// Generates tokens.
+#[derive(Clone)]
+pub(crate) enum Backend {
+    /// Over gRPC.
+    Router(Client),
+    /// In this process.
+    Here(Service),
+}
+
+/// What to continue.
+#[derive(Debug, Clone)]
+pub(crate) enum Ask {
+    Tokens(Vec<u32>),
+    Chat(Vec<ChatMessage>),
+}
+
+/// What comes back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Piece {
+    Token {
+        id: u32,
+        text: String,
+    },
+    /// The last one.
+    Finished {
+        reason: &'static str,
+        text: String,
+        output_tokens: u32,
+    },
+}
+
+/// The pieces of one generation.
+pub(crate) enum Pieces {
+    Router(Events),
+    Here(Generation),
+}
+
+/// What a backend says of its model.
+pub(crate) struct About {
+    pub(crate) name: String,
+    pub(crate) vocabulary: u32,
+    pub(crate) context: u32,
+    pub(crate) workers: u32,
+    pub(crate) compute: String,
+}
+
+impl Backend {
+    pub(crate) async fn about(&mut self) -> Result<About, Failure> {
+        Ok(match self {
+            Self::Router(client) => {
+                let v1::Model { name, vocabulary, context, workers, compute, .. } = client.model().await?;
+                About { name, vocabulary, context, workers, compute }
+            }
+            Self::Here(service) => {
+                let model = service.model();
+                About {
+                    name: model.name.clone(),
+                    vocabulary: model.vocabulary,
+                    context: model.context,
+                    workers: model.workers,
+                    compute: model.compute.to_string(),
+                }
+            }
+        })
+    }
+
+    pub(crate) async fn tokenize(&mut self, text: String) -> Result<Vec<u32>, Failure> {
+        match self {
+            Self::Router(client) => client.tokenize(text).await,
+            Self::Here(service) => {
+                service.tokenize(text, Special::Add).await.map_err(|error| refused(&error))
+            }
+        }
+    }
+
+    /// As many tokens as asked for; or else a default number, or fewer when the context leaves no more.
+    pub(crate) async fn max_tokens(&mut self, asked: Option<u32>, prompt: usize) -> Result<u32, Failure> {
+        if let Some(asked) = asked {
+            return Ok(asked);
+        }
+        let context = self.about().await?.context;
+        let room = context.saturating_sub(u32::try_from(prompt).unwrap_or(u32::MAX));
+        // Where there is no room at all, whoever generates says so.
+        Ok(room.clamp(1, DEFAULT_TOKENS))
+    }
+
+    /// Starts a generation. Dropping the pieces ends it.
+    pub(crate) async fn generate(
+        &mut self,
+        ask: Ask,
+        max_tokens: Option<u32>,
+        sampling: &SamplingArgs,
+    ) -> Result<Pieces, Failure> {
+        match self {
+            Self::Router(client) => {
+                client.generate(wire_request(ask, max_tokens, sampling)).await.map(Pieces::Router)
+            }
+            Self::Here(service) => {
+                let request = request(ask, max_tokens, sampling);
+                service.generate(request).await.map(Pieces::Here).map_err(|error| refused(&error))
+            }
+        }
+    }
+}
+
+impl Pieces {
+    /// The next piece; `None` after `Finished`.
+    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, Failure> {
+        loop {
+            let piece = match self {
+                Self::Router(events) => match events.next().await? {
+                    None => return Ok(None),
+                    Some(WireEvent::Started(_)) => continue,
+                    Some(WireEvent::Token(frame)) => Piece::Token { id: frame.token_id, text: frame.text },
+                    Some(WireEvent::Finished(end)) => {
+                        let reason = match end.reason() {
+                            Reason::Stop => "stop",
+                            Reason::Length => "length",
+                            Reason::Unspecified => {
+                                return Err(Failure::runtime("the router gave no finish reason"));
+                            }
+                        };
+                        Piece::Finished { reason, text: end.text, output_tokens: end.output_tokens }
+                    }
+                },
+                Self::Here(generation) => {
+                    let next = std::future::poll_fn(|cx| Pin::new(&mut *generation).poll_next(cx)).await;
+                    match next.transpose().map_err(|error| refused(&error))? {
+                        None => return Ok(None),
+                        Some(Event::Token(frame)) => Piece::Token { id: frame.token_id, text: frame.text },
+                        Some(Event::Finished(end)) => Piece::Finished {
+                            reason: end.reason.as_str(),
+                            text: end.text,
+                            output_tokens: end.output_tokens,
+                        },
+                    }
+                }
+            };
+            return Ok(Some(piece));
+        }
+    }
+}
+
+fn wire_request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> v1::GenerateRequest {
+    let prompt = match ask {
+        Ask::Tokens(ids) => WirePrompt::Tokens(v1::TokenIds { ids }),
+        Ask::Chat(messages) => {
+            let wire = |ChatMessage { role, content }| v1::ChatMessage { role, content };
+            WirePrompt::Chat(v1::Chat { messages: messages.into_iter().map(wire).collect() })
+        }
+    };
+    v1::GenerateRequest {
+        prompt: Some(prompt),
+        max_tokens,
+        sampling: Some(v1::Sampling {
+            temperature: Some(sampling.temperature),
+            top_k: Some(sampling.top_k),
+            top_p: Some(sampling.top_p),
+            min_p: Some(sampling.min_p),
+            seed: sampling.seed,
+            ..v1::Sampling::default()
+        }),
+        stop: Some(v1::Stop {
+            strings: sampling.stop.clone(),
+            token_ids: Vec::new(),
+            ignore_eos: sampling.ignore_eos,
+        }),
+        ..v1::GenerateRequest::default()
+    }
+}
+
+fn request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> GenerateRequest {
+    GenerateRequest {
+        model: None,
+        prompt: match ask {
+            Ask::Tokens(ids) => Prompt::Tokens(ids),
+            Ask::Chat(messages) => Prompt::Chat(messages),
+        },
+        max_tokens,
+        sampling: RawSampling {
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+            min_p: sampling.min_p,
+            ..RawSampling::default()
+        },
+        seed: sampling.seed,
+        stop: Stop {
+            strings: sampling.stop.clone(),
+            token_ids: Vec::new(),
+            eos: if sampling.ignore_eos { Eos::Ignored } else { Eos::Stops },
+        },
+        top_logprobs: None,
+        choices: 1,
+    }
+}
+
+fn refused(error: &RequestError) -> Failure {
+    match error {
+        RequestError::Invalid { .. } | RequestError::UnknownModel { .. } => Failure::input(error),
+        _ => Failure::runtime(error),
+    }
+}

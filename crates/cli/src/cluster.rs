@@ -1,0 +1,197 @@
+//! Workers of one's own: child processes on Unix sockets in a private directory, started again when they die.
+
+use std::ffi::OsString;
+use std::fs::Permissions;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::os::unix::fs::PermissionsExt;
+use std::time::{Duration, Instant};
+
+use muster_types::Compute;
+use tempfile::TempDir;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::LogArgs;
+use crate::children::{self, Running};
+use crate::engine::cores;
+use crate::failure::Failure;
+use crate::progress::{Bar, Bars};
+
+/// How long a child may take to end.
+pub(crate) const GRACE: Duration = Duration::from_secs(10);
+/// Most rows of one message to workers of one's own.
+pub(crate) const MOST_ROWS: u32 = 8192;
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// A worker that lived this long did not die of what killed it before.
+const STEADY: Duration = Duration::from_secs(60);
+
+/// What workers of one's own are to be.
+pub(crate) struct WorkersSpec<'a> {
+    pub(crate) model: &'a str,
+    pub(crate) count: NonZeroU32,
+    pub(crate) compute: Option<Compute>,
+    pub(crate) threads: Option<NonZeroUsize>,
+    pub(crate) log: &'a LogArgs,
+}
+
+/// Running workers. Lives on the main thread.
+pub(crate) struct Workers {
+    addresses: Vec<String>,
+    stop: CancellationToken,
+    tasks: JoinSet<()>,
+    _directory: TempDir,
+}
+
+/// Compute threads of a router and of each of its workers, when they share this machine: half each.
+pub(crate) fn shares_of_cores(workers: NonZeroU32) -> (NonZeroUsize, NonZeroUsize) {
+    let half = cores().get() / 2;
+    let at_least_one = |threads| NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
+    (at_least_one(half), at_least_one(half / workers.get() as usize))
+}
+
+/// Flags that hand the parent's logging on to a child.
+pub(crate) fn log_flags(log: &LogArgs) -> Vec<OsString> {
+    let mut flags = vec!["--log".into(), log.log.clone().unwrap_or_else(|| "warn".to_owned()).into()];
+    if let Some(format) = log.log_format {
+        flags.extend(["--log-format".into(), format.to_string().into()]);
+    }
+    flags
+}
+
+/// The flag for a compute mode.
+pub(crate) fn compute_flag(compute: Option<Compute>) -> [OsString; 2] {
+    ["--compute".into(), compute.map_or_else(|| "auto".to_owned(), |compute| compute.to_string()).into()]
+}
+
+impl Workers {
+    /// Starts all workers and waits until they are ready. When one cannot start, none stays.
+    pub(crate) async fn start(spec: &WorkersSpec<'_>, bars: &Bars) -> Result<Self, Failure> {
+        let directory = tempfile::Builder::new()
+            .prefix("muster-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .map_err(|error| Failure::runtime(format!("cannot make a directory for sockets: {error}")))?;
+        let mut workers = Self {
+            addresses: Vec::new(),
+            stop: CancellationToken::new(),
+            tasks: JoinSet::new(),
+            _directory: directory,
+        };
+        let mut starting = Vec::new();
+        for index in 0..spec.count.get() {
+            let address =
+                format!("unix:{}", workers._directory.path().join(format!("{index}.sock")).display());
+            let worker =
+                Worker { name: format!("worker {index}"), arguments: arguments(spec, index, &address) };
+            let (ready, is_ready) = oneshot::channel();
+            let bar = bars.bar(worker.name.clone());
+            workers.tasks.spawn(worker.keep(bar, ready, workers.stop.clone()));
+            workers.addresses.push(address);
+            starting.push(is_ready);
+        }
+        for is_ready in starting {
+            // A task that ends without a word was stopped.
+            let outcome = is_ready.await.unwrap_or(Err(Failure::Interrupted));
+            if let Err(failure) = outcome {
+                workers.stop().await;
+                return Err(failure);
+            }
+        }
+        Ok(workers)
+    }
+
+    /// Where they listen.
+    pub(crate) fn addresses(&self) -> &[String] {
+        &self.addresses
+    }
+
+    /// Ends all of them.
+    pub(crate) async fn stop(mut self) {
+        self.stop.cancel();
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString> {
+    let threads = spec.threads.unwrap_or(shares_of_cores(spec.count).1);
+    let mut arguments: Vec<OsString> = vec![
+        "worker".into(),
+        "--model".into(),
+        spec.model.into(),
+        "--listen".into(),
+        address.into(),
+        "--share".into(),
+        format!("{index}/{}", spec.count).into(),
+        "--id".into(),
+        format!("worker-{index}").into(),
+        "--threads".into(),
+        threads.to_string().into(),
+        "--max-rows".into(),
+        MOST_ROWS.to_string().into(),
+    ];
+    arguments.extend(compute_flag(spec.compute));
+    arguments.extend(log_flags(spec.log));
+    arguments
+}
+
+struct Worker {
+    name: String,
+    arguments: Vec<OsString>,
+}
+
+impl Worker {
+    /// Runs the worker until told to stop; starts it again whenever it dies.
+    async fn keep(self, bar: Bar, ready: oneshot::Sender<Result<(), Failure>>, stop: CancellationToken) {
+        let first = tokio::select! {
+            first = self.start(&bar) => first,
+            () = stop.cancelled() => return,
+        };
+        let mut running = match first {
+            Ok(running) => running,
+            Err(failure) => return drop(ready.send(Err(failure))),
+        };
+        if ready.send(Ok(())).is_err() {
+            return running.stop(GRACE).await;
+        }
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let since = Instant::now();
+            let status = tokio::select! {
+                status = running.exited() => status,
+                () = stop.cancelled() => return running.stop(GRACE).await,
+            };
+            if since.elapsed() > STEADY {
+                pause = FIRST_PAUSE;
+            }
+            tracing::warn!(worker = self.name, %status, "died");
+            running = tokio::select! {
+                again = self.start_again(&bar, &mut pause) => again,
+                () = stop.cancelled() => return,
+            };
+            tracing::warn!(worker = self.name, "is back");
+        }
+    }
+
+    /// Starts the worker after a pause, and after ever longer pauses as long as that fails.
+    async fn start_again(&self, bar: &Bar, pause: &mut Duration) -> Running {
+        loop {
+            tokio::time::sleep(*pause).await;
+            *pause = (*pause * 2).min(LONGEST_PAUSE);
+            match self.start(bar).await {
+                Ok(running) => return running,
+                Err(failure) => {
+                    tracing::warn!(worker = self.name, ?failure, ?pause, "cannot be started again yet")
+                }
+            }
+        }
+    }
+
+    async fn start(&self, bar: &Bar) -> Result<Running, Failure> {
+        let mut running = children::spawn(&self.name, &self.arguments)?;
+        running.ready(|progress| bar.update(progress)).await?;
+        bar.finish();
+        Ok(running)
+    }
+}

@@ -1,0 +1,267 @@
+//! `muster check-model`: what a model is, how big its parts are, whether it loads.
+
+use std::ops::RangeInclusive;
+
+use muster_checkpoint::spec::{GateRecipe, MlpSpec, ModelSpec, Renormalise, Score};
+use muster_checkpoint::{Checkpoint, Inventory, LayerInventory};
+use muster_model::LoadProgress;
+use muster_text::Tokenizer;
+use serde::Serialize;
+
+use super::quality::{self, Quality};
+use crate::args::CheckModelArgs;
+use crate::failure::Failure;
+use crate::progress::Bar;
+use crate::{models, out, text};
+
+/// What `--json` prints. Sizes are in bytes as stored.
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    family: &'static str,
+    fingerprint: String,
+    parameters: u64,
+    active_parameters: u64,
+    weights: Weights,
+    hidden: usize,
+    vocabulary: u32,
+    context: usize,
+    end_of_text: Vec<u32>,
+    tokenizer: Option<TokenizerReport>,
+    layers: Vec<LayerReport>,
+    quality: Option<Quality>,
+}
+
+#[derive(Serialize)]
+struct Weights {
+    dtype: String,
+    bytes: u64,
+    trunk_bytes: u64,
+    /// Whether every weight was read and found finite; false when only headers were checked.
+    read: bool,
+}
+
+#[derive(Serialize)]
+struct TokenizerReport {
+    vocabulary: u32,
+    /// Why there is no usable chat template, when there is none.
+    chat_template_problem: Option<String>,
+}
+
+#[derive(Serialize, PartialEq, Eq)]
+struct LayerReport {
+    trunk_bytes: u64,
+    experts: u32,
+    experts_per_token: u32,
+    expert_bytes: u64,
+    gate: Option<String>,
+}
+
+pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
+    let checkpoint = models::open(&args.model)?;
+    let tokenizer = tokenizer(&checkpoint)?;
+    if !args.headers_only {
+        read_everything(&checkpoint)?;
+    }
+    let mut report = report(&checkpoint, tokenizer.as_ref(), !args.headers_only);
+    if args.quality {
+        report.quality = Some(quality::measure(args, checkpoint)?);
+    }
+    if args.json {
+        return out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?);
+    }
+    out::write(&for_people(&report))
+}
+
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, Failure> {
+    let file = |name| checkpoint.side_file(name).map_err(Failure::input);
+    let Some(json) = file("tokenizer.json")? else { return Ok(None) };
+    let config = file("tokenizer_config.json")?;
+    let tokenizer =
+        Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab).map_err(Failure::input)?;
+    Ok(Some(match file("chat_template.jinja")? {
+        Some(template) => tokenizer.with_chat_template(&template),
+        None => tokenizer,
+    }))
+}
+
+/// Reads every weight once, which finds damage that headers do not show.
+fn read_everything(checkpoint: &Checkpoint) -> Result<(), Failure> {
+    let bar = Bar::single("weights");
+    let total_bytes = checkpoint.inventory().total_bytes;
+    let mut done_bytes = 0;
+    for role in checkpoint.roles() {
+        checkpoint.read(role).map_err(Failure::input)?;
+        done_bytes += checkpoint.stored(role).map_or(0, |stored| stored.bytes);
+        bar.update(LoadProgress { done_bytes, total_bytes });
+    }
+    bar.finish();
+    Ok(())
+}
+
+fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) -> Report {
+    let (spec, inventory) = (checkpoint.spec(), checkpoint.inventory());
+    let Inventory { parameters, active_parameters, total_bytes, trunk_bytes, ref layers } = inventory;
+    Report {
+        model: checkpoint.name().to_owned(),
+        family: spec.family,
+        fingerprint: checkpoint.fingerprint().to_string(),
+        parameters,
+        active_parameters,
+        weights: Weights { dtype: spec.dtype.to_string(), bytes: total_bytes, trunk_bytes, read },
+        hidden: spec.hidden,
+        vocabulary: spec.vocab,
+        context: spec.context,
+        end_of_text: spec.eos.clone(),
+        tokenizer: tokenizer.map(|tokenizer| TokenizerReport {
+            vocabulary: tokenizer.vocab(),
+            chat_template_problem: tokenizer.chat_template().err().map(|error| error.to_string()),
+        }),
+        layers: layers.iter().enumerate().map(|(number, layer)| layer_report(spec, number, *layer)).collect(),
+        quality: None,
+    }
+}
+
+fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> LayerReport {
+    let LayerInventory { trunk_bytes, experts, expert_bytes } = layer;
+    let moe = match spec.layers.get(number).map(|layer| &layer.mlp) {
+        Some(MlpSpec::Moe(moe)) => Some(moe),
+        _ => None,
+    };
+    LayerReport {
+        trunk_bytes,
+        experts,
+        experts_per_token: moe.map_or(0, |moe| moe.top_k),
+        expert_bytes,
+        gate: moe.map(|moe| in_words(&moe.gate, moe.top_k)),
+    }
+}
+
+/// What a gate does, in a sentence.
+fn in_words(gate: &GateRecipe, top_k: u32) -> String {
+    let score = match gate.score {
+        Score::SoftmaxThenTopK => format!("softmax over all experts, then the top {top_k}"),
+        Score::TopKThenSoftmax => format!("the top {top_k}, then softmax over those"),
+    };
+    let renormalise = match gate.renormalise {
+        Renormalise::None => "",
+        Renormalise::Sum => ", weights divided by their sum",
+    };
+    format!("{score}{renormalise}")
+}
+
+/// Neighbouring layers that are alike.
+fn alike(layers: &[LayerReport]) -> Vec<(RangeInclusive<usize>, &LayerReport)> {
+    let mut groups: Vec<(RangeInclusive<usize>, &LayerReport)> = Vec::new();
+    for (number, layer) in layers.iter().enumerate() {
+        match groups.last_mut() {
+            Some((range, first)) if *first == layer => *range = *range.start()..=number,
+            _ => groups.push((number..=number, layer)),
+        }
+    }
+    groups
+}
+
+fn for_people(report: &Report) -> String {
+    let experts_bytes = report.weights.bytes - report.weights.trunk_bytes;
+    let tokenizer = report.tokenizer.as_ref();
+    let chat = match tokenizer.map(|tokenizer| &tokenizer.chat_template_problem) {
+        None => "none".to_owned(),
+        Some(None) => "yes".to_owned(),
+        Some(Some(problem)) => format!("unusable: {problem}"),
+    };
+    let loads = if report.weights.read {
+        "yes: every weight was read and is finite"
+    } else {
+        "headers are sound; weights not read"
+    };
+    let mut facts = vec![
+        ("model", format!("{} ({})", report.model, report.family)),
+        (
+            "parameters",
+            format!(
+                "{}, {} active per token",
+                text::count(report.parameters),
+                text::count(report.active_parameters)
+            ),
+        ),
+        (
+            "weights",
+            format!(
+                "{} {}: trunk {}, experts {}",
+                text::bytes(report.weights.bytes),
+                report.weights.dtype,
+                text::bytes(report.weights.trunk_bytes),
+                text::bytes(experts_bytes)
+            ),
+        ),
+        ("hidden", report.hidden.to_string()),
+        ("context", format!("{} tokens", report.context)),
+        ("vocabulary", report.vocabulary.to_string()),
+        ("end of text", format!("{:?}", report.end_of_text)),
+        ("tokenizer", tokenizer.map_or("none: token ids only", |_| "yes").to_owned()),
+        ("chat template", chat),
+    ];
+    let groups = alike(&report.layers);
+    for (_, layer) in &groups {
+        if let Some(gate) = &layer.gate
+            && !facts.iter().any(|(name, value)| *name == "gate" && value == gate)
+        {
+            facts.push(("gate", gate.clone()));
+        }
+    }
+    facts.push(("fingerprint", report.fingerprint.clone()));
+    facts.push(("loads", loads.to_owned()));
+    let lines: String = facts.iter().map(|(name, value)| format!("{name:<14} {value}\n")).collect();
+    let rows: Vec<Vec<String>> = groups.iter().map(|(range, layer)| row(range, layer)).collect();
+    let header = ["layers", "trunk each", "experts", "per token", "expert each", "experts each layer"];
+    let quality =
+        report.quality.as_ref().map_or_else(String::new, |quality| format!("\n{}\n", quality.in_words()));
+    format!("{lines}\n{}\n{quality}", text::table(&header, &rows))
+}
+
+fn row(range: &RangeInclusive<usize>, layer: &LayerReport) -> Vec<String> {
+    let name = if range.start() == range.end() {
+        range.start().to_string()
+    } else {
+        format!("{}-{}", range.start(), range.end())
+    };
+    vec![
+        name,
+        text::bytes(layer.trunk_bytes),
+        layer.experts.to_string(),
+        layer.experts_per_token.to_string(),
+        text::bytes(layer.expert_bytes),
+        text::bytes(layer.expert_bytes * u64::from(layer.experts)),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_that_are_alike_are_one_line() {
+        let layer = |experts| LayerReport {
+            trunk_bytes: 1,
+            experts,
+            experts_per_token: 2,
+            expert_bytes: 3,
+            gate: None,
+        };
+        let layers = [layer(0), layer(8), layer(8), layer(8), layer(0)];
+        let ranges: Vec<_> = alike(&layers).into_iter().map(|(range, _)| range).collect();
+        assert_eq!(ranges, [0..=0, 1..=3, 4..=4]);
+    }
+
+    #[test]
+    fn the_built_in_model_is_described() {
+        let checkpoint = models::open(models::DEMO).unwrap();
+        let tokenizer = tokenizer(&checkpoint).unwrap();
+        let report = report(&checkpoint, tokenizer.as_ref(), true);
+        let text = for_people(&report);
+        for fact in ["demo (mixtral)", "9.4 M, ", "bf16: trunk ", "512 tokens", "0-5", "chat template  yes"] {
+            assert!(text.contains(fact), "{fact} in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! `muster generate`: one prompt, one answer.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::target::with_backend;
+use crate::args::{GenerateArgs, LogArgs, SamplingArgs};
+use crate::backend::{Ask, Backend, Piece};
+use crate::failure::Failure;
+use crate::{out, text};
+
+pub(crate) async fn run(args: &GenerateArgs, log: &LogArgs) -> Result<(), Failure> {
+    with_backend(&args.target, args.compute, log, |backend, _| async move {
+        let prompt =
+            args.prompt.clone().map_or_else(|| Prompt::Tokens(args.prompt_tokens.clone()), Prompt::Text);
+        let output = if args.json { Output::Json } else { Output::Text };
+        answer(backend, prompt, args.max_tokens, &args.sampling, output).await
+    })
+    .await
+}
+
+/// What to continue.
+pub(crate) enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+/// How to print it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Output {
+    /// The text as it comes, and a line on timing on standard error.
+    Text,
+    /// One object at the end.
+    Json,
+}
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Answer {
+    token_ids: Vec<u32>,
+    text: String,
+    finish_reason: &'static str,
+    prompt_token_ids: Vec<u32>,
+    usage: Usage,
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: u32,
+    total_tokens: u64,
+}
+
+/// Generates once and prints it.
+pub(crate) async fn answer(
+    mut backend: Backend,
+    prompt: Prompt,
+    max_tokens: Option<u32>,
+    sampling: &SamplingArgs,
+    output: Output,
+) -> Result<(), Failure> {
+    let (shown, prompt) = match prompt {
+        Prompt::Text(text) => (text.clone(), backend.tokenize(text).await?),
+        Prompt::Tokens(ids) => (String::new(), ids),
+    };
+    let max_tokens = backend.max_tokens(max_tokens, prompt.len()).await?;
+    let started = Instant::now();
+    let mut pieces = backend.generate(Ask::Tokens(prompt.clone()), Some(max_tokens), sampling).await?;
+    if output == Output::Text {
+        out::model_text(&shown)?;
+    }
+    let (mut token_ids, mut whole, mut first) = (Vec::new(), String::new(), None);
+    let (finish_reason, completion_tokens) = loop {
+        let piece = pieces.next().await?;
+        first.get_or_insert_with(|| started.elapsed());
+        let (text, end) = match piece {
+            Some(Piece::Token { id, text }) => {
+                token_ids.push(id);
+                (text, None)
+            }
+            Some(Piece::Finished { reason, text, output_tokens }) => (text, Some((reason, output_tokens))),
+            None => return Err(Failure::runtime("the answer ended without saying why")),
+        };
+        if output == Output::Text {
+            out::model_text(&text)?;
+        }
+        whole += &text;
+        if let Some(end) = end {
+            break end;
+        }
+    };
+    match output {
+        Output::Text => {
+            out::line("")?;
+            out::note(&timing(prompt.len(), completion_tokens, first.unwrap_or_default(), started.elapsed()));
+            Ok(())
+        }
+        Output::Json => {
+            let usage = Usage {
+                prompt_tokens: prompt.len(),
+                completion_tokens,
+                total_tokens: prompt.len() as u64 + u64::from(completion_tokens),
+            };
+            let answer = Answer { token_ids, text: whole, finish_reason, prompt_token_ids: prompt, usage };
+            out::line(&serde_json::to_string(&answer).map_err(Failure::runtime)?)
+        }
+    }
+}
+
+fn timing(prompt: usize, output: u32, first: Duration, whole: Duration) -> String {
+    let rest = (whole.saturating_sub(first)).as_secs_f64();
+    let speed = f64::from(output.saturating_sub(1)) / rest;
+    let speed = if speed.is_finite() { format!(", then {speed:.1} tokens/s") } else { String::new() };
+    format!("[{prompt} + {output} tokens in {}; first after {}{speed}]", text::span(whole), text::span(first))
+}

@@ -1,0 +1,83 @@
+//! The subcommands, a file each.
+
+mod bench;
+mod chat;
+mod check_model;
+mod generate;
+mod logits;
+mod pull;
+mod quality;
+mod router;
+mod target;
+mod token_file;
+mod up;
+mod worker;
+
+use std::future::Future;
+
+use muster_config::{Flags, LogSettings};
+use muster_telemetry::init_logs;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::args::{Cli, Command, LogArgs};
+use crate::failure::Failure;
+
+/// Runs what was asked for.
+pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
+    let Cli { log, command } = cli;
+    // Servers log what their configuration says; tools what their flags say.
+    match command {
+        Command::Router(args) => return router::run(&args, &log),
+        Command::Worker(args) => return worker::run(&args, &log),
+        _ => init_logs(log.log_format.unwrap_or_default(), log.log.as_deref().unwrap_or("warn"))
+            .map_err(Failure::input)?,
+    }
+    match command {
+        Command::Up(args) => on_main_thread(up::run(&args, &log)),
+        Command::Chat(args) => on_main_thread(chat::run(&args)),
+        Command::Generate(args) => on_main_thread(generate::run(&args, &log)),
+        Command::CheckModel(args) => check_model::run(&args),
+        Command::Logits(args) => on_main_thread(logits::run(&args, &log)),
+        Command::Bench(args) => on_main_thread(bench::run(&args, &log)),
+        Command::Pull(args) => Err(pull::run(&args)),
+        Command::Router(_) | Command::Worker(_) => Ok(()),
+    }
+}
+
+/// Runs a command whose tasks, and so the children they spawn, are all on the main thread.
+fn on_main_thread(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime = runtime(&mut Builder::new_current_thread())?;
+    let outcome = runtime.block_on(work);
+    // A thread may be waiting for a line from the terminal; nobody waits for it.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn runtime(builder: &mut Builder) -> Result<Runtime, Failure> {
+    builder
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::runtime(format!("cannot start the asynchronous runtime: {error}")))
+}
+
+/// Runs a server until it ends.
+fn serve(log: &LogSettings, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    init_logs(log.format, &log.filter).map_err(Failure::input)?;
+    let runtime = runtime(Builder::new_multi_thread().worker_threads(2).thread_name("muster-io"))?;
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_background();
+    outcome
+}
+
+/// Blocking work, off the thread that keeps children and signals going.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(Failure::runtime(error)))
+}
+
+/// Flags of logging as settings of a role.
+fn log_settings(flags: Flags, log: &LogArgs) -> Flags {
+    let format = log.log_format.map(|format| format.to_string());
+    flags.text("log", log.log.as_deref()).text("log_format", format.as_deref())
+}

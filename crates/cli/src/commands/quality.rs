@@ -1,0 +1,179 @@
+//! How far bf16 computation is from f32: both run over the same tokens, and their distributions are compared.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use muster_checkpoint::Checkpoint;
+use muster_model::evaluate::evaluate;
+use muster_router::start::EngineSettings;
+use muster_types::Compute;
+use serde::Serialize;
+use tokio::runtime::Builder;
+
+use super::logits::failure;
+use super::{runtime, token_file};
+use crate::args::{CheckModelArgs, SamplingArgs};
+use crate::backend::{Ask, Backend, Piece};
+use crate::engine::{self, Experts, cores};
+use crate::failure::Failure;
+use crate::progress::Bar;
+
+/// What the model continues when nobody gives tokens.
+const PROMPTS: [&str; 8] = [
+    "Once upon a time",
+    "The capital of France is",
+    "In the beginning",
+    "def main():\n",
+    "12 + 30 =",
+    "A mixture of experts is",
+    "My favourite animal is the",
+    "The weather today",
+];
+/// Tokens of each continuation.
+const CONTINUATION: u32 = 48;
+
+/// The comparison, over all positions.
+#[derive(Serialize)]
+pub(crate) struct Quality {
+    positions: usize,
+    /// KL divergence of the next-token distribution in bf16 from that in f32, nats.
+    kl_mean: f64,
+    kl_max: f64,
+    /// Share of positions at which both find the same token likeliest.
+    top1_agreement: f64,
+}
+
+impl Quality {
+    pub(crate) fn in_words(&self) -> String {
+        format!(
+            "bf16 against f32 at {} positions: KL mean {:.2e}, max {:.2e} nats; same likeliest token at {:.2} %",
+            self.positions,
+            self.kl_mean,
+            self.kl_max,
+            self.top1_agreement * 100.0
+        )
+    }
+}
+
+/// Compares the modes.
+pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Quality, Failure> {
+    let checkpoint = Arc::new(checkpoint);
+    let threads = args.threads.unwrap_or(cores());
+    let texts = match &args.tokens {
+        Some(path) => token_file::more(path)?,
+        None => own_texts(&checkpoint, threads)?,
+    };
+    let exact = logits(&checkpoint, Compute::F32, threads, &texts)?;
+    let rounded = logits(&checkpoint, Compute::Bf16, threads, &texts)?;
+    let vocab = checkpoint.spec().vocab as usize;
+    compare(&exact, &rounded, vocab).ok_or_else(|| Failure::input("--tokens: there is nothing to compare"))
+}
+
+/// What the model itself says after a few prompts.
+fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<Vec<u32>>, Failure> {
+    let has_tokenizer = checkpoint.side_file("tokenizer.json").map_err(Failure::input)?.is_some();
+    if !has_tokenizer {
+        return Err(Failure::input(
+            "--quality: the model has no tokenizer.json; give token ids with --tokens FILE",
+        ));
+    }
+    let mode = engine::compute_mode(checkpoint, None);
+    let loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &Bar::single("model"))?;
+    let (service, _handle) = loaded.serve(EngineSettings::default())?;
+    let mut backend = Backend::Here(service);
+    runtime(&mut Builder::new_current_thread())?.block_on(async {
+        let mut texts = Vec::with_capacity(PROMPTS.len());
+        for prompt in PROMPTS {
+            texts.push(continuation(&mut backend, prompt).await?);
+        }
+        Ok(texts)
+    })
+}
+
+async fn continuation(backend: &mut Backend, prompt: &str) -> Result<Vec<u32>, Failure> {
+    let mut ids = backend.tokenize(prompt.to_owned()).await?;
+    let sampling = SamplingArgs { ignore_eos: true, ..SamplingArgs::greedy() };
+    let mut pieces = backend.generate(Ask::Tokens(ids.clone()), Some(CONTINUATION), &sampling).await?;
+    while let Some(piece) = pieces.next().await? {
+        if let Piece::Token { id, .. } = piece {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}
+
+fn logits(
+    checkpoint: &Arc<Checkpoint>,
+    compute: Compute,
+    threads: NonZeroUsize,
+    texts: &[Vec<u32>],
+) -> Result<Vec<f32>, Failure> {
+    let bar = Bar::single(&compute.to_string());
+    let mut loaded = engine::load(Arc::clone(checkpoint), compute, threads, Experts::Here, &bar)?;
+    let mut all = Vec::new();
+    for tokens in texts {
+        let outcome =
+            evaluate(&loaded.trunk, &loaded.cpu, loaded.dispatch.as_mut(), tokens, NonZeroUsize::MAX);
+        all.extend(outcome.map_err(failure)?.logits);
+    }
+    Ok(all)
+}
+
+/// `None` when there are no positions.
+fn compare(exact: &[f32], rounded: &[f32], vocab: usize) -> Option<Quality> {
+    let positions = exact.len() / vocab;
+    let (mut sum, mut max, mut same) = (0.0, 0f64, 0usize);
+    for (exact, rounded) in exact.chunks_exact(vocab).zip(rounded.chunks_exact(vocab)) {
+        let divergence = divergence(exact, rounded);
+        sum += divergence;
+        max = max.max(divergence);
+        same += usize::from(likeliest(exact) == likeliest(rounded));
+    }
+    let count = positions as f64;
+    (positions > 0).then(|| Quality {
+        positions,
+        kl_mean: sum / count,
+        kl_max: max,
+        top1_agreement: same as f64 / count,
+    })
+}
+
+/// KL(softmax(p) ‖ softmax(q)) in nats.
+fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let (p_norm, q_norm) = (log_sum_exp(p), log_sum_exp(q));
+    let term = |(&p, &q): (&f32, &f32)| {
+        let (log_p, log_q) = (f64::from(p) - p_norm, f64::from(q) - q_norm);
+        log_p.exp() * (log_p - log_q)
+    };
+    // Rounding can take a vanishing divergence below zero, where none is.
+    p.iter().zip(q).map(term).sum::<f64>().max(0.0)
+}
+
+fn log_sum_exp(logits: &[f32]) -> f64 {
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    max + logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum::<f64>().ln()
+}
+
+fn likeliest(logits: &[f32]) -> Option<usize> {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_distributions_do_not_diverge() {
+        let quality = compare(&[1.0, 2.0, 3.0], &[11.0, 12.0, 13.0], 3).unwrap();
+        assert!(quality.kl_max < 1e-12 && quality.top1_agreement == 1.0 && quality.positions == 1);
+        assert!(compare(&[], &[], 3).is_none());
+    }
+
+    #[test]
+    fn divergence_is_what_the_formula_says() {
+        // p = (1/2, 1/2), q = (1/4, 3/4): ln 2 - ln 3 / 2.
+        let q = [(0.25f32).ln(), (0.75f32).ln()];
+        assert!((divergence(&[0.0, 0.0], &q) - (2f64.ln() - 3f64.ln() / 2.0)).abs() < 1e-6);
+        assert_eq!(likeliest(&[1.0, 3.0, 3.0]), Some(1));
+    }
+}

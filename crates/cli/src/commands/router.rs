@@ -1,0 +1,117 @@
+//! `muster router`: settings to a running router.
+
+use muster_config::{Environment, Flags, RouterSettings, Sources};
+use muster_model::LoadProgress;
+use muster_router::serve::{Bound, Hooks, RouterConfig, RouterError, run as run_router};
+use muster_router::start::EngineSettings;
+use muster_types::Limits;
+
+use super::{log_settings, serve};
+use crate::args::{LogArgs, RouterArgs};
+use crate::children::{Announcement, Listening, announce, announce_loading, exit_with_parent};
+use crate::engine::cores;
+use crate::failure::Failure;
+use crate::progress::Bar;
+use crate::signals::Signals;
+use crate::{models, out};
+
+pub(crate) fn run(args: &RouterArgs, log: &LogArgs) -> Result<(), Failure> {
+    let flags = flags(args, log);
+    let environment = Environment::of_process();
+    let sources = Sources { file: args.config.config.as_deref(), environment: &environment, flags: &flags };
+    let loaded = RouterSettings::load(&sources).map_err(Failure::input)?;
+    if args.config.print_config {
+        return out::write(&loaded.effective);
+    }
+    let settings = loaded.settings;
+    if args.config.exit_with_parent {
+        exit_with_parent()?;
+    }
+    let log = settings.log.clone();
+    let announced = args.config.announce;
+    serve(&log, async move {
+        let signals = Signals::listen()?;
+        let metrics = muster_telemetry::install_metrics().map_err(Failure::runtime)?;
+        let config = config(settings)?;
+        let bar = (!announced).then(|| Bar::single("router"));
+        let hooks = Hooks {
+            progress: progress(bar.clone()),
+            ready: Box::new(move |bound| ready(bound, bar.as_ref())),
+            metrics: std::sync::Arc::new(move || metrics.render()),
+        };
+        run_router(config, hooks, signals.drain_then_exit()).await.map_err(|error| failure(&error))
+    })
+}
+
+fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
+    let flags = Flags::new()
+        .text("model", args.model.as_deref())
+        .text("model_name", args.model_name.as_deref())
+        .list("workers", &args.workers)
+        .text("http", args.http.as_deref())
+        .text("grpc", args.grpc.as_deref())
+        .text("id", args.id.as_deref())
+        .text("compute", args.compute.as_deref())
+        .text("threads", args.threads.as_deref())
+        .text("kv_memory", args.kv_memory.as_deref())
+        .text("step_tokens", args.step_tokens.as_deref())
+        .text("prefill_chunk", args.prefill_chunk.as_deref())
+        .text("max_running", args.max_running.as_deref())
+        .text("max_queue", args.max_queue.as_deref())
+        .text("expert_timeout", args.expert_timeout.as_deref())
+        .text("connect_timeout", args.connect_timeout.as_deref())
+        .text("drain_timeout", args.drain_timeout.as_deref());
+    let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
+    log_settings(flags, log)
+}
+
+fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
+    Ok(RouterConfig {
+        source: models::source(&settings.model)?,
+        model_name: settings.model_name,
+        router_id: settings.id,
+        workers: settings.workers.iter().map(ToString::to_string).collect(),
+        http: settings.http,
+        grpc: settings.grpc,
+        compute: settings.compute,
+        threads: settings.threads.unwrap_or(cores()),
+        connect_timeout: settings.connect_timeout,
+        drain_timeout: settings.drain_timeout,
+        engine: EngineSettings {
+            kv_bytes: settings.kv_memory,
+            step_tokens: settings.step_tokens,
+            prefill_chunk: settings.prefill_chunk,
+            expert_timeout: settings.expert_timeout,
+            limits: Limits { running: settings.max_running, queue: settings.max_queue, ..Limits::default() },
+        },
+    })
+}
+
+/// For the parent where there is one, else for the terminal.
+fn progress(bar: Option<Bar>) -> Box<dyn FnMut(LoadProgress) + Send> {
+    match bar {
+        Some(bar) => Box::new(move |progress| bar.update(progress)),
+        None => Box::new(announce_loading()),
+    }
+}
+
+fn ready(bound: Bound, bar: Option<&Bar>) {
+    match bar {
+        Some(bar) => bar.finish(),
+        None => announce(&Announcement::Ready(Listening {
+            http: Some(bound.http),
+            grpc: Some(bound.grpc),
+            ..Listening::default()
+        })),
+    }
+}
+
+fn failure(error: &RouterError) -> Failure {
+    match error {
+        RouterError::Bind { .. }
+        | RouterError::Checkpoint(_)
+        | RouterError::Model(_)
+        | RouterError::Start(_) => Failure::input(error),
+        _ => Failure::runtime(error),
+    }
+}

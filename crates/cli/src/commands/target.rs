@@ -1,0 +1,83 @@
+//! `--grpc URL`, or `--model M [--workers N]`: whom `generate` and `bench` work with.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use muster_dispatch_grpc::StatsHandle;
+use muster_router::start::EngineSettings;
+
+use super::blocking;
+use crate::args::{ComputeArgs, LogArgs, TargetArgs};
+use crate::backend::Backend;
+use crate::client::{Client, DEFAULT_GRPC};
+use crate::cluster::{Workers, WorkersSpec, shares_of_cores};
+use crate::engine::{self, Experts, compute_mode, cores};
+use crate::failure::Failure;
+use crate::models;
+use crate::progress::{Bar, Bars};
+use crate::signals::Signals;
+
+/// How long the engine may take to end once nobody uses it.
+const END: Duration = Duration::from_secs(5);
+
+/// Finds or starts a backend, gives it to `work`, and takes down again what was started. The statistics are there when
+/// the experts are in workers of one's own.
+pub(crate) async fn with_backend<F>(
+    target: &TargetArgs,
+    compute: ComputeArgs,
+    log: &LogArgs,
+    work: impl FnOnce(Backend, Option<StatsHandle>) -> F,
+) -> Result<(), Failure>
+where
+    F: Future<Output = Result<(), Failure>>,
+{
+    let mut signals = Signals::listen()?;
+    let Some(model) = &target.model else {
+        let address = target.grpc.as_deref().unwrap_or(DEFAULT_GRPC);
+        let work = async { work(Backend::Router(Client::connect(address).await?), None).await };
+        return signals.unless(work).await;
+    };
+    let checkpoint = Arc::new(models::open(model)?);
+    let Some(count) = target.workers else {
+        let threads = compute.threads.unwrap_or(cores());
+        let mode = compute_mode(&checkpoint, compute.compute.get());
+        let work = async {
+            let bar = Bar::single("model");
+            let loaded =
+                blocking(move || engine::load(checkpoint, mode, threads, Experts::Here, &bar)).await?;
+            in_process(loaded, work).await
+        };
+        return signals.unless(work).await;
+    };
+    let bars = Bars::new();
+    let spec = WorkersSpec { model, count, compute: compute.compute.get(), threads: compute.threads, log };
+    let workers = signals.unless(Workers::start(&spec, &bars)).await?;
+    let threads = compute.threads.unwrap_or(shares_of_cores(count).0);
+    let mode = compute_mode(&checkpoint, compute.compute.get());
+    let experts = Experts::Workers(workers.addresses().to_vec());
+    let bar = bars.bar("router".to_owned());
+    let outcome = signals
+        .unless(async {
+            let loaded = blocking(move || engine::load(checkpoint, mode, threads, experts, &bar)).await?;
+            in_process(loaded, work).await
+        })
+        .await;
+    workers.stop().await;
+    outcome
+}
+
+async fn in_process<F>(
+    loaded: engine::Loaded,
+    work: impl FnOnce(Backend, Option<StatsHandle>) -> F,
+) -> Result<(), Failure>
+where
+    F: Future<Output = Result<(), Failure>>,
+{
+    let stats = loaded.stats.clone();
+    let (service, handle) = loaded.serve(EngineSettings::default())?;
+    let outcome = work(Backend::Here(service), stats).await;
+    // Before the workers go, so that the engine's last step does not end in an error.
+    let _ = handle.stop(END).await;
+    outcome
+}

@@ -1,0 +1,153 @@
+//! `muster up`: a whole cluster on this machine, for as long as this process lives.
+
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
+
+use muster_checkpoint::Checkpoint;
+
+use super::generate::{Output, Prompt, answer};
+use crate::args::{LogArgs, UpArgs};
+use crate::backend::Backend;
+use crate::children::{self, Listening, Running};
+use crate::client::Client;
+use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flag, log_flags, shares_of_cores};
+use crate::failure::Failure;
+use crate::progress::Bars;
+use crate::signals::Signals;
+use crate::{models, out, text};
+
+pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
+    let addresses = Addresses::of(args)?;
+    // Opened here first, so that a model that cannot be served is refused once and not by every child.
+    let checkpoint = models::open(&args.model)?;
+    let mut signals = Signals::listen()?;
+    let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
+    let compute = args.compute.compute.get();
+    let bars = Bars::new();
+    let spec = WorkersSpec { model: &args.model, count, compute, threads: args.compute.threads, log };
+    let workers = signals.unless(Workers::start(&spec, &bars)).await?;
+    let outcome = with_router(args, log, &addresses, &checkpoint, &workers, &bars, &mut signals).await;
+    workers.stop().await;
+    match outcome {
+        // Ctrl-C is how a cluster that stays is ended.
+        Err(Failure::Interrupted) if args.prompt.is_none() => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// Where the router listens.
+struct Addresses {
+    http: SocketAddr,
+    grpc: SocketAddr,
+}
+
+impl Addresses {
+    fn of(args: &UpArgs) -> Result<Self, Failure> {
+        // A busy port must not keep a single answer from coming.
+        let local = |port| {
+            SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), if args.prompt.is_some() { 0 } else { port })
+        };
+        let addresses =
+            Self { http: args.http.unwrap_or(local(8080)), grpc: args.grpc.unwrap_or(local(50051)) };
+        for (flag, address) in [("--http", addresses.http), ("--grpc", addresses.grpc)] {
+            if !address.ip().is_loopback() && !args.insecure_plaintext {
+                return Err(Failure::input(format!(
+                    "{flag}: {address} can be reached from other machines and there is no TLS; use a loopback \
+                     address, or ask for plaintext by name with --insecure-plaintext"
+                )));
+            }
+        }
+        Ok(addresses)
+    }
+}
+
+async fn with_router(
+    args: &UpArgs,
+    log: &LogArgs,
+    addresses: &Addresses,
+    checkpoint: &Checkpoint,
+    workers: &Workers,
+    bars: &Bars,
+    signals: &mut Signals,
+) -> Result<(), Failure> {
+    let mut router = children::spawn("the router", &router_arguments(args, log, addresses, workers))?;
+    let outcome = signals.unless(serve(args, checkpoint, &mut router, bars)).await;
+    router.stop(GRACE).await;
+    outcome
+}
+
+/// Until the prompt is answered, or else until the router ends.
+async fn serve(
+    args: &UpArgs,
+    checkpoint: &Checkpoint,
+    router: &mut Running,
+    bars: &Bars,
+) -> Result<(), Failure> {
+    let bar = bars.bar("router".to_owned());
+    let listening = router.ready(|progress| bar.update(progress)).await?;
+    bar.finish();
+    let Listening { http: Some(http), grpc: Some(grpc), .. } = listening else {
+        return Err(Failure::runtime("the router did not say where it listens"));
+    };
+    if let Some(prompt) = &args.prompt {
+        let backend = Backend::Router(Client::connect(&grpc.to_string()).await?);
+        let prompt = Prompt::Text(prompt.clone());
+        let answered = answer(backend, prompt, args.max_tokens, &args.sampling, Output::Text);
+        return tokio::select! {
+            outcome = answered => outcome,
+            status = router.exited() => Err(Failure::runtime(format!("the router ended while it answered ({status})"))),
+        };
+    }
+    out::write(&welcome(args, checkpoint, http, grpc))?;
+    let status = router.exited().await;
+    Err(Failure::runtime(format!("the router ended ({status}); its own message is above")))
+}
+
+fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers: &Workers) -> Vec<OsString> {
+    let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
+    let threads = args.compute.threads.unwrap_or(shares_of_cores(count).0);
+    let mut arguments: Vec<OsString> = vec![
+        "router".into(),
+        "--model".into(),
+        args.model.as_str().into(),
+        "--http".into(),
+        addresses.http.to_string().into(),
+        "--grpc".into(),
+        addresses.grpc.to_string().into(),
+        "--threads".into(),
+        threads.to_string().into(),
+    ];
+    for address in workers.addresses() {
+        arguments.extend(["--worker".into(), address.into()]);
+    }
+    if let Some(bytes) = args.kv_memory {
+        arguments.extend(["--kv-memory".into(), format!("{bytes}B").into()]);
+    }
+    if args.insecure_plaintext {
+        arguments.push("--insecure-plaintext".into());
+    }
+    arguments.extend(compute_flag(args.compute.compute.get()));
+    arguments.extend(log_flags(log));
+    arguments
+}
+
+/// What a person needs to know once it runs.
+fn welcome(args: &UpArgs, checkpoint: &Checkpoint, http: SocketAddr, grpc: SocketAddr) -> String {
+    let (inventory, name) = (checkpoint.inventory(), checkpoint.name());
+    let program = std::env::args().next().unwrap_or_else(|| "muster".to_owned());
+    format!(
+        "{name} ({family}, {parameters} parameters, {active} active per token) is served by 1 router and {workers} workers\n\
+         \n  OpenAI HTTP  http://{http}/v1\n  gRPC         http://{grpc}\n\
+         \nNow try, in another terminal:\n\
+         \n  {program} chat --grpc http://{grpc}\
+         \n  {program} generate \"Once upon a time\" --grpc http://{grpc}\
+         \n  curl http://{http}/v1/completions -H 'Content-Type: application/json' \\\
+         \n    -d '{{\"model\": \"{name}\", \"prompt\": \"Once upon a time\", \"max_tokens\": 40}}'\n\
+         \nCtrl-C stops everything.\n",
+        family = checkpoint.spec().family,
+        parameters = text::count(inventory.parameters),
+        active = text::count(inventory.active_parameters),
+        workers = args.workers,
+    )
+}

@@ -1,0 +1,135 @@
+//! `muster worker`: settings to a running worker.
+
+use muster_config::{Environment, Flags, Share, Sources, WorkerSettings};
+use muster_dispatch_grpc::Address;
+use muster_types::WorkerId;
+use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run as run_worker};
+
+use super::{log_settings, serve};
+use crate::args::{LogArgs, WorkerArgs};
+use crate::children::{Announcement, Listening, announce, announce_loading, exit_with_parent};
+use crate::engine::cores;
+use crate::failure::Failure;
+use crate::progress::Bar;
+use crate::signals::Signals;
+use crate::{models, out};
+
+pub(crate) fn run(args: &WorkerArgs, log: &LogArgs) -> Result<(), Failure> {
+    let flags = flags(args, log);
+    let environment = Environment::of_process();
+    let sources = Sources { file: args.config.config.as_deref(), environment: &environment, flags: &flags };
+    let loaded = WorkerSettings::load(&sources).map_err(Failure::input)?;
+    if args.config.print_config {
+        return out::write(&loaded.effective);
+    }
+    let settings = loaded.settings;
+    if args.config.exit_with_parent {
+        exit_with_parent()?;
+    }
+    let log = settings.log.clone();
+    let announced = args.config.announce;
+    serve(&log, async move {
+        let signals = Signals::listen()?;
+        let config = config(settings)?;
+        run_worker(config, hooks(announced), signals.drain_then_exit()).await.map_err(|error| failure(&error))
+    })
+}
+
+fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
+    let flags = Flags::new()
+        .text("model", args.model.as_deref())
+        .text("listen", args.listen.as_deref())
+        .text("share", args.share.as_deref())
+        .text("id", args.id.as_deref())
+        .text("compute", args.compute.as_deref())
+        .text("threads", args.threads.as_deref())
+        .text("max_rows", args.max_rows.as_deref())
+        .text("max_queue", args.max_queue.as_deref())
+        .text("max_streams", args.max_streams.as_deref())
+        .text("drain_timeout", args.drain_timeout.as_deref());
+    let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
+    log_settings(flags, log)
+}
+
+fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
+    let id = settings.id.unwrap_or_else(|| name_of(&settings.listen, std::process::id()));
+    Ok(WorkerConfig {
+        worker_id: WorkerId::new(&id).map_err(|error| Failure::input(format!("--id: {error}")))?,
+        listen: settings.listen,
+        source: models::source(&settings.model)?,
+        share: match settings.share {
+            Share::All => muster_worker::Share::All,
+            Share::Part { index, of } => muster_worker::Share::Part { index, count: of },
+        },
+        compute: settings.compute,
+        threads: settings.threads.unwrap_or(cores()),
+        max_rows: settings.max_rows,
+        queue: settings.max_queue,
+        streams: settings.max_streams,
+        drain_timeout: settings.drain_timeout,
+    })
+}
+
+/// A worker's name when nobody gives one: where it listens, as far as that fits into a name. Where the system picks the
+/// port, the process id tells workers apart.
+fn name_of(address: &Address, process: u32) -> String {
+    const LONGEST: usize = 100;
+    let text = match address {
+        Address::Tcp { host, port: 0 } => format!("{host}-{process}"),
+        address => address.to_string(),
+    };
+    let allowed = |c: char| if c.is_ascii_alphanumeric() || "._:/-".contains(c) { c } else { '-' };
+    let name: String = text.chars().map(allowed).collect();
+    // All characters are one byte long now. The end of a path tells more than its beginning.
+    name[name.len().saturating_sub(LONGEST)..].to_owned()
+}
+
+/// For the parent where there is one, else for the terminal.
+fn hooks(announced: bool) -> Hooks {
+    if announced {
+        let ready = |ready: Ready| {
+            let listening = Listening { listen: Some(ready.address.to_string()), ..Listening::default() };
+            announce(&Announcement::Ready(listening));
+        };
+        return Hooks { progress: Box::new(announce_loading()), ready: Box::new(ready) };
+    }
+    let bar = Bar::single("worker");
+    let done = bar.clone();
+    Hooks {
+        progress: Box::new(move |progress| bar.update(progress)),
+        ready: Box::new(move |_| done.finish()),
+    }
+}
+
+fn failure(error: &WorkerError) -> Failure {
+    match error {
+        WorkerError::Bind(_)
+        | WorkerError::Checkpoint(_)
+        | WorkerError::Model(_)
+        | WorkerError::Share(_)
+        | WorkerError::EmptyShare { .. }
+        | WorkerError::Size { .. } => Failure::input(error),
+        _ => Failure::runtime(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_address_gives_a_name() {
+        let long = format!("unix:/{}", "x".repeat(97));
+        for (address, name) in [
+            ("127.0.0.1:7070", "127.0.0.1:7070"),
+            ("127.0.0.1:0", "127.0.0.1-42"),
+            ("[::1]:7070", "-::1-:7070"),
+            ("unix:/run/a b@c.sock", "unix:/run/a-b-c.sock"),
+            (long.as_str(), &long[long.len() - 100..]),
+        ] {
+            let made = name_of(&address.parse().unwrap(), 42);
+            assert_eq!(made, name);
+            assert!(WorkerId::new(&made).is_ok());
+        }
+    }
+}

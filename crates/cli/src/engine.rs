@@ -1,0 +1,112 @@
+//! A whole engine in this process, with its experts here or in workers.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use muster_checkpoint::Checkpoint;
+use muster_dispatch_grpc::{ConnectConfig, GrpcDispatch, Start, StatsHandle};
+use muster_engine::dispatch::ExpertDispatch;
+use muster_kernels::Cpu;
+use muster_model::experts::ExpertSet;
+use muster_model::local::Local;
+use muster_model::trunk::Trunk;
+use muster_router::health::Health;
+use muster_router::serve::expert_shape;
+use muster_router::service::{HealthProbe, Service};
+use muster_router::start::{EngineHandle, EngineSettings, Parts, start};
+use muster_types::Compute;
+
+use crate::cluster::MOST_ROWS;
+use crate::failure::Failure;
+use crate::progress::Bar;
+
+/// Where the experts are.
+pub(crate) enum Experts {
+    /// In this process.
+    Here,
+    /// In the workers at these addresses.
+    Workers(Vec<String>),
+}
+
+/// A loaded trunk and the way to its experts.
+pub(crate) struct Loaded {
+    pub(crate) checkpoint: Arc<Checkpoint>,
+    pub(crate) cpu: Arc<Cpu>,
+    pub(crate) trunk: Arc<Trunk>,
+    pub(crate) dispatch: Box<dyn ExpertDispatch>,
+    /// Where the dispatch's time goes, when it leaves the process.
+    pub(crate) stats: Option<StatsHandle>,
+    health: HealthProbe,
+    workers: u32,
+}
+
+/// The mode to compute in.
+pub(crate) fn compute_mode(checkpoint: &Checkpoint, asked: Option<Compute>) -> Compute {
+    asked.unwrap_or(Compute::default_for(checkpoint.spec().dtype))
+}
+
+/// Cores of this machine that this process may use.
+pub(crate) fn cores() -> NonZeroUsize {
+    available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Loads what this process is to hold. Blocks.
+pub(crate) fn load(
+    checkpoint: Arc<Checkpoint>,
+    compute: Compute,
+    threads: NonZeroUsize,
+    experts: Experts,
+    bar: &Bar,
+) -> Result<Loaded, Failure> {
+    let cpu = Arc::new(Cpu::new(threads).map_err(Failure::runtime)?);
+    let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut |p| bar.update(p)).map_err(Failure::input)?);
+    bar.finish();
+    match experts {
+        Experts::Here => {
+            let keys = ExpertSet::all_keys(&checkpoint);
+            let set = ExpertSet::load(&checkpoint, &keys, compute, &mut |p| bar.update(p))
+                .map_err(Failure::input)?;
+            bar.finish();
+            let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
+            let health: HealthProbe = Arc::new(|| Health::Ready);
+            Ok(Loaded { checkpoint, cpu, trunk, dispatch, stats: None, health, workers: 0 })
+        }
+        Experts::Workers(addresses) => {
+            let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
+            let dispatch = connect(&checkpoint, compute, addresses)?;
+            let stats = Some(dispatch.stats());
+            // The workers are children of this process, which sees them die.
+            let health: HealthProbe = Arc::new(|| Health::Ready);
+            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), stats, health, workers })
+        }
+    }
+}
+
+fn connect(checkpoint: &Checkpoint, compute: Compute, workers: Vec<String>) -> Result<GrpcDispatch, Failure> {
+    let spec = checkpoint.spec();
+    GrpcDispatch::connect(ConnectConfig {
+        workers,
+        router_id: "muster".to_owned(),
+        fingerprint: checkpoint.fingerprint(),
+        hidden: spec.hidden,
+        compute,
+        shape: expert_shape(checkpoint),
+        top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
+        max_rows: MOST_ROWS,
+        connect_timeout: Duration::from_secs(60),
+        shard_deadline: Duration::from_secs(60),
+        start: Start::Complete,
+    })
+    .map_err(Failure::runtime)
+}
+
+impl Loaded {
+    /// Starts the engine thread over it.
+    pub(crate) fn serve(self, settings: EngineSettings) -> Result<(Service, EngineHandle), Failure> {
+        let Self { checkpoint, cpu, trunk, dispatch, health, workers, .. } = self;
+        start(Parts { checkpoint, trunk, cpu, dispatch, health, workers, model_name: None, settings })
+            .map_err(Failure::input)
+    }
+}

@@ -1,0 +1,32 @@
+//! The `muster` program: one executable, one subcommand per role or tool.
+//!
+//! Owns the command line, child processes, terminal output and exit codes (0 done, 1 failed, 2 bad input). Everything
+//! else is in the libraries. `main` stays on the main thread for the life of the process, because child processes are
+//! tied to the thread that spawned them.
+
+mod args;
+mod backend;
+mod children;
+mod client;
+mod cluster;
+mod commands;
+mod engine;
+mod failure;
+mod models;
+mod out;
+mod progress;
+mod signals;
+mod stats;
+mod text;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = args::Cli::parse();
+    match commands::run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

@@ -1,0 +1,74 @@
+//! From what a person types as a model to where its files are; and the model that is built in.
+//!
+//! The only place of this program that reads the environment for model directories.
+
+use std::env;
+use std::path::PathBuf;
+
+use muster_checkpoint::{Checkpoint, Source, locate};
+
+use crate::failure::Failure;
+
+/// Name of the built-in model. A directory of that name is meant by `./demo`.
+pub(crate) const DEMO: &str = "demo";
+
+macro_rules! demo_files {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_bytes!(concat!("../../../models/demo/", $name)))),*]
+    };
+}
+
+static DEMO_FILES: &[(&str, &[u8])] = demo_files![
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+
+/// Where the model's files are.
+pub(crate) fn source(model: &str) -> Result<Source, Failure> {
+    if model.is_empty() {
+        return Err(Failure::input(
+            "--model: is empty; give a directory, org/name of a pulled model, or demo",
+        ));
+    }
+    if model == DEMO {
+        return Ok(Source::Embedded { name: DEMO, files: DEMO_FILES });
+    }
+    locate(model, &hub_roots())
+        .map(Source::Directory)
+        .map_err(|error| Failure::input(format!("--model: {error}")))
+}
+
+/// Opens a model: everything that its headers can tell is checked.
+pub(crate) fn open(model: &str) -> Result<Checkpoint, Failure> {
+    Checkpoint::open(&source(model)?).map_err(|error| Failure::input(format!("model {model}: {error}")))
+}
+
+/// Directories of Hugging Face hub caches, in the order in which the hub's own library looks.
+fn hub_roots() -> Vec<PathBuf> {
+    let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let roots = [
+        path("HF_HUB_CACHE"),
+        path("HF_HOME").map(|home| home.join("hub")),
+        path("XDG_CACHE_HOME").map(|cache| cache.join("huggingface/hub")),
+        path("HOME").map(|home| home.join(".cache/huggingface/hub")),
+    ];
+    roots.into_iter().flatten().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_model_is_whole() {
+        let checkpoint = open(DEMO).unwrap();
+        assert_eq!((checkpoint.name(), checkpoint.spec().family), ("demo", "mixtral"));
+        assert!(checkpoint.side_file("tokenizer.json").unwrap().is_some());
+    }
+}

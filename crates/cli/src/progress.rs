@@ -1,0 +1,59 @@
+//! Progress of loading: bars on a terminal, a line when done elsewhere.
+
+use std::io::{self, IsTerminal};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use muster_model::LoadProgress;
+
+use crate::{out, text};
+
+/// Several bars below each other.
+pub(crate) struct Bars {
+    bars: MultiProgress,
+    is_terminal: bool,
+}
+
+impl Bars {
+    pub(crate) fn new() -> Self {
+        let is_terminal = io::stderr().is_terminal();
+        let target = if is_terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        Self { bars: MultiProgress::with_draw_target(target), is_terminal }
+    }
+
+    /// A bar for something that is loaded.
+    pub(crate) fn bar(&self, label: String) -> Bar {
+        let style = ProgressStyle::with_template("{prefix:<12} {bar:32} {bytes:>10} of {total_bytes} {msg}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = self.bars.add(ProgressBar::new(0).with_style(style).with_prefix(label.clone()));
+        Bar { bar, label, is_terminal: self.is_terminal }
+    }
+}
+
+/// One bar.
+#[derive(Clone)]
+pub(crate) struct Bar {
+    bar: ProgressBar,
+    label: String,
+    is_terminal: bool,
+}
+
+impl Bar {
+    /// A bar by itself.
+    pub(crate) fn single(label: &str) -> Self {
+        Bars::new().bar(label.to_owned())
+    }
+
+    pub(crate) fn update(&self, progress: LoadProgress) {
+        self.bar.set_length(progress.total_bytes);
+        self.bar.set_position(progress.done_bytes);
+    }
+
+    /// Done: the bar goes away; a line stays where there was none.
+    pub(crate) fn finish(&self) {
+        let loaded = self.bar.position();
+        self.bar.finish_and_clear();
+        if !self.is_terminal && loaded > 0 {
+            out::note(&format!("{}: loaded {}", self.label, text::bytes(loaded)));
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! The environment layer: `MUSTER_ROUTER_HTTP` is the key `http` of the role `router`.
+//!
+//! Kubernetes puts variables of every Service into its pods, so a Service called `muster-router` brings
+//! `MUSTER_ROUTER_PORT_8080_TCP` and the like. Those are recognised by their form and left alone.
+
+use std::ffi::OsString;
+
+use crate::layers::{Entry, Key, Raw, unknown_key};
+use crate::problem::{Origin, Problem};
+
+/// Names and values of environment variables.
+#[derive(Debug, Clone, Default)]
+pub struct Environment(Vec<(OsString, OsString)>);
+
+impl Environment {
+    /// This process's own.
+    #[must_use]
+    pub fn of_process() -> Self {
+        Self(std::env::vars_os().collect())
+    }
+
+    /// These, for tests.
+    pub fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
+        Self(variables.into_iter().collect())
+    }
+
+    /// Entries for the keys of one role.
+    pub(crate) fn read(
+        &self,
+        role: &str,
+        keys: &'static [Key],
+        problems: &mut Vec<Problem>,
+    ) -> Vec<(&'static str, Entry)> {
+        let prefix = format!("MUSTER_{}_", role.to_uppercase());
+        let mut entries = Vec::new();
+        for (name, value) in &self.0 {
+            let name = name.to_string_lossy();
+            let Some(rest) = name.strip_prefix(&prefix) else { continue };
+            let origin = Origin::Environment { name: name.clone().into_owned() };
+            let Some(value) = value.to_str() else {
+                let message = "the value is not UTF-8".to_owned();
+                problems.push(Problem { origin, key: String::new(), message });
+                continue;
+            };
+            if is_kubernetes_service(rest) {
+                continue;
+            }
+            match keys.iter().find(|key| key.name.eq_ignore_ascii_case(rest)) {
+                Some(key) => entries.push((key.name, Entry { raw: Raw::One(value.to_owned()), origin })),
+                None => problems.push(unknown_key(&rest.to_lowercase(), keys, origin)),
+            }
+        }
+        entries
+    }
+}
+
+/// Whether what follows the prefix is one of the variables that Kubernetes makes for a Service.
+fn is_kubernetes_service(rest: &str) -> bool {
+    let parts: Vec<&str> = rest.split('_').collect();
+    let port = |parts: &[&str]| match parts {
+        ["PORT"] => true,
+        ["PORT", number, protocol] | ["PORT", number, protocol, "PROTO" | "PORT" | "ADDR"] => {
+            number.parse::<u16>().is_ok() && matches!(*protocol, "TCP" | "UDP" | "SCTP")
+        }
+        _ => false,
+    };
+    (0..parts.len()).any(|at| port(&parts[at..]) || matches!(parts[at..], ["SERVICE", "HOST" | "PORT", ..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_of_services_are_told_from_settings() {
+        for theirs in [
+            "PORT",
+            "PORT_8080_TCP",
+            "PORT_8080_TCP_ADDR",
+            "SERVICE_HOST",
+            "SERVICE_PORT",
+            "SERVICE_PORT_GRPC",
+            "GRPC_PORT",
+        ] {
+            assert!(is_kubernetes_service(theirs), "{theirs}");
+        }
+        for ours in ["HTTP", "GRPC", "PORT_X", "PORTS", "PORT_8080_QUIC", "EXPERT_TIMEOUT", "SERVICE"] {
+            assert!(!is_kubernetes_service(ours), "{ours}");
+        }
+    }
+}

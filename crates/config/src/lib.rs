@@ -1,0 +1,26 @@
+//! File, environment and flags to one validated value.
+//!
+//! Each role has a table of keys; every layer gives texts for some of them, the later layer wins (file, then
+//! environment, then flags), and what wins is parsed once. All problems are reported at once, each with the place
+//! it comes from, and nothing is opened or bound before all is well. Unknown keys are refused everywhere.
+//!
+//! The one place of the program that reads `MUSTER_…` variables. Knows nothing about what settings do.
+//!
+//! There is no general configuration library behind this: those that merge layers stop at the first bad value and
+//! do not know the line it stands on.
+
+mod environment;
+mod file;
+mod layers;
+mod problem;
+mod router;
+mod suggest;
+mod value;
+mod worker;
+
+pub use environment::Environment;
+pub use layers::{Flags, Loaded, Sources};
+pub use problem::{ConfigError, Origin, Problem};
+pub use router::RouterSettings;
+pub use value::{LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket};
+pub use worker::WorkerSettings;

@@ -1,0 +1,192 @@
+//! The router's settings.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use muster_dispatch_grpc::Address;
+use muster_telemetry::LogFormat;
+use muster_types::{Compute, WorkerId};
+
+use crate::file::Role;
+use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
+use crate::problem::ConfigError;
+use crate::value::{self, LogSettings, parse_compute, parse_duration, parse_size, parse_socket};
+
+const KEYS: &[Key] = &[
+    Key { name: "model", kind: ValueKind::Text, default: None },
+    Key { name: "model_name", kind: ValueKind::Text, default: None },
+    Key { name: "workers", kind: ValueKind::List, default: None },
+    Key { name: "http", kind: ValueKind::Text, default: Some("127.0.0.1:8080") },
+    Key { name: "grpc", kind: ValueKind::Text, default: Some("127.0.0.1:50051") },
+    Key { name: "id", kind: ValueKind::Text, default: Some("router") },
+    Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
+    Key { name: "threads", kind: ValueKind::NumberOrText, default: Some("auto") },
+    Key { name: "kv_memory", kind: ValueKind::Text, default: None },
+    Key { name: "step_tokens", kind: ValueKind::Number, default: Some("1024") },
+    Key { name: "prefill_chunk", kind: ValueKind::Number, default: Some("512") },
+    Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
+    Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
+    Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
+    Key { name: "connect_timeout", kind: ValueKind::Text, default: Some("60s") },
+    Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
+    Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
+    Key { name: "log", kind: ValueKind::Text, default: Some("info") },
+    Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
+];
+
+pub(crate) const ROLE: Role = ("router", KEYS);
+
+/// What a router is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RouterSettings {
+    /// Directory or name of the model.
+    pub model: String,
+    /// Name to serve it under; `None` takes the checkpoint's.
+    pub model_name: Option<String>,
+    /// Where the workers are; at least one, none twice.
+    pub workers: Vec<Address>,
+    /// Where OpenAI HTTP, probes and metrics listen.
+    pub http: SocketAddr,
+    /// Where gRPC listens.
+    pub grpc: SocketAddr,
+    /// Name of this router in the workers' logs.
+    pub id: String,
+    /// What activations are rounded to; `None` as the checkpoint says.
+    pub compute: Option<Compute>,
+    /// Compute threads; `None` for all cores.
+    pub threads: Option<NonZeroUsize>,
+    /// Bytes for the KV cache; `None` lets the router choose.
+    pub kv_memory: Option<u64>,
+    /// Most tokens in a step.
+    pub step_tokens: u32,
+    /// Most prompt tokens of one sequence in a step; at most `step_tokens`.
+    pub prefill_chunk: u32,
+    /// Most sequences in the batch.
+    pub max_running: usize,
+    /// Most sequences that wait for a place in it.
+    pub max_queue: usize,
+    /// How long to wait for one layer's experts.
+    pub expert_timeout: Duration,
+    /// How long to wait for the workers at the start.
+    pub connect_timeout: Duration,
+    /// How long running requests may go on after a stop was asked for.
+    pub drain_timeout: Duration,
+    /// What is logged.
+    pub log: LogSettings,
+}
+
+impl RouterSettings {
+    /// Reads and checks all layers.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError> {
+        let mut reader = Reader::new(ROLE, sources);
+        let settings = read(&mut reader);
+        reader.finish(settings)
+    }
+}
+
+fn read(reader: &mut Reader) -> Option<RouterSettings> {
+    const COUNT: u64 = 1 << 20;
+    // Everything is read before anything is given up, so that all problems are found.
+    let model = reader.required("model", text);
+    let model_name = reader.optional("model_name", model_name);
+    let workers = workers(reader);
+    let http = reader.required("http", parse_socket);
+    let grpc = reader.required("grpc", parse_socket);
+    let id = reader.required("id", name);
+    let compute = reader.required("compute", parse_compute);
+    let threads = reader.required("threads", value::threads);
+    let kv_memory = reader.optional("kv_memory", parse_size);
+    let mut count = |key| {
+        let number = reader.required(key, |text| value::count(text, 1, COUNT));
+        number.and_then(|number| u32::try_from(number).ok())
+    };
+    let (step_tokens, prefill_chunk) = (count("step_tokens"), count("prefill_chunk"));
+    let (max_running, max_queue) = (count("max_running"), count("max_queue"));
+    let expert_timeout = reader.required("expert_timeout", parse_duration);
+    let connect_timeout = reader.required("connect_timeout", parse_duration);
+    let drain_timeout = reader.required("drain_timeout", parse_duration);
+    let log = log(reader);
+    if let (Some(chunk), Some(step)) = (prefill_chunk, step_tokens)
+        && chunk > step
+    {
+        reader.problem("prefill_chunk", format!("is {chunk}, more than step_tokens, which is {step}"));
+    }
+    let plaintext = reader.switch("insecure_plaintext");
+    for (key, address) in [("http", http), ("grpc", grpc)] {
+        if let Some(address) = address
+            && !plaintext
+            && !address.ip().is_loopback()
+        {
+            reader.problem(key, off_loopback(&address.to_string()));
+        }
+    }
+    if http.is_some_and(|http| http.port() != 0) && http == grpc {
+        reader.problem("grpc", "is the same address as http; give each a port of its own".to_owned());
+    }
+    Some(RouterSettings {
+        model: model?,
+        model_name,
+        workers,
+        http: http?,
+        grpc: grpc?,
+        id: id?,
+        compute: compute?,
+        threads: threads?,
+        kv_memory,
+        step_tokens: step_tokens?,
+        prefill_chunk: prefill_chunk?,
+        max_running: max_running? as usize,
+        max_queue: max_queue? as usize,
+        expert_timeout: expert_timeout?,
+        connect_timeout: connect_timeout?,
+        drain_timeout: drain_timeout?,
+        log: log?,
+    })
+}
+
+fn workers(reader: &mut Reader) -> Vec<Address> {
+    let workers = reader.list("workers", |text| text.parse::<Address>().map_err(|error| error.to_string()));
+    let mut seen = std::collections::HashSet::new();
+    for worker in &workers {
+        if !seen.insert(worker) {
+            reader.problem("workers", format!("{worker} is listed twice; remove one"));
+        }
+    }
+    if workers.iter().any(|worker| matches!(worker, Address::Tcp { port: 0, .. })) {
+        reader.problem("workers", "port 0 is nowhere; give the port the worker listens on".to_owned());
+    }
+    workers
+}
+
+pub(crate) fn log(reader: &mut Reader) -> Option<LogSettings> {
+    let filter = reader.required("log", text);
+    let parse = |text: &str| text.parse::<LogFormat>().map_err(|error| error.to_string());
+    let format = reader.required("log_format", parse);
+    Some(LogSettings { filter: filter?, format: format? })
+}
+
+pub(crate) fn text(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
+}
+
+/// A name that may stand in logs and labels.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    WorkerId::new(text).map(|id| id.as_str().to_owned()).map_err(|error| error.to_string())
+}
+
+fn model_name(text: &str) -> Result<String, String> {
+    let fits = text.len() <= 256 && !text.chars().any(char::is_control);
+    fits.then(|| text.to_owned())
+        .ok_or_else(|| "must be at most 256 bytes without control characters".to_owned())
+}
+
+pub(crate) fn off_loopback(address: &str) -> String {
+    format!(
+        "{address} can be reached from other machines and there is no TLS; listen on a loopback address, or ask for \
+         plaintext by name with --insecure-plaintext"
+    )
+}

@@ -1,0 +1,231 @@
+//! Small strict parsers: sizes, durations, addresses, shares. A unit is never guessed.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::str::FromStr;
+use std::time::Duration;
+
+use muster_telemetry::LogFormat;
+use muster_types::Compute;
+
+/// What is logged, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogSettings {
+    /// A list of `level` or `target=level`.
+    pub filter: String,
+    /// For people or for machines.
+    pub format: LogFormat,
+}
+
+/// Which experts a worker loads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// Every expert of the model.
+    All,
+    /// Share `index` of `of`, counted from 0.
+    Part {
+        /// Below `of`.
+        index: u32,
+        /// How many shares there are.
+        of: NonZeroU32,
+    },
+}
+
+impl FromStr for Share {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "all" {
+            return Ok(Self::All);
+        }
+        let wrong =
+            || format!("{text:?} is not a share; write I/N, as in 0/2 and 1/2 for two workers, or all");
+        let (index, of) = text.split_once('/').ok_or_else(wrong)?;
+        let number = |text| digits(text).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong);
+        let (index, of) = (number(index)?, NonZeroU32::new(number(of)?).ok_or_else(wrong)?);
+        if index >= of.get() {
+            return Err(format!(
+                "share {text} does not exist: shares of {of} are 0/{of} to {}/{of}",
+                of.get() - 1
+            ));
+        }
+        Ok(Self::Part { index, of })
+    }
+}
+
+impl fmt::Display for Share {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Part { index, of } => write!(f, "{index}/{of}"),
+        }
+    }
+}
+
+/// Decimal digits and nothing else: no sign, no spaces, no underscores.
+fn digits(text: &str) -> Option<u64> {
+    let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    plain.then(|| text.parse().ok()).flatten()
+}
+
+/// A count from `least` to `most`.
+pub(crate) fn count(text: &str, least: u64, most: u64) -> Result<u64, String> {
+    let number = digits(text).filter(|number| (least..=most).contains(number));
+    number.ok_or_else(|| format!("{text:?} is not a whole number from {least} to {most}"))
+}
+
+/// A number of threads, or `auto` for all the cores there are.
+pub(crate) fn threads(text: &str) -> Result<Option<NonZeroUsize>, String> {
+    if text == "auto" {
+        return Ok(None);
+    }
+    let number =
+        digits(text).filter(|number| (1..=1024).contains(number)).and_then(|n| usize::try_from(n).ok());
+    number
+        .and_then(NonZeroUsize::new)
+        .map(Some)
+        .ok_or_else(|| format!("{text:?} is neither 1 to 1024 nor auto"))
+}
+
+/// Splits a number from its unit and looks the unit up.
+fn with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = units.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor)?;
+    digits(number)?.checked_mul(factor)
+}
+
+/// Bytes: `512MiB`. Units are B, KiB, MiB, GiB, TiB (powers of 1024) and kB, MB, GB, TB (powers of 1000).
+///
+/// # Errors
+/// When there is no unit or another one, or the size is 0 or over 2^63.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, u64); 9] = [
+        ("B", 1),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("kB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+    ];
+    with_unit(text, &UNITS).filter(|bytes| (1..=1 << 63).contains(bytes)).ok_or_else(|| {
+        format!("{text:?} is not a size; write a whole number and a unit, as in 512MiB or 4GiB")
+    })
+}
+
+/// A time span: `500ms`, `30s`, `5m`, `1h`.
+///
+/// # Errors
+/// When there is no unit or another one, or the span is 0 or over a day.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
+    const DAY_MS: u64 = 24 * 3_600_000;
+    with_unit(text, &UNITS).filter(|ms| (1..=DAY_MS).contains(ms)).map(Duration::from_millis).ok_or_else(|| {
+        format!("{text:?} is not a time span of 1ms to 24h; write a whole number and a unit, as in 500ms or 30s")
+    })
+}
+
+/// `auto` (as the checkpoint says), `f32` or `bf16`.
+///
+/// # Errors
+/// When it is none of these.
+pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
+    match text {
+        "auto" => Ok(None),
+        "f32" => Ok(Some(Compute::F32)),
+        "bf16" => Ok(Some(Compute::Bf16)),
+        other => Err(format!("{other:?} is not a compute mode; use auto, f32 or bf16")),
+    }
+}
+
+/// `ip:port` to listen on; `localhost` means 127.0.0.1, and port 0 lets the system choose.
+///
+/// # Errors
+/// When it is no such address.
+pub fn parse_socket(text: &str) -> Result<SocketAddr, String> {
+    if let Some(port) = text.strip_prefix("localhost:")
+        && let Some(port) = digits(port).and_then(|port| u16::try_from(port).ok())
+    {
+        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    }
+    text.parse().map_err(|_| {
+        format!("{text:?} is not an address to listen on; write ip:port, as in 127.0.0.1:8080 or [::1]:8080")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_size("4GB"), Ok(4_000_000_000));
+        assert_eq!(parse_size("1B"), Ok(1));
+        for bad in [
+            "",
+            "5",
+            "0MiB",
+            "-1MiB",
+            "1.5GiB",
+            "1 GiB",
+            "1gib",
+            "1_000B",
+            "0x10B",
+            "99999999999999999999B",
+            "MiB",
+        ] {
+            assert!(parse_size(bad).unwrap_err().contains("512MiB"), "{bad}");
+        }
+        assert!(parse_size("9000000TiB").is_err());
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(parse_duration("30s"), Ok(Duration::from_secs(30)));
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
+        for bad in ["5", "-1s", "1y", "0s", "25h", "", "s", "1e3s", "18446744073709551615h"] {
+            assert!(parse_duration(bad).unwrap_err().contains("30s"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn shares() {
+        assert_eq!("all".parse(), Ok(Share::All));
+        assert_eq!("1/2".parse(), Ok(Share::Part { index: 1, of: NonZeroU32::new(2).unwrap() }));
+        assert_eq!(
+            "2/2".parse::<Share>().unwrap_err(),
+            "share 2/2 does not exist: shares of 2 are 0/2 to 1/2"
+        );
+        for bad in ["", "1", "0/0", "-1/2", "a/b", "1/2/3", "4294967296/4294967297"] {
+            assert!(bad.parse::<Share>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sockets() {
+        assert_eq!(parse_socket("localhost:80"), parse_socket("127.0.0.1:80"));
+        assert_eq!(parse_socket("[::1]:0").map(|socket| socket.port()), Ok(0));
+        for bad in
+            ["", "8080", ":8080", "127.0.0.1", "127.0.0.1:70000", "localhost:x", "host:80", "127.0.0.1:80 "]
+        {
+            assert!(parse_socket(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn counts_and_threads() {
+        assert_eq!(count("7", 1, 7), Ok(7));
+        for bad in ["0", "8", "+7", "7_0", "0x7", "", "4294967296"] {
+            assert!(count(bad, 1, 7).is_err(), "{bad}");
+        }
+        assert_eq!(threads("auto"), Ok(None));
+        assert_eq!(threads("2"), Ok(NonZeroUsize::new(2)));
+        assert!(threads("0").is_err() && threads("1025").is_err());
+    }
+}

@@ -1,0 +1,119 @@
+//! The worker's settings.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::time::Duration;
+
+use muster_dispatch_grpc::Address;
+use muster_types::Compute;
+
+use crate::file::Role;
+use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
+use crate::problem::ConfigError;
+use crate::router::{log, name, off_loopback, text};
+use crate::value::{self, LogSettings, Share, parse_compute, parse_duration};
+
+const KEYS: &[Key] = &[
+    Key { name: "model", kind: ValueKind::Text, default: None },
+    Key { name: "listen", kind: ValueKind::Text, default: Some("127.0.0.1:7070") },
+    Key { name: "share", kind: ValueKind::Text, default: Some("all") },
+    Key { name: "id", kind: ValueKind::Text, default: None },
+    Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
+    Key { name: "threads", kind: ValueKind::NumberOrText, default: Some("auto") },
+    Key { name: "max_rows", kind: ValueKind::Number, default: Some("8192") },
+    Key { name: "max_queue", kind: ValueKind::Number, default: Some("64") },
+    Key { name: "max_streams", kind: ValueKind::Number, default: Some("256") },
+    Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
+    Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
+    Key { name: "log", kind: ValueKind::Text, default: Some("info") },
+    Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
+];
+
+pub(crate) const ROLE: Role = ("worker", KEYS);
+
+/// What a worker is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerSettings {
+    /// Directory or name of the model.
+    pub model: String,
+    /// Where it listens.
+    pub listen: Address,
+    /// Which experts it loads.
+    pub share: Share,
+    /// What it calls itself; `None` makes a name from where it listens.
+    pub id: Option<String>,
+    /// What activations are rounded to; `None` as the checkpoint says.
+    pub compute: Option<Compute>,
+    /// Compute threads; `None` for all cores.
+    pub threads: Option<NonZeroUsize>,
+    /// Most rows of one shard. Routers whose steps are larger are refused.
+    pub max_rows: NonZeroU32,
+    /// Shards that wait for the experts; one more is refused.
+    pub max_queue: NonZeroUsize,
+    /// Streams open at once; a router needs three.
+    pub max_streams: NonZeroUsize,
+    /// How long shards under way may go on after a stop was asked for.
+    pub drain_timeout: Duration,
+    /// What is logged.
+    pub log: LogSettings,
+}
+
+impl WorkerSettings {
+    /// Reads and checks all layers.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    pub fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError> {
+        let mut reader = Reader::new(ROLE, sources);
+        let settings = read(&mut reader);
+        reader.finish(settings)
+    }
+}
+
+fn read(reader: &mut Reader) -> Option<WorkerSettings> {
+    let model = reader.required("model", text);
+    let listen = reader.required("listen", |text| text.parse::<Address>().map_err(|error| error.to_string()));
+    let share = reader.required("share", str::parse::<Share>);
+    let id = reader.optional("id", name);
+    let compute = reader.required("compute", parse_compute);
+    let threads = reader.required("threads", value::threads);
+    let mut count = |key, most| {
+        let number = reader.required(key, |text| value::count(text, 1, most));
+        number.and_then(|number| u32::try_from(number).ok()).and_then(NonZeroU32::new)
+    };
+    let (max_rows, max_queue, max_streams) =
+        (count("max_rows", 1 << 20), count("max_queue", 4096), count("max_streams", 1 << 16));
+    let drain_timeout = reader.required("drain_timeout", parse_duration);
+    let log = log(reader);
+    let plaintext = reader.switch("insecure_plaintext");
+    if let Some(address) = &listen
+        && !plaintext
+        && !is_local(address)
+    {
+        reader.problem("listen", off_loopback(&address.to_string()));
+    }
+    Some(WorkerSettings {
+        model: model?,
+        listen: listen?,
+        share: share?,
+        id,
+        compute: compute?,
+        threads: threads?,
+        max_rows: max_rows?,
+        max_queue: NonZeroUsize::try_from(max_queue?).ok()?,
+        max_streams: NonZeroUsize::try_from(max_streams?).ok()?,
+        drain_timeout: drain_timeout?,
+        log: log?,
+    })
+}
+
+/// Whether only this machine can reach it. A name may mean anything, so only `localhost` and loopback addresses count.
+fn is_local(address: &Address) -> bool {
+    match address {
+        Address::Unix(_) => true,
+        Address::Tcp { host, .. } => {
+            let localhost = (host == "localhost").then_some(IpAddr::V4(Ipv4Addr::LOCALHOST));
+            localhost.or_else(|| host.parse().ok()).is_some_and(|ip| ip.is_loopback())
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Layers and their order, and every way a configuration can be wrong.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::time::Duration;
+
+use muster_config::{
+    ConfigError, Environment, Flags, Loaded, RouterSettings, Share, Sources, WorkerSettings,
+};
+use proptest::prelude::*;
+use tempfile::NamedTempFile;
+
+fn file(text: &str) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn environment(variables: &[(&str, &str)]) -> Environment {
+    Environment::of(variables.iter().map(|(name, value)| (name.into(), value.into())))
+}
+
+fn minimal() -> Flags {
+    Flags::new().text("model", Some("demo")).list("workers", &["127.0.0.1:7070".to_owned()])
+}
+
+fn router(
+    text: &str,
+    variables: &[(&str, &str)],
+    flags: &Flags,
+) -> Result<Loaded<RouterSettings>, ConfigError> {
+    let file = file(text);
+    RouterSettings::load(&Sources { file: Some(file.path()), environment: &environment(variables), flags })
+}
+
+/// Problems of a router with this file, without the name of the temporary file.
+fn problems(text: &str) -> Vec<String> {
+    let file = file(text);
+    let sources =
+        Sources { file: Some(file.path()), environment: &Environment::default(), flags: &minimal() };
+    let error = RouterSettings::load(&sources).map(|loaded| loaded.settings).unwrap_err();
+    let name = file.path().display().to_string();
+    error.problems.iter().map(|problem| problem.to_string().replace(&name, "FILE")).collect()
+}
+
+#[test]
+fn flags_win_over_environment_over_file_over_defaults() {
+    let text = "[router]\nthreads = 3\nstep_tokens = 100\nprefill_chunk = 50\nhttp = \"127.0.0.1:1\"\n";
+    let variables = [("MUSTER_ROUTER_THREADS", "4"), ("MUSTER_ROUTER_HTTP", "127.0.0.1:2"), ("OTHER", "x")];
+    let loaded = router(text, &variables, &minimal().text("http", Some("127.0.0.1:3"))).unwrap();
+    let settings = &loaded.settings;
+    assert_eq!(settings.http.port(), 3);
+    assert_eq!(settings.threads.map(|threads| threads.get()), Some(4));
+    assert_eq!((settings.step_tokens, settings.max_queue), (100, 1024));
+    for line in [
+        "http = \"127.0.0.1:3\"  # flag --http",
+        "threads = \"4\"  # environment variable MUSTER_ROUTER_THREADS",
+        "max_queue = 1024  # default",
+        "workers = [\"127.0.0.1:7070\"]  # flag --worker",
+    ] {
+        assert!(loaded.effective.contains(line), "{line} in {}", loaded.effective);
+    }
+    assert!(loaded.effective.contains(":3\n"), "the file's line 3 is named: {}", loaded.effective);
+}
+
+#[test]
+fn the_effective_configuration_is_a_file_that_means_the_same() {
+    let flags = minimal()
+        .text("kv_memory", Some("1GiB"))
+        .text("model_name", Some("a \"b\""))
+        .on("insecure_plaintext");
+    let first = router("", &[], &flags).unwrap();
+    let second = router(&first.effective, &[], &Flags::new()).unwrap();
+    assert_eq!(first.settings, second.settings);
+    assert_eq!(first.settings.kv_memory, Some(1 << 30));
+}
+
+#[test]
+fn all_problems_are_reported_at_once_with_line_and_key() {
+    let text = "[router]\nhtp = 1\nthreads = 0\nexpert_timeout = \"5\"\ngrpc = 7\n\n[worker]\nshares = \"1/2\"\n\n[cluster]\n";
+    let expected = [
+        "FILE:10: cluster: unknown key; tables are [router] and [worker]",
+        "FILE:5: grpc: must be a string, not integer",
+        "FILE:2: htp: unknown key; did you mean http?",
+        "FILE:8: shares: unknown key; did you mean share?",
+        "FILE:3: threads: \"0\" is neither 1 to 1024 nor auto",
+        "FILE:4: expert_timeout: \"5\" is not a time span of 1ms to 24h; write a whole number and a unit, as in 500ms or 30s",
+    ];
+    assert_eq!(problems(text), expected);
+}
+
+#[test]
+fn damaged_files_are_named_with_the_line() {
+    assert!(problems("[router]\nthreads = \n")[0].starts_with("FILE:2: "));
+    assert!(
+        problems("[router]\nthreads = 1\nthreads = 2\n")
+            .iter()
+            .any(|p| p.contains("FILE:3: ") && p.contains("duplicate"))
+    );
+    assert_eq!(problems("http = \"x\"\n"), ["FILE:1: http: unknown key; it belongs below a line [router]"]);
+    assert_eq!(
+        problems("router = 3"),
+        ["FILE:1: router: is a table: write its settings below a line [router]"]
+    );
+    assert_eq!(
+        problems("[router]\nthreads = 0x10\n"),
+        ["FILE:2: threads: must be a decimal integer or a string, not integer"]
+    );
+    assert_eq!(
+        problems("[router]\nworkers = [1]\n"),
+        ["FILE:2: workers: must be an array of strings, not array"]
+    );
+    assert!(problems(&"#".repeat((1 << 20) + 1))[0].contains("is longer than 1048576 bytes"));
+    let binary = file("");
+    binary.as_file().write_all(&[0xff, 0xfe, 0]).unwrap();
+    let environment = Environment::default();
+    let flags = minimal();
+    for (path, reason) in [
+        (binary.path(), "is not UTF-8 (byte 0)"),
+        (std::path::Path::new("/"), "is not a regular file"),
+        (std::path::Path::new("/does/not/exist"), "cannot be read"),
+    ] {
+        let sources = Sources { file: Some(path), environment: &environment, flags: &flags };
+        let error = RouterSettings::load(&sources).map(|loaded| loaded.settings).unwrap_err();
+        assert_eq!(error.problems.len(), 1, "{error}");
+        assert!(error.to_string().contains(reason), "{error}");
+    }
+}
+
+#[test]
+fn byte_order_marks_line_ends_and_emptiness_do_not_matter() {
+    for text in ["", "\u{feff}[router]\r\nthreads = 2\r\n", "# nothing\n", "[router]\n[worker]\n"] {
+        assert!(router(text, &[], &minimal()).is_ok(), "{text:?}: {:?}", router(text, &[], &minimal()).err());
+    }
+}
+
+#[test]
+fn what_is_missing_is_named_with_every_way_to_give_it() {
+    let error = router("", &[], &Flags::new()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "model: is missing; give --model, MUSTER_ROUTER_MODEL, or model in [router]\n\
+         workers: is missing; give --worker, MUSTER_ROUTER_WORKERS, or workers in [router]"
+    );
+}
+
+#[test]
+fn leaving_loopback_must_be_asked_for_by_name() {
+    let flags = || minimal().text("http", Some("0.0.0.0:8080")).text("grpc", Some("[::]:50051"));
+    let error = router("", &[], &flags()).unwrap_err();
+    assert_eq!(error.problems.len(), 2);
+    assert!(error.to_string().contains("flag --http: http: 0.0.0.0:8080 can be reached from other machines"));
+    assert!(router("", &[], &flags().on("insecure_plaintext")).is_ok());
+    assert!(router("", &[("MUSTER_ROUTER_INSECURE_PLAINTEXT", "true")], &flags()).is_ok());
+    assert!(router("", &[("MUSTER_ROUTER_INSECURE_PLAINTEXT", "yes")], &flags()).is_err());
+    let worker = |listen: &str, more: Flags| {
+        let flags = more.text("model", Some("demo")).text("listen", Some(listen));
+        WorkerSettings::load(&Sources { file: None, environment: &Environment::default(), flags: &flags })
+    };
+    for local in ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/run/w.sock"] {
+        assert!(worker(local, Flags::new()).is_ok(), "{local}");
+    }
+    for open in ["0.0.0.0:1", "[::]:1", "example.org:1", "10.0.0.1:1"] {
+        assert!(worker(open, Flags::new()).is_err(), "{open}");
+        assert!(worker(open, Flags::new().on("insecure_plaintext")).is_ok(), "{open}");
+    }
+}
+
+#[test]
+fn workers_come_as_a_list_and_are_checked_one_by_one() {
+    let list = "127.0.0.1:1, [::1]:2 ,unix:/run/w.sock";
+    let flags = Flags::new().text("model", Some("demo"));
+    let settings = router("", &[("MUSTER_ROUTER_WORKERS", list)], &flags).unwrap().settings;
+    assert_eq!(settings.workers.len(), 3);
+    for bad in ["::1:80", "host", "a b:1", "127.0.0.1:0", "h:1,h:1", ""] {
+        let error = router("", &[("MUSTER_ROUTER_WORKERS", bad)], &flags).unwrap_err();
+        assert!(error.to_string().contains("workers: "), "{error}");
+    }
+    let mut many = String::new();
+    (0..10_000).for_each(|port| write!(many, "h:{port},").unwrap());
+    let error = router("", &[("MUSTER_ROUTER_WORKERS", &many)], &flags).unwrap_err();
+    assert!(error.to_string().contains("at most 4096"), "{error}");
+}
+
+#[test]
+fn the_environment_is_checked_too_but_services_of_kubernetes_are_not_ours() {
+    let unknown = router("", &[("MUSTER_ROUTER_HTPP", "x")], &minimal()).unwrap_err();
+    assert_eq!(
+        unknown.to_string(),
+        "environment variable MUSTER_ROUTER_HTPP: htpp: unknown key; did you mean http?"
+    );
+    let services = [("MUSTER_ROUTER_PORT", "tcp://10.0.0.1:80"), ("MUSTER_ROUTER_SERVICE_HOST", "10.0.0.1")];
+    assert!(router("", &services, &minimal()).is_ok());
+    assert!(router("", &[("MUSTER_WORKER_NONSENSE", "x")], &minimal()).is_ok(), "another role's");
+}
+
+#[test]
+fn settings_that_contradict_each_other_are_refused() {
+    let flags = minimal().text("step_tokens", Some("8")).text("prefill_chunk", Some("9"));
+    assert!(router("", &[], &flags).unwrap_err().to_string().contains("more than step_tokens, which is 8"));
+    let flags = minimal().text("http", Some("127.0.0.1:5")).text("grpc", Some("127.0.0.1:5"));
+    assert!(router("", &[], &flags).unwrap_err().to_string().contains("the same address as http"));
+}
+
+#[test]
+fn a_worker_reads_its_own_table() {
+    let file =
+        file("[worker]\nmodel = \"demo\"\nshare = \"1/2\"\ndrain_timeout = \"2m\"\n[router]\nid = \"r\"\n");
+    let sources =
+        Sources { file: Some(file.path()), environment: &Environment::default(), flags: &Flags::new() };
+    let settings = WorkerSettings::load(&sources).unwrap().settings;
+    assert!(matches!(settings.share, Share::Part { index: 1, .. }));
+    assert_eq!(settings.drain_timeout, Duration::from_secs(120));
+}
+
+proptest! {
+    #[test]
+    fn no_file_makes_it_panic(text in "(\\[(router|worker|x)\\]\n|[a-z_]{1,12} *= *(\"[^\"\n]{0,9}\"|[0-9._x-]{1,9}|\\[\\]|true)\n|.{0,20}\n){0,8}") {
+        let _ = router(&text, &[], &minimal());
+    }
+}

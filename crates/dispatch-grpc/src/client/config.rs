@@ -1,0 +1,166 @@
+//! What a router is told about its workers, and everything that can be wrong with it.
+
+use std::time::Duration;
+
+use muster_placement::Shape;
+use muster_proto::handshake::{HandshakeError, Term};
+use muster_types::{Compute, ExpertKey, Fingerprint};
+
+use crate::address::AddressError;
+
+/// Whether to start without some of the experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Wait for every worker, and refuse when an expert is nowhere.
+    Complete,
+    /// Wait as long, then start with what is there. Rows for experts that are missing fail with `NoOwner`.
+    Degraded,
+}
+
+/// How to reach the workers and what they must be.
+#[derive(Debug, Clone)]
+pub struct ConnectConfig {
+    /// `host:port` or `unix:/path` of every worker.
+    pub workers: Vec<String>,
+    /// This router's name in the workers' logs.
+    pub router_id: String,
+    /// The model.
+    pub fingerprint: Fingerprint,
+    /// Elements of a hidden row.
+    pub hidden: usize,
+    /// What activations are rounded to.
+    pub compute: Compute,
+    /// Routed experts of every layer.
+    pub shape: Shape,
+    /// Most experts per token.
+    pub top_k: u32,
+    /// Most rows of one micro-batch. Every worker must take that many in one shard.
+    pub max_rows: u32,
+    /// How long to wait for workers at the start.
+    pub connect_timeout: Duration,
+    /// How long a worker may keep a shard before its result is of no use.
+    pub shard_deadline: Duration,
+    /// Whether to start without some of the experts.
+    pub start: Start,
+}
+
+/// Why there is no dispatch.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The list is empty.
+    #[error("no worker addresses are given; name at least one")]
+    NoWorkers,
+    /// An address that cannot be one.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// An address is listed twice.
+    #[error("worker address {0} is listed twice; remove one")]
+    DuplicateAddress(String),
+    /// A size that cannot be one.
+    #[error("{what} is {value}; it must be from 1 to 4294967295")]
+    Size {
+        /// Which of the configuration's sizes.
+        what: &'static str,
+        /// What was given.
+        value: usize,
+    },
+    /// The router's name cannot be one.
+    #[error("router id: {0}")]
+    RouterId(muster_proto::WireError),
+    /// The network thread could not be started.
+    #[error("cannot start the dispatch thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// A worker cannot be used.
+    #[error("worker at {address}: {source}; {}", .source.remedy())]
+    Worker {
+        /// Its address.
+        address: String,
+        /// What is wrong with it.
+        source: LinkError,
+    },
+    /// Every worker is there, but not every expert.
+    #[error("no worker holds {}; start workers that do", name_some(.missing))]
+    MissingExperts {
+        /// The experts, ascending.
+        missing: Vec<ExpertKey>,
+    },
+}
+
+/// The first few of `keys`, and how many there are.
+fn name_some(keys: &[ExpertKey]) -> String {
+    const NAMED: usize = 4;
+    let named: Vec<String> = keys.iter().take(NAMED).map(ToString::to_string).collect();
+    match keys.len().checked_sub(NAMED) {
+        None | Some(0) => named.join(", "),
+        Some(more) => format!("{} and {more} more", named.join(", ")),
+    }
+}
+
+/// What is wrong with one worker.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// Nobody listens, or the network does not get there.
+    #[error("cannot be reached: {0}")]
+    Unreachable(String),
+    /// It is there and says nothing.
+    #[error("gave no answer within {0:?}")]
+    Silent(Duration),
+    /// Something else listens there.
+    #[error("does not answer as an expert worker: {0}")]
+    NotAWorker(String),
+    /// It cannot work with this router.
+    #[error(transparent)]
+    Handshake(#[from] HandshakeError),
+    /// It takes too few rows at once.
+    #[error("takes at most {theirs} rows in one shard, this router sends up to {ours}")]
+    MaxRows {
+        /// Rows of the router's largest micro-batch.
+        ours: u32,
+        /// Rows the worker takes.
+        theirs: u32,
+    },
+    /// It does not want this router.
+    #[error("refused this router: {0}")]
+    Refused(String),
+    /// Another address has a worker of the same name.
+    #[error("calls itself {worker}, as the worker at {other} does")]
+    SameName {
+        /// The name.
+        worker: String,
+        /// The other's address.
+        other: String,
+    },
+    /// Its holdings make no placement.
+    #[error("holdings do not fit the others': {0}")]
+    Placement(String),
+}
+
+impl LinkError {
+    /// Whether waiting cannot help: something is set up wrongly.
+    #[must_use]
+    pub const fn is_fatal(&self) -> bool {
+        !matches!(self, Self::Unreachable(_) | Self::Silent(_))
+    }
+
+    /// What to do about it.
+    #[must_use]
+    pub const fn remedy(&self) -> &'static str {
+        match self {
+            Self::Unreachable(_) => "check that the worker runs and that the address is right",
+            Self::Silent(_) => "it may still be loading; check its log, or allow more time to connect",
+            Self::NotAWorker(_) => "check the address: another program listens there",
+            Self::Handshake(HandshakeError::Disagreement(difference)) => match difference.term {
+                Term::Version => "run the same version of muster on both sides",
+                Term::Fingerprint | Term::Hidden => "start both with the same model directory",
+                Term::Compute => "start both in the same compute mode",
+                Term::Combine | Term::Numerics => "use workers of one kind with this router",
+            },
+            Self::Handshake(HandshakeError::Wire(_)) | Self::Placement(_) => {
+                "run the same version of muster and the same model on both sides"
+            }
+            Self::MaxRows { .. } => "raise the worker's largest shard or lower the router's largest batch",
+            Self::Refused(_) => "see the worker's log",
+            Self::SameName { .. } => "give every worker a name of its own, and list each only once",
+        }
+    }
+}

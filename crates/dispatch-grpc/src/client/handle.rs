@@ -1,0 +1,130 @@
+//! What others may see of the dispatch: which workers are there, and where its time goes.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use muster_types::{ExpertKey, LayerId, WorkerId};
+
+use super::board::Board;
+
+/// Layer dispatches remembered for [`StatsHandle::snapshot`].
+const SAMPLES: usize = 16 << 10;
+
+/// Whether a worker can be sent rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WorkerState {
+    /// It can.
+    Connected,
+    /// It finishes what it has and is sent nothing new.
+    Draining,
+    /// It cannot.
+    Down {
+        /// Since when.
+        since: Instant,
+        /// What was last seen of it.
+        reason: String,
+    },
+}
+
+/// One of the workers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WorkerHealth {
+    /// Its name, once it has told it.
+    pub worker: Option<WorkerId>,
+    /// Where it is.
+    pub address: String,
+    /// Whether it can be sent rows.
+    pub state: WorkerState,
+    /// Experts it announced last.
+    pub experts: usize,
+}
+
+/// One layer of one micro-batch, from `submit` to the end of `collect`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sample {
+    /// The layer.
+    pub layer: LayerId,
+    /// Rows of the micro-batch.
+    pub rows: usize,
+    /// From the start of `submit` until the last answer was here.
+    pub round_trip: Duration,
+    /// Of that, queue and compute in the worker whose answer came last, as it reports them.
+    pub worker: Duration,
+    /// Decoding and adding in `collect`.
+    pub combine: Duration,
+}
+
+impl Sample {
+    /// What dispatch and combine cost beside the experts.
+    #[must_use]
+    pub fn overhead(&self) -> Duration {
+        self.round_trip.saturating_sub(self.worker) + self.combine
+    }
+}
+
+/// Where time went lately.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DispatchStats {
+    /// The latest layer dispatches that came to their end, oldest first.
+    pub samples: Vec<Sample>,
+    /// Replies that came after nobody waited for them any more.
+    pub late_replies: u64,
+}
+
+/// Tells any thread how the workers of a dispatch are.
+#[derive(Clone)]
+pub struct HealthHandle(pub(super) Arc<Board>);
+
+impl HealthHandle {
+    /// Every worker, in the order of the configuration.
+    #[must_use]
+    pub fn workers(&self) -> Vec<WorkerHealth> {
+        self.0.health()
+    }
+
+    /// The experts that no connected worker holds, ascending. Empty: every row can be dispatched.
+    #[must_use]
+    pub fn missing(&self) -> Vec<ExpertKey> {
+        self.0.routes().placement.missing()
+    }
+
+    /// How many there are of [`Self::missing`].
+    #[must_use]
+    pub fn missing_experts(&self) -> usize {
+        self.missing().len()
+    }
+}
+
+/// Tells any thread where the time of a dispatch goes.
+#[derive(Clone)]
+pub struct StatsHandle {
+    pub(super) board: Arc<Board>,
+    pub(super) samples: Arc<Samples>,
+}
+
+impl StatsHandle {
+    /// Where time went lately.
+    #[must_use]
+    pub fn snapshot(&self) -> DispatchStats {
+        DispatchStats { samples: self.samples.snapshot(), late_replies: self.board.late_replies() }
+    }
+}
+
+/// The latest samples, a bounded number of them.
+#[derive(Default)]
+pub(super) struct Samples(Mutex<VecDeque<Sample>>);
+
+impl Samples {
+    pub(super) fn push(&self, sample: Sample) {
+        let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if samples.len() == SAMPLES {
+            samples.pop_front();
+        }
+        samples.push_back(sample);
+    }
+
+    fn snapshot(&self) -> Vec<Sample> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    }
+}

@@ -1,0 +1,243 @@
+//! One worker's link: connect, check, open the streams, carry replies, and begin again when it breaks.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use muster_proto::convert::RouterName;
+use muster_proto::description::Description;
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::experts_client::ExpertsClient;
+use muster_proto::handshake::{HandshakeError, LANES, Terms};
+use muster_proto::limits::MessageLimits;
+use muster_proto::reply::Reply;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+
+use super::board::{Arrived, Board, Ended, StreamKey};
+use super::config::LinkError;
+use crate::address::Address;
+use crate::transport;
+
+/// How long each step of opening a link may take.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Shards written to a stream and not yet taken by the transport.
+const SEND_QUEUE: usize = 16;
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// What every link of a router needs to know.
+pub(super) struct LinkConfig {
+    pub(super) terms: Terms,
+    pub(super) router: RouterName,
+    pub(super) max_rows: u32,
+    pub(super) experts: Vec<u32>,
+    pub(super) limits: MessageLimits,
+}
+
+/// Keeps a worker connected, for as long as it is polled.
+pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>) {
+    let Some(address) = board.address(peer) else { return };
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let opened = match open(&address, &config).await {
+            Ok(link) => board
+                .up(peer, link.description, link.senders)
+                .map(|session| (session, link.inbound, link.watch)),
+            Err(error) => Err(error),
+        };
+        match opened {
+            Ok((session, inbound, watch)) => {
+                tracing::info!(%address, "worker connected");
+                pause = FIRST_PAUSE;
+                let ended = carry(peer, session, inbound, watch, &board, &config).await;
+                tracing::warn!(%address, ?ended, "worker lost");
+                metrics::counter!("muster_dispatch_links_lost_total").increment(1);
+                board.down(peer, session, ended);
+            }
+            Err(error) => {
+                tracing::debug!(%address, %error, "worker not connected");
+                board.unreachable(peer, error);
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+struct Link {
+    description: Description,
+    senders: [mpsc::Sender<v1::DispatchRequest>; LANES],
+    inbound: [Streaming<v1::DispatchReply>; LANES],
+    watch: Streaming<v1::WorkerDescription>,
+}
+
+async fn step<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<T, LinkError> {
+    tokio::time::timeout(STEP_TIMEOUT, work).await.unwrap_or(Err(LinkError::Silent(STEP_TIMEOUT)))
+}
+
+async fn open(address: &Address, config: &LinkConfig) -> Result<Link, LinkError> {
+    let channel = step(async {
+        let unreachable = |error: tonic::transport::Error| LinkError::Unreachable(root_cause(&error));
+        transport::connect(address, STEP_TIMEOUT).await.map_err(unreachable)
+    })
+    .await?;
+    let experts = config.experts.iter().map(|&count| count as usize).sum();
+    let mut client = ExpertsClient::new(channel)
+        .max_decoding_message_size(config.limits.reply_bytes.max(MessageLimits::description_bytes(experts)))
+        .max_encoding_message_size(config.limits.request_bytes);
+    let described = step(async {
+        let reply = client.describe(v1::DescribeRequest {}).await.map_err(|status| refused(&status))?;
+        Ok(reply.into_inner())
+    })
+    .await?;
+    let description = check(&described, config)?;
+    let (first, first_in) = step(open_lane(&mut client, config, &description, 0)).await?;
+    let (second, second_in) = step(open_lane(&mut client, config, &description, 1)).await?;
+    let watch = step(async {
+        Ok(client.watch(v1::DescribeRequest {}).await.map_err(|status| refused(&status))?.into_inner())
+    })
+    .await?;
+    Ok(Link { description, senders: [first, second], inbound: [first_in, second_in], watch })
+}
+
+/// Whether a worker that describes itself so can work with this router.
+fn check(described: &v1::WorkerDescription, config: &LinkConfig) -> Result<Description, LinkError> {
+    config.terms.check_worker(described)?;
+    let description = Description::parse(described, &config.experts).map_err(HandshakeError::Wire)?;
+    let (ours, theirs) = (config.max_rows, description.max_rows.get());
+    if theirs < ours {
+        return Err(LinkError::MaxRows { ours, theirs });
+    }
+    Ok(description)
+}
+
+type Lane = (mpsc::Sender<v1::DispatchRequest>, Streaming<v1::DispatchReply>);
+
+async fn open_lane(
+    client: &mut ExpertsClient<Channel>,
+    config: &LinkConfig,
+    description: &Description,
+    lane: u32,
+) -> Result<Lane, LinkError> {
+    let (sender, outbound) = mpsc::channel(SEND_QUEUE);
+    let hello = config.terms.to_hello(&config.router, lane);
+    let message = v1::DispatchRequest { body: Some(v1::dispatch_request::Body::Hello(hello)) };
+    // The channel is empty and its receiver is right here.
+    let _ = sender.send(message).await;
+    let reply = client.dispatch(ReceiverStream::new(outbound)).await.map_err(|status| refused(&status))?;
+    let mut inbound = reply.into_inner();
+    let first = inbound.message().await.map_err(|status| refused(&status))?;
+    let first = first.ok_or_else(|| LinkError::Unreachable("it closed a stream before its ack".into()))?;
+    match Reply::parse(first).map_err(HandshakeError::Wire)? {
+        Reply::Ack { worker, .. } if worker == description.worker => Ok((sender, inbound)),
+        Reply::Ack { worker, .. } => {
+            let reason = format!("it describes itself as {} and answers as {worker}", description.worker);
+            Err(LinkError::NotAWorker(reason))
+        }
+        Reply::Answer { .. } => Err(LinkError::NotAWorker("it answered a shard before its ack".into())),
+    }
+}
+
+/// Carries replies and announcements to the board until one of the streams ends.
+async fn carry(
+    peer: usize,
+    session: u64,
+    inbound: [Streaming<v1::DispatchReply>; LANES],
+    mut watch: Streaming<v1::WorkerDescription>,
+    board: &Arc<Board>,
+    config: &Arc<LinkConfig>,
+) -> Ended {
+    // Dropping the set aborts its tasks, which resets the other streams.
+    let mut tasks = JoinSet::new();
+    for (lane, inbound) in inbound.into_iter().enumerate() {
+        tasks.spawn(receive(StreamKey { peer, session, lane }, inbound, board.clone()));
+    }
+    let (board, config) = (board.clone(), config.clone());
+    tasks.spawn(async move {
+        loop {
+            let announced = match next(&mut watch).await {
+                Ok(message) => check(&message, &config).and_then(|new| board.announce(peer, new)),
+                Err(ended) => return ended,
+            };
+            if let Err(error) = announced {
+                return Ended::Bad(error.to_string());
+            }
+        }
+    });
+    match tasks.join_next().await {
+        Some(Ok(ended)) => ended,
+        Some(Err(error)) => Ended::Lost(format!("its task failed: {error}")),
+        None => Ended::Lost("its tasks ended".into()),
+    }
+}
+
+async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, board: Arc<Board>) -> Ended {
+    loop {
+        let message = match next(&mut inbound).await {
+            Ok(message) => message,
+            Err(ended) => return ended,
+        };
+        let at = Instant::now();
+        let delivered = match Reply::parse(message) {
+            Ok(Reply::Answer { id, outcome, timing }) => {
+                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing, at });
+                board.deliver(stream, id.get(), outcome)
+            }
+            Ok(Reply::Ack { .. }) => Err("it acknowledged a stream twice".into()),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(reason) = delivered {
+            metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
+            return Ended::Bad(reason);
+        }
+    }
+}
+
+async fn next<T>(stream: &mut Streaming<T>) -> Result<T, Ended> {
+    match stream.message().await {
+        Ok(Some(message)) => Ok(message),
+        Ok(None) => Err(Ended::Lost("it closed a stream".into())),
+        // What the worker's own words do not explain, such as a message over the limit or one that cannot be
+        // decoded, is told apart by code: these two are raised on this side.
+        Err(status) if matches!(status.code(), Code::OutOfRange | Code::Internal) => {
+            Err(Ended::Bad(describe(&status)))
+        }
+        Err(status) => Err(Ended::Lost(describe(&status))),
+    }
+}
+
+fn refused(status: &Status) -> LinkError {
+    let text = describe(status);
+    match status.code() {
+        Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
+            LinkError::Refused(text)
+        }
+        Code::Unimplemented | Code::Internal | Code::OutOfRange => LinkError::NotAWorker(text),
+        _ => LinkError::Unreachable(text),
+    }
+}
+
+/// Code, message and cause in one line of bounded length.
+fn describe(status: &Status) -> String {
+    let mut text = status.code().to_string();
+    if !status.message().is_empty() {
+        text = format!("{}: {text}", status.message());
+    }
+    if let Some(source) = std::error::Error::source(status) {
+        text = format!("{text} ({})", root_cause(source));
+    }
+    let printable = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(256).map(printable).collect()
+}
+
+/// The innermost cause, which is where the system's own words are.
+fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,16 @@
+//! The router's side: one connection per worker, one stream per worker and lane, driven by one thread.
+//!
+//! [`GrpcDispatch`] belongs to the engine thread; it groups, encodes, waits, decodes and adds. The network thread
+//! moves bytes and keeps links alive. They meet in [`board::Board`], under one lock that is held for as long as a
+//! few map operations take. What always holds: a shard is on the board before it can be answered, and leaves it
+//! with its answer, its link or its ticket, whichever ends first; so a reply that nobody waits for changes nothing.
+
+mod board;
+mod config;
+mod dispatch;
+mod handle;
+mod link;
+
+pub use config::{ConnectConfig, ConnectError, LinkError, Start};
+pub use dispatch::GrpcDispatch;
+pub use handle::{DispatchStats, HealthHandle, Sample, StatsHandle, WorkerHealth, WorkerState};

@@ -1,0 +1,191 @@
+//! Listening sockets, and serving on them until told to stop.
+
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::time::Sleep;
+use tokio_stream::Stream;
+
+use super::ExpertServer;
+use crate::address::Address;
+use crate::transport;
+
+/// Pause after an accept that failed for lack of something, such as file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A socket that cannot be listened on.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody else has it.
+    #[error("{address} is already in use; stop the process that listens there or choose another address")]
+    InUse {
+        /// The address.
+        address: Address,
+    },
+    /// The file at a socket's path is something else.
+    #[error("{} exists and is not a socket; choose another path or remove it", .0.display())]
+    NotASocket(PathBuf),
+    /// Anything else.
+    #[error("cannot listen on {address}: {source}; check that it is an address of this machine")]
+    Io {
+        /// The address.
+        address: Address,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+/// Serving ended with an error.
+#[derive(Debug, thiserror::Error)]
+#[error("serving on {address} failed: {source}")]
+pub struct ServeError {
+    address: Address,
+    source: tonic::transport::Error,
+}
+
+enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, SocketFile),
+}
+
+/// Removes the socket's file when the listener is gone.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Somebody who removed it first did the same.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A socket that listens; connections wait until it is served.
+pub struct Bound {
+    listener: Listener,
+    address: Address,
+}
+
+impl Bound {
+    /// Listens on an address. A Unix socket left behind by a process that died is replaced.
+    ///
+    /// # Errors
+    /// See [`BindError`].
+    pub async fn bind(address: &Address) -> Result<Self, BindError> {
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse { address: address.clone() },
+            _ => BindError::Io { address: address.clone(), source },
+        };
+        match address {
+            Address::Tcp { host, port } => {
+                let listener = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
+                let address = listener.local_addr().map_err(failed)?.into();
+                Ok(Self { listener: Listener::Tcp(listener), address })
+            }
+            Address::Unix(path) => {
+                remove_stale(path, address).await?;
+                let listener = UnixListener::bind(path).map_err(failed)?;
+                let file = SocketFile(path.clone());
+                Ok(Self { listener: Listener::Unix(listener, file), address: address.clone() })
+            }
+        }
+    }
+
+    /// Where it listens, with the port that the system picked for port 0.
+    #[must_use]
+    pub const fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Serves until `shutdown` completes and every stream has ended; [`ExpertServer::close`] ends them.
+    ///
+    /// # Errors
+    /// When the transport fails as a whole; one connection's failure is not that.
+    pub async fn serve(
+        self,
+        server: &ExpertServer,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), ServeError> {
+        let Self { listener, address } = self;
+        let router = transport::server().add_service(server.service());
+        let served = match listener {
+            Listener::Tcp(listener) => {
+                router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, shutdown).await
+            }
+            Listener::Unix(listener, _file) => {
+                router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, shutdown).await
+            }
+        };
+        served.map_err(|source| ServeError { address, source })
+    }
+}
+
+/// Makes way for a socket at `path`, if what is there is a socket that nobody serves.
+async fn remove_stale(path: &Path, address: &Address) -> Result<(), BindError> {
+    let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !found.file_type().is_socket() {
+        return Err(BindError::NotASocket(path.to_owned()));
+    }
+    if UnixStream::connect(path).await.is_ok() {
+        return Err(BindError::InUse { address: address.clone() });
+    }
+    std::fs::remove_file(path).map_err(|source| BindError::Io { address: address.clone(), source })
+}
+
+/// A listener of either kind.
+trait Accept: Unpin {
+    type Io;
+
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Io>>;
+}
+
+impl Accept for TcpListener {
+    type Io = TcpStream;
+
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
+        let (stream, _) = ready!(Self::poll_accept(self, cx))?;
+        // The server does this only for sockets that it accepts itself.
+        stream.set_nodelay(true)?;
+        Poll::Ready(Ok(stream))
+    }
+}
+
+impl Accept for UnixListener {
+    type Io = UnixStream;
+
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<UnixStream>> {
+        Poll::Ready(Ok(ready!(Self::poll_accept(self, cx))?.0))
+    }
+}
+
+/// Accepted connections, without end: the server takes an error for its own end, and running out of file
+/// descriptors must not be that.
+struct Incoming<L> {
+    listener: L,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+impl<L: Accept> Stream for Incoming<L> {
+    type Item = io::Result<L::Io>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        loop {
+            if let Some(pause) = &mut self.pause {
+                ready!(pause.as_mut().poll(cx));
+                self.pause = None;
+            }
+            match ready!(self.listener.poll_accept(cx)) {
+                Ok(stream) => return Poll::Ready(Some(Ok(stream))),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    metrics::counter!("muster_worker_accept_errors_total").increment(1);
+                    self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
+                }
+            }
+        }
+    }
+}

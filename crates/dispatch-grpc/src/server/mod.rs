@@ -1,0 +1,226 @@
+//! The worker's side: admits routers, checks shards, feeds one compute thread, announces what is held.
+//!
+//! What always holds: a shard reaches the experts only after every rule of the protocol was checked; it has its
+//! place in the reply stream reserved before it is queued, so the compute thread never waits for a reader; and
+//! every shard that was read gets exactly one answer as long as its stream lives.
+
+mod listen;
+mod queue;
+mod stream;
+
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use muster_placement::Shape;
+use muster_proto::description::{Description, Phase};
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
+use muster_proto::handshake::{HandshakeError, Terms};
+use muster_proto::limits::MessageLimits;
+use muster_proto::shard::ShardRules;
+use muster_types::Combine;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+pub use listen::{BindError, Bound, ServeError};
+pub use queue::ComputeQueue;
+use queue::Job;
+
+/// Time a router has to say hello on a new stream.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a server serves and how much of it at once.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// Routed experts of every layer of the model.
+    pub shape: Shape,
+    /// Elements of a hidden row.
+    pub hidden: NonZeroU32,
+    /// Most experts that one row goes to.
+    pub top_k: NonZeroU32,
+    /// Shards that wait for the experts; one more is refused as overloaded.
+    pub queue: NonZeroUsize,
+    /// Dispatch and watch streams open at once, over all connections.
+    pub streams: NonZeroUsize,
+    /// Longer deadlines are cut to this.
+    pub max_deadline: Duration,
+}
+
+/// The gRPC service of a worker. Clones share one state.
+#[derive(Clone)]
+pub struct ExpertServer {
+    shared: Arc<Shared>,
+}
+
+/// What all streams of a server share.
+struct Shared {
+    terms: Terms,
+    rules: ShardRules,
+    limits: MessageLimits,
+    description: watch::Sender<Description>,
+    /// `None` once closed, which ends the compute thread.
+    jobs: Mutex<Option<SyncSender<Job>>>,
+    in_flight: watch::Sender<usize>,
+    streams: Arc<Semaphore>,
+    capacity: usize,
+    stop: CancellationToken,
+}
+
+impl ExpertServer {
+    /// A server for a worker that describes itself so, and the queue its compute thread must run.
+    #[must_use]
+    pub fn new(config: &ServerConfig, description: Description) -> (Self, ComputeQueue) {
+        let wire = description.compute.wire_dtype();
+        let terms = Terms {
+            fingerprint: description.fingerprint,
+            hidden: config.hidden.get(),
+            compute: description.compute,
+            combine: Combine::Exact,
+            numerics: description.numerics,
+        };
+        let rules = ShardRules {
+            hidden: terms.hidden,
+            wire,
+            experts: config.shape.experts().into(),
+            top_k: config.top_k.get(),
+            max_rows: description.max_rows,
+            max_deadline: config.max_deadline,
+        };
+        let most = config.shape.experts().iter().copied().max().unwrap_or(0);
+        let limits = MessageLimits::new(rules.hidden, wire, rules.max_rows, rules.top_k, most);
+        let capacity = config.streams.get().min(Semaphore::MAX_PERMITS);
+        let (jobs, queue) = ComputeQueue::new(config.queue, &rules);
+        let shared = Shared {
+            terms,
+            rules,
+            limits,
+            description: watch::Sender::new(description),
+            jobs: Mutex::new(Some(jobs)),
+            in_flight: watch::Sender::new(0),
+            streams: Arc::new(Semaphore::new(capacity)),
+            capacity,
+            stop: CancellationToken::new(),
+        };
+        (Self { shared: Arc::new(shared) }, queue)
+    }
+
+    /// Announces that this worker takes nothing new. Shards already queued are still computed.
+    pub fn drain(&self) {
+        self.shared.description.send_if_modified(|description| {
+            let serving = description.phase == Phase::Serving;
+            if serving {
+                description.phase = Phase::Draining;
+                description.epoch = description.epoch.next();
+            }
+            serving
+        });
+    }
+
+    /// Waits until no shard is queued or computed.
+    pub async fn idle(&self) {
+        // Fails only when the sender is gone, and this holds it.
+        let _ = self.shared.in_flight.subscribe().wait_for(|shards| *shards == 0).await;
+    }
+
+    /// Dispatch and watch streams that are open.
+    #[must_use]
+    pub fn open_streams(&self) -> usize {
+        self.shared.capacity - self.shared.streams.available_permits()
+    }
+
+    /// Ends every stream, after what was answered is sent, and lets the compute thread finish.
+    pub fn close(&self) {
+        self.shared.stop.cancel();
+        self.shared.jobs().take();
+    }
+
+    fn service(&self) -> ExpertsServer<Self> {
+        ExpertsServer::new(self.clone())
+            .max_decoding_message_size(self.shared.limits.request_bytes)
+            .max_encoding_message_size(self.shared.limits.reply_bytes.max(self.description_bytes()))
+    }
+
+    fn description_bytes(&self) -> usize {
+        let experts = self.shared.rules.experts.iter().map(|&count| count as usize).sum();
+        MessageLimits::description_bytes(experts)
+    }
+
+    fn stream_permit(&self) -> Result<tokio::sync::OwnedSemaphorePermit, Status> {
+        let full = |_| Status::resource_exhausted("this worker has as many open streams as it allows");
+        self.shared.streams.clone().try_acquire_owned().map_err(full)
+    }
+}
+
+impl Shared {
+    fn jobs(&self) -> std::sync::MutexGuard<'_, Option<SyncSender<Job>>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[tonic::async_trait]
+impl Experts for ExpertServer {
+    async fn describe(
+        &self,
+        _: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::WorkerDescription>, Status> {
+        Ok(Response::new(self.shared.description.borrow().to_wire()))
+    }
+
+    type WatchStream = ReceiverStream<Result<v1::WorkerDescription, Status>>;
+
+    async fn watch(&self, _: Request<v1::DescribeRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let permit = self.stream_permit()?;
+        let mut changes = self.shared.description.subscribe();
+        let stop = self.shared.stop.clone();
+        let (updates, stream) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let _permit = permit;
+            loop {
+                let now = changes.borrow_and_update().to_wire();
+                if updates.send(Ok(now)).await.is_err() {
+                    return;
+                }
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = updates.closed() => return,
+                    changed = changes.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    type DispatchStream = ReceiverStream<Result<v1::DispatchReply, Status>>;
+
+    async fn dispatch(
+        &self,
+        request: Request<Streaming<v1::DispatchRequest>>,
+    ) -> Result<Response<Self::DispatchStream>, Status> {
+        let permit = self.stream_permit()?;
+        let mut inbound = request.into_inner();
+        let hello = tokio::time::timeout(HELLO_TIMEOUT, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello came"))??;
+        let greeting = match hello.and_then(|message| message.body) {
+            Some(v1::dispatch_request::Body::Hello(hello)) => {
+                self.shared.terms.admit(&hello).map_err(|error| refusal(&error))?
+            }
+            _ => return Err(Status::invalid_argument("the first message of a stream must be hello")),
+        };
+        let replies = stream::open(self.shared.clone(), greeting, inbound, permit).await;
+        Ok(Response::new(ReceiverStream::new(replies)))
+    }
+}
+
+fn refusal(error: &HandshakeError) -> Status {
+    tracing::warn!(%error, "router refused");
+    metrics::counter!("muster_worker_handshakes_refused_total").increment(1);
+    match error {
+        HandshakeError::Wire(error) => Status::invalid_argument(error.to_string()),
+        HandshakeError::Disagreement(error) => Status::failed_precondition(error.to_string()),
+    }
+}

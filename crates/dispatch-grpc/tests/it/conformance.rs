@@ -1,0 +1,103 @@
+//! The dispatch conformance kit over real sockets.
+
+use crate::support::{
+    Fake, HIDDEN, TOP_K, TestWorker, all, connect_config, describe, server_config, shape, share, socket,
+};
+use muster_dispatch_grpc::GrpcDispatch;
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_testkit::conformance::{self, Harness, Model};
+use muster_testkit::fake;
+use muster_types::{Compute, ExpertId};
+
+/// A dispatch together with the workers it needs.
+struct Cluster {
+    dispatch: GrpcDispatch,
+    _workers: Vec<TestWorker>,
+}
+
+impl ExpertDispatch for Cluster {
+    fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError> {
+        self.dispatch.submit(batch)
+    }
+
+    fn collect(
+        &mut self,
+        ticket: Ticket,
+        deadline: std::time::Instant,
+        out: RowsMut<'_>,
+    ) -> Result<(), DispatchError> {
+        self.dispatch.collect(ticket, deadline, out)
+    }
+
+    fn cancel(&mut self, ticket: Ticket) {
+        self.dispatch.cancel(ticket);
+    }
+
+    fn close(&mut self) {
+        self.dispatch.close();
+    }
+}
+
+fn harness(workers: Vec<TestWorker>, compute: Compute) -> Harness<Cluster> {
+    let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
+    let dispatch = GrpcDispatch::connect(connect_config(&addresses, compute)).expect("workers fit");
+    let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
+    let experts = shape().experts().to_vec();
+    let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle };
+    Harness { dispatch: Cluster { dispatch, _workers: workers }, model }
+}
+
+fn shares(count: u32, compute: Compute) -> Vec<TestWorker> {
+    (0..count).map(|n| TestWorker::start(&format!("w{n}"), share(n, count), compute)).collect()
+}
+
+#[test]
+fn three_workers_over_tcp_in_bf16() {
+    conformance::run(|| harness(shares(3, Compute::Bf16), Compute::Bf16));
+}
+
+#[test]
+fn two_workers_over_tcp_in_f32() {
+    conformance::run(|| harness(shares(2, Compute::F32), Compute::F32));
+}
+
+#[test]
+fn one_worker_over_a_unix_socket() {
+    conformance::run(|| {
+        let (held, compute) = (all(), Compute::F32);
+        let experts = Fake::new(&held, compute);
+        let worker = TestWorker::with(&socket(), &server_config(), describe("w0", held, compute), experts);
+        harness(vec![worker], compute)
+    });
+}
+
+#[test]
+fn every_expert_on_two_workers() {
+    conformance::run(|| {
+        let workers = ["a", "b"].map(|name| TestWorker::start(name, all(), Compute::Bf16));
+        harness(workers.into(), Compute::Bf16)
+    });
+}
+
+#[test]
+fn the_placement_does_not_change_a_bit() {
+    let rows: Vec<u16> = (0..4 * HIDDEN as u16).map(|n| 0x3f00 + n).collect();
+    let experts: Vec<ExpertId> = [0, 3, 7, 1, 2, 3, 0, 1, 7, 4, 5, 6].map(crate::support::expert).to_vec();
+    let weights = (1..=12).map(|n| n as f32 / 7.0).collect();
+    let choices = Choices::new(3, experts, weights).unwrap();
+    let mut seen: Option<Vec<u32>> = None;
+    for count in [1, 2, 5, 20] {
+        let Harness { mut dispatch, .. } = harness(shares(count, Compute::Bf16), Compute::Bf16);
+        let batch = LayerBatch {
+            layer: crate::support::layer(3),
+            lane: 1,
+            rows: Rows::HostBf16(&rows),
+            choices: &choices,
+        };
+        let ticket = dispatch.submit(&batch).unwrap();
+        let mut out = vec![0.0f32; rows.len()];
+        dispatch.collect(ticket, crate::support::soon(), RowsMut::HostF32(&mut out)).unwrap();
+        let bits: Vec<u32> = out.into_iter().map(f32::to_bits).collect();
+        assert_eq!(*seen.get_or_insert_with(|| bits.clone()), bits, "{count} workers");
+    }
+}

@@ -1,0 +1,9 @@
+//! Client and server over real sockets: the conformance kit, connecting, failing, and the protocol's rules.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests")]
+
+mod conformance;
+mod connect;
+mod failure;
+mod server;
+mod support;

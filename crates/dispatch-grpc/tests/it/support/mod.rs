@@ -1,0 +1,271 @@
+//! Workers for tests: real servers over fake experts on real sockets, and a raw client to speak to them with.
+
+#![allow(unreachable_pub, reason = "shared by the modules of one test program")]
+
+pub mod lying;
+
+use std::collections::BTreeSet;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use muster_dispatch_grpc::{
+    Address, Bound, ComputeError, ConnectConfig, ExpertCompute, ExpertServer, ServerConfig, Start,
+};
+use muster_engine::dispatch::{Choices, LayerBatch, Rows};
+use muster_placement::{Shape, split};
+use muster_proto::description::{Description, Phase};
+use muster_testkit::fake::FakeExperts;
+use muster_types::{Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId};
+use tokio::runtime::Runtime;
+
+pub const HIDDEN: usize = 16;
+pub const TOP_K: u32 = 3;
+pub const MAX_ROWS: u32 = 64;
+pub const FINGERPRINT: Fingerprint = Fingerprint::new([0xab; 32]);
+
+pub fn shape() -> Shape {
+    Shape::new(vec![8, 0, 4, 8])
+}
+
+pub fn all() -> Vec<ExpertKey> {
+    shape().keys().collect()
+}
+
+pub fn share(index: u32, count: u32) -> Vec<ExpertKey> {
+    split(&shape(), NonZeroU32::new(count).unwrap(), index).unwrap()
+}
+
+pub fn layer(number: u32) -> LayerId {
+    LayerId::new(number, 4).unwrap()
+}
+
+pub fn expert(number: u32) -> ExpertId {
+    ExpertId::new(number, 8).unwrap()
+}
+
+pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Description {
+    Description {
+        worker: WorkerId::new(name).unwrap(),
+        fingerprint: FINGERPRINT,
+        numerics: NumericsClass::CpuCanonical,
+        compute,
+        epoch: Epoch::new(1),
+        holdings,
+        resident_bytes: 1,
+        phase: Phase::Serving,
+        max_rows: NonZeroU32::new(MAX_ROWS).unwrap(),
+    }
+}
+
+pub fn server_config() -> ServerConfig {
+    ServerConfig {
+        shape: shape(),
+        hidden: NonZeroU32::new(HIDDEN as u32).unwrap(),
+        top_k: NonZeroU32::new(TOP_K).unwrap(),
+        queue: NonZeroUsize::new(16).unwrap(),
+        streams: NonZeroUsize::new(64).unwrap(),
+        max_deadline: Duration::from_secs(60),
+    }
+}
+
+pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
+    ConnectConfig {
+        workers: workers.iter().map(ToString::to_string).collect(),
+        router_id: "test-router".into(),
+        fingerprint: FINGERPRINT,
+        hidden: HIDDEN,
+        compute,
+        shape: shape(),
+        top_k: TOP_K,
+        max_rows: MAX_ROWS,
+        connect_timeout: Duration::from_secs(20),
+        shard_deadline: Duration::from_secs(20),
+        start: Start::Complete,
+    }
+}
+
+/// Fake experts behind the server's trait.
+pub struct Fake(pub FakeExperts);
+
+impl Fake {
+    pub fn new(held: &[ExpertKey], compute: Compute) -> Self {
+        Self(FakeExperts { compute, hidden: HIDDEN, held: held.iter().copied().collect::<BTreeSet<_>>() })
+    }
+}
+
+impl ExpertCompute for Fake {
+    fn forward(
+        &mut self,
+        layer: LayerId,
+        groups: &[(ExpertId, &[u32])],
+        rows: Rows<'_>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ComputeError> {
+        self.0.forward(layer, groups, rows, out).map_err(ComputeError::NotHeld)
+    }
+}
+
+/// Experts that wait to be let through, shard by shard.
+pub struct Gated {
+    inner: Fake,
+    entered: Sender<()>,
+    release: Receiver<()>,
+}
+
+/// The other side of [`Gated`].
+pub struct Gate {
+    entered: Receiver<()>,
+    release: Sender<()>,
+}
+
+impl Gated {
+    pub fn new(inner: Fake) -> (Self, Gate) {
+        let (entered, seen) = channel();
+        let (release, released) = channel();
+        (Self { inner, entered, release: released }, Gate { entered: seen, release })
+    }
+}
+
+impl Gate {
+    /// Waits until a shard is at the experts.
+    pub fn wait(&self) {
+        self.entered.recv_timeout(Duration::from_secs(20)).expect("a shard reaches the experts");
+    }
+
+    pub fn no_other(&self) {
+        assert!(self.entered.try_recv().is_err(), "one more shard reached the experts");
+    }
+
+    pub fn release(&self) {
+        self.release.send(()).expect("the experts are there");
+    }
+}
+
+impl ExpertCompute for Gated {
+    fn forward(
+        &mut self,
+        layer: LayerId,
+        groups: &[(ExpertId, &[u32])],
+        rows: Rows<'_>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ComputeError> {
+        // Fails when the test is over.
+        let _ = self.entered.send(());
+        let _ = self.release.recv();
+        self.inner.forward(layer, groups, rows, out)
+    }
+}
+
+/// A server on a thread of its own.
+pub struct TestWorker {
+    pub address: String,
+    pub server: ExpertServer,
+    runtime: Option<Runtime>,
+    compute: Option<JoinHandle<()>>,
+}
+
+impl TestWorker {
+    pub fn start(name: &str, held: Vec<ExpertKey>, compute: Compute) -> Self {
+        let experts = Fake::new(&held, compute);
+        Self::with("127.0.0.1:0", &server_config(), describe(name, held, compute), experts)
+    }
+
+    pub fn with(
+        listen: &str,
+        config: &ServerConfig,
+        description: Description,
+        mut experts: impl ExpertCompute + 'static,
+    ) -> Self {
+        let runtime = runtime();
+        let address: Address = listen.parse().unwrap();
+        let bound = runtime.block_on(Bound::bind(&address)).expect("the address is free");
+        let address = bound.address().to_string();
+        let (server, queue) = ExpertServer::new(config, description);
+        let serving = server.clone();
+        runtime.spawn(async move { bound.serve(&serving, std::future::pending()).await });
+        let compute = std::thread::spawn(move || queue.run(&mut experts));
+        Self { address, server, runtime: Some(runtime), compute: Some(compute) }
+    }
+
+    /// As when the process dies: its sockets close, nobody says goodbye.
+    pub fn kill(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_secs(5));
+        }
+        self.server.close();
+    }
+
+    /// Whether the compute thread ends, now that the server is closed.
+    pub fn join_compute(&mut self) -> bool {
+        self.server.close();
+        self.compute.take().is_some_and(|thread| thread.join().is_ok())
+    }
+}
+
+impl Drop for TestWorker {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+pub fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+/// A path for a socket that no other test uses.
+pub fn socket() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let next = NEXT.fetch_add(1, Ordering::Relaxed);
+    let file = format!("muster-test-{}-{next}.sock", std::process::id());
+    format!("unix:{}", std::env::temp_dir().join(file).display())
+}
+
+/// Polls until `done`, for a bounded time.
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Far enough away that only something lost reaches it.
+pub fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// One row for the given experts, in f32.
+pub struct OneRow {
+    pub layer: LayerId,
+    pub row: Vec<f32>,
+    pub choices: Choices,
+}
+
+impl OneRow {
+    pub fn new(layer_number: u32, experts: &[u32]) -> Self {
+        let ids = experts.iter().map(|&e| expert(e)).collect();
+        let choices = Choices::new(experts.len(), ids, vec![1.0; experts.len()]).unwrap();
+        Self { layer: layer(layer_number), row: vec![0.5; HIDDEN], choices }
+    }
+
+    pub fn batch(&self) -> LayerBatch<'_> {
+        LayerBatch { layer: self.layer, lane: 0, rows: Rows::HostF32(&self.row), choices: &self.choices }
+    }
+
+    /// What fake experts make of it.
+    pub fn sum(&self) -> Vec<f32> {
+        let mut sum = vec![0.0; HIDDEN];
+        for &expert in self.choices.experts() {
+            let output = muster_testkit::fake::output(Compute::F32, self.layer, expert, &self.row);
+            sum.iter_mut().zip(output).for_each(|(sum, y)| *sum += y);
+        }
+        sum
+    }
+}

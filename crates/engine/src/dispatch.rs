@@ -1,0 +1,310 @@
+//! The seam between a router's trunk and its experts, wherever those are.
+//!
+//! A micro-batch's rows leave through [`ExpertDispatch::submit`], which returns at once, and their weighted sum
+//! comes back through [`ExpertDispatch::collect`]. Between the two the caller is free to compute attention for
+//! the other micro-batch. In-process, gRPC and (later) NCCL implementations pass one conformance kit and give
+//! identical bits.
+//!
+//! Rows are a handle ([`Rows`], [`RowsMut`]), so that a device buffer can take the place of a host slice
+//! without a change here.
+
+use std::time::Instant;
+
+use muster_types::{ExpertId, LayerId, Retry, WorkerId};
+
+/// Hidden rows `[rows, hidden]`, row-major, wherever they lie.
+#[derive(Debug, Clone, Copy)]
+pub enum Rows<'a> {
+    /// Host memory, single precision.
+    HostF32(&'a [f32]),
+    /// Host memory, bf16 bit patterns.
+    HostBf16(&'a [u16]),
+}
+
+impl Rows<'_> {
+    /// Number of elements.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        match self {
+            Self::HostF32(x) => x.len(),
+            Self::HostBf16(x) => x.len(),
+        }
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Where combined rows `[rows, hidden]` go. Combining is always in f32.
+#[derive(Debug)]
+pub enum RowsMut<'a> {
+    /// Host memory. Overwritten, not added to.
+    HostF32(&'a mut [f32]),
+}
+
+/// What the gate chose for a micro-batch: `k` experts and weights per row, in ascending expert id.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choices {
+    k: usize,
+    experts: Vec<ExpertId>,
+    weights: Vec<f32>,
+}
+
+/// A gate's output that must not leave the router.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum InvalidChoices {
+    /// The arrays do not fit together.
+    #[error("{experts} expert ids and {weights} weights do not make rows of {k}")]
+    Shape {
+        /// Expert ids given.
+        experts: usize,
+        /// Weights given.
+        weights: usize,
+        /// Experts per row.
+        k: usize,
+    },
+    /// Ids of a row are not strictly ascending: out of order or chosen twice.
+    #[error("row {row}: expert ids are not strictly ascending")]
+    Order {
+        /// The row.
+        row: usize,
+    },
+    /// A weight is NaN or infinite.
+    #[error("row {row}: weight {weight} is not finite")]
+    Weight {
+        /// The row.
+        row: usize,
+        /// The weight.
+        weight: f32,
+    },
+}
+
+impl Choices {
+    /// Checks that every row has `k` distinct experts in ascending order with finite weights.
+    ///
+    /// # Errors
+    /// Names the first row that breaks the rule.
+    pub fn new(k: usize, experts: Vec<ExpertId>, weights: Vec<f32>) -> Result<Self, InvalidChoices> {
+        if k == 0 || experts.len() != weights.len() || !experts.len().is_multiple_of(k) {
+            return Err(InvalidChoices::Shape { experts: experts.len(), weights: weights.len(), k });
+        }
+        for (row, ids) in experts.chunks_exact(k).enumerate() {
+            if ids.windows(2).any(|pair| pair[0] >= pair[1]) {
+                return Err(InvalidChoices::Order { row });
+            }
+        }
+        if let Some(at) = weights.iter().position(|w| !w.is_finite()) {
+            return Err(InvalidChoices::Weight { row: at / k, weight: weights[at] });
+        }
+        Ok(Self { k, experts, weights })
+    }
+
+    /// Experts per row.
+    #[must_use]
+    pub const fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.experts.len() / self.k
+    }
+
+    /// All ids, `[rows, k]`, ascending within a row.
+    #[must_use]
+    pub fn experts(&self) -> &[ExpertId] {
+        &self.experts
+    }
+
+    /// All weights, `[rows, k]`, in the order of [`Self::experts`].
+    #[must_use]
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+}
+
+/// One micro-batch at one MoE layer.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerBatch<'a> {
+    /// The layer.
+    pub layer: LayerId,
+    /// Which of the two micro-batch lanes it travels in: 0 or 1.
+    pub lane: usize,
+    /// Hidden rows `[choices.rows(), hidden]`, already in the wire dtype.
+    pub rows: Rows<'a>,
+    /// The experts of each row.
+    pub choices: &'a Choices,
+}
+
+/// Names a submitted micro-batch until it is collected or cancelled.
+#[derive(Debug, PartialEq, Eq, Hash, Clone, Copy, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+impl Ticket {
+    /// For implementors: the ticket with this number.
+    #[must_use]
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// Its number.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// Why expert outputs did not come.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum DispatchError {
+    /// No live worker holds this expert.
+    #[error("layer {layer} expert {expert} has no live worker")]
+    NoOwner {
+        /// The layer.
+        layer: LayerId,
+        /// The expert.
+        expert: ExpertId,
+    },
+    /// The worker went away or broke its stream.
+    #[error("worker {worker} failed: {reason}")]
+    WorkerLost {
+        /// The worker.
+        worker: WorkerId,
+        /// What was seen of the failure.
+        reason: String,
+    },
+    /// The worker's answer breaks the protocol: wrong shape, non-finite rows, an id nobody asked for.
+    #[error("worker {worker} gave a bad reply: {reason}")]
+    BadReply {
+        /// The worker.
+        worker: WorkerId,
+        /// What was wrong.
+        reason: String,
+    },
+    /// The worker refused the shard.
+    #[error("worker {worker} refused: {reason}")]
+    Refused {
+        /// The worker.
+        worker: WorkerId,
+        /// Its reason.
+        reason: String,
+        /// Whether another try can help.
+        retry: Retry,
+    },
+    /// The deadline passed.
+    #[error("layer {layer}: expert outputs did not arrive within the deadline")]
+    Deadline {
+        /// The layer.
+        layer: LayerId,
+    },
+    /// An expert's output is not finite.
+    #[error("layer {layer} expert {expert}: output is not finite")]
+    NonFinite {
+        /// The layer.
+        layer: LayerId,
+        /// The expert.
+        expert: ExpertId,
+    },
+    /// The caller broke the contract: wrong shape, unknown layer, unknown or spent ticket.
+    #[error("invalid dispatch: {0}")]
+    Invalid(String),
+    /// Used after `close`.
+    #[error("dispatch is closed")]
+    Closed,
+}
+
+impl DispatchError {
+    /// Whether trying again can help.
+    #[must_use]
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::NoOwner { .. }
+            | Self::WorkerLost { .. }
+            | Self::BadReply { .. }
+            | Self::Deadline { .. } => Retry::Later,
+            Self::Refused { retry, .. } => *retry,
+            Self::NonFinite { .. } | Self::Invalid(_) => Retry::Never,
+            Self::Closed => Retry::Elsewhere,
+        }
+    }
+}
+
+/// Sends rows to experts and brings back their weighted sum.
+///
+/// For every row the result is the sum over its experts, in ascending id, of `weight * output`, each product and
+/// each sum rounded to f32, starting from zero; outputs are first rounded to the wire dtype. That rule, not the
+/// transport, fixes the bits.
+pub trait ExpertDispatch: Send {
+    /// Starts a micro-batch and returns without waiting for it.
+    ///
+    /// # Errors
+    /// `Invalid` when shapes or ids do not fit the model, `NoOwner` when an expert is nowhere, `Closed` after
+    /// [`Self::close`]. Nothing is in flight after an error.
+    fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError>;
+
+    /// Waits for a micro-batch and writes its combined rows to `out`. Spends the ticket, whatever the outcome.
+    ///
+    /// # Errors
+    /// See [`DispatchError`]; `out` is unspecified then. A ticket that is unknown or already spent is `Invalid`.
+    fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError>;
+
+    /// Gives a micro-batch up; replies that still come are dropped. Unknown tickets are ignored.
+    fn cancel(&mut self, ticket: Ticket);
+
+    /// Ends all streams. May be called twice.
+    fn close(&mut self);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn choices(k: usize, experts: &[u32], weights: &[f32]) -> Result<Choices, InvalidChoices> {
+        let experts = experts.iter().map(|&number| ExpertId::new(number, 8).unwrap()).collect();
+        Choices::new(k, experts, weights.to_vec())
+    }
+
+    #[test]
+    fn whole_rows_in_ascending_order_are_taken() {
+        let choices = choices(2, &[0, 7, 3, 4], &[0.5, -1.0, 0.0, 2.0]).unwrap();
+        assert_eq!((choices.rows(), choices.k()), (2, 2));
+        assert_eq!(Choices::new(4, vec![], vec![]).map(|none| none.rows()), Ok(0));
+    }
+
+    #[test]
+    fn arrays_that_make_no_rows_are_refused() {
+        for (k, experts, weights) in [(0, 0, 0), (2, 3, 3), (2, 2, 4), (2, 4, 2)] {
+            let refused = choices(k, &[0, 1, 2, 3][..experts], &[1.0; 4][..weights]);
+            assert_eq!(refused, Err(InvalidChoices::Shape { experts, weights, k }));
+        }
+    }
+
+    #[test]
+    fn the_first_bad_row_is_named() {
+        // Order matters within a row only: 7 before 0 is fine across rows.
+        for bad in [[3, 3], [4, 3]] {
+            let refused = choices(2, &[0, 7, bad[0], bad[1]], &[1.0; 4]);
+            assert_eq!(refused, Err(InvalidChoices::Order { row: 1 }));
+        }
+        for weight in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let refused = choices(2, &[0, 7, 3, 4], &[1.0, 1.0, 1.0, weight]);
+            assert!(matches!(refused, Err(InvalidChoices::Weight { row: 1, .. })), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_another_try_can_mend_is_retried() {
+        let refused = |retry| DispatchError::Refused {
+            worker: WorkerId::new("w0").unwrap(),
+            reason: "full".into(),
+            retry,
+        };
+        assert_eq!(refused(Retry::Elsewhere).retry(), Retry::Elsewhere);
+        assert_eq!(refused(Retry::Never).retry(), Retry::Never);
+        assert_eq!(DispatchError::Invalid("unknown ticket".into()).retry(), Retry::Never);
+    }
+}

@@ -1,0 +1,410 @@
+//! Continuous batching: which sequences run in a step, on which tokens, with which KV blocks.
+//!
+//! Owns every sequence from admission to its end. Always holds:
+//! - running sequences, then waiting ones, are in order of admission, because only the oldest waiting one is let
+//!   in and only the youngest running one is sent back; nobody overtakes;
+//! - the oldest sequence advances in every step, so every sequence ends;
+//! - every block is free or in the table of exactly one running sequence;
+//! - a step has at most `step_tokens` tokens.
+//!
+//! Tokens that were just sampled go first, one per sequence, and what is left of the budget goes to prefill
+//! chunks, oldest first, so a long prompt delays streams by one chunk at most. When a sequence finds no free
+//! block, the youngest running one gives up its blocks, waits at the front of the queue and later computes its
+//! prompt and output again. The youngest itself just stays as it is until blocks come free: were it to give up
+//! its own, nobody older would gain and its work would be lost.
+//!
+//! Knows nothing of sampling, stop conditions, text, deadlines or experts.
+
+use std::collections::VecDeque;
+use std::num::NonZero;
+
+use muster_types::{Retry, SeqId, TokenId};
+
+use crate::kv::BlockPool;
+use crate::sequence::Sequence;
+
+/// Sizes of a [`Scheduler`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// Tokens per KV block.
+    pub block_tokens: NonZero<u32>,
+    /// KV blocks, shared by all sequences.
+    pub blocks: u32,
+    /// Most tokens of one sequence, prompt and output together.
+    pub context: u32,
+    /// Most sequences in a step.
+    pub max_running: usize,
+    /// Most sequences that wait for admission to a step. Those sent back by preemption come on top.
+    pub max_waiting: usize,
+    /// Most tokens in a step.
+    pub step_tokens: u32,
+    /// Most tokens of one sequence's prefill in a step.
+    pub prefill_chunk: u32,
+}
+
+/// Sizes that cannot work.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A size that must be positive is not.
+    #[error("{field} is 0; at least 1 is needed")]
+    Zero {
+        /// The field of [`SchedulerConfig`].
+        field: &'static str,
+    },
+    /// No sequence fits: one has at least a prompt token and an output token.
+    #[error("context is {0}; at least 2 is needed, for one prompt and one output token")]
+    Context(u32),
+    /// Running sequences could be left out of a step for want of tokens.
+    #[error(
+        "step_tokens is {step_tokens}, below max_running ({max_running}); every running sequence needs one"
+    )]
+    StepTokens {
+        /// The step's tokens.
+        step_tokens: u32,
+        /// The step's sequences.
+        max_running: usize,
+    },
+}
+
+/// A sequence to generate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewSequence {
+    /// Its name. Must not be that of another sequence in the scheduler.
+    pub id: SeqId,
+    /// Tokens to start from; at least one.
+    pub prompt: Vec<TokenId>,
+    /// Tokens to generate at most; at least one. The end of the context cuts it short.
+    pub max_tokens: u32,
+}
+
+/// Why a sequence was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AdmitError {
+    /// There is nothing to start from.
+    #[error("the prompt is empty; at least one token is needed")]
+    EmptyPrompt,
+    /// There is nothing to do.
+    #[error("max_tokens is 0; at least 1 is needed")]
+    ZeroMaxTokens,
+    /// The prompt leaves no room for an output token.
+    #[error("the prompt has {prompt} tokens; at most {max} are allowed in a context of {context}")]
+    TooLong {
+        /// The prompt's tokens.
+        prompt: usize,
+        /// Most that are allowed.
+        max: u32,
+        /// Tokens of the context.
+        context: u32,
+    },
+    /// All KV blocks together are too few for it.
+    #[error(
+        "prompt and output need {needed} KV blocks, the cache has {have}; shorten the prompt or max_tokens"
+    )]
+    NeverFits {
+        /// Blocks it may come to need.
+        needed: u32,
+        /// Blocks there are.
+        have: u32,
+    },
+    /// A sequence of this id is here already.
+    #[error("sequence {0} is already scheduled")]
+    DuplicateId(SeqId),
+    /// As many sequences wait as may.
+    #[error("{limit} sequences are waiting already, as many as may; try again later")]
+    QueueFull {
+        /// Sequences that may wait.
+        limit: usize,
+    },
+}
+
+impl AdmitError {
+    /// Whether trying again can help.
+    #[must_use]
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::QueueFull { .. } => Retry::Later,
+            Self::EmptyPrompt
+            | Self::ZeroMaxTokens
+            | Self::TooLong { .. }
+            | Self::NeverFits { .. }
+            | Self::DuplicateId(_) => Retry::Never,
+        }
+    }
+}
+
+/// A token for a sequence that expects none: it has ended, or its last item did not ask for a sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("sequence {0} does not expect a token")]
+pub struct UnknownSequence(pub SeqId);
+
+/// Where a sequence stands after a new token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Progress {
+    /// It goes on in the next step.
+    Continue,
+    /// `max_tokens` or the end of the context is reached. It is left out of further steps and keeps its blocks
+    /// until [`Scheduler::finish`].
+    LengthReached,
+}
+
+/// The work of one pass through the model.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Step {
+    /// At most one per sequence: single sampled tokens first, then prefill chunks; each by age.
+    pub items: Vec<StepItem>,
+    /// Sequences that lost their blocks to older ones, youngest first. They wait and have no item.
+    pub preempted: Vec<SeqId>,
+}
+
+impl Step {
+    /// Tokens of all items.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.items.iter().map(|item| item.tokens.len()).sum()
+    }
+}
+
+/// Consecutive tokens of one sequence whose keys and values are to be computed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepItem {
+    /// The sequence.
+    pub seq: SeqId,
+    /// Position of the first token in the sequence.
+    pub start: u32,
+    /// The tokens; at least one.
+    pub tokens: Vec<TokenId>,
+    /// The sequence's KV blocks in order of position: exactly enough for `start + tokens.len()` positions.
+    pub blocks: Vec<u32>,
+    /// Whether the last token's logits are wanted, to sample the next token and [`Scheduler::append`] it.
+    pub sample: bool,
+}
+
+/// Counts for metrics and admission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// Sequences without blocks.
+    pub waiting: usize,
+    /// Sequences with blocks.
+    pub running: usize,
+    /// KV blocks, free or not.
+    pub blocks_total: u32,
+    /// Free KV blocks.
+    pub blocks_free: u32,
+    /// Preemptions since the start.
+    pub preemptions: u64,
+}
+
+/// Sequences and the KV blocks they share.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    pool: BlockPool,
+    /// Oldest first; all older than those waiting.
+    running: Vec<Sequence>,
+    /// Oldest first.
+    waiting: VecDeque<Sequence>,
+    preemptions: u64,
+}
+
+/// A step in the making.
+struct Draft {
+    decodes: Vec<StepItem>,
+    prefills: Vec<StepItem>,
+    preempted: Vec<SeqId>,
+    prefill_budget: u32,
+}
+
+impl Scheduler {
+    /// An idle scheduler.
+    ///
+    /// # Errors
+    /// When a size is 0, the context is below 2, or `step_tokens` is below `max_running`.
+    pub fn new(config: SchedulerConfig) -> Result<Self, ConfigError> {
+        let positive = [
+            ("blocks", config.blocks != 0),
+            ("max_running", config.max_running != 0),
+            ("max_waiting", config.max_waiting != 0),
+            ("prefill_chunk", config.prefill_chunk != 0),
+        ];
+        if let Some(&(field, _)) = positive.iter().find(|(_, positive)| !positive) {
+            return Err(ConfigError::Zero { field });
+        }
+        if config.context < 2 {
+            return Err(ConfigError::Context(config.context));
+        }
+        if config.max_running > config.step_tokens as usize {
+            return Err(ConfigError::StepTokens {
+                step_tokens: config.step_tokens,
+                max_running: config.max_running,
+            });
+        }
+        let pool = BlockPool::new(config.blocks, config.block_tokens);
+        Ok(Self { config, pool, running: Vec::new(), waiting: VecDeque::new(), preemptions: 0 })
+    }
+
+    /// Puts a sequence at the end of the queue.
+    ///
+    /// # Errors
+    /// See [`AdmitError`]. What is wrong with the sequence itself comes before a full queue, so that nobody
+    /// tries again in vain.
+    pub fn admit(&mut self, seq: NewSequence) -> Result<(), AdmitError> {
+        let context = self.config.context;
+        if seq.prompt.is_empty() {
+            return Err(AdmitError::EmptyPrompt);
+        }
+        if seq.max_tokens == 0 {
+            return Err(AdmitError::ZeroMaxTokens);
+        }
+        let prompt = u32::try_from(seq.prompt.len()).ok().filter(|&prompt| prompt < context);
+        let Some(prompt) = prompt else {
+            return Err(AdmitError::TooLong { prompt: seq.prompt.len(), max: context - 1, context });
+        };
+        let limit = prompt.saturating_add(seq.max_tokens).min(context);
+        // The last token is only an output and needs no place in the cache.
+        let needed = self.pool.blocks_for(limit - 1);
+        if needed > self.pool.total() {
+            return Err(AdmitError::NeverFits { needed, have: self.pool.total() });
+        }
+        if self.running.iter().chain(&self.waiting).any(|other| other.id() == seq.id) {
+            return Err(AdmitError::DuplicateId(seq.id));
+        }
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(AdmitError::QueueFull { limit: self.config.max_waiting });
+        }
+        self.waiting.push_back(Sequence::new(seq.id, seq.prompt, limit));
+        Ok(())
+    }
+
+    /// Forms the next step and counts its positions as computed. Empty when there is nothing to do.
+    ///
+    /// The step before must have run, and each of its items with `sample` must have had its [`append`] or its
+    /// [`finish`]; a sequence that had neither is left out.
+    ///
+    /// [`append`]: Self::append
+    /// [`finish`]: Self::finish
+    pub fn schedule(&mut self) -> Step {
+        // Taken off the budget first. The budget has a token for each of `max_running` sequences, so whoever is
+        // not decoding leaves one over, and the oldest prefill always gets some.
+        let decodes = self.running.iter().filter(|sequence| sequence.is_decoding()).count() as u32;
+        let mut draft = Draft {
+            decodes: Vec::new(),
+            prefills: Vec::new(),
+            preempted: Vec::new(),
+            prefill_budget: self.config.step_tokens - decodes,
+        };
+        // Blocks go by age, whatever they are for. Preemption shortens the list from its far end, so it never
+        // takes back what this step has handed out.
+        let mut at = 0;
+        while at < self.running.len() {
+            self.plan(at, &mut draft);
+            at += 1;
+        }
+        self.let_in(&mut draft);
+        let Draft { decodes: mut items, prefills, preempted, .. } = draft;
+        items.extend(prefills);
+        Step { items, preempted }
+    }
+
+    /// Adds the token sampled for an item of the current step.
+    ///
+    /// # Errors
+    /// When the sequence expects no token.
+    pub fn append(&mut self, seq: SeqId, token: TokenId) -> Result<Progress, UnknownSequence> {
+        let found = self.running.iter_mut().find(|running| running.id() == seq);
+        let Some(sequence) = found.filter(|sequence| sequence.awaits_token()) else {
+            return Err(UnknownSequence(seq));
+        };
+        sequence.push(token);
+        Ok(if sequence.is_full() { Progress::LengthReached } else { Progress::Continue })
+    }
+
+    /// Removes a sequence in whatever state, because it is complete, has failed or was cancelled, and frees its
+    /// blocks. False when there is none of that id.
+    ///
+    /// Between [`schedule`](Self::schedule) and the end of its step this is fine too: the step may still write
+    /// to the blocks, but they get a new owner only in the next step, which reads no position before writing it.
+    pub fn finish(&mut self, seq: SeqId) -> bool {
+        if let Some(at) = self.running.iter().position(|running| running.id() == seq) {
+            let blocks = self.running.remove(at).reset();
+            self.pool.free(blocks);
+            return true;
+        }
+        let waiting = self.waiting.iter().position(|waiting| waiting.id() == seq);
+        waiting.is_some_and(|at| self.waiting.remove(at).is_some())
+    }
+
+    /// Counts at this moment.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            waiting: self.waiting.len(),
+            running: self.running.len(),
+            blocks_total: self.pool.total(),
+            blocks_free: self.pool.available(),
+            preemptions: self.preemptions,
+        }
+    }
+
+    /// Whether there is no sequence at all.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Adds to the draft what the running sequence at `at` can do.
+    fn plan(&mut self, at: usize, draft: &mut Draft) {
+        let sequence = &self.running[at];
+        let decoding = sequence.is_decoding();
+        let allowed = if decoding { 1 } else { self.config.prefill_chunk.min(draft.prefill_budget) };
+        let wanted = sequence.pending().min(allowed);
+        if wanted == 0 {
+            return;
+        }
+        let granted = self.make_room(at, wanted, &mut draft.preempted);
+        if granted == 0 {
+            return;
+        }
+        let item = self.running[at].advance(granted);
+        if decoding {
+            draft.decodes.push(item);
+        } else {
+            draft.prefill_budget -= granted;
+            draft.prefills.push(item);
+        }
+    }
+
+    /// Finds blocks for up to `wanted` tokens of the sequence at `at` and says how many they are for. Others are
+    /// preempted only for the first block: a shorter chunk costs less than computing a sequence again. 0 means
+    /// that it is the youngest and must wait.
+    fn make_room(&mut self, at: usize, wanted: u32, preempted: &mut Vec<SeqId>) -> u32 {
+        loop {
+            let granted = self.running[at].reserve(&mut self.pool, wanted);
+            if granted > 0 || at + 1 == self.running.len() {
+                return granted;
+            }
+            if let Some(mut youngest) = self.running.pop() {
+                self.pool.free(youngest.reset());
+                preempted.push(youngest.id());
+                self.preemptions += 1;
+                self.waiting.push_front(youngest);
+            }
+        }
+    }
+
+    /// Moves waiting sequences into the step, oldest first, while there are tokens, places and blocks. All blocks
+    /// of a sequence's known tokens must be there, beyond what running prefills still need, though it takes
+    /// only those of its first chunk now: half a prefill that is then preempted would be work for nothing.
+    /// So a sequence just preempted stays out, too: of the blocks it had, an older one has taken at least one.
+    fn let_in(&mut self, draft: &mut Draft) {
+        let claimed: u32 = self.running.iter().map(|sequence| sequence.blocks_wanted(&self.pool)).sum();
+        let mut unclaimed = self.pool.available().saturating_sub(claimed);
+        while draft.prefill_budget > 0 && self.running.len() < self.config.max_running {
+            let fits = |next: &mut Sequence| next.blocks_wanted(&self.pool) <= unclaimed;
+            let Some(next) = self.waiting.pop_front_if(fits) else { break };
+            unclaimed -= next.blocks_wanted(&self.pool);
+            self.running.push(next);
+            self.plan(self.running.len() - 1, draft);
+        }
+    }
+}

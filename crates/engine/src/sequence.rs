@@ -1,0 +1,139 @@
+//! One sequence under generation: its tokens, and how far its keys and values are computed.
+//!
+//! Always holds: `computed <= tokens.len() <= limit`, and `blocks` covers exactly `computed` positions. Knows
+//! nothing of other sequences, nor whether it is waiting or running.
+
+use muster_types::{SeqId, TokenId};
+
+use crate::kv::{Block, BlockPool};
+use crate::scheduler::StepItem;
+
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    id: SeqId,
+    /// The prompt, then what was generated.
+    tokens: Vec<TokenId>,
+    /// Most tokens, prompt included.
+    limit: u32,
+    /// Positions whose keys and values are in the cache once the current step has run.
+    computed: u32,
+    blocks: Vec<Block>,
+}
+
+impl Sequence {
+    /// A sequence that may grow from its prompt to `limit` tokens. `limit` is above the prompt's length.
+    pub(crate) const fn new(id: SeqId, prompt: Vec<TokenId>, limit: u32) -> Self {
+        Self { id, tokens: prompt, limit, computed: 0, blocks: Vec::new() }
+    }
+
+    pub(crate) const fn id(&self) -> SeqId {
+        self.id
+    }
+
+    /// Tokens known so far, prompt included.
+    pub(crate) const fn known(&self) -> u32 {
+        // At most `limit`.
+        self.tokens.len() as u32
+    }
+
+    /// Tokens whose keys and values are still to be computed. None at the limit: the last token is an output
+    /// only, since nothing will attend to it.
+    pub(crate) const fn pending(&self) -> u32 {
+        if self.is_full() { 0 } else { self.known() - self.computed }
+    }
+
+    /// Whether one token is left to feed: a sampled one, or the last of a prefill.
+    pub(crate) const fn is_decoding(&self) -> bool {
+        self.computed > 0 && self.pending() == 1
+    }
+
+    /// Whether the token limit is reached.
+    pub(crate) const fn is_full(&self) -> bool {
+        self.known() == self.limit
+    }
+
+    /// Whether every known token is computed and the next one may be sampled.
+    pub(crate) const fn awaits_token(&self) -> bool {
+        self.computed == self.known() && !self.is_full()
+    }
+
+    /// Blocks that its known tokens still need.
+    pub(crate) fn blocks_wanted(&self, pool: &BlockPool) -> u32 {
+        pool.blocks_for(self.known()).saturating_sub(self.blocks.len() as u32)
+    }
+
+    /// Takes free blocks for up to `wanted` more positions and says for how many there is room now.
+    pub(crate) fn reserve(&mut self, pool: &mut BlockPool, wanted: u32) -> u32 {
+        let needed = pool.blocks_for(self.computed + wanted) as usize;
+        while self.blocks.len() < needed {
+            let Some(block) = pool.allocate() else { break };
+            self.blocks.push(block);
+        }
+        let room = pool.tokens_in(self.blocks.len()) - u64::from(self.computed);
+        // No more than `wanted`, which has 32 bits.
+        room.min(u64::from(wanted)) as u32
+    }
+
+    /// Counts the next `count` pending tokens as computed and returns the work that makes it true. There must
+    /// be room for them.
+    pub(crate) fn advance(&mut self, count: u32) -> StepItem {
+        let start = self.computed;
+        self.computed += count;
+        StepItem {
+            seq: self.id,
+            start,
+            tokens: self.tokens[start as usize..self.computed as usize].to_vec(),
+            blocks: self.blocks.iter().map(Block::index).collect(),
+            sample: self.computed == self.known(),
+        }
+    }
+
+    /// Adds a sampled token.
+    pub(crate) fn push(&mut self, token: TokenId) {
+        self.tokens.push(token);
+    }
+
+    /// Forgets all keys and values, to be computed again, and hands out the blocks.
+    pub(crate) fn reset(&mut self) -> Vec<Block> {
+        self.computed = 0;
+        std::mem::take(&mut self.blocks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZero;
+
+    use super::*;
+
+    fn tokens(count: u32) -> Vec<TokenId> {
+        TokenId::all(count).collect()
+    }
+
+    #[test]
+    fn room_ends_where_the_blocks_do() {
+        let mut pool = BlockPool::new(2, NonZero::new(4).unwrap());
+        let mut sequence = Sequence::new(SeqId::new(1), tokens(10), 20);
+        assert_eq!(sequence.blocks_wanted(&pool), 3);
+        assert_eq!(sequence.reserve(&mut pool, 3), 3);
+        let item = sequence.advance(3);
+        assert_eq!((item.start, item.tokens.len(), item.blocks, item.sample), (0, 3, vec![0], false));
+        // Five more positions in two blocks of four, three of them taken.
+        assert_eq!(sequence.reserve(&mut pool, 7), 5);
+        let item = sequence.advance(5);
+        assert_eq!((item.start, item.tokens, item.blocks), (3, tokens(10)[3..8].to_vec(), vec![0, 1]));
+        assert_eq!((sequence.reserve(&mut pool, 1), pool.available()), (0, 0));
+        pool.free(sequence.reset());
+        assert_eq!((sequence.pending(), pool.available()), (10, 2));
+    }
+
+    #[test]
+    fn the_last_token_is_never_fed_back() {
+        let mut pool = BlockPool::new(1, NonZero::new(2).unwrap());
+        let mut sequence = Sequence::new(SeqId::new(1), tokens(2), 3);
+        assert_eq!(sequence.reserve(&mut pool, 2), 2);
+        assert!(sequence.advance(2).sample && sequence.awaits_token());
+        sequence.push(tokens(1)[0]);
+        assert_eq!((sequence.is_full(), sequence.pending(), sequence.awaits_token()), (true, 0, false));
+    }
+}

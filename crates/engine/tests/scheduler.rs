@@ -1,0 +1,240 @@
+//! The scheduler's rules, one small scene each.
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
+
+use std::num::NonZero;
+
+use muster_engine::scheduler::{
+    AdmitError, ConfigError, NewSequence, Progress, Scheduler, SchedulerConfig, Step, UnknownSequence,
+};
+use muster_types::{Retry, SeqId, TokenId};
+
+/// Room for everything; scenes tighten what they are about.
+fn roomy() -> SchedulerConfig {
+    SchedulerConfig {
+        block_tokens: NonZero::new(4).unwrap(),
+        blocks: 100,
+        context: 100,
+        max_running: 8,
+        max_waiting: 8,
+        step_tokens: 16,
+        prefill_chunk: 16,
+    }
+}
+
+fn sequence(id: u64, prompt: u32, max_tokens: u32) -> NewSequence {
+    NewSequence { id: SeqId::new(id), prompt: TokenId::all(prompt).collect(), max_tokens }
+}
+
+fn token(number: u32) -> TokenId {
+    TokenId::new(number, u32::MAX).unwrap()
+}
+
+fn with(config: SchedulerConfig, sequences: &[(u64, u32, u32)]) -> Scheduler {
+    let mut scheduler = Scheduler::new(config).unwrap();
+    for &(id, prompt, max_tokens) in sequences {
+        scheduler.admit(sequence(id, prompt, max_tokens)).unwrap();
+    }
+    scheduler
+}
+
+/// (sequence, start, tokens, sample) of every item.
+fn items(step: &Step) -> Vec<(u64, u32, usize, bool)> {
+    step.items.iter().map(|item| (item.seq.get(), item.start, item.tokens.len(), item.sample)).collect()
+}
+
+/// Runs a step, with token 9 for every sample, and ends what has reached its length.
+fn run(scheduler: &mut Scheduler) -> Step {
+    let step = scheduler.schedule();
+    for item in step.items.iter().filter(|item| item.sample) {
+        if scheduler.append(item.seq, token(9)).unwrap() == Progress::LengthReached {
+            assert!(scheduler.finish(item.seq));
+        }
+    }
+    step
+}
+
+#[test]
+fn one_sequence_from_prompt_to_length() {
+    let mut scheduler = with(roomy(), &[(1, 5, 3)]);
+    let step = run(&mut scheduler);
+    assert_eq!(items(&step), [(1, 0, 5, true)]);
+    assert_eq!(step.items[0].tokens, TokenId::all(5).collect::<Vec<_>>());
+    assert_eq!(step.items[0].blocks.len(), 2);
+    let step = run(&mut scheduler);
+    assert_eq!((items(&step), &step.items[0].tokens[..]), (vec![(1, 5, 1, true)], &[token(9)][..]));
+    assert_eq!(items(&run(&mut scheduler)), [(1, 6, 1, true)]);
+    assert!(scheduler.is_idle());
+    assert_eq!(scheduler.schedule(), Step::default());
+    assert_eq!(scheduler.stats().blocks_free, 100);
+}
+
+#[test]
+fn a_long_prompt_does_not_hold_up_a_stream() {
+    let config = SchedulerConfig { prefill_chunk: 6, step_tokens: 8, ..roomy() };
+    let mut scheduler = with(config, &[(1, 2, 9)]);
+    run(&mut scheduler);
+    scheduler.admit(sequence(2, 14, 1)).unwrap();
+    assert_eq!(items(&run(&mut scheduler)), [(1, 2, 1, true), (2, 0, 6, false)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 3, 1, true), (2, 6, 6, false)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 12, 2, true)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 5, 1, true)]);
+}
+
+#[test]
+fn prefills_share_a_step_oldest_first() {
+    let config = SchedulerConfig { prefill_chunk: 6, step_tokens: 10, ..roomy() };
+    let mut scheduler = with(config, &[(1, 9, 1), (2, 3, 1), (3, 4, 1)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 6, false), (2, 0, 3, true), (3, 0, 1, false)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 6, 3, true), (3, 1, 3, true)]);
+}
+
+#[test]
+fn nobody_overtakes_the_head_of_the_queue() {
+    // Sequence 2 needs three blocks and two are left; sequence 3 would fit, but waits behind it.
+    let config = SchedulerConfig { blocks: 4, ..roomy() };
+    let mut scheduler = with(config, &[(1, 7, 2), (2, 9, 1), (3, 1, 1)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 7, true)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 7, 1, true)]);
+    assert_eq!(items(&run(&mut scheduler)), [(2, 0, 9, true), (3, 0, 1, true)]);
+}
+
+#[test]
+fn blocks_promised_to_a_prefill_are_not_promised_again() {
+    // After its first chunk sequence 1 holds one block of the three its prompt needs, so two of the three free
+    // ones are spoken for; later one of two.
+    let config = SchedulerConfig { blocks: 4, prefill_chunk: 4, ..roomy() };
+    let mut scheduler = with(config, &[(1, 12, 1), (2, 5, 1)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 4, false)]);
+    assert_eq!((scheduler.stats().waiting, scheduler.stats().blocks_free), (1, 3));
+    assert_eq!(items(&run(&mut scheduler)), [(1, 4, 4, false)]);
+    assert_eq!((scheduler.stats().waiting, scheduler.stats().blocks_free), (1, 2));
+}
+
+#[test]
+fn the_youngest_gives_way_and_computes_everything_again() {
+    let config = SchedulerConfig { blocks: 3, ..roomy() };
+    let mut scheduler = with(config, &[(1, 4, 6), (2, 3, 4)]);
+    run(&mut scheduler);
+    // Sequence 1 takes the last free block here, and sequence 2 fills up its own.
+    assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 3, 1, true)]);
+    // The youngest finds no block, and giving up its own would help nobody: it stays.
+    let step = run(&mut scheduler);
+    assert_eq!((items(&step), step.preempted.len()), (vec![(1, 5, 1, true)], 0));
+    run(&mut scheduler);
+    run(&mut scheduler);
+    // Now sequence 1 needs a third block.
+    let step = run(&mut scheduler);
+    assert_eq!((items(&step), step.preempted), (vec![(1, 8, 1, true)], vec![SeqId::new(2)]));
+    let stats = scheduler.stats();
+    assert_eq!((stats.preemptions, stats.waiting, stats.running, stats.blocks_free), (1, 1, 0, 3));
+    // Its prompt of three and its two tokens so far.
+    let step = run(&mut scheduler);
+    assert_eq!(items(&step), [(2, 0, 5, true)]);
+    assert_eq!(step.items[0].tokens, [token(0), token(1), token(2), token(9), token(9)]);
+    assert_eq!(items(&run(&mut scheduler)), [(2, 5, 1, true)]);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn a_chunk_is_cut_short_before_anyone_is_preempted() {
+    let config = SchedulerConfig { blocks: 6, prefill_chunk: 8, ..roomy() };
+    let mut scheduler = with(config, &[(1, 4, 9), (2, 16, 1), (3, 3, 9)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 4, true), (2, 0, 8, false), (3, 0, 3, true)]);
+    // Sequence 1 takes one of the two free blocks that sequence 2 wants.
+    let step = run(&mut scheduler);
+    assert_eq!(items(&step), [(1, 4, 1, true), (3, 3, 1, true), (2, 8, 4, false)]);
+    // Without any block it could not go on at all.
+    let step = run(&mut scheduler);
+    assert_eq!(items(&step), [(1, 5, 1, true), (2, 12, 4, true)]);
+    assert_eq!(step.preempted, [SeqId::new(3)]);
+}
+
+#[test]
+fn a_sequence_may_end_in_the_middle_of_a_step() {
+    let mut scheduler = with(roomy(), &[(1, 5, 3), (2, 5, 3)]);
+    let step = scheduler.schedule();
+    assert!(scheduler.finish(SeqId::new(1)));
+    assert_eq!(scheduler.stats().blocks_free, 98);
+    assert_eq!(scheduler.append(step.items[0].seq, token(9)), Err(UnknownSequence(SeqId::new(1))));
+    assert_eq!(scheduler.append(step.items[1].seq, token(9)), Ok(Progress::Continue));
+    assert!(!scheduler.finish(SeqId::new(1)));
+    assert_eq!(items(&run(&mut scheduler)), [(2, 5, 1, true)]);
+}
+
+#[test]
+fn a_waiting_sequence_can_be_cancelled() {
+    let mut scheduler = with(roomy(), &[(1, 5, 3), (2, 5, 3)]);
+    assert!(scheduler.finish(SeqId::new(2)));
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 5, true)]);
+}
+
+#[test]
+fn tokens_nobody_asked_for_are_refused() {
+    let config = SchedulerConfig { prefill_chunk: 4, ..roomy() };
+    let mut scheduler = with(config, &[(1, 5, 1)]);
+    let unknown = Err(UnknownSequence(SeqId::new(1)));
+    assert_eq!(scheduler.append(SeqId::new(1), token(9)), unknown, "still waiting");
+    scheduler.schedule();
+    assert_eq!(scheduler.append(SeqId::new(1), token(9)), unknown, "half a prompt");
+    scheduler.schedule();
+    assert_eq!(scheduler.append(SeqId::new(1), token(9)), Ok(Progress::LengthReached));
+    assert_eq!(scheduler.append(SeqId::new(1), token(9)), unknown, "complete");
+    assert_eq!(scheduler.schedule(), Step::default(), "complete, though not finished");
+}
+
+#[test]
+fn a_sequence_without_its_token_is_left_out() {
+    let mut scheduler = with(roomy(), &[(1, 5, 3)]);
+    scheduler.schedule();
+    assert_eq!(scheduler.schedule(), Step::default());
+    assert_eq!(scheduler.append(SeqId::new(1), token(9)), Ok(Progress::Continue));
+    assert_eq!(items(&scheduler.schedule()), [(1, 5, 1, true)]);
+}
+
+#[test]
+fn the_end_of_the_context_cuts_the_output_short() {
+    let mut scheduler = with(SchedulerConfig { context: 6, ..roomy() }, &[(1, 4, u32::MAX)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 4, true)]);
+    assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true)]);
+    assert!(scheduler.is_idle());
+}
+
+#[test]
+fn impossible_sequences_are_refused_for_good() {
+    let config = SchedulerConfig { blocks: 3, context: 20, max_waiting: 1, ..roomy() };
+    let mut scheduler = with(config, &[(1, 1, 1)]);
+    let mut refuse = |id, prompt, max_tokens| {
+        let error = scheduler.admit(sequence(id, prompt, max_tokens)).unwrap_err();
+        (error.retry(), error)
+    };
+    assert_eq!(refuse(2, 0, 1), (Retry::Never, AdmitError::EmptyPrompt));
+    assert_eq!(refuse(2, 1, 0), (Retry::Never, AdmitError::ZeroMaxTokens));
+    let (retry, error) = refuse(2, 20, 1);
+    assert_eq!(retry, Retry::Never);
+    assert_eq!(error.to_string(), "the prompt has 20 tokens; at most 19 are allowed in a context of 20");
+    // Twelve positions fit, and the thirteenth token is an output only.
+    assert_eq!(refuse(2, 4, 10), (Retry::Never, AdmitError::NeverFits { needed: 4, have: 3 }));
+    assert_eq!(refuse(1, 1, 1), (Retry::Never, AdmitError::DuplicateId(SeqId::new(1))));
+    assert_eq!(refuse(2, 4, 9), (Retry::Later, AdmitError::QueueFull { limit: 1 }));
+    scheduler.schedule();
+    assert_eq!(scheduler.admit(sequence(2, 4, 9)), Ok(()));
+}
+
+#[test]
+fn sizes_that_cannot_work_are_refused() {
+    for (field, config) in [
+        ("blocks", SchedulerConfig { blocks: 0, ..roomy() }),
+        ("max_running", SchedulerConfig { max_running: 0, ..roomy() }),
+        ("max_waiting", SchedulerConfig { max_waiting: 0, ..roomy() }),
+        ("prefill_chunk", SchedulerConfig { prefill_chunk: 0, ..roomy() }),
+    ] {
+        assert_eq!(Scheduler::new(config).err(), Some(ConfigError::Zero { field }));
+    }
+    let context = SchedulerConfig { context: 1, ..roomy() };
+    assert_eq!(Scheduler::new(context).err(), Some(ConfigError::Context(1)));
+    let starved = SchedulerConfig { step_tokens: 7, ..roomy() };
+    assert_eq!(
+        Scheduler::new(starved).unwrap_err().to_string(),
+        "step_tokens is 7, below max_running (8); every running sequence needs one"
+    );
+}

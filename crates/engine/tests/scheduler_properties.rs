@@ -1,0 +1,441 @@
+//! Thousands of random schedules against a model that knows only what a caller sees: admissions, steps, tokens
+//! and cancellations under budgets so tight that preemption is common.
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
+
+use std::collections::BTreeSet;
+use std::num::NonZero;
+
+use muster_engine::scheduler::{
+    AdmitError, NewSequence, Progress, Scheduler, SchedulerConfig, Step, StepItem,
+};
+use muster_types::{SeqId, TokenId};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+
+type Checked<T = ()> = Result<T, TestCaseError>;
+
+#[derive(Debug, Clone)]
+enum Op {
+    Admit { prompt: u32, max_tokens: u32 },
+    AdmitAgain(Index),
+    Step { cancelled_midway: Option<Index>, stopped_early: Option<Index> },
+    Cancel(Index),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let rarely = || prop::option::weighted(0.1, any::<Index>());
+    prop_oneof![
+        5 => (0_u32..20, 0_u32..20).prop_map(|(prompt, max_tokens)| Op::Admit { prompt, max_tokens }),
+        1 => any::<Index>().prop_map(Op::AdmitAgain),
+        10 => (rarely(), rarely())
+            .prop_map(|(cancelled_midway, stopped_early)| Op::Step { cancelled_midway, stopped_early }),
+        1 => any::<Index>().prop_map(Op::Cancel),
+    ]
+}
+
+prop_compose! {
+    fn config()(
+        block_tokens in 1_u32..6,
+        blocks in 1_u32..15,
+        context in 2_u32..40,
+        max_running in 1_usize..6,
+        max_waiting in 1_usize..8,
+        spare_tokens in 0_u32..12,
+        prefill_chunk in 1_u32..12,
+    ) -> SchedulerConfig {
+        SchedulerConfig {
+            block_tokens: NonZero::new(block_tokens).unwrap(),
+            blocks,
+            context,
+            max_running,
+            max_waiting,
+            step_tokens: max_running as u32 + spare_tokens,
+            prefill_chunk,
+        }
+    }
+}
+
+/// How often each interesting thing happened over all cases: a property that was never put to the test proves
+/// nothing.
+#[derive(Debug, Default)]
+struct Coverage {
+    preempted: u64,
+    preempted_with_output: u64,
+    stalled: u64,
+    cut_for_blocks: u64,
+    waited_for_blocks: u64,
+    shared_prefill: u64,
+    cancelled_midway: u64,
+    cancelled_waiting: u64,
+    length_reached: u64,
+    refused: [u64; 6],
+}
+
+/// A sequence as its caller knows it.
+#[derive(Debug)]
+struct Live {
+    id: SeqId,
+    prompt: u32,
+    known: Vec<TokenId>,
+    limit: u32,
+    /// Positions computed so far. Running sequences have some, waiting ones none.
+    computed: u32,
+    table: Vec<u32>,
+    /// Number of the step in which it must have ended.
+    deadline: u64,
+    first_token: Option<u64>,
+}
+
+impl Live {
+    fn known(&self) -> u32 {
+        self.known.len() as u32
+    }
+
+    fn pending(&self) -> u32 {
+        self.known() - self.computed
+    }
+
+    fn is_decoding(&self) -> bool {
+        self.computed > 0 && self.pending() == 1
+    }
+}
+
+struct Model<'a> {
+    config: SchedulerConfig,
+    scheduler: Scheduler,
+    /// In order of admission.
+    live: Vec<Live>,
+    /// (prompt, step of the first token) of all that got one, in order of admission.
+    first_tokens: Vec<(u64, u32, u64)>,
+    next_id: u64,
+    steps: u64,
+    coverage: &'a mut Coverage,
+}
+
+impl Model<'_> {
+    fn blocks_for(&self, tokens: u32) -> u32 {
+        tokens.div_ceil(self.config.block_tokens.get())
+    }
+
+    fn running(&self) -> usize {
+        self.live.iter().filter(|live| live.computed > 0).count()
+    }
+
+    fn blocks_free(&self) -> u32 {
+        self.config.blocks - self.live.iter().map(|live| live.table.len() as u32).sum::<u32>()
+    }
+
+    fn token(&self, id: u64, position: u32) -> TokenId {
+        // No two sequences or positions share a token, so that a mix-up shows.
+        TokenId::new(id as u32 * 1000 + position, u32::MAX).unwrap()
+    }
+
+    fn admit(&mut self, id: u64, prompt: u32, max_tokens: u32) -> Checked {
+        let context = self.config.context;
+        let limit = (prompt + max_tokens).min(context);
+        let needed = self.blocks_for(limit.saturating_sub(1));
+        let waiting = self.live.len() - self.running();
+        let expected = if prompt == 0 {
+            Err(AdmitError::EmptyPrompt)
+        } else if max_tokens == 0 {
+            Err(AdmitError::ZeroMaxTokens)
+        } else if prompt >= context {
+            Err(AdmitError::TooLong { prompt: prompt as usize, max: context - 1, context })
+        } else if needed > self.config.blocks {
+            Err(AdmitError::NeverFits { needed, have: self.config.blocks })
+        } else if self.live.iter().any(|live| live.id.get() == id) {
+            Err(AdmitError::DuplicateId(SeqId::new(id)))
+        } else if waiting >= self.config.max_waiting {
+            Err(AdmitError::QueueFull { limit: self.config.max_waiting })
+        } else {
+            Ok(())
+        };
+        let known: Vec<_> = (0..prompt).map(|position| self.token(id, position)).collect();
+        let sequence = NewSequence { id: SeqId::new(id), prompt: known.clone(), max_tokens };
+        prop_assert_eq!(&self.scheduler.admit(sequence), &expected);
+        if let Err(error) = expected {
+            let kind = match error {
+                AdmitError::EmptyPrompt => 0,
+                AdmitError::ZeroMaxTokens => 1,
+                AdmitError::TooLong { .. } => 2,
+                AdmitError::NeverFits { .. } => 3,
+                AdmitError::DuplicateId(_) => 4,
+                AdmitError::QueueFull { .. } => 5,
+            };
+            self.coverage.refused[kind] += 1;
+            return Ok(());
+        }
+        // The oldest sequence computes at least one position per step and keeps it, so at worst everyone older
+        // and then this one pass in single file.
+        let deadline = self.steps + self.live.iter().map(|live| u64::from(live.limit)).sum::<u64>();
+        self.live.push(Live {
+            id: SeqId::new(id),
+            prompt,
+            known,
+            limit,
+            computed: 0,
+            table: Vec::new(),
+            deadline: deadline + u64::from(limit),
+            first_token: None,
+        });
+        Ok(())
+    }
+
+    fn step(&mut self, cancelled_midway: Option<Index>, stopped_early: Option<Index>) -> Checked {
+        self.steps += 1;
+        let step = self.scheduler.schedule();
+        self.check_preemption(&step)?;
+        self.check_order(&step)?;
+        let decoding: BTreeSet<_> =
+            self.live.iter().filter(|live| live.is_decoding()).map(|live| live.id).collect();
+        for item in &step.items {
+            self.check_item(item)?;
+        }
+        self.check_budget(&step, &decoding)?;
+        self.check_tables()?;
+
+        if let Some(pick) = cancelled_midway.filter(|_| !self.live.is_empty()) {
+            self.coverage.cancelled_midway += 1;
+            self.finish(pick.index(self.live.len()))?;
+            self.check_tables()?;
+        }
+        let stopped =
+            stopped_early.filter(|_| !step.items.is_empty()).map(|pick| pick.index(step.items.len()));
+        for (at, item) in step.items.iter().enumerate() {
+            self.append(item, stopped == Some(at))?;
+        }
+        let late = self.live.iter().find(|live| live.deadline < self.steps);
+        prop_assert!(late.is_none(), "starved: {late:?}");
+        self.check_tables()
+    }
+
+    /// Preempted sequences are the youngest of those running, and only the want of blocks costs them theirs.
+    fn check_preemption(&mut self, step: &Step) -> Checked {
+        let free = self.blocks_free();
+        let mut lost = 0;
+        for &id in &step.preempted {
+            let running = self.running();
+            prop_assert!(running > 1, "the oldest is never preempted");
+            let youngest = &mut self.live[running - 1];
+            prop_assert_eq!(youngest.id, id);
+            self.coverage.preempted += 1;
+            self.coverage.preempted_with_output += u64::from(youngest.known() > youngest.prompt);
+            lost = youngest.table.len() as u32;
+            prop_assert!(step.items.iter().all(|item| item.seq != id), "preempted and run at once");
+            youngest.table.clear();
+            youngest.computed = 0;
+        }
+        if !step.preempted.is_empty() {
+            let table = |id| self.live.iter().find(|live| live.id == id).map_or(0, |live| live.table.len());
+            let taken: usize = step.items.iter().map(|item| item.blocks.len() - table(item.seq)).sum();
+            // Without the last preemption there would not have been enough.
+            prop_assert!(taken as u32 > self.blocks_free() - lost, "{taken} taken of {free} free");
+        }
+        Ok(())
+    }
+
+    /// Items are decodes and then prefills, each by age, and no sequence has two.
+    fn check_order(&self, step: &Step) -> Checked {
+        let key = |item: &StepItem| {
+            let age = self.live.iter().position(|live| live.id == item.seq);
+            age.map(|age| (!self.live[age].is_decoding(), age))
+        };
+        let keys: Option<Vec<_>> = step.items.iter().map(key).collect();
+        prop_assert!(keys.is_some_and(|keys| keys.is_sorted_by(|a, b| a < b)), "{step:?}");
+        Ok(())
+    }
+
+    /// An item goes on exactly where its sequence stands, with its tokens, in its blocks.
+    fn check_item(&mut self, item: &StepItem) -> Checked {
+        let end = item.start + item.tokens.len() as u32;
+        let covering = self.blocks_for(end) as usize;
+        let Some(live) = self.live.iter_mut().find(|live| live.id == item.seq) else {
+            return Err(TestCaseError::fail("an item of nobody"));
+        };
+        prop_assert_eq!(item.start, live.computed, "a gap or a repetition");
+        prop_assert!(item.start < end && end <= live.known());
+        prop_assert_eq!(&item.tokens[..], &live.known[item.start as usize..end as usize]);
+        prop_assert_eq!(item.sample, end == live.known());
+        prop_assert_eq!(item.blocks.len(), covering);
+        prop_assert!(item.blocks.starts_with(&live.table), "keys and values do not move");
+        live.table.clone_from(&item.blocks);
+        live.computed = end;
+        Ok(())
+    }
+
+    /// Limits are kept, and nobody who could have run was left out or cut short.
+    fn check_budget(&mut self, step: &Step, decoding: &BTreeSet<SeqId>) -> Checked {
+        let running = self.running();
+        prop_assert!(step.tokens() as u32 <= self.config.step_tokens);
+        prop_assert!(running <= self.config.max_running);
+        prop_assert!(self.live[running..].iter().all(|live| live.computed == 0), "running before waiting");
+
+        let prefills = step.items.iter().filter(|item| !decoding.contains(&item.seq));
+        let sizes: Vec<_> = prefills.map(|item| item.tokens.len() as u32).collect();
+        prop_assert!(sizes.iter().all(|&size| size <= self.config.prefill_chunk));
+        self.coverage.shared_prefill += u64::from(sizes.len() > 1);
+        let spent = sizes.iter().sum::<u32>() + decoding.len() as u32 >= self.config.step_tokens;
+
+        let free = self.blocks_free();
+        for (age, live) in self.live[..running].iter().enumerate() {
+            let item = step.items.iter().find(|item| item.seq == live.id);
+            let size = item.map_or(0, |item| item.tokens.len() as u32);
+            let full = size == self.config.prefill_chunk || (spent && !decoding.contains(&live.id));
+            if live.pending() == 0 || full {
+                continue;
+            }
+            // The blocks it holds are full, and there was no other when its turn came.
+            prop_assert_eq!(live.computed % self.config.block_tokens, 0, "left out: {:?}", live);
+            if size == 0 {
+                self.coverage.stalled += 1;
+                prop_assert_eq!((free, age), (0, running - 1), "an older one preempts instead");
+            } else {
+                self.coverage.cut_for_blocks += 1;
+                prop_assert!(free == 0 || !step.preempted.is_empty(), "left out: {live:?}");
+            }
+        }
+        prop_assert_eq!(step.items.is_empty(), self.live.is_empty());
+        let claim = |live: &Live| self.blocks_for(live.known()).max(live.table.len() as u32);
+        let claimed: u32 = self.live[..running].iter().map(claim).sum();
+        if step.items.iter().any(|item| item.start == 0) {
+            prop_assert!(claimed <= self.config.blocks, "let in without room for all it brings");
+        }
+        if let Some(head) = self.live.get(running)
+            && running < self.config.max_running
+            && !spent
+        {
+            let needed = self.blocks_for(head.known());
+            prop_assert!(claimed + needed > self.config.blocks, "could have been let in: {:?}", head);
+            self.coverage.waited_for_blocks += 1;
+        }
+        Ok(())
+    }
+
+    /// Every block is free or in one table, and the counts say so.
+    fn check_tables(&self) -> Checked {
+        let used: Vec<_> = self.live.iter().flat_map(|live| &live.table).collect();
+        let distinct: BTreeSet<_> = used.iter().collect();
+        prop_assert_eq!(used.len(), distinct.len(), "a block in two tables");
+        prop_assert!(used.iter().all(|&&block| block < self.config.blocks));
+        let stats = self.scheduler.stats();
+        prop_assert_eq!(stats.blocks_total, self.config.blocks);
+        prop_assert_eq!(stats.blocks_free, self.blocks_free());
+        prop_assert_eq!((stats.running, stats.waiting), (self.running(), self.live.len() - self.running()));
+        prop_assert_eq!(self.scheduler.is_idle(), self.live.is_empty());
+        Ok(())
+    }
+
+    fn append(&mut self, item: &StepItem, stop: bool) -> Checked {
+        let at = self.live.iter().position(|live| live.id == item.seq);
+        let next = at.map_or(0, |at| self.live[at].known());
+        let token = self.token(item.seq.get(), next);
+        let Some(at) = at.filter(|_| item.sample) else {
+            // Cancelled in the middle of the step, or not all of its prompt computed.
+            prop_assert!(self.scheduler.append(item.seq, token).is_err());
+            return Ok(());
+        };
+        let steps = self.steps;
+        let live = &mut self.live[at];
+        live.known.push(token);
+        if live.first_token.is_none() {
+            live.first_token = Some(steps);
+            self.first_tokens.push((live.id.get(), live.prompt, steps));
+        }
+        let full = live.known() == live.limit;
+        let progress = if full { Progress::LengthReached } else { Progress::Continue };
+        prop_assert_eq!(self.scheduler.append(item.seq, token), Ok(progress));
+        self.coverage.length_reached += u64::from(full);
+        if full || stop { self.finish(at) } else { Ok(()) }
+    }
+
+    fn finish(&mut self, at: usize) -> Checked {
+        let live = self.live.remove(at);
+        self.coverage.cancelled_waiting += u64::from(live.computed == 0);
+        prop_assert!(self.scheduler.finish(live.id));
+        prop_assert!(!self.scheduler.finish(live.id), "only once");
+        Ok(())
+    }
+
+    /// Whoever came first is served first, unless a shorter prompt needs fewer chunks; and without a chunk size
+    /// that bites, always.
+    fn check_first_tokens(&mut self) -> Checked {
+        self.first_tokens.sort_unstable();
+        let strict = self.config.prefill_chunk >= self.config.step_tokens;
+        for (at, &(id, prompt, step)) in self.first_tokens.iter().enumerate() {
+            let overtaken = self.first_tokens[at..]
+                .iter()
+                .find(|&&(_, later_prompt, later)| later < step && (strict || prompt <= later_prompt));
+            prop_assert!(
+                overtaken.is_none(),
+                "{overtaken:?} came before {id} (prompt {prompt}, step {step})"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn run_schedule(config: SchedulerConfig, ops: &[Op], coverage: &mut Coverage) -> Checked {
+    let scheduler = Scheduler::new(config.clone()).unwrap();
+    let mut model = Model {
+        config,
+        scheduler,
+        live: Vec::new(),
+        first_tokens: Vec::new(),
+        next_id: 0,
+        steps: 0,
+        coverage,
+    };
+    for op in ops {
+        match *op {
+            Op::Admit { prompt, max_tokens } => {
+                model.next_id += 1;
+                model.admit(model.next_id, prompt, max_tokens)?;
+            }
+            Op::AdmitAgain(pick) if !model.live.is_empty() => {
+                let id = model.live[pick.index(model.live.len())].id;
+                model.admit(id.get(), 1, 1)?;
+            }
+            Op::Cancel(pick) if !model.live.is_empty() => {
+                model.finish(pick.index(model.live.len()))?;
+                model.check_tables()?;
+            }
+            Op::AdmitAgain(_) | Op::Cancel(_) => {}
+            Op::Step { cancelled_midway, stopped_early } => model.step(cancelled_midway, stopped_early)?,
+        }
+    }
+    // Deadlines end this loop, should anything starve.
+    while !model.live.is_empty() {
+        model.step(None, None)?;
+    }
+    prop_assert_eq!(model.scheduler.schedule(), Step::default());
+    prop_assert_eq!(model.scheduler.stats().blocks_free, model.config.blocks);
+    model.check_first_tokens()
+}
+
+#[test]
+fn random_schedules_keep_every_promise() {
+    let coverage = std::cell::RefCell::new(Coverage::default());
+    let schedules = (config(), prop::collection::vec(op(), 0..80));
+    // More when asked for, but not so few that something never happens.
+    let cases = Config::default().cases.max(20_000);
+    let mut runner = TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() });
+    runner
+        .run(&schedules, |(config, ops)| run_schedule(config, &ops, &mut coverage.borrow_mut()))
+        .unwrap_or_else(|error| panic!("{error}"));
+
+    let coverage = coverage.into_inner();
+    let Coverage { refused, .. } = coverage;
+    let happened = [
+        coverage.preempted,
+        coverage.preempted_with_output,
+        coverage.stalled,
+        coverage.cut_for_blocks,
+        coverage.waited_for_blocks,
+        coverage.shared_prefill,
+        coverage.cancelled_midway,
+        coverage.cancelled_waiting,
+        coverage.length_reached,
+    ];
+    assert!(happened.iter().chain(&refused).all(|&times| times > 20), "{coverage:?}");
+}

@@ -1,0 +1,88 @@
+//! What a constructor of this crate can refuse, and why.
+
+use crate::isa::Isa;
+
+/// Why a kernel object could not be made. Trying again helps only after [`KernelError::OutOfMemory`], once memory is
+/// free, or elsewhere after [`KernelError::IsaUnavailable`].
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// The name is not that of an instruction set.
+    #[error("unknown instruction set `{name}`: use portable, avx2 or avx512")]
+    UnknownIsa {
+        /// The name as given.
+        name: String,
+    },
+    /// This machine cannot run the instruction set.
+    #[error("instruction set `{isa}` is not available on this machine: the best one here is `{best}`")]
+    IsaUnavailable {
+        /// The set that was asked for.
+        isa: Isa,
+        /// The best set that this machine has.
+        best: Isa,
+    },
+    /// The operating system refused the compute threads.
+    #[error("cannot start {threads} compute threads: {source}")]
+    Threads {
+        /// How many were asked for, the calling thread included.
+        threads: usize,
+        /// The pool's own reason.
+        source: rayon::ThreadPoolBuildError,
+    },
+    /// A size is outside its range.
+    #[error("{field} is {value}: it must be {rule}")]
+    Size {
+        /// The size's name.
+        field: &'static str,
+        /// The offending value.
+        value: usize,
+        /// The range, in words.
+        rule: &'static str,
+    },
+    /// A weight's data does not fill its shape.
+    #[error("weight of shape [{n}, {k}] has {found} elements: it must have n * k")]
+    Elements {
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Elements given.
+        found: usize,
+    },
+    /// One matrix of an expert does not fit the others.
+    #[error("expert's {field} is [{n}, {k}], its gate asks for [{want_n}, {want_k}]")]
+    ExpertShape {
+        /// The matrix that does not fit.
+        field: &'static str,
+        /// Its output features.
+        n: usize,
+        /// Its input features.
+        k: usize,
+        /// The output features that fit.
+        want_n: usize,
+        /// The input features that fit.
+        want_k: usize,
+    },
+    /// Gate and up are read together and must hold one element type.
+    #[error("expert's gate and up have different element types: pack both as bf16 or both as f32")]
+    ExpertTypes,
+    /// The base of the rotary frequencies is unusable.
+    #[error("rope theta is {theta}: it must be finite and above zero")]
+    Theta {
+        /// The offending value.
+        theta: f64,
+    },
+    /// The size in bytes does not fit the address space.
+    #[error("{field} needs more bytes than an address can count: lower its shape")]
+    TooLarge {
+        /// What was to be allocated.
+        field: &'static str,
+    },
+    /// The operating system refused the memory.
+    #[error("out of memory: {field} needs {bytes} bytes")]
+    OutOfMemory {
+        /// What was to be allocated.
+        field: &'static str,
+        /// Its size.
+        bytes: usize,
+    },
+}

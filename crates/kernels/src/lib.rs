@@ -1,0 +1,47 @@
+//! Batch-invariant compute kernels on plain slices.
+//!
+//! What always holds:
+//!
+//! - **A row's result depends on that row alone.** Not on the other rows of the call, the number of threads, how the
+//!   call was split, or the instruction set: every element has one fixed order of operations, and each instruction
+//!   set performs exactly those operations. Only the sign and payload of a NaN are left open.
+//! - **Canonical order of a linear.** An output is a running total over 32-wide blocks of K in ascending order. Inside
+//!   a block the even and the odd products are accumulated apart, each from +0.0, in ascending order, with a fused
+//!   multiply-add in f32; the block is even + odd; K is padded with zeros to a whole block.
+//! - Weights are packed once, when they are loaded, into the layout that the kernels read ([`Matrix`]).
+//! - Subnormal numbers are kept: the floating-point environment is neither read nor changed, and every kernel expects
+//!   the default one. A unit that flushes subnormals may be added only where its inputs are known to have none.
+//!
+//! A slice of the wrong size is a mistake of the calling code and panics at the entry with the argument's name. Sizes
+//! that come from a checkpoint or a configuration go through constructors, which return [`KernelError`].
+//!
+//! The crate knows nothing of models, tensors, requests or the wire.
+
+mod attention;
+mod convert;
+mod cpu;
+mod disjoint;
+mod error;
+mod ffn;
+mod isa;
+mod kv;
+mod linear;
+pub mod math;
+mod matrix;
+mod memory;
+mod norm;
+mod rope;
+mod simd;
+mod tile;
+
+pub use attention::{AttentionShape, attention};
+pub use convert::{Precision, add_scaled, all_finite, from_bf16, round_bf16, to_bf16};
+pub use cpu::Cpu;
+pub use error::KernelError;
+pub use ffn::{Expert, ExpertRows, FfnScratch, grouped_ffn};
+pub use isa::Isa;
+pub use kv::{BLOCK_TOKENS, KvCache, KvShape, KvSlot};
+pub use linear::linear;
+pub use matrix::Matrix;
+pub use norm::{rms_norm, rms_norm_in_place};
+pub use rope::{Angles, Rope, rotate};

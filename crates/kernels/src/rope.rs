@@ -1,0 +1,117 @@
+//! Rotary position embedding in the halves layout: element i turns with element i + dim/2.
+//!
+//! What must hold: the angle is the f32 product of position and inverse frequency, as the reference implementation
+//! (transformers' rotary embedding) has it; its sine and cosine are those of exactly that f32, taken in f64 and
+//! rounded. It does not know which rows are queries and which keys.
+
+use crate::error::KernelError;
+
+/// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    inverse_frequencies: Vec<f32>,
+}
+
+impl Rope {
+    /// A rotary embedding of the first `dim` elements of a head.
+    ///
+    /// # Errors
+    /// [`KernelError::Theta`] unless `theta` is finite and above zero; [`KernelError::Size`] unless `dim` is even and
+    /// above zero.
+    pub fn new(theta: f64, dim: usize) -> Result<Self, KernelError> {
+        if !(theta.is_finite() && theta > 0.0) {
+            return Err(KernelError::Theta { theta });
+        }
+        if dim == 0 || !dim.is_multiple_of(2) || dim > u16::MAX.into() {
+            return Err(KernelError::Size {
+                field: "dim",
+                value: dim,
+                rule: "even, at least 2 and below 65536",
+            });
+        }
+        // The reference computes exponent, power and reciprocal in f32, one after the other.
+        let frequency = |i: usize| {
+            let exponent = (2 * i) as f32 / dim as f32;
+            1.0 / libm::pow(f64::from(theta as f32), f64::from(exponent)) as f32
+        };
+        Ok(Self { inverse_frequencies: (0..dim / 2).map(frequency).collect() })
+    }
+
+    /// Elements of a head that are turned.
+    #[must_use]
+    pub fn dim(&self) -> usize {
+        self.inverse_frequencies.len() * 2
+    }
+
+    /// Sines and cosines of rows at `positions`, into `out`, whose memory is reused. They are the same for all layers
+    /// and heads of a step.
+    pub fn angles(&self, positions: &[u32], out: &mut Angles) {
+        out.half = self.inverse_frequencies.len();
+        out.cos.clear();
+        out.sin.clear();
+        for &position in positions {
+            for frequency in &self.inverse_frequencies {
+                let angle = f64::from(position as f32 * frequency);
+                let (sin, cos) = libm::sincos(angle);
+                out.sin.push(sin as f32);
+                out.cos.push(cos as f32);
+            }
+        }
+    }
+}
+
+/// Sines and cosines for the rows of a call, `[rows, dim / 2]` each.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Angles {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Angles {
+    /// Cosines, `[rows, dim / 2]`.
+    #[must_use]
+    pub fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// Sines, `[rows, dim / 2]`.
+    #[must_use]
+    pub fn sin(&self) -> &[f32] {
+        &self.sin
+    }
+}
+
+/// Turns every head of `x` (`[rows, heads * head_dim]`) by its row's angles. Where the embedding's dimension is below
+/// `head_dim`, the rest of a head stays as it is. Products and sums are rounded one by one.
+///
+/// # Panics
+/// If `head_dim` is below the angles' dimension, or `x` is not rows of whole heads.
+pub fn rotate(angles: &Angles, x: &mut [f32], head_dim: usize) {
+    let half = angles.half;
+    if x.is_empty() && angles.cos.is_empty() {
+        return;
+    }
+    assert!(half > 0 && !angles.cos.is_empty(), "angles: they hold no rows, x does");
+    assert!(2 * half <= head_dim, "head_dim: {head_dim} is below the dimension of the angles, {}", 2 * half);
+    let rows = angles.cos.len() / half;
+    assert!(
+        x.len().is_multiple_of(rows * head_dim),
+        "x: its length must be {rows} rows of heads of {head_dim}"
+    );
+    let width = x.len() / rows;
+    if width == 0 {
+        return;
+    }
+    let angles = angles.cos.chunks_exact(half).zip(angles.sin.chunks_exact(half));
+    for (row, (cos, sin)) in x.chunks_exact_mut(width).zip(angles) {
+        for head in row.chunks_exact_mut(head_dim) {
+            let (low, high) = head[..2 * half].split_at_mut(half);
+            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                let (a, b) = (*low, *high);
+                *low = a * cos - b * sin;
+                *high = b * cos + a * sin;
+            }
+        }
+    }
+}

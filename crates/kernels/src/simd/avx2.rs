@@ -1,0 +1,149 @@
+//! The operations with AVX2 and FMA: sixteen lanes are two registers.
+
+use std::arch::x86_64::*;
+
+use super::{Arith, LANES, Simd};
+
+/// Proof that the machine has AVX2 and FMA.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The machine must have AVX2 and FMA.
+    #[inline(always)]
+    pub(crate) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+/// Eight low and eight high lanes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct V16(__m256, __m256);
+
+/// Evaluates an intrinsic; `self` is the proof that it may be.
+macro_rules! avx2 {
+    ($e:expr) => {
+        // SAFETY: an `Avx2` exists, so the machine has AVX2 and FMA; loads and stores go through references to arrays
+        // of sixteen elements and touch eight of them at offset 0 or 8.
+        unsafe { $e }
+    };
+}
+
+#[inline(always)]
+unsafe fn select_lt_half(a: __m256, b: __m256, yes: __m256, no: __m256) -> __m256 {
+    avx2!(_mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)))
+}
+
+#[inline(always)]
+unsafe fn pow2_half(n: __m256) -> __m256 {
+    avx2!({
+        let biased = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+    })
+}
+
+#[inline(always)]
+unsafe fn widen_half(from: *const u16) -> __m256 {
+    avx2!({
+        let halves = _mm_loadu_si128(from.cast());
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+    })
+}
+
+#[inline(always)]
+unsafe fn pairs_half(from: *const u32) -> (__m256, __m256) {
+    avx2!({
+        let pairs = _mm256_loadu_si256(from.cast());
+        let even = _mm256_slli_epi32::<16>(pairs);
+        let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+        (_mm256_castsi256_ps(even), _mm256_castsi256_ps(odd))
+    })
+}
+
+#[inline(always)]
+unsafe fn round_half(v: __m256) -> __m256 {
+    avx2!({
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        // A NaN would be carried away by the rounding: it is made quiet and cut instead.
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+        let chosen = _mm256_blendv_epi8(rounded, quiet, nan);
+        _mm256_castsi256_ps(_mm256_and_si256(chosen, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
+    })
+}
+
+impl Arith for Avx2 {
+    type V = V16;
+    #[inline(always)]
+    fn splat(self, value: f32) -> V16 {
+        let v = avx2!(_mm256_set1_ps(value));
+        V16(v, v)
+    }
+    #[inline(always)]
+    fn add(self, a: V16, b: V16) -> V16 {
+        avx2!(V16(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn sub(self, a: V16, b: V16) -> V16 {
+        avx2!(V16(_mm256_sub_ps(a.0, b.0), _mm256_sub_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn mul(self, a: V16, b: V16) -> V16 {
+        avx2!(V16(_mm256_mul_ps(a.0, b.0), _mm256_mul_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn div(self, a: V16, b: V16) -> V16 {
+        avx2!(V16(_mm256_div_ps(a.0, b.0), _mm256_div_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn fma(self, a: V16, b: V16, c: V16) -> V16 {
+        avx2!(V16(_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1)))
+    }
+    #[inline(always)]
+    fn min(self, a: V16, b: V16) -> V16 {
+        avx2!(V16(_mm256_min_ps(a.0, b.0), _mm256_min_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn max(self, a: V16, b: V16) -> V16 {
+        avx2!(V16(_mm256_max_ps(a.0, b.0), _mm256_max_ps(a.1, b.1)))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: V16, b: V16, yes: V16, no: V16) -> V16 {
+        avx2!(V16(select_lt_half(a.0, b.0, yes.0, no.0), select_lt_half(a.1, b.1, yes.1, no.1)))
+    }
+    #[inline(always)]
+    fn pow2(self, n: V16) -> V16 {
+        avx2!(V16(pow2_half(n.0), pow2_half(n.1)))
+    }
+}
+
+impl Simd for Avx2 {
+    const REGISTERS: usize = 8;
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> V16 {
+        avx2!(V16(_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))))
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> V16 {
+        avx2!(V16(widen_half(from.as_ptr()), widen_half(from.as_ptr().add(8))))
+    }
+    #[inline(always)]
+    fn load_bf16_pairs(self, from: &[u32; LANES]) -> (V16, V16) {
+        let (low, high) = avx2!((pairs_half(from.as_ptr()), pairs_half(from.as_ptr().add(8))));
+        (V16(low.0, high.0), V16(low.1, high.1))
+    }
+    #[inline(always)]
+    fn store(self, v: V16, to: &mut [f32; LANES]) {
+        avx2!({
+            _mm256_storeu_ps(to.as_mut_ptr(), v.0);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), v.1);
+        });
+    }
+    #[inline(always)]
+    fn round_bf16(self, v: V16) -> V16 {
+        avx2!(V16(round_half(v.0), round_half(v.1)))
+    }
+}

@@ -1,0 +1,122 @@
+//! The sixteen-lane vectors that every kernel body is written in.
+//!
+//! A kernel is one generic body over [`Simd`]; [`crate::isa::dispatch`] compiles it once per instruction set. What
+//! must hold: each operation gives the same bits in every implementation, NaN payloads aside, so that a kernel's bits
+//! follow from its body alone. That is why `min`, `max` and `fma` are pinned below and no approximate instruction
+//! (`rsqrt`, `rcp`, native bf16 dot products) appears.
+//!
+//! A value of an implementing type is the proof that the machine has the instructions; it is made in one place, after
+//! detection. Everything is `inline(always)`: a body must end up whole inside the function that enables the feature.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use portable::{Portable, Scalar};
+
+/// Lanes of a vector, which is also the width of a panel of weights and of a KV block.
+pub(crate) const LANES: usize = 16;
+
+/// IEEE single-precision arithmetic, lane by lane.
+pub(crate) trait Arith: Copy {
+    /// The value that is worked on: one lane or sixteen.
+    type V: Copy;
+    /// `value` in every lane.
+    fn splat(self, value: f32) -> Self::V;
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`, rounded once.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once.
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a < b ? a : b`; so `b` where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a > b ? a : b`; so `b` where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a < b ? yes : no`; so `no` where either is NaN.
+    fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
+    /// 2 to the power of `n`, an integer in [-126, 127]; anything at all for another `n`.
+    fn pow2(self, n: Self::V) -> Self::V;
+}
+
+/// Arithmetic on sixteen lanes, with the loads and stores that the kernels need.
+pub(crate) trait Simd: Arith {
+    /// How many sixteen-lane vectors the registers hold at a time.
+    const REGISTERS: usize;
+    /// Sixteen numbers.
+    fn load(self, from: &[f32; LANES]) -> Self::V;
+    /// Sixteen bf16 numbers, widened exactly.
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
+    /// The low (even) and the high (odd) halves of sixteen bf16 pairs, widened exactly.
+    fn load_bf16_pairs(self, from: &[u32; LANES]) -> (Self::V, Self::V);
+    /// Writes the lanes.
+    fn store(self, v: Self::V, to: &mut [f32; LANES]);
+    /// Rounds every lane to bf16, as [`crate::round_bf16`] does.
+    fn round_bf16(self, v: Self::V) -> Self::V;
+}
+
+/// The lanes of `v`.
+#[inline(always)]
+pub(crate) fn lanes<S: Simd>(s: S, v: S::V) -> [f32; LANES] {
+    let mut out = [0.0; LANES];
+    s.store(v, &mut out);
+    out
+}
+
+/// Sixteen numbers, or fewer and zeros.
+#[inline(always)]
+pub(crate) fn load_part<S: Simd>(s: S, from: &[f32]) -> S::V {
+    match from.try_into() {
+        Ok(whole) => s.load(whole),
+        Err(_) => s.load(&padded(from, 0.0)),
+    }
+}
+
+/// Writes as many of the lanes as `to` is long.
+#[inline(always)]
+pub(crate) fn store_part<S: Simd>(s: S, v: S::V, to: &mut [f32]) {
+    match to.try_into() {
+        Ok(whole) => s.store(v, whole),
+        Err(_) => to.copy_from_slice(&lanes(s, v)[..to.len()]),
+    }
+}
+
+/// Sum of sixteen lanes in one fixed order: halves are added until one lane is left.
+#[inline(always)]
+pub(crate) fn tree_sum(mut v: [f32; LANES]) -> f32 {
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            v[i] += v[i + width];
+        }
+    }
+    v[0]
+}
+
+/// Greatest of sixteen lanes in the same fixed order; a NaN may or may not be found.
+#[inline(always)]
+pub(crate) fn tree_max(mut v: [f32; LANES]) -> f32 {
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            v[i] = if v[i] > v[i + width] { v[i] } else { v[i + width] };
+        }
+    }
+    v[0]
+}
+
+/// Up to sixteen numbers in an array, the rest being `fill`.
+#[inline(always)]
+pub(crate) fn padded(from: &[f32], fill: f32) -> [f32; LANES] {
+    let mut out = [fill; LANES];
+    out[..from.len()].copy_from_slice(from);
+    out
+}

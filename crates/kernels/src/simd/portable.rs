@@ -1,0 +1,133 @@
+//! The operations in plain Rust: the meaning that the other implementations reproduce, and what runs where there is
+//! no better one (on AArch64 the compiler turns it into NEON; on x86-64 without FMA it is exact but slow).
+
+use super::{Arith, LANES, Simd};
+use crate::convert::{bf16_to_f32, f32_to_bf16};
+
+/// One lane.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scalar;
+
+/// Sixteen lanes as an array.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Portable;
+
+impl Arith for Scalar {
+    type V = f32;
+    #[inline(always)]
+    fn splat(self, value: f32) -> f32 {
+        value
+    }
+    #[inline(always)]
+    fn add(self, a: f32, b: f32) -> f32 {
+        a + b
+    }
+    #[inline(always)]
+    fn sub(self, a: f32, b: f32) -> f32 {
+        a - b
+    }
+    #[inline(always)]
+    fn mul(self, a: f32, b: f32) -> f32 {
+        a * b
+    }
+    #[inline(always)]
+    fn div(self, a: f32, b: f32) -> f32 {
+        a / b
+    }
+    #[inline(always)]
+    fn fma(self, a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+    #[inline(always)]
+    fn min(self, a: f32, b: f32) -> f32 {
+        if a < b { a } else { b }
+    }
+    #[inline(always)]
+    fn max(self, a: f32, b: f32) -> f32 {
+        if a > b { a } else { b }
+    }
+    #[inline(always)]
+    fn select_lt(self, a: f32, b: f32, yes: f32, no: f32) -> f32 {
+        if a < b { yes } else { no }
+    }
+    #[inline(always)]
+    fn pow2(self, n: f32) -> f32 {
+        f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23)
+    }
+}
+
+#[inline(always)]
+fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    std::array::from_fn(|i| op(a[i], b[i]))
+}
+
+impl Arith for Portable {
+    type V = [f32; LANES];
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.add(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.sub(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.mul(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.div(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| Scalar.fma(a[i], b[i], c[i]))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.min(a, b))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.max(a, b))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        std::array::from_fn(|i| Scalar.select_lt(a[i], b[i], yes[i], no[i]))
+    }
+    #[inline(always)]
+    fn pow2(self, n: Self::V) -> Self::V {
+        n.map(|n| Scalar.pow2(n))
+    }
+}
+
+impl Simd for Portable {
+    // AArch64, where this body is the vector one, has 32 registers of four lanes.
+    const REGISTERS: usize = 8;
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::V {
+        *from
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        std::array::from_fn(|i| bf16_to_f32(from[i]))
+    }
+    #[inline(always)]
+    fn load_bf16_pairs(self, from: &[u32; LANES]) -> (Self::V, Self::V) {
+        let even = std::array::from_fn(|i| f32::from_bits(from[i] << 16));
+        let odd = std::array::from_fn(|i| f32::from_bits(from[i] & 0xffff_0000));
+        (even, odd)
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; LANES]) {
+        *to = v;
+    }
+    #[inline(always)]
+    fn round_bf16(self, v: Self::V) -> Self::V {
+        v.map(|v| bf16_to_f32(f32_to_bf16(v)))
+    }
+}

@@ -1,0 +1,284 @@
+//! The inner product of the linears: some rows times some panels, in registers.
+//!
+//! What must hold: every output element is computed in the canonical order (see the crate's documentation) whatever
+//! the tile's shape, so that shapes are chosen for speed alone. It does not know where rows come from nor where
+//! results go: [`Rows`] and [`Sink`] do.
+
+use std::ops::Range;
+
+use crate::matrix::{BLOCK_K, Block, Panels};
+use crate::simd::Simd;
+
+/// Rows that a piece of work may have at most.
+const MAX_ROWS: usize = 64;
+/// Blocks of K whose weights are used for all rows before the next are read: 8 KiB of a bf16 panel.
+const CHUNK_BLOCKS: usize = 8;
+
+/// Where a row of inputs is found.
+pub(crate) trait Rows: Copy {
+    /// Inputs of row `index`.
+    fn row(&self, index: usize) -> &[f32];
+}
+
+/// Rows that follow each other.
+#[derive(Clone, Copy)]
+pub(crate) struct Dense<'a> {
+    pub(crate) x: &'a [f32],
+    pub(crate) k: usize,
+}
+
+impl Rows for Dense<'_> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> &[f32] {
+        &self.x[index * self.k..(index + 1) * self.k]
+    }
+}
+
+/// Rows picked from others by number.
+#[derive(Clone, Copy)]
+pub(crate) struct Gathered<'a> {
+    pub(crate) from: Dense<'a>,
+    pub(crate) rows: &'a [u32],
+}
+
+impl Rows for Gathered<'_> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> &[f32] {
+        self.from.row(self.rows[index] as usize)
+    }
+}
+
+/// What becomes of the results; `M` matrices are read together.
+pub(crate) trait Sink<const M: usize> {
+    /// Takes one row's sixteen outputs of panel `panel`, one vector per matrix.
+    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, values: [S::V; M]);
+}
+
+/// Rows `rows` (at most [`MAX_ROWS`]) times panels `panels` of `M` matrices.
+pub(crate) struct Work<'a, B, R, K, const M: usize> {
+    pub(crate) weights: [&'a Panels<B>; M],
+    pub(crate) x: R,
+    pub(crate) sink: K,
+    pub(crate) rows: Range<usize>,
+    pub(crate) panels: Range<usize>,
+}
+
+impl<B: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, B, R, K, M> {
+    /// Computes it all, with the tile shapes that suit the registers: enough accumulators to hide the latency of a
+    /// multiply-add, and not more than fit.
+    #[inline(always)]
+    pub(crate) fn run<S: Simd>(&self, s: S) {
+        let mut panel = self.panels.start;
+        let end = self.panels.end;
+        if S::REGISTERS >= 32 {
+            // One row has two accumulators per panel, so it takes four panels to hide the latency.
+            if self.rows.len() == 1 {
+                if M == 1 {
+                    while panel + 4 <= end {
+                        self.by_chunks::<S, 1, 4>(s, panel);
+                        panel += 4;
+                    }
+                } else {
+                    while panel + 2 <= end {
+                        self.by_chunks::<S, 1, 2>(s, panel);
+                        panel += 2;
+                    }
+                }
+            }
+            if M == 1 {
+                while panel + 2 <= end {
+                    self.by_chunks::<S, 4, 2>(s, panel);
+                    panel += 2;
+                }
+            }
+            while panel < end {
+                self.by_chunks::<S, 4, 1>(s, panel);
+                panel += 1;
+            }
+        } else {
+            while panel < end {
+                self.by_chunks::<S, 2, 1>(s, panel);
+                panel += 1;
+            }
+        }
+    }
+
+    /// All rows times `C` panels of each matrix, `T` rows at a time. K is cut into chunks so short that the panels'
+    /// part of a chunk stays in the innermost cache for all rows; the totals are carried from chunk to chunk.
+    #[inline(always)]
+    fn by_chunks<S: Simd, const T: usize, const C: usize>(&self, s: S, panel: usize) {
+        let weights = self.panels_at::<C>(panel);
+        let blocks = weights[0][0].len();
+        if blocks <= CHUNK_BLOCKS || self.rows.len() <= T {
+            self.by_rows::<S, T, C>(s, panel, weights, 0..blocks, &mut []);
+            return;
+        }
+        let mut carried = [[[s.splat(0.0); C]; M]; MAX_ROWS];
+        for start in (0..blocks).step_by(CHUNK_BLOCKS) {
+            let end = blocks.min(start + CHUNK_BLOCKS);
+            self.by_rows::<S, T, C>(s, panel, weights, start..end, &mut carried);
+        }
+    }
+
+    /// All rows times some blocks of the panels, from and to `carried` (empty: all of K is done at once).
+    #[inline(always)]
+    fn by_rows<S: Simd, const T: usize, const C: usize>(
+        &self,
+        s: S,
+        panel: usize,
+        weights: [[&[B]; C]; M],
+        blocks: Range<usize>,
+        carried: &mut [[[S::V; C]; M]],
+    ) {
+        let mut row = self.rows.start;
+        let end = self.rows.end;
+        while row + T <= end {
+            self.tile::<S, T, C>(s, row, panel, weights, blocks.clone(), carried);
+            row += T;
+        }
+        if T > 2 && row + 2 <= end {
+            self.tile::<S, 2, C>(s, row, panel, weights, blocks.clone(), carried);
+            row += 2;
+        }
+        if row < end {
+            self.tile::<S, 1, C>(s, row, panel, weights, blocks, carried);
+        }
+    }
+
+    #[inline(always)]
+    fn panels_at<const C: usize>(&self, panel: usize) -> [[&[B]; C]; M] {
+        let mut weights: [[&[B]; C]; M] = [[&[]; C]; M];
+        for (weights, matrix) in weights.iter_mut().zip(self.weights) {
+            for (c, weights) in weights.iter_mut().enumerate() {
+                *weights = matrix.panel(panel + c);
+            }
+        }
+        weights
+    }
+
+    /// `T` rows times some blocks of `C` panels of each matrix.
+    #[inline(always)]
+    fn tile<S: Simd, const T: usize, const C: usize>(
+        &self,
+        s: S,
+        row: usize,
+        panel: usize,
+        weights: [[&[B]; C]; M],
+        blocks: Range<usize>,
+        carried: &mut [[[S::V; C]; M]],
+    ) {
+        let mut rows: [&[f32]; T] = [&[]; T];
+        for (r, inputs) in rows.iter_mut().enumerate() {
+            *inputs = self.x.row(row + r);
+        }
+        let last = blocks.end == weights[0][0].len();
+        let mut totals = [[[s.splat(0.0); C]; M]; T];
+        let carried = carried.get_mut(row - self.rows.start..row - self.rows.start + T);
+        if let Some(carried) = &carried {
+            totals.copy_from_slice(carried);
+        }
+        add_products(s, &mut totals, weights, rows, blocks);
+        if !last {
+            carried.expect("K is cut only where totals are carried").copy_from_slice(&totals);
+            return;
+        }
+        for (r, totals) in totals.iter().enumerate() {
+            for c in 0..C {
+                let mut values = [s.splat(0.0); M];
+                for (value, totals) in values.iter_mut().zip(totals) {
+                    *value = totals[c];
+                }
+                self.sink.put(s, row + r, panel + c, values);
+            }
+        }
+    }
+}
+
+/// Adds blocks `blocks` of K to the totals of some rows.
+#[inline(always)]
+fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
+    s: S,
+    totals: &mut [[[S::V; C]; M]; T],
+    weights: [[&[B]; C]; M],
+    rows: [&[f32]; T],
+    blocks: Range<usize>,
+) {
+    let whole = (rows[0].len() / BLOCK_K).min(blocks.end);
+    for b in blocks.start..whole {
+        let mut x = [&[0.0; BLOCK_K]; T];
+        for r in 0..T {
+            x[r] = rows[r][b * BLOCK_K..].first_chunk().expect("rows are of one length");
+        }
+        add_block(s, totals, weights, x, b);
+    }
+    if whole < blocks.end {
+        let mut last = [[0.0; BLOCK_K]; T];
+        let mut x = [&[0.0; BLOCK_K]; T];
+        for (r, (last, x)) in last.iter_mut().zip(&mut x).enumerate() {
+            let rest = &rows[r][whole * BLOCK_K..];
+            last[..rest.len()].copy_from_slice(rest);
+            *x = last;
+        }
+        add_block(s, totals, weights, x, whole);
+    }
+}
+
+/// Adds block `b` to the totals: even and odd products apart, then their sum.
+#[inline(always)]
+fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
+    s: S,
+    totals: &mut [[[S::V; C]; M]; T],
+    weights: [[&[B]; C]; M],
+    x: [&[f32; BLOCK_K]; T],
+    b: usize,
+) {
+    let zero = s.splat(0.0);
+    let mut even = [[[zero; C]; M]; T];
+    let mut odd = [[[zero; C]; M]; T];
+    let mut blocks = [[&weights[0][0][b]; C]; M];
+    for m in 0..M {
+        for c in 0..C {
+            blocks[m][c] = &weights[m][c][b];
+        }
+    }
+    for pair in 0..BLOCK_K / 2 {
+        let mut w = [[(zero, zero); C]; M];
+        for m in 0..M {
+            for c in 0..C {
+                w[m][c] = blocks[m][c].pair(s, pair);
+            }
+        }
+        for r in 0..T {
+            let (low, high) = (s.splat(x[r][2 * pair]), s.splat(x[r][2 * pair + 1]));
+            for m in 0..M {
+                for c in 0..C {
+                    even[r][m][c] = s.fma(low, w[m][c].0, even[r][m][c]);
+                    odd[r][m][c] = s.fma(high, w[m][c].1, odd[r][m][c]);
+                }
+            }
+        }
+    }
+    for r in 0..T {
+        for m in 0..M {
+            for c in 0..C {
+                totals[r][m][c] = s.add(totals[r][m][c], s.add(even[r][m][c], odd[r][m][c]));
+            }
+        }
+    }
+}
+
+/// Rows that one task takes: as many as leave its inputs in a core's own cache beside a strip of weights.
+pub(crate) fn rows_per_task(k: usize) -> usize {
+    (131_072 / k).clamp(16, MAX_ROWS) / 4 * 4
+}
+
+/// Panels that one task takes, out of `panels` in all: several tasks per thread so that they end together, and
+/// whole tiles of four where there are enough.
+pub(crate) fn panels_per_task(panels: usize, threads: usize) -> usize {
+    let share = panels / (threads * 4);
+    match share {
+        0..4 if panels >= threads * 4 * 2 => 4,
+        0..4 => share.max(1),
+        _ => (share / 4 * 4).min(16),
+    }
+}

@@ -1,0 +1,301 @@
+//! Attention against its order written out (to the bit) and against plain softmax in f64 (within a tolerance).
+
+mod common;
+
+use std::ops::Range;
+
+use common::{Numbers, assert_same, cpu, cpus, to_bf16_values, tree_sum};
+use muster_kernels::{AttentionShape, Cpu, Isa, KvCache, KvShape, KvSlot, Precision, attention, math};
+use proptest::prelude::*;
+
+const LAYER: usize = 1;
+
+/// A sequence with all its queries, keys and values, and the blocks that it owns.
+struct Sequence {
+    shape: AttentionShape,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    blocks: Vec<u32>,
+}
+
+impl Sequence {
+    fn new(numbers: &mut Numbers, shape: AttentionShape, len: usize, blocks: Vec<u32>) -> Self {
+        assert!(blocks.len() * 16 >= len);
+        let mut rows = |heads: usize| to_bf16_values(&numbers.vec(len * heads * shape.head_dim));
+        Self { shape, q: rows(shape.heads), k: rows(shape.kv_heads), v: rows(shape.kv_heads), blocks }
+    }
+
+    fn len(&self) -> usize {
+        self.k.len() / self.kv_width()
+    }
+
+    fn width(&self) -> usize {
+        self.shape.heads * self.shape.head_dim
+    }
+
+    fn kv_width(&self) -> usize {
+        self.shape.kv_heads * self.shape.head_dim
+    }
+
+    fn slots(&self, rows: Range<usize>) -> Vec<KvSlot<'_>> {
+        rows.map(|position| KvSlot { position: position as u32, blocks: &self.blocks }).collect()
+    }
+
+    fn write(&self, kv: &mut KvCache, rows: Range<usize>) {
+        let part = rows.start * self.kv_width()..rows.end * self.kv_width();
+        kv.write(LAYER, &self.slots(rows), &self.k[part.clone()], &self.v[part]);
+    }
+
+    fn attend(&self, cpu: &Cpu, kv: &KvCache, rows: Range<usize>) -> Vec<f32> {
+        let q = &self.q[rows.start * self.width()..rows.end * self.width()];
+        let mut out = vec![f32::NAN; q.len()];
+        attention(cpu, &self.shape, LAYER, q, &self.slots(rows), kv, &mut out);
+        out
+    }
+
+    /// Query of (position, head), and keys or values of a position for it.
+    fn query(&self, position: usize, head: usize) -> &[f32] {
+        &self.q[(position * self.shape.heads + head) * self.shape.head_dim..][..self.shape.head_dim]
+    }
+
+    fn of_head<'a>(&self, from: &'a [f32], position: usize, head: usize) -> &'a [f32] {
+        let head = head / (self.shape.heads / self.shape.kv_heads);
+        &from[(position * self.shape.kv_heads + head) * self.shape.head_dim..][..self.shape.head_dim]
+    }
+
+    fn first_visible(&self, position: usize) -> usize {
+        self.shape.window.map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
+    /// One query in the kernel's order, one number at a time.
+    fn in_order(&self, position: usize, head: usize) -> Vec<f32> {
+        let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0_f32);
+        let mut out = vec![0.0_f32; self.shape.head_dim];
+        let first = self.first_visible(position);
+        for block in first / 16..=position / 16 {
+            let mut scores = [f32::NEG_INFINITY; 16];
+            for (lane, score) in scores.iter_mut().enumerate() {
+                let at = block * 16 + lane;
+                if (first..=position).contains(&at) {
+                    let mut parts = [0.0_f32; 4];
+                    let pair = self.query(position, head).iter().zip(self.of_head(&self.k, at, head));
+                    for (d, (q, k)) in pair.enumerate() {
+                        parts[d % 4] = q.mul_add(*k, parts[d % 4]);
+                    }
+                    *score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * self.shape.scale;
+                }
+            }
+            let top = scores.iter().copied().fold(max, f32::max);
+            let factor = if top > max { math::exp(max - top) } else { 1.0 };
+            max = top;
+            let weights = scores.map(|score| math::exp(score - max));
+            sum = sum * factor + tree_sum(weights);
+            for (d, out) in out.iter_mut().enumerate() {
+                *out *= factor;
+                for (lane, weight) in weights.iter().enumerate() {
+                    let at = block * 16 + lane;
+                    if (first..=position).contains(&at) {
+                        *out = weight.mul_add(self.of_head(&self.v, at, head)[d], *out);
+                    }
+                }
+            }
+        }
+        out.iter().map(|value| value / sum).collect()
+    }
+
+    /// One query as the definition has it, in f64.
+    fn exact(&self, position: usize, head: usize) -> Vec<f64> {
+        let scores: Vec<f64> = (self.first_visible(position)..=position)
+            .map(|at| {
+                let pair = self.query(position, head).iter().zip(self.of_head(&self.k, at, head));
+                pair.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(self.shape.scale)
+            })
+            .collect();
+        let max = scores.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+        let mut out = vec![0.0; self.shape.head_dim];
+        for (score, at) in scores.iter().zip(self.first_visible(position)..) {
+            for (out, value) in out.iter_mut().zip(self.of_head(&self.v, at, head)) {
+                *out += (score - max).exp() / sum * f64::from(*value);
+            }
+        }
+        out
+    }
+}
+
+/// A cache whose every element is NaN or infinite until it is written: what a former owner may have left.
+fn poisoned(shape: &AttentionShape, blocks: usize, precision: Precision) -> KvCache {
+    let kv_shape = KvShape { layers: 2, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let mut kv = KvCache::new(kv_shape, blocks, precision).expect("the shape fits");
+    let table: Vec<u32> = (0..blocks as u32).collect();
+    for layer in 0..2 {
+        for position in 0..blocks as u32 * 16 {
+            let bad = if position % 2 == 0 { f32::NAN } else { f32::INFINITY };
+            let row = vec![bad; shape.kv_heads * shape.head_dim];
+            kv.write(layer, &[KvSlot { position, blocks: &table }], &row, &row);
+        }
+    }
+    kv
+}
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
+    AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() * 4.0, window }
+}
+
+fn shapes() -> Vec<AttentionShape> {
+    vec![
+        shape(4, 4, 16, None),
+        shape(8, 2, 64, None),
+        shape(6, 2, 20, Some(5)),
+        shape(3, 1, 7, Some(16)),
+        shape(5, 5, 33, Some(40)),
+        shape(40, 1, 8, None),
+    ]
+}
+
+#[test]
+fn every_instruction_set_follows_the_stated_order() {
+    let mut numbers = Numbers(21);
+    for shape in shapes() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let sequence = Sequence::new(&mut numbers, shape, 53, vec![4, 1, 6, 0]);
+            let mut kv = poisoned(&shape, 7, precision);
+            sequence.write(&mut kv, 0..53);
+            let want: Vec<f32> = (0..53)
+                .flat_map(|position| (0..shape.heads).map(move |head| (position, head)))
+                .flat_map(|(position, head)| sequence.in_order(position, head))
+                .collect();
+            for cpu in cpus() {
+                let found = sequence.attend(&cpu, &kv, 0..53);
+                assert_same(&found, &want, &format!("{} {shape:?} {precision:?}", cpu.isa()));
+            }
+        }
+    }
+}
+
+#[test]
+fn results_are_close_to_softmax_in_f64() {
+    let mut numbers = Numbers(22);
+    for shape in shapes() {
+        let sequence = Sequence::new(&mut numbers, shape, 200, (0..13).rev().collect());
+        let mut kv = poisoned(&shape, 13, Precision::F32);
+        sequence.write(&mut kv, 0..200);
+        let found = sequence.attend(&cpu(1, Isa::detect()), &kv, 0..200);
+        for (index, found) in found.chunks(shape.head_dim).enumerate() {
+            for (found, exact) in found.iter().zip(sequence.exact(index / shape.heads, index % shape.heads)) {
+                assert!((f64::from(*found) - exact).abs() < 3e-6, "{shape:?} {index}: {found} {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_show() {
+    let mut numbers = Numbers(23);
+    let shape = shape(8, 2, 64, None);
+    let sequence = Sequence::new(&mut numbers, shape, 100, (0..7).collect());
+    let mut kv = poisoned(&shape, 7, Precision::Bf16);
+    sequence.write(&mut kv, 0..100);
+    let [alone, two, four] =
+        [1, 2, 4].map(|threads| sequence.attend(&cpu(threads, Isa::detect()), &kv, 0..100));
+    assert_same(&two, &alone, "two threads");
+    assert_same(&four, &alone, "four threads");
+    assert!(muster_kernels::all_finite(&alone));
+}
+
+#[test]
+fn nothing_outside_the_window_is_read() {
+    let mut numbers = Numbers(24);
+    for shape in shapes().into_iter().filter(|shape| shape.window.is_some()) {
+        let sequence = Sequence::new(&mut numbers, shape, 60, vec![0, 3, 2, 1]);
+        for position in [17, 30, 59] {
+            let mut kv = poisoned(&shape, 4, Precision::F32);
+            sequence.write(&mut kv, sequence.first_visible(position)..position + 1);
+            let want: Vec<f32> =
+                (0..shape.heads).flat_map(|head| sequence.in_order(position, head)).collect();
+            for cpu in cpus() {
+                assert_same(&sequence.attend(&cpu, &kv, position..position + 1), &want, "window");
+            }
+        }
+    }
+}
+
+/// Rows of several sequences in one call.
+fn attend_together(cpu: &Cpu, kv: &KvCache, parts: &[(&Sequence, Range<usize>)]) -> Vec<f32> {
+    let (mut q, mut slots) = (Vec::new(), Vec::new());
+    for (sequence, rows) in parts {
+        q.extend_from_slice(&sequence.q[rows.start * sequence.width()..rows.end * sequence.width()]);
+        slots.extend(sequence.slots(rows.clone()));
+    }
+    let mut out = vec![f32::NAN; q.len()];
+    attention(cpu, &parts[0].0.shape, LAYER, &q, &slots, kv, &mut out);
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whole prefill, chunked prefill and decode beside another sequence agree to the bit.
+    #[test]
+    fn chunks_batches_and_owners_do_not_show(
+        which in 0_usize..6, len in 2_usize..90, cuts in prop::collection::vec(1_usize..90, 0..4), seed: u64,
+    ) {
+        let shape = shapes()[which];
+        let mut numbers = Numbers(seed);
+        let first = Sequence::new(&mut numbers, shape, len, vec![3, 11, 0, 7, 2, 9]);
+        let other = Sequence::new(&mut numbers, shape, 40, vec![5, 4, 8]);
+        let cpus = cpus();
+        let mut kv = poisoned(&shape, 12, Precision::Bf16);
+        first.write(&mut kv, 0..len);
+        let whole = first.attend(&cpus[0], &kv, 0..len);
+
+        let mut cuts: Vec<usize> = cuts.into_iter().filter(|&cut| cut < len).collect();
+        cuts.extend([0, len]);
+        cuts.sort_unstable();
+        cuts.dedup();
+        let mut kv = poisoned(&shape, 12, Precision::Bf16);
+        other.write(&mut kv, 0..40);
+        let mut chunked = Vec::new();
+        for (index, cut) in cuts.windows(2).enumerate() {
+            let rows = cut[0]..cut[1];
+            first.write(&mut kv, rows.clone());
+            let count = rows.len();
+            // The other sequence decodes a row of its own before and after this one's.
+            let parts = [(&other, index..index + 1), (&first, rows), (&other, 39..40)];
+            let out = attend_together(&cpus[index % cpus.len()], &kv, &parts);
+            chunked.extend_from_slice(&out[first.width()..(count + 1) * first.width()]);
+        }
+        assert_same(&chunked, &whole, "chunked beside another");
+        for position in [0, len / 2, first.len() - 1] {
+            let row = first.attend(&cpus[0], &kv, position..position + 1);
+            assert_same(&row, &whole[position * first.width()..(position + 1) * first.width()], "one row");
+        }
+    }
+}
+
+#[test]
+fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1, scale: 1.0, window: None };
+    let run = |q: f32, k: [f32; 2]| {
+        let mut kv =
+            KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1 }, 1, Precision::F32).unwrap();
+        let slots = [0, 1].map(|position| KvSlot { position, blocks: &[0] });
+        kv.write(0, &slots, &k, &[3.0, 5.0]);
+        let mut out = [0.0; 2];
+        attention(&cpu(1, Isa::detect()), &shape, 0, &[q, q], &slots, &kv, &mut out);
+        out
+    };
+    assert_eq!(run(1e19, [-1e19, 1e19]), [3.0, 5.0]);
+    assert_eq!(run(1e19, [1e19, 1e19]), [3.0, 4.0]);
+    assert!(run(1e30, [1e30, 0.0]).iter().all(|v| v.is_nan()));
+    assert!(run(f32::NAN, [1.0, 0.0]).iter().all(|v| v.is_nan()));
+}
+
+#[test]
+#[should_panic(expected = "shape: heads must divide by kv_heads")]
+fn heads_that_do_not_divide_are_refused() {
+    let kv = KvCache::new(KvShape { layers: 1, kv_heads: 2, head_dim: 1 }, 1, Precision::F32).unwrap();
+    let shape = AttentionShape { heads: 3, kv_heads: 2, head_dim: 1, scale: 1.0, window: None };
+    attention(&cpu(1, Isa::Portable), &shape, 0, &[], &[], &kv, &mut []);
+}

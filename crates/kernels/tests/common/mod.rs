@@ -1,0 +1,120 @@
+//! Inputs, contexts and plain restatements that the kernel tests share. Nothing here uses lanes, tiles or packing.
+
+#![allow(dead_code)] // every test binary uses its part
+
+use std::num::NonZeroUsize;
+
+use muster_kernels::{Cpu, Isa};
+
+/// Numbers that follow from a seed (SplitMix64).
+pub(crate) struct Numbers(pub(crate) u64);
+
+impl Numbers {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// Between -1 and 1.
+    pub(crate) fn f32(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    pub(crate) fn vec(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.f32()).collect()
+    }
+
+    /// Mostly plain numbers, with zeros of both signs, subnormals, huge numbers and (`ends`) infinities among them.
+    pub(crate) fn odd_vec(&mut self, len: usize, ends: bool) -> Vec<f32> {
+        (0..len)
+            .map(|_| {
+                let plain = self.f32();
+                match self.below(24) {
+                    0 => 0.0,
+                    1 => -0.0,
+                    2 => plain * 1e-39,
+                    3 => f32::from_bits(1).copysign(plain),
+                    4 => plain * 1e-20,
+                    5 => plain * 1e18,
+                    6 if ends => f32::MAX.copysign(plain),
+                    7 if ends && self.below(8) == 0 => f32::INFINITY.copysign(plain),
+                    _ => plain,
+                }
+            })
+            .collect()
+    }
+}
+
+/// Rounds to bf16 by adding the rounding bias to the integer form; inputs have no NaN.
+pub(crate) fn to_bf16_values(x: &[f32]) -> Vec<f32> {
+    x.iter()
+        .map(|v| f32::from_bits((v.to_bits() + 0x7fff + ((v.to_bits() >> 16) & 1)) & 0xffff_0000))
+        .collect()
+}
+
+/// The upper halves of numbers that are bf16 values.
+pub(crate) fn bf16_bits(x: &[f32]) -> Vec<u16> {
+    x.iter().map(|v| (v.to_bits() >> 16) as u16).collect()
+}
+
+/// Bits for comparison: all NaNs are one.
+pub(crate) fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|v| if v.is_nan() { 0x7fc0_0000 } else { v.to_bits() }).collect()
+}
+
+/// Fails with the first place where the bits differ.
+pub(crate) fn assert_same(found: &[f32], want: &[f32], what: &str) {
+    assert_eq!(found.len(), want.len(), "{what}: lengths");
+    let (found_bits, want_bits) = (bits(found), bits(want));
+    if let Some(i) = (0..found.len()).find(|&i| found_bits[i] != want_bits[i]) {
+        panic!("{what}: element {i} is {:e}, should be {:e}", found[i], want[i]);
+    }
+}
+
+pub(crate) fn cpu(threads: usize, isa: Isa) -> Cpu {
+    let threads = NonZeroUsize::new(threads).expect("a context has a thread");
+    Cpu::with_isa(threads, isa).expect("tests use what the machine has")
+}
+
+/// One context per instruction set of this machine.
+pub(crate) fn cpus() -> Vec<Cpu> {
+    Isa::available().into_iter().map(|isa| cpu(1, isa)).collect()
+}
+
+/// The canonical order, word for word: blocks of 32, even and odd products apart, their sum to the total.
+pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
+    let padded = x.len().next_multiple_of(32);
+    let at = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
+    let mut total = 0.0_f32;
+    for block in (0..padded).step_by(32) {
+        let (mut even, mut odd) = (0.0_f32, 0.0_f32);
+        for i in (block..block + 32).step_by(2) {
+            even = at(x, i).mul_add(at(w, i), even);
+            odd = at(x, i + 1).mul_add(at(w, i + 1), odd);
+        }
+        total += even + odd;
+    }
+    total
+}
+
+/// `[rows, k]` times `[n, k]`.
+pub(crate) fn linear(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+    x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(x, w))).collect()
+}
+
+/// Sum of sixteen lanes by halves.
+pub(crate) fn tree_sum(lanes: [f32; 16]) -> f32 {
+    let mut v = lanes.to_vec();
+    while v.len() > 1 {
+        let half = v.len() / 2;
+        v = (0..half).map(|i| v[i] + v[i + half]).collect();
+    }
+    v[0]
+}

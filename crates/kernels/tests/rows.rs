@@ -1,0 +1,124 @@
+//! Normalisation and rotary embedding against plain restatements.
+
+mod common;
+
+use common::{Numbers, assert_same, cpu, cpus, tree_sum};
+use muster_kernels::{Angles, Isa, KernelError, Rope, rms_norm, rms_norm_in_place, rotate};
+
+fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let mut lanes = [0.0_f32; 16];
+    for (i, x) in x.iter().enumerate() {
+        lanes[i % 16] = x.mul_add(*x, lanes[i % 16]);
+    }
+    let factor = 1.0 / (tree_sum(lanes) / x.len() as f32 + eps).sqrt();
+    x.iter().zip(weight).map(|(x, weight)| (x * factor) * weight).collect()
+}
+
+#[test]
+fn norms_follow_their_order_in_place_or_not() {
+    let mut numbers = Numbers(31);
+    for width in [1, 8, 15, 16, 17, 64, 100, 1024] {
+        let weight = numbers.vec(width);
+        let x = numbers.odd_vec(width * 7, false);
+        let want: Vec<f32> = x.chunks(width).flat_map(|x| norm(x, &weight, 1e-6)).collect();
+        for cpu in cpus() {
+            let mut out = vec![f32::NAN; x.len()];
+            rms_norm(&cpu, &x, &weight, 1e-6, &mut out);
+            assert_same(&out, &want, &format!("{} {width}", cpu.isa()));
+            let mut x = x.clone();
+            rms_norm_in_place(&cpu, &mut x, &weight, 1e-6);
+            assert_same(&x, &want, &format!("{} {width} in place", cpu.isa()));
+        }
+    }
+}
+
+#[test]
+fn norm_threads_do_not_show_and_the_result_has_unit_mean_square() {
+    let mut numbers = Numbers(32);
+    let (width, rows) = (640, 450);
+    let x = numbers.vec(width * rows);
+    let weight = vec![1.0; width];
+    let [alone, two, four] = [1, 2, 4].map(|threads| {
+        let mut out = vec![f32::NAN; x.len()];
+        rms_norm(&cpu(threads, Isa::detect()), &x, &weight, 1e-6, &mut out);
+        out
+    });
+    assert_same(&two, &alone, "two threads");
+    assert_same(&four, &alone, "four threads");
+    for row in alone.chunks(width) {
+        let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+        assert!((mean - 1.0).abs() < 1e-4, "{mean}");
+    }
+}
+
+#[test]
+fn angles_are_those_of_the_f32_product() {
+    let rope = Rope::new(10_000.0, 8).unwrap();
+    let mut angles = Angles::default();
+    rope.angles(&[0, 1, 70_001], &mut angles);
+    // theta^(-2i/8) for theta = 10,000 is a power of ten; its f32 is the nearest or a neighbour of it.
+    for (row, position) in [0.0_f32, 1.0, 70_001.0].into_iter().enumerate() {
+        for (i, frequency) in [1.0_f32, 0.1, 0.01, 0.001].into_iter().enumerate() {
+            let at = row * 4 + i;
+            let near = [frequency.next_down(), frequency, frequency.next_up()];
+            assert!(near.iter().any(|frequency| {
+                let angle = f64::from(position * frequency);
+                let (sin, cos) = (f64::from(angles.sin()[at]), f64::from(angles.cos()[at]));
+                (sin - angle.sin()).abs() < 6e-8 && (cos - angle.cos()).abs() < 6e-8
+            }));
+        }
+    }
+    assert_eq!((rope.dim(), angles.cos().len(), angles.sin().len()), (8, 12, 12));
+}
+
+#[test]
+fn rotation_turns_halves_and_leaves_the_rest() {
+    let mut numbers = Numbers(33);
+    for (dim, head_dim, heads) in [(8, 8, 3), (4, 10, 2), (64, 64, 1)] {
+        let mut angles = Angles::default();
+        Rope::new(1e6, dim).unwrap().angles(&[3, 900], &mut angles);
+        let x = numbers.vec(2 * heads * head_dim);
+        let mut turned = x.clone();
+        rotate(&angles, &mut turned, head_dim);
+        for (index, (x, turned)) in x.chunks(head_dim).zip(turned.chunks(head_dim)).enumerate() {
+            let row = index / heads;
+            for i in 0..dim / 2 {
+                let (cos, sin) = (angles.cos()[row * dim / 2 + i], angles.sin()[row * dim / 2 + i]);
+                let (a, b) = (x[i], x[i + dim / 2]);
+                assert_eq!(turned[i].to_bits(), (a * cos - b * sin).to_bits());
+                assert_eq!(turned[i + dim / 2].to_bits(), (b * cos + a * sin).to_bits());
+            }
+            assert_eq!(turned[dim..], x[dim..]);
+        }
+    }
+}
+
+#[test]
+fn position_zero_turns_nothing_and_memory_is_reused() {
+    let rope = Rope::new(5e5, 6).unwrap();
+    let mut angles = Angles::default();
+    rope.angles(&[9, 9, 9], &mut angles);
+    rope.angles(&[0], &mut angles);
+    let mut x = [1.0, -2.0, 3.0, 4.0, -5.0, 6.0];
+    rotate(&angles, &mut x, 6);
+    assert_eq!(x, [1.0, -2.0, 3.0, 4.0, -5.0, 6.0]);
+    rope.angles(&[], &mut angles);
+    rotate(&angles, &mut [], 6);
+}
+
+#[test]
+fn unusable_embeddings_are_refused() {
+    assert!(matches!(Rope::new(0.0, 8), Err(KernelError::Theta { .. })));
+    assert!(matches!(Rope::new(f64::NAN, 8), Err(KernelError::Theta { .. })));
+    for dim in [0, 7, 65_536] {
+        assert!(matches!(Rope::new(1e4, dim), Err(KernelError::Size { field: "dim", .. })));
+    }
+}
+
+#[test]
+#[should_panic(expected = "head_dim: 4 is below the dimension of the angles, 8")]
+fn a_head_below_the_angles_is_refused() {
+    let mut angles = Angles::default();
+    Rope::new(1e4, 8).unwrap().angles(&[1], &mut angles);
+    rotate(&angles, &mut [0.0; 8], 4);
+}

@@ -1,0 +1,91 @@
+//! Logits of every position of one sequence, through the real trunk and any dispatch: the tool for comparing with
+//! another implementation.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use muster_engine::dispatch::ExpertDispatch;
+use muster_kernels::{BLOCK_TOKENS, Cpu};
+use muster_types::TokenId;
+
+use crate::trunk::{GateView, SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
+use crate::{ModelError, reference::LayerChoices};
+
+/// What came out.
+pub struct Evaluation {
+    /// `[tokens, vocab]`, row-major.
+    pub logits: Vec<f32>,
+    /// Per MoE layer: its number and the choices of every token.
+    pub choices: Vec<(u32, LayerChoices)>,
+}
+
+/// An evaluation that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum EvaluateError {
+    /// The tokens or the cache.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A step.
+    #[error(transparent)]
+    Step(#[from] StepError),
+}
+
+/// Runs `tokens` in chunks of at most `chunk`.
+///
+/// # Errors
+/// When `tokens` is empty, names a token the model lacks or is longer than its context; or a step fails.
+pub fn evaluate(
+    trunk: &Trunk,
+    cpu: &Cpu,
+    dispatch: &mut dyn ExpertDispatch,
+    tokens: &[u32],
+    chunk: NonZeroUsize,
+) -> Result<Evaluation, EvaluateError> {
+    let spec = trunk.spec();
+    let tokens = checked(tokens, spec.vocab, spec.context)?;
+    let blocks = tokens.len().div_ceil(BLOCK_TOKENS);
+    let mut kv = trunk.new_kv(blocks).map_err(ModelError::from)?;
+    let table: Vec<u32> = (0..).take(blocks).collect();
+    let mut state = StepState::default();
+    let mut out = Evaluation { logits: Vec::new(), choices: Vec::new() };
+    for (index, part) in tokens.chunks(chunk.get()).enumerate() {
+        // In range: the sequence is no longer than the context, which is counted in u32.
+        let start = (index * chunk.get()) as u32;
+        let input = SeqInput { start, tokens: part, blocks: &table, logits: WantLogits::All };
+        let choices = &mut out.choices;
+        let mut observe = |view: GateView<'_>| record(choices, &view);
+        let mut ctx = StepContext {
+            cpu,
+            kv: &mut kv,
+            dispatch,
+            timeout: Duration::from_secs(60),
+            observe: Some(&mut observe),
+        };
+        trunk.forward(&mut ctx, [&[input], &[]], &mut state);
+        out.logits.extend_from_slice(state.logits(0, 0, spec.vocab as usize)?);
+    }
+    Ok(out)
+}
+
+fn checked(tokens: &[u32], vocab: u32, context: usize) -> Result<Vec<TokenId>, ModelError> {
+    if tokens.is_empty() {
+        return Err(ModelError::Input("the token list is empty".into()));
+    }
+    if tokens.len() > context {
+        let len = tokens.len();
+        return Err(ModelError::Input(format!("{len} tokens are more than the model's context of {context}")));
+    }
+    let check = |&id| TokenId::new(id, vocab).map_err(|error| ModelError::Input(error.to_string()));
+    tokens.iter().map(check).collect()
+}
+
+fn record(layers: &mut Vec<(u32, LayerChoices)>, view: &GateView<'_>) {
+    let layer = view.layer.get();
+    let at = layers.iter().position(|entry| entry.0 == layer).unwrap_or_else(|| {
+        layers.push((layer, Vec::new()));
+        layers.len() - 1
+    });
+    let choices = view.choices;
+    let rows = choices.experts().chunks_exact(choices.k()).zip(choices.weights().chunks_exact(choices.k()));
+    layers[at].1.extend(rows.map(|(ids, weights)| ids.iter().map(|id| id.get()).zip(weights.iter().copied()).collect()));
+}

@@ -1,0 +1,95 @@
+//! One layer's attention: project, norm, clip, rotate, cache, attend, project back.
+
+use muster_checkpoint::spec::AttentionSpec;
+use muster_kernels::{
+    Angles, AttentionShape, KvSlot, Matrix, Rope, attention, linear, rms_norm_in_place, rotate,
+};
+
+use super::{StepContext, Trunk};
+
+/// Weights of one layer's attention.
+pub(super) struct Attention {
+    pub(super) spec: AttentionSpec,
+    pub(super) norm: Vec<f32>,
+    pub(super) q: Projection,
+    pub(super) k: Projection,
+    pub(super) v: Projection,
+    pub(super) o: Projection,
+    pub(super) q_norm: Option<Vec<f32>>,
+    pub(super) k_norm: Option<Vec<f32>>,
+    pub(super) rope: Rope,
+}
+
+/// A linear layer with a bias where the model has one.
+pub(super) struct Projection {
+    pub(super) weight: Matrix,
+    pub(super) bias: Option<Vec<f32>>,
+}
+
+/// Buffers of one lane.
+#[derive(Default)]
+pub(super) struct Buffers {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    mixed: Vec<f32>,
+    out: Vec<f32>,
+}
+
+impl Attention {
+    /// `[rows, hidden]` normed and rounded in, `[rows, hidden]` out, before the residual multiplier.
+    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same seven")]
+    pub(super) fn run<'b>(
+        &self,
+        trunk: &Trunk,
+        ctx: &mut StepContext<'_>,
+        layer: usize,
+        x: &[f32],
+        slots: &[KvSlot<'_>],
+        angles: &Angles,
+        buffers: &'b mut Buffers,
+    ) -> &'b [f32] {
+        let Buffers { q, k, v, mixed, out } = buffers;
+        self.q.apply(ctx, x, q);
+        self.k.apply(ctx, x, k);
+        self.v.apply(ctx, x, v);
+        for (x, norm) in [(&mut *q, &self.q_norm), (&mut *k, &self.k_norm)] {
+            if let Some(weight) = norm {
+                rms_norm_in_place(ctx.cpu, x, weight, trunk.spec.norm_eps);
+            }
+        }
+        if let Some(limit) = self.spec.clip_qkv {
+            for x in [&mut *q, &mut *k, &mut *v] {
+                x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+            }
+        }
+        rotate(angles, q, self.spec.head_dim);
+        rotate(angles, k, self.spec.head_dim);
+        ctx.kv.write(layer, slots, k, v);
+        let shape = AttentionShape {
+            heads: self.spec.heads,
+            kv_heads: self.spec.kv_heads,
+            head_dim: self.spec.head_dim,
+            scale: self.spec.scale,
+            window: self.spec.window,
+        };
+        mixed.resize(q.len(), 0.0);
+        attention(ctx.cpu, &shape, layer, q, slots, ctx.kv, mixed);
+        trunk.round(mixed);
+        self.o.apply(ctx, mixed, out);
+        out
+    }
+}
+
+impl Projection {
+    fn apply(&self, ctx: &StepContext<'_>, x: &[f32], out: &mut Vec<f32>) {
+        let rows = x.len() / self.weight.k();
+        out.resize(rows * self.weight.n(), 0.0);
+        linear(ctx.cpu, &self.weight, x, out);
+        if let Some(bias) = &self.bias {
+            for row in out.chunks_exact_mut(bias.len()) {
+                row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! A checkpoint's trunk weights, read and packed.
+
+use muster_checkpoint::Checkpoint;
+use muster_checkpoint::spec::{LayerRole, LayerSpec, MlpSpec, QkNorm, Role};
+use muster_kernels::{Expert, Rope};
+use muster_types::Compute;
+
+use super::attention::{Attention, Projection};
+use super::{Layer, Mlp, Trunk};
+use crate::weights::Loader;
+use crate::{LoadProgress, ModelError};
+
+impl Trunk {
+    /// Reads, checks and packs everything but the routed experts.
+    ///
+    /// # Errors
+    /// When bytes are unreadable or not finite.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        compute: Compute,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, ModelError> {
+        let spec = checkpoint.spec().clone();
+        let trunk_roles = checkpoint.roles().filter(|role| !matches!(role, Role::Expert(..)));
+        let mut loader = Loader::new(checkpoint, compute, trunk_roles, progress);
+        let embedding = loader.matrix(Role::Embedding)?;
+        let layers = spec
+            .layers
+            .iter()
+            .zip(0u32..)
+            .map(|(layer, index)| load_layer(&mut loader, layer, index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let final_norm = loader.vector(Role::FinalNorm)?;
+        let head = if spec.tied_head { None } else { Some(loader.matrix(Role::Head)?) };
+        let bytes = embedding.bytes()
+            + head.as_ref().map_or(0, |head| head.bytes())
+            + layers.iter().map(Layer::bytes).sum::<usize>();
+        Ok(Self { spec, compute, embedding, layers, final_norm, head, bytes: bytes as u64 })
+    }
+}
+
+impl Layer {
+    fn bytes(&self) -> usize {
+        let attention = &self.attention;
+        let projections = [&attention.q, &attention.k, &attention.v, &attention.o];
+        let mlp = match &self.mlp {
+            Mlp::Moe { gate, .. } => gate.bytes(),
+            Mlp::Dense(expert) => expert.bytes(),
+        };
+        projections.iter().map(|p| p.weight.bytes()).sum::<usize>() + mlp
+    }
+}
+
+fn load_layer(loader: &mut Loader<'_>, spec: &LayerSpec, index: u32) -> Result<Layer, ModelError> {
+    let role = |role| Role::Layer(index, role);
+    let attention = &spec.attention;
+    let has_norm = attention.qk_norm != QkNorm::None;
+    let mut projection = |weight, bias, present| -> Result<Projection, ModelError> {
+        let weight = loader.matrix(role(weight))?;
+        Ok(Projection { weight, bias: loader.vector_if(present, role(bias))? })
+    };
+    let q = projection(LayerRole::Q, LayerRole::QBias, attention.qkv_bias)?;
+    let k = projection(LayerRole::K, LayerRole::KBias, attention.qkv_bias)?;
+    let v = projection(LayerRole::V, LayerRole::VBias, attention.qkv_bias)?;
+    let o = projection(LayerRole::O, LayerRole::OBias, attention.o_bias)?;
+    let mlp = match &spec.mlp {
+        MlpSpec::Moe(moe) => {
+            Mlp::Moe { gate: loader.matrix(role(LayerRole::Gate))?, spec: moe.clone() }
+        }
+        MlpSpec::Dense { .. } => Mlp::Dense(load_dense(loader, index)?),
+    };
+    Ok(Layer {
+        attention: Attention {
+            norm: loader.vector(role(LayerRole::AttentionNorm))?,
+            q_norm: loader.vector_if(has_norm, role(LayerRole::QNorm))?,
+            k_norm: loader.vector_if(has_norm, role(LayerRole::KNorm))?,
+            rope: Rope::new(attention.rope.theta, attention.head_dim)?,
+            spec: attention.clone(),
+            q,
+            k,
+            v,
+            o,
+        },
+        mlp_norm: loader.vector(role(LayerRole::MlpNorm))?,
+        mlp,
+    })
+}
+
+fn load_dense(loader: &mut Loader<'_>, index: u32) -> Result<Expert, ModelError> {
+    let [gate, up, down] = [LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown];
+    let mut matrix = |role| loader.matrix(Role::Layer(index, role));
+    Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
+        .map_err(|source| ModelError::Pack { what: format!("layer {index} dense MLP"), source })
+}

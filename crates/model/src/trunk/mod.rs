@@ -1,0 +1,422 @@
+//! The trunk: everything but the routed experts, and the walk of a step through all layers.
+//!
+//! [`Trunk::forward`] is the path of a token: embed; per layer attend, gate, dispatch; combine; head. A step comes
+//! in up to two lanes. At every layer a lane first takes home its experts' output of the layer before, then
+//! attends and sends the next rows off, so one lane's attention overlaps the other lane's experts.
+//!
+//! What always holds: a row's bits depend on its own sequence only, never on the lane, the batch, the chunking or
+//! the transport. A lane whose experts fail, fails alone; a sequence whose numbers go bad, fails alone.
+
+mod attention;
+mod load;
+
+use std::time::{Duration, Instant};
+
+use muster_checkpoint::spec::{ModelSpec, MoeSpec};
+use muster_engine::dispatch::{
+    Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Rows, RowsMut, Ticket,
+};
+use muster_kernels::{
+    Angles, Cpu, Expert, ExpertRows, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, add_scaled,
+    all_finite, grouped_ffn, linear, rms_norm, round_bf16, to_bf16,
+};
+use muster_types::{Compute, ExpertId, LayerId, TokenId};
+
+use crate::experts::precision;
+use crate::gate::{self, GateError, GateScratch};
+use attention::Attention;
+
+/// A loaded trunk.
+pub struct Trunk {
+    spec: ModelSpec,
+    compute: Compute,
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    final_norm: Vec<f32>,
+    /// `None` when the embedding is the head.
+    head: Option<Matrix>,
+    bytes: u64,
+}
+
+struct Layer {
+    attention: Attention,
+    mlp_norm: Vec<f32>,
+    mlp: Mlp,
+}
+
+enum Mlp {
+    /// The gate; its experts are elsewhere.
+    Moe { gate: Matrix, spec: MoeSpec },
+    Dense(Expert),
+}
+
+/// A sequence's part of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct SeqInput<'a> {
+    /// Absolute position of `tokens[0]`.
+    pub start: u32,
+    /// Tokens to run; at least one, each below the vocabulary's size.
+    pub tokens: &'a [TokenId],
+    /// KV blocks that cover positions `0 .. start + tokens.len()`.
+    pub blocks: &'a [u32],
+    /// Which logits are wanted.
+    pub logits: WantLogits,
+}
+
+/// Positions whose logits a step computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WantLogits {
+    /// None: the prompt goes on in a later step.
+    None,
+    /// Those after the last token, to sample from.
+    Last,
+    /// Those after every token.
+    All,
+}
+
+/// A sequence that gets no logits from this step. Its KV rows of the step are to be thrown away.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum StepError {
+    /// The gate had no usable choice for one of its tokens.
+    #[error("layer {layer}: {source}")]
+    Gate {
+        /// The layer.
+        layer: LayerId,
+        /// What was wrong.
+        source: GateError,
+    },
+    /// The experts of its lane did not answer.
+    #[error(transparent)]
+    Dispatch(#[from] DispatchError),
+    /// A logit is NaN or infinite.
+    #[error("logits are not finite")]
+    Logits,
+}
+
+/// What the gate decided, for whoever wants to look.
+pub struct GateView<'a> {
+    /// The layer.
+    pub layer: LayerId,
+    /// Which lane.
+    pub lane: usize,
+    /// Experts and weights of every row of the lane.
+    pub choices: &'a Choices,
+}
+
+/// What a step needs beside its input.
+pub struct StepContext<'a> {
+    /// Where to compute.
+    pub cpu: &'a Cpu,
+    /// The cache that the blocks are numbers in.
+    pub kv: &'a mut KvCache,
+    /// The way to the experts.
+    pub dispatch: &'a mut dyn ExpertDispatch,
+    /// How long to wait for one layer's experts.
+    pub timeout: Duration,
+    /// Called with every gate decision.
+    pub observe: Option<&'a mut dyn FnMut(GateView<'_>)>,
+}
+
+/// Logits of a step, and buffers kept for the next.
+#[derive(Default)]
+pub struct StepState {
+    lanes: [Lane; 2],
+}
+
+/// One lane's rows and buffers. All matrices are `[rows, …]`, row-major.
+#[derive(Default)]
+struct Lane {
+    rows: usize,
+    positions: Vec<u32>,
+    angles: Angles,
+    /// The residual stream, always f32.
+    residual: Vec<f32>,
+    normed: Vec<f32>,
+    attention: attention::Buffers,
+    gate_logits: Vec<f32>,
+    wire: Vec<u16>,
+    moe_out: Vec<f32>,
+    gate: GateScratch,
+    ffn: FfnScratch,
+    ids: Vec<ExpertId>,
+    weights: Vec<f32>,
+    in_flight: Option<Ticket>,
+    head_rows: Vec<f32>,
+    /// `[wanted rows, vocab]`.
+    logits: Vec<f32>,
+    /// Per sequence: its rows in `logits`, or why there are none.
+    outcomes: Vec<Result<std::ops::Range<usize>, StepError>>,
+    /// Set when the lane as a whole failed.
+    failed: Option<DispatchError>,
+}
+
+impl StepState {
+    /// Logits `[wanted, vocab]` of one sequence of the last step.
+    ///
+    /// # Errors
+    /// Why the sequence has none.
+    ///
+    /// # Panics
+    /// When the last step had no such lane or sequence.
+    pub fn logits(&self, lane: usize, sequence: usize, vocab: usize) -> Result<&[f32], StepError> {
+        let lane = &self.lanes[lane];
+        lane.outcomes[sequence].clone().map(|rows| &lane.logits[rows.start * vocab..rows.end * vocab])
+    }
+}
+
+impl Trunk {
+    /// The model.
+    #[must_use]
+    pub const fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// What activations are rounded to.
+    #[must_use]
+    pub const fn compute(&self) -> Compute {
+        self.compute
+    }
+
+    /// Resident bytes of packed weights.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The shape of a KV cache for this model.
+    #[must_use]
+    pub fn kv_shape(spec: &ModelSpec) -> KvShape {
+        let attention = &spec.layers[0].attention;
+        KvShape { layers: spec.layers.len(), kv_heads: attention.kv_heads, head_dim: attention.head_dim }
+    }
+
+    /// A KV cache of this many blocks.
+    ///
+    /// # Errors
+    /// When it does not fit the address space or memory.
+    pub fn new_kv(&self, blocks: usize) -> Result<KvCache, KernelError> {
+        KvCache::new(Self::kv_shape(&self.spec), blocks, precision(self.compute))
+    }
+
+    /// Runs one step through all layers. Outcomes are in `state`, sequence by sequence.
+    pub fn forward(&self, ctx: &mut StepContext<'_>, lanes: [&[SeqInput<'_>]; 2], state: &mut StepState) {
+        let slots = lanes.map(slots_of);
+        for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
+            self.embed(lane, sequences);
+        }
+        for (index, layer) in self.layers.iter().enumerate() {
+            for (number, lane) in state.lanes.iter_mut().enumerate() {
+                if lane.rows == 0 || lane.failed.is_some() {
+                    continue;
+                }
+                self.take_home(ctx, lane);
+                self.attend(ctx, index, layer, lane, &slots[number]);
+                match &layer.mlp {
+                    Mlp::Moe { gate, spec } => {
+                        self.send_off(ctx, index, number, gate, spec, lane, lanes[number]);
+                    }
+                    Mlp::Dense(expert) => self.dense(ctx, expert, lane),
+                }
+            }
+        }
+        for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
+            if lane.rows > 0 {
+                self.take_home(ctx, lane);
+                self.head(ctx, lane, sequences);
+            }
+        }
+    }
+
+    fn embed(&self, lane: &mut Lane, sequences: &[SeqInput<'_>]) {
+        let hidden = self.spec.hidden;
+        lane.failed = None;
+        lane.in_flight = None;
+        lane.outcomes.clear();
+        lane.outcomes.resize(sequences.len(), Ok(0..0));
+        lane.positions.clear();
+        for sequence in sequences {
+            lane.positions.extend((sequence.start..).take(sequence.tokens.len()));
+        }
+        lane.rows = lane.positions.len();
+        lane.residual.resize(lane.rows * hidden, 0.0);
+        let tokens = sequences.iter().flat_map(|sequence| sequence.tokens);
+        for (token, row) in tokens.zip(lane.residual.chunks_exact_mut(hidden)) {
+            self.embedding.row(token.index(), row);
+        }
+        if self.spec.embedding_multiplier != 1.0 {
+            lane.residual.iter_mut().for_each(|x| *x *= self.spec.embedding_multiplier);
+        }
+    }
+
+    /// Residual += attention(norm(residual)), then `normed` = norm(residual) for what follows.
+    fn attend(
+        &self,
+        ctx: &mut StepContext<'_>,
+        index: usize,
+        layer: &Layer,
+        lane: &mut Lane,
+        slots: &[KvSlot<'_>],
+    ) {
+        let attention = &layer.attention;
+        lane.normed.resize(lane.residual.len(), 0.0);
+        rms_norm(ctx.cpu, &lane.residual, &attention.norm, self.spec.norm_eps, &mut lane.normed);
+        self.round(&mut lane.normed);
+        if index == 0 {
+            attention.rope.angles(&lane.positions, &mut lane.angles);
+        }
+        let out = attention.run(self, ctx, index, &lane.normed, slots, &lane.angles, &mut lane.attention);
+        add_scaled(&mut lane.residual, out, self.spec.residual_multiplier);
+        rms_norm(ctx.cpu, &lane.residual, &layer.mlp_norm, self.spec.norm_eps, &mut lane.normed);
+        self.round(&mut lane.normed);
+    }
+
+    /// Gates the lane's rows and submits them.
+    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
+    fn send_off(
+        &self,
+        ctx: &mut StepContext<'_>,
+        index: usize,
+        number: usize,
+        gate: &Matrix,
+        moe: &MoeSpec,
+        lane: &mut Lane,
+        sequences: &[SeqInput<'_>],
+    ) {
+        // Checked when the model was loaded: layers are counted in u32.
+        let Ok(layer) = LayerId::new(index as u32, self.layers.len() as u32) else { return };
+        let submitted = self
+            .choose(ctx.cpu, layer, gate, moe, lane, sequences)
+            .map_err(|invalid| DispatchError::Invalid(invalid.to_string()))
+            .and_then(|choices| {
+                if let Some(observe) = &mut ctx.observe {
+                    observe(GateView { layer, lane: number, choices: &choices });
+                }
+                let rows = match self.compute {
+                    Compute::F32 => Rows::HostF32(&lane.normed),
+                    Compute::Bf16 => {
+                        lane.wire.resize(lane.normed.len(), 0);
+                        to_bf16(&lane.normed, &mut lane.wire);
+                        Rows::HostBf16(&lane.wire)
+                    }
+                };
+                ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: &choices })
+            });
+        match submitted {
+            Ok(ticket) => lane.in_flight = Some(ticket),
+            Err(error) => lane.failed = Some(error),
+        }
+    }
+
+    /// The gate's choice for every row. A row whose logits are bad fails its sequence; so that the lane keeps its
+    /// shape the row travels on as zeros with weight zero, and is thrown away at the end.
+    fn choose(
+        &self,
+        cpu: &Cpu,
+        layer: LayerId,
+        gate: &Matrix,
+        moe: &MoeSpec,
+        lane: &mut Lane,
+        sequences: &[SeqInput<'_>],
+    ) -> Result<Choices, InvalidChoices> {
+        let (experts, k) = (moe.experts as usize, moe.top_k as usize);
+        lane.gate_logits.resize(lane.rows * experts, 0.0);
+        linear(cpu, gate, &lane.normed, &mut lane.gate_logits);
+        lane.ids.clear();
+        lane.weights.clear();
+        let mut row = 0;
+        for (sequence, outcome) in sequences.iter().zip(&mut lane.outcomes) {
+            for _ in sequence.tokens {
+                let logits = &lane.gate_logits[row * experts..][..experts];
+                let (ids, weights) = (&mut lane.ids, &mut lane.weights);
+                if let Err(source) = gate::choose(&moe.gate, logits, k, &mut lane.gate, ids, weights) {
+                    lane.ids.extend(ExpertId::all(moe.experts).take(k));
+                    lane.weights.extend(std::iter::repeat_n(0.0, k));
+                    let hidden = self.spec.hidden;
+                    lane.normed[row * hidden..][..hidden].fill(0.0);
+                    lane.residual[row * hidden..][..hidden].fill(0.0);
+                    if outcome.is_ok() {
+                        *outcome = Err(StepError::Gate { layer, source });
+                    }
+                }
+                row += 1;
+            }
+        }
+        Choices::new(k, std::mem::take(&mut lane.ids), std::mem::take(&mut lane.weights))
+    }
+
+    /// Waits for the lane's experts, if any are out, and adds what they say to the residual.
+    fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane) {
+        let Some(ticket) = lane.in_flight.take() else { return };
+        lane.moe_out.resize(lane.residual.len(), 0.0);
+        let deadline = Instant::now() + ctx.timeout;
+        match ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out)) {
+            Ok(()) => add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier),
+            Err(error) => lane.failed = Some(error),
+        }
+    }
+
+    fn dense(&self, ctx: &mut StepContext<'_>, expert: &Expert, lane: &mut Lane) {
+        let rows: Vec<u32> = (0..).take(lane.rows).collect();
+        lane.moe_out.resize(lane.residual.len(), 0.0);
+        let groups = [ExpertRows { expert, rows: &rows }];
+        let precision = precision(self.compute);
+        grouped_ffn(ctx.cpu, &groups, &lane.normed, precision, &mut lane.ffn, &mut lane.moe_out);
+        add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier);
+    }
+
+    fn head(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, sequences: &[SeqInput<'_>]) {
+        if let Some(error) = &lane.failed {
+            let lost = StepError::Dispatch(error.clone());
+            lane.outcomes.iter_mut().filter(|o| o.is_ok()).for_each(|o| *o = Err(lost.clone()));
+            return;
+        }
+        let (hidden, vocab) = (self.spec.hidden, self.spec.vocab as usize);
+        lane.head_rows.clear();
+        let mut first = 0;
+        for (sequence, outcome) in sequences.iter().zip(&mut lane.outcomes) {
+            let end = first + sequence.tokens.len();
+            let wanted = match sequence.logits {
+                WantLogits::None => end..end,
+                WantLogits::Last => end - 1..end,
+                WantLogits::All => first..end,
+            };
+            first = end;
+            if let Ok(range) = outcome {
+                let start = lane.head_rows.len() / hidden;
+                *range = start..start + wanted.len();
+                lane.head_rows.extend_from_slice(&lane.residual[wanted.start * hidden..wanted.end * hidden]);
+            }
+        }
+        let rows = lane.head_rows.len() / hidden;
+        lane.normed.resize(rows * hidden, 0.0);
+        rms_norm(ctx.cpu, &lane.head_rows, &self.final_norm, self.spec.norm_eps, &mut lane.normed);
+        self.round(&mut lane.normed);
+        lane.logits.resize(rows * vocab, 0.0);
+        linear(ctx.cpu, self.head.as_ref().unwrap_or(&self.embedding), &lane.normed, &mut lane.logits);
+        if self.spec.logits_divisor != 1.0 {
+            lane.logits.iter_mut().for_each(|x| *x /= self.spec.logits_divisor);
+        }
+        for outcome in &mut lane.outcomes {
+            if let Ok(range) = outcome
+                && !all_finite(&lane.logits[range.start * vocab..range.end * vocab])
+            {
+                *outcome = Err(StepError::Logits);
+            }
+        }
+    }
+
+    /// In bf16 the input of every linear is rounded.
+    fn round(&self, x: &mut [f32]) {
+        if self.compute == Compute::Bf16 {
+            round_bf16(x);
+        }
+    }
+}
+
+fn slots_of<'a>(sequences: &[SeqInput<'a>]) -> Vec<KvSlot<'a>> {
+    let rows = |sequence: &SeqInput<'a>| {
+        let blocks = sequence.blocks;
+        (sequence.start..).take(sequence.tokens.len()).map(move |position| KvSlot { position, blocks })
+    };
+    sequences.iter().flat_map(rows).collect()
+}

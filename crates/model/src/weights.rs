@@ -1,0 +1,73 @@
+//! Checkpoint bytes to packed matrices and f32 vectors.
+
+use muster_checkpoint::spec::Role;
+use muster_checkpoint::{Checkpoint, Weight, WeightData};
+use muster_kernels::{Matrix, from_bf16, to_bf16};
+use muster_types::Compute;
+
+use crate::{LoadProgress, ModelError};
+
+/// Reads weights one after another and reports how far it is.
+pub(crate) struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    compute: Compute,
+    progress: &'a mut dyn FnMut(LoadProgress),
+    state: LoadProgress,
+}
+
+impl<'a> Loader<'a> {
+    /// A loader that will read `roles`.
+    pub(crate) fn new(
+        checkpoint: &'a Checkpoint,
+        compute: Compute,
+        roles: impl Iterator<Item = Role>,
+        progress: &'a mut dyn FnMut(LoadProgress),
+    ) -> Self {
+        let total_bytes = roles.filter_map(|role| checkpoint.stored(role)).map(|stored| stored.bytes).sum();
+        Self { checkpoint, compute, progress, state: LoadProgress { done_bytes: 0, total_bytes } }
+    }
+
+    fn read(&mut self, role: Role) -> Result<Weight, ModelError> {
+        let weight = self.checkpoint.read(role)?;
+        self.state.done_bytes += self.checkpoint.stored(role).map_or(0, |stored| stored.bytes);
+        (self.progress)(self.state);
+        Ok(weight)
+    }
+
+    /// A matrix `[out, in]`. In bf16 an f32 checkpoint is rounded, as any bf16 engine would.
+    pub(crate) fn matrix(&mut self, role: Role) -> Result<Matrix, ModelError> {
+        let Weight { rows, cols, data } = self.read(role)?;
+        let packed = match (&data, self.compute) {
+            (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
+            (WeightData::F32(values), Compute::F32) => Matrix::pack_f32(rows, cols, values),
+            (WeightData::F32(values), Compute::Bf16) => {
+                let mut bits = vec![0; values.len()];
+                to_bf16(values, &mut bits);
+                Matrix::pack_bf16(rows, cols, &bits)
+            }
+        };
+        packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
+    }
+
+    /// A vector, widened.
+    pub(crate) fn vector(&mut self, role: Role) -> Result<Vec<f32>, ModelError> {
+        Ok(widen(self.read(role)?.data))
+    }
+
+    /// A vector that not every model has.
+    pub(crate) fn vector_if(&mut self, present: bool, role: Role) -> Result<Option<Vec<f32>>, ModelError> {
+        present.then(|| self.vector(role)).transpose()
+    }
+}
+
+/// The values in f32, exactly.
+pub(crate) fn widen(data: WeightData) -> Vec<f32> {
+    match data {
+        WeightData::F32(values) => values,
+        WeightData::Bf16(bits) => {
+            let mut values = vec![0.0; bits.len()];
+            from_bf16(&bits, &mut values);
+            values
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Enums and names both ways, and the error of everything that parses.
+
+use std::fmt;
+use std::sync::Arc;
+
+use muster_types::{
+    Combine, Compute, DType, InvalidWorkerId, NumericsClass, OutOfRange, ParseFingerprintError,
+};
+
+use crate::expert::v1;
+
+/// A message that breaks a rule of the protocol. Says which field, what it was and what it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A field without which the message means nothing.
+    #[error("field {0} is missing")]
+    Missing(&'static str),
+    /// An enum number this build does not know.
+    #[error("field {field} has the unknown value {value}")]
+    UnknownValue {
+        /// The field.
+        field: &'static str,
+        /// Its number on the wire.
+        value: i32,
+    },
+    /// An index outside the model.
+    #[error("field {field}: {source}")]
+    OutOfRange {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        source: OutOfRange,
+    },
+    /// A name with characters or a length that a name cannot have.
+    #[error("field {field}: {reason}")]
+    Name {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A fingerprint of the wrong length.
+    #[error("field fingerprint: {0}")]
+    Fingerprint(#[from] ParseFingerprintError),
+    /// Any other rule.
+    #[error("field {field}: {reason}")]
+    Rule {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+impl WireError {
+    pub(crate) fn rule(field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Rule { field, reason: reason.into() }
+    }
+}
+
+/// Name of a router as it appears in a worker's logs: 1 to 128 bytes of `[A-Za-z0-9._:/-]`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct RouterName(Arc<str>);
+
+impl RouterName {
+    /// Checks a name.
+    ///
+    /// # Errors
+    /// `Name` when it is empty, too long, or has a character that could break a log line.
+    pub fn new(name: &str) -> Result<Self, WireError> {
+        let field = "router_id";
+        if name.is_empty() {
+            return Err(WireError::Missing(field));
+        }
+        if name.len() > 128 {
+            let reason = format!("{} bytes long; at most 128 are allowed", name.len());
+            return Err(WireError::Name { field, reason });
+        }
+        match name.chars().find(|&c| !(c.is_ascii_alphanumeric() || "._:/-".contains(c))) {
+            Some(bad) => {
+                let reason = format!("has the character {bad:?}; allowed are letters, digits and . _ : / -");
+                Err(WireError::Name { field, reason })
+            }
+            None => Ok(Self(name.into())),
+        }
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for RouterName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+pub(crate) fn worker_id_error(error: InvalidWorkerId) -> WireError {
+    match error {
+        InvalidWorkerId::Empty => WireError::Missing("worker_id"),
+        other => WireError::Name { field: "worker_id", reason: other.to_string() },
+    }
+}
+
+/// The wire's name for a dtype.
+#[must_use]
+pub const fn dtype_to_wire(dtype: DType) -> v1::DType {
+    match dtype {
+        DType::F32 => v1::DType::F32,
+        DType::Bf16 => v1::DType::Bf16,
+    }
+}
+
+/// A dtype off the wire; `field` is named in the error.
+///
+/// # Errors
+/// `Missing` when unspecified, `UnknownValue` when this build does not know it.
+pub fn dtype_from_wire(field: &'static str, value: i32) -> Result<DType, WireError> {
+    match v1::DType::try_from(value) {
+        Ok(v1::DType::F32) => Ok(DType::F32),
+        Ok(v1::DType::Bf16) => Ok(DType::Bf16),
+        Ok(v1::DType::Unspecified) => Err(WireError::Missing(field)),
+        Err(_) => Err(WireError::UnknownValue { field, value }),
+    }
+}
+
+/// The compute mode whose rows travel as this dtype.
+#[must_use]
+pub const fn compute_of(wire: DType) -> Compute {
+    Compute::default_for(wire)
+}
+
+/// The wire's name for a combine mode.
+#[must_use]
+pub const fn combine_to_wire(combine: Combine) -> v1::CombineMode {
+    match combine {
+        Combine::Exact => v1::CombineMode::Exact,
+    }
+}
+
+/// A combine mode off the wire.
+///
+/// # Errors
+/// `Missing` when unspecified, `UnknownValue` when this build does not know it.
+pub fn combine_from_wire(value: i32) -> Result<Combine, WireError> {
+    match v1::CombineMode::try_from(value) {
+        Ok(v1::CombineMode::Exact) => Ok(Combine::Exact),
+        Ok(v1::CombineMode::Unspecified) => Err(WireError::Missing("combine")),
+        Err(_) => Err(WireError::UnknownValue { field: "combine", value }),
+    }
+}
+
+/// The wire's name for a numerics class.
+#[must_use]
+pub const fn numerics_to_wire(numerics: NumericsClass) -> v1::NumericsClass {
+    match numerics {
+        NumericsClass::CpuCanonical => v1::NumericsClass::CpuCanonical,
+    }
+}
+
+/// A numerics class off the wire.
+///
+/// # Errors
+/// `Missing` when unspecified, `UnknownValue` when this build does not know it.
+pub fn numerics_from_wire(value: i32) -> Result<NumericsClass, WireError> {
+    match v1::NumericsClass::try_from(value) {
+        Ok(v1::NumericsClass::CpuCanonical) => Ok(NumericsClass::CpuCanonical),
+        Ok(v1::NumericsClass::Unspecified) => Err(WireError::Missing("numerics")),
+        Err(_) => Err(WireError::UnknownValue { field: "numerics", value }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn enums_survive_the_round_trip_and_zero_is_missing() {
+        for dtype in [DType::F32, DType::Bf16] {
+            assert_eq!(dtype_from_wire("compute", dtype_to_wire(dtype).into()), Ok(dtype));
+            assert_eq!(compute_of(dtype).wire_dtype(), dtype);
+        }
+        assert_eq!(combine_from_wire(combine_to_wire(Combine::Exact).into()), Ok(Combine::Exact));
+        let class = NumericsClass::CpuCanonical;
+        assert_eq!(numerics_from_wire(numerics_to_wire(class).into()), Ok(class));
+
+        assert_eq!(dtype_from_wire("compute", 0), Err(WireError::Missing("compute")));
+        assert_eq!(combine_from_wire(0), Err(WireError::Missing("combine")));
+        assert_eq!(numerics_from_wire(0), Err(WireError::Missing("numerics")));
+        let unknown = WireError::UnknownValue { field: "compute", value: 77 };
+        assert_eq!(unknown.to_string(), "field compute has the unknown value 77");
+        assert_eq!(dtype_from_wire("compute", 77), Err(unknown));
+    }
+
+    #[test]
+    fn router_names_cannot_break_a_log_line() {
+        assert!(RouterName::new("router-0").is_ok());
+        assert_eq!(RouterName::new(""), Err(WireError::Missing("router_id")));
+        for bad in ["a\nb", "a b", "\u{1b}[31m", &"x".repeat(10 << 10)] {
+            assert!(matches!(RouterName::new(bad), Err(WireError::Name { .. })), "{bad:?}");
+        }
+    }
+}

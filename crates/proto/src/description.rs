@@ -1,0 +1,210 @@
+//! What a worker says about itself.
+
+use std::num::NonZeroU32;
+
+use muster_types::{
+    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, WorkerId,
+};
+
+use crate::PROTOCOL_VERSION;
+use crate::convert::{
+    WireError, compute_of, dtype_from_wire, dtype_to_wire, numerics_from_wire, numerics_to_wire,
+    worker_id_error,
+};
+use crate::expert::v1;
+use crate::handshake::fingerprint_from_wire;
+
+/// Whether a worker takes shards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// It does.
+    Serving,
+    /// It finishes what it has and takes nothing new.
+    Draining,
+}
+
+/// A worker, as it announces itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Its name.
+    pub worker: WorkerId,
+    /// The model it serves.
+    pub fingerprint: Fingerprint,
+    /// Its kernels.
+    pub numerics: NumericsClass,
+    /// What it rounds activations to.
+    pub compute: Compute,
+    /// Epoch of this description; at least 1, grows with every change.
+    pub epoch: Epoch,
+    /// The experts it holds, strictly ascending.
+    pub holdings: Vec<ExpertKey>,
+    /// Bytes of resident weights.
+    pub resident_bytes: u64,
+    /// Whether it takes shards.
+    pub phase: Phase,
+    /// Largest number of rows it takes in one shard.
+    pub max_rows: NonZeroU32,
+}
+
+impl Description {
+    /// As a message.
+    #[must_use]
+    pub fn to_wire(&self) -> v1::WorkerDescription {
+        let mut held: Vec<v1::HeldExperts> = Vec::new();
+        for key in &self.holdings {
+            let layer = key.layer.get();
+            match held.last_mut().filter(|last| last.layer == layer) {
+                Some(last) => last.experts.push(key.expert.get()),
+                None => held.push(v1::HeldExperts { layer, experts: vec![key.expert.get()] }),
+            }
+        }
+        v1::WorkerDescription {
+            protocol_version: PROTOCOL_VERSION,
+            worker_id: self.worker.as_str().to_owned(),
+            fingerprint: self.fingerprint.as_bytes().to_vec().into(),
+            numerics: numerics_to_wire(self.numerics).into(),
+            epoch: self.epoch.get(),
+            held,
+            resident_bytes: self.resident_bytes,
+            draining: self.phase == Phase::Draining,
+            max_rows: self.max_rows.get(),
+            compute: dtype_to_wire(self.compute.wire_dtype()).into(),
+        }
+    }
+
+    /// From a message, for a model with `experts[layer]` routed experts in each layer (0 in a dense one).
+    ///
+    /// # Errors
+    /// The first field that breaks a rule. Check the terms first: of another model no id means anything.
+    pub fn parse(message: &v1::WorkerDescription, experts: &[u32]) -> Result<Self, WireError> {
+        let worker = WorkerId::new(&message.worker_id).map_err(worker_id_error)?;
+        if message.epoch == 0 {
+            return Err(WireError::Missing("epoch"));
+        }
+        Ok(Self {
+            worker,
+            fingerprint: fingerprint_from_wire(&message.fingerprint)?,
+            numerics: numerics_from_wire(message.numerics)?,
+            compute: compute_of(dtype_from_wire("compute", message.compute)?),
+            epoch: Epoch::new(message.epoch),
+            holdings: parse_holdings(&message.held, experts)?,
+            resident_bytes: message.resident_bytes,
+            phase: if message.draining { Phase::Draining } else { Phase::Serving },
+            max_rows: NonZeroU32::new(message.max_rows).ok_or(WireError::Missing("max_rows"))?,
+        })
+    }
+}
+
+/// The layer with this number and how many routed experts it has.
+pub(crate) fn layer_of(layer: u32, experts: &[u32]) -> Result<(LayerId, u32), OutOfRange> {
+    let count = u32::try_from(experts.len()).unwrap_or(u32::MAX);
+    let id = LayerId::new(layer, count)?;
+    Ok((id, experts.get(id.index()).copied().unwrap_or(0)))
+}
+
+fn parse_holdings(held: &[v1::HeldExperts], experts: &[u32]) -> Result<Vec<ExpertKey>, WireError> {
+    let mut keys: Vec<ExpertKey> = Vec::new();
+    for entry in held {
+        let (layer, count) = layer_of(entry.layer, experts)
+            .map_err(|source| WireError::OutOfRange { field: "held.layer", source })?;
+        if entry.experts.is_empty() {
+            return Err(WireError::rule(
+                "held.experts",
+                format!("layer {layer} lists none; leave the layer out"),
+            ));
+        }
+        for &number in &entry.experts {
+            let expert = ExpertId::new(number, count)
+                .map_err(|source| WireError::OutOfRange { field: "held.experts", source })?;
+            let key = ExpertKey { layer, expert };
+            if keys.last().is_some_and(|last| *last >= key) {
+                return Err(WireError::rule("held", format!("{key} is listed twice or out of order")));
+            }
+            keys.push(key);
+        }
+    }
+    Ok(keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const EXPERTS: [u32; 3] = [4, 0, 8];
+
+    fn description(holdings: Vec<ExpertKey>) -> Description {
+        Description {
+            worker: WorkerId::new("w0").unwrap(),
+            fingerprint: Fingerprint::new([1; 32]),
+            numerics: NumericsClass::CpuCanonical,
+            compute: Compute::F32,
+            epoch: Epoch::new(3),
+            holdings,
+            resident_bytes: 1 << 40,
+            phase: Phase::Draining,
+            max_rows: NonZeroU32::MIN,
+        }
+    }
+
+    fn wire(held: &[(u32, &[u32])]) -> v1::WorkerDescription {
+        let held = held.iter().map(|&(layer, e)| v1::HeldExperts { layer, experts: e.to_vec() }).collect();
+        v1::WorkerDescription { held, ..description(vec![]).to_wire() }
+    }
+
+    fn all_keys() -> Vec<ExpertKey> {
+        let layers = LayerId::all(3).zip(EXPERTS);
+        layers
+            .flat_map(|(layer, n)| ExpertId::all(n).map(move |expert| ExpertKey { layer, expert }))
+            .collect()
+    }
+
+    proptest! {
+        #[test]
+        fn any_holdings_survive_the_round_trip(keys in prop::sample::subsequence(all_keys(), 0..=12)) {
+            let before = description(keys);
+            prop_assert_eq!(Description::parse(&before.to_wire(), &EXPERTS).unwrap(), before);
+        }
+
+        #[test]
+        fn any_bytes_are_parsed_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+            if let Ok(message) = <v1::WorkerDescription as prost::Message>::decode(bytes.as_slice()) {
+                let _ = Description::parse(&message, &EXPERTS);
+            }
+        }
+    }
+
+    #[test]
+    fn holdings_outside_the_model_or_out_of_order_are_refused() {
+        let bad: [&[(u32, &[u32])]; 8] = [
+            &[(3, &[0])],
+            &[(u32::MAX, &[0])],
+            &[(1, &[0])],
+            &[(0, &[4])],
+            &[(0, &[])],
+            &[(0, &[1, 1])],
+            &[(0, &[2, 1])],
+            &[(2, &[0]), (0, &[0])],
+        ];
+        for held in bad {
+            assert!(Description::parse(&wire(held), &EXPERTS).is_err(), "{held:?}");
+        }
+        assert!(Description::parse(&wire(&[(0, &[0, 3]), (2, &[7])]), &EXPERTS).is_ok());
+    }
+
+    #[test]
+    fn each_absent_field_is_named() {
+        let good = || wire(&[(0, &[0])]);
+        let cases: [(&str, v1::WorkerDescription); 6] = [
+            ("worker_id", v1::WorkerDescription { worker_id: String::new(), ..good() }),
+            ("fingerprint", v1::WorkerDescription { fingerprint: Default::default(), ..good() }),
+            ("numerics", v1::WorkerDescription { numerics: 0, ..good() }),
+            ("compute", v1::WorkerDescription { compute: 0, ..good() }),
+            ("epoch", v1::WorkerDescription { epoch: 0, ..good() }),
+            ("max_rows", v1::WorkerDescription { max_rows: 0, ..good() }),
+        ];
+        for (field, message) in cases {
+            assert_eq!(Description::parse(&message, &EXPERTS), Err(WireError::Missing(field)));
+        }
+    }
+}

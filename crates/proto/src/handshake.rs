@@ -1,0 +1,231 @@
+//! What both ends of a stream must agree on before a single row travels.
+
+use std::fmt;
+
+use muster_types::{Combine, Compute, Fingerprint, NumericsClass};
+
+use crate::PROTOCOL_VERSION;
+use crate::convert::{
+    RouterName, WireError, combine_from_wire, combine_to_wire, compute_of, dtype_from_wire, dtype_to_wire,
+    numerics_from_wire, numerics_to_wire,
+};
+use crate::expert::v1;
+
+/// Micro-batch lanes between one router and one worker; each has a stream of its own.
+pub const LANES: usize = 2;
+
+/// The terms of a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terms {
+    /// The model.
+    pub fingerprint: Fingerprint,
+    /// Elements of a hidden row.
+    pub hidden: u32,
+    /// What activations are rounded to; fixes the wire dtype.
+    pub compute: Compute,
+    /// How outputs come back.
+    pub combine: Combine,
+    /// Kernels that give the same bits.
+    pub numerics: NumericsClass,
+}
+
+/// One of the terms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Term {
+    /// The protocol's version.
+    Version,
+    /// The model.
+    Fingerprint,
+    /// Elements of a hidden row.
+    Hidden,
+    /// What activations are rounded to.
+    Compute,
+    /// How outputs come back.
+    Combine,
+    /// Kernels that give the same bits.
+    Numerics,
+}
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Version => "protocol version",
+            Self::Fingerprint => "model fingerprint",
+            Self::Hidden => "hidden size",
+            Self::Compute => "compute mode",
+            Self::Combine => "combine mode",
+            Self::Numerics => "numerics class",
+        })
+    }
+}
+
+/// Two processes that cannot work together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{term} differs: ours is {ours}, the peer's is {theirs}")]
+pub struct Disagreement {
+    /// What differs.
+    pub term: Term,
+    /// This process's value.
+    pub ours: String,
+    /// The peer's value.
+    pub theirs: String,
+}
+
+/// Why a peer was not admitted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HandshakeError {
+    /// Its message breaks the protocol.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// It is a Muster process, but not one of ours.
+    #[error(transparent)]
+    Disagreement(#[from] Disagreement),
+}
+
+fn same<T: PartialEq + fmt::Display>(term: Term, ours: &T, theirs: &T) -> Result<(), Disagreement> {
+    if ours == theirs {
+        Ok(())
+    } else {
+        Err(Disagreement { term, ours: ours.to_string(), theirs: theirs.to_string() })
+    }
+}
+
+impl Terms {
+    /// The greeting that opens a stream on these terms.
+    #[must_use]
+    pub fn to_hello(&self, router: &RouterName, lane: u32) -> v1::Hello {
+        v1::Hello {
+            protocol_version: PROTOCOL_VERSION,
+            fingerprint: self.fingerprint.as_bytes().to_vec().into(),
+            router_id: router.as_str().to_owned(),
+            lane,
+            hidden: self.hidden,
+            wire_dtype: dtype_to_wire(self.compute.wire_dtype()).into(),
+            combine: combine_to_wire(self.combine).into(),
+            numerics: numerics_to_wire(self.numerics).into(),
+        }
+    }
+
+    /// For workers: reads a greeting and holds it against these terms.
+    ///
+    /// # Errors
+    /// The first field that is malformed or differs. The version comes first: the rest of another version's
+    /// message need not mean what it means here.
+    pub fn admit(&self, hello: &v1::Hello) -> Result<Greeting, HandshakeError> {
+        check_version(hello.protocol_version)?;
+        let router = RouterName::new(&hello.router_id)?;
+        if hello.lane as usize >= LANES {
+            return Err(WireError::rule("lane", format!("{} is not one of 0 and 1", hello.lane)).into());
+        }
+        if hello.hidden == 0 {
+            return Err(WireError::Missing("hidden").into());
+        }
+        let fingerprint = fingerprint_from_wire(&hello.fingerprint)?;
+        let compute = compute_of(dtype_from_wire("wire_dtype", hello.wire_dtype)?);
+        let combine = combine_from_wire(hello.combine)?;
+        let numerics = numerics_from_wire(hello.numerics)?;
+        same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
+        same(Term::Hidden, &self.hidden, &hello.hidden)?;
+        same(Term::Compute, &self.compute, &compute)?;
+        same(Term::Combine, &self.combine, &combine)?;
+        same(Term::Numerics, &self.numerics, &numerics)?;
+        Ok(Greeting { router, lane: hello.lane })
+    }
+
+    /// For routers: holds a worker's description against these terms. What it holds is not looked at.
+    ///
+    /// # Errors
+    /// The first field that is malformed or differs.
+    pub fn check_worker(&self, described: &v1::WorkerDescription) -> Result<(), HandshakeError> {
+        check_version(described.protocol_version)?;
+        let fingerprint = fingerprint_from_wire(&described.fingerprint)?;
+        same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
+        same(Term::Compute, &self.compute, &compute_of(dtype_from_wire("compute", described.compute)?))?;
+        same(Term::Numerics, &self.numerics, &numerics_from_wire(described.numerics)?)?;
+        Ok(())
+    }
+}
+
+fn check_version(theirs: u32) -> Result<(), HandshakeError> {
+    if theirs == 0 {
+        return Err(WireError::Missing("protocol_version").into());
+    }
+    Ok(same(Term::Version, &PROTOCOL_VERSION, &theirs)?)
+}
+
+pub(crate) fn fingerprint_from_wire(bytes: &[u8]) -> Result<Fingerprint, WireError> {
+    if bytes.is_empty() {
+        return Err(WireError::Missing("fingerprint"));
+    }
+    Ok(Fingerprint::from_slice(bytes)?)
+}
+
+/// An admitted router.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Greeting {
+    /// Its name.
+    pub router: RouterName,
+    /// The lane its stream carries.
+    pub lane: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn terms() -> Terms {
+        Terms {
+            fingerprint: Fingerprint::new([7; 32]),
+            hidden: 64,
+            compute: Compute::Bf16,
+            combine: Combine::Exact,
+            numerics: NumericsClass::CpuCanonical,
+        }
+    }
+
+    fn hello() -> v1::Hello {
+        terms().to_hello(&RouterName::new("r0").unwrap(), 1)
+    }
+
+    #[test]
+    fn a_router_on_the_same_terms_is_admitted() {
+        let greeting = terms().admit(&hello()).unwrap();
+        assert_eq!((greeting.router.as_str(), greeting.lane), ("r0", 1));
+    }
+
+    #[test]
+    fn each_absent_field_is_named() {
+        let cases: [(&str, v1::Hello); 7] = [
+            ("protocol_version", v1::Hello { protocol_version: 0, ..hello() }),
+            ("fingerprint", v1::Hello { fingerprint: Default::default(), ..hello() }),
+            ("router_id", v1::Hello { router_id: String::new(), ..hello() }),
+            ("hidden", v1::Hello { hidden: 0, ..hello() }),
+            ("wire_dtype", v1::Hello { wire_dtype: 0, ..hello() }),
+            ("combine", v1::Hello { combine: 0, ..hello() }),
+            ("numerics", v1::Hello { numerics: 0, ..hello() }),
+        ];
+        for (field, message) in cases {
+            assert_eq!(terms().admit(&message), Err(WireError::Missing(field).into()));
+        }
+        assert!(terms().admit(&v1::Hello { lane: 2, ..hello() }).is_err());
+        assert!(terms().admit(&v1::Hello { fingerprint: vec![7; 31].into(), ..hello() }).is_err());
+    }
+
+    #[test]
+    fn each_difference_names_both_values() {
+        let cases: [(Term, v1::Hello); 4] = [
+            (Term::Version, v1::Hello { protocol_version: 2, combine: 99, ..hello() }),
+            (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
+            (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),
+            (Term::Compute, v1::Hello { wire_dtype: v1::DType::F32.into(), ..hello() }),
+        ];
+        for (term, message) in cases {
+            match terms().admit(&message) {
+                Err(HandshakeError::Disagreement(d)) => assert!(d.term == term && d.ours != d.theirs, "{d}"),
+                other => panic!("{term}: {other:?}"),
+            }
+        }
+        let text = terms().admit(&v1::Hello { hidden: 65, ..hello() }).unwrap_err().to_string();
+        assert_eq!(text, "hidden size differs: ours is 64, the peer's is 65");
+    }
+}

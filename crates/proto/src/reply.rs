@@ -1,0 +1,294 @@
+//! What comes back down a stream: the acknowledgement, rows, or a typed fault.
+
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use bytes::Bytes;
+use muster_types::{Epoch, Retry, WorkerId};
+
+use crate::convert::{WireError, worker_id_error};
+use crate::expert::v1;
+use crate::expert::v1::shard_error::Code;
+
+/// Longest fault message kept, in characters. It ends up in logs of the other side.
+const MESSAGE_CHARS: usize = 256;
+
+/// Kinds of fault a shard can meet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FaultKind {
+    /// An expert is not held by this worker.
+    NotHeld,
+    /// The worker is about to stop.
+    Draining,
+    /// The worker's queue is full.
+    Overloaded,
+    /// The shard breaks a rule of the protocol.
+    BadRequest,
+    /// The deadline passed.
+    Deadline,
+    /// A row has a value that is not finite.
+    NonFinite,
+    /// The worker failed inside.
+    Internal,
+}
+
+impl FaultKind {
+    /// Every kind.
+    pub const ALL: [Self; 7] = [
+        Self::NotHeld,
+        Self::Draining,
+        Self::Overloaded,
+        Self::BadRequest,
+        Self::Deadline,
+        Self::NonFinite,
+        Self::Internal,
+    ];
+
+    /// The wire's name.
+    #[must_use]
+    pub const fn to_wire(self) -> Code {
+        match self {
+            Self::NotHeld => Code::NotHeld,
+            Self::Draining => Code::Draining,
+            Self::Overloaded => Code::Overloaded,
+            Self::BadRequest => Code::BadRequest,
+            Self::Deadline => Code::Deadline,
+            Self::NonFinite => Code::NonFinite,
+            Self::Internal => Code::Internal,
+        }
+    }
+
+    fn from_wire(value: i32) -> Result<Self, WireError> {
+        match Code::try_from(value) {
+            Ok(Code::NotHeld) => Ok(Self::NotHeld),
+            Ok(Code::Draining) => Ok(Self::Draining),
+            Ok(Code::Overloaded) => Ok(Self::Overloaded),
+            Ok(Code::BadRequest) => Ok(Self::BadRequest),
+            Ok(Code::Deadline) => Ok(Self::Deadline),
+            Ok(Code::NonFinite) => Ok(Self::NonFinite),
+            Ok(Code::Internal) => Ok(Self::Internal),
+            Ok(Code::Unspecified) => Err(WireError::Missing("error.code")),
+            Err(_) => Err(WireError::UnknownValue { field: "error.code", value }),
+        }
+    }
+
+    /// A short name, for metrics.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NotHeld => "not_held",
+            Self::Draining => "draining",
+            Self::Overloaded => "overloaded",
+            Self::BadRequest => "bad_request",
+            Self::Deadline => "deadline",
+            Self::NonFinite => "non_finite",
+            Self::Internal => "internal",
+        }
+    }
+
+    /// Whether sending the shard again can help.
+    #[must_use]
+    pub const fn retry(self) -> Retry {
+        match self {
+            Self::NotHeld | Self::Draining | Self::Internal => Retry::Elsewhere,
+            Self::Overloaded | Self::Deadline => Retry::Later,
+            Self::BadRequest | Self::NonFinite => Retry::Never,
+        }
+    }
+}
+
+/// Why a shard was not computed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Fault {
+    /// Its kind.
+    pub kind: FaultKind,
+    /// For people. One line, at most 256 characters.
+    pub message: String,
+    /// The expert concerned, as it is numbered on the wire.
+    pub expert: Option<u32>,
+}
+
+impl Fault {
+    /// A fault that is not about one expert.
+    #[must_use]
+    pub fn new(kind: FaultKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), expert: None }
+    }
+
+    /// A fault of one expert.
+    #[must_use]
+    pub fn of_expert(kind: FaultKind, expert: u32, message: impl Into<String>) -> Self {
+        Self { expert: Some(expert), ..Self::new(kind, message) }
+    }
+
+    fn parse(error: &v1::ShardError) -> Result<Self, WireError> {
+        let kind = FaultKind::from_wire(error.code)?;
+        let printable = |c: char| if c.is_control() { ' ' } else { c };
+        let message = error.message.chars().take(MESSAGE_CHARS).map(printable).collect();
+        Ok(Self { kind, message, expert: error.expert })
+    }
+}
+
+impl From<WireError> for Fault {
+    fn from(error: WireError) -> Self {
+        Self::new(FaultKind::BadRequest, error.to_string())
+    }
+}
+
+/// Where a shard's time went inside the worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Timing {
+    /// In the experts.
+    pub compute: Duration,
+    /// Waiting for them.
+    pub queue: Duration,
+}
+
+impl Timing {
+    /// Both together.
+    #[must_use]
+    pub fn total(&self) -> Duration {
+        self.compute.saturating_add(self.queue)
+    }
+}
+
+/// One reply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// The stream is open.
+    Ack {
+        /// Who answers.
+        worker: WorkerId,
+        /// Its epoch.
+        epoch: Epoch,
+    },
+    /// A shard is done.
+    Answer {
+        /// The shard.
+        id: NonZeroU64,
+        /// Rows claimed and their payload, not yet held against what was asked; or why there are none.
+        outcome: Result<(u32, Bytes), Fault>,
+        /// Where its time went.
+        timing: Timing,
+    },
+}
+
+impl Reply {
+    /// As a message.
+    #[must_use]
+    pub fn into_wire(self) -> v1::DispatchReply {
+        use v1::dispatch_reply::Body;
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        match self {
+            Self::Ack { worker, epoch } => {
+                let ack = v1::HelloAck { worker_id: worker.as_str().to_owned(), epoch: epoch.get() };
+                v1::DispatchReply { id: 0, body: Some(Body::Ack(ack)), compute_us: 0, queue_us: 0 }
+            }
+            Self::Answer { id, outcome, timing } => {
+                let body = match outcome {
+                    Ok((rows, data)) => Body::Rows(v1::ExpertRows { rows, data }),
+                    Err(Fault { kind, message, expert }) => {
+                        Body::Error(v1::ShardError { code: kind.to_wire().into(), message, expert })
+                    }
+                };
+                v1::DispatchReply {
+                    id: id.get(),
+                    body: Some(body),
+                    compute_us: micros(timing.compute),
+                    queue_us: micros(timing.queue),
+                }
+            }
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// The first field that breaks a rule.
+    pub fn parse(message: v1::DispatchReply) -> Result<Self, WireError> {
+        use v1::dispatch_reply::Body;
+        let timing = Timing {
+            compute: Duration::from_micros(message.compute_us.into()),
+            queue: Duration::from_micros(message.queue_us.into()),
+        };
+        let outcome = match message.body.ok_or(WireError::Missing("body"))? {
+            Body::Ack(_) if message.id != 0 => {
+                return Err(WireError::rule(
+                    "id",
+                    format!("{} on an acknowledgement; must be 0", message.id),
+                ));
+            }
+            Body::Ack(ack) => {
+                let worker = WorkerId::new(&ack.worker_id).map_err(worker_id_error)?;
+                return Ok(Self::Ack { worker, epoch: Epoch::new(ack.epoch) });
+            }
+            Body::Rows(rows) => Ok((rows.rows, rows.data)),
+            Body::Error(error) => Err(Fault::parse(&error)?),
+        };
+        let id = NonZeroU64::new(message.id).ok_or(WireError::Missing("id"))?;
+        Ok(Self::Answer { id, outcome, timing })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn answers_survive_the_round_trip(
+            id in 1u64..,
+            rows in any::<u32>(),
+            data in prop::collection::vec(any::<u8>(), 0..64),
+            micros in any::<(u32, u32)>(),
+        ) {
+            let timing = Timing {
+                compute: Duration::from_micros(micros.0.into()),
+                queue: Duration::from_micros(micros.1.into()),
+            };
+            let id = NonZeroU64::new(id).unwrap();
+            let before = Reply::Answer { id, outcome: Ok((rows, data.into())), timing };
+            prop_assert_eq!(Reply::parse(before.clone().into_wire()).unwrap(), before);
+        }
+
+        #[test]
+        fn any_bytes_are_parsed_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+            if let Ok(message) = <v1::DispatchReply as prost::Message>::decode(bytes.as_slice()) {
+                let _ = Reply::parse(message);
+            }
+        }
+    }
+
+    #[test]
+    fn every_fault_survives_the_round_trip() {
+        for kind in FaultKind::ALL {
+            let fault = Fault::of_expert(kind, 3, "because");
+            let id = NonZeroU64::MIN;
+            let before = Reply::Answer { id, outcome: Err(fault), timing: Timing::default() };
+            assert_eq!(Reply::parse(before.clone().into_wire()), Ok(before));
+        }
+    }
+
+    #[test]
+    fn absent_fields_are_refused() {
+        let parse = |id, body| Reply::parse(v1::DispatchReply { id, body, compute_us: 0, queue_us: 0 });
+        assert_eq!(parse(1, None), Err(WireError::Missing("body")));
+        let rows = v1::dispatch_reply::Body::Rows(v1::ExpertRows::default());
+        assert_eq!(parse(0, Some(rows)), Err(WireError::Missing("id")));
+        let error = v1::dispatch_reply::Body::Error(v1::ShardError::default());
+        assert_eq!(parse(1, Some(error)), Err(WireError::Missing("error.code")));
+        let ack = v1::dispatch_reply::Body::Ack(v1::HelloAck { worker_id: "w".into(), epoch: 1 });
+        assert!(parse(7, Some(ack)).is_err());
+    }
+
+    #[test]
+    fn a_fault_message_cannot_flood_or_forge_a_log() {
+        let message = format!("a\nb\u{1b}[31m{}", "x".repeat(1 << 20));
+        let error = v1::ShardError { code: Code::Internal.into(), message, expert: None };
+        let fault = Fault::parse(&error).unwrap();
+        assert!(fault.message.starts_with("a b [31mx"));
+        assert_eq!(fault.message.chars().count(), MESSAGE_CHARS);
+    }
+}

@@ -1,0 +1,366 @@
+//! The engine thread: schedule, compute, emit, over and over.
+//!
+//! It owns scheduler, trunk, KV cache and dispatch, so none of them is shared. Requests come through one bounded
+//! channel; events leave through one bounded channel per request, sized so that sending never waits. A request
+//! whose reader is gone is dropped before the next step.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use metrics::{counter, gauge, histogram};
+use muster_engine::dispatch::ExpertDispatch;
+use muster_engine::microbatch;
+use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Step};
+use muster_kernels::{Cpu, KvCache};
+use muster_model::sampler::{self, History, SampleScratch, Sampling};
+use muster_model::trunk::{SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
+use muster_text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
+use muster_types::{SeqId, TokenId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::request::{
+    Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs,
+};
+
+/// Rows in a step from which two lanes pay: below, splitting only makes the messages smaller.
+const LANE_MIN_ROWS: usize = 4;
+
+/// What the engine thread can be asked.
+pub(crate) enum Command {
+    /// Queue a request, all of its choices or none.
+    Start(Admission),
+}
+
+/// A checked request on its way into the queue.
+pub(crate) struct Admission {
+    pub(crate) choices: Vec<NewChoice>,
+    pub(crate) admitted: oneshot::Sender<Result<(), RequestError>>,
+}
+
+/// One choice of a checked request.
+pub(crate) struct NewChoice {
+    pub(crate) choice: u32,
+    pub(crate) prompt: Vec<TokenId>,
+    /// Tokens that the output's text goes on from; none when it stands by itself.
+    pub(crate) tail: Vec<u32>,
+    pub(crate) max_tokens: u32,
+    pub(crate) sampling: Sampling,
+    pub(crate) stop_strings: Vec<String>,
+    pub(crate) stop_ids: Vec<TokenId>,
+    pub(crate) top_logprobs: Option<u32>,
+    pub(crate) events: mpsc::Sender<Result<Event, RequestError>>,
+}
+
+/// What the engine thread works with.
+pub(crate) struct Engine {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) trunk: Arc<Trunk>,
+    pub(crate) cpu: Arc<Cpu>,
+    pub(crate) kv: KvCache,
+    pub(crate) dispatch: Box<dyn ExpertDispatch>,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) expert_timeout: Duration,
+    pub(crate) commands: mpsc::Receiver<Command>,
+    /// Set when shutdown will wait no longer.
+    pub(crate) abort: Arc<AtomicBool>,
+}
+
+/// A choice in the scheduler.
+struct Active {
+    /// Shared by the choices of one request.
+    request: u64,
+    choice: u32,
+    prompt_tokens: u32,
+    generated: u32,
+    sampling: Sampling,
+    history: History,
+    stop_ids: Vec<TokenId>,
+    top_logprobs: Option<u32>,
+    detokenizer: Option<Detokenizer>,
+    stops: StopMatcher,
+    events: mpsc::Sender<Result<Event, RequestError>>,
+    admitted_at: Instant,
+    last_token_at: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Table {
+    active: BTreeMap<SeqId, Active>,
+    next: u64,
+}
+
+impl Engine {
+    /// Runs until all senders are gone and all sequences have ended, or `abort` is set.
+    pub(crate) fn run(mut self) {
+        let mut table = Table::default();
+        let mut state = StepState::default();
+        let mut scratch = SampleScratch::default();
+        while self.receive(&mut table) {
+            self.drop_abandoned(&mut table);
+            let step = self.scheduler.schedule();
+            self.report(&step);
+            if step.items.is_empty() {
+                continue;
+            }
+            let started = Instant::now();
+            let lanes = self.compute(&step, &mut state);
+            self.emit(&step, &lanes, &state, &mut table, &mut scratch);
+            histogram!("muster_step_seconds").record(started.elapsed().as_secs_f64());
+        }
+        for (_, active) in std::mem::take(&mut table.active) {
+            let _ = active.events.try_send(Err(RequestError::ShuttingDown));
+        }
+        self.dispatch.close();
+    }
+
+    /// Takes in new requests, waiting for one when there is nothing to do. False when it is time to end.
+    fn receive(&mut self, table: &mut Table) -> bool {
+        loop {
+            if self.abort.load(Ordering::Acquire) {
+                return false;
+            }
+            let command = if table.active.is_empty() {
+                match self.commands.blocking_recv() {
+                    Some(command) => command,
+                    None => return false,
+                }
+            } else {
+                match self.commands.try_recv() {
+                    Ok(command) => command,
+                    // Disconnected: no more will come, those that are here are brought to their end.
+                    Err(_) => return true,
+                }
+            };
+            let Command::Start(admission) = command;
+            self.admit(admission, table);
+        }
+    }
+
+    fn admit(&mut self, admission: Admission, table: &mut Table) {
+        let request = table.next;
+        let mut ids = Vec::with_capacity(admission.choices.len());
+        let mut outcome = Ok(());
+        for choice in admission.choices {
+            let id = SeqId::new(table.next);
+            table.next += 1;
+            let sequence =
+                NewSequence { id, prompt: choice.prompt.clone(), max_tokens: choice.max_tokens };
+            if let Err(error) = self.scheduler.admit(sequence) {
+                outcome = Err(refusal(&error));
+                break;
+            }
+            ids.push(id);
+            table.active.insert(id, Active::new(request, choice, self.tokenizer.as_ref()));
+        }
+        if outcome.is_err() {
+            counter!("muster_requests_refused_total").increment(1);
+            ids.iter().for_each(|&id| self.remove(id, table));
+        }
+        // A requester that is gone is noticed through its event channel.
+        let _ = admission.admitted.send(outcome);
+    }
+
+    fn remove(&mut self, id: SeqId, table: &mut Table) {
+        self.scheduler.finish(id);
+        table.active.remove(&id);
+    }
+
+    fn drop_abandoned(&mut self, table: &mut Table) {
+        let gone: Vec<SeqId> =
+            table.active.iter().filter(|(_, active)| active.events.is_closed()).map(|(&id, _)| id).collect();
+        counter!("muster_sequences_cancelled_total").increment(gone.len() as u64);
+        gone.into_iter().for_each(|id| self.remove(id, table));
+    }
+
+    /// Runs the step; the result says which items went in which lane.
+    fn compute(&mut self, step: &Step, state: &mut StepState) -> [Vec<usize>; 2] {
+        let lanes = microbatch::split(step, LANE_MIN_ROWS);
+        let inputs = [0, 1].map(|lane: usize| -> Vec<SeqInput<'_>> {
+            let items = lanes[lane].iter().map(|&item| &step.items[item]);
+            items
+                .map(|item| SeqInput {
+                    start: item.start,
+                    tokens: &item.tokens,
+                    blocks: &item.blocks,
+                    logits: if item.sample { WantLogits::Last } else { WantLogits::None },
+                })
+                .collect()
+        });
+        let mut ctx = StepContext {
+            cpu: &self.cpu,
+            kv: &mut self.kv,
+            dispatch: &mut *self.dispatch,
+            timeout: self.expert_timeout,
+            observe: None,
+        };
+        self.trunk.forward(&mut ctx, [&inputs[0], &inputs[1]], state);
+        lanes
+    }
+
+    fn emit(
+        &mut self,
+        step: &Step,
+        lanes: &[Vec<usize>; 2],
+        state: &StepState,
+        table: &mut Table,
+        scratch: &mut SampleScratch,
+    ) {
+        let vocab = self.trunk.spec().vocab as usize;
+        for (lane, items) in lanes.iter().enumerate() {
+            for (place, &item) in items.iter().enumerate() {
+                let item = &step.items[item];
+                match state.logits(lane, place, vocab) {
+                    Ok(logits) if item.sample => self.advance(item.seq, logits, table, scratch),
+                    Ok(_) => {}
+                    Err(error) => self.fail(item.seq, &error, table),
+                }
+            }
+        }
+    }
+
+    /// Samples a token, tells the client, and ends the sequence where it ends.
+    fn advance(&mut self, id: SeqId, logits: &[f32], table: &mut Table, scratch: &mut SampleScratch) {
+        // Gone when another choice of its request failed in this very step.
+        let Some(active) = table.active.get_mut(&id) else { return };
+        let position = active.prompt_tokens + active.generated;
+        let token = sampler::sample(&active.sampling, logits, &active.history, position, scratch);
+        active.observe_latency();
+        counter!("muster_tokens_generated_total").increment(1);
+        let end = active.take(token, logits, self.tokenizer.as_ref());
+        let end = end.or_else(|| match self.scheduler.append(id, token) {
+            Ok(Progress::Continue) => None,
+            Ok(Progress::LengthReached) => Some(active.end(FinishReason::Length)),
+            Err(error) => {
+                tracing::error!(%error, "the scheduler lost a sequence");
+                Some(Err(RequestError::Internal))
+            }
+        });
+        if let Some(end) = end {
+            let _ = active.events.try_send(end.map(Event::Finished));
+            self.remove(id, table);
+        }
+    }
+
+    /// Ends a whole request with an error, once.
+    fn fail(&mut self, id: SeqId, error: &StepError, table: &mut Table) {
+        let Some(active) = table.active.get(&id) else { return };
+        tracing::warn!(sequence = %id, %error, "request failed");
+        counter!("muster_requests_failed_total").increment(1);
+        let error = match error {
+            StepError::Dispatch(error) => RequestError::from_dispatch(error),
+            StepError::Gate { .. } | StepError::Logits => RequestError::NonFinite,
+        };
+        let _ = active.events.try_send(Err(error));
+        let request = active.request;
+        let siblings: Vec<SeqId> =
+            table.active.iter().filter(|(_, a)| a.request == request).map(|(&id, _)| id).collect();
+        siblings.into_iter().for_each(|id| self.remove(id, table));
+    }
+
+    fn report(&self, step: &Step) {
+        let stats = self.scheduler.stats();
+        gauge!("muster_sequences_running").set(stats.running as f64);
+        gauge!("muster_sequences_waiting").set(stats.waiting as f64);
+        gauge!("muster_kv_blocks_total").set(f64::from(stats.blocks_total));
+        gauge!("muster_kv_blocks_free").set(f64::from(stats.blocks_free));
+        counter!("muster_preemptions_total").absolute(stats.preemptions);
+        counter!("muster_tokens_computed_total").increment(step.tokens() as u64);
+    }
+}
+
+impl Active {
+    fn new(request: u64, new: NewChoice, tokenizer: Option<&Tokenizer>) -> Self {
+        Self {
+            request,
+            choice: new.choice,
+            prompt_tokens: u32::try_from(new.prompt.len()).unwrap_or(u32::MAX),
+            generated: 0,
+            sampling: new.sampling,
+            history: History::new(&new.prompt),
+            stop_ids: new.stop_ids,
+            top_logprobs: new.top_logprobs,
+            detokenizer: tokenizer.map(|tokenizer| tokenizer.detokenizer(&new.tail)),
+            stops: StopMatcher::new(new.stop_strings),
+            events: new.events,
+            admitted_at: Instant::now(),
+            last_token_at: None,
+        }
+    }
+
+    fn observe_latency(&mut self) {
+        let now = Instant::now();
+        match self.last_token_at.replace(now) {
+            None => histogram!("muster_time_to_first_token_seconds").record(now - self.admitted_at),
+            Some(last) => histogram!("muster_inter_token_seconds").record(now - last),
+        }
+    }
+
+    /// Counts a token and sends its frame. `Some` when it ends the choice.
+    fn take(
+        &mut self,
+        token: TokenId,
+        logits: &[f32],
+        tokenizer: Option<&Tokenizer>,
+    ) -> Option<Result<Finished, RequestError>> {
+        let index = self.generated;
+        self.generated += 1;
+        self.history.push(token);
+        if self.stop_ids.contains(&token) {
+            return Some(self.end(FinishReason::Stop));
+        }
+        let delta = self.detokenizer.as_mut().map_or_else(String::new, |d| d.push(token.get()));
+        let (text, stopped) = match self.stops.push(&delta) {
+            StopOutcome::Text(text) => (text, false),
+            StopOutcome::Stopped(text) => (text, true),
+        };
+        let logprobs = self.top_logprobs.map(|top| token_logprobs(logits, token, top, tokenizer));
+        let frame = TokenFrame { choice: self.choice, index, token_id: token.get(), text, logprobs };
+        let _ = self.events.try_send(Ok(Event::Token(frame)));
+        stopped.then(|| Ok(self.finished(FinishReason::Stop, String::new())))
+    }
+
+    /// The end, with whatever text was still held back.
+    fn end(&mut self, reason: FinishReason) -> Result<Finished, RequestError> {
+        let rest = self.detokenizer.as_mut().map_or_else(String::new, Detokenizer::finish);
+        Ok(match self.stops.push(&rest) {
+            StopOutcome::Stopped(text) => self.finished(FinishReason::Stop, text),
+            StopOutcome::Text(text) => {
+                let held = self.stops.finish();
+                self.finished(reason, text + &held)
+            }
+        })
+    }
+
+    fn finished(&self, reason: FinishReason, text: String) -> Finished {
+        Finished { choice: self.choice, reason, output_tokens: self.generated, text }
+    }
+}
+
+fn token_logprobs(
+    logits: &[f32],
+    token: TokenId,
+    top: u32,
+    tokenizer: Option<&Tokenizer>,
+) -> TokenLogprobs {
+    let (chosen, top) = sampler::logprobs(logits, token, top as usize);
+    let describe = |entry: sampler::LogProb| {
+        let token_id = entry.token.get();
+        let text = tokenizer.map_or_else(String::new, |t| t.token_text(token_id));
+        let bytes = tokenizer.map_or_else(Vec::new, |t| t.token_bytes(token_id));
+        TokenLogprob { token_id, text, bytes, logprob: entry.logprob }
+    };
+    TokenLogprobs { chosen: describe(chosen), top: top.into_iter().map(describe).collect() }
+}
+
+fn refusal(error: &AdmitError) -> RequestError {
+    match error {
+        AdmitError::QueueFull { limit } => RequestError::Overloaded { limit: *limit },
+        AdmitError::EmptyPrompt | AdmitError::TooLong { .. } | AdmitError::NeverFits { .. } => {
+            RequestError::invalid("prompt", error.to_string())
+        }
+        AdmitError::ZeroMaxTokens => RequestError::invalid("max_tokens", error.to_string()),
+        AdmitError::DuplicateId(_) => RequestError::Internal,
+    }
+}

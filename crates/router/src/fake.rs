@@ -1,0 +1,85 @@
+//! A [`Service`] for tests of the edges: no model, and an engine that does what the test says.
+
+use std::sync::Arc;
+
+use muster_types::{Combine, Compute, Fingerprint, Limits};
+use tokio::sync::mpsc;
+
+use crate::engine::{Command, NewChoice};
+use crate::health::Health;
+use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
+use crate::service::{HealthProbe, ModelInfo, Service};
+
+pub(crate) const MODEL: &str = "org/tiny-moe";
+pub(crate) const VOCABULARY: u32 = 1000;
+pub(crate) const CONTEXT: u32 = 64;
+
+/// A service that is ready and hands every admitted choice to `act`. Without a tokenizer: prompts are token ids.
+pub(crate) fn service(act: impl FnMut(NewChoice) + Send + 'static) -> Service {
+    service_with(Arc::new(|| Health::Ready), act)
+}
+
+/// The same, with a health of its own.
+pub(crate) fn service_with(health: HealthProbe, mut act: impl FnMut(NewChoice) + Send + 'static) -> Service {
+    let (commands, mut received) = mpsc::channel(16);
+    tokio::spawn(async move {
+        while let Some(Command::Start(admission)) = received.recv().await {
+            let _ = admission.admitted.send(Ok(()));
+            admission.choices.into_iter().for_each(&mut act);
+        }
+    });
+    Service::new(model(), Limits::default(), None, Vec::new(), health, commands)
+}
+
+fn model() -> ModelInfo {
+    ModelInfo {
+        name: MODEL.into(),
+        family: "mixtral".into(),
+        fingerprint: Fingerprint::new([7; 32]),
+        parameters: 100,
+        active_parameters: 40,
+        layers: 2,
+        moe_layers: 1,
+        experts_per_layer: 4,
+        experts_per_token: 2,
+        hidden: 8,
+        vocabulary: VOCABULARY,
+        context: CONTEXT,
+        compute: Compute::F32,
+        combine: Combine::Exact,
+        has_chat_template: false,
+        workers: 2,
+        created: 1_700_000_000,
+    }
+}
+
+/// Repeats the prompt as `max_tokens` tokens, each as `<id>`, then ends for length with a held-back "!".
+pub(crate) fn echo(choice: NewChoice) {
+    let NewChoice { choice, prompt, max_tokens, top_logprobs, events, .. } = choice;
+    for (index, id) in (0..max_tokens).zip(prompt.iter().cycle()) {
+        let _ = events.try_send(Ok(token(choice, index, id.get(), top_logprobs)));
+    }
+    let reason = FinishReason::Length;
+    let finished = Finished { choice, reason, output_tokens: max_tokens, text: "!".into() };
+    let _ = events.try_send(Ok(Event::Finished(finished)));
+}
+
+/// One token, then experts that are gone.
+pub(crate) fn break_off(choice: NewChoice) {
+    let NewChoice { choice, events, .. } = choice;
+    let _ = events.try_send(Ok(token(choice, 0, 1, None)));
+    let _ = events.try_send(Err(RequestError::ExpertsUnavailable("a worker was lost".into())));
+}
+
+pub(crate) fn token(choice: u32, index: u32, id: u32, top: Option<u32>) -> Event {
+    let text = format!("<{id}>");
+    let entry = |token_id: u32, logprob| {
+        let text = format!("<{token_id}>");
+        TokenLogprob { token_id, bytes: text.clone().into_bytes(), text, logprob }
+    };
+    let logprobs = top.map(|top| TokenLogprobs {
+        chosen: entry(id, -0.5),
+        top: (0..top).map(|rank| entry(id + rank, -0.5 - rank as f32)).collect(),
+    });
+    Event::Token(TokenFrame { choice, index, token_id: id, text, logprobs })
+}

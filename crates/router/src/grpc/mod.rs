@@ -1,0 +1,142 @@
+//! The gRPC edge: `muster.v1.Inference`, `grpc.health.v1.Health` and server reflection.
+//!
+//! Messages, streams, connections and the time a peer may be silent are bounded; a client that goes away cancels
+//! its request. Decides nothing: messages become a [`GenerateRequest`](crate::request::GenerateRequest), events
+//! become messages.
+
+mod convert;
+mod inference;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+use muster_proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use self::inference::Api;
+use crate::net::{Acceptor, Patience};
+use crate::service::Service;
+
+/// What reflection lists: the services that are here, not all that are described.
+const LISTED: [&str; 3] = [SERVICE_NAME, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"];
+
+/// How often health is looked at.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Streams of one connection at once.
+const STREAMS: u32 = 256;
+
+/// A request has to be received, checked and admitted within this time.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// An idle connection is pinged this often, and closed when an answer takes as long.
+const PING: Duration = Duration::from_secs(10);
+
+/// Flow control: one full request in flight per stream, and a few per connection.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Of one request, as HTTP/2 counts them.
+const HEADER_BYTES: u32 = 16 << 10;
+
+/// A client that answers pings is never silent for long.
+const PATIENCE: Patience =
+    Patience { stall: Duration::from_secs(30), silence: Some(Duration::from_secs(25)) };
+
+/// The edge could not start or run.
+#[derive(Debug, thiserror::Error)]
+pub enum GrpcError {
+    /// The descriptors for reflection do not fit together.
+    #[error("server reflection: {0}")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The server failed.
+    #[error("gRPC server: {0}")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Serves until `shutdown`, then finishes the calls under way and returns.
+///
+/// Health turns to NOT_SERVING and its watchers are let go at once. A call that never ends by itself, which only
+/// a reflection client can make, keeps this from returning: bound the wait.
+///
+/// # Errors
+/// When the server cannot be set up. Nothing a client does is an error here.
+pub async fn serve(
+    service: Service,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) -> Result<(), GrpcError> {
+    let reporter = HealthReporter::new();
+    report(&reporter, serving(&service)).await;
+    let routes = routes(&service, &reporter)?;
+    let health = follow_health(service, reporter, shutdown.clone());
+    let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
+    let server = Server::builder()
+        .timeout(REQUEST_TIMEOUT)
+        .max_concurrent_streams(STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_max_header_list_size(HEADER_BYTES)
+        .http2_keepalive_interval(Some(PING))
+        .http2_keepalive_timeout(Some(PING))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(sockets, shutdown.cancelled_owned());
+    let (served, ()) = tokio::join!(server, health);
+    Ok(served?)
+}
+
+fn routes(service: &Service, reporter: &HealthReporter) -> Result<Routes, GrpcError> {
+    let message_bytes = service.limits().body_bytes;
+    let inference = InferenceServer::new(Api::new(service.clone())).max_decoding_message_size(message_bytes);
+    let health = tonic_health::pb::health_server::HealthServer::new(
+        tonic_health::server::HealthService::from_health_reporter(reporter.clone()),
+    );
+    let reflection = || {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(muster_proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        LISTED.into_iter().fold(builder, tonic_reflection::server::Builder::with_service_name)
+    };
+    let mut routes = Routes::new(inference);
+    routes = routes.add_service(health).add_service(reflection().build_v1()?);
+    // Older tools ask for the version before it was final.
+    Ok(routes.add_service(reflection().build_v1alpha()?))
+}
+
+fn serving(service: &Service) -> ServingStatus {
+    if service.health().is_ready() { ServingStatus::Serving } else { ServingStatus::NotServing }
+}
+
+async fn report(reporter: &HealthReporter, status: ServingStatus) {
+    for name in ["", SERVICE_NAME] {
+        reporter.set_service_status(name, status).await;
+    }
+}
+
+/// Reports changes until `shutdown`, then that this router serves no more.
+async fn follow_health(service: Service, mut reporter: HealthReporter, shutdown: CancellationToken) {
+    let mut reported = serving(&service);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            () = tokio::time::sleep(HEALTH_INTERVAL) => {}
+        }
+        let status = serving(&service);
+        if status != reported {
+            report(&reporter, status).await;
+            reported = status;
+        }
+    }
+    report(&reporter, ServingStatus::NotServing).await;
+    // Ends the streams of watchers, which would keep their connections open. Who asks now is still told.
+    for name in ["", SERVICE_NAME] {
+        reporter.clear_service_status(name).await;
+    }
+    report(&reporter, ServingStatus::NotServing).await;
+}

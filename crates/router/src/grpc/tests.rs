@@ -1,0 +1,197 @@
+//! The server as a gRPC client sees it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use muster_proto::v1;
+use muster_proto::v1::generate_event::Event;
+use muster_proto::v1::generate_request::Prompt;
+use muster_proto::v1::inference_client::InferenceClient;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::health_check_response::ServingStatus as Reported;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
+
+use super::*;
+use crate::fake;
+use crate::health::Health;
+
+const SOON: Duration = Duration::from_secs(10);
+
+struct Running {
+    channel: Channel,
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), GrpcError>>,
+}
+
+async fn start(service: Service) -> Running {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let shutdown = CancellationToken::new();
+    let task = tokio::spawn(serve(service, listener, shutdown.clone()));
+    let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+    Running { channel, shutdown, task }
+}
+
+fn ask(ids: &[u32], max_tokens: u32) -> v1::GenerateRequest {
+    let prompt = Some(Prompt::Tokens(v1::TokenIds { ids: ids.to_vec() }));
+    v1::GenerateRequest { prompt, max_tokens: Some(max_tokens), ..Default::default() }
+}
+
+#[tokio::test]
+async fn a_generation_streams_started_tokens_finished() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let sampling = Some(v1::Sampling { seed: Some(9), ..Default::default() });
+    let request = v1::GenerateRequest { top_logprobs: Some(1), sampling, ..ask(&[5, 6], 3) };
+    let stream = client.generate(request).await.unwrap().into_inner();
+    let events: Vec<_> = stream.map(|event| event.unwrap().event.unwrap()).collect().await;
+    let Event::Started(started) = &events[0] else { panic!("{events:?}") };
+    assert_eq!((started.prompt_tokens, started.seed, started.combine.as_str()), (2, 9, "exact"));
+    let ids: Vec<_> = events[1..4]
+        .iter()
+        .map(|event| match event {
+            Event::Token(token) => (token.index, token.token_id, token.logprob, token.top.len()),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(ids, [(0, 5, Some(-0.5), 1), (1, 6, Some(-0.5), 1), (2, 5, Some(-0.5), 1)]);
+    let Event::Finished(finished) = &events[4] else { panic!("{events:?}") };
+    assert_eq!((finished.reason(), finished.output_tokens), (v1::finished::Reason::Length, 3));
+    assert_eq!((finished.text.as_str(), events.len()), ("!", 5));
+}
+
+#[tokio::test]
+async fn failures_are_statuses() {
+    let server = start(fake::service(fake::break_off)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let cases = [
+        (v1::GenerateRequest::default(), "prompt: "),
+        (ask(&[], 1), "prompt: "),
+        (ask(&[fake::VOCABULARY], 1), "prompt: "),
+        (ask(&[1], 0), "max_tokens: "),
+        (ask(&[1], u32::MAX), "max_tokens: "),
+        (v1::GenerateRequest { choices: Some(0), ..ask(&[1], 1) }, "choices: "),
+        (v1::GenerateRequest { choices: Some(u32::MAX), ..ask(&[1], 1) }, "choices: "),
+        (v1::GenerateRequest { top_logprobs: Some(u32::MAX), ..ask(&[1], 1) }, "top_logprobs: "),
+    ];
+    for (request, start) in cases {
+        let status = client.generate(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().starts_with(start), "{status}");
+    }
+    for bad in [f32::NAN, f32::INFINITY, -1.0, 1e38] {
+        let sampling = Some(v1::Sampling { temperature: Some(bad), ..Default::default() });
+        let status = client.generate(v1::GenerateRequest { sampling, ..ask(&[1], 1) }).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{bad}: {status}");
+    }
+    let other = v1::GenerateRequest { model: "other".into(), ..ask(&[1], 1) };
+    assert_eq!(client.generate(other).await.unwrap_err().code(), Code::NotFound);
+    let status = client.tokenize(v1::TokenizeRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "there is no tokenizer");
+
+    let mut stream = client.generate(ask(&[1], 2)).await.unwrap().into_inner();
+    assert!(matches!(stream.next().await.unwrap().unwrap().event, Some(Event::Started(_))));
+    assert!(matches!(stream.next().await.unwrap().unwrap().event, Some(Event::Token(_))));
+    let status = stream.next().await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert_eq!(status.metadata().get("retry-after-ms").unwrap(), "1000");
+    assert!(stream.next().await.is_none());
+}
+
+#[tokio::test]
+async fn messages_above_the_limit_are_refused() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let limit = muster_types::Limits::default().body_bytes;
+    let request = v1::TokenizeRequest { text: "a".repeat(limit), without_special: false };
+    let status = client.tokenize(request).await.unwrap_err();
+    assert!(matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted), "{status}");
+    assert!(client.get_model(v1::GetModelRequest {}).await.is_ok(), "the next good request is served");
+}
+
+#[tokio::test]
+async fn the_model_is_described() {
+    let server = start(fake::service(fake::echo)).await;
+    let model = InferenceClient::new(server.channel.clone());
+    let model = model.clone().get_model(v1::GetModelRequest {}).await.unwrap().into_inner();
+    assert_eq!((model.name.as_str(), model.compute.as_str()), (fake::MODEL, "f32"));
+    assert_eq!(
+        (model.fingerprint.len(), model.vocabulary, model.context),
+        (64, fake::VOCABULARY, fake::CONTEXT)
+    );
+}
+
+#[tokio::test]
+async fn a_dropped_stream_cancels() {
+    let (sender, mut choices) = mpsc::channel(1);
+    let server = start(fake::service(move |choice| sender.try_send(choice).unwrap())).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let stream = client.generate(ask(&[1], 2)).await.unwrap().into_inner();
+    let choice = timeout(SOON, choices.recv()).await.unwrap().unwrap();
+    assert!(!choice.events.is_closed());
+    drop(stream);
+    timeout(SOON, choice.events.closed()).await.expect("the generation is dropped");
+}
+
+#[tokio::test]
+async fn health_follows_the_service_and_ends_with_it() {
+    let ready = Arc::new(AtomicBool::new(true));
+    let probe = Arc::clone(&ready);
+    let probe = move || match probe.load(Ordering::SeqCst) {
+        true => Health::Ready,
+        false => Health::NotReady { reason: "a test".into() },
+    };
+    let server = start(fake::service_with(Arc::new(probe), fake::echo)).await;
+    let mut client = HealthClient::new(server.channel.clone());
+    let request = HealthCheckRequest { service: "muster.v1.Inference".into() };
+    let mut watch = client.watch(request).await.unwrap().into_inner();
+    let mut next = async || timeout(SOON, watch.next()).await.unwrap().map(|r| r.unwrap().status());
+    assert_eq!(next().await, Some(Reported::Serving));
+    ready.store(false, Ordering::SeqCst);
+    assert_eq!(next().await, Some(Reported::NotServing));
+    ready.store(true, Ordering::SeqCst);
+    assert_eq!(next().await, Some(Reported::Serving));
+    server.shutdown.cancel();
+    assert_eq!(next().await, Some(Reported::NotServing));
+    assert_eq!(next().await, None);
+    timeout(SOON, server.task).await.expect("a watcher does not hold it up").unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn overall_health_is_reported_from_the_first_moment() {
+    let probe = || Health::NotReady { reason: "a test".into() };
+    let server = start(fake::service_with(Arc::new(probe), fake::echo)).await;
+    let mut client = HealthClient::new(server.channel.clone());
+    let check: HealthCheckResponse = client.check(HealthCheckRequest::default()).await.unwrap().into_inner();
+    assert_eq!(check.status(), Reported::NotServing);
+}
+
+#[tokio::test]
+async fn reflection_lists_what_is_served() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = ServerReflectionClient::new(server.channel.clone());
+    let message_request = Some(MessageRequest::ListServices(String::new()));
+    let request = ServerReflectionRequest { host: String::new(), message_request };
+    let mut answers = client.server_reflection_info(tokio_stream::once(request)).await.unwrap().into_inner();
+    let answer: ServerReflectionResponse = answers.next().await.unwrap().unwrap();
+    let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else {
+        panic!("{answer:?}")
+    };
+    let mut names: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
+    names.sort();
+    assert_eq!(
+        names,
+        ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "muster.v1.Inference"]
+    );
+}

@@ -1,0 +1,39 @@
+//! What orchestrators and collectors ask: alive, ready, metrics.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use super::App;
+use crate::health::Health;
+
+#[derive(Serialize)]
+struct Status {
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+/// The process answers; nothing more is claimed.
+pub(super) async fn healthz() -> Response {
+    Json(Status { status: "ok", reason: None }).into_response()
+}
+
+/// 200 when requests can be served, else 503 with the reason.
+pub(super) async fn readyz(State(app): State<App>) -> Response {
+    match app.service.health() {
+        Health::Ready => Json(Status { status: "ready", reason: None }).into_response(),
+        Health::NotReady { reason } => {
+            let status = Status { status: "not ready", reason: Some(reason) };
+            (StatusCode::SERVICE_UNAVAILABLE, Json(status)).into_response()
+        }
+    }
+}
+
+/// Prometheus text.
+pub(super) async fn metrics(State(app): State<App>) -> Response {
+    let media = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, media)], (app.metrics)()).into_response()
+}

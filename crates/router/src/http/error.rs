@@ -1,0 +1,189 @@
+//! What a client is told when a request fails: a status, OpenAI's error object and, where waiting helps, when to
+//! come back.
+//!
+//! Messages name a field and its remedy. What they quote of the request is cut, so that an error is never large.
+
+use std::fmt::Display;
+
+use axum::Json;
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use muster_types::Retry;
+use serde::Serialize;
+
+use crate::request::RequestError;
+
+/// Characters of a message. What is longer quotes the client's own input.
+const MESSAGE_CHARS: usize = 400;
+
+/// Seconds a client is asked to wait: a full queue of short requests drains in about that time.
+const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+
+/// What OpenAI's client libraries read before they repeat a request by themselves.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// A failed HTTP request.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct ApiError {
+    pub(super) status: StatusCode,
+    pub(super) body: ErrorBody,
+    retry: Retry,
+}
+
+/// OpenAI's error object.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(super) struct ErrorBody {
+    pub(super) message: String,
+    #[serde(rename = "type")]
+    pub(super) kind: &'static str,
+    pub(super) param: Option<String>,
+    pub(super) code: Option<&'static str>,
+}
+
+/// As it travels: `{"error": {…}}`.
+#[derive(Serialize)]
+pub(super) struct Envelope<'a> {
+    error: &'a ErrorBody,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, retry: Retry, message: impl Display) -> Self {
+        let kind = match status {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        let body = ErrorBody { message: cut(&message.to_string()), kind, param: None, code: None };
+        Self { status, body, retry }
+    }
+
+    /// A body that cannot be read as a request at all.
+    pub(super) fn bad_body(message: impl Display) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, Retry::Never, message)
+    }
+
+    /// A refusal of one field.
+    pub(super) fn field(param: &str, message: impl Display) -> Self {
+        let error = Self::bad_body(format_args!("{}: {message}", cut(param)));
+        Self { body: ErrorBody { param: Some(cut(param)), ..error.body }, ..error }
+    }
+
+    /// A field that does not exist, in OpenAI's words.
+    pub(super) fn unrecognized(name: &str) -> Self {
+        let error = Self::bad_body(format_args!("Unrecognized request argument supplied: {}", cut(name)));
+        Self { body: ErrorBody { param: Some(cut(name)), ..error.body }, ..error }
+    }
+
+    /// A status whose text says all there is to say.
+    pub(super) fn status(status: StatusCode, message: impl Display) -> Self {
+        Self::new(status, Retry::Never, message)
+    }
+
+    /// The router has no room now.
+    pub(super) fn busy(message: impl Display) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, Retry::Later, message).with_code("overloaded")
+    }
+
+    fn with_code(mut self, code: &'static str) -> Self {
+        self.body.code = Some(code);
+        self
+    }
+
+    /// For an event of a stream that has begun.
+    pub(super) fn envelope(&self) -> Envelope<'_> {
+        Envelope { error: &self.body }
+    }
+}
+
+impl From<RequestError> for ApiError {
+    fn from(error: RequestError) -> Self {
+        let retry = error.retry();
+        let status = match error {
+            RequestError::Invalid { .. } => StatusCode::BAD_REQUEST,
+            RequestError::UnknownModel { .. } => StatusCode::NOT_FOUND,
+            RequestError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            RequestError::ExpertsUnavailable(_) | RequestError::ShuttingDown => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            RequestError::NonFinite | RequestError::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let mut answer = Self::new(status, retry, &error);
+        answer.body.code = match error {
+            RequestError::Invalid { .. } => None,
+            RequestError::UnknownModel { .. } => Some("model_not_found"),
+            RequestError::Overloaded { .. } => Some("rate_limit_exceeded"),
+            RequestError::ExpertsUnavailable(_) => Some("experts_unavailable"),
+            RequestError::ShuttingDown => Some("shutting_down"),
+            RequestError::NonFinite => Some("non_finite"),
+            RequestError::Internal => Some("internal_error"),
+        };
+        answer.body.param = match error {
+            RequestError::Invalid { field, .. } => Some(field.to_owned()),
+            RequestError::UnknownModel { .. } => Some("model".to_owned()),
+            _ => None,
+        };
+        answer
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.envelope())).into_response();
+        let headers = response.headers_mut();
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+        } else if self.status.is_server_error() && self.retry == Retry::Never {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
+        response
+    }
+}
+
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(MESSAGE_CHARS) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}…", &text[..end]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_request_error_has_its_status() {
+        let unknown = RequestError::UnknownModel { asked: "b".into(), served: "a".into() };
+        let cases = [
+            (RequestError::invalid("n", "is 0"), 400, Some("n"), false),
+            (unknown, 404, Some("model"), false),
+            (RequestError::Overloaded { limit: 3 }, 429, None, true),
+            (RequestError::ExpertsUnavailable("a worker was lost".into()), 503, None, true),
+            (RequestError::ShuttingDown, 503, None, true),
+            (RequestError::NonFinite, 500, None, false),
+            (RequestError::Internal, 500, None, false),
+        ];
+        for (error, status, param, retry_after) in cases {
+            let answer = ApiError::from(error.clone());
+            assert_eq!(answer.status.as_u16(), status, "{error}");
+            assert_eq!(answer.body.param.as_deref(), param, "{error}");
+            let response = answer.into_response();
+            assert_eq!(response.headers().contains_key(header::RETRY_AFTER), retry_after, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_client_library_is_told_not_to_repeat_what_cannot_succeed() {
+        let response = ApiError::from(RequestError::NonFinite).into_response();
+        assert_eq!(response.headers()[SHOULD_RETRY], "false");
+        let response = ApiError::from(RequestError::Internal).into_response();
+        assert!(!response.headers().contains_key(SHOULD_RETRY));
+    }
+
+    #[test]
+    fn errors_stay_small() {
+        let long = "é".repeat(1 << 20);
+        let error = ApiError::field(&long, &long);
+        assert!(error.body.message.chars().count() <= MESSAGE_CHARS + 1);
+        assert!(error.body.param.unwrap().chars().count() <= MESSAGE_CHARS + 1);
+    }
+}

@@ -1,0 +1,130 @@
+//! The HTTP edge: OpenAI's API, probes and metrics, over HTTP/1.1.
+//!
+//! Every answer to a request that was understood is JSON, errors in OpenAI's form. Headers, bodies, connections
+//! and the time a peer may take are bounded; a client that goes away cancels its request. Decides nothing: bytes
+//! become a [`GenerateRequest`](crate::request::GenerateRequest), events become JSON.
+
+mod admin;
+mod body;
+mod error;
+mod openai;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{MatchedPath, Request};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::{get, post};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use self::body::Large;
+use self::error::ApiError;
+use crate::net::{Acceptor, Patience, Socket};
+use crate::service::Service;
+
+/// A request's head has to be complete within this time, and an idle connection is closed after it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of a request's head; more is answered 431.
+const HEAD_BYTES: usize = 64 << 10;
+
+const PATIENCE: Patience = Patience { stall: Duration::from_secs(30), silence: None };
+
+/// What handlers share.
+#[derive(Clone)]
+struct App {
+    service: Service,
+    metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    large: Large,
+}
+
+/// Serves until `shutdown`, then finishes the requests under way and returns. `metrics` renders Prometheus text.
+///
+/// Requests under way end with their generations; a caller that will not wait for them drops the future, which
+/// closes every connection.
+pub async fn serve(
+    service: Service,
+    metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) {
+    let routes = routes(App { service, metrics, large: Large::new() });
+    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
+    let mut acceptor = Acceptor::new(listener, PATIENCE);
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => break,
+            socket = acceptor.next() => {
+                connections.spawn(connection(builder.clone(), socket, routes.clone(), shutdown.clone()));
+            }
+            Some(_) = connections.join_next() => {}
+        }
+    }
+    drop(acceptor);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection(
+    builder: Builder<TokioExecutor>,
+    socket: Socket,
+    routes: Router,
+    shutdown: CancellationToken,
+) {
+    let serving = builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(routes));
+    let mut serving = std::pin::pin!(serving);
+    let result = tokio::select! {
+        result = serving.as_mut() => result,
+        () = shutdown.cancelled() => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(error, "an HTTP connection ended early");
+    }
+}
+
+fn routes(app: App) -> Router {
+    Router::new()
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{*id}", get(openai::model))
+        .route("/v1/completions", post(openai::completions))
+        .route("/v1/chat/completions", post(openai::chat))
+        .route("/healthz", get(admin::healthz))
+        .route("/readyz", get(admin::readyz))
+        .route("/metrics", get(admin::metrics))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn(count))
+        .with_state(app)
+}
+
+async fn not_found() -> ApiError {
+    ApiError::status(StatusCode::NOT_FOUND, "there is nothing at this path")
+}
+
+async fn method_not_allowed() -> ApiError {
+    ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method")
+}
+
+/// Counts answers by route template and status, both from small fixed sets.
+async fn count(request: Request, next: Next) -> Response {
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let response = next.run(request).await;
+    let route = route.as_ref().map_or("other", MatchedPath::as_str).to_owned();
+    let status = response.status().as_str().to_owned();
+    metrics::counter!("muster_http_requests_total", "route" => route, "status" => status).increment(1);
+    response
+}

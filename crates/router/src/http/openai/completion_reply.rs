@@ -1,0 +1,87 @@
+//! `text_completion`: the same object whole and in chunks.
+
+use serde::ser::{Serialize, SerializeMap, Serializer};
+
+use super::reply::{Dialect, Part, finite};
+use crate::request::{FinishReason, TokenLogprobs};
+
+/// The completions endpoint's answers.
+pub(crate) struct Completion;
+
+/// Columns with one row per token. Offsets count characters of the choice's text.
+#[derive(Default, serde::Serialize)]
+pub(crate) struct Logprobs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<f32>,
+    top_logprobs: Vec<Alternatives>,
+    text_offset: Vec<usize>,
+}
+
+/// Written as `{text: logprob}`. Tokens whose bytes are not UTF-8 can share a text; the likeliest keeps it.
+struct Alternatives(Vec<(String, f32)>);
+
+impl Serialize for Alternatives {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (text, logprob) in &self.0 {
+            map.serialize_entry(text, logprob)?;
+        }
+        map.end()
+    }
+}
+
+impl Alternatives {
+    fn new(token: TokenLogprobs) -> Self {
+        let mut entries: Vec<(String, f32)> = Vec::with_capacity(token.top.len() + 1);
+        for entry in token.top.into_iter().chain([token.chosen]) {
+            if !entries.iter().any(|(text, _)| *text == entry.text) {
+                entries.push((entry.text, finite(entry.logprob)));
+            }
+        }
+        Self(entries)
+    }
+}
+
+#[derive(serde::Serialize)]
+pub(crate) struct Choice<'a> {
+    index: u32,
+    text: &'a str,
+    logprobs: Option<&'a Logprobs>,
+    finish_reason: Option<&'static str>,
+}
+
+impl Dialect for Completion {
+    const ID: &'static str = "cmpl-";
+    const WHOLE: &'static str = "text_completion";
+    const CHUNK: &'static str = "text_completion";
+    const OPENING: bool = false;
+
+    type Logprobs = Logprobs;
+    type Choice<'a> = Choice<'a>;
+    type Delta<'a> = Choice<'a>;
+
+    fn push(logprobs: &mut Logprobs, token: TokenLogprobs, offset: usize) {
+        logprobs.tokens.push(token.chosen.text.clone());
+        logprobs.token_logprobs.push(finite(token.chosen.logprob));
+        logprobs.text_offset.push(offset);
+        logprobs.top_logprobs.push(Alternatives::new(token));
+    }
+
+    fn choice<'a>(
+        index: u32,
+        text: &'a str,
+        logprobs: Option<&'a Logprobs>,
+        reason: Option<FinishReason>,
+    ) -> Choice<'a> {
+        Choice { index, text, logprobs, finish_reason: reason.map(FinishReason::as_str) }
+    }
+
+    fn delta<'a>(index: u32, part: Part<'a>, logprobs: Option<&'a Logprobs>) -> Choice<'a> {
+        let (text, reason) = match part {
+            Part::Opening => ("", None),
+            Part::Text(text) => (text, None),
+            Part::End(reason) => ("", Some(reason)),
+        };
+        Self::choice(index, text, logprobs, reason)
+    }
+}

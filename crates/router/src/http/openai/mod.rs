@@ -1,0 +1,123 @@
+//! OpenAI's endpoints: models, completions, chat.
+
+mod chat_reply;
+mod chat_request;
+mod common;
+mod completion_reply;
+mod completion_request;
+mod json;
+mod reply;
+mod run;
+mod stream;
+#[cfg(test)]
+mod tests;
+mod whole;
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderValue, header};
+use axum::response::sse::KeepAlive;
+use axum::response::{IntoResponse, Response, Sse};
+use serde::Serialize;
+use tokio_stream::StreamExt;
+
+use self::chat_reply::Chat;
+use self::common::{Asked, Mode};
+use self::completion_reply::Completion;
+use self::json::Bounds;
+use self::reply::Dialect;
+use self::stream::Chunks;
+use self::whole::Whole;
+use super::App;
+use super::body::{JsonBody, PATIENCE, off_thread};
+use super::error::ApiError;
+use crate::request::RequestError;
+use crate::service::ModelInfo;
+
+/// A stream that has nothing to say sends a comment this often: proxies keep it open, and a client that is gone
+/// is noticed.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+#[derive(Serialize)]
+struct Model<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    /// Longest sequence, under the name other servers use.
+    max_model_len: u32,
+}
+
+#[derive(Serialize)]
+struct Models<'a> {
+    object: &'static str,
+    data: [Model<'a>; 1],
+}
+
+impl<'a> From<&'a ModelInfo> for Model<'a> {
+    fn from(model: &'a ModelInfo) -> Self {
+        Self {
+            id: &model.name,
+            object: "model",
+            created: model.created,
+            owned_by: "muster",
+            max_model_len: model.context,
+        }
+    }
+}
+
+/// `GET /v1/models`
+pub(super) async fn models(State(app): State<App>) -> Response {
+    Json(Models { object: "list", data: [app.service.model().into()] }).into_response()
+}
+
+/// `GET /v1/models/{id}`; a name may contain slashes.
+pub(super) async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let model = app.service.model();
+    if id != model.name {
+        let asked = id.chars().take(64).collect();
+        return Err(RequestError::UnknownModel { asked, served: model.name.clone() }.into());
+    }
+    Ok(Json(Model::from(model)).into_response())
+}
+
+/// `POST /v1/completions`
+pub(super) async fn completions(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    answer::<Completion>(&app, request, completion_request::parse).await
+}
+
+/// `POST /v1/chat/completions`
+pub(super) async fn chat(State(app): State<App>, request: Request) -> Result<Response, ApiError> {
+    answer::<Chat>(&app, request, chat_request::parse).await
+}
+
+async fn answer<D: Dialect>(
+    app: &App,
+    request: Request,
+    parse: fn(&[u8], &Bounds) -> Result<Asked, ApiError>,
+) -> Result<Response, ApiError> {
+    let bounds = Bounds { limits: *app.service.limits(), context: app.service.model().context };
+    let (parts, body) = request.into_parts();
+    let limit = bounds.limits.body_bytes;
+    let body = JsonBody::read(&parts.headers, body, limit, &app.large, PATIENCE).await?;
+    let asked = body.parse(move |bytes| parse(bytes, &bounds)).await?;
+    let (head, mut events) = run::start(&app.service, D::ID, asked.requests).await?;
+    match asked.mode {
+        Mode::Stream(usage) => {
+            let chunks = Chunks::<D>::new(head, usage);
+            let sse = Sse::new(stream::Sse::new(events, chunks));
+            Ok(sse.keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+        }
+        Mode::Whole => {
+            let mut whole = Whole::<D>::new(head);
+            while let Some(event) = events.next().await {
+                whole.event(event?);
+            }
+            let json = off_thread(whole.size(), move || whole.into_json()).await?;
+            let media = HeaderValue::from_static("application/json");
+            Ok(([(header::CONTENT_TYPE, media)], json).into_response())
+        }
+    }
+}

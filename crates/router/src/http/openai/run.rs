@@ -1,0 +1,113 @@
+//! Running the prompts of one HTTP request, and their events as one stream.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::SystemTime;
+
+use tokio_stream::{Stream, StreamMap};
+
+use super::reply::Head;
+use crate::request::{Event, GenerateRequest, RequestError};
+use crate::service::{Generation, Service};
+
+/// Starts every prompt, or none.
+///
+/// # Errors
+/// The first prompt's that was refused.
+pub(super) async fn start(
+    service: &Service,
+    prefix: &str,
+    requests: Vec<GenerateRequest>,
+) -> Result<(Head, Merged<Generation>), RequestError> {
+    let model = service.model();
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let mut head = Head {
+        id: String::new(),
+        created: now.map_or(0, |now| now.as_secs()),
+        model: model.name.clone(),
+        system_fingerprint: format!("fp_{}", model.fingerprint.short()),
+        prompt_tokens: 0,
+        choices: 0,
+    };
+    let mut events = Merged::new();
+    for request in requests {
+        let choices = request.choices;
+        let generation = service.generate(request).await?;
+        if head.id.is_empty() {
+            head.id = format!("{prefix}{}", generation.started.id);
+        }
+        head.prompt_tokens += u64::from(generation.started.prompt_tokens);
+        events.add(head.choices, generation);
+        head.choices += choices;
+    }
+    Ok((head, events))
+}
+
+/// The events of several prompts, as they come. Choices are numbered through; the first error is the last item.
+pub(super) struct Merged<S> {
+    /// By the number of their first choice.
+    streams: StreamMap<u32, S>,
+}
+
+impl<S> Merged<S> {
+    fn new() -> Self {
+        Self { streams: StreamMap::new() }
+    }
+
+    fn add(&mut self, first_choice: u32, events: S) {
+        self.streams.insert(first_choice, events);
+    }
+}
+
+impl<S: Stream<Item = Result<Event, RequestError>> + Unpin> Stream for Merged<S> {
+    type Item = Result<Event, RequestError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Some((first, mut item)) = ready!(Pin::new(&mut self.streams).poll_next(cx)) else {
+            return Poll::Ready(None);
+        };
+        match &mut item {
+            Ok(Event::Token(frame)) => frame.choice += first,
+            Ok(Event::Finished(finished)) => finished.choice += first,
+            // Cancels the other prompts.
+            Err(_) => self.streams.clear(),
+        }
+        Poll::Ready(Some(item))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+
+    use super::*;
+    use crate::request::{FinishReason, Finished};
+
+    fn finished(choice: u32) -> Result<Event, RequestError> {
+        let reason = FinishReason::Stop;
+        Ok(Event::Finished(Finished { choice, reason, output_tokens: 1, text: String::new() }))
+    }
+
+    #[tokio::test]
+    async fn choices_are_numbered_through() {
+        let mut merged = Merged::new();
+        merged.add(0, tokio_stream::iter(vec![finished(0), finished(1)]));
+        merged.add(2, tokio_stream::iter(vec![finished(0), finished(1)]));
+        let mut seen = Vec::new();
+        while let Some(item) = merged.next().await {
+            let Ok(Event::Finished(finished)) = item else { panic!("{item:?}") };
+            seen.push(finished.choice);
+        }
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn an_error_ends_all_prompts() {
+        let mut merged = Merged::new();
+        merged.add(0, tokio_stream::iter(vec![Err(RequestError::NonFinite)]));
+        merged.add(1, tokio_stream::iter(vec![Err(RequestError::NonFinite)]));
+        assert_eq!(merged.next().await.unwrap().unwrap_err(), RequestError::NonFinite);
+        assert!(merged.next().await.is_none());
+    }
+}

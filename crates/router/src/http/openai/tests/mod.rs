@@ -1,0 +1,4 @@
+//! Both directions of the translation, without a socket.
+
+mod answers;
+mod requests;

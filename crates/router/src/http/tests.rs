@@ -1,0 +1,248 @@
+//! The server as a client sees it, byte for byte, over sockets.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::fake;
+use crate::health::Health;
+use crate::service::Service;
+
+const SOON: Duration = Duration::from_secs(10);
+
+struct Server {
+    address: std::net::SocketAddr,
+    shutdown: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Server {
+    async fn start(service: Service) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let metrics = Arc::new(|| "muster_up 1\n".to_owned());
+        let task = tokio::spawn(super::serve(service, metrics, listener, shutdown.clone()));
+        Self { address, shutdown, task }
+    }
+
+    /// Sends bytes, reads until the server closes, returns status, head and body.
+    async fn raw(&self, request: &[u8]) -> (u16, String, String) {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        timeout(SOON, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        (status, head.to_lowercase(), body.to_owned())
+    }
+
+    async fn get(&self, method: &str, path: &str) -> (u16, String, String) {
+        let request = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        self.raw(request.as_bytes()).await
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> (u16, String, String) {
+        self.raw(&post(path, body)).await
+    }
+}
+
+fn post(path: &str, body: &Value) -> Vec<u8> {
+    let body = body.to_string();
+    let length = body.len();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n"
+    );
+    (head + &body).into_bytes()
+}
+
+/// The data of the events of a chunked SSE body.
+fn events(body: &str) -> Vec<String> {
+    body.lines().filter_map(|line| line.strip_prefix("data: ")).map(str::to_owned).collect()
+}
+
+fn parse(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+#[tokio::test]
+async fn a_completion_is_answered() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let body = json!({"model": fake::MODEL, "prompt": [[5, 6], [7]], "max_tokens": 2, "n": 2});
+    let (status, head, body) = server.post("/v1/completions", &body).await;
+    assert_eq!(status, 200, "{body}");
+    assert!(head.contains("content-type: application/json"), "{head}");
+    let answer = parse(&body);
+    assert!(answer["id"].as_str().unwrap().starts_with("cmpl-"));
+    assert_eq!(answer["model"], fake::MODEL);
+    let texts: Vec<_> = (0..4).map(|i| answer["choices"][i]["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["<5><6>!", "<5><6>!", "<7><7>!", "<7><7>!"]);
+    assert_eq!(answer["usage"], json!({"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}));
+}
+
+#[tokio::test]
+async fn a_stream_is_server_sent_events() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let body = json!({"prompt": [5], "max_tokens": 2, "stream": true});
+    let (status, head, body) = server.post("/v1/completions", &body).await;
+    assert_eq!(status, 200);
+    assert!(head.contains("content-type: text/event-stream"), "{head}");
+    let events = events(&body);
+    assert_eq!(events.len(), 5, "{body}");
+    assert_eq!(events[4], "[DONE]");
+    let texts: Vec<Value> =
+        events[..4].iter().map(|event| parse(event)["choices"][0]["text"].clone()).collect();
+    assert_eq!(texts, ["<5>", "<5>", "!", ""]);
+    assert_eq!(parse(&events[3])["choices"][0]["finish_reason"], "length");
+}
+
+#[tokio::test]
+async fn a_failure_is_a_status_or_the_last_event() {
+    let server = Server::start(fake::service(fake::break_off)).await;
+    let (status, head, body) = server.post("/v1/completions", &json!({"prompt": [5]})).await;
+    assert_eq!(status, 503);
+    assert!(head.contains("retry-after: 1"), "{head}");
+    assert_eq!(parse(&body)["error"]["code"], "experts_unavailable");
+
+    let (status, _, body) = server.post("/v1/completions", &json!({"prompt": [5], "stream": true})).await;
+    assert_eq!(status, 200);
+    let events = events(&body);
+    assert_eq!(events.len(), 2, "{body}");
+    assert_eq!(parse(&events[1])["error"]["type"], "server_error");
+}
+
+#[tokio::test]
+async fn what_the_service_refuses() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let cases = [
+        (json!({"prompt": [5], "model": "../.."}), 404, "model"),
+        (json!({"prompt": [5], "model": "x".repeat(1 << 20)}), 404, "model"),
+        (json!({"prompt": [1000]}), 400, "prompt"),
+        (json!({"prompt": "text"}), 400, "prompt"),
+        (json!({"prompt": [5], "max_tokens": 0}), 400, "max_tokens"),
+        (json!({"prompt": [5], "max_tokens": 64}), 400, "max_tokens"),
+        (json!({"prompt": [5], "n": 0}), 400, "n"),
+        (json!({"prompt": [5], "stop": ""}), 400, "stop"),
+        (json!({"prompt": [5], "temperature": 1e308}), 400, "temperature"),
+        (json!({"prompt": [5], "logit_bias": {"1000": 1}}), 400, "logit_bias"),
+    ];
+    for (request, expected, param) in cases {
+        let (status, _, body) = server.post("/v1/completions", &request).await;
+        assert_eq!(status, expected, "{body}");
+        assert_eq!(parse(&body)["error"]["param"], param, "{body}");
+        assert!(body.len() < 4096);
+    }
+    let chat = json!({"messages": [{"role": "user", "content": "hi"}]});
+    let (status, _, body) = server.post("/v1/chat/completions", &chat).await;
+    assert_eq!(status, 400);
+    assert!(body.contains("chat template"), "{body}");
+    let (status, ..) = server.post("/v1/completions", &json!({"prompt": [5]})).await;
+    assert_eq!(status, 200, "the next good request is served");
+}
+
+#[tokio::test]
+async fn paths_methods_and_bodies() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let cases = [
+        ("GET", "/v1/models", 200),
+        ("HEAD", "/v1/models", 200),
+        ("GET", "/v1/models/org/tiny-moe", 200),
+        ("GET", "/v1/models/org%2Ftiny-moe", 200),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/healthz", 200),
+        ("GET", "/readyz", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/", 404),
+        ("GET", "/v1/../etc/passwd", 404),
+        ("DELETE", "/v1/models", 405),
+        ("GET", "/v1/completions", 405),
+        ("OPTIONS", "/v1/completions", 405),
+        ("POST", "/v1/completions", 415),
+    ];
+    for (method, path, expected) in cases {
+        let (status, _, body) = server.get(method, path).await;
+        assert_eq!(status, expected, "{method} {path}: {body}");
+        if status >= 400 {
+            assert_eq!(parse(&body)["error"]["type"], "invalid_request_error", "{method} {path}");
+        }
+    }
+    let (_, _, body) = server.get("GET", "/v1/models").await;
+    assert_eq!(parse(&body)["data"][0]["id"], fake::MODEL);
+    let (_, _, body) = server.get("GET", "/metrics").await;
+    assert_eq!(body, "muster_up 1\n");
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+                content-type: application/json\r\ncontent-length: 100000000\r\n\r\n";
+    assert_eq!(server.raw(head.as_bytes()).await.0, 413);
+}
+
+#[tokio::test]
+async fn heads_that_are_too_large_or_wrong() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let many = "a: b\r\n".repeat(200);
+    let long = format!("a: {}\r\n", "b".repeat(60 << 10));
+    let cases = [
+        (format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{many}\r\n"), 431),
+        (format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{long}{long}\r\n"), 431),
+        ("GET /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n".into(), 400),
+        ("GET /healthz HTTP/1.1\r\nno colon\r\n\r\n".into(), 400),
+        ("\u{16}\u{3}\u{1}\u{2}\u{0}\r\n\r\n".into(), 400),
+        ("GET /healthz HTTP/1.0\r\n\r\n".into(), 200),
+    ];
+    for (request, expected) in cases {
+        let (status, ..) = server.raw(request.as_bytes()).await;
+        assert_eq!(status, expected, "{:.60}", request);
+    }
+}
+
+#[tokio::test]
+async fn readiness_tells_the_truth() {
+    let probe = || Health::NotReady { reason: "layer 1 expert 2 has no live worker".into() };
+    let server = Server::start(fake::service_with(Arc::new(probe), fake::echo)).await;
+    let (status, _, body) = server.get("GET", "/readyz").await;
+    assert_eq!(status, 503);
+    assert_eq!(parse(&body)["reason"], "layer 1 expert 2 has no live worker");
+    assert_eq!(server.get("GET", "/healthz").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_cancels() {
+    for stream in [false, true] {
+        let (sender, mut choices) = mpsc::channel(1);
+        let server = Server::start(fake::service(move |choice| sender.try_send(choice).unwrap())).await;
+        let mut client = TcpStream::connect(server.address).await.unwrap();
+        client.write_all(&post("/v1/completions", &json!({"prompt": [5], "stream": stream}))).await.unwrap();
+        let choice = timeout(SOON, choices.recv()).await.unwrap().unwrap();
+        assert!(!choice.events.is_closed());
+        drop(client);
+        timeout(SOON, choice.events.closed()).await.expect("the generation is dropped");
+    }
+}
+
+#[tokio::test]
+async fn shutdown_finishes_what_is_under_way() {
+    let (sender, mut choices) = mpsc::channel(1);
+    let server = Server::start(fake::service(move |choice| sender.try_send(choice).unwrap())).await;
+    let idle = TcpStream::connect(server.address).await.unwrap();
+    let mut client = TcpStream::connect(server.address).await.unwrap();
+    client.write_all(&post("/v1/completions", &json!({"prompt": [5], "stream": true}))).await.unwrap();
+    let choice = timeout(SOON, choices.recv()).await.unwrap().unwrap();
+    server.shutdown.cancel();
+    while TcpStream::connect(server.address).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    fake::echo(choice);
+    let mut answer = String::new();
+    timeout(SOON, client.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.contains("data: [DONE]"), "{answer}");
+    timeout(SOON, server.task).await.expect("an idle connection does not hold it up").unwrap();
+    drop(idle);
+}

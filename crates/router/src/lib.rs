@@ -1,0 +1,17 @@
+//! The router: requests in, tokens out.
+//!
+//! [`service::Service`] is the whole of what an API edge needs: checked requests in, a stream of events out. Behind
+//! it one engine thread owns scheduler, trunk and KV cache, and reaches experts through a dispatch. The edges
+//! ([`grpc`], [`http`]) translate, and decide nothing.
+
+mod engine;
+#[cfg(test)]
+mod fake;
+pub mod grpc;
+pub mod health;
+pub mod http;
+mod net;
+pub mod request;
+pub mod serve;
+pub mod service;
+pub mod start;

@@ -1,0 +1,227 @@
+//! What a request is, what comes back, and how it can fail: the vocabulary between the API edges and the engine.
+//!
+//! Edges build a [`GenerateRequest`] from whatever their protocol carries; [`Service`](crate::service::Service)
+//! checks it. Nothing here is serialisable.
+
+use muster_engine::dispatch::DispatchError;
+use muster_model::sampler::RawSampling;
+use muster_text::ChatMessage;
+use muster_types::Retry;
+
+/// A request for tokens, not yet checked.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    /// Name of the model, where the protocol has one. `None` means whichever is served.
+    pub model: Option<String>,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// Tokens to generate at most per choice. `None`: up to the end of the context.
+    pub max_tokens: Option<u32>,
+    /// How to pick tokens. Its `seed` field is overruled by [`Self::seed`].
+    pub sampling: RawSampling,
+    /// Keys the random numbers; `None` lets the router choose.
+    pub seed: Option<u64>,
+    /// When to end.
+    pub stop: Stop,
+    /// `None`: no log-probabilities. `Some(n)`: of the chosen token and the `n` likeliest.
+    pub top_logprobs: Option<u32>,
+    /// Independent completions.
+    pub choices: u32,
+}
+
+/// What to continue.
+#[derive(Debug, Clone)]
+pub enum Prompt {
+    /// Text; the tokenizer adds its begin-of-text token.
+    Text(String),
+    /// Token ids, used as they are.
+    Tokens(Vec<u32>),
+    /// A conversation for the model's chat template.
+    Chat(Vec<ChatMessage>),
+}
+
+/// When generation ends before `max_tokens`.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    /// Ends where one appears; it is not part of the text.
+    pub strings: Vec<String>,
+    /// Ends when one is chosen; it is not part of the text.
+    pub token_ids: Vec<u32>,
+    /// What the model's end-of-text tokens mean.
+    pub eos: Eos,
+}
+
+/// What the model's end-of-text tokens mean.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Eos {
+    /// The end.
+    #[default]
+    Stops,
+    /// A token like any other.
+    Ignored,
+}
+
+/// What is known when a request has been admitted.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// Unique name of the request.
+    pub id: String,
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// The seed in use; choice i samples with seed + i.
+    pub seed: u64,
+}
+
+/// One thing that happened to one choice.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A token.
+    Token(TokenFrame),
+    /// The end of this choice; its last event.
+    Finished(Finished),
+}
+
+/// One generated token.
+#[derive(Debug, Clone)]
+pub struct TokenFrame {
+    /// Which choice.
+    pub choice: u32,
+    /// Position in the output, from 0 without gaps.
+    pub index: u32,
+    /// The token.
+    pub token_id: u32,
+    /// Text that became certain with it.
+    pub text: String,
+    /// Log-probabilities, where asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Log-probabilities at one position, from the unmodified logits.
+#[derive(Debug, Clone)]
+pub struct TokenLogprobs {
+    /// Of the chosen token.
+    pub chosen: TokenLogprob,
+    /// The likeliest tokens, best first.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token, as text and bytes, with its natural log-probability.
+#[derive(Debug, Clone)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token_id: u32,
+    /// As text; bytes that are not UTF-8 are replaced.
+    pub text: String,
+    /// As it is.
+    pub bytes: Vec<u8>,
+    /// The log-probability.
+    pub logprob: f32,
+}
+
+/// The end of a choice.
+#[derive(Debug, Clone)]
+pub struct Finished {
+    /// Which choice.
+    pub choice: u32,
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// Tokens generated; an end-of-text or stop token counts, though it has no frame.
+    pub output_tokens: u32,
+    /// Text that was held back for a possible stop string that did not come.
+    pub text: String,
+}
+
+/// Why a choice ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop string, a stop id or an end-of-text token.
+    Stop,
+    /// `max_tokens` or the end of the context.
+    Length,
+}
+
+impl FinishReason {
+    /// As APIs spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// A request that was refused or could not be finished. Texts go to clients: no internal names or addresses.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// A field has a value that cannot be served.
+    #[error("{field}: {message}")]
+    Invalid {
+        /// The field, as the public APIs call it.
+        field: &'static str,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+    /// Another model was asked for.
+    #[error("model {asked:?} is not served here; this router serves {served:?}")]
+    UnknownModel {
+        /// The name asked for, cut to 64 characters.
+        asked: String,
+        /// The name served.
+        served: String,
+    },
+    /// Too many requests wait already.
+    #[error("the queue is full ({limit} requests wait); try again in a moment")]
+    Overloaded {
+        /// How many may wait.
+        limit: usize,
+    },
+    /// Experts could not be reached.
+    #[error("experts are unavailable: {0}; try again in a moment")]
+    ExpertsUnavailable(String),
+    /// The model's own numbers are not finite for this input.
+    #[error("the model gave values that are not finite for this input")]
+    NonFinite,
+    /// The router is stopping.
+    #[error("the router is shutting down; try another")]
+    ShuttingDown,
+    /// A fault in the router.
+    #[error("internal error")]
+    Internal,
+}
+
+impl RequestError {
+    /// A refusal of one field.
+    pub fn invalid(field: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid { field, message: message.into() }
+    }
+
+    /// Whether trying again can help.
+    #[must_use]
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Invalid { .. } | Self::UnknownModel { .. } | Self::NonFinite => Retry::Never,
+            Self::Overloaded { .. } | Self::ExpertsUnavailable(_) => Retry::Later,
+            Self::ShuttingDown | Self::Internal => Retry::Elsewhere,
+        }
+    }
+
+    /// What a client may know of a failed dispatch: the kind of failure, no worker names or addresses.
+    pub(crate) fn from_dispatch(error: &DispatchError) -> Self {
+        match error {
+            DispatchError::NoOwner { layer, expert } => {
+                Self::ExpertsUnavailable(format!("layer {layer} expert {expert} has no live worker"))
+            }
+            DispatchError::WorkerLost { .. } => Self::ExpertsUnavailable("a worker was lost".into()),
+            DispatchError::BadReply { .. } | DispatchError::Refused { .. } => {
+                Self::ExpertsUnavailable("a worker refused or gave a bad reply".into())
+            }
+            DispatchError::Deadline { .. } => {
+                Self::ExpertsUnavailable("a worker did not answer in time".into())
+            }
+            DispatchError::NonFinite { .. } => Self::NonFinite,
+            DispatchError::Invalid(_) => Self::Internal,
+            DispatchError::Closed => Self::ShuttingDown,
+        }
+    }
+}

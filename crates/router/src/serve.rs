@@ -1,0 +1,217 @@
+//! The router process: bind, load, connect, serve, drain.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use muster_checkpoint::{Checkpoint, CheckpointError, Source};
+use muster_dispatch_grpc::client::{ConnectConfig, ConnectError, GrpcDispatch, HealthHandle, Start};
+use muster_kernels::{Cpu, KernelError};
+use muster_model::trunk::Trunk;
+use muster_model::{LoadProgress, ModelError};
+use muster_placement::Shape;
+use muster_types::Compute;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::health::Health;
+use crate::start::{Ending, EngineSettings, Parts, StartError, start};
+use crate::{grpc, http};
+
+/// A router's settings, checked.
+pub struct RouterConfig {
+    /// The model.
+    pub source: Source,
+    /// Name to serve it under; `None` takes the checkpoint's.
+    pub model_name: Option<String>,
+    /// Name of this router in logs of workers.
+    pub router_id: String,
+    /// Workers, as `host:port` or `unix:/path`.
+    pub workers: Vec<String>,
+    /// Where OpenAI HTTP, probes and metrics listen.
+    pub http: SocketAddr,
+    /// Where gRPC listens.
+    pub grpc: SocketAddr,
+    /// What activations are rounded to; `None` takes the checkpoint's dtype.
+    pub compute: Option<Compute>,
+    /// Compute threads of the trunk.
+    pub threads: NonZeroUsize,
+    /// How long to wait for all workers at the start.
+    pub connect_timeout: Duration,
+    /// How long running requests may go on after a stop was asked for.
+    pub drain_timeout: Duration,
+    /// Sizes of the engine.
+    pub engine: EngineSettings,
+}
+
+/// Where a router listens.
+#[derive(Debug, Clone, Copy)]
+pub struct Bound {
+    /// OpenAI HTTP, probes and metrics.
+    pub http: SocketAddr,
+    /// gRPC.
+    pub grpc: SocketAddr,
+}
+
+/// What the process around a router gives it.
+pub struct Hooks {
+    /// Called while weights are loaded.
+    pub progress: Box<dyn FnMut(LoadProgress) + Send>,
+    /// Called once, when requests can be served.
+    pub ready: Box<dyn FnOnce(Bound) + Send>,
+    /// Renders metrics in the Prometheus text format.
+    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+}
+
+/// Why a router could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// An address could not be bound.
+    #[error("cannot listen on {address} ({what}): {source}; choose another with --{what}")]
+    Bind {
+        /// "http" or "grpc".
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The model's files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The model's weights.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Compute threads.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The workers.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// Tokenizer, KV cache, sizes.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A server ended.
+    #[error("the {what} server failed: {reason}")]
+    Server {
+        /// "http" or "grpc".
+        what: &'static str,
+        /// Its reason.
+        reason: String,
+    },
+    /// The engine thread died.
+    #[error("the engine stopped unexpectedly; see the log above")]
+    Engine,
+}
+
+/// Runs a router until `shutdown` resolves, then drains it.
+///
+/// # Errors
+/// When it cannot start, or a part of it fails while it runs.
+pub async fn run(
+    config: RouterConfig,
+    hooks: Hooks,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), RouterError> {
+    let http_listener = bind("http", config.http).await?;
+    let grpc_listener = bind("grpc", config.grpc).await?;
+    let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
+    let drain = config.drain_timeout;
+    let Hooks { progress, ready, metrics } = hooks;
+
+    tokio::pin!(shutdown);
+    let assembled = tokio::task::spawn_blocking(move || assemble(config, progress));
+    let parts = tokio::select! {
+        parts = assembled => parts.map_err(|_| RouterError::Engine)??,
+        () = &mut shutdown => return Ok(()),
+    };
+    let (service, mut engine) = start(parts)?;
+
+    let stop = CancellationToken::new();
+    let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_listener, stop.clone()));
+    let mut grpc_server = tokio::spawn(grpc::serve(service, grpc_listener, stop.clone()));
+    tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
+    ready(bound);
+
+    let outcome = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        () = engine.ended() => return Err(RouterError::Engine),
+        ended = &mut http_server => Err(failed("http", ended.err().map(|error| error.to_string()))),
+        ended = &mut grpc_server => Err(failed("grpc", match ended {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        })),
+    };
+    tracing::info!("draining: no new requests, running ones may finish");
+    stop.cancel();
+    // The servers hold the service until their last request is answered; then the engine ends by itself.
+    if engine.stop(drain).await == Ending::CutOff {
+        tracing::warn!(?drain, "requests were still running when the drain time was up");
+    }
+    outcome
+}
+
+async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
+    TcpListener::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
+}
+
+fn address(listener: &TcpListener, what: &'static str) -> Result<SocketAddr, RouterError> {
+    listener.local_addr().map_err(|error| RouterError::Server { what, reason: error.to_string() })
+}
+
+fn failed(what: &'static str, reason: Option<String>) -> RouterError {
+    RouterError::Server { what, reason: reason.unwrap_or_else(|| "it ended by itself".into()) }
+}
+
+/// Everything slow: read and pack the trunk, connect to the workers.
+fn assemble(
+    config: RouterConfig,
+    mut progress: Box<dyn FnMut(LoadProgress) + Send>,
+) -> Result<Parts, RouterError> {
+    let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
+    let spec = checkpoint.spec();
+    let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
+    let cpu = Arc::new(Cpu::new(config.threads)?);
+    let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut progress)?);
+    let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
+    let dispatch = GrpcDispatch::connect(ConnectConfig {
+        workers: config.workers,
+        router_id: config.router_id,
+        fingerprint: checkpoint.fingerprint(),
+        hidden: spec.hidden,
+        compute,
+        shape: expert_shape(&checkpoint),
+        top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
+        max_rows: config.engine.step_tokens,
+        start: Start::Complete,
+        connect_timeout: config.connect_timeout,
+        shard_deadline: config.engine.expert_timeout,
+    })?;
+    let health = dispatch.health();
+    Ok(Parts {
+        checkpoint,
+        trunk,
+        cpu,
+        dispatch: Box::new(dispatch),
+        health: Arc::new(move || reachable(&health)),
+        workers,
+        model_name: config.model_name,
+        settings: config.engine,
+    })
+}
+
+/// Routed experts of every layer, as placement counts them.
+#[must_use]
+pub fn expert_shape(checkpoint: &Checkpoint) -> Shape {
+    let spec = checkpoint.spec();
+    Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
+}
+
+fn reachable(workers: &HealthHandle) -> Health {
+    match workers.missing_experts() {
+        0 => Health::Ready,
+        missing => Health::NotReady { reason: format!("{missing} experts have no live worker") },
+    }
+}

@@ -1,0 +1,245 @@
+//! Puts a router's parts together: tokenizer, KV budget, scheduler and the engine thread.
+//!
+//! Used by [`serve`](crate::serve) with experts behind gRPC, and by anyone who wants a whole engine in one process.
+
+use std::convert::Infallible;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use muster_checkpoint::{Checkpoint, CheckpointError};
+use muster_engine::dispatch::ExpertDispatch;
+use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
+use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
+use muster_model::experts::precision;
+use muster_model::trunk::Trunk;
+use muster_text::{TextError, Tokenizer};
+use muster_types::{Combine, Limits};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::engine::{Command, Engine};
+use crate::service::{HealthProbe, ModelInfo, Service};
+
+/// KV cache when nobody says how large: enough for every running sequence at full context, up to this.
+const DEFAULT_KV_BYTES: u64 = 512 << 20;
+
+/// Loaded parts of a router.
+pub struct Parts {
+    /// The model on disk.
+    pub checkpoint: Arc<Checkpoint>,
+    /// Its loaded trunk.
+    pub trunk: Arc<Trunk>,
+    /// Where the trunk computes.
+    pub cpu: Arc<Cpu>,
+    /// The way to the experts.
+    pub dispatch: Box<dyn ExpertDispatch>,
+    /// Whether they can be reached.
+    pub health: HealthProbe,
+    /// How many workers there are; 0 when the experts are in this process.
+    pub workers: u32,
+    /// Name to serve the model under; `None` takes the checkpoint's.
+    pub model_name: Option<String>,
+    /// Sizes.
+    pub settings: EngineSettings,
+}
+
+/// Sizes and times of the engine.
+#[derive(Debug, Clone)]
+pub struct EngineSettings {
+    /// Bytes for the KV cache; `None` chooses.
+    pub kv_bytes: Option<u64>,
+    /// Most tokens in a step.
+    pub step_tokens: u32,
+    /// Most prompt tokens of one sequence in a step.
+    pub prefill_chunk: u32,
+    /// How long to wait for one layer's experts.
+    pub expert_timeout: Duration,
+    /// Caps on requests.
+    pub limits: Limits,
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            kv_bytes: None,
+            step_tokens: 1024,
+            prefill_chunk: 512,
+            expert_timeout: Duration::from_secs(30),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// A router that could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A file of the model.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The tokenizer or the chat template.
+    #[error("tokenizer: {0}")]
+    Text(#[from] TextError),
+    /// The KV cache.
+    #[error("kv cache: {0}")]
+    Kv(#[from] KernelError),
+    /// A KV budget too small for a single block.
+    #[error("the KV budget of {budget} bytes holds no block; one block of {BLOCK_TOKENS} tokens takes {block} bytes")]
+    KvBudget {
+        /// Bytes given.
+        budget: u64,
+        /// Bytes needed.
+        block: u64,
+    },
+    /// Sizes that do not fit together.
+    #[error(transparent)]
+    Sizes(#[from] ConfigError),
+    /// The engine thread could not be started.
+    #[error("the engine thread could not be started: {0}")]
+    Thread(std::io::Error),
+}
+
+/// The running engine thread.
+pub struct EngineHandle {
+    /// Resolves, with an error, when the thread is gone.
+    ended: oneshot::Receiver<Infallible>,
+    abort: Arc<AtomicBool>,
+}
+
+/// How the engine came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Every request was finished.
+    Clean,
+    /// Requests that were still running got an error.
+    CutOff,
+}
+
+impl EngineHandle {
+    /// Waits for the thread to end by itself, which it does when every clone of its [`Service`] is gone.
+    pub async fn ended(&mut self) {
+        let _ = (&mut self.ended).await;
+    }
+
+    /// Waits for running requests, at most this long, then ends the rest with an error. Clones of the [`Service`]
+    /// that are still around keep the engine waiting for requests until the time is up.
+    pub async fn stop(mut self, drain: Duration) -> Ending {
+        let clean = tokio::time::timeout(drain, self.ended()).await.is_ok();
+        self.abort.store(true, Ordering::Release);
+        if clean { Ending::Clean } else { Ending::CutOff }
+    }
+}
+
+/// Starts the engine thread.
+///
+/// # Errors
+/// When the tokenizer is unusable or the sizes cannot work.
+pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
+    let Parts { checkpoint, trunk, cpu, dispatch, health, workers, model_name, settings } = parts;
+    let tokenizer = tokenizer(&checkpoint)?;
+    let (blocks, context) = kv_size(&trunk, &settings)?;
+    let kv = KvCache::new(Trunk::kv_shape(trunk.spec()), blocks as usize, precision(trunk.compute()))?;
+    tracing::info!(blocks, bytes = kv.bytes(), context, "kv cache");
+    let limits = settings.limits;
+    let scheduler = Scheduler::new(SchedulerConfig {
+        block_tokens: BLOCK,
+        blocks,
+        context,
+        max_running: limits.running,
+        max_waiting: limits.queue,
+        step_tokens: settings.step_tokens,
+        prefill_chunk: settings.prefill_chunk,
+    })?;
+    let model = describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, workers, context);
+    let eos = trunk.spec().eos.clone();
+    let (sender, commands) = mpsc::channel::<Command>(limits.queue.max(1));
+    let abort = Arc::new(AtomicBool::new(false));
+    let engine = Engine {
+        scheduler,
+        trunk,
+        cpu,
+        kv,
+        dispatch,
+        tokenizer: tokenizer.clone(),
+        expert_timeout: settings.expert_timeout,
+        commands,
+        abort: Arc::clone(&abort),
+    };
+    let (alive, ended) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("muster-engine".into())
+        .spawn(move || {
+            // Dropped when the thread ends, in whatever way.
+            let _alive = alive;
+            engine.run();
+        })
+        .map_err(StartError::Thread)?;
+    let service = Service::new(model, limits, tokenizer, eos, health, sender);
+    Ok((service, EngineHandle { ended, abort }))
+}
+
+const BLOCK: NonZeroU32 = match NonZeroU32::new(BLOCK_TOKENS as u32) {
+    Some(block) => block,
+    None => panic!("a block has tokens"),
+};
+
+/// Blocks to allocate and the longest sequence they allow.
+fn kv_size(trunk: &Trunk, settings: &EngineSettings) -> Result<(u32, u32), StartError> {
+    let spec = trunk.spec();
+    let block = KvCache::bytes_per_block(Trunk::kv_shape(spec), precision(trunk.compute())) as u64;
+    let per_sequence = spec.context.div_ceil(BLOCK_TOKENS) as u64;
+    let everyone = per_sequence.saturating_mul(settings.limits.running as u64);
+    let blocks = match settings.kv_bytes {
+        Some(budget) if budget < block => return Err(StartError::KvBudget { budget, block }),
+        Some(budget) => (budget / block).min(everyone),
+        None => everyone.min((DEFAULT_KV_BYTES / block).max(1)),
+    };
+    let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+    let context = u32::try_from(spec.context).unwrap_or(u32::MAX);
+    Ok((blocks, context.min(blocks.saturating_mul(BLOCK.get()))))
+}
+
+fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, StartError> {
+    let Some(json) = checkpoint.side_file("tokenizer.json")? else {
+        tracing::warn!("the model has no tokenizer.json: only token ids can be served");
+        return Ok(None);
+    };
+    let config = checkpoint.side_file("tokenizer_config.json")?;
+    let tokenizer = Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab)?;
+    Ok(Some(match checkpoint.side_file("chat_template.jinja")? {
+        Some(template) => tokenizer.with_chat_template(&template),
+        None => tokenizer,
+    }))
+}
+
+fn describe(
+    checkpoint: &Checkpoint,
+    trunk: &Trunk,
+    tokenizer: Option<&Tokenizer>,
+    name: Option<String>,
+    workers: u32,
+    context: u32,
+) -> ModelInfo {
+    let spec = trunk.spec();
+    let inventory = checkpoint.inventory();
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    ModelInfo {
+        name: name.unwrap_or_else(|| checkpoint.name().to_owned()),
+        family: spec.family.to_owned(),
+        fingerprint: checkpoint.fingerprint(),
+        parameters: inventory.parameters,
+        active_parameters: inventory.active_parameters,
+        layers: count(spec.layers.len()),
+        moe_layers: count(spec.moe_layers().count()),
+        experts_per_layer: spec.moe_layers().map(|(_, moe)| moe.experts).max().unwrap_or(0),
+        experts_per_token: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0),
+        hidden: count(spec.hidden),
+        vocabulary: spec.vocab,
+        context,
+        compute: trunk.compute(),
+        combine: Combine::Exact,
+        has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
+        workers,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    }
+}

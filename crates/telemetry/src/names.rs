@@ -1,0 +1,64 @@
+//! Every metric of every process, by name.
+//!
+//! Names follow Prometheus' custom: `_total` counts, `_seconds` measures time in histograms, the rest are gauges.
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+
+macro_rules! metric_names {
+    ($($kind:ident $constant:ident = $name:literal, $unit:ident, $text:literal;)*) => {
+        $(
+            #[doc = $text]
+            pub const $constant: &str = $name;
+        )*
+
+        /// Gives the recorder every name's unit and description.
+        pub(crate) fn describe() {
+            $($kind!($constant, Unit::$unit, $text);)*
+        }
+
+        /// Every name, for the test that compares them with what the crates count.
+        pub const ALL: &[&str] = &[$($constant),*];
+    };
+}
+
+metric_names! {
+    // Router: requests.
+    describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full.";
+    describe_counter REQUESTS_FAILED = "muster_requests_failed_total", Count, "Completions that ended with an error.";
+    describe_counter SEQUENCES_CANCELLED = "muster_sequences_cancelled_total", Count, "Sequences given up because their client went away.";
+    describe_histogram TIME_TO_FIRST_TOKEN = "muster_time_to_first_token_seconds", Seconds, "From admission to the first token.";
+    describe_histogram INTER_TOKEN = "muster_inter_token_seconds", Seconds, "Between two tokens of one sequence.";
+    // Router: engine.
+    describe_counter TOKENS_GENERATED = "muster_tokens_generated_total", Count, "Tokens sampled.";
+    describe_counter TOKENS_COMPUTED = "muster_tokens_computed_total", Count, "Tokens run through the trunk, prompts included.";
+    describe_counter PREEMPTIONS = "muster_preemptions_total", Count, "Sequences put back to be computed again because the KV cache was full.";
+    describe_gauge SEQUENCES_RUNNING = "muster_sequences_running", Count, "Sequences in the batch.";
+    describe_gauge SEQUENCES_WAITING = "muster_sequences_waiting", Count, "Sequences waiting for a place in the batch.";
+    describe_gauge KV_BLOCKS_TOTAL = "muster_kv_blocks_total", Count, "Blocks of the KV cache.";
+    describe_gauge KV_BLOCKS_FREE = "muster_kv_blocks_free", Count, "Blocks of the KV cache that hold nothing.";
+    describe_histogram STEP_SECONDS = "muster_step_seconds", Seconds, "One pass of the batch through all layers.";
+    // Worker.
+    describe_counter WORKER_SHARDS = "muster_worker_shards_total", Count, "Shards answered, by outcome.";
+    describe_counter WORKER_SHARDS_ABANDONED = "muster_worker_shards_abandoned_total", Count, "Shards dropped because their router went away.";
+    describe_counter WORKER_ROWS = "muster_worker_rows_total", Count, "Expert output rows computed.";
+    describe_counter WORKER_HANDSHAKES_REFUSED = "muster_worker_handshakes_refused_total", Count, "Routers refused at the handshake.";
+    describe_histogram WORKER_QUEUE_SECONDS = "muster_worker_queue_seconds", Seconds, "Between the arrival of a shard and the start of its computation.";
+    describe_histogram WORKER_COMPUTE_SECONDS = "muster_worker_compute_seconds", Seconds, "Computation of one shard.";
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::ALL;
+
+    #[test]
+    fn names_are_unique_and_plain() {
+        let unique: BTreeSet<&&str> = ALL.iter().collect();
+        assert_eq!(unique.len(), ALL.len());
+        let plain = |name: &&str| {
+            name.starts_with("muster_") && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+        };
+        assert!(ALL.iter().all(plain));
+    }
+}

@@ -1,0 +1,488 @@
+//! What every expert dispatch must do, whatever it sends rows over. Each clause panics, naming itself, when it
+//! does not hold.
+
+use std::time::{Duration, Instant};
+
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_types::{Compute, ExpertId, LayerId};
+
+/// Gives the output row `[hidden]` of one expert for one hidden row, rounded to the wire dtype.
+pub type Oracle = Box<dyn Fn(LayerId, ExpertId, &[f32]) -> Vec<f32>>;
+
+/// The model behind the dispatch under test.
+pub struct Model {
+    /// Elements of a hidden row.
+    pub hidden: usize,
+    /// Experts per row; at least 2.
+    pub top_k: usize,
+    /// What rows are rounded to.
+    pub compute: Compute,
+    /// Routed experts of every layer, at least `top_k` where not 0. At least one dense layer shows what happens
+    /// to rows that are sent there.
+    pub experts: Vec<u32>,
+    /// The truth.
+    pub oracle: Oracle,
+}
+
+/// A fresh dispatch and the model behind it.
+pub struct Harness<D> {
+    /// The dispatch under test. Every expert is held somewhere.
+    pub dispatch: D,
+    /// Its model.
+    pub model: Model,
+}
+
+/// Runs every clause, each on a dispatch of its own.
+///
+/// # Panics
+/// When a clause does not hold.
+pub fn run<D: ExpertDispatch>(mut make: impl FnMut() -> Harness<D>) {
+    sums_are_the_reference_to_the_bit(&mut make());
+    one_expert_alone_is_counted_once(&mut make());
+    a_row_does_not_depend_on_its_company(&mut make());
+    no_rows_are_no_work(&mut make());
+    lanes_interleave_and_collect_in_any_order(&mut make());
+    wrong_shapes_are_refused(&mut make());
+    wrong_dtypes_are_refused(&mut make());
+    layers_and_experts_that_do_not_exist_are_refused(&mut make());
+    a_deadline_in_the_past_is_missed(&mut make());
+    cancelled_work_is_gone(&mut make());
+    a_ticket_is_spent_by_collecting(&mut make());
+    closing_is_final_and_may_be_repeated(&mut make());
+}
+
+/// Far enough away that only a dispatch that lost something reaches it.
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+/// A small deterministic source of numbers (SplitMix64).
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        usize::try_from(self.next() % limit as u64).unwrap_or(0)
+    }
+}
+
+/// Rows and choices that own themselves.
+struct Batch {
+    layer: LayerId,
+    rows: Vec<f32>,
+    bits: Vec<u16>,
+    choices: Choices,
+}
+
+impl Batch {
+    /// `rows` random rows, each for `k` random experts of `layer`. Values are ones that bf16 has.
+    fn random(model: &Model, layer: LayerId, rows: usize, k: usize, seed: u64) -> Self {
+        let mut numbers = Numbers(seed);
+        let values = (0..rows * model.hidden).map(|_| (numbers.below(257) as f32 - 128.0) / 16.0).collect();
+        let all: Vec<ExpertId> = ExpertId::all(model.experts[layer.index()]).collect();
+        let mut experts = Vec::with_capacity(rows * k);
+        for _ in 0..rows {
+            let mut left = all.clone();
+            let mut picked: Vec<ExpertId> =
+                (0..k).map(|_| left.swap_remove(numbers.below(left.len()))).collect();
+            picked.sort_unstable();
+            experts.extend(picked);
+        }
+        // Weights whose products and sums do round.
+        let weights = (0..rows * k).map(|_| (numbers.below(1000) + 1) as f32 / 997.0).collect();
+        Self::new(layer, values, Choices::new(k, experts, weights).expect("choices are made to be valid"))
+    }
+
+    fn new(layer: LayerId, rows: Vec<f32>, choices: Choices) -> Self {
+        let bits = rows.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+        Self { layer, rows, bits, choices }
+    }
+
+    fn rows(&self, compute: Compute) -> Rows<'_> {
+        match compute {
+            Compute::F32 => Rows::HostF32(&self.rows),
+            Compute::Bf16 => Rows::HostBf16(&self.bits),
+        }
+    }
+
+    fn view(&self, compute: Compute, lane: usize) -> LayerBatch<'_> {
+        LayerBatch { layer: self.layer, lane, rows: self.rows(compute), choices: &self.choices }
+    }
+
+    /// The sum that the seam's contract fixes, written as plainly as it can be.
+    fn reference(&self, model: &Model) -> Vec<f32> {
+        let mut sums = vec![0.0f32; self.rows.len()];
+        let k = self.choices.k();
+        for (pair, (&expert, &weight)) in
+            self.choices.experts().iter().zip(self.choices.weights()).enumerate()
+        {
+            let at = pair / k * model.hidden;
+            let output = (model.oracle)(self.layer, expert, &self.rows[at..at + model.hidden]);
+            for (sum, y) in sums[at..].iter_mut().zip(output) {
+                *sum += weight * y;
+            }
+        }
+        sums
+    }
+}
+
+fn moe_layers(model: &Model) -> Vec<LayerId> {
+    let layers = LayerId::all(u32::try_from(model.experts.len()).expect("few layers"));
+    let moe: Vec<LayerId> = layers.filter(|layer| model.experts[layer.index()] > 0).collect();
+    assert!(!moe.is_empty(), "the harness's model has no experts");
+    moe
+}
+
+fn first_batch(model: &Model, seed: u64) -> Batch {
+    Batch::random(model, moe_layers(model)[0], 5, model.top_k, seed)
+}
+
+fn submit<D: ExpertDispatch>(harness: &mut Harness<D>, batch: &Batch, lane: usize) -> Ticket {
+    harness.dispatch.submit(&batch.view(harness.model.compute, lane)).expect("a valid batch is taken")
+}
+
+fn collect<D: ExpertDispatch>(
+    harness: &mut Harness<D>,
+    ticket: Ticket,
+    batch: &Batch,
+) -> Result<Vec<f32>, DispatchError> {
+    // Not zero, so that adding instead of overwriting shows.
+    let mut out = vec![7.0; batch.rows.len()];
+    harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
+}
+
+fn assert_reference(model: &Model, batch: &Batch, got: &[f32], clause: &str) {
+    let want = batch.reference(model);
+    assert_eq!(got.len(), want.len(), "{clause}");
+    for (at, (got, want)) in got.iter().zip(&want).enumerate() {
+        let (row, column) = (at / model.hidden, at % model.hidden);
+        assert!(
+            got.to_bits() == want.to_bits(),
+            "{clause}: layer {} row {row} column {column}: {got} instead of {want}",
+            batch.layer
+        );
+    }
+}
+
+/// After something was refused, the dispatch works as before.
+fn assert_still_works<D: ExpertDispatch>(harness: &mut Harness<D>, clause: &str) {
+    let batch = first_batch(&harness.model, 99);
+    let ticket = submit(harness, &batch, 0);
+    let got = collect(harness, ticket, &batch).expect(clause);
+    assert_reference(&harness.model, &batch, &got, clause);
+}
+
+fn sums_are_the_reference_to_the_bit<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let mut seed = 0;
+    for layer in moe_layers(&harness.model) {
+        for rows in [1, 2, 7, 33] {
+            for k in 1..=harness.model.top_k {
+                seed += 1;
+                let batch = Batch::random(&harness.model, layer, rows, k, seed);
+                let ticket = submit(harness, &batch, 0);
+                let got = collect(harness, ticket, &batch).expect("outputs come");
+                assert_reference(&harness.model, &batch, &got, "sums are the reference");
+            }
+        }
+    }
+}
+
+fn one_expert_alone_is_counted_once<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    for layer in moe_layers(&harness.model) {
+        for expert in ExpertId::all(harness.model.experts[layer.index()]) {
+            let mut batch = Batch::random(&harness.model, layer, 3, 1, 5);
+            batch.choices = Choices::new(1, vec![expert; 3], vec![1.0; 3]).expect("one expert per row");
+            let ticket = submit(harness, &batch, 1);
+            let got = collect(harness, ticket, &batch).expect("outputs come");
+            assert_reference(&harness.model, &batch, &got, "one expert alone is counted once");
+        }
+    }
+}
+
+fn a_row_does_not_depend_on_its_company<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let layer = moe_layers(&harness.model)[0];
+    let (hidden, k) = (harness.model.hidden, harness.model.top_k);
+    let batch = Batch::random(&harness.model, layer, 9, k, 11);
+    let ticket = submit(harness, &batch, 0);
+    let together = collect(harness, ticket, &batch).expect("outputs come");
+    for row in 0..9 {
+        let experts = batch.choices.experts()[row * k..][..k].to_vec();
+        let weights = batch.choices.weights()[row * k..][..k].to_vec();
+        let choices = Choices::new(k, experts, weights).expect("a row of valid choices");
+        let single = Batch::new(layer, batch.rows[row * hidden..][..hidden].to_vec(), choices);
+        let ticket = submit(harness, &single, 0);
+        let alone = collect(harness, ticket, &single).expect("outputs come");
+        let same = alone.iter().zip(&together[row * hidden..]).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "a row does not depend on its company: row {row}");
+    }
+}
+
+fn no_rows_are_no_work<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let choices = Choices::new(1, Vec::new(), Vec::new()).expect("no rows are valid");
+    let batch = Batch::new(moe_layers(&harness.model)[0], Vec::new(), choices);
+    let ticket = submit(harness, &batch, 0);
+    assert_eq!(collect(harness, ticket, &batch), Ok(Vec::new()), "no rows are no work");
+}
+
+fn lanes_interleave_and_collect_in_any_order<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let layers = moe_layers(&harness.model);
+    let k = harness.model.top_k;
+    let batches: Vec<Batch> =
+        (0..6).map(|n| Batch::random(&harness.model, layers[n % layers.len()], n + 1, k, n as u64)).collect();
+    let tickets: Vec<Ticket> =
+        batches.iter().enumerate().map(|(n, batch)| submit(harness, batch, n % 2)).collect();
+    for at in [3, 0, 5, 1, 4, 2] {
+        let got = collect(harness, tickets[at], &batches[at]).expect("outputs come");
+        assert_reference(&harness.model, &batches[at], &got, "tickets are collected in any order");
+    }
+}
+
+fn assert_invalid<T: std::fmt::Debug>(outcome: &Result<T, DispatchError>, clause: &str) {
+    assert!(matches!(outcome, Err(DispatchError::Invalid(_))), "{clause}: {outcome:?}");
+}
+
+fn wrong_shapes_are_refused<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let compute = harness.model.compute;
+    let batch = first_batch(&harness.model, 1);
+    let short = Batch::new(batch.layer, batch.rows[1..].to_vec(), batch.choices.clone());
+    let long = Batch::new(batch.layer, [&batch.rows[..], &[0.0]].concat(), batch.choices.clone());
+    let none = Batch::new(batch.layer, Vec::new(), batch.choices.clone());
+    for wrong in [short, long, none] {
+        assert_invalid(&harness.dispatch.submit(&wrong.view(compute, 0)), "rows that do not fit are refused");
+    }
+    for wrong in [0, batch.rows.len() - 1, batch.rows.len() + 1] {
+        let ticket = submit(harness, &batch, 0);
+        let mut out = vec![0.0; wrong];
+        let outcome = harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out));
+        assert_invalid(&outcome, "an output that does not fit is refused");
+        assert_invalid(&collect(harness, ticket, &batch), "and the ticket is spent");
+    }
+    assert_still_works(harness, "after wrong shapes");
+}
+
+fn wrong_dtypes_are_refused<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let other = match harness.model.compute {
+        Compute::F32 => Compute::Bf16,
+        Compute::Bf16 => Compute::F32,
+    };
+    let batch = first_batch(&harness.model, 2);
+    assert_invalid(&harness.dispatch.submit(&batch.view(other, 0)), "rows of another dtype are refused");
+    assert_still_works(harness, "after a wrong dtype");
+}
+
+fn layers_and_experts_that_do_not_exist_are_refused<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let compute = harness.model.compute;
+    let mut batch = first_batch(&harness.model, 3);
+    let real = batch.layer;
+    let layers = u32::try_from(harness.model.experts.len()).expect("few layers");
+    let dense = LayerId::all(layers).find(|layer| harness.model.experts[layer.index()] == 0);
+    let beyond = LayerId::new(layers, layers + 1).ok();
+    for layer in [dense, beyond].into_iter().flatten() {
+        batch.layer = layer;
+        refused_at_submit(&harness.dispatch.submit(&batch.view(compute, 0)), "a layer without experts");
+    }
+    let count = harness.model.experts[real.index()];
+    let expert = ExpertId::new(count, count + 1).expect("in range by one");
+    let choices = Choices::new(1, vec![expert], vec![1.0]).expect("valid in themselves");
+    let batch = Batch::new(real, vec![0.0; harness.model.hidden], choices);
+    refused_at_submit(&harness.dispatch.submit(&batch.view(compute, 0)), "an expert that does not exist");
+    assert_still_works(harness, "after a layer and an expert that do not exist");
+}
+
+/// Who does not know the model's shape finds no owner; who does knows better.
+fn refused_at_submit(outcome: &Result<Ticket, DispatchError>, clause: &str) {
+    let refused = matches!(outcome, Err(DispatchError::Invalid(_) | DispatchError::NoOwner { .. }));
+    assert!(refused, "{clause} is refused at submit: {outcome:?}");
+}
+
+fn a_deadline_in_the_past_is_missed<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let batch = first_batch(&harness.model, 4);
+    let ticket = submit(harness, &batch, 0);
+    let mut out = vec![0.0; batch.rows.len()];
+    let outcome = harness.dispatch.collect(ticket, Instant::now(), RowsMut::HostF32(&mut out));
+    assert_eq!(
+        outcome,
+        Err(DispatchError::Deadline { layer: batch.layer }),
+        "a deadline in the past is missed"
+    );
+    assert_invalid(&collect(harness, ticket, &batch), "a missed ticket is spent");
+    assert_still_works(harness, "after a missed deadline");
+}
+
+fn cancelled_work_is_gone<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let batch = first_batch(&harness.model, 5);
+    let gone = submit(harness, &batch, 0);
+    let kept = submit(harness, &batch, 1);
+    harness.dispatch.cancel(gone);
+    harness.dispatch.cancel(gone);
+    harness.dispatch.cancel(Ticket::new(u64::MAX));
+    assert_invalid(&collect(harness, gone, &batch), "a cancelled ticket is spent");
+    let got = collect(harness, kept, &batch).expect("the other lane is not touched");
+    assert_reference(&harness.model, &batch, &got, "after a cancel");
+    assert_still_works(harness, "after a cancel");
+}
+
+fn a_ticket_is_spent_by_collecting<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let batch = first_batch(&harness.model, 6);
+    let first = submit(harness, &batch, 0);
+    collect(harness, first, &batch).expect("outputs come");
+    assert_invalid(&collect(harness, first, &batch), "a ticket is collected once");
+    assert_invalid(&collect(harness, Ticket::new(u64::MAX), &batch), "an unknown ticket is refused");
+    let second = submit(harness, &batch, 0);
+    assert_ne!(first, second, "tickets are not used again");
+    harness.dispatch.cancel(second);
+}
+
+fn closing_is_final_and_may_be_repeated<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let batch = first_batch(&harness.model, 7);
+    let ticket = submit(harness, &batch, 0);
+    harness.dispatch.close();
+    harness.dispatch.close();
+    let outcome = harness.dispatch.submit(&batch.view(harness.model.compute, 0));
+    assert_eq!(outcome, Err(DispatchError::Closed), "nothing is taken after close");
+    assert_eq!(collect(harness, ticket, &batch), Err(DispatchError::Closed), "nothing comes after close");
+    harness.dispatch.cancel(ticket);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::fake;
+
+    /// The seam, implemented in the most direct way, with one fault to be found.
+    struct Plain {
+        fault: Fault,
+        compute: Compute,
+        experts: Vec<u32>,
+        hidden: usize,
+        done: BTreeMap<Ticket, (LayerId, Vec<f32>)>,
+        next: u64,
+        closed: bool,
+    }
+
+    #[derive(PartialEq, Clone, Copy)]
+    enum Fault {
+        None,
+        CountsTwice,
+        DescendingOrder,
+        KeepsTickets,
+        IgnoresClose,
+        IgnoresDeadline,
+        AddsToOutput,
+    }
+
+    impl ExpertDispatch for Plain {
+        fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError> {
+            if self.closed && self.fault != Fault::IgnoresClose {
+                return Err(DispatchError::Closed);
+            }
+            let rows: Vec<f32> = match (batch.rows, self.compute) {
+                (Rows::HostF32(x), Compute::F32) => x.to_vec(),
+                (Rows::HostBf16(x), Compute::Bf16) => {
+                    x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
+                }
+                _ => return Err(DispatchError::Invalid("dtype".into())),
+            };
+            let count = self.experts.get(batch.layer.index()).copied().unwrap_or(0);
+            let known = batch.choices.experts().iter().all(|e| e.get() < count);
+            if rows.len() != batch.choices.rows() * self.hidden || count == 0 || !known {
+                return Err(DispatchError::Invalid("shape".into()));
+            }
+            let mut sums = vec![0.0f32; rows.len()];
+            let k = batch.choices.k();
+            let mut pairs: Vec<(usize, (&ExpertId, &f32))> =
+                batch.choices.experts().iter().zip(batch.choices.weights()).enumerate().collect();
+            match self.fault {
+                Fault::CountsTwice => pairs.extend(pairs.clone()),
+                Fault::DescendingOrder => pairs.reverse(),
+                _ => {}
+            }
+            for (pair, (&expert, &weight)) in pairs {
+                let at = pair / k * self.hidden;
+                let y = fake::output(self.compute, batch.layer, expert, &rows[at..at + self.hidden]);
+                for (sum, y) in sums[at..].iter_mut().zip(y) {
+                    *sum += weight * y;
+                }
+            }
+            self.next += 1;
+            self.done.insert(Ticket::new(self.next), (batch.layer, sums));
+            Ok(Ticket::new(self.next))
+        }
+
+        fn collect(
+            &mut self,
+            ticket: Ticket,
+            deadline: Instant,
+            out: RowsMut<'_>,
+        ) -> Result<(), DispatchError> {
+            if self.closed {
+                return Err(DispatchError::Closed);
+            }
+            let unknown = DispatchError::Invalid("ticket".into());
+            let (layer, sums) = self.done.get(&ticket).cloned().ok_or(unknown)?;
+            if self.fault != Fault::KeepsTickets {
+                self.done.remove(&ticket);
+            }
+            let RowsMut::HostF32(out) = out;
+            if out.len() != sums.len() {
+                return Err(DispatchError::Invalid("room".into()));
+            }
+            if Instant::now() >= deadline && self.fault != Fault::IgnoresDeadline {
+                return Err(DispatchError::Deadline { layer });
+            }
+            if self.fault == Fault::AddsToOutput {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+            } else {
+                out.copy_from_slice(&sums);
+            }
+            Ok(())
+        }
+
+        fn cancel(&mut self, ticket: Ticket) {
+            self.done.remove(&ticket);
+        }
+
+        fn close(&mut self) {
+            self.closed = true;
+        }
+    }
+
+    fn plain(fault: Fault, compute: Compute) -> Harness<Plain> {
+        let (experts, hidden) = (vec![8, 0, 4], 6);
+        let (done, next, closed) = (BTreeMap::new(), 0, false);
+        let dispatch = Plain { fault, compute, experts: experts.clone(), hidden, done, next, closed };
+        let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
+        Harness { dispatch, model: Model { hidden, top_k: 3, compute, experts, oracle } }
+    }
+
+    #[test]
+    fn what_conforms_passes() {
+        for compute in [Compute::F32, Compute::Bf16] {
+            run(|| plain(Fault::None, compute));
+        }
+    }
+
+    #[test]
+    fn every_fault_is_found() {
+        let faults = [
+            Fault::CountsTwice,
+            Fault::DescendingOrder,
+            Fault::KeepsTickets,
+            Fault::IgnoresClose,
+            Fault::IgnoresDeadline,
+            Fault::AddsToOutput,
+        ];
+        for fault in faults {
+            let outcome = std::panic::catch_unwind(|| run(|| plain(fault, Compute::F32)));
+            assert!(outcome.is_err(), "fault {} was not found", fault as u8);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Experts without weights. Every expert of every layer does something else to a row, so an output shows where
+//! it was made, and the same row gives the same bits wherever that is.
+
+use std::collections::BTreeSet;
+
+use muster_engine::dispatch::Rows;
+use muster_types::{Compute, ExpertId, ExpertKey, LayerId};
+
+/// What a fake expert makes of a hidden row: `x * (1 + expert / 4) + 64 * layer + expert + 1`, rounded to the
+/// wire dtype.
+#[must_use]
+pub fn output(compute: Compute, layer: LayerId, expert: ExpertId, row: &[f32]) -> Vec<f32> {
+    let factor = 1.0 + expert.get() as f32 / 4.0;
+    let offset = (64 * layer.get() + expert.get() + 1) as f32;
+    row.iter().map(|x| round(compute, x * factor + offset)).collect()
+}
+
+/// A finite value as the wire carries it: for bf16 to the nearest, ties to even.
+#[must_use]
+pub fn round(compute: Compute, value: f32) -> f32 {
+    match compute {
+        Compute::F32 => value,
+        Compute::Bf16 => {
+            let bits = value.to_bits();
+            let half = 0x7fff + ((bits >> 16) & 1);
+            f32::from_bits(bits.wrapping_add(half) & 0xffff_0000)
+        }
+    }
+}
+
+/// Fake experts of one worker.
+#[derive(Debug, Clone)]
+pub struct FakeExperts {
+    /// What rows are rounded to.
+    pub compute: Compute,
+    /// Elements of a hidden row.
+    pub hidden: usize,
+    /// The experts that are here.
+    pub held: BTreeSet<ExpertKey>,
+}
+
+impl FakeExperts {
+    /// Sets `out` to one row per (expert, row), group after group.
+    ///
+    /// # Errors
+    /// Names the first expert that is not here.
+    ///
+    /// # Panics
+    /// When rows are not in the wire dtype or a row number is out of range.
+    pub fn forward(
+        &self,
+        layer: LayerId,
+        groups: &[(ExpertId, &[u32])],
+        rows: Rows<'_>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ExpertKey> {
+        let input: Vec<f32> = match (rows, self.compute) {
+            (Rows::HostF32(x), Compute::F32) => x.to_vec(),
+            (Rows::HostBf16(x), Compute::Bf16) => {
+                x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
+            }
+            _ => panic!("rows are not in the wire dtype of {}", self.compute),
+        };
+        out.clear();
+        for &(expert, numbers) in groups {
+            let key = ExpertKey { layer, expert };
+            if !self.held.contains(&key) {
+                return Err(key);
+            }
+            for &number in numbers {
+                let row = &input[number as usize * self.hidden..][..self.hidden];
+                out.extend(output(self.compute, layer, expert, row));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_experts_do_the_same() {
+        let mut seen = BTreeSet::new();
+        for layer in LayerId::all(3) {
+            for expert in ExpertId::all(8) {
+                let bits: Vec<u32> =
+                    output(Compute::Bf16, layer, expert, &[0.0, 1.5]).into_iter().map(f32::to_bits).collect();
+                assert!(bits.iter().all(|b| b & 0xffff == 0), "not a bf16 value");
+                assert!(seen.insert(bits), "layer {layer} expert {expert}");
+            }
+        }
+    }
+
+    #[test]
+    fn bf16_ties_go_to_even() {
+        let value = |bits: u32| f32::from_bits(bits);
+        assert_eq!(round(Compute::Bf16, value(0x3f80_8000)).to_bits(), 0x3f80_0000);
+        assert_eq!(round(Compute::Bf16, value(0x3f81_8000)).to_bits(), 0x3f82_0000);
+        assert_eq!(round(Compute::Bf16, value(0x3f80_8001)).to_bits(), 0x3f81_0000);
+    }
+}

@@ -1,0 +1,7 @@
+//! Test helpers. Nothing here is in a shipped binary.
+//!
+//! - [`conformance`]: what every expert dispatch must do, whatever it sends rows over;
+//! - [`fake`]: experts without weights, whose outputs can be told apart and predicted.
+
+pub mod conformance;
+pub mod fake;

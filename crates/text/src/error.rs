@@ -1,0 +1,74 @@
+//! What can go wrong with text. Messages name the file or field, the value and, where there is one, the
+//! remedy; none of them is cured by a retry.
+
+/// An error of this crate.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TextError {
+    /// A file of the model directory is larger than its cap.
+    #[error("{file} is {bytes} bytes, at most {limit} are read")]
+    FileTooLarge {
+        /// Name of the file.
+        file: &'static str,
+        /// Its size.
+        bytes: usize,
+        /// The cap.
+        limit: usize,
+    },
+    /// A file of the model directory cannot be understood.
+    #[error("{file}: {reason}")]
+    InvalidFile {
+        /// Name of the file.
+        file: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The tokenizer can produce an id that the model has no embedding for.
+    #[error("tokenizer.json: token {token:?} has id {id}, config.json says `vocab_size` is {vocab}")]
+    TokenBeyondVocab {
+        /// The token's text.
+        token: String,
+        /// Its id.
+        id: u32,
+        /// Ids are below this.
+        vocab: u32,
+    },
+    /// The text to encode is longer than this crate ever accepts.
+    #[error("text is {bytes} bytes, at most {limit} can be tokenized")]
+    TextTooLong {
+        /// Its length.
+        bytes: usize,
+        /// The cap.
+        limit: usize,
+    },
+    /// The tokenizer refused a text.
+    #[error("tokenizer: {reason}")]
+    Encode {
+        /// The tokenizer's words.
+        reason: String,
+    },
+    /// An id to decode is not one of the model's.
+    #[error("token id {id} is not below the vocabulary size {vocab}")]
+    UnknownId {
+        /// The id.
+        id: u32,
+        /// Ids are below this.
+        vocab: u32,
+    },
+    /// The model has no chat template.
+    #[error(
+        "the model has no chat template: send a plain prompt, or put a chat_template.jinja into the model directory"
+    )]
+    NoChatTemplate,
+    /// The template itself refused the conversation (`raise_exception`), in its own words.
+    #[error("{message}")]
+    Template {
+        /// The template's message.
+        message: String,
+    },
+    /// The template is malformed, failed on this conversation, or went past one of the limits on templates.
+    #[error("chat template: {reason}")]
+    TemplateFailed {
+        /// What happened, with the line where known.
+        reason: String,
+    },
+}

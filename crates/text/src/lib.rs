@@ -1,0 +1,28 @@
+//! Text in, token ids out, and back: tokenizer, incremental detokenizer, stop strings, chat templates.
+//!
+//! Owns the reading of `tokenizer.json`, `tokenizer_config.json` and chat templates from bytes, and
+//! everything that turns ids into text. Always holds: the same bytes and the same text give the same ids
+//! (no clock, environment or randomness is read here); a [`Detokenizer`]'s pieces joined are what
+//! [`Tokenizer::decode`] gives for the same ids. Knows nothing about files, requests, threads of the
+//! caller, or which ids end a generation.
+//!
+//! All calls are synchronous and may take milliseconds for long text: keep them off async threads.
+
+mod config;
+mod date;
+mod detokenizer;
+mod error;
+mod pieces;
+mod stops;
+mod template;
+mod tojson;
+mod tokenizer;
+mod wide_stack;
+
+pub use config::SpecialTokens;
+pub use date::CivilDate;
+pub use detokenizer::Detokenizer;
+pub use error::TextError;
+pub use stops::{StopMatcher, StopOutcome};
+pub use template::{ChatMessage, ChatTemplate, GenerationPrompt};
+pub use tokenizer::{Special, SpecialText, Tokenizer};

@@ -1,0 +1,271 @@
+//! The tokenizer: text to ids and ids to text, through the `tokenizers` library.
+//!
+//! Always holds: every id it returns is below the model's vocabulary size. Truncation and padding that a
+//! `tokenizer.json` may carry from training are switched off, as the reference does when it serves.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::config::{self, SpecialTokens, TokenizerConfig};
+use crate::pieces::{self, Pieces};
+use crate::template::ChatTemplate;
+use crate::{Detokenizer, TextError};
+
+/// Cap on the size of `tokenizer.json`; published ones stay below 40 MiB.
+const MAX_FILE_BYTES: usize = 64 << 20;
+/// Cap on a text to encode. Edges have smaller caps of their own; this one bounds what the crate can be
+/// made to allocate.
+const MAX_TEXT_BYTES: usize = 16 << 20;
+/// A text whose ids, with and without special tokens, show which ones the tokenizer adds and where.
+const PROBE: &str = "a";
+
+/// Whether encoding adds the tokens that the model expects around a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Special {
+    /// Add what the post-processor of `tokenizer.json` adds; `add_bos_token` and `add_eos_token` of
+    /// `tokenizer_config.json` override it where they are given.
+    Add,
+    /// Add nothing.
+    Omit,
+}
+
+/// What decoding does with special tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialText {
+    /// They are text like any other.
+    Keep,
+    /// They leave no trace.
+    Drop,
+}
+
+/// A model's tokenizer. Cloning is cheap.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    library: Arc<tokenizers::Tokenizer>,
+    pieces: Arc<Pieces>,
+    around: Arc<Around>,
+    special: Arc<SpecialTokens>,
+    template: Result<Arc<ChatTemplate>, TextError>,
+}
+
+/// The ids put before and after a text.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Around {
+    before: Vec<u32>,
+    after: Vec<u32>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` and, where the model has one, `tokenizer_config.json`, for a model with
+    /// `vocab` token ids.
+    ///
+    /// A chat template that cannot be compiled does not fail this call: [`Self::chat_template`] tells.
+    ///
+    /// # Errors
+    /// A file is too large or malformed, a token's id is not below `vocab`, the decoder is of a family that
+    /// generative models do not use, or a token that is to be added does not exist.
+    pub fn from_bytes(
+        tokenizer_json: &[u8],
+        tokenizer_config: Option<&[u8]>,
+        vocab: u32,
+    ) -> Result<Self, TextError> {
+        let bytes = tokenizer_json.len();
+        if bytes > MAX_FILE_BYTES {
+            return Err(TextError::FileTooLarge { file: pieces::FILE, bytes, limit: MAX_FILE_BYTES });
+        }
+        let config = tokenizer_config.map(TokenizerConfig::from_bytes).transpose()?.unwrap_or_default();
+        let library = library(tokenizer_json)?;
+        let pieces = Pieces::new(&library, vocab)?;
+        let around = Around::new(&library, &config)?;
+        let template = match &config.chat_template {
+            Some(source) => ChatTemplate::new(source, config.special.clone()).map(Arc::new),
+            None => Err(TextError::NoChatTemplate),
+        };
+        Ok(Self {
+            library: Arc::new(library),
+            pieces: Arc::new(pieces),
+            around: Arc::new(around),
+            special: Arc::new(config.special),
+            template,
+        })
+    }
+
+    /// Uses `source`, the contents of a `chat_template.jinja`, in place of the configuration's template.
+    #[must_use]
+    pub fn with_chat_template(mut self, source: &[u8]) -> Self {
+        self.template = std::str::from_utf8(source)
+            .map_err(|e| TextError::InvalidFile { file: "chat_template.jinja", reason: e.to_string() })
+            .and_then(|source| ChatTemplate::new(source, (*self.special).clone()))
+            .map(Arc::new);
+        self
+    }
+
+    /// The ids of `text`. Special tokens spelled out in it are recognised, as the reference does.
+    ///
+    /// # Errors
+    /// The text is too long, or the tokenizer refuses it (no unknown token where one is needed).
+    pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, TextError> {
+        let bytes = text.len();
+        if bytes > MAX_TEXT_BYTES {
+            return Err(TextError::TextTooLong { bytes, limit: MAX_TEXT_BYTES });
+        }
+        let ids = encode(&self.library, text, AddedByLibrary::None)?;
+        Ok(match special {
+            Special::Add => [&self.around.before[..], &ids, &self.around.after].concat(),
+            Special::Omit => ids,
+        })
+    }
+
+    /// The ids of a rendered chat template. Nothing is added: templates write their special tokens
+    /// themselves.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_chat(&self, rendered: &str) -> Result<Vec<u32>, TextError> {
+        self.encode(rendered, Special::Omit)
+    }
+
+    /// The text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids below the vocabulary size that the
+    /// tokenizer does not know (padding of the embedding) leave no text.
+    ///
+    /// # Errors
+    /// An id is not below the vocabulary size.
+    pub fn decode(&self, ids: &[u32], special: SpecialText) -> Result<String, TextError> {
+        let vocab = self.pieces.vocab();
+        if let Some(&id) = ids.iter().find(|id| **id >= vocab) {
+            return Err(TextError::UnknownId { id, vocab });
+        }
+        let mut detokenizer = Detokenizer::new(Arc::clone(&self.pieces), special);
+        let mut text: String = ids.iter().map(|id| detokenizer.push(*id)).collect();
+        text += &detokenizer.finish();
+        Ok(text)
+    }
+
+    /// The text of one id by itself, special tokens included; bytes that are not UTF-8 become U+FFFD.
+    #[must_use]
+    pub fn token_text(&self, id: u32) -> String {
+        String::from_utf8_lossy(self.pieces.bytes(id)).into_owned()
+    }
+
+    /// The bytes of one id by itself, special tokens included; empty for an unknown id.
+    #[must_use]
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        self.pieces.bytes(id).to_vec()
+    }
+
+    /// Ids are below this.
+    #[must_use]
+    pub fn vocab(&self) -> u32 {
+        self.pieces.vocab()
+    }
+
+    /// The texts of the special tokens that `tokenizer_config.json` names.
+    #[must_use]
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// The id of the begin-of-sequence token, where the model has one.
+    #[must_use]
+    pub fn bos_id(&self) -> Option<u32> {
+        self.library.token_to_id(self.special.bos.as_deref()?)
+    }
+
+    /// The id of the end-of-sequence token, where `tokenizer_config.json` names one. Which ids end a
+    /// generation is said by `generation_config.json`.
+    #[must_use]
+    pub fn eos_id(&self) -> Option<u32> {
+        self.library.token_to_id(self.special.eos.as_deref()?)
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// The model has none, or it cannot be compiled; the model still serves plain prompts.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, TextError> {
+        self.template.as_deref().map_err(Clone::clone)
+    }
+
+    /// A detokenizer for text that goes on after `prompt_tail`, the last ids of a prompt (four are enough):
+    /// a character that the prompt began is completed, and no first space is dropped. With an empty tail
+    /// the text stands by itself, as the answer in a chat does: decoders that drop a first space do so.
+    #[must_use]
+    pub fn detokenizer(&self, prompt_tail: &[u32]) -> Detokenizer {
+        let text = Detokenizer::new(Arc::clone(&self.pieces), SpecialText::Drop);
+        if prompt_tail.is_empty() { text } else { text.continuing(prompt_tail) }
+    }
+}
+
+impl Around {
+    fn new(library: &tokenizers::Tokenizer, config: &TokenizerConfig) -> Result<Self, TextError> {
+        let mut around = Self::of_post_processor(library)?;
+        if let Some(add) = config.add_bos {
+            around.before = flagged(library, "bos", add, config.special.bos.as_deref())?;
+        }
+        if let Some(add) = config.add_eos {
+            around.after = flagged(library, "eos", add, config.special.eos.as_deref())?;
+        }
+        Ok(around)
+    }
+
+    fn of_post_processor(library: &tokenizers::Tokenizer) -> Result<Self, TextError> {
+        let plain = encode(library, PROBE, AddedByLibrary::None)?;
+        let whole = encode(library, PROBE, AddedByLibrary::ItsOwn)?;
+        // From the end, so that a probe without ids puts everything before the text.
+        let found = (0..=whole.len()).rev().find(|&at| whole[at..].starts_with(&plain));
+        let at = found.ok_or_else(|| TextError::InvalidFile {
+            file: pieces::FILE,
+            reason: "`post_processor` does more than put tokens around a text".into(),
+        })?;
+        Ok(Self { before: whole[..at].to_vec(), after: whole[at + plain.len()..].to_vec() })
+    }
+}
+
+/// The ids that `add_bos_token` or `add_eos_token` asks for.
+fn flagged(
+    library: &tokenizers::Tokenizer,
+    name: &str,
+    add: bool,
+    token: Option<&str>,
+) -> Result<Vec<u32>, TextError> {
+    if !add {
+        return Ok(Vec::new());
+    }
+    let id = token.and_then(|t| library.token_to_id(t)).ok_or_else(|| TextError::InvalidFile {
+        file: config::FILE,
+        reason: format!(
+            "`add_{name}_token` is true, but `{name}_token` is {token:?}, which tokenizer.json does not have"
+        ),
+    })?;
+    Ok(vec![id])
+}
+
+fn library(json: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
+    let invalid = |reason| TextError::InvalidFile { file: pieces::FILE, reason };
+    let mut library = contained(|| tokenizers::Tokenizer::from_bytes(json)).map_err(invalid)?;
+    library.with_padding(None);
+    library.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
+    Ok(library)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AddedByLibrary {
+    None,
+    ItsOwn,
+}
+
+fn encode(library: &tokenizers::Tokenizer, text: &str, added: AddedByLibrary) -> Result<Vec<u32>, TextError> {
+    let encoding = contained(|| library.encode_fast(text, added == AddedByLibrary::ItsOwn));
+    encoding.map(|e| e.get_ids().to_vec()).map_err(|reason| TextError::Encode { reason })
+}
+
+/// Calls the library, which panics on some malformed files where it should give an error.
+fn contained<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|e| e.to_string()),
+        Err(panic) => Err(match panic.downcast::<String>() {
+            Ok(words) => *words,
+            Err(_) => "the tokenizer library failed on it".into(),
+        }),
+    }
+}

@@ -1,0 +1,143 @@
+//! What is read from tokenizer files, and what is refused.
+
+mod common;
+
+use common::{DEMO, LLAMA_DECODER, file, llama, llama_json, mixtral};
+use muster_text::{GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
+use proptest::prelude::*;
+
+fn load(json: &str, config: &str) -> Result<Tokenizer, TextError> {
+    Tokenizer::from_bytes(json.as_bytes(), Some(config.as_bytes()), 300)
+}
+
+fn refusal(json: &str, config: &str) -> String {
+    load(json, config).expect_err("accepted").to_string()
+}
+
+#[test]
+fn flags_of_the_configuration_override_the_post_processor() {
+    let encode = |config: &str| load(&llama_json(), config).unwrap().encode("hi", Special::Add).unwrap();
+    let plain = encode("{}");
+    let tokens = r#""bos_token": "<s>", "eos_token": {"content": "</s>"}"#;
+    let around = |flags: &str| encode(&format!("{{{tokens}{flags}}}"));
+    assert_eq!(around(""), plain);
+    assert_eq!(around(r#", "add_bos_token": true"#), [&[1], &plain[..]].concat());
+    let both = around(r#", "add_bos_token": true, "add_eos_token": true"#);
+    assert_eq!(both, [&[1], &plain[..], &[2]].concat());
+
+    let json = file("tests/fixtures/mixtral/tokenizer.json");
+    let config = br#"{"bos_token": "<s>", "add_bos_token": false}"#;
+    let tokenizer = Tokenizer::from_bytes(&json, Some(config), 320).unwrap();
+    let unadorned = mixtral().encode("hi", Special::Omit).unwrap();
+    assert_eq!(tokenizer.encode("hi", Special::Add).unwrap(), unadorned);
+}
+
+#[test]
+fn a_token_to_add_that_does_not_exist_is_refused() {
+    let error = refusal(&llama_json(), r#"{"bos_token": "<begin>", "add_bos_token": true}"#);
+    assert!(error.contains("add_bos_token") && error.contains("<begin>"), "{error}");
+    let error = refusal(&llama_json(), r#"{"add_eos_token": true}"#);
+    assert!(error.contains("add_eos_token"), "{error}");
+}
+
+#[test]
+fn truncation_left_over_from_training_is_off() {
+    assert_eq!(llama().encode("h h h h", Special::Add).unwrap().len(), 4);
+}
+
+#[test]
+fn an_id_beyond_the_models_vocabulary_is_refused() {
+    let error = Tokenizer::from_bytes(llama_json().as_bytes(), None, 266).unwrap_err();
+    assert!(matches!(error, TextError::TokenBeyondVocab { id: 266, vocab: 266, .. }), "{error}");
+    assert!(Tokenizer::from_bytes(llama_json().as_bytes(), None, 267).is_ok());
+    assert!(Tokenizer::from_bytes(llama_json().as_bytes(), None, u32::MAX).is_err());
+}
+
+#[test]
+fn decoders_of_other_families_are_refused_by_name() {
+    let with = |decoder: &str| {
+        let plain = serde_json::to_string(&serde_json::from_str::<serde_json::Value>(LLAMA_DECODER).unwrap());
+        let json = llama_json();
+        assert!(json.contains(plain.as_ref().unwrap()));
+        refusal(&json.replace(&plain.unwrap(), decoder), "{}")
+    };
+    assert!(with(r#"{"type": "WordPiece", "prefix": "x", "cleanup": true}"#).contains("WordPiece"));
+    assert!(with("null").contains("`decoder` is missing"));
+    let strip = r#"{"type": "Sequence", "decoders": [{"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 0, "stop": 1}]}"#;
+    assert!(with(strip).contains("Strip"));
+}
+
+#[test]
+fn malformed_files_are_refused_with_their_names() {
+    let deep = "[".repeat(100_000);
+    for json in ["", "{}", "null", "[]", "{\"version\": \"1.0\"}", &deep, &llama_json()[..2000]] {
+        let error = refusal(json, "{}");
+        assert!(error.starts_with("tokenizer.json: "), "{error}");
+    }
+    assert!(refusal(&llama_json(), "[").starts_with("tokenizer_config.json: "));
+    let huge = vec![b' '; (64 << 20) + 1];
+    assert!(matches!(Tokenizer::from_bytes(&huge, None, 300), Err(TextError::FileTooLarge { .. })));
+}
+
+#[test]
+fn a_text_beyond_the_cap_is_refused() {
+    let error = mixtral().encode(&" ".repeat((16 << 20) + 1), Special::Add).unwrap_err();
+    assert!(matches!(error, TextError::TextTooLong { .. }));
+}
+
+#[test]
+fn long_runs_of_one_character_are_not_quadratic() {
+    let tokenizer = common::demo();
+    for c in ["a", " ", "\n", "é", "0", "(", "世"] {
+        let text = c.repeat((1 << 20) / c.len());
+        let ids = tokenizer.encode(&text, Special::Omit).unwrap();
+        assert_eq!(tokenizer.decode(&ids, SpecialText::Keep).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_bad_template_leaves_the_tokenizer_usable() {
+    let tokenizer = load(&llama_json(), r#"{"chat_template": "{% if %}"}"#).unwrap();
+    assert!(tokenizer.encode("hi", Special::Add).is_ok());
+    assert!(matches!(tokenizer.chat_template(), Err(TextError::TemplateFailed { .. })));
+    assert_eq!(llama().chat_template().unwrap_err(), TextError::NoChatTemplate);
+}
+
+#[test]
+fn a_separate_template_replaces_the_configurations() {
+    let config = r#"{"bos_token": "<s>", "chat_template": "old"}"#;
+    let tokenizer = load(&llama_json(), config).unwrap().with_chat_template(b"{{ bos_token }}new\n");
+    let rendered = tokenizer.chat_template().unwrap().render(&[], GenerationPrompt::Omit, None).unwrap();
+    assert_eq!(rendered, "<s>new");
+    let broken = tokenizer.with_chat_template(b"\xff");
+    assert!(broken.chat_template().unwrap_err().to_string().starts_with("chat_template.jinja: "));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Damaged files are refused or read; text for what was read is encoded or refused. Nothing panics.
+    #[test]
+    fn damaged_files_do_not_panic(
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+        demo in any::<bool>(),
+    ) {
+        let mut json = if demo { file(&format!("{DEMO}/tokenizer.json")) } else { llama_json().into_bytes() };
+        // The interesting parts are around the vocabulary, not in it.
+        let head = json.len().min(3000);
+        for (at, byte) in damage {
+            json[at.index(head)] = byte;
+        }
+        if let Some(cut) = cut {
+            let start = cut.index(head);
+            json.drain(start..start + 1);
+        }
+        if let Ok(tokenizer) = Tokenizer::from_bytes(&json, None, 4096)
+            && let Ok(ids) = tokenizer.encode("<s> hi 世 <|user|>", Special::Add)
+        {
+            prop_assert!(tokenizer.decode(&ids, SpecialText::Drop).is_ok());
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! The expert worker: bind, load, announce, serve, drain.
+//!
+//! Owns the order of a worker's life. An address that cannot be had is reported before anything is loaded, and
+//! nothing is served before every expert of the share is read, checked and packed. Keeps nothing about a request
+//! after its reply. Knows nothing of routers beyond what [`muster_dispatch_grpc`] tells them, and nothing of signals,
+//! flags or files other than the model's.
+
+mod compute;
+mod load;
+
+use std::future::Future;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::time::Duration;
+
+use muster_checkpoint::{CheckpointError, Source};
+use muster_dispatch_grpc::{Address, BindError, Bound, ExpertServer, ServeError, ServerConfig};
+use muster_kernels::KernelError;
+use muster_model::{LoadProgress, ModelError};
+use muster_placement::SplitError;
+use muster_proto::description::{Description, Phase};
+use muster_types::{Compute, Epoch, NumericsClass, WorkerId};
+use tokio::sync::oneshot;
+
+use compute::Experts;
+use load::Loaded;
+
+/// Longest time a router may ask for; longer deadlines are cut to it.
+const MAX_DEADLINE: Duration = Duration::from_secs(300);
+/// Time for streams to end, and for the compute thread to finish its shard, once everything is answered.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Which of the model's experts a worker holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// All of them.
+    All,
+    /// One of `count` equal shares.
+    Part {
+        /// Which one, from 0.
+        index: u32,
+        /// How many there are.
+        count: NonZeroU32,
+    },
+}
+
+/// A worker's settings, checked.
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// Where to listen. Port 0 lets the system pick one.
+    pub listen: Address,
+    /// The worker's name; no two workers of a cluster share one.
+    pub worker_id: WorkerId,
+    /// The model.
+    pub source: Source,
+    /// Which of its experts to hold.
+    pub share: Share,
+    /// What activations are rounded to; `None` takes the checkpoint's dtype.
+    pub compute: Option<Compute>,
+    /// Compute threads.
+    pub threads: NonZeroUsize,
+    /// Most rows of one shard.
+    pub max_rows: NonZeroU32,
+    /// Shards that wait for the experts; one more is refused.
+    pub queue: NonZeroUsize,
+    /// Streams open at once; a router needs three.
+    pub streams: NonZeroUsize,
+    /// How long queued shards may take after a stop was asked for.
+    pub drain_timeout: Duration,
+}
+
+/// A worker that can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ready {
+    /// Where it listens, with the port that the system picked.
+    pub address: Address,
+    /// Experts it holds.
+    pub experts: usize,
+    /// Bytes of their packed weights.
+    pub bytes: u64,
+}
+
+/// What the process around a worker gives it.
+pub struct Hooks {
+    /// Called while experts are loaded.
+    pub progress: Box<dyn FnMut(LoadProgress) + Send>,
+    /// Called once, when rows are taken.
+    pub ready: Box<dyn FnOnce(Ready) + Send>,
+}
+
+/// Why a worker could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The model's files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The experts' weights.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Compute threads.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The share does not exist.
+    #[error(transparent)]
+    Share(#[from] SplitError),
+    /// The share is empty.
+    #[error(
+        "share {index} of {count} is empty: the model has {experts} experts; use at most as many workers"
+    )]
+    EmptyShare {
+        /// The share.
+        index: u32,
+        /// How many there are.
+        count: u32,
+        /// Experts of the model.
+        experts: u64,
+    },
+    /// A size of the model that the protocol cannot carry.
+    #[error("the model's {what} is {value}; the protocol carries 1 to 4294967295")]
+    Size {
+        /// Which one.
+        what: &'static str,
+        /// Its value.
+        value: usize,
+    },
+    /// A thread could not be started.
+    #[error("cannot start the {name} thread: {source}; check the limit on processes and threads")]
+    Thread {
+        /// Its name.
+        name: &'static str,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The loading thread died.
+    #[error("loading stopped unexpectedly; see the log above")]
+    Loading,
+    /// The server failed.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The server ended by itself.
+    #[error("the server stopped unexpectedly")]
+    Server,
+    /// The compute thread died.
+    #[error("the experts' thread stopped unexpectedly; see the log above")]
+    Experts,
+}
+
+/// Runs a worker until `shutdown` resolves, then drains it: what is queued is computed, nothing new is taken.
+///
+/// # Errors
+/// When it cannot start, or a part of it fails while it runs.
+pub async fn run(
+    config: WorkerConfig,
+    hooks: Hooks,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), WorkerError> {
+    // First, so that a mistaken address is known before minutes of loading.
+    let bound = Bound::bind(&config.listen).await?;
+    let address = bound.address().clone();
+    let drain_timeout = config.drain_timeout;
+    let Hooks { progress, ready } = hooks;
+
+    tokio::pin!(shutdown);
+    let loading = load::start(config.clone(), progress)?;
+    let loaded = tokio::select! {
+        loaded = loading => loaded.map_err(|_| WorkerError::Loading)??,
+        () = &mut shutdown => return Ok(()),
+    };
+    let description = describe(&config, &loaded);
+    let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
+    let (server, queue) = ExpertServer::new(&server_config(&config, &loaded), description);
+    let mut computing = on_thread("muster-experts", move || queue.run(&mut Experts::new(loaded)))?;
+
+    let (stop, stopped) = oneshot::channel::<()>();
+    let serving = server.clone();
+    let mut serving = tokio::spawn(async move {
+        let stopped = async {
+            // Resolves also when the other half is gone.
+            let _ = stopped.await;
+        };
+        bound.serve(&serving, stopped).await
+    });
+    tracing::info!(worker = %config.worker_id, %address, experts, bytes, "serving experts");
+    ready(Ready { address, experts, bytes });
+
+    let outcome = tokio::select! {
+        () = &mut shutdown => Ok(()),
+        _ = &mut computing => Err(WorkerError::Experts),
+        ended = &mut serving => {
+            server.close();
+            return match ended {
+                Ok(Ok(())) | Err(_) => Err(WorkerError::Server),
+                Ok(Err(error)) => Err(error.into()),
+            };
+        }
+    };
+    drain(&server, drain_timeout).await;
+    server.close();
+    drop(stop);
+    if tokio::time::timeout(CLOSE_TIMEOUT, &mut serving).await.is_err() {
+        tracing::warn!("a router keeps its connection open; leaving it");
+        serving.abort();
+    }
+    // After a panic it has ended long ago; else it finishes the shard it has.
+    let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut computing).await;
+    outcome
+}
+
+async fn drain(server: &ExpertServer, timeout: Duration) {
+    tracing::info!("draining: queued shards are computed, new ones refused");
+    server.drain();
+    if tokio::time::timeout(timeout, server.idle()).await.is_err() {
+        tracing::warn!(?timeout, "shards were still queued when the drain time was up");
+    }
+}
+
+fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
+    Description {
+        worker: config.worker_id.clone(),
+        fingerprint: loaded.fingerprint,
+        numerics: NumericsClass::CpuCanonical,
+        compute: loaded.experts.compute(),
+        epoch: Epoch::new(1),
+        holdings: loaded.experts.keys(),
+        resident_bytes: loaded.experts.bytes(),
+        phase: Phase::Serving,
+        max_rows: config.max_rows,
+    }
+}
+
+fn server_config(config: &WorkerConfig, loaded: &Loaded) -> ServerConfig {
+    ServerConfig {
+        shape: loaded.shape.clone(),
+        hidden: loaded.hidden,
+        top_k: loaded.top_k,
+        queue: config.queue,
+        streams: config.streams,
+        max_deadline: MAX_DEADLINE,
+    }
+}
+
+/// Runs `work` on a thread of its own. The receiver gets what it returns, or an error when it panics.
+fn on_thread<T: Send + 'static>(
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<oneshot::Receiver<T>, WorkerError> {
+    let (done, result) = oneshot::channel();
+    let run = move || {
+        // Nobody may be waiting any more.
+        let _ = done.send(work());
+    };
+    match std::thread::Builder::new().name(name.to_owned()).spawn(run) {
+        Ok(_) => Ok(result),
+        Err(source) => Err(WorkerError::Thread { name, source }),
+    }
+}

@@ -1,0 +1,95 @@
+//! From a model on disk to the experts of one share, packed.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Instant;
+
+use muster_checkpoint::Checkpoint;
+use muster_checkpoint::spec::ModelSpec;
+use muster_kernels::Cpu;
+use muster_model::LoadProgress;
+use muster_model::experts::ExpertSet;
+use muster_placement::{Shape, split};
+use muster_types::{Compute, ExpertKey, Fingerprint};
+use tokio::sync::oneshot;
+
+use crate::{Share, WorkerConfig, WorkerError, on_thread};
+
+/// All that serving needs of the model.
+pub(crate) struct Loaded {
+    pub(crate) cpu: Arc<Cpu>,
+    pub(crate) experts: ExpertSet,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) shape: Shape,
+    pub(crate) hidden: NonZeroU32,
+    pub(crate) top_k: NonZeroU32,
+}
+
+/// Loads on a thread of its own, which a process that is told to stop need not wait for.
+pub(crate) fn start(
+    config: WorkerConfig,
+    progress: Box<dyn FnMut(LoadProgress) + Send>,
+) -> Result<oneshot::Receiver<Result<Loaded, WorkerError>>, WorkerError> {
+    on_thread("muster-load", move || load(&config, progress))
+}
+
+fn load(
+    config: &WorkerConfig,
+    mut progress: Box<dyn FnMut(LoadProgress) + Send>,
+) -> Result<Loaded, WorkerError> {
+    let started = Instant::now();
+    let checkpoint = Checkpoint::open(&config.source)?;
+    let spec = checkpoint.spec();
+    let shape = shape(spec);
+    let keys = keys(&shape, config.share)?;
+    let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
+    let hidden = size("hidden size", spec.hidden)?;
+    let most = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0);
+    let top_k = size("number of experts per token", most as usize)?;
+    let cpu = Arc::new(Cpu::new(config.threads)?);
+    tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, isa = ?cpu.isa(), "loading experts");
+    let experts = ExpertSet::load(&checkpoint, &keys, compute, &mut *progress)?;
+    tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
+    Ok(Loaded { cpu, experts, fingerprint: checkpoint.fingerprint(), shape, hidden, top_k })
+}
+
+fn shape(spec: &ModelSpec) -> Shape {
+    Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
+}
+
+fn keys(shape: &Shape, share: Share) -> Result<Vec<ExpertKey>, WorkerError> {
+    match share {
+        Share::All => Ok(shape.keys().collect()),
+        Share::Part { index, count } => {
+            let keys = split(shape, count, index)?;
+            if keys.is_empty() {
+                return Err(WorkerError::EmptyShare { index, count: count.get(), experts: shape.total() });
+            }
+            Ok(keys)
+        }
+    }
+}
+
+fn size(what: &'static str, value: usize) -> Result<NonZeroU32, WorkerError> {
+    u32::try_from(value).ok().and_then(NonZeroU32::new).ok_or(WorkerError::Size { what, value })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_disjoint_complete_and_never_empty() {
+        let shape = Shape::new(vec![3, 0, 2]);
+        let count = NonZeroU32::new(5).unwrap();
+        let mut all: Vec<ExpertKey> =
+            (0..5).flat_map(|index| keys(&shape, Share::Part { index, count }).unwrap()).collect();
+        all.sort_unstable();
+        assert_eq!(all, keys(&shape, Share::All).unwrap());
+
+        let count = NonZeroU32::new(6).unwrap();
+        let text = keys(&shape, Share::Part { index: 5, count }).unwrap_err().to_string();
+        assert!(text.contains("share 5 of 6 is empty: the model has 5 experts"), "{text}");
+        assert!(matches!(keys(&shape, Share::Part { index: 6, count }), Err(WorkerError::Share(_))));
+    }
+}

@@ -1,0 +1,213 @@
+//! Whole workers over a real checkpoint: they conform, they load their share and no more, and they stop cleanly.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests")]
+
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use muster_checkpoint::{Checkpoint, Source};
+use muster_dispatch_grpc::{Address, ConnectConfig, GrpcDispatch, Rows, Start, WorkerState};
+use muster_kernels::Cpu;
+use muster_model::experts::{ExpertScratch, ExpertSet};
+use muster_model::local::Local;
+use muster_placement::Shape;
+use muster_testkit::conformance::{self, Harness, Model};
+use muster_types::{Compute, WorkerId};
+use muster_worker::{Hooks, Ready, Share, WorkerConfig, WorkerError, run};
+use tokio::sync::oneshot;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden").join(name)
+}
+
+fn config(model: &str, share: Share) -> WorkerConfig {
+    WorkerConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        worker_id: WorkerId::new("w0").unwrap(),
+        source: Source::Directory(fixture(model)),
+        share,
+        compute: None,
+        threads: NonZeroUsize::MIN,
+        max_rows: NonZeroU32::new(64).unwrap(),
+        queue: NonZeroUsize::new(16).unwrap(),
+        streams: NonZeroUsize::new(64).unwrap(),
+        drain_timeout: PATIENCE,
+    }
+}
+
+/// A worker on a thread of its own.
+struct Running {
+    ready: Ready,
+    stop: Option<oneshot::Sender<()>>,
+    ended: mpsc::Receiver<Result<(), WorkerError>>,
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+impl Running {
+    fn start(config: WorkerConfig) -> Self {
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (ready, became_ready) = mpsc::channel();
+        let (end, ended) = mpsc::channel();
+        std::thread::spawn(move || {
+            let hooks = Hooks {
+                progress: Box::new(|_| {}),
+                ready: Box::new(move |now| ready.send(now).expect("the test waits for it")),
+            };
+            let shutdown = async {
+                let _ = stopped.await;
+            };
+            let _ = end.send(runtime().block_on(run(config, hooks, shutdown)));
+        });
+        let ready = became_ready.recv_timeout(PATIENCE).expect("the worker becomes ready");
+        Self { ready, stop: Some(stop), ended }
+    }
+
+    fn parts(model: &str, count: u32) -> Vec<Self> {
+        let count = NonZeroU32::new(count).unwrap();
+        let part = |index| {
+            let worker_id = WorkerId::new(&format!("w{index}")).unwrap();
+            Self::start(WorkerConfig { worker_id, ..config(model, Share::Part { index, count }) })
+        };
+        (0..count.get()).map(part).collect()
+    }
+
+    /// Tells it to stop, which must go well whoever is connected.
+    fn stop(mut self) {
+        drop(self.stop.take());
+        let outcome = self.ended.recv_timeout(PATIENCE).expect("the worker ends");
+        assert!(outcome.is_ok(), "{outcome:?}");
+    }
+}
+
+/// The model as the kit wants it, with the real experts for an oracle.
+fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
+    let checkpoint = Checkpoint::open(&Source::Directory(fixture(name))).unwrap();
+    let spec = checkpoint.spec();
+    let compute = Compute::default_for(spec.dtype);
+    let experts: Vec<u32> =
+        (0..spec.layers.len()).map(|at| spec.moe(at).map_or(0, |moe| moe.experts)).collect();
+    let top_k = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap();
+    let set = ExpertSet::load(&checkpoint, &ExpertSet::all_keys(&checkpoint), compute, &mut |_| {}).unwrap();
+    let (cpu, set) = (Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap()), Arc::new(set));
+    let (oracle_cpu, oracle_set) = (cpu.clone(), set.clone());
+    let oracle = Box::new(move |layer, expert, row: &[f32]| {
+        let bits: Vec<u16> = row.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
+        let rows = match compute {
+            Compute::F32 => Rows::HostF32(row),
+            Compute::Bf16 => Rows::HostBf16(&bits),
+        };
+        let (mut scratch, mut out) = (ExpertScratch::default(), Vec::new());
+        oracle_set.forward(&oracle_cpu, &mut scratch, layer, &[(expert, &[0])], rows, &mut out).unwrap();
+        out
+    });
+    let connect = ConnectConfig {
+        workers: Vec::new(),
+        router_id: "test".into(),
+        fingerprint: checkpoint.fingerprint(),
+        hidden: spec.hidden,
+        compute,
+        shape: Shape::new(experts.clone()),
+        top_k,
+        max_rows: 64,
+        connect_timeout: PATIENCE,
+        shard_deadline: PATIENCE,
+        start: Start::Complete,
+    };
+    let kit = Model { hidden: spec.hidden, top_k: top_k as usize, compute, experts, oracle };
+    (cpu, set, kit, connect)
+}
+
+fn connect(config: &ConnectConfig, workers: &[Running]) -> GrpcDispatch {
+    let workers = workers.iter().map(|worker| worker.ready.address.to_string()).collect();
+    GrpcDispatch::connect(ConnectConfig { workers, ..config.clone() }).expect("the workers fit")
+}
+
+fn conforms_locally_and_over_grpc(name: &str) {
+    conformance::run(|| {
+        let (cpu, set, model, _) = model(name);
+        Harness { dispatch: Local::new(cpu, set), model }
+    });
+    let workers = Running::parts(name, 3);
+    conformance::run(|| {
+        let (_, _, model, config) = model(name);
+        Harness { dispatch: connect(&config, &workers), model }
+    });
+    for worker in workers {
+        worker.stop();
+    }
+}
+
+#[test]
+fn f32_experts_conform_locally_and_over_grpc() {
+    conforms_locally_and_over_grpc("mixtral");
+}
+
+#[test]
+fn bf16_experts_conform_locally_and_over_grpc() {
+    conforms_locally_and_over_grpc("mixtral_bf16");
+}
+
+#[test]
+fn a_share_is_all_that_is_loaded() {
+    let whole = Running::start(config("mixtral", Share::All));
+    let parts = Running::parts("mixtral", 2);
+    let experts: usize = parts.iter().map(|part| part.ready.experts).sum();
+    let bytes: u64 = parts.iter().map(|part| part.ready.bytes).sum();
+    assert_eq!((experts, bytes), (whole.ready.experts, whole.ready.bytes));
+    assert!(parts.iter().all(|part| part.ready.experts < experts));
+}
+
+#[test]
+fn a_worker_that_is_told_to_stop_says_so_and_ends() {
+    let workers = vec![Running::start(config("mixtral", Share::All))];
+    let (_, _, _, config) = model("mixtral");
+    let dispatch = connect(&config, &workers);
+    let health = dispatch.health();
+    assert_eq!(health.missing(), []);
+    for worker in workers {
+        worker.stop();
+    }
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !matches!(health.workers()[0].state, WorkerState::Down { .. }) {
+        assert!(std::time::Instant::now() < deadline, "the router never noticed");
+        std::thread::yield_now();
+    }
+    assert!(health.missing_experts() > 0);
+}
+
+/// What `run` says when it cannot start.
+fn refusal(config: WorkerConfig) -> String {
+    let hooks =
+        Hooks { progress: Box::new(|_| {}), ready: Box::new(|ready| panic!("it must not start: {ready:?}")) };
+    let outcome = runtime().block_on(run(config, hooks, std::future::pending()));
+    outcome.expect_err("it must be refused").to_string()
+}
+
+#[test]
+fn what_cannot_start_says_why() {
+    let taken = Running::start(config("mixtral", Share::All));
+    let address: Address = taken.ready.address.clone();
+    let text = refusal(WorkerConfig { listen: address.clone(), ..config("mixtral", Share::All) });
+    assert!(text.contains(&address.to_string()) && text.contains("already in use"), "{text}");
+
+    let text = refusal(config("no such model", Share::All));
+    assert!(text.contains("no such model"), "{text}");
+
+    let count = NonZeroU32::new(1000).unwrap();
+    let text = refusal(config("mixtral", Share::Part { index: 999, count }));
+    assert!(text.contains("share 999 of 1000 is empty"), "{text}");
+}
+
+#[test]
+fn a_stop_while_loading_is_obeyed() {
+    let hooks = Hooks { progress: Box::new(|_| {}), ready: Box::new(|_| {}) };
+    let outcome = runtime().block_on(run(config("mixtral", Share::All), hooks, std::future::ready(())));
+    assert!(outcome.is_ok(), "{outcome:?}");
+}

@@ -1,0 +1,124 @@
+//! A deliberately small HTTP/1.1 client: one request per connection, bytes exactly as the test wants them.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+
+use serde_json::Value;
+
+use crate::process::PATIENCE;
+
+/// What came back.
+#[derive(Debug, Clone)]
+pub struct Response {
+    /// Status code.
+    pub status: u16,
+    /// Header lines, lower-case names.
+    pub headers: Vec<(String, String)>,
+    /// Body, transfer encoding taken off.
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// The body as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// The body as JSON.
+    ///
+    /// # Panics
+    /// When it is not JSON.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.text()))
+    }
+
+    /// First header of this name.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Payloads of `data:` lines.
+    #[must_use]
+    pub fn events(&self) -> Vec<String> {
+        self.text().lines().filter_map(|line| line.strip_prefix("data: ")).map(ToOwned::to_owned).collect()
+    }
+}
+
+/// GET.
+#[must_use]
+pub fn get(address: &str, path: &str) -> Response {
+    raw(address, format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())
+}
+
+/// POST of JSON.
+#[must_use]
+pub fn post(address: &str, path: &str, body: &Value) -> Response {
+    post_bytes(address, path, "application/json", body.to_string().as_bytes())
+}
+
+/// POST of anything.
+#[must_use]
+pub fn post_bytes(address: &str, path: &str, content_type: &str, body: &[u8]) -> Response {
+    let length = body.len();
+    let mut request = format!(
+        "POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\nContent-Type: {content_type}\r\nContent-Length: {length}\r\n\r\n"
+    )
+    .into_bytes();
+    request.extend_from_slice(body);
+    raw(address, &request)
+}
+
+/// Sends these bytes and reads to the end of the connection.
+///
+/// # Panics
+/// When nothing that looks like HTTP comes back in time.
+#[must_use]
+pub fn raw(address: &str, request: &[u8]) -> Response {
+    let mut stream = TcpStream::connect(address).expect("the server listens");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    // A server may answer and close before it has read everything; its answer is what counts.
+    let _ = stream.write_all(request);
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 16384];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => bytes.extend_from_slice(&buffer[..n]),
+            Err(error) if bytes.is_empty() => panic!("no answer: {error}"),
+            Err(_) => break,
+        }
+    }
+    parse(&bytes)
+}
+
+fn parse(bytes: &[u8]) -> Response {
+    let end = bytes.windows(4).position(|w| w == b"\r\n\r\n");
+    let end = end.unwrap_or_else(|| panic!("no header in {:?}", String::from_utf8_lossy(bytes)));
+    let head = String::from_utf8_lossy(&bytes[..end]);
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|code| code.parse().ok());
+    let headers: Vec<(String, String)> = lines
+        .filter_map(|line| line.split_once(": "))
+        .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
+        .collect();
+    let body = &bytes[end + 4..];
+    let chunked = headers.iter().any(|(name, value)| name == "transfer-encoding" && value == "chunked");
+    let body = if chunked { dechunk(body) } else { body.to_vec() };
+    Response { status: status.expect("a status line"), headers, body }
+}
+
+fn dechunk(mut bytes: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    while let Some(end) = bytes.windows(2).position(|w| w == b"\r\n") {
+        let size = usize::from_str_radix(String::from_utf8_lossy(&bytes[..end]).trim(), 16).unwrap_or(0);
+        if size == 0 || bytes.len() < end + 2 + size {
+            break;
+        }
+        body.extend_from_slice(&bytes[end + 2..end + 2 + size]);
+        bytes = bytes.get(end + 4 + size..).unwrap_or_default();
+    }
+    body
+}

@@ -1,0 +1,101 @@
+//! `crates/ARCHITECTURE.md` against `cargo metadata`: edges, levels, and who may name which library.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use muster_tests::workspace_root;
+use serde_json::Value;
+
+/// Crates of this workspace with the normal dependencies of each, our prefix taken off.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--format-version", "1", "--offline"])
+        .current_dir(workspace_root())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let short = |name: &str| name.strip_prefix("muster-").unwrap_or(name).to_owned();
+    let packages = metadata["packages"].as_array().unwrap().iter();
+    packages
+        .map(|package| {
+            let normal = package["dependencies"].as_array().unwrap().iter().filter(|d| d["kind"].is_null());
+            let names = normal.map(|d| short(d["name"].as_str().unwrap())).collect();
+            (short(package["name"].as_str().unwrap()), names)
+        })
+        .collect()
+}
+
+struct Row {
+    level: u32,
+    uses: BTreeSet<String>,
+}
+
+fn table() -> BTreeMap<String, Row> {
+    let page = std::fs::read_to_string(workspace_root().join("crates/ARCHITECTURE.md")).unwrap();
+    let table = page.split("<!-- edges:begin -->").nth(1).unwrap().split("<!-- edges:end -->").next().unwrap();
+    let cells = |line: &str| -> Vec<String> {
+        line.trim_matches('|').split('|').map(|cell| cell.trim().replace('`', "")).collect()
+    };
+    let rows = table.lines().filter(|line| line.starts_with("| `")).map(|line| {
+        let cells = cells(line);
+        let uses = cells[2].split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty());
+        (cells[0].clone(), Row { level: cells[1].parse().unwrap(), uses: uses.collect() })
+    });
+    rows.collect()
+}
+
+#[test]
+fn the_edge_table_is_true() {
+    let table = table();
+    let ours: BTreeSet<String> = table.keys().cloned().collect();
+    let actual = dependencies();
+    for (name, uses) in &actual {
+        if ["testkit", "tests"].contains(&name.as_str()) {
+            continue;
+        }
+        let row = table.get(name).unwrap_or_else(|| panic!("`{name}` is missing from crates/ARCHITECTURE.md"));
+        let internal: BTreeSet<String> = uses.intersection(&ours).cloned().collect();
+        assert_eq!(internal, row.uses, "the row of `{name}` in crates/ARCHITECTURE.md");
+        assert!(!uses.contains("testkit"), "`{name}` ships test code");
+    }
+    for name in ours {
+        assert!(actual.contains_key(&name), "crates/ARCHITECTURE.md names `{name}`, which is no crate");
+    }
+}
+
+#[test]
+fn crates_depend_on_lower_levels_only() {
+    let table = table();
+    for (name, row) in &table {
+        for used in &row.uses {
+            assert!(table[used].level < row.level, "`{name}` uses `{used}`, which is not on a lower level");
+        }
+    }
+}
+
+#[test]
+fn libraries_stay_where_they_belong() {
+    let allowed: [(&str, &[&str]); 8] = [
+        ("candle-core", &["model"]),
+        ("tonic", &["proto", "dispatch-grpc", "router", "worker", "cli", "testkit", "tests"]),
+        ("prost", &["proto", "router"]),
+        ("axum", &["router"]),
+        ("rayon", &["kernels"]),
+        ("tokenizers", &["text"]),
+        ("hf-hub", &["pull"]),
+        ("figment", &["config"]),
+    ];
+    let dependencies = dependencies();
+    for (library, users) in allowed {
+        let actual: Vec<&String> =
+            dependencies.iter().filter(|(_, uses)| uses.contains(library)).map(|(name, _)| name).collect();
+        assert!(!actual.is_empty(), "nobody uses {library}: take it off this list");
+        for user in actual {
+            assert!(users.contains(&user.as_str()), "`{user}` must not depend on {library}");
+        }
+    }
+    for pure in ["types", "engine", "placement", "checkpoint", "kernels", "model", "text"] {
+        assert!(!dependencies[pure].contains("tokio"), "`{pure}` is synchronous and must not know tokio");
+    }
+}

@@ -1,0 +1,13 @@
+//! Behaviour of the whole product, on real processes. One module per behaviour.
+
+
+mod architecture;
+mod concurrency;
+mod conformance;
+mod determinism;
+mod faults;
+mod grpc_api;
+mod http_api;
+mod main_job;
+mod model_input;
+mod python_clients;

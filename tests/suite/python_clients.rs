@@ -1,0 +1,77 @@
+//! Clients other people wrote, installed from PyPI into a scratch environment: the `openai` package, and stubs that
+//! grpcio-tools generates from `proto/`.
+//!
+//! Needs `python3` and a network that reaches PyPI. `MUSTER_SKIP_PYTHON=1` leaves these tests out and says so.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::process::{muster, run_command};
+use muster_tests::{demo_model, workspace_root};
+
+const PACKAGES: [&str; 4] = ["openai==3.54.0", "grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-health-checking==1.85.1"];
+
+/// The scratch environment, made once and kept in the target directory between runs.
+fn python() -> Option<&'static Path> {
+    static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let make = || {
+        if std::env::var_os("MUSTER_SKIP_PYTHON").is_some() {
+            eprintln!("skipped: MUSTER_SKIP_PYTHON is set");
+            return None;
+        }
+        let environment = muster().parent().unwrap().join("python-clients");
+        let python = environment.join("bin/python");
+        let wanted = PACKAGES.join("\n");
+        let stamp = environment.join("packages.txt");
+        if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) {
+            return Some(python);
+        }
+        succeed(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&environment));
+        succeed(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(PACKAGES));
+        std::fs::write(&stamp, wanted).unwrap();
+        Some(python)
+    };
+    PYTHON.get_or_init(make).as_deref()
+}
+
+fn succeed(command: &mut Command) {
+    let output = run_command(command);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}\n{out}\n{err}\n(MUSTER_SKIP_PYTHON=1 leaves this test out)");
+}
+
+fn script(name: &str) -> PathBuf {
+    workspace_root().join("tests/python").join(name)
+}
+
+#[test]
+fn the_openai_package_works() {
+    let Some(python) = python() else { return };
+    let cluster = Cluster::start(Setup::new(&demo_model()).compute("f32"));
+    succeed(Command::new(python).arg(script("openai_client.py")).arg(cluster.http()).arg(demo_model()));
+}
+
+#[test]
+fn a_generated_grpc_client_works() {
+    let Some(python) = python() else { return };
+    let cluster = Cluster::start(Setup::new(&demo_model()).compute("f32"));
+    let stubs = tempfile::tempdir().unwrap();
+    let proto = workspace_root().join("proto");
+    succeed(
+        Command::new(python)
+            .args(["-m", "grpc_tools.protoc"])
+            .arg(format!("-I{}", proto.display()))
+            .arg(format!("--python_out={}", stubs.path().display()))
+            .arg(format!("--grpc_python_out={}", stubs.path().display()))
+            .arg(proto.join("muster/v1/inference.proto")),
+    );
+    succeed(
+        Command::new(python)
+            .arg(script("grpc_client.py"))
+            .arg(cluster.grpc())
+            .arg(demo_model())
+            .env("PYTHONPATH", stubs.path()),
+    );
+}
