@@ -89,9 +89,24 @@ impl Process {
     /// # Errors
     /// What it wrote to standard error, when it ended instead.
     pub fn start(args: &[String]) -> Result<Self, String> {
-        let mut child = Command::new(muster())
-            .args(args)
-            .arg("--announce")
+        let ready = |line: &str| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            line.get("ready").cloned()
+        };
+        Self::spawn(Command::new(muster()).args(args).arg("--announce"), ready)
+    }
+
+    /// Starts `muster up` with these flags and waits until it has told the person what to do next.
+    ///
+    /// # Errors
+    /// What it wrote to standard error, when it ended instead.
+    pub fn start_up(args: &[&str]) -> Result<Self, String> {
+        let told = |line: &str| line.contains("Ctrl-C").then_some(Value::Null);
+        Self::spawn(Command::new(muster()).arg("up").args(args), told)
+    }
+
+    fn spawn(command: &mut Command, ready: fn(&str) -> Option<Value>) -> Result<Self, String> {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -99,17 +114,16 @@ impl Process {
             .map_err(|error| error.to_string())?;
         let log = Arc::new(Mutex::new(String::new()));
         follow(child.stderr.take().expect("piped"), Arc::clone(&log));
-        let announcement = first_line(child.stdout.take().expect("piped"));
+        let announcement = when_ready(child.stdout.take().expect("piped"), ready);
         let mut process = Self { child, ready: Value::Null, log };
         match announcement.recv_timeout(PATIENCE) {
-            Ok(line) => {
-                let line: Value = serde_json::from_str(&line).map_err(|error| format!("{error}: {line}"))?;
-                process.ready = line["ready"].clone();
+            Ok(announced) => {
+                process.ready = announced;
                 Ok(process)
             }
             Err(_) => {
                 let status = process.wait();
-                Err(format!("{args:?} ended with {status:?}:\n{}", process.log()))
+                Err(format!("{command:?} ended with {status:?}:\n{}", process.log()))
             }
         }
     }
@@ -183,12 +197,15 @@ fn follow(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) {
     });
 }
 
-/// The first line, and then everything else into nowhere so that the process never blocks on a full pipe.
-fn first_line(stdout: ChildStdout) -> mpsc::Receiver<String> {
+/// What `ready` makes of the first line that it accepts. Reads on to the end, so that the process never blocks on a
+/// full pipe.
+fn when_ready(stdout: ChildStdout, ready: fn(&str) -> Option<Value>) -> mpsc::Receiver<Value> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-            let _ = sender.send(line);
+            if let Some(announced) = ready(&line) {
+                let _ = sender.send(announced);
+            }
         }
     });
     receiver

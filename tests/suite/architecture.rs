@@ -84,7 +84,7 @@ fn libraries_stay_where_they_belong() {
         ("rayon", &["kernels"]),
         ("tokenizers", &["text"]),
         ("hf-hub", &["pull"]),
-        ("figment", &["config"]),
+        ("toml", &["config"]),
     ];
     let dependencies = dependencies();
     for (library, users) in allowed {

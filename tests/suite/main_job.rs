@@ -101,9 +101,8 @@ fn children(pid: u32) -> Vec<u32> {
 
 #[test]
 fn children_die_with_the_parent_however_it_dies() {
-    let args = ["up", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"].map(String::from);
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGKILL] {
-        let mut up = Process::start(&args).unwrap();
+        let mut up = Process::start_up(&["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]).unwrap();
         let pids = children(up.pid());
         assert_eq!(pids.len(), 3, "two workers and a router: {pids:?}");
         up.signal(signal);
@@ -119,7 +118,7 @@ fn children_die_with_the_parent_however_it_dies() {
 #[test]
 fn check_model_describes_the_demo() {
     let text = stdout(&["check-model", &demo_model().display().to_string()]);
-    for fact in ["mixtral", "9.4 M", "8 experts", "top-2", "512"] {
+    for fact in ["mixtral", "9.4 M", "the top 2", "512 tokens", "331.8 kB", "every weight was read"] {
         assert!(text.contains(fact), "{fact:?} is missing from:\n{text}");
     }
 }
@@ -131,9 +130,16 @@ fn bench_reports_every_figure() {
         "--output-tokens", "8", "--concurrency", "1,2", "--json",
     ]);
     let report: Value = serde_json::from_str(&output).unwrap();
-    let text = report.to_string();
-    for figure in ["prefill", "decode", "ttft", "inter_token", "dispatch", "p50", "p99"] {
-        assert!(text.contains(figure), "{figure:?} is missing from {text}");
+    let results = report["results"].as_array().unwrap();
+    assert_eq!(results.iter().map(|r| r["concurrency"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for result in results {
+        for rate in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
+            assert!(result[rate].as_f64().is_some_and(|rate| rate > 0.0), "{rate}: {result}");
+        }
+        for latency in ["time_to_first_token", "inter_token", "dispatch_per_layer"] {
+            let [p50, p99] = ["p50", "p99"].map(|p| result[latency][p].as_f64().unwrap());
+            assert!(0.0 < p50 && p50 <= p99, "{latency}: {result}");
+        }
     }
 }
 
