@@ -60,7 +60,9 @@ impl Setup {
     #[must_use]
     pub fn router_command(&self, workers: &[String]) -> Vec<String> {
         let mut args: Vec<String> =
-            ["router", "--model", &self.model, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"].map(Into::into).into();
+            ["router", "--model", &self.model, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
+                .map(Into::into)
+                .into();
         args.extend(workers.iter().flat_map(|address| ["--worker".to_owned(), address.clone()]));
         args.extend(self.common.iter().chain(&self.router).cloned());
         args

@@ -33,7 +33,8 @@ struct Row {
 
 fn table() -> BTreeMap<String, Row> {
     let page = std::fs::read_to_string(workspace_root().join("crates/ARCHITECTURE.md")).unwrap();
-    let table = page.split("<!-- edges:begin -->").nth(1).unwrap().split("<!-- edges:end -->").next().unwrap();
+    let table =
+        page.split("<!-- edges:begin -->").nth(1).unwrap().split("<!-- edges:end -->").next().unwrap();
     let cells = |line: &str| -> Vec<String> {
         line.trim_matches('|').split('|').map(|cell| cell.trim().replace('`', "")).collect()
     };
@@ -54,7 +55,8 @@ fn the_edge_table_is_true() {
         if ["testkit", "tests"].contains(&name.as_str()) {
             continue;
         }
-        let row = table.get(name).unwrap_or_else(|| panic!("`{name}` is missing from crates/ARCHITECTURE.md"));
+        let row =
+            table.get(name).unwrap_or_else(|| panic!("`{name}` is missing from crates/ARCHITECTURE.md"));
         let internal: BTreeSet<String> = uses.intersection(&ours).cloned().collect();
         assert_eq!(internal, row.uses, "the row of `{name}` in crates/ARCHITECTURE.md");
         assert!(!uses.contains("testkit"), "`{name}` ships test code");

@@ -42,6 +42,13 @@ async fn sixty_four_streams_of_mixed_lengths_equal_their_lone_runs() {
         finished += 1;
     }
     assert_eq!(finished, 64);
+    eventually("an idle router that says so", async || {
+        let idle = metric(&cluster, "muster_kv_blocks_free") == metric(&cluster, "muster_kv_blocks_total")
+            && metric(&cluster, "muster_sequences_running") == 0.0
+            && metric(&cluster, "muster_sequences_waiting") == 0.0;
+        idle.then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -61,7 +68,8 @@ async fn clients_that_vanish_leave_nothing_behind() {
     assert!(metric(&cluster, "muster_kv_blocks_free") < total, "nothing was running when the clients went");
     drop(streams);
     eventually("freeing every block", async || {
-        (metric(&cluster, "muster_kv_blocks_free") == total && metric(&cluster, "muster_sequences_running") == 0.0)
+        (metric(&cluster, "muster_kv_blocks_free") == total
+            && metric(&cluster, "muster_sequences_running") == 0.0)
             .then_some(())
     })
     .await;

@@ -32,7 +32,10 @@ fn compare(family: &str) {
             for run in [&local, &remote] {
                 assert_eq!(run.i64s(&experts), golden_ids, "{family} {prompt} layer {layer}");
                 let off = farthest(&run.f32s(&weights), &golden_weights);
-                assert!(off <= atol("topk_weights"), "{family} {prompt} layer {layer}: weights are off by {off}");
+                assert!(
+                    off <= atol("topk_weights"),
+                    "{family} {prompt} layer {layer}: weights are off by {off}"
+                );
             }
         }
     }
@@ -53,8 +56,17 @@ fn greedy_tokens_of_every_family() {
             let list: Vec<String> = tokens.iter().map(ToString::to_string).collect();
             let (model, list) = (directory.display().to_string(), list.join(","));
             let args = [
-                "generate", "--model", &model, "--compute", "f32", "--prompt-tokens", &list, "--max-tokens", "24",
-                "--ignore-eos", "--json",
+                "generate",
+                "--model",
+                &model,
+                "--compute",
+                "f32",
+                "--prompt-tokens",
+                &list,
+                "--max-tokens",
+                "24",
+                "--ignore-eos",
+                "--json",
             ];
             for workers in [&[][..], &["--workers", "2"]] {
                 let args: Vec<&str> = args.iter().chain(workers).copied().collect();
@@ -76,7 +88,11 @@ fn the_reference_command_is_another_opinion() {
     let reference = logits(&directory, &tokens, &["--reference"]).f32s("logits");
     let ours = logits(&directory, &tokens, &["--compute", "f32"]).f32s("logits");
     assert!(farthest(&reference, &golden.f32s("prompt1.logits")) <= 5e-4);
-    assert_ne!(bits(&reference), bits(&ours), "an independent implementation would round differently somewhere");
+    assert_ne!(
+        bits(&reference),
+        bits(&ours),
+        "an independent implementation would round differently somewhere"
+    );
 }
 
 #[test]
@@ -92,7 +108,10 @@ fn one_two_and_four_workers_and_any_chunk_give_the_same_bits() {
             &["--chunk", "7"],
             &["--chunk", "7", "--workers", "2"],
         ] {
-            assert!(bits(&logits(&directory, &tokens, extra).f32s("logits")) == expected, "{family} {extra:?}");
+            assert!(
+                bits(&logits(&directory, &tokens, extra).f32s("logits")) == expected,
+                "{family} {extra:?}"
+            );
         }
     }
 }

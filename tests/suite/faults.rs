@@ -33,19 +33,24 @@ async fn a_dead_worker_fails_requests_retryably_and_its_return_heals() {
         }
     }
     assert!(failed > 0, "the fault hit nobody");
-    eventually("not ready", async || (http::get(&cluster.http(), "/readyz").status == 503).then_some(())).await;
+    eventually("not ready", async || (http::get(&cluster.http(), "/readyz").status == 503).then_some(()))
+        .await;
     assert_eq!(http::get(&cluster.http(), "/healthz").status, 200, "the router itself lives");
     let status = generate(&client, greedy(&[1], 4)).await.unwrap_err();
     assert_eq!(status.code(), tonic::Code::Unavailable);
 
     cluster.restart_worker(1);
-    eventually("ready again", async || (http::get(&cluster.http(), "/readyz").status == 200).then_some(())).await;
+    eventually("ready again", async || (http::get(&cluster.http(), "/readyz").status == 200).then_some(()))
+        .await;
     assert_eq!(generate(&client, greedy(&[1, 844, 624], 32)).await.unwrap(), expected);
 }
 
 fn worker(model: &std::path::Path, share: &str) -> Process {
     let model = model.display().to_string();
-    Process::start(&["worker", "--model", &model, "--listen", "127.0.0.1:0", "--share", share].map(String::from)).unwrap()
+    Process::start(
+        &["worker", "--model", &model, "--listen", "127.0.0.1:0", "--share", share].map(String::from),
+    )
+    .unwrap()
 }
 
 fn router_error(model: &std::path::Path, workers: &[String]) -> String {
@@ -82,14 +87,14 @@ fn an_address_that_speaks_something_else_is_named() {
             let _ = (&stream).write_all(b"220 mail.example.org ESMTP\r\n");
         }
     });
-    let error = router_error(&golden_model("mixtral"), &[address.clone()]);
+    let error = router_error(&golden_model("mixtral"), std::slice::from_ref(&address));
     assert!(error.contains(&address), "{error}");
 }
 
 #[test]
 fn an_address_where_nobody_listens_is_named() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
-    let error = router_error(&golden_model("mixtral"), &[free.clone()]);
+    let error = router_error(&golden_model("mixtral"), std::slice::from_ref(&free));
     assert!(error.contains(&free), "{error}");
 }
 

@@ -28,7 +28,8 @@ async fn model_tokenize_detokenize_and_chat() {
             let message = ChatMessage { role: "user".into(), content: text.into() };
             Prompt::Chat(Chat { messages: vec![message] })
         } else {
-            let tokenized = client.tokenize(TokenizeRequest { text: text.into(), ..Default::default() }).await;
+            let tokenized =
+                client.tokenize(TokenizeRequest { text: text.into(), ..Default::default() }).await;
             assert_eq!(tokenized.unwrap().into_inner().ids, ids(&case["prompt_ids"]), "{text:?}");
             Prompt::Text(text.into())
         };

@@ -1,9 +1,9 @@
 //! The OpenAI-compatible HTTP API.
 
 use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::demo_model;
 use muster_tests::golden::json;
 use muster_tests::http::{get, post, post_bytes, raw};
-use muster_tests::demo_model;
 use serde_json::{Value, json};
 
 fn demo() -> Cluster {
@@ -78,8 +78,12 @@ fn models_probes_and_metrics() {
     let _ = post(&address, "/v1/completions", &json!({"model": "demo", "prompt": [1, 844], "max_tokens": 4}));
     let metrics = get(&address, "/metrics").text();
     for name in [
-        "muster_kv_blocks_free", "muster_step_seconds", "muster_time_to_first_token_seconds",
-        "muster_inter_token_seconds", "muster_tokens_generated_total", "muster_dispatch_seconds",
+        "muster_kv_blocks_free",
+        "muster_step_seconds",
+        "muster_time_to_first_token_seconds",
+        "muster_inter_token_seconds",
+        "muster_tokens_generated_total",
+        "muster_dispatch_seconds",
     ] {
         assert!(metrics.contains(name), "{name} is missing from:\n{metrics}");
     }
@@ -95,7 +99,11 @@ fn bad_input_gets_an_openai_error_and_serving_goes_on() {
         post(&address, "/v1/completions", &body)
     };
     let chat = |messages: Value| {
-        post(&address, "/v1/chat/completions", &json!({"model": "demo", "messages": messages, "max_tokens": 4}))
+        post(
+            &address,
+            "/v1/chat/completions",
+            &json!({"model": "demo", "messages": messages, "max_tokens": 4}),
+        )
     };
     let deep = "[".repeat(10_000) + &"]".repeat(10_000);
     let bytes = |body: &[u8]| post_bytes(&address, "/v1/completions", "application/json", body);
@@ -131,12 +139,20 @@ fn bad_input_gets_an_openai_error_and_serving_goes_on() {
         ("best_of", 400, completion(json!({"best_of": 1_000_000_000}))),
         ("no messages", 400, chat(json!([]))),
         ("message without role", 400, chat(json!([{"content": "x"}]))),
-        ("image part", 400, chat(json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]))),
+        (
+            "image part",
+            400,
+            chat(json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])),
+        ),
     ];
     for (name, expected, response) in cases {
         assert_eq!(response.status, expected, "{name}: {}", response.text());
         let error = &response.json()["error"];
-        assert!(error["message"].as_str().is_some_and(|message| message.len() > 5), "{name}: {}", response.text());
+        assert!(
+            error["message"].as_str().is_some_and(|message| message.len() > 5),
+            "{name}: {}",
+            response.text()
+        );
         assert!(!response.text().contains("/main"), "{name}: no paths in errors");
     }
     assert_eq!(get(&address, "/v1/completions").status, 405);

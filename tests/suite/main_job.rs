@@ -43,8 +43,19 @@ fn up_works_from_anywhere_without_a_home() {
 fn cluster_ids(case: &Value, compute: &str) -> Vec<u32> {
     let prompt: Vec<String> = ids(&case["prompt_ids"]).iter().map(ToString::to_string).collect();
     let output = stdout(&[
-        "generate", "--model", &demo_model().display().to_string(), "--workers", "2", "--compute", compute,
-        "--prompt-tokens", &prompt.join(","), "--max-tokens", "40", "--ignore-eos", "--json",
+        "generate",
+        "--model",
+        &demo_model().display().to_string(),
+        "--workers",
+        "2",
+        "--compute",
+        compute,
+        "--prompt-tokens",
+        &prompt.join(","),
+        "--max-tokens",
+        "40",
+        "--ignore-eos",
+        "--json",
     ]);
     let output: Value = serde_json::from_str(&output).unwrap();
     assert_eq!(output["finish_reason"], "length");
@@ -72,7 +83,9 @@ fn bf16_chooses_the_golden_tokens_wherever_the_margin_allows() {
         let logits = logits(&demo_model(), &tokens, &["--compute", "bf16", "--workers", "2"]).f32s("logits");
         let vocab = logits.len() / tokens.len();
         let margins = case["margins"].as_array().unwrap().iter().map(|margin| margin.as_f64().unwrap());
-        for (n, (margin, id)) in margins.zip(&expected).enumerate().filter(|(_, (margin, _))| *margin > BF16_MARGIN_CHANGE) {
+        for (n, (margin, id)) in
+            margins.zip(&expected).enumerate().filter(|(_, (margin, _))| *margin > BF16_MARGIN_CHANGE)
+        {
             let row = &logits[(prompt.len() - 1 + n) * vocab..][..vocab];
             let best = (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap();
             assert_eq!(best, *id as usize, "{} token {n}, margin {margin}", case["name"]);
@@ -93,7 +106,8 @@ fn children(pid: u32) -> Vec<u32> {
     let pids = listed.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|child| {
         let stat = std::fs::read_to_string(Path::new("/proc").join(child.to_string()).join("stat"));
-        let parent = stat.ok().and_then(|stat| stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse().ok());
+        let parent =
+            stat.ok().and_then(|stat| stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse().ok());
         parent == Some(pid)
     })
     .collect()
@@ -126,8 +140,18 @@ fn check_model_describes_the_demo() {
 #[test]
 fn bench_reports_every_figure() {
     let output = stdout(&[
-        "bench", "--model", &demo_model().display().to_string(), "--workers", "2", "--prompt-tokens", "64",
-        "--output-tokens", "8", "--concurrency", "1,2", "--json",
+        "bench",
+        "--model",
+        &demo_model().display().to_string(),
+        "--workers",
+        "2",
+        "--prompt-tokens",
+        "64",
+        "--output-tokens",
+        "8",
+        "--concurrency",
+        "1,2",
+        "--json",
     ]);
     let report: Value = serde_json::from_str(&output).unwrap();
     let results = report["results"].as_array().unwrap();

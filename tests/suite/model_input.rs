@@ -52,21 +52,45 @@ const SHARD: &str = "model-00001-of-00002.safetensors";
 
 #[test]
 fn broken_directories_are_refused_by_name() {
-    let cases: &[(&str, fn(&Path), &[&str])] = &[
+    /// What it is called, how to do the damage, and words that the refusal must have.
+    type Case = (&'static str, fn(&Path), &'static [&'static str]);
+    let cases: &[Case] = &[
         ("missing shard", |d| fs::remove_file(d.join(SHARD)).unwrap(), &[SHARD]),
         ("truncated shard", |d| edit(&d.join(SHARD), |b| b.truncate(b.len() - 4096)), &[SHARD]),
         ("one byte short", |d| edit(&d.join(SHARD), |b| b.truncate(b.len() - 1)), &[SHARD]),
         ("extra bytes", |d| edit(&d.join(SHARD), |b| b.extend([0; 8])), &[SHARD]),
         ("absurd header", |d| edit(&d.join(SHARD), |b| b[..8].fill(0xff)), &[SHARD, "header"]),
-        ("wrong dtype", |d| edit(&d.join(SHARD), |b| {
-            let at = b.windows(5).position(|w| w == b"\"F32\"").unwrap();
-            b[at..at + 5].copy_from_slice(b"\"I32\"");
-        }), &["I32"]),
-        ("wrong shape", |d| replace(&d.join("config.json"), "\"intermediate_size\": 48", "\"intermediate_size\": 47"), &["47", "48"]),
-        ("unknown model_type", |d| replace(&d.join("config.json"), "\"model_type\": \"mixtral\"", "\"model_type\": \"mystery\""), &["model_type", "mystery"]),
+        (
+            "wrong dtype",
+            |d| {
+                edit(&d.join(SHARD), |b| {
+                    let at = b.windows(5).position(|w| w == b"\"F32\"").unwrap();
+                    b[at..at + 5].copy_from_slice(b"\"I32\"");
+                });
+            },
+            &["I32"],
+        ),
+        (
+            "wrong shape",
+            |d| replace(&d.join("config.json"), "\"intermediate_size\": 48", "\"intermediate_size\": 47"),
+            &["47", "48"],
+        ),
+        (
+            "unknown model_type",
+            |d| replace(&d.join("config.json"), "\"model_type\": \"mixtral\"", "\"model_type\": \"mystery\""),
+            &["model_type", "mystery"],
+        ),
         ("no config", |d| fs::remove_file(d.join("config.json")).unwrap(), &["config.json"]),
-        ("no layers", |d| replace(&d.join("config.json"), "\"num_hidden_layers\": 3", "\"num_hidden_layers\": 0"), &["num_hidden_layers"]),
-        ("too many experts per token", |d| replace(&d.join("config.json"), "\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 9"), &["num_experts_per_tok", "9"]),
+        (
+            "no layers",
+            |d| replace(&d.join("config.json"), "\"num_hidden_layers\": 3", "\"num_hidden_layers\": 0"),
+            &["num_hidden_layers"],
+        ),
+        (
+            "too many experts per token",
+            |d| replace(&d.join("config.json"), "\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 9"),
+            &["num_experts_per_tok", "9"],
+        ),
     ];
     for (name, damage, expected) in cases {
         let directory = copy_of("mixtral");
@@ -82,7 +106,8 @@ fn a_single_nan_is_found_and_its_tensor_named() {
     let bytes = fs::read(&path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    let (name, entry) = header.as_object().unwrap().iter().find(|(name, _)| name.contains("experts")).unwrap();
+    let (name, entry) =
+        header.as_object().unwrap().iter().find(|(name, _)| name.contains("experts")).unwrap();
     let start = 8 + length + entry["data_offsets"][0].as_u64().unwrap() as usize;
     edit(&path, |bytes| bytes[start + 40..start + 44].copy_from_slice(&f32::NAN.to_le_bytes()));
     let error = String::from_utf8_lossy(&check(directory.path()).stderr).into_owned();

@@ -11,7 +11,8 @@ use muster_tests::cluster::{Cluster, Setup};
 use muster_tests::process::{muster, run_command};
 use muster_tests::{demo_model, workspace_root};
 
-const PACKAGES: [&str; 4] = ["openai==3.54.0", "grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-health-checking==1.85.1"];
+const PACKAGES: [&str; 4] =
+    ["openai==3.54.0", "grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-health-checking==1.85.1"];
 
 /// The scratch environment, made once and kept in the target directory between runs.
 fn python() -> Option<&'static Path> {
@@ -29,7 +30,11 @@ fn python() -> Option<&'static Path> {
             return Some(python);
         }
         succeed(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&environment));
-        succeed(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(PACKAGES));
+        succeed(
+            Command::new(&python)
+                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+                .args(PACKAGES),
+        );
         std::fs::write(&stamp, wanted).unwrap();
         Some(python)
     };
@@ -39,7 +44,10 @@ fn python() -> Option<&'static Path> {
 fn succeed(command: &mut Command) {
     let output = run_command(command);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success(), "{command:?}\n{out}\n{err}\n(MUSTER_SKIP_PYTHON=1 leaves this test out)");
+    assert!(
+        output.status.success(),
+        "{command:?}\n{out}\n{err}\n(MUSTER_SKIP_PYTHON=1 leaves this test out)"
+    );
 }
 
 fn script(name: &str) -> PathBuf {

@@ -13,7 +13,7 @@ use muster_telemetry::LogFormat;
 use muster_types::Compute;
 
 use crate::client::DEFAULT_GRPC;
-use crate::cluster::MOST_ROWS;
+use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
 
 /// Serves Mixture-of-Experts language models with their experts spread over many processes.
 #[derive(Debug, Parser)]
@@ -142,6 +142,9 @@ pub(crate) struct UpArgs {
     /// Memory for the KV cache, as in 512MiB or 4GiB [default: as needed, at most 512MiB].
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) kv_memory: Option<u64>,
+    /// Print a line of JSON on standard output when ready, instead of the welcome.
+    #[arg(long, hide = true)]
+    pub(crate) announce: bool,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
 }
@@ -190,6 +193,9 @@ pub(crate) struct ConfigArgs {
     /// Print a line of JSON on standard output when ready.
     #[arg(long, hide = true)]
     pub(crate) announce: bool,
+    /// Print lines of JSON while loading, too.
+    #[arg(long, hide = true, requires = "announce")]
+    pub(crate) announce_loading: bool,
     /// End when standard input does.
     #[arg(long, hide = true)]
     pub(crate) exit_with_parent: bool,
@@ -456,38 +462,6 @@ pub(crate) struct PullArgs {
     pub(crate) arguments: Vec<std::ffi::OsString>,
 }
 
-fn number(text: &str) -> Result<f32, String> {
-    text.parse::<f32>()
-        .ok()
-        .filter(|number| number.is_finite())
-        .ok_or_else(|| "it is not a number".to_owned())
-}
-
-fn not_negative(text: &str) -> Result<f32, String> {
-    let number = number(text)?;
-    if number < 0.0 { Err("it is below 0".to_owned()) } else { Ok(number) }
-}
-
-fn fraction(text: &str) -> Result<f32, String> {
-    let number = number(text)?;
-    if (0.0..=1.0).contains(&number) { Ok(number) } else { Err("it is not between 0 and 1".to_owned()) }
-}
-
-fn threads(text: &str) -> Result<NonZeroUsize, String> {
-    let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= 1024);
-    number.ok_or_else(|| "it is not a whole number from 1 to 1024".to_owned())
-}
-
-fn chunk(text: &str) -> Result<NonZeroUsize, String> {
-    let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= MOST_ROWS as usize);
-    number.ok_or_else(|| format!("it is not a whole number from 1 to {MOST_ROWS}"))
-}
-
-fn worker_count(text: &str) -> Result<NonZeroU32, String> {
-    let number = text.parse::<NonZeroU32>().ok().filter(|number| number.get() <= 256);
-    number.ok_or_else(|| "it is not a whole number from 1 to 256".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -497,14 +471,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn numbers_are_strict() {
-        assert!(
-            not_negative("nan").is_err() && not_negative("-0.1").is_err() && not_negative("inf").is_err()
-        );
-        assert!(fraction("1.1").is_err() && fraction("1").is_ok());
-        assert!(threads("0").is_err() && threads("1_000").is_err() && threads("8").is_ok());
     }
 }

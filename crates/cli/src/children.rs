@@ -20,7 +20,7 @@ use crate::failure::Failure;
 use crate::out;
 
 /// Flags that make a role behave as a child.
-pub(crate) const CHILD_FLAGS: [&str; 2] = ["--announce", "--exit-with-parent"];
+const CHILD_FLAGS: [&str; 3] = ["--announce", "--announce-loading", "--exit-with-parent"];
 
 /// A line that a child prints for its parent.
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,18 +55,6 @@ pub(crate) struct Listening {
 pub(crate) fn announce(announcement: &Announcement) {
     if let Ok(line) = serde_json::to_string(announcement) {
         let _ = out::line(&line);
-    }
-}
-
-/// Announces progress, at most once for every hundredth of the way.
-pub(crate) fn announce_loading() -> impl FnMut(LoadProgress) + Send {
-    let mut announced = None;
-    move |progress: LoadProgress| {
-        let hundredth = progress.done_bytes.saturating_mul(100).checked_div(progress.total_bytes);
-        if hundredth != announced {
-            announced = hundredth;
-            announce(&Announcement::Loading { done: progress.done_bytes, total: progress.total_bytes });
-        }
     }
 }
 

@@ -182,7 +182,7 @@ impl Worker {
             match self.start(bar).await {
                 Ok(running) => return running,
                 Err(failure) => {
-                    tracing::warn!(worker = self.name, ?failure, ?pause, "cannot be started again yet")
+                    tracing::warn!(worker = self.name, ?failure, ?pause, "cannot be started again yet");
                 }
             }
         }

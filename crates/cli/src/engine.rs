@@ -62,11 +62,11 @@ pub(crate) fn load(
 ) -> Result<Loaded, Failure> {
     let cpu = Arc::new(Cpu::new(threads).map_err(Failure::runtime)?);
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut |p| bar.update(p)).map_err(Failure::input)?);
-    bar.finish();
     match experts {
         Experts::Here => {
             let keys = ExpertSet::all_keys(&checkpoint);
-            let set = ExpertSet::load(&checkpoint, &keys, compute, &mut |p| bar.update(p))
+            let rest = bar.after_this();
+            let set = ExpertSet::load(&checkpoint, &keys, compute, &mut |p| rest.update(p))
                 .map_err(Failure::input)?;
             bar.finish();
             let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
@@ -74,6 +74,7 @@ pub(crate) fn load(
             Ok(Loaded { checkpoint, cpu, trunk, dispatch, stats: None, health, workers: 0 })
         }
         Experts::Workers(addresses) => {
+            bar.finish();
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
             let dispatch = connect(&checkpoint, compute, addresses)?;
             let stats = Some(dispatch.stats());

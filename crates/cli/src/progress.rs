@@ -22,10 +22,12 @@ impl Bars {
 
     /// A bar for something that is loaded.
     pub(crate) fn bar(&self, label: String) -> Bar {
-        let style = ProgressStyle::with_template("{prefix:<12} {bar:32} {bytes:>10} of {total_bytes} {msg}");
+        let style = ProgressStyle::with_template(
+            "{prefix:<12} {bar:32} {decimal_bytes:>10} of {decimal_total_bytes}",
+        );
         let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = self.bars.add(ProgressBar::new(0).with_style(style).with_prefix(label.clone()));
-        Bar { bar, label, is_terminal: self.is_terminal }
+        Bar { bar, label, before: 0, is_terminal: self.is_terminal }
     }
 }
 
@@ -34,6 +36,8 @@ impl Bars {
 pub(crate) struct Bar {
     bar: ProgressBar,
     label: String,
+    /// Bytes loaded before those that are counted now.
+    before: u64,
     is_terminal: bool,
 }
 
@@ -44,8 +48,13 @@ impl Bar {
     }
 
     pub(crate) fn update(&self, progress: LoadProgress) {
-        self.bar.set_length(progress.total_bytes);
-        self.bar.set_position(progress.done_bytes);
+        self.bar.set_length(self.before + progress.total_bytes);
+        self.bar.set_position(self.before + progress.done_bytes);
+    }
+
+    /// The same bar for what is loaded next, on top of what was loaded so far.
+    pub(crate) fn after_this(&self) -> Self {
+        Self { before: self.bar.position(), ..self.clone() }
     }
 
     /// Done: the bar goes away; a line stays where there was none.

@@ -1,5 +1,7 @@
 //! Layers and their order, and every way a configuration can be wrong.
 
+#![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
+
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::time::Duration;

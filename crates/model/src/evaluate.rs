@@ -73,7 +73,9 @@ fn checked(tokens: &[u32], vocab: u32, context: usize) -> Result<Vec<TokenId>, M
     }
     if tokens.len() > context {
         let len = tokens.len();
-        return Err(ModelError::Input(format!("{len} tokens are more than the model's context of {context}")));
+        return Err(ModelError::Input(format!(
+            "{len} tokens are more than the model's context of {context}"
+        )));
     }
     let check = |&id| TokenId::new(id, vocab).map_err(|error| ModelError::Input(error.to_string()));
     tokens.iter().map(check).collect()
@@ -87,5 +89,7 @@ fn record(layers: &mut Vec<(u32, LayerChoices)>, view: &GateView<'_>) {
     });
     let choices = view.choices;
     let rows = choices.experts().chunks_exact(choices.k()).zip(choices.weights().chunks_exact(choices.k()));
-    layers[at].1.extend(rows.map(|(ids, weights)| ids.iter().map(|id| id.get()).zip(weights.iter().copied()).collect()));
+    layers[at].1.extend(
+        rows.map(|(ids, weights)| ids.iter().map(|id| id.get()).zip(weights.iter().copied()).collect()),
+    );
 }

@@ -3,7 +3,7 @@
 //! A family is data here ([`muster_checkpoint::spec::ModelSpec`]); no family is named. The trunk runs a step over
 //! two micro-batch lanes and reaches its experts only through
 //! [`ExpertDispatch`](muster_engine::dispatch::ExpertDispatch), so it does not know whether they are in this
-//! process. Everything is synchronous. [`reference`] is a second, plain implementation on candle tensors that
+//! process. Everything is synchronous. [`mod@reference`] is a second, plain implementation on candle tensors that
 //! shares nothing with the first but the checkpoint, and exists to be compared with.
 
 mod error;

@@ -53,7 +53,8 @@ impl ExpertDispatch for Local {
             )));
         }
         let (groups, positions) = by_expert(choices.experts(), choices.k());
-        let groups: Vec<(ExpertId, &[u32])> = groups.iter().map(|(id, rows)| (*id, rows.as_slice())).collect();
+        let groups: Vec<(ExpertId, &[u32])> =
+            groups.iter().map(|(id, rows)| (*id, rows.as_slice())).collect();
         let mut outputs = self.spare.pop().unwrap_or_default();
         self.experts
             .forward(&self.cpu, &mut self.scratch, batch.layer, &groups, batch.rows, &mut outputs)

@@ -47,7 +47,10 @@ impl<'a> Reference<'a> {
             return Err(ModelError::Input("the token list is empty".into()));
         }
         if let Some(bad) = tokens.iter().find(|&&id| id >= spec.vocab) {
-            return Err(ModelError::Input(format!("token id {bad} is out of range: the vocabulary has {}", spec.vocab)));
+            return Err(ModelError::Input(format!(
+                "token id {bad} is out of range: the vocabulary has {}",
+                spec.vocab
+            )));
         }
         let embedding = self.read(Role::Embedding)?;
         let ids = Tensor::new(tokens, &Device::Cpu)?;

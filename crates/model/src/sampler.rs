@@ -102,7 +102,8 @@ impl Sampling {
         let mut bias = Vec::with_capacity(raw.bias.len());
         for (id, value) in raw.bias {
             let value = check("logit_bias", value, -100.0, 100.0, "between -100 and 100")?;
-            let id = TokenId::new(id, vocab).map_err(|error| InvalidSampling::bias(format!("has a bad key: {error}")))?;
+            let id = TokenId::new(id, vocab)
+                .map_err(|error| InvalidSampling::bias(format!("has a bad key: {error}")))?;
             bias.push((id, value));
         }
         let penalty = "between -2 and 2";
@@ -289,8 +290,7 @@ pub fn logprobs(logits: &[f32], chosen: TokenId, top: usize) -> (LogProb, Vec<Lo
     let norm = log_sum_exp(logits);
     let of = |token: TokenId| LogProb { token, logprob: logits[token.index()] - norm };
     let mut ids: Vec<TokenId> = TokenId::all(u32::try_from(logits.len()).unwrap_or(u32::MAX)).collect();
-    let order =
-        |a: &TokenId, b: &TokenId| logits[b.index()].total_cmp(&logits[a.index()]).then(a.cmp(b));
+    let order = |a: &TokenId, b: &TokenId| logits[b.index()].total_cmp(&logits[a.index()]).then(a.cmp(b));
     if top < ids.len() {
         ids.select_nth_unstable_by(top, order);
         ids.truncate(top);
@@ -373,7 +373,13 @@ mod tests {
         let weights: Vec<f64> = order.iter().map(|&i| f64::from(logits[i as usize]).exp()).collect();
         let total: f64 = weights.iter().sum();
         let mut mass = 0.0;
-        let nucleus = 1 + weights.iter().position(|w| { mass += w; mass >= 0.3 * total }).unwrap();
+        let nucleus = 1 + weights
+            .iter()
+            .position(|w| {
+                mass += w;
+                mass >= 0.3 * total
+            })
+            .unwrap();
         assert_eq!(support(&settings(|raw| raw.top_p = 0.3)), sorted(order[..nucleus].to_vec()));
         let likely = weights.iter().filter(|&&w| w >= 0.5 * weights[0]).count();
         assert_eq!(support(&settings(|raw| raw.min_p = 0.5)), sorted(order[..likely].to_vec()));
@@ -407,8 +413,14 @@ mod tests {
         assert_eq!(bad(|r| r.top_p = 0.0), "top_p is 0; it must be above 0, at most 1");
         assert_eq!(bad(|r| r.top_p = f32::NAN), "top_p is NaN; it must be above 0, at most 1");
         assert_eq!(bad(|r| r.min_p = 1.5), "min_p is 1.5; it must be between 0 and 1");
-        assert_eq!(bad(|r| r.presence_penalty = f32::INFINITY), "presence_penalty is inf; it must be between -2 and 2");
-        assert!(bad(|r| r.bias = vec![(64, 0.0)]).starts_with("logit_bias has a bad key: token id 64 is out of range"));
+        assert_eq!(
+            bad(|r| r.presence_penalty = f32::INFINITY),
+            "presence_penalty is inf; it must be between -2 and 2"
+        );
+        assert!(
+            bad(|r| r.bias = vec![(64, 0.0)])
+                .starts_with("logit_bias has a bad key: token id 64 is out of range")
+        );
         assert!(bad(|r| r.bias = vec![(1, f32::NAN)]).starts_with("logit_bias is NaN"));
     }
 

@@ -1,6 +1,8 @@
 //! Every family against what transformers computed, and against the plain reference; and promise 3 inside one
 //! process: the same bits for every chunking.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -82,7 +84,9 @@ impl Golden {
     fn ids(&self, name: &str) -> Vec<u32> {
         let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
         let data = tensors.tensor(name).unwrap().data().to_vec();
-        data.chunks_exact(8).map(|b| u32::try_from(i64::from_le_bytes(b.try_into().unwrap())).unwrap()).collect()
+        data.chunks_exact(8)
+            .map(|b| u32::try_from(i64::from_le_bytes(b.try_into().unwrap())).unwrap())
+            .collect()
     }
 
     /// Absolute tolerance for one kind of tensor.
@@ -94,7 +98,10 @@ impl Golden {
 
 fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
     assert_eq!(ours.len(), theirs.len());
-    ours.iter().zip(theirs).map(|(a, b)| (a - b).abs()).fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
+    ours.iter()
+        .zip(theirs)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
 }
 
 fn check_choices(golden: &Golden, prompt: &str, choices: &[(u32, LayerChoices)], who: &str) {
@@ -102,7 +109,11 @@ fn check_choices(golden: &Golden, prompt: &str, choices: &[(u32, LayerChoices)],
     for (layer, rows) in choices {
         let ids: Vec<u32> = rows.iter().flatten().map(|c| c.0).collect();
         let weights: Vec<f32> = rows.iter().flatten().map(|c| c.1).collect();
-        assert_eq!(ids, golden.ids(&format!("{prompt}.layer{layer}.topk_ids")), "{who} {prompt} layer {layer}");
+        assert_eq!(
+            ids,
+            golden.ids(&format!("{prompt}.layer{layer}.topk_ids")),
+            "{who} {prompt} layer {layer}"
+        );
         let off = farthest(&weights, &golden.f32s(&format!("{prompt}.layer{layer}.topk_weights")));
         assert!(off <= atol, "{who} {prompt} layer {layer}: weights are off by {off}, allowed {atol}");
     }
@@ -174,7 +185,8 @@ fn chunks_threads_and_instruction_sets_do_not_change_a_bit() {
 #[test]
 fn the_demo_model_gives_its_golden_tokens() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo");
-    let golden: Value = serde_json::from_slice(&std::fs::read(directory.join("golden.json")).unwrap()).unwrap();
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(directory.join("golden.json")).unwrap()).unwrap();
     let model = Model::open(&directory, Compute::F32, Isa::detect(), 2);
     for case in golden["prompts"].as_array().unwrap() {
         let list = |key: &str| -> Vec<u32> {
@@ -194,23 +206,24 @@ fn the_demo_model_gives_its_golden_tokens() {
 #[test]
 fn bf16_stays_within_its_stated_distance_of_f32() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo");
-    let golden: Value = serde_json::from_slice(&std::fs::read(directory.join("golden.json")).unwrap()).unwrap();
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(directory.join("golden.json")).unwrap()).unwrap();
     let [exact, rounded] =
         [Compute::F32, Compute::Bf16].map(|compute| Model::open(&directory, compute, Isa::detect(), 2));
     let vocab = exact.checkpoint.spec().vocab as usize;
-    let (mut positions, mut agree, mut divergence, mut worst) = (0, 0, 0.0, 0.0f32);
+    let (mut positions, mut agree, mut divergence, mut worst) = (0u32, 0u32, 0.0, 0.0f32);
     for case in golden["prompts"].as_array().unwrap() {
         let lists = ["prompt_ids", "ids"].map(|key| case[key].as_array().unwrap().clone());
         let tokens: Vec<u32> = lists.iter().flatten().map(|id| id.as_u64().unwrap() as u32).collect();
         let (wide, narrow) = (exact.evaluate(&tokens, 512).logits, rounded.evaluate(&tokens, 512).logits);
         for (p, q) in wide.chunks_exact(vocab).zip(narrow.chunks_exact(vocab)) {
             positions += 1;
-            agree += usize::from(argmax(p) == argmax(q));
+            agree += u32::from(argmax(p) == argmax(q));
             divergence += kl(p, q);
             worst = worst.max(margin_change(p, q));
         }
     }
-    let (mean, top1) = (divergence / positions as f64, agree as f64 / positions as f64);
+    let (mean, top1) = (divergence / f64::from(positions), f64::from(agree) / f64::from(positions));
     println!("{positions} positions: mean KL {mean:.2e}, top-1 {top1:.4}, largest margin change {worst:.3}");
     assert!(mean <= STATED_MEAN_KL && top1 >= STATED_TOP1 && worst <= STATED_MARGIN_CHANGE);
 }

@@ -58,7 +58,8 @@ pub(crate) fn small_files(available: &[String]) -> Result<(Vec<&'static str>, We
 /// The index names no shard, or one that is not a plain safetensors file of the repository.
 pub(crate) fn weight_files(index: Option<&str>, available: &[String]) -> Result<Vec<String>> {
     let Some(index) = index else { return Ok(vec![SINGLE.to_owned()]) };
-    let index: serde_json::Value = serde_json::from_str(index).with_context(|| format!("{INDEX} is not JSON"))?;
+    let index: serde_json::Value =
+        serde_json::from_str(index).with_context(|| format!("{INDEX} is not JSON"))?;
     let weight_map = index["weight_map"].as_object().with_context(|| format!("{INDEX} has no weight_map"))?;
     let shards: BTreeSet<&str> = weight_map.values().filter_map(|shard| shard.as_str()).collect();
     ensure!(!shards.is_empty(), "{INDEX} names no safetensors file");

@@ -20,9 +20,7 @@ use muster_text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
 use muster_types::{SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::request::{
-    Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs,
-};
+use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
 
 /// Rows in a step from which two lanes pay: below, splitting only makes the messages smaller.
 const LANE_MIN_ROWS: usize = 4;
@@ -100,14 +98,14 @@ impl Engine {
         while self.receive(&mut table) {
             self.drop_abandoned(&mut table);
             let step = self.scheduler.schedule();
-            self.report(&step);
-            if step.items.is_empty() {
-                continue;
+            if !step.items.is_empty() {
+                let started = Instant::now();
+                let lanes = self.compute(&step, &mut state);
+                self.emit(&step, &lanes, &state, &mut table, &mut scratch);
+                histogram!("muster_step_seconds").record(started.elapsed().as_secs_f64());
+                counter!("muster_tokens_computed_total").increment(step.tokens() as u64);
             }
-            let started = Instant::now();
-            let lanes = self.compute(&step, &mut state);
-            self.emit(&step, &lanes, &state, &mut table, &mut scratch);
-            histogram!("muster_step_seconds").record(started.elapsed().as_secs_f64());
+            self.report();
         }
         for (_, active) in std::mem::take(&mut table.active) {
             let _ = active.events.try_send(Err(RequestError::ShuttingDown));
@@ -145,8 +143,7 @@ impl Engine {
         for choice in admission.choices {
             let id = SeqId::new(table.next);
             table.next += 1;
-            let sequence =
-                NewSequence { id, prompt: choice.prompt.clone(), max_tokens: choice.max_tokens };
+            let sequence = NewSequence { id, prompt: choice.prompt.clone(), max_tokens: choice.max_tokens };
             if let Err(error) = self.scheduler.admit(sequence) {
                 outcome = Err(refusal(&error));
                 break;
@@ -259,14 +256,13 @@ impl Engine {
         siblings.into_iter().for_each(|id| self.remove(id, table));
     }
 
-    fn report(&self, step: &Step) {
+    fn report(&self) {
         let stats = self.scheduler.stats();
         gauge!("muster_sequences_running").set(stats.running as f64);
         gauge!("muster_sequences_waiting").set(stats.waiting as f64);
         gauge!("muster_kv_blocks_total").set(f64::from(stats.blocks_total));
         gauge!("muster_kv_blocks_free").set(f64::from(stats.blocks_free));
         counter!("muster_preemptions_total").absolute(stats.preemptions);
-        counter!("muster_tokens_computed_total").increment(step.tokens() as u64);
     }
 }
 
@@ -338,12 +334,7 @@ impl Active {
     }
 }
 
-fn token_logprobs(
-    logits: &[f32],
-    token: TokenId,
-    top: u32,
-    tokenizer: Option<&Tokenizer>,
-) -> TokenLogprobs {
+fn token_logprobs(logits: &[f32], token: TokenId, top: u32, tokenizer: Option<&Tokenizer>) -> TokenLogprobs {
     let (chosen, top) = sampler::logprobs(logits, token, top as usize);
     let describe = |entry: sampler::LogProb| {
         let token_id = entry.token.get();

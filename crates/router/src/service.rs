@@ -250,8 +250,10 @@ impl Service {
         }
         let context = self.inner.model.context as usize;
         if ids.len() >= context {
-            let message =
-                format!("has {} tokens; the model's context of {context} leaves no room for output", ids.len());
+            let message = format!(
+                "has {} tokens; the model's context of {context} leaves no room for output",
+                ids.len()
+            );
             return Err(RequestError::invalid(field, message));
         }
         let check = |id| {
@@ -283,7 +285,10 @@ impl Service {
     fn check_bytes(&self, field: &'static str, bytes: usize) -> Result<(), RequestError> {
         let limit = self.inner.limits.prompt_bytes;
         if bytes > limit {
-            return Err(RequestError::invalid(field, format!("has {bytes} bytes; at most {limit} are allowed")));
+            return Err(RequestError::invalid(
+                field,
+                format!("has {bytes} bytes; at most {limit} are allowed"),
+            ));
         }
         Ok(())
     }
@@ -296,7 +301,9 @@ impl Service {
             Some(asked) if asked <= room => Ok(asked),
             Some(asked) => Err(RequestError::invalid(
                 "max_tokens",
-                format!("is {asked}; after a prompt of {prompt} tokens the context of {context} leaves {room}"),
+                format!(
+                    "is {asked}; after a prompt of {prompt} tokens the context of {context} leaves {room}"
+                ),
             )),
         }
     }

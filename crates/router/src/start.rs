@@ -84,7 +84,9 @@ pub enum StartError {
     #[error("kv cache: {0}")]
     Kv(#[from] KernelError),
     /// A KV budget too small for a single block.
-    #[error("the KV budget of {budget} bytes holds no block; one block of {BLOCK_TOKENS} tokens takes {block} bytes")]
+    #[error(
+        "the KV budget of {budget} bytes holds no block; one block of {BLOCK_TOKENS} tokens takes {block} bytes"
+    )]
     KvBudget {
         /// Bytes given.
         budget: u64,

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal};
 use std::str::FromStr;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -53,9 +54,8 @@ impl fmt::Display for LogFormat {
 /// # Errors
 /// When the filter cannot be read, or logs were set up before.
 pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), TelemetryError> {
-    let directives = EnvFilter::builder()
-        .parse(filter)
-        .map_err(|error| TelemetryError::Filter { filter: filter.to_owned(), reason: error.to_string() })?;
+    let directives =
+        parse(filter).map_err(|reason| TelemetryError::Filter { filter: filter.to_owned(), reason })?;
     let registry = tracing_subscriber::registry().with(directives);
     let lines = tracing_subscriber::fmt::layer();
     let outcome = match format {
@@ -70,6 +70,15 @@ pub fn init_logs(format: LogFormat, filter: &str) -> Result<(), TelemetryError> 
         }
     };
     outcome.map_err(|_| TelemetryError::LogsTwice)
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, String> {
+    // A lone word that is no level would be taken for a target, and a misspelt level would silence everything.
+    let words = filter.split(',').filter(|part| !part.contains(['=', '[']));
+    if let Some(word) = words.into_iter().find(|word| word.parse::<LevelFilter>().is_err()) {
+        return Err(format!("{word:?} is not a level; levels are error, warn, info, debug, trace and off"));
+    }
+    EnvFilter::builder().parse(filter).map_err(|error| error.to_string())
 }
 
 /// Makes a writer per event.
@@ -101,5 +110,7 @@ mod tests {
         let error = init_logs(LogFormat::Human, "muster=loudest").unwrap_err().to_string();
         assert!(error.starts_with("log filter \"muster=loudest\": "), "{error}");
         assert!(error.ends_with("`info,muster_router=debug`"), "{error}");
+        assert!(parse("inof").unwrap_err().contains("\"inof\" is not a level"));
+        assert!(parse("warn,muster_router=debug,[span]=trace").is_ok() && parse("OFF").is_ok());
     }
 }

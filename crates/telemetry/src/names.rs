@@ -22,6 +22,11 @@ macro_rules! metric_names {
 }
 
 metric_names! {
+    // Router: edges.
+    describe_counter HTTP_REQUESTS = "muster_http_requests_total", Count, "HTTP requests answered, by route and status.";
+    describe_counter GRPC_REQUESTS = "muster_grpc_requests_total", Count, "gRPC calls answered, by method and status code.";
+    describe_counter ACCEPT_ERRORS = "muster_accept_errors_total", Count, "Connections that could not be accepted, for lack of file descriptors or the like.";
+    describe_counter CONNECTIONS_EVICTED = "muster_connections_evicted_total", Count, "Connections closed because their peer made no progress.";
     // Router: requests.
     describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full.";
     describe_counter REQUESTS_FAILED = "muster_requests_failed_total", Count, "Completions that ended with an error.";
@@ -37,11 +42,20 @@ metric_names! {
     describe_gauge KV_BLOCKS_TOTAL = "muster_kv_blocks_total", Count, "Blocks of the KV cache.";
     describe_gauge KV_BLOCKS_FREE = "muster_kv_blocks_free", Count, "Blocks of the KV cache that hold nothing.";
     describe_histogram STEP_SECONDS = "muster_step_seconds", Seconds, "One pass of the batch through all layers.";
+    // Router: dispatch.
+    describe_gauge DISPATCH_WORKERS = "muster_dispatch_workers", Count, "Workers that rows can be sent to.";
+    describe_histogram DISPATCH_SECONDS = "muster_dispatch_seconds", Seconds, "From sending the rows of one layer and micro-batch until the last worker answered.";
+    describe_counter DISPATCH_LATE_REPLIES = "muster_dispatch_late_replies_total", Count, "Replies that nobody waited for any more.";
+    describe_counter DISPATCH_BAD_REPLIES = "muster_dispatch_bad_replies_total", Count, "Replies that break the protocol.";
+    describe_counter DISPATCH_DEADLINES = "muster_dispatch_deadlines_total", Count, "Layers whose experts did not answer in time.";
+    describe_counter DISPATCH_FAULTS = "muster_dispatch_faults_total", Count, "Errors that workers reported, by code.";
+    describe_counter DISPATCH_LINKS_LOST = "muster_dispatch_links_lost_total", Count, "Connections to workers that broke.";
     // Worker.
     describe_counter WORKER_SHARDS = "muster_worker_shards_total", Count, "Shards answered, by outcome.";
     describe_counter WORKER_SHARDS_ABANDONED = "muster_worker_shards_abandoned_total", Count, "Shards dropped because their router went away.";
     describe_counter WORKER_ROWS = "muster_worker_rows_total", Count, "Expert output rows computed.";
     describe_counter WORKER_HANDSHAKES_REFUSED = "muster_worker_handshakes_refused_total", Count, "Routers refused at the handshake.";
+    describe_counter WORKER_ACCEPT_ERRORS = "muster_worker_accept_errors_total", Count, "Connections that a worker could not accept.";
     describe_histogram WORKER_QUEUE_SECONDS = "muster_worker_queue_seconds", Seconds, "Between the arrival of a shard and the start of its computation.";
     describe_histogram WORKER_COMPUTE_SECONDS = "muster_worker_compute_seconds", Seconds, "Computation of one shard.";
 }

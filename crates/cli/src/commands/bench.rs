@@ -36,7 +36,7 @@ struct Measurement {
     prefill_tokens_per_second: f64,
     /// Missing when sequences were never all decoding at once.
     decode_tokens_per_second: Option<f64>,
-    time_to_first_token: Spread,
+    ttft: Spread,
     inter_token: Spread,
     /// Dispatch and combine of one MoE layer while decoding, without queue and compute in the workers. Only for workers
     /// of one's own.
@@ -113,7 +113,7 @@ async fn at(
         concurrency,
         prefill_tokens_per_second: median(&mut prefill).ok_or_else(missing)?,
         decode_tokens_per_second: median(&mut decode),
-        time_to_first_token: Spread::of(&mut first).ok_or_else(missing)?,
+        ttft: Spread::of(&mut first).ok_or_else(missing)?,
         inter_token: Spread::of(&mut between).ok_or_else(missing)?,
         dispatch_per_layer: Spread::of(&mut dispatch),
     })
@@ -222,8 +222,8 @@ fn table(report: &Report) -> String {
                 result.concurrency.to_string(),
                 rate(Some(result.prefill_tokens_per_second)),
                 rate(result.decode_tokens_per_second),
-                seconds(result.time_to_first_token.p50),
-                seconds(result.time_to_first_token.p99),
+                seconds(result.ttft.p50),
+                seconds(result.ttft.p99),
                 seconds(result.inter_token.p50),
                 seconds(result.inter_token.p99),
                 dispatch(|spread| spread.p50),

@@ -140,8 +140,8 @@ fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> Layer
 /// What a gate does, in a sentence.
 fn in_words(gate: &GateRecipe, top_k: u32) -> String {
     let score = match gate.score {
-        Score::SoftmaxThenTopK => format!("softmax over all experts, then the top {top_k}"),
-        Score::TopKThenSoftmax => format!("the top {top_k}, then softmax over those"),
+        Score::SoftmaxThenTopK => format!("softmax over all experts, then top-{top_k}"),
+        Score::TopKThenSoftmax => format!("top-{top_k}, then softmax over those"),
     };
     let renormalise = match gate.renormalise {
         Renormalise::None => "",
@@ -160,6 +160,20 @@ fn alike(layers: &[LayerReport]) -> Vec<(RangeInclusive<usize>, &LayerReport)> {
         }
     }
     groups
+}
+
+/// `6 layers, 8 experts each, top-2`.
+fn layers_in_words(layers: &[LayerReport]) -> String {
+    let with_experts: Vec<&LayerReport> = layers.iter().filter(|layer| layer.experts > 0).collect();
+    let mut kinds: Vec<String> = with_experts
+        .iter()
+        .map(|layer| format!("{} experts each, top-{}", layer.experts, layer.experts_per_token))
+        .collect();
+    kinds.dedup();
+    let dense = layers.len() - with_experts.len();
+    let which = if dense == 0 { String::new() } else { format!(", {} of them with", with_experts.len()) };
+    let separator = if dense == 0 { ", " } else { " " };
+    format!("{}{which}{separator}{}", layers.len(), kinds.join(" or "))
 }
 
 fn for_people(report: &Report) -> String {
@@ -203,6 +217,7 @@ fn for_people(report: &Report) -> String {
         ("chat template", chat),
     ];
     let groups = alike(&report.layers);
+    facts.push(("layers", layers_in_words(&report.layers)));
     for (_, layer) in &groups {
         if let Some(gate) = &layer.gate
             && !facts.iter().any(|(name, value)| *name == "gate" && value == gate)
@@ -260,7 +275,15 @@ mod tests {
         let tokenizer = tokenizer(&checkpoint).unwrap();
         let report = report(&checkpoint, tokenizer.as_ref(), true);
         let text = for_people(&report);
-        for fact in ["demo (mixtral)", "9.4 M, ", "bf16: trunk ", "512 tokens", "0-5", "chat template  yes"] {
+        for fact in [
+            "demo (mixtral)",
+            "9.4 M, ",
+            "bf16: trunk ",
+            "512 tokens",
+            "0-5",
+            "6, 8 experts each, top-2",
+            "chat template  yes",
+        ] {
             assert!(text.contains(fact), "{fact} in\n{text}");
         }
     }

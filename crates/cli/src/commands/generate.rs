@@ -72,7 +72,11 @@ pub(crate) async fn answer(
     }
     let (mut token_ids, mut whole, mut first) = (Vec::new(), String::new(), None);
     let (finish_reason, completion_tokens) = loop {
-        let piece = pieces.next().await?;
+        let piece = match pieces.next().await {
+            // What was printed so far is no whole line.
+            Err(failure) if output == Output::Text => return out::line("").and(Err(failure)),
+            piece => piece?,
+        };
         first.get_or_insert_with(|| started.elapsed());
         let (text, end) = match piece {
             Some(Piece::Token { id, text }) => {

@@ -1,17 +1,18 @@
 //! `muster router`: settings to a running router.
 
+use std::sync::Arc;
+
 use muster_config::{Environment, Flags, RouterSettings, Sources};
-use muster_model::LoadProgress;
 use muster_router::serve::{Bound, Hooks, RouterConfig, RouterError, run as run_router};
 use muster_router::start::EngineSettings;
 use muster_types::Limits;
 
 use super::{log_settings, serve};
 use crate::args::{LogArgs, RouterArgs};
-use crate::children::{Announcement, Listening, announce, announce_loading, exit_with_parent};
+use crate::children::{Listening, exit_with_parent};
 use crate::engine::cores;
 use crate::failure::Failure;
-use crate::progress::Bar;
+use crate::outlet::Outlet;
 use crate::signals::Signals;
 use crate::{models, out};
 
@@ -28,16 +29,18 @@ pub(crate) fn run(args: &RouterArgs, log: &LogArgs) -> Result<(), Failure> {
         exit_with_parent()?;
     }
     let log = settings.log.clone();
-    let announced = args.config.announce;
+    let outlet = Outlet::of(&args.config, "router");
     serve(&log, async move {
         let signals = Signals::listen()?;
         let metrics = muster_telemetry::install_metrics().map_err(Failure::runtime)?;
         let config = config(settings)?;
-        let bar = (!announced).then(|| Bar::single("router"));
+        let (progress, ready) = (outlet.progress(), outlet.ready());
         let hooks = Hooks {
-            progress: progress(bar.clone()),
-            ready: Box::new(move |bound| ready(bound, bar.as_ref())),
-            metrics: std::sync::Arc::new(move || metrics.render()),
+            progress,
+            ready: Box::new(move |bound: Bound| {
+                ready(Listening { http: Some(bound.http), grpc: Some(bound.grpc), ..Listening::default() });
+            }),
+            metrics: Arc::new(move || metrics.render()),
         };
         run_router(config, hooks, signals.drain_then_exit()).await.map_err(|error| failure(&error))
     })
@@ -85,25 +88,6 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             limits: Limits { running: settings.max_running, queue: settings.max_queue, ..Limits::default() },
         },
     })
-}
-
-/// For the parent where there is one, else for the terminal.
-fn progress(bar: Option<Bar>) -> Box<dyn FnMut(LoadProgress) + Send> {
-    match bar {
-        Some(bar) => Box::new(move |progress| bar.update(progress)),
-        None => Box::new(announce_loading()),
-    }
-}
-
-fn ready(bound: Bound, bar: Option<&Bar>) {
-    match bar {
-        Some(bar) => bar.finish(),
-        None => announce(&Announcement::Ready(Listening {
-            http: Some(bound.http),
-            grpc: Some(bound.grpc),
-            ..Listening::default()
-        })),
-    }
 }
 
 fn failure(error: &RouterError) -> Failure {

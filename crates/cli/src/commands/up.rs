@@ -9,7 +9,7 @@ use muster_checkpoint::Checkpoint;
 use super::generate::{Output, Prompt, answer};
 use crate::args::{LogArgs, UpArgs};
 use crate::backend::Backend;
-use crate::children::{self, Listening, Running};
+use crate::children::{self, Announcement, Running, announce};
 use crate::client::Client;
 use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flag, log_flags, shares_of_cores};
 use crate::failure::Failure;
@@ -87,7 +87,7 @@ async fn serve(
     let bar = bars.bar("router".to_owned());
     let listening = router.ready(|progress| bar.update(progress)).await?;
     bar.finish();
-    let Listening { http: Some(http), grpc: Some(grpc), .. } = listening else {
+    let (Some(http), Some(grpc)) = (listening.http, listening.grpc) else {
         return Err(Failure::runtime("the router did not say where it listens"));
     };
     if let Some(prompt) = &args.prompt {
@@ -99,7 +99,11 @@ async fn serve(
             status = router.exited() => Err(Failure::runtime(format!("the router ended while it answered ({status})"))),
         };
     }
-    out::write(&welcome(args, checkpoint, http, grpc))?;
+    if args.announce {
+        announce(&Announcement::Ready(listening));
+    } else {
+        out::write(&welcome(args, checkpoint, http, grpc))?;
+    }
     let status = router.exited().await;
     Err(Failure::runtime(format!("the router ended ({status}); its own message is above")))
 }

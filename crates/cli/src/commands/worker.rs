@@ -7,10 +7,10 @@ use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run as run_worker};
 
 use super::{log_settings, serve};
 use crate::args::{LogArgs, WorkerArgs};
-use crate::children::{Announcement, Listening, announce, announce_loading, exit_with_parent};
+use crate::children::{Listening, exit_with_parent};
 use crate::engine::cores;
 use crate::failure::Failure;
-use crate::progress::Bar;
+use crate::outlet::Outlet;
 use crate::signals::Signals;
 use crate::{models, out};
 
@@ -27,11 +27,18 @@ pub(crate) fn run(args: &WorkerArgs, log: &LogArgs) -> Result<(), Failure> {
         exit_with_parent()?;
     }
     let log = settings.log.clone();
-    let announced = args.config.announce;
+    let outlet = Outlet::of(&args.config, "worker");
     serve(&log, async move {
         let signals = Signals::listen()?;
         let config = config(settings)?;
-        run_worker(config, hooks(announced), signals.drain_then_exit()).await.map_err(|error| failure(&error))
+        let (progress, ready) = (outlet.progress(), outlet.ready());
+        let hooks = Hooks {
+            progress,
+            ready: Box::new(move |state: Ready| {
+                ready(Listening { listen: Some(state.address.to_string()), ..Listening::default() });
+            }),
+        };
+        run_worker(config, hooks, signals.drain_then_exit()).await.map_err(|error| failure(&error))
     })
 }
 
@@ -84,27 +91,10 @@ fn name_of(address: &Address, process: u32) -> String {
     name[name.len().saturating_sub(LONGEST)..].to_owned()
 }
 
-/// For the parent where there is one, else for the terminal.
-fn hooks(announced: bool) -> Hooks {
-    if announced {
-        let ready = |ready: Ready| {
-            let listening = Listening { listen: Some(ready.address.to_string()), ..Listening::default() };
-            announce(&Announcement::Ready(listening));
-        };
-        return Hooks { progress: Box::new(announce_loading()), ready: Box::new(ready) };
-    }
-    let bar = Bar::single("worker");
-    let done = bar.clone();
-    Hooks {
-        progress: Box::new(move |progress| bar.update(progress)),
-        ready: Box::new(move |_| done.finish()),
-    }
-}
-
 fn failure(error: &WorkerError) -> Failure {
     match error {
-        WorkerError::Bind(_)
-        | WorkerError::Checkpoint(_)
+        WorkerError::Bind(_) => Failure::input(format!("--listen: {error}")),
+        WorkerError::Checkpoint(_)
         | WorkerError::Model(_)
         | WorkerError::Share(_)
         | WorkerError::EmptyShare { .. }

@@ -64,9 +64,7 @@ fn load_layer(loader: &mut Loader<'_>, spec: &LayerSpec, index: u32) -> Result<L
     let v = projection(LayerRole::V, LayerRole::VBias, attention.qkv_bias)?;
     let o = projection(LayerRole::O, LayerRole::OBias, attention.o_bias)?;
     let mlp = match &spec.mlp {
-        MlpSpec::Moe(moe) => {
-            Mlp::Moe { gate: loader.matrix(role(LayerRole::Gate))?, spec: moe.clone() }
-        }
+        MlpSpec::Moe(moe) => Mlp::Moe { gate: loader.matrix(role(LayerRole::Gate))?, spec: moe.clone() },
         MlpSpec::Dense { .. } => Mlp::Dense(load_dense(loader, index)?),
     };
     Ok(Layer {

@@ -46,7 +46,10 @@ struct Layer {
 
 enum Mlp {
     /// The gate; its experts are elsewhere.
-    Moe { gate: Matrix, spec: MoeSpec },
+    Moe {
+        gate: Matrix,
+        spec: MoeSpec,
+    },
     Dense(Expert),
 }
 

@@ -1,0 +1,57 @@
+//! Numbers of the command line, parsed strictly.
+
+use std::num::{NonZeroU32, NonZeroUsize};
+
+use crate::cluster::MOST_ROWS;
+
+/// A finite number.
+fn number(text: &str) -> Result<f32, String> {
+    text.parse::<f32>()
+        .ok()
+        .filter(|number| number.is_finite())
+        .ok_or_else(|| "it is not a number".to_owned())
+}
+
+/// A finite number that is 0 or more.
+pub(crate) fn not_negative(text: &str) -> Result<f32, String> {
+    let number = number(text)?;
+    if number < 0.0 { Err("it is below 0".to_owned()) } else { Ok(number) }
+}
+
+/// A number from 0 to 1.
+pub(crate) fn fraction(text: &str) -> Result<f32, String> {
+    let number = number(text)?;
+    if (0.0..=1.0).contains(&number) { Ok(number) } else { Err("it is not between 0 and 1".to_owned()) }
+}
+
+/// A number of threads.
+pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= 1024);
+    number.ok_or_else(|| "it is not a whole number from 1 to 1024".to_owned())
+}
+
+/// Tokens of a step.
+pub(crate) fn chunk(text: &str) -> Result<NonZeroUsize, String> {
+    let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= MOST_ROWS as usize);
+    number.ok_or_else(|| format!("it is not a whole number from 1 to {MOST_ROWS}"))
+}
+
+/// How many worker processes.
+pub(crate) fn worker_count(text: &str) -> Result<NonZeroU32, String> {
+    let number = text.parse::<NonZeroU32>().ok().filter(|number| number.get() <= 256);
+    number.ok_or_else(|| "it is not a whole number from 1 to 256".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_strict() {
+        assert!(
+            not_negative("nan").is_err() && not_negative("-0.1").is_err() && not_negative("inf").is_err()
+        );
+        assert!(fraction("1.1").is_err() && fraction("1").is_ok());
+        assert!(threads("0").is_err() && threads("1_000").is_err() && threads("8").is_ok());
+    }
+}
