@@ -132,7 +132,9 @@ fn children_die_with_the_parent_however_it_dies() {
 #[test]
 fn check_model_describes_the_demo() {
     let text = stdout(&["check-model", &demo_model().display().to_string()]);
-    for fact in ["mixtral", "9.4 M", "the top 2", "512 tokens", "331.8 kB", "every weight was read"] {
+    for fact in
+        ["mixtral", "9.4 M", "8 experts each", "top-2", "512 tokens", "331.8 kB", "every weight was read"]
+    {
         assert!(text.contains(fact), "{fact:?} is missing from:\n{text}");
     }
 }
@@ -160,7 +162,7 @@ fn bench_reports_every_figure() {
         for rate in ["prefill_tokens_per_second", "decode_tokens_per_second"] {
             assert!(result[rate].as_f64().is_some_and(|rate| rate > 0.0), "{rate}: {result}");
         }
-        for latency in ["time_to_first_token", "inter_token", "dispatch_per_layer"] {
+        for latency in ["ttft", "inter_token", "dispatch_per_layer"] {
             let [p50, p99] = ["p50", "p99"].map(|p| result[latency][p].as_f64().unwrap());
             assert!(0.0 < p50 && p50 <= p99, "{latency}: {result}");
         }
