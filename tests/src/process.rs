@@ -113,7 +113,7 @@ impl Process {
             .spawn()
             .map_err(|error| error.to_string())?;
         let log = Arc::new(Mutex::new(String::new()));
-        follow(child.stderr.take().expect("piped"), Arc::clone(&log));
+        let follower = follow(child.stderr.take().expect("piped"), Arc::clone(&log));
         let announcement = when_ready(child.stdout.take().expect("piped"), ready);
         let mut process = Self { child, ready: Value::Null, log };
         match announcement.recv_timeout(PATIENCE) {
@@ -123,6 +123,8 @@ impl Process {
             }
             Err(_) => {
                 let status = process.wait();
+                // Its last words may still be in the pipe.
+                let _ = follower.join();
                 Err(format!("{command:?} ended with {status:?}:\n{}", process.log()))
             }
         }
@@ -187,14 +189,14 @@ impl Drop for Process {
     }
 }
 
-fn follow(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) {
+fn follow(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) -> std::thread::JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(pipe).lines().map_while(Result::ok) {
             let mut log = log.lock().expect("no reader panics");
             log.push_str(&line);
             log.push('\n');
         }
-    });
+    })
 }
 
 /// What `ready` makes of the first line that it accepts. Reads on to the end, so that the process never blocks on a

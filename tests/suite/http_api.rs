@@ -84,6 +84,7 @@ fn models_probes_and_metrics() {
         "muster_inter_token_seconds",
         "muster_tokens_generated_total",
         "muster_dispatch_seconds",
+        "muster_dispatch_overhead_seconds",
     ] {
         assert!(metrics.contains(name), "{name} is missing from:\n{metrics}");
     }

@@ -45,6 +45,7 @@ metric_names! {
     // Router: dispatch.
     describe_gauge DISPATCH_WORKERS = "muster_dispatch_workers", Count, "Workers that rows can be sent to.";
     describe_histogram DISPATCH_SECONDS = "muster_dispatch_seconds", Seconds, "From sending the rows of one layer and micro-batch until the last worker answered.";
+    describe_histogram DISPATCH_OVERHEAD_SECONDS = "muster_dispatch_overhead_seconds", Seconds, "Dispatch and combine of one layer and micro-batch, without the time the experts took.";
     describe_counter DISPATCH_LATE_REPLIES = "muster_dispatch_late_replies_total", Count, "Replies that nobody waited for any more.";
     describe_counter DISPATCH_BAD_REPLIES = "muster_dispatch_bad_replies_total", Count, "Replies that break the protocol.";
     describe_counter DISPATCH_DEADLINES = "muster_dispatch_deadlines_total", Count, "Layers whose experts did not answer in time.";

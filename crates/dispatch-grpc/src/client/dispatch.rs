@@ -225,6 +225,7 @@ impl GrpcDispatch {
             combine: started.elapsed(),
         };
         metrics::histogram!("muster_dispatch_seconds").record(sample.round_trip);
+        metrics::histogram!("muster_dispatch_overhead_seconds").record(sample.overhead());
         self.samples.push(sample);
         Ok(())
     }

@@ -29,6 +29,7 @@ use tonic::{Request, Response, Status, Streaming};
 pub use listen::{BindError, Bound, ServeError};
 pub use queue::ComputeQueue;
 use queue::Job;
+pub use stream::Replies;
 
 /// Time a router has to say hello on a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -194,7 +195,7 @@ impl Experts for ExpertServer {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    type DispatchStream = ReceiverStream<Result<v1::DispatchReply, Status>>;
+    type DispatchStream = Replies;
 
     async fn dispatch(
         &self,
@@ -211,8 +212,7 @@ impl Experts for ExpertServer {
             }
             _ => return Err(Status::invalid_argument("the first message of a stream must be hello")),
         };
-        let replies = stream::open(self.shared.clone(), greeting, inbound, permit).await;
-        Ok(Response::new(ReceiverStream::new(replies)))
+        Ok(Response::new(stream::open(self.shared.clone(), greeting, inbound, permit).await))
     }
 }
 

@@ -1,7 +1,9 @@
 //! One dispatch stream: reads shards, checks them, hands them to the compute thread.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::mpsc::TrySendError;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
 use muster_proto::description::Phase;
@@ -10,6 +12,7 @@ use muster_proto::handshake::Greeting;
 use muster_proto::reply::{Fault, FaultKind, Reply};
 use muster_proto::shard::{ShardIds, ShardView};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
 use super::Shared;
@@ -24,8 +27,8 @@ pub(super) async fn open(
     greeting: Greeting,
     inbound: Streaming<v1::DispatchRequest>,
     permit: OwnedSemaphorePermit,
-) -> mpsc::Receiver<Item> {
-    let (replies, stream) = mpsc::channel(WINDOW);
+) -> Replies {
+    let (replies, receiver) = mpsc::channel(WINDOW);
     let (worker, epoch) = {
         let description = shared.description.borrow();
         (description.worker.clone(), description.epoch)
@@ -33,7 +36,6 @@ pub(super) async fn open(
     // The channel is empty and its receiver is right here.
     let _ = replies.send(Ok(Reply::Ack { worker, epoch }.into_wire())).await;
     tokio::spawn(async move {
-        let _permit = permit;
         tracing::info!(router = %greeting.router, lane = greeting.lane, "stream opened");
         let end = read(&shared, inbound, &replies).await;
         let reason = end.as_ref().map_or_else(Status::message, |()| "closed by the router");
@@ -42,7 +44,23 @@ pub(super) async fn open(
             let _ = replies.send(Err(status)).await;
         }
     });
-    stream
+    Replies { receiver, _permit: permit }
+}
+
+/// The answering side of a stream. Holds the stream's place in the count of open ones: when that is free again, the
+/// router is known to be gone, and its queued shards are dropped.
+pub struct Replies {
+    // Before the permit: fields are dropped in order.
+    receiver: mpsc::Receiver<Item>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Stream for Replies {
+    type Item = Item;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Item>> {
+        self.receiver.poll_recv(cx)
+    }
 }
 
 /// Reads until the router closes its side or goes away (`Ok`), or the stream must be ended with a status.
