@@ -123,6 +123,7 @@ impl Process {
             }
             Err(_) => {
                 let status = process.wait();
+                let _ = process.child.kill();
                 // Its last words may still be in the pipe.
                 let _ = follower.join();
                 Err(format!("{command:?} ended with {status:?}:\n{}", process.log()))

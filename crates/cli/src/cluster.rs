@@ -44,11 +44,15 @@ pub(crate) struct Workers {
     _directory: TempDir,
 }
 
-/// Compute threads of a router and of each of its workers, when they share this machine: half each.
+/// Compute threads of a router and of each of its workers, when they share this machine.
+///
+/// A router waits while its workers compute and the other way round, so it may use every core. Workers compute at the
+/// same time but seldom the same amount, so together they get twice the cores: the busier one uses what the other
+/// leaves idle.
 pub(crate) fn shares_of_cores(workers: NonZeroU32) -> (NonZeroUsize, NonZeroUsize) {
-    let half = cores().get() / 2;
-    let at_least_one = |threads| NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN);
-    (at_least_one(half), at_least_one(half / workers.get() as usize))
+    let cores = cores();
+    let each = (2 * cores.get()).div_ceil(workers.get() as usize).min(cores.get());
+    (cores, NonZeroUsize::new(each).unwrap_or(NonZeroUsize::MIN))
 }
 
 /// Flags that hand the parent's logging on to a child.
