@@ -1,6 +1,8 @@
 //! Every family against transformers: in one process, and through a router's trunk and two worker processes, which
 //! must agree with each other to the bit.
 
+use muster_tests::client::{generate, greedy};
+use muster_tests::cluster::{Cluster, Setup};
 use muster_tests::golden::{Tensors, farthest, ids, json, logits};
 use muster_tests::golden_model;
 use muster_tests::process::run;
@@ -112,6 +114,27 @@ fn one_two_and_four_workers_and_any_chunk_give_the_same_bits() {
                 bits(&logits(&directory, &tokens, extra).f32s("logits")) == expected,
                 "{family} {extra:?}"
             );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_router_and_two_workers_give_the_golden_tokens_of_every_family() {
+    for family in FAMILIES {
+        let directory = golden_model(family);
+        let golden = Tensors::read(&directory.join("golden.safetensors"));
+        let cluster = Cluster::start(Setup::new(&directory).compute("f32"));
+        let client = cluster.client().await;
+        for prompt in ["prompt0", "prompt1"] {
+            let mut request = greedy(&golden.ids(&format!("{prompt}.input_ids")), 24);
+            request.top_logprobs = Some(0);
+            let output = generate(&client, request).await.unwrap().remove(0);
+            assert_eq!(output.ids, golden.ids(&format!("{prompt}.greedy_ids")), "{family} {prompt}");
+            let ours: Vec<f32> = output.frames.iter().map(|frame| frame.logprob.unwrap()).collect();
+            let off = farthest(&ours, &golden.f32s(&format!("{prompt}.greedy_logprobs")));
+            let meta = json(&directory.join("golden.json"));
+            let atol = meta["tolerance"]["atol"]["greedy_logprobs"].as_f64().unwrap() as f32;
+            assert!(off <= atol, "{family} {prompt}: log-probabilities are off by {off}, allowed {atol}");
         }
     }
 }

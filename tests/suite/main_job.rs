@@ -181,3 +181,12 @@ fn the_readme_names_commands_that_exist() {
     }
     assert!(seen >= 5, "README.md shows only {seen} commands");
 }
+
+#[test]
+fn the_example_configuration_is_accepted() {
+    let file = workspace_root().join("deploy/muster.toml").display().to_string();
+    for (role, expected) in [("router", "kv_memory = \"512MiB\""), ("worker", "model = \"demo\"")] {
+        let text = stdout(&[role, "--config", &file, "--print-config"]);
+        assert!(text.contains(expected), "{text}");
+    }
+}
