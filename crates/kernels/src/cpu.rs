@@ -5,15 +5,13 @@
 
 use std::fmt;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::KernelError;
 use crate::isa::Isa;
+use crate::pool::Pool;
 
-/// Multiply-adds below which waking other threads costs more than it gains (a few microseconds of work).
-const INLINE_WORK: usize = 1 << 18;
+/// Multiply-adds below which sharing costs more than it gains (a few microseconds of work).
+const INLINE_WORK: usize = 1 << 16;
 
 /// What kernels run on: an instruction set and a pool of named threads (`muster-compute-N`).
 ///
@@ -22,7 +20,7 @@ const INLINE_WORK: usize = 1 << 18;
 pub struct Cpu {
     isa: Isa,
     threads: usize,
-    helpers: Option<ThreadPool>,
+    helpers: Option<Pool>,
 }
 
 impl Cpu {
@@ -46,10 +44,7 @@ impl Cpu {
         let helpers = if threads == 1 {
             None
         } else {
-            let pool = ThreadPoolBuilder::new()
-                .num_threads(threads - 1)
-                .thread_name(|index| format!("muster-compute-{}", index + 1))
-                .build()
+            let pool = Pool::start("muster-compute", threads - 1)
                 .map_err(|source| KernelError::Threads { threads, source })?;
             Some(pool)
         };
@@ -76,27 +71,10 @@ impl Cpu {
     /// Runs `task(0)..task(tasks - 1)`, each once, in any order; `work` is their total in multiply-adds.
     pub(crate) fn run(&self, tasks: usize, work: usize, task: &(dyn Fn(usize) + Sync)) {
         let threads = self.threads_for(work).min(tasks);
-        let Some(pool) = self.helpers.as_ref().filter(|_| threads > 1) else {
-            (0..tasks).for_each(task);
-            return;
-        };
-        // Tasks are taken one by one, so a thread that wakes late or is preempted delays no one else.
-        let next = AtomicUsize::new(0);
-        let take = || {
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= tasks {
-                    break;
-                }
-                task(index);
-            }
-        };
-        pool.in_place_scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|_| take());
-            }
-            take();
-        });
+        match &self.helpers {
+            Some(pool) if threads > 1 => pool.run(tasks, threads - 1, task),
+            _ => (0..tasks).for_each(task),
+        }
     }
 }
 

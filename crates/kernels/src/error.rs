@@ -25,8 +25,8 @@ pub enum KernelError {
     Threads {
         /// How many were asked for, the calling thread included.
         threads: usize,
-        /// The pool's own reason.
-        source: rayon::ThreadPoolBuildError,
+        /// The system's reason.
+        source: std::io::Error,
     },
     /// A size is outside its range.
     #[error("{field} is {value}: it must be {rule}")]

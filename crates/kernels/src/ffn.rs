@@ -99,8 +99,8 @@ struct Task {
 /// other, `[sum of rows, hidden]`, and is overwritten.
 ///
 /// `x` is given as the linears shall read it, that is already rounded under [`Precision::Bf16`]; `precision` says
-/// whether the input of `down` is rounded. Once `scratch` is warm the only allocations are the thread pool's own, one
-/// small one per helping thread and stage.
+/// whether the input of `down` is rounded. Once `scratch` is warm nothing is
+/// allocated.
 ///
 /// # Panics
 /// If the experts' hidden sizes differ, `x` or `out` does not fit, or a row number is outside `x`.

@@ -30,6 +30,7 @@ pub mod math;
 mod matrix;
 mod memory;
 mod norm;
+mod pool;
 mod rope;
 mod simd;
 mod tile;
