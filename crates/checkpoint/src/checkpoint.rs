@@ -138,6 +138,14 @@ impl Checkpoint {
     /// When the model has no such weight, the file changed after it was opened, reading fails, or an element is NaN or
     /// infinite.
     pub fn read(&self, role: Role) -> Result<Weight, CheckpointError> {
+        self.read_reusing(role, None)
+    }
+
+    /// The same, into the memory of a weight that is done with: many reads touch no new pages then.
+    ///
+    /// # Errors
+    /// As for [`Self::read`].
+    pub fn read_reusing(&self, role: Role, spare: Option<WeightData>) -> Result<Weight, CheckpointError> {
         let no_such = || CheckpointError::NoSuchRole { role, family: self.spec.family };
         let slice = self.plan.get(&role).ok_or_else(no_such)?;
         let blob = &self.catalog.shards[self.catalog.tensors[slice.tensor].shard];
@@ -145,13 +153,21 @@ impl Checkpoint {
         let elements = slice.rows * slice.cols;
         let data = match slice.dtype {
             DType::F32 => {
-                let mut data = vec![0f32; elements];
+                let mut data = match spare {
+                    Some(WeightData::F32(spare)) => spare,
+                    _ => Vec::new(),
+                };
+                data.resize(elements, 0.0);
                 blob.read_at(slice.offset, cast_slice_mut(&mut data))?;
                 self.refuse_non_finite(role, slice, &data, |value| value)?;
                 WeightData::F32(data)
             }
             DType::Bf16 => {
-                let mut data = vec![0u16; elements];
+                let mut data = match spare {
+                    Some(WeightData::Bf16(spare)) => spare,
+                    _ => Vec::new(),
+                };
+                data.resize(elements, 0);
                 blob.read_at(slice.offset, cast_slice_mut(&mut data))?;
                 self.refuse_non_finite(role, slice, &data, widen)?;
                 match slice.kind {

@@ -13,7 +13,12 @@ pub(crate) struct Loader<'a> {
     compute: Compute,
     progress: &'a mut dyn FnMut(LoadProgress),
     state: LoadProgress,
+    /// Memory of the last matrix, for the next.
+    spare: Option<WeightData>,
 }
+
+/// Larger matrices' memory is not kept.
+const LARGEST_SPARE: usize = 32 << 20;
 
 impl<'a> Loader<'a> {
     /// A loader that will read `roles`.
@@ -24,11 +29,17 @@ impl<'a> Loader<'a> {
         progress: &'a mut dyn FnMut(LoadProgress),
     ) -> Self {
         let total_bytes = roles.filter_map(|role| checkpoint.stored(role)).map(|stored| stored.bytes).sum();
-        Self { checkpoint, compute, progress, state: LoadProgress { done_bytes: 0, total_bytes } }
+        Self {
+            checkpoint,
+            compute,
+            progress,
+            state: LoadProgress { done_bytes: 0, total_bytes },
+            spare: None,
+        }
     }
 
     fn read(&mut self, role: Role) -> Result<Weight, ModelError> {
-        let weight = self.checkpoint.read(role)?;
+        let weight = self.checkpoint.read_reusing(role, self.spare.take())?;
         self.state.done_bytes += self.checkpoint.stored(role).map_or(0, |stored| stored.bytes);
         (self.progress)(self.state);
         Ok(weight)
@@ -46,6 +57,9 @@ impl<'a> Loader<'a> {
                 Matrix::pack_bf16(rows, cols, &bits)
             }
         };
+        if rows * cols <= LARGEST_SPARE / 4 {
+            self.spare = Some(data);
+        }
         packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
     }
 
