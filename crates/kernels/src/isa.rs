@@ -6,6 +6,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::KernelError;
+#[cfg(target_arch = "aarch64")]
+use crate::simd::Neon;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{Portable, Simd};
@@ -19,10 +21,12 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AArch64, all of which has it.
+    Neon,
 }
 
 impl Isa {
-    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Neon];
 
     /// The fastest set that this machine has.
     #[must_use]
@@ -59,6 +63,7 @@ impl Isa {
             }
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 => false,
+            Self::Neon => cfg!(target_arch = "aarch64"),
         }
     }
 }
@@ -69,6 +74,7 @@ impl fmt::Display for Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         })
     }
 }
@@ -104,6 +110,8 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the assertion above found these AVX-512 parts.
         Isa::Avx512 => unsafe { run_avx512(kernel) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => kernel.run(Neon),
         _ => kernel.run(Portable),
     }
 }
@@ -132,7 +140,7 @@ mod tests {
             assert_eq!(isa.to_string().parse::<Isa>().unwrap(), isa);
         }
         let refused = "AVX2".parse::<Isa>().unwrap_err().to_string();
-        assert_eq!(refused, "unknown instruction set `AVX2`: use portable, avx2 or avx512");
+        assert_eq!(refused, "unknown instruction set `AVX2`: use portable, avx2, avx512 or neon");
     }
 
     #[test]

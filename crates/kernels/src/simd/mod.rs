@@ -5,19 +5,24 @@
 //! follow from its body alone. That is why `min`, `max` and `fma` are pinned below and no approximate instruction
 //! (`rsqrt`, `rcp`, native bf16 dot products) appears.
 //!
-//! A value of an implementing type is the proof that the machine has the instructions; it is made in one place, after
-//! detection. Everything is `inline(always)`: a body must end up whole inside the function that enables the feature.
+//! A value of an implementing type is the proof that the machine has the instructions; where the target does not imply
+//! them, it is made in one place, after detection. Everything is `inline(always)`: a body must end up whole inside the
+//! function that enables the feature.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 pub(crate) use portable::{Portable, Scalar};
 
 /// Lanes of a vector, which is also the width of a panel of weights and of a KV block.

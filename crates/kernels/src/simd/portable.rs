@@ -1,5 +1,5 @@
 //! The operations in plain Rust: the meaning that the other implementations reproduce, and what runs where there is
-//! no better one (on AArch64 the compiler turns it into NEON; on x86-64 without FMA it is exact but slow).
+//! no better one (on x86-64 without FMA it is exact but slow).
 
 use super::{Arith, LANES, Simd};
 use crate::convert::{bf16_to_f32, f32_to_bf16};
@@ -106,7 +106,7 @@ impl Arith for Portable {
 }
 
 impl Simd for Portable {
-    // AArch64, where this body is the vector one, has 32 registers of four lanes.
+    // Not known here: the smaller tiles are chosen.
     const REGISTERS: usize = 8;
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> Self::V {
