@@ -8,7 +8,7 @@ use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::error::KernelError;
-use crate::isa::{Kernel, dispatch};
+use crate::isa::{Kernel, dispatch_flushing};
 use crate::linear::{LinearTask, Output};
 use crate::math::silu_lanes;
 use crate::matrix::{Block, Elements, Matrix, Panels};
@@ -220,7 +220,7 @@ impl GateUp<'_> {
             intermediate: expert.intermediate(),
             precision: self.precision,
         };
-        dispatch(cpu.isa(), GateUpTask(self.task.work(weights, self.x, sink)));
+        dispatch_flushing(cpu.isa(), GateUpTask(self.task.work(weights, self.x, sink)));
     }
 }
 
@@ -241,8 +241,8 @@ fn down(cpu: &Cpu, task: Task, expert: &Expert, activated: &[f32], out: &Disjoin
     let x = Dense { x: activated, k: expert.intermediate() };
     let sink = Output { out, first_row: task.rows_before, n: expert.hidden() };
     match &expert.down.elements {
-        Elements::Bf16(w) => dispatch(cpu.isa(), LinearTask(task.work([w], x, sink))),
-        Elements::F32(w) => dispatch(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::Bf16(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::F32(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
     }
 }
 

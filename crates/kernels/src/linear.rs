@@ -5,7 +5,7 @@
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch};
+use crate::isa::{Kernel, dispatch_flushing};
 use crate::matrix::{Block, Elements, Matrix, Panels};
 use crate::simd::{LANES, Simd, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
@@ -35,7 +35,7 @@ fn run<B: Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mu
     // Panels change fastest, so that the rows of a chunk stay in cache.
     cpu.run(rows.div_ceil(per_rows) * columns, work, &|task| {
         let (row, panel) = (task / columns * per_rows, task % columns * per_panels);
-        dispatch(
+        dispatch_flushing(
             cpu.isa(),
             LinearTask(Work {
                 weights: [weights],

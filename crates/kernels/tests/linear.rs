@@ -34,19 +34,26 @@ fn every_instruction_set_follows_the_canonical_order_for_any_rows() {
 }
 
 #[test]
-fn zeros_subnormals_huge_numbers_and_infinities_follow_it_too() {
+fn zeros_huge_numbers_and_infinities_follow_it_and_subnormals_are_flushed() {
     let mut numbers = Numbers(2);
-    let (mut subnormal, mut infinite, mut nan) = (0, 0, 0);
+    let (mut flushed, mut infinite, mut nan) = (0, 0, 0);
     for ends in [false, true] {
         for (n, k) in SHAPES {
             let w = to_bf16_values(&numbers.odd_vec(n * k, ends));
             let mut x = numbers.odd_vec(9 * k, ends);
-            // A row small enough that its sums are subnormal.
+            // Rows so small that products, sums within a block or totals are subnormal.
             x[..k].iter_mut().for_each(|v| *v = v.clamp(-1e-20, 1e-20) * 1e-19);
+            x[k..2 * k].iter_mut().for_each(|v| *v = v.clamp(-1.0, 1.0) * 1e-37);
+            let x = to_bf16_values(&x);
             let want = common::linear(&x, &w, k);
-            subnormal += want.iter().filter(|v| v.is_subnormal()).count();
+            let exact = |i: usize| -> f64 {
+                let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
+                x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
+            };
+            flushed += (0..2 * n).filter(|&i| want[i] == 0.0 && exact(i).abs() > 1e-44).count();
             infinite += want.iter().filter(|v| v.is_infinite()).count();
             nan += want.iter().filter(|v| v.is_nan()).count();
+            assert!(!want.iter().any(|v| v.is_subnormal()));
             for (cpu, matrix) in cpus().iter().flat_map(|cpu| packed(n, k, &w).map(|matrix| (cpu, matrix))) {
                 let mut out = vec![0.0; 9 * n];
                 linear(cpu, &matrix, &x, &mut out);
@@ -54,7 +61,56 @@ fn zeros_subnormals_huge_numbers_and_infinities_follow_it_too() {
             }
         }
     }
-    assert!(subnormal > 0 && infinite > 0 && nan > 0, "{subnormal} {infinite} {nan}: the inputs miss a case");
+    assert!(flushed > 0 && infinite > 0 && nan > 0, "{flushed} {infinite} {nan}: the inputs miss a case");
+}
+
+/// One case per step that can meet a subnormal number: `x`, `w` (32 features) and the output's bits.
+#[test]
+fn each_step_flushes() {
+    let least = f32::MIN_POSITIVE;
+    let tiny = f32::from_bits(0x0040_0000);
+    let cases: [(&str, &[f32], &[f32], f32); 9] = [
+        ("subnormal activation", &[tiny], &[4.0], 0.0),
+        ("subnormal weight", &[4.0], &[-tiny], 0.0),
+        ("product below the least normal number", &[least], &[0.5], 0.0),
+        ("each product below, their sum above", &[least, 0.0, least], &[0.75, 0.0, 0.75], 0.0),
+        ("sum of a block's halves below", &[least, least], &[1.5, -1.0], 0.0),
+        ("kept at the least normal number", &[least, least], &[2.0, -1.0], least),
+        ("running sum of the even products below", &[least, 0.0, least], &[1.5, 0.0, -1.0], 0.0),
+        ("subnormal times infinity", &[tiny], &[f32::INFINITY], f32::NAN),
+        ("subnormal beside infinity", &[tiny, f32::INFINITY], &[1.0, -2.0], f32::NEG_INFINITY),
+    ];
+    for (case, x, w, want) in cases {
+        for cpu in cpus() {
+            for matrix in packed(1, w.len(), w) {
+                let mut out = [f32::NAN];
+                linear(&cpu, &matrix, x, &mut out);
+                assert_same(&out, &[want], &format!("{case} {} {matrix:?}", cpu.isa()));
+            }
+        }
+    }
+    // Below the least normal number in 24 bits, although the nearest subnormal step would be that number itself.
+    let (mut x, mut w) = ([0.0; 3], [0.0; 3]);
+    (x[0], w[0]) = (least, 1.0);
+    (x[2], w[2]) = (f32::from_bits(0x1a00_0000), -f32::from_bits(0x1a00_0000));
+    assert_eq!(x[2] * 2.0_f32.powi(75), 1.0);
+    for cpu in cpus() {
+        for matrix in packed(1, 3, &w) {
+            let mut out = [f32::NAN];
+            linear(&cpu, &matrix, &x, &mut out);
+            assert_same(&out, &[0.0], &format!("{} {matrix:?}", cpu.isa()));
+        }
+    }
+    // And between whole blocks: 1.5 in the first and -1 in the second.
+    let (mut x, mut w) = ([0.0; 40], [0.0; 40]);
+    (x[0], w[0], x[33], w[33]) = (least, 1.5, least, -1.0);
+    for cpu in cpus() {
+        for matrix in packed(1, 40, &w) {
+            let mut out = [f32::NAN];
+            linear(&cpu, &matrix, &x, &mut out);
+            assert_same(&out, &[0.0], &format!("{} {matrix:?}", cpu.isa()));
+        }
+    }
 }
 
 #[test]

@@ -12,12 +12,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod flush;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use flush::FlushMode;
+pub(crate) use flush::PortableFlush;
 pub(crate) use portable::{Portable, Scalar};
 
 /// Lanes of a vector, which is also the width of a panel of weights and of a KV block.

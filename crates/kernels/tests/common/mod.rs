@@ -88,7 +88,36 @@ pub(crate) fn cpus() -> Vec<Cpu> {
     Isa::available().into_iter().map(|isa| cpu(1, isa)).collect()
 }
 
-/// The canonical order, word for word: blocks of 32, even and odd products apart, their sum to the total.
+/// Subnormal numbers become zero.
+fn flush(v: f32) -> f32 {
+    if v.is_subnormal() { 0.0_f32.copysign(v) } else { v }
+}
+
+/// `a * b + c` with subnormal inputs read as zero and subnormal results flushed. Exactly: by way of a sum in two f64
+/// parts, which tells whether 24 bits with an unbounded exponent would stay below the least normal number.
+pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let (a, b, c) = (flush(a), flush(b), flush(c));
+    let rounded = flush(a.mul_add(b, c));
+    if rounded.abs() != f32::MIN_POSITIVE {
+        return rounded;
+    }
+    let (product, c) = (f64::from(a) * f64::from(b), f64::from(c));
+    let sum = product + c;
+    let part = sum - product;
+    let rest = (product - (sum - part)) + (c - part);
+    let sign = f64::from(rounded.signum());
+    let halfway = f64::from(f32::MIN_POSITIVE) * (1.0 - f64::from(f32::EPSILON) / 4.0);
+    let below = sum * sign < halfway || (sum * sign == halfway && rest * sign < 0.0);
+    if below { 0.0_f32.copysign(rounded) } else { rounded }
+}
+
+/// `a + b`, flushed as [`fma`] is.
+pub(crate) fn add(a: f32, b: f32) -> f32 {
+    flush(flush(a) + flush(b))
+}
+
+/// The canonical order, word for word: blocks of 32, even and odd products apart, their sum to the total,
+/// every step flushed.
 pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     let padded = x.len().next_multiple_of(32);
     let at = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
@@ -96,10 +125,10 @@ pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     for block in (0..padded).step_by(32) {
         let (mut even, mut odd) = (0.0_f32, 0.0_f32);
         for i in (block..block + 32).step_by(2) {
-            even = at(x, i).mul_add(at(w, i), even);
-            odd = at(x, i + 1).mul_add(at(w, i + 1), odd);
+            even = fma(at(x, i), at(w, i), even);
+            odd = fma(at(x, i + 1), at(w, i + 1), odd);
         }
-        total += even + odd;
+        total = add(total, add(even, odd));
     }
     total
 }
