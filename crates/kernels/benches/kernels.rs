@@ -44,9 +44,9 @@ fn linears(cpu: &Cpu, n: usize, k: usize) {
         let mut index = 0;
         let cold = best(|| {
             index = (index + 1) % copies;
-            linear(cpu, &weights[index], black_box(&x), &mut out);
+            linear(cpu, &weights[index], black_box(&x), Precision::Bf16, &mut out);
         });
-        let warm = best(|| linear(cpu, &weights[0], black_box(&x), &mut out));
+        let warm = best(|| linear(cpu, &weights[0], black_box(&x), Precision::Bf16, &mut out));
         let (flop, bytes) = ((2 * rows * n * k) as f64, (n * k * 2) as f64);
         println!(
             "linear [{n}, {k}] bf16, {rows:3} rows: {:7.1} GFLOP/s {:6.1} GB/s cold, {:7.1} GFLOP/s {:6.1} GB/s warm",

@@ -5,6 +5,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
 use crate::error::KernelError;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512, FlushMode};
@@ -19,10 +21,16 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// [`Isa::Avx512`] with AVX512-BF16, whose dot product has the order of [`Precision::Bf16Pairs`].
+    ///
+    /// [`Precision::Bf16Pairs`]: crate::Precision::Bf16Pairs
+    Avx512Bf16,
+    /// [`Isa::Avx512Bf16`] with AMX tiles, whose dot product has the canonical order.
+    Amx,
 }
 
 impl Isa {
-    const ALL: [Self; 3] = [Self::Portable, Self::Avx2, Self::Avx512];
+    const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
     /// The fastest set that this machine has.
     #[must_use]
@@ -57,8 +65,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && Self::Avx2.is_available()
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Self::Avx512.is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => amx::available() && Self::Avx512Bf16.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
         }
     }
 }
@@ -69,6 +81,8 @@ impl fmt::Display for Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         })
     }
 }
@@ -104,6 +118,9 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the assertion above found these AVX-512 parts.
         Isa::Avx512 => unsafe { run_avx512(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the assertion above found these AVX-512 parts and AVX512-BF16.
+        Isa::Avx512Bf16 | Isa::Amx => unsafe { run_avx512_bf16(kernel) },
         _ => kernel.run(Portable),
     }
 }
@@ -117,7 +134,7 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
 pub(crate) fn dispatch_flushing<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => {
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
             let _mode = FlushMode::set();
             dispatch(isa, kernel)
         }
@@ -138,7 +155,15 @@ fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function runs only on a machine with the features that it enables.
-    kernel.run(unsafe { Avx512::new() })
+    kernel.run(unsafe { Avx512::<false>::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(never)] // see FlushMode
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function runs only on a machine with the features that it enables.
+    kernel.run(unsafe { Avx512::<true>::new() })
 }
 
 #[cfg(test)]
@@ -152,7 +177,7 @@ mod tests {
             assert_eq!(isa.to_string().parse::<Isa>().unwrap(), isa);
         }
         let refused = "AVX2".parse::<Isa>().unwrap_err().to_string();
-        assert_eq!(refused, "unknown instruction set `AVX2`: use portable, avx2 or avx512");
+        assert_eq!(refused, "unknown instruction set `AVX2`: use portable, avx2, avx512, avx512bf16 or amx");
     }
 
     /// Every operation on three operands.

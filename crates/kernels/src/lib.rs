@@ -19,6 +19,7 @@
 //!
 //! The crate knows nothing of models, tensors, requests or the wire.
 
+mod amx;
 mod attention;
 mod convert;
 mod cpu;
@@ -32,6 +33,7 @@ pub mod math;
 mod matrix;
 mod memory;
 mod norm;
+mod pairs;
 mod rope;
 mod simd;
 mod tile;

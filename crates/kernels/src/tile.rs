@@ -10,9 +10,9 @@ use crate::matrix::{BLOCK_K, Block, Panels};
 use crate::simd::Simd;
 
 /// Rows that a piece of work may have at most.
-const MAX_ROWS: usize = 64;
+pub(crate) const MAX_ROWS: usize = 64;
 /// Blocks of K whose weights are used for all rows before the next are read: 8 KiB of a bf16 panel.
-const CHUNK_BLOCKS: usize = 8;
+pub(crate) const CHUNK_BLOCKS: usize = 8;
 
 /// Where a row of inputs is found.
 pub(crate) trait Rows: Copy {

@@ -134,7 +134,7 @@ impl ExpertSet {
     ) -> Result<(), ExpertError> {
         let x: &[f32] = match (rows, self.compute) {
             (Rows::HostF32(x), Compute::F32) => x,
-            (Rows::HostBf16(bits), Compute::Bf16) => {
+            (Rows::HostBf16(bits), Compute::Bf16 | Compute::Bf16Pairs) => {
                 scratch.widened.resize(bits.len(), 0.0);
                 from_bf16(bits, &mut scratch.widened);
                 &scratch.widened
@@ -160,7 +160,7 @@ impl ExpertSet {
             .collect::<Result<Vec<_>, _>>()?;
         out.resize(total * self.hidden, 0.0);
         grouped_ffn(cpu, &work, x, precision(self.compute), &mut scratch.ffn, out);
-        if self.compute == Compute::Bf16 {
+        if precision(self.compute).rounds() {
             round_bf16(out);
         }
         self.check_finite(layer, groups, out)
@@ -193,6 +193,7 @@ pub const fn precision(compute: Compute) -> Precision {
     match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
+        Compute::Bf16Pairs => Precision::Bf16Pairs,
     }
 }
 

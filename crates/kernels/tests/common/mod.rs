@@ -4,7 +4,7 @@
 
 use std::num::NonZeroUsize;
 
-use muster_kernels::{Cpu, Isa};
+use muster_kernels::{Cpu, Isa, Precision};
 
 /// Numbers that follow from a seed (SplitMix64).
 pub(crate) struct Numbers(pub(crate) u64);
@@ -133,10 +133,23 @@ pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     total
 }
 
-/// `[rows, k]` times `[n, k]`.
-pub(crate) fn linear(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+/// The order of `vdpbf16ps`: one total over the pairs, the odd product before the even one, every step flushed.
+pub(crate) fn dot_pairs(x: &[f32], w: &[f32]) -> f32 {
+    let pairs = x.chunks(2).zip(w.chunks(2));
+    pairs.fold(0.0, |total, (x, w)| {
+        let odd = if x.len() == 2 { fma(x[1], w[1], total) } else { fma(0.0, 0.0, total) };
+        fma(x[0], w[0], odd)
+    })
+}
+
+/// `[rows, k]` times `[n, k]`, both bf16 where `order` is that of pairs.
+pub(crate) fn linear(x: &[f32], w: &[f32], k: usize, order: Precision) -> Vec<f32> {
+    let dot = if order == Precision::Bf16Pairs { dot_pairs } else { dot };
     x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(x, w))).collect()
 }
+
+/// All precisions.
+pub(crate) const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Bf16Pairs];
 
 /// Sum of sixteen lanes by halves.
 pub(crate) fn tree_sum(lanes: [f32; 16]) -> f32 {
