@@ -12,7 +12,7 @@ use crate::disjoint::Disjoint;
 use crate::isa::{Isa, Kernel};
 use crate::matrix::{BLOCK_K, Bf16Block, Panels};
 use crate::simd::{LANES, Simd};
-use crate::tile::{CHUNK_BLOCKS, MAX_ROWS, Sink};
+use crate::tile::{Ahead, CHUNK_BLOCKS, MAX_ROWS, Sink};
 
 /// Rows of memory that must follow the last row: tiles are loaded whole.
 const SPARE_ROWS: usize = LANES - 1;
@@ -251,11 +251,15 @@ impl<K: Sink<M>, const M: usize> PairWork<'_, K, M> {
         let carried: &mut [[[S::V; C]; M]; T] =
             carried[at..].first_chunk_mut().expect("there are as many totals as rows");
         let mut totals = *carried;
+        let ahead = Ahead::new(weights, C);
         for b in blocks {
             let lines: [[&Bf16Block; C]; M] =
                 std::array::from_fn(|m| std::array::from_fn(|c| &weights[m][c][b]));
             let inputs: [&[u32; LANES]; T] = std::array::from_fn(|r| &x[r][b]);
             for pair in 0..BLOCK_K / 2 {
+                for line in lines.as_flattened() {
+                    ahead.fetch(s, *line, b, pair);
+                }
                 for r in 0..T {
                     for m in 0..M {
                         for c in 0..C {

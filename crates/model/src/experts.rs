@@ -8,7 +8,7 @@ use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{ExpertRole, Role};
 use muster_engine::dispatch::Rows;
 use muster_kernels::{
-    Cpu, Expert, ExpertRows, FfnScratch, Precision, all_finite, from_bf16, grouped_ffn, round_bf16,
+    Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, all_finite, from_bf16, grouped_ffn, round_bf16,
 };
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId};
 
@@ -185,6 +185,14 @@ impl ExpertSet {
         }
         Ok(())
     }
+}
+
+/// What to tell the user where another mode would be faster.
+#[must_use]
+pub fn faster_mode(compute: Compute, isa: Isa) -> Option<&'static str> {
+    (compute == Compute::Bf16 && isa == Isa::Avx512Bf16).then_some(
+        "this processor has AVX512-BF16 and no AMX: --compute bf16-pairs, on routers and workers alike, is faster",
+    )
 }
 
 /// The kernels' word for it.

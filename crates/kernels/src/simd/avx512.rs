@@ -109,6 +109,10 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         self.fma(self.splat(f32::from_bits(x << 16)), even, total)
     }
     #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
+    }
+    #[inline(always)]
     fn store(self, v: __m512, to: &mut [f32; LANES]) {
         avx512!(_mm512_storeu_ps(to.as_mut_ptr(), v));
     }

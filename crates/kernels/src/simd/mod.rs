@@ -72,6 +72,9 @@ pub(crate) trait Simd: Arith {
         let total = self.fma(self.splat(f32::from_bits(x & 0xffff_0000)), odd, total);
         self.fma(self.splat(f32::from_bits(x << 16)), even, total)
     }
+    /// Asks for the cache line at `line`, which may be any address; changes no result.
+    #[inline(always)]
+    fn prefetch(self, _line: *const u8) {}
     /// Writes the lanes.
     fn store(self, v: Self::V, to: &mut [f32; LANES]);
     /// Rounds every lane to bf16, as [`crate::round_bf16`] does.
