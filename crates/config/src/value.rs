@@ -138,7 +138,8 @@ pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
         "auto" => Ok(None),
         "f32" => Ok(Some(Compute::F32)),
         "bf16" => Ok(Some(Compute::Bf16)),
-        other => Err(format!("{other:?} is not a compute mode; use auto, f32 or bf16")),
+        "bf16-pairs" => Ok(Some(Compute::Bf16Pairs)),
+        other => Err(format!("{other:?} is not a compute mode; use auto, f32, bf16 or bf16-pairs")),
     }
 }
 

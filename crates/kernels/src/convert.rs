@@ -10,6 +10,19 @@ pub enum Precision {
     F32,
     /// Inputs of linears, keys and values are rounded to bf16; sums stay in f32.
     Bf16,
+    /// As [`Precision::Bf16`], but linears on bf16 weights add in the order of the instruction `vdpbf16ps`.
+    Bf16Pairs,
+}
+
+impl Precision {
+    /// Whether inputs of linears, keys and values are rounded to bf16.
+    #[must_use]
+    pub const fn rounds(self) -> bool {
+        match self {
+            Self::F32 => false,
+            Self::Bf16 | Self::Bf16Pairs => true,
+        }
+    }
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use crate::isa::Isa;
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The name is not that of an instruction set.
-    #[error("unknown instruction set `{name}`: use portable, avx2, avx512 or neon")]
+    #[error("unknown instruction set `{name}`: use portable, avx2, avx512, avx512bf16, amx or neon")]
     UnknownIsa {
         /// The name as given.
         name: String,

@@ -8,11 +8,14 @@ use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::error::KernelError;
-use crate::isa::{Kernel, dispatch};
+use crate::isa::{Kernel, dispatch_flushing};
 use crate::linear::{LinearTask, Output};
 use crate::math::silu_lanes;
-use crate::matrix::{Block, Elements, Matrix, Panels};
-use crate::simd::{LANES, Simd, store_part};
+use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
+use crate::pairs::{
+    Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
+};
+use crate::simd::{LANES, Simd, store_bf16_pairs, store_part};
 use crate::tile::{Dense, Gathered, Sink, Work, panels_per_task, rows_per_task};
 
 /// The weights of one gated MLP.
@@ -57,6 +60,14 @@ impl Expert {
         self.gate.n()
     }
 
+    /// Its weights, if all are bf16.
+    fn in_bf16(&self) -> Option<[&Panels<Bf16Block>; 3]> {
+        match (&self.gate.elements, &self.up.elements, &self.down.elements) {
+            (Elements::Bf16(gate), Elements::Bf16(up), Elements::Bf16(down)) => Some([gate, up, down]),
+            _ => None,
+        }
+    }
+
     /// Bytes that the packed weights keep in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -77,6 +88,8 @@ pub struct ExpertRows<'a> {
 #[derive(Debug, Default)]
 pub struct FfnScratch {
     activated: Vec<f32>,
+    packed: PairBuffer,
+    activated_pairs: PairBuffer,
     first: Vec<Task>,
     second: Vec<Task>,
 }
@@ -87,7 +100,7 @@ struct Task {
     group: usize,
     /// Rows of the groups before.
     rows_before: usize,
-    /// Intermediate elements of the groups before.
+    /// Intermediate elements of the groups before; words if the group is computed in pairs.
     activated_before: usize,
     row: usize,
     rows: usize,
@@ -98,13 +111,29 @@ struct Task {
 /// Applies each group's expert to its rows of `x` (`[m, hidden]`); `out` takes the groups' rows one group after the
 /// other, `[sum of rows, hidden]`, and is overwritten.
 ///
-/// `x` is given as the linears shall read it, that is already rounded under [`Precision::Bf16`]; `precision` says
-/// whether the input of `down` is rounded. Once `scratch` is warm nothing is
-/// allocated.
+/// `x` is given as the linears shall read it: where `precision` rounds, it holds bf16 values already. An expert follows
+/// the order of [`Precision::Bf16Pairs`] if all its weights are bf16. Once `scratch` is warm nothing is allocated.
 ///
 /// # Panics
 /// If the experts' hidden sizes differ, `x` or `out` does not fit, or a row number is outside `x`.
 pub fn grouped_ffn(
+    cpu: &Cpu,
+    groups: &[ExpertRows<'_>],
+    x: &[f32],
+    precision: Precision,
+    scratch: &mut FfnScratch,
+    out: &mut [f32],
+) {
+    match path(cpu.isa(), precision) {
+        Path::Lanes => run::<InPairs>(None, cpu, groups, x, precision, scratch, out),
+        Path::Pairs => run(Some(InPairs), cpu, groups, x, precision, scratch, out),
+        Path::Tiles(engine) => run(Some(engine), cpu, groups, x, precision, scratch, out),
+    }
+}
+
+/// Experts in bf16 go to `engine` if there is one; the others, and all if there is none, are computed in lanes.
+fn run<E: Engine>(
+    engine: Option<E>,
     cpu: &Cpu,
     groups: &[ExpertRows<'_>],
     x: &[f32],
@@ -118,23 +147,68 @@ pub fn grouped_ffn(
     };
     let hidden = first.expert.hidden();
     check(groups, hidden, x, out);
-    let (activated, work) = scratch.plan(cpu, groups);
-    if scratch.activated.len() < activated {
-        scratch.activated.resize(activated, 0.0);
+    let in_pairs = |expert: &Expert| engine.is_some() && expert.in_bf16().is_some();
+    let plan = scratch.plan(cpu, groups, &in_pairs);
+    let FfnScratch { activated, packed, activated_pairs, first, second } = scratch;
+    if activated.len() < plan.activated {
+        activated.resize(plan.activated, 0.0);
     }
-    let between = Disjoint::new(&mut scratch.activated);
-    cpu.run(scratch.first.len(), work * 2, &|index| {
-        let task = scratch.first[index];
+    let x = Dense { x, k: hidden };
+    let packed = if plan.words > 0 { pack_groups(cpu, groups, x, &in_pairs, packed) } else { &[] };
+    let packed = PairRows { words: packed, per_row: words_per_row(hidden) };
+    let words = activated_pairs.words(plan.words, plan.words_per_row);
+    let (between, between_pairs) = (Disjoint::new(activated), Disjoint::new(words));
+    cpu.run(first.len(), plan.work * 2, &|index| {
+        let task = first[index];
         let ExpertRows { expert, rows } = groups[task.group];
-        let step =
-            GateUp { task, x: Gathered { from: Dense { x, k: hidden }, rows }, out: &between, precision };
-        step.run(cpu, expert);
+        let (before, intermediate) = (task.activated_before, expert.intermediate());
+        if let (Some(engine), Some([gate, up, _])) = (engine, expert.in_bf16()) {
+            let sink = GatedPairs { out: &between_pairs, before, intermediate };
+            let work = task.pair_work([gate, up], packed.from(task.rows_before), sink);
+            dispatch_flushing(cpu.isa(), PairTask(engine, work));
+            return;
+        }
+        let out = Gated { out: &between, before, intermediate, precision };
+        gate_up(cpu, task, expert, Gathered { from: x, rows }, out);
     });
     let out = Disjoint::new(out);
-    cpu.run(scratch.second.len(), work, &|index| {
-        let task = scratch.second[index];
-        down(cpu, task, groups[task.group].expert, &scratch.activated[task.activated_before..], &out);
+    let (activated, words) = (&*activated, &*words);
+    cpu.run(second.len(), plan.work, &|index| {
+        let task = second[index];
+        let expert = groups[task.group].expert;
+        if let (Some(engine), Some([.., w])) = (engine, expert.in_bf16()) {
+            let x = PairRows {
+                words: &words[task.activated_before..],
+                per_row: words_per_row(expert.intermediate()),
+            };
+            let sink = Output { out: &out, first_row: task.rows_before, n: hidden };
+            dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([w], x, sink)));
+            return;
+        }
+        down(cpu, task, expert, &activated[task.activated_before..], &out);
     });
+}
+
+/// The inputs of the groups that are computed in pairs, each group's in its order, at the rows that `out` has for them.
+fn pack_groups<'s>(
+    cpu: &Cpu,
+    groups: &[ExpertRows<'_>],
+    x: Dense<'_>,
+    in_pairs: &dyn Fn(&Expert) -> bool,
+    packed: &'s mut PairBuffer,
+) -> &'s [u32] {
+    let per_row = words_per_row(x.k);
+    let total: usize = groups.iter().map(|group| group.rows.len()).sum();
+    let words = packed.words(total * per_row, per_row);
+    let mut first = 0;
+    for ExpertRows { expert, rows } in groups {
+        if in_pairs(expert) {
+            let words = &mut words[first * per_row..(first + rows.len()) * per_row];
+            pack(cpu, words, rows.len(), x.k, &|row| &x.x[rows[row] as usize * x.k..][..x.k]);
+        }
+        first += rows.len();
+    }
+    words
 }
 
 fn check(groups: &[ExpertRows<'_>], hidden: usize, x: &[f32], out: &[f32]) {
@@ -152,12 +226,10 @@ fn check(groups: &[ExpertRows<'_>], hidden: usize, x: &[f32], out: &[f32]) {
 }
 
 impl FfnScratch {
-    /// Lists the tasks of both stages. Returns the intermediate elements of all groups, and the multiply-adds of the
-    /// second stage (the first has twice as many).
-    fn plan(&mut self, cpu: &Cpu, groups: &[ExpertRows<'_>]) -> (usize, usize) {
-        let (mut activated, mut work, mut panels) = (0, 0, [0, 0]);
+    /// Lists the tasks of both stages.
+    fn plan(&mut self, cpu: &Cpu, groups: &[ExpertRows<'_>], in_pairs: &dyn Fn(&Expert) -> bool) -> Plan {
+        let (mut work, mut panels) = (0, [0, 0]);
         for ExpertRows { expert, rows } in groups {
-            activated += rows.len() * expert.intermediate();
             work += rows.len() * expert.intermediate() * expert.hidden();
             let used = usize::from(!rows.is_empty());
             panels[0] += used * expert.gate.panels();
@@ -169,8 +241,18 @@ impl FfnScratch {
             panels_per_task(panels[0], cpu.threads_for(work * 2)),
             panels_per_task(panels[1], cpu.threads_for(work)),
         ];
-        let (mut rows_before, mut activated_before) = (0, 0);
+        let mut plan = Plan { activated: 0, words: 0, words_per_row: 0, work };
+        let mut rows_before = 0;
         for (group, ExpertRows { expert, rows }) in groups.iter().enumerate() {
+            let per_row = words_per_row(expert.intermediate());
+            let (activated, width) = if in_pairs(expert) {
+                plan.words_per_row = plan.words_per_row.max(per_row);
+                (&mut plan.words, per_row)
+            } else {
+                (&mut plan.activated, expert.intermediate())
+            };
+            let activated_before = *activated;
+            *activated += rows.len() * width;
             for (tasks, matrix, per_task) in
                 [(&mut self.first, &expert.gate, per_task[0]), (&mut self.second, &expert.down, per_task[1])]
             {
@@ -190,37 +272,33 @@ impl FfnScratch {
                 }
             }
             rows_before += rows.len();
-            activated_before += rows.len() * expert.intermediate();
         }
-        (activated, work)
+        plan
     }
+}
+
+/// What a call needs.
+struct Plan {
+    /// Intermediate elements of the groups that are computed in lanes.
+    activated: usize,
+    /// Intermediate words of the groups that are computed in pairs.
+    words: usize,
+    /// Words of the longest intermediate row.
+    words_per_row: usize,
+    /// Multiply-adds of the second stage; the first has twice as many.
+    work: usize,
 }
 
 /// The first stage of one task: `round(silu(gate(x)) * up(x))`.
-struct GateUp<'a> {
-    task: Task,
-    x: Gathered<'a>,
-    out: &'a Disjoint<'a, f32>,
-    precision: Precision,
-}
-
-impl GateUp<'_> {
-    fn run(&self, cpu: &Cpu, expert: &Expert) {
-        match (&expert.gate.elements, &expert.up.elements) {
-            (Elements::Bf16(gate), Elements::Bf16(up)) => self.run_on(cpu, expert, [gate, up]),
-            (Elements::F32(gate), Elements::F32(up)) => self.run_on(cpu, expert, [gate, up]),
-            _ => unreachable!("an expert's gate and up have one element type"),
+fn gate_up(cpu: &Cpu, task: Task, expert: &Expert, x: Gathered<'_>, sink: Gated<'_>) {
+    match (&expert.gate.elements, &expert.up.elements) {
+        (Elements::Bf16(gate), Elements::Bf16(up)) => {
+            dispatch_flushing(cpu.isa(), GateUpTask(task.work([gate, up], x, sink)));
         }
-    }
-
-    fn run_on<B: Block>(&self, cpu: &Cpu, expert: &Expert, weights: [&Panels<B>; 2]) {
-        let sink = Gated {
-            out: self.out,
-            before: self.task.activated_before,
-            intermediate: expert.intermediate(),
-            precision: self.precision,
-        };
-        dispatch(cpu.isa(), GateUpTask(self.task.work(weights, self.x, sink)));
+        (Elements::F32(gate), Elements::F32(up)) => {
+            dispatch_flushing(cpu.isa(), GateUpTask(task.work([gate, up], x, sink)));
+        }
+        _ => unreachable!("an expert's gate and up have one element type"),
     }
 }
 
@@ -234,6 +312,16 @@ impl Task {
         let (rows, panels) = (self.row..self.row + self.rows, self.panel..self.panel + self.panels);
         Work { weights, x, sink, rows, panels }
     }
+
+    fn pair_work<'a, K, const M: usize>(
+        self,
+        weights: [&'a Panels<Bf16Block>; M],
+        x: PairRows<'a>,
+        sink: K,
+    ) -> PairWork<'a, K, M> {
+        let (rows, panels) = (self.row..self.row + self.rows, self.panel..self.panel + self.panels);
+        PairWork { weights, x, sink, rows, panels }
+    }
 }
 
 /// The second stage of one task; `activated` starts with the group's first row.
@@ -241,8 +329,8 @@ fn down(cpu: &Cpu, task: Task, expert: &Expert, activated: &[f32], out: &Disjoin
     let x = Dense { x: activated, k: expert.intermediate() };
     let sink = Output { out, first_row: task.rows_before, n: expert.hidden() };
     match &expert.down.elements {
-        Elements::Bf16(w) => dispatch(cpu.isa(), LinearTask(task.work([w], x, sink))),
-        Elements::F32(w) => dispatch(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::Bf16(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::F32(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
     }
 }
 
@@ -268,7 +356,7 @@ impl Sink<2> for Gated<'_> {
     #[inline(always)]
     fn put<S: Simd>(&self, s: S, row: usize, panel: usize, [gate, up]: [S::V; 2]) {
         let mut value = s.mul(silu_lanes(s, gate), up);
-        if self.precision == Precision::Bf16 {
+        if self.precision.rounds() {
             value = s.round_bf16(value);
         }
         let column = panel * LANES;
@@ -276,5 +364,75 @@ impl Sink<2> for Gated<'_> {
         // SAFETY: tasks share no (group, row, panel), and the piece is dropped before the next.
         let piece = unsafe { self.out.piece(self.before + row * self.intermediate + column, len) };
         store_part(s, value, piece);
+    }
+}
+
+/// As [`Gated`], rounded and in pairs, whole blocks of them.
+struct GatedPairs<'a> {
+    out: &'a Disjoint<'a, u32>,
+    before: usize,
+    intermediate: usize,
+}
+
+impl Sink<2> for GatedPairs<'_> {
+    #[inline(always)]
+    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, [gate, up]: [S::V; 2]) {
+        const WORDS: usize = LANES / 2;
+        let value = s.mul(silu_lanes(s, gate), up);
+        let (from, left) = (panel * WORDS, self.intermediate - panel * LANES);
+        let last = left <= LANES;
+        let len = if last { words_per_row(self.intermediate) - from } else { WORDS };
+        let from = self.before + row * words_per_row(self.intermediate) + from;
+        // SAFETY: tasks share no (group, row, panel), and the piece is dropped before the next.
+        let piece = unsafe { self.out.piece(from, len) };
+        store_bf16_pairs(s, value, piece.first_chunk_mut().expect("a panel has eight words"));
+        if last {
+            // The padding is zero even where an infinite input made something else of it.
+            piece[left.div_ceil(2)..].fill(0);
+            if left % 2 == 1 {
+                piece[left / 2] &= 0xffff;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+    use crate::amx::tests::{assert_same, numbers};
+    use crate::amx::{InTiles, Software};
+    use crate::isa::Isa;
+
+    #[test]
+    fn experts_on_tiles_give_the_bits_of_lanes() {
+        // SAFETY: plain Rust runs anywhere.
+        let tiles = unsafe { InTiles::<Software>::new() };
+        let matrix = |n, k, seed| {
+            let mut bits = vec![0; n * k];
+            crate::to_bf16(&numbers(n * k, seed), &mut bits);
+            Matrix::pack_bf16(n, k, &bits).unwrap()
+        };
+        let mut scratch = FfnScratch::default();
+        for (hidden, widths) in [(64, [32, 32, 32]), (70, [48, 17, 131]), (33, [1, 300, 16])] {
+            let known = widths.map(|width| {
+                let (gate, up) = (matrix(width, hidden, 1), matrix(width, hidden, 2));
+                Expert::new(gate, up, matrix(hidden, width, 3)).unwrap()
+            });
+            let x = numbers(90 * hidden, 4);
+            let rows: [Vec<u32>; 4] = [vec![5], vec![], (0..90).rev().collect(), (0..47).collect()];
+            let groups: Vec<_> =
+                (0..4).map(|g| ExpertRows { expert: &known[g % 3], rows: &rows[g] }).collect();
+            let mut want = vec![0.0; 138 * hidden];
+            let canonical = Cpu::with_isa(NonZeroUsize::MIN, Isa::Portable).unwrap();
+            grouped_ffn(&canonical, &groups, &x, Precision::Bf16, &mut scratch, &mut want);
+            for threads in [1, 3] {
+                let cpu = Cpu::new(NonZeroUsize::new(threads).unwrap()).unwrap();
+                let mut out = vec![f32::NAN; want.len()];
+                run(Some(tiles), &cpu, &groups, &x, Precision::Bf16, &mut scratch, &mut out);
+                assert_same(&out, &want, &format!("hidden {hidden}, {threads} threads"));
+            }
+        }
     }
 }

@@ -5,12 +5,14 @@
 use std::fmt;
 use std::str::FromStr;
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
 use crate::error::KernelError;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::Neon;
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512};
-use crate::simd::{Portable, Simd};
+use crate::simd::{Avx2, Avx512, FlushMode};
+use crate::simd::{Portable, PortableFlush, Simd};
 
 /// An instruction set that kernels are compiled for. All give the same bits; they differ in speed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,12 +23,19 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// [`Isa::Avx512`] with AVX512-BF16, whose dot product has the order of [`Precision::Bf16Pairs`].
+    ///
+    /// [`Precision::Bf16Pairs`]: crate::Precision::Bf16Pairs
+    Avx512Bf16,
+    /// [`Isa::Avx512Bf16`] with AMX tiles, whose dot product has the canonical order.
+    Amx,
     /// AArch64, all of which has it.
     Neon,
 }
 
 impl Isa {
-    const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Neon];
+    const ALL: [Self; 6] =
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx, Self::Neon];
 
     /// The fastest set that this machine has.
     #[must_use]
@@ -61,8 +70,12 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && Self::Avx2.is_available()
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Self::Avx512.is_available(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => amx::available() && Self::Avx512Bf16.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
             Self::Neon => cfg!(target_arch = "aarch64"),
         }
     }
@@ -74,6 +87,8 @@ impl fmt::Display for Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
             Self::Neon => "neon",
         })
     }
@@ -110,13 +125,34 @@ pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the assertion above found these AVX-512 parts.
         Isa::Avx512 => unsafe { run_avx512(kernel) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the assertion above found these AVX-512 parts and AVX512-BF16.
+        Isa::Avx512Bf16 | Isa::Amx => unsafe { run_avx512_bf16(kernel) },
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => kernel.run(Neon),
         _ => kernel.run(Portable),
     }
 }
 
+/// As [`dispatch`], with subnormal numbers flushed: those that go into an operation count as zero, and so do those that
+/// come out of one. Linears run so, because the hardware that defines their order does.
+///
+/// # Panics
+/// As [`dispatch`].
+#[inline]
+pub(crate) fn dispatch_flushing<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
+            let _mode = FlushMode::set();
+            dispatch(isa, kernel)
+        }
+        _ => kernel.run(PortableFlush),
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
+#[inline(never)] // see FlushMode
 #[target_feature(enable = "avx2,fma")]
 fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function runs only on a machine with the features that it enables.
@@ -124,15 +160,25 @@ fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[inline(never)] // see FlushMode
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function runs only on a machine with the features that it enables.
-    kernel.run(unsafe { Avx512::new() })
+    kernel.run(unsafe { Avx512::<false>::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(never)] // see FlushMode
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function runs only on a machine with the features that it enables.
+    kernel.run(unsafe { Avx512::<true>::new() })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::{LANES, lanes};
 
     #[test]
     fn names_round_trip_and_others_are_refused() {
@@ -140,7 +186,93 @@ mod tests {
             assert_eq!(isa.to_string().parse::<Isa>().unwrap(), isa);
         }
         let refused = "AVX2".parse::<Isa>().unwrap_err().to_string();
-        assert_eq!(refused, "unknown instruction set `AVX2`: use portable, avx2, avx512 or neon");
+        assert_eq!(
+            refused,
+            "unknown instruction set `AVX2`: use portable, avx2, avx512, avx512bf16, amx or neon"
+        );
+    }
+
+    /// Every operation on three operands.
+    struct Operations([[f32; LANES]; 3]);
+
+    impl Kernel for Operations {
+        type Output = [[f32; LANES]; 8];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let [a, b, c] = [s.load(&self.0[0]), s.load(&self.0[1]), s.load(&self.0[2])];
+            [
+                s.add(a, b),
+                s.sub(a, b),
+                s.mul(a, b),
+                s.div(a, b),
+                s.fma(a, b, c),
+                s.min(a, b),
+                s.max(a, b),
+                s.select_lt(a, b, b, c),
+            ]
+            .map(|v| lanes(s, v))
+        }
+    }
+
+    /// Numbers of all kinds, most of them so that sums, products and quotients end near the least normal number.
+    fn operand(state: &mut u64) -> f32 {
+        *state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        let bits = (*state >> 32) as u32;
+        let with_exponent = |exponent: u32| f32::from_bits(bits & 0x807f_ffff | exponent << 23);
+        match bits >> 4 & 15 {
+            0 => f32::from_bits(bits),
+            1 => {
+                [0.0, f32::INFINITY, f32::NAN, f32::MAX][(bits >> 8 & 3) as usize].copysign(with_exponent(1))
+            }
+            2 | 3 => with_exponent(0),
+            4..8 => f32::from_bits(0x0080_0000 + (bits >> 8 & 3)).copysign(with_exponent(1)),
+            8 => with_exponent(127) * f32::EPSILON,
+            9 => f32::from_bits(0x3f80_0000 - 1 + (bits >> 8 & 3)).copysign(with_exponent(1)),
+            10 | 11 => with_exponent(62 + (bits >> 8 & 3)),
+            12 | 13 => f32::from_bits(with_exponent(50 + (bits >> 8 & 3)).to_bits() & 0xff80_0000),
+            _ => with_exponent(1 + (bits >> 8 & 3)),
+        }
+    }
+
+    #[test]
+    fn flushing_is_the_same_on_every_instruction_set() {
+        let bits = |v: [f32; LANES]| v.map(|v| if v.is_nan() { u32::MAX } else { v.to_bits() });
+        let (mut state, mut lifted) = (7, 0);
+        for _ in 0..200_000 {
+            let operands: [[f32; LANES]; 3] =
+                std::array::from_fn(|_| std::array::from_fn(|_| operand(&mut state)));
+            let want = Operations(operands).run(PortableFlush);
+            assert!(!want[..7].iter().flatten().any(|v| v.is_subnormal()), "{operands:?}");
+            let kept = dispatch(Isa::Portable, Operations(operands));
+            lifted +=
+                (0..LANES).filter(|&i| kept[4][i].abs() == f32::MIN_POSITIVE && want[4][i] == 0.0).count();
+            for isa in Isa::available() {
+                let found = dispatch_flushing(isa, Operations(operands));
+                assert_eq!(found.map(bits), want.map(bits), "{isa} {operands:?}");
+            }
+        }
+        assert!(lifted > 1000, "{lifted}: the inputs miss results that only subnormal rounding lifts");
+    }
+
+    #[test]
+    fn flushing_ends_with_the_call() {
+        for isa in Isa::available() {
+            let least = [f32::MIN_POSITIVE; LANES];
+            dispatch_flushing(isa, Operations([least; 3]));
+            let thrown = std::panic::catch_unwind(|| dispatch_flushing(isa, Throws));
+            assert!(thrown.is_err());
+            assert_eq!(std::hint::black_box(f32::MIN_POSITIVE) / 2.0, f32::from_bits(0x0040_0000), "{isa}");
+        }
+    }
+
+    struct Throws;
+
+    impl Kernel for Throws {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self, _: S) {
+            panic!("a kernel fails");
+        }
     }
 
     #[test]

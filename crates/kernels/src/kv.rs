@@ -154,7 +154,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// A cache of `blocks` blocks. Under [`Precision::Bf16`] keys and values are rounded when they are written.
+    /// A cache of `blocks` blocks. Keys and values are rounded when they are written, if the precision says so.
     /// Memory becomes resident as blocks are used.
     ///
     /// # Errors
@@ -171,7 +171,7 @@ impl KvCache {
         }
         let store = match precision {
             Precision::F32 => Store::F32(Lines::new(shape, blocks)?),
-            Precision::Bf16 => Store::Bf16(Lines::new(shape, blocks)?),
+            Precision::Bf16 | Precision::Bf16Pairs => Store::Bf16(Lines::new(shape, blocks)?),
         };
         Ok(Self { shape, blocks, store })
     }
@@ -203,7 +203,7 @@ impl KvCache {
     pub fn bytes_per_block(shape: KvShape, precision: Precision) -> usize {
         let line = match precision {
             Precision::F32 => size_of::<[f32; LANES]>(),
-            Precision::Bf16 => size_of::<[u16; LANES]>(),
+            Precision::Bf16 | Precision::Bf16Pairs => size_of::<[u16; LANES]>(),
         };
         shape.lines().and_then(|lines| lines.checked_mul(line)).unwrap_or(usize::MAX)
     }

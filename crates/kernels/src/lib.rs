@@ -9,14 +9,17 @@
 //!   a block the even and the odd products are accumulated apart, each from +0.0, in ascending order, with a fused
 //!   multiply-add in f32; the block is even + odd; K is padded with zeros to a whole block.
 //! - Weights are packed once, when they are loaded, into the layout that the kernels read ([`Matrix`]).
-//! - Subnormal numbers are kept: the floating-point environment is neither read nor changed, and every kernel expects
-//!   the default one. A unit that flushes subnormals may be added only where its inputs are known to have none.
+//! - Linears, and what an expert does between its linears, flush subnormal numbers: each operation reads them as zero
+//!   and gives zero of the same sign instead of one. Hardware with the canonical order does so, whatever the
+//!   floating-point environment says. Everything else keeps them. The caller must be in the default environment, and
+//!   finds it again.
 //!
 //! A slice of the wrong size is a mistake of the calling code and panics at the entry with the argument's name. Sizes
 //! that come from a checkpoint or a configuration go through constructors, which return [`KernelError`].
 //!
 //! The crate knows nothing of models, tensors, requests or the wire.
 
+mod amx;
 mod attention;
 mod convert;
 mod cpu;
@@ -30,6 +33,7 @@ pub mod math;
 mod matrix;
 mod memory;
 mod norm;
+mod pairs;
 mod pool;
 mod rope;
 mod simd;

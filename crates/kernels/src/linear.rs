@@ -3,48 +3,90 @@
 //! What must hold: an output element is computed whole by one task in the canonical order (see the crate's
 //! documentation), so rows, threads and splits never show. It does not know what the weight is for.
 
+use std::cell::Cell;
+use std::ops::Range;
+
+use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch};
-use crate::matrix::{Block, Elements, Matrix, Panels};
+use crate::isa::{Kernel, dispatch_flushing};
+use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
+use crate::pairs::{
+    Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
+};
 use crate::simd::{LANES, Simd, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
 
 /// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten.
 ///
+/// `x` is given as the linear shall read it: where `precision` rounds, it holds bf16 values already.
+///
 /// # Panics
 /// If `x` or `out` does not fit the weight and each other.
-pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], out: &mut [f32]) {
+pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], precision: Precision, out: &mut [f32]) {
     let rows = x.len() / w.k();
     assert_eq!(x.len(), rows * w.k(), "x: its length must be a multiple of k = {}", w.k());
     assert_eq!(out.len(), rows * w.n(), "out: its length must be rows * n = {rows} * {}", w.n());
     match &w.elements {
-        Elements::Bf16(panels) => run(cpu, w, panels, x, out),
+        Elements::Bf16(panels) => match path(cpu.isa(), precision) {
+            Path::Lanes => run(cpu, w, panels, x, out),
+            Path::Pairs => run_pairs(InPairs, cpu, w, panels, x, out),
+            Path::Tiles(engine) => run_pairs(engine, cpu, w, panels, x, out),
+        },
         Elements::F32(panels) => run(cpu, w, panels, x, out),
     }
 }
 
+/// As [`run`], with the inputs packed in pairs.
+fn run_pairs<E: Engine>(
+    engine: E,
+    cpu: &Cpu,
+    w: &Matrix,
+    weights: &Panels<Bf16Block>,
+    x: &[f32],
+    out: &mut [f32],
+) {
+    thread_local! {
+        static PACKED: Cell<PairBuffer> = const { Cell::new(PairBuffer::EMPTY) };
+    }
+    let (k, rows, per_row) = (w.k(), x.len() / w.k(), words_per_row(w.k()));
+    let mut buffer = PACKED.take();
+    let words = buffer.words(rows * per_row, per_row);
+    pack(cpu, words, rows, k, &|row| &x[row * k..(row + 1) * k]);
+    let x = PairRows { words, per_row };
+    over_tasks(cpu, w, rows, out, &|rows, panels, sink| {
+        let work = PairWork { weights: [weights], x, sink, rows, panels };
+        dispatch_flushing(cpu.isa(), PairTask(engine, work));
+    });
+    PACKED.set(buffer);
+}
+
 fn run<B: Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.k();
-    let work = x.len() * w.n();
+    let x = Dense { x, k: w.k() };
+    over_tasks(cpu, w, rows, out, &|rows, panels, sink| {
+        dispatch_flushing(cpu.isa(), LinearTask(Work { weights: [weights], x, sink, rows, panels }));
+    });
+}
+
+/// Shares out `rows` rows times all panels: `task` takes some rows, some panels and where its results go.
+fn over_tasks(
+    cpu: &Cpu,
+    w: &Matrix,
+    rows: usize,
+    out: &mut [f32],
+    task: &(dyn Fn(Range<usize>, Range<usize>, Output<'_>) + Sync),
+) {
+    let work = rows * w.k() * w.n();
     let per_rows = rows_per_task(w.k());
     let per_panels = panels_per_task(w.panels(), cpu.threads_for(work));
     let columns = w.panels().div_ceil(per_panels);
     let out = Disjoint::new(out);
-    let x = Dense { x, k: w.k() };
     // Panels change fastest, so that the rows of a chunk stay in cache.
-    cpu.run(rows.div_ceil(per_rows) * columns, work, &|task| {
-        let (row, panel) = (task / columns * per_rows, task % columns * per_panels);
-        dispatch(
-            cpu.isa(),
-            LinearTask(Work {
-                weights: [weights],
-                x,
-                sink: Output { out: &out, first_row: 0, n: w.n() },
-                rows: row..rows.min(row + per_rows),
-                panels: panel..w.panels().min(panel + per_panels),
-            }),
-        );
+    cpu.run(rows.div_ceil(per_rows) * columns, work, &|index| {
+        let (row, panel) = (index / columns * per_rows, index % columns * per_panels);
+        let (rows, panels) = (row..rows.min(row + per_rows), panel..w.panels().min(panel + per_panels));
+        task(rows, panels, Output { out: &out, first_row: 0, n: w.n() });
     });
 }
 
@@ -74,5 +116,43 @@ impl Sink<1> for Output<'_> {
         let piece =
             unsafe { self.out.piece((self.first_row + row) * self.n + column, LANES.min(self.n - column)) };
         store_part(s, value, piece);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroUsize;
+
+    use super::*;
+    use crate::amx::{InTiles, Software};
+    use crate::isa::Isa;
+
+    #[test]
+    fn the_walk_over_tiles_gives_the_bits_of_lanes() {
+        // SAFETY: plain Rust runs anywhere.
+        let tiles = unsafe { InTiles::<Software>::new() };
+        for threads in [1, 3] {
+            let cpu = Cpu::new(NonZeroUsize::new(threads).unwrap()).unwrap();
+            for (n, k) in [(1, 1), (16, 32), (17, 33), (48, 64), (100, 257), (64, 288), (33, 95), (80, 31)] {
+                let w = crate::amx::tests::numbers(n * k, 1);
+                let x = crate::amx::tests::numbers(130 * k, 2);
+                let mut bits = vec![0; n * k];
+                crate::to_bf16(&w, &mut bits);
+                let matrix = Matrix::pack_bf16(n, k, &bits).unwrap();
+                let Elements::Bf16(panels) = &matrix.elements else { unreachable!("packed as bf16") };
+                let canonical = Cpu::with_isa(NonZeroUsize::MIN, Isa::Portable).unwrap();
+                let mut want = vec![0.0; 130 * n];
+                linear(&canonical, &matrix, &x, Precision::Bf16, &mut want);
+                for rows in (1..=40).chain([47, 48, 49, 63, 64, 65, 66, 80, 96, 97, 128, 129, 130]) {
+                    let mut out = vec![f32::NAN; rows * n];
+                    run_pairs(tiles, &cpu, &matrix, panels, &x[..rows * k], &mut out);
+                    crate::amx::tests::assert_same(
+                        &out,
+                        &want[..rows * n],
+                        &format!("[{n}, {k}] {rows} rows"),
+                    );
+                }
+            }
+        }
     }
 }

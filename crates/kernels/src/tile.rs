@@ -10,9 +10,9 @@ use crate::matrix::{BLOCK_K, Block, Panels};
 use crate::simd::Simd;
 
 /// Rows that a piece of work may have at most.
-const MAX_ROWS: usize = 64;
+pub(crate) const MAX_ROWS: usize = 64;
 /// Blocks of K whose weights are used for all rows before the next are read: 8 KiB of a bf16 panel.
-const CHUNK_BLOCKS: usize = 8;
+pub(crate) const CHUNK_BLOCKS: usize = 8;
 
 /// Where a row of inputs is found.
 pub(crate) trait Rows: Copy {
@@ -194,6 +194,39 @@ impl<B: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, B, R, K, M> {
     }
 }
 
+/// Blocks between one that is multiplied and the one that is fetched meanwhile.
+const FETCH_AHEAD: usize = 8;
+
+/// Fetches weights before they are needed: further on in the panel or, behind its end, in the panel that takes its
+/// place. The processor's own prefetching stops at every page and starts anew with every panel.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    blocks: usize,
+    /// Bytes from the end of a panel to the start of the panel that is read after it.
+    skip: usize,
+}
+
+impl Ahead {
+    /// For panels of which `together` that lie behind each other are read at a time.
+    #[inline(always)]
+    pub(crate) fn new<B, const C: usize, const M: usize>(weights: [[&[B]; C]; M], together: usize) -> Self {
+        let blocks = weights[0][0].len();
+        Self { blocks, skip: (together - 1) * blocks * size_of::<B>() }
+    }
+
+    /// Fetches what will be read where `block` (number `b`) is read now; a sixteenth of it per call.
+    #[inline(always)]
+    pub(crate) fn fetch<S: Simd, B>(self, s: S, block: &B, b: usize, sixteenth: usize) {
+        const LINE: usize = 64;
+        let part = size_of::<B>() / (BLOCK_K / 2);
+        let skip = if b + FETCH_AHEAD < self.blocks { 0 } else { self.skip };
+        let target = std::ptr::from_ref(block).cast::<u8>().wrapping_add(FETCH_AHEAD * size_of::<B>() + skip);
+        for line in 0..part / LINE {
+            s.prefetch(target.wrapping_add(sixteenth * part + line * LINE));
+        }
+    }
+}
+
 /// Adds blocks `blocks` of K to the totals of some rows.
 #[inline(always)]
 fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
@@ -204,12 +237,13 @@ fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usiz
     blocks: Range<usize>,
 ) {
     let whole = (rows[0].len() / BLOCK_K).min(blocks.end);
+    let ahead = Ahead::new(weights, C);
     for b in blocks.start..whole {
         let mut x = [&[0.0; BLOCK_K]; T];
         for r in 0..T {
             x[r] = rows[r][b * BLOCK_K..].first_chunk().expect("rows are of one length");
         }
-        add_block(s, totals, weights, x, b);
+        add_block(s, totals, weights, x, b, ahead);
     }
     if whole < blocks.end {
         let mut last = [[0.0; BLOCK_K]; T];
@@ -219,7 +253,7 @@ fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usiz
             last[..rest.len()].copy_from_slice(rest);
             *x = last;
         }
-        add_block(s, totals, weights, x, whole);
+        add_block(s, totals, weights, x, whole, ahead);
     }
 }
 
@@ -231,6 +265,7 @@ fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
     weights: [[&[B]; C]; M],
     x: [&[f32; BLOCK_K]; T],
     b: usize,
+    ahead: Ahead,
 ) {
     let zero = s.splat(0.0);
     let mut even = [[[zero; C]; M]; T];
@@ -245,6 +280,7 @@ fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
         let mut w = [[(zero, zero); C]; M];
         for m in 0..M {
             for c in 0..C {
+                ahead.fetch(s, blocks[m][c], b, pair);
                 w[m][c] = blocks[m][c].pair(s, pair);
             }
         }

@@ -8,7 +8,7 @@ use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{ExpertRole, Role};
 use muster_engine::dispatch::Rows;
 use muster_kernels::{
-    Cpu, Expert, ExpertRows, FfnScratch, Precision, all_finite, from_bf16, grouped_ffn, round_bf16,
+    Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, all_finite, from_bf16, grouped_ffn, round_bf16,
 };
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId};
 
@@ -134,7 +134,7 @@ impl ExpertSet {
     ) -> Result<(), ExpertError> {
         let x: &[f32] = match (rows, self.compute) {
             (Rows::HostF32(x), Compute::F32) => x,
-            (Rows::HostBf16(bits), Compute::Bf16) => {
+            (Rows::HostBf16(bits), Compute::Bf16 | Compute::Bf16Pairs) => {
                 scratch.widened.resize(bits.len(), 0.0);
                 from_bf16(bits, &mut scratch.widened);
                 &scratch.widened
@@ -160,7 +160,7 @@ impl ExpertSet {
             .collect::<Result<Vec<_>, _>>()?;
         out.resize(total * self.hidden, 0.0);
         grouped_ffn(cpu, &work, x, precision(self.compute), &mut scratch.ffn, out);
-        if self.compute == Compute::Bf16 {
+        if precision(self.compute).rounds() {
             round_bf16(out);
         }
         self.check_finite(layer, groups, out)
@@ -187,12 +187,21 @@ impl ExpertSet {
     }
 }
 
+/// What to tell the user where another mode would be faster.
+#[must_use]
+pub fn faster_mode(compute: Compute, isa: Isa) -> Option<&'static str> {
+    (compute == Compute::Bf16 && isa == Isa::Avx512Bf16).then_some(
+        "this processor has AVX512-BF16 and no AMX: --compute bf16-pairs, on routers and workers alike, is faster",
+    )
+}
+
 /// The kernels' word for it.
 #[must_use]
 pub const fn precision(compute: Compute) -> Precision {
     match compute {
         Compute::F32 => Precision::F32,
         Compute::Bf16 => Precision::Bf16,
+        Compute::Bf16Pairs => Precision::Bf16Pairs,
     }
 }
 

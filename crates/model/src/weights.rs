@@ -51,7 +51,7 @@ impl<'a> Loader<'a> {
         let packed = match (&data, self.compute) {
             (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
             (WeightData::F32(values), Compute::F32) => Matrix::pack_f32(rows, cols, values),
-            (WeightData::F32(values), Compute::Bf16) => {
+            (WeightData::F32(values), Compute::Bf16 | Compute::Bf16Pairs) => {
                 let mut bits = vec![0; values.len()];
                 to_bf16(values, &mut bits);
                 Matrix::pack_bf16(rows, cols, &bits)

@@ -127,10 +127,28 @@ pub fn dtype_from_wire(field: &'static str, value: i32) -> Result<DType, WireErr
     }
 }
 
-/// The compute mode whose rows travel as this dtype.
+/// The wire's name for a compute mode.
 #[must_use]
-pub const fn compute_of(wire: DType) -> Compute {
-    Compute::default_for(wire)
+pub const fn compute_to_wire(compute: Compute) -> v1::ComputeMode {
+    match compute {
+        Compute::F32 => v1::ComputeMode::F32,
+        Compute::Bf16 => v1::ComputeMode::Bf16,
+        Compute::Bf16Pairs => v1::ComputeMode::Bf16Pairs,
+    }
+}
+
+/// A compute mode off the wire.
+///
+/// # Errors
+/// `Missing` when unspecified, `UnknownValue` when this build does not know it.
+pub fn compute_from_wire(value: i32) -> Result<Compute, WireError> {
+    match v1::ComputeMode::try_from(value) {
+        Ok(v1::ComputeMode::F32) => Ok(Compute::F32),
+        Ok(v1::ComputeMode::Bf16) => Ok(Compute::Bf16),
+        Ok(v1::ComputeMode::Bf16Pairs) => Ok(Compute::Bf16Pairs),
+        Ok(v1::ComputeMode::Unspecified) => Err(WireError::Missing("compute")),
+        Err(_) => Err(WireError::UnknownValue { field: "compute", value }),
+    }
 }
 
 /// The wire's name for a combine mode.
@@ -180,9 +198,12 @@ mod tests {
     #[test]
     fn enums_survive_the_round_trip_and_zero_is_missing() {
         for dtype in [DType::F32, DType::Bf16] {
-            assert_eq!(dtype_from_wire("compute", dtype_to_wire(dtype).into()), Ok(dtype));
-            assert_eq!(compute_of(dtype).wire_dtype(), dtype);
+            assert_eq!(dtype_from_wire("wire_dtype", dtype_to_wire(dtype).into()), Ok(dtype));
         }
+        for compute in [Compute::F32, Compute::Bf16, Compute::Bf16Pairs] {
+            assert_eq!(compute_from_wire(compute_to_wire(compute).into()), Ok(compute));
+        }
+        assert_eq!(compute_from_wire(0), Err(WireError::Missing("compute")));
         assert_eq!(combine_from_wire(combine_to_wire(Combine::Exact).into()), Ok(Combine::Exact));
         let class = NumericsClass::CpuCanonical;
         assert_eq!(numerics_from_wire(numerics_to_wire(class).into()), Ok(class));

@@ -8,8 +8,7 @@ use muster_types::{
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
-    WireError, compute_of, dtype_from_wire, dtype_to_wire, numerics_from_wire, numerics_to_wire,
-    worker_id_error,
+    WireError, compute_from_wire, compute_to_wire, numerics_from_wire, numerics_to_wire, worker_id_error,
 };
 use crate::expert::v1;
 use crate::handshake::fingerprint_from_wire;
@@ -68,7 +67,7 @@ impl Description {
             resident_bytes: self.resident_bytes,
             draining: self.phase == Phase::Draining,
             max_rows: self.max_rows.get(),
-            compute: dtype_to_wire(self.compute.wire_dtype()).into(),
+            compute: compute_to_wire(self.compute).into(),
         }
     }
 
@@ -85,7 +84,7 @@ impl Description {
             worker,
             fingerprint: fingerprint_from_wire(&message.fingerprint)?,
             numerics: numerics_from_wire(message.numerics)?,
-            compute: compute_of(dtype_from_wire("compute", message.compute)?),
+            compute: compute_from_wire(message.compute)?,
             epoch: Epoch::new(message.epoch),
             holdings: parse_holdings(&message.held, experts)?,
             resident_bytes: message.resident_bytes,

@@ -6,8 +6,8 @@ use muster_types::{Combine, Compute, Fingerprint, NumericsClass};
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
-    RouterName, WireError, combine_from_wire, combine_to_wire, compute_of, dtype_from_wire, dtype_to_wire,
-    numerics_from_wire, numerics_to_wire,
+    RouterName, WireError, combine_from_wire, combine_to_wire, compute_from_wire, compute_to_wire,
+    dtype_from_wire, dtype_to_wire, numerics_from_wire, numerics_to_wire,
 };
 use crate::expert::v1;
 
@@ -103,6 +103,7 @@ impl Terms {
             wire_dtype: dtype_to_wire(self.compute.wire_dtype()).into(),
             combine: combine_to_wire(self.combine).into(),
             numerics: numerics_to_wire(self.numerics).into(),
+            compute: compute_to_wire(self.compute).into(),
         }
     }
 
@@ -121,12 +122,18 @@ impl Terms {
             return Err(WireError::Missing("hidden").into());
         }
         let fingerprint = fingerprint_from_wire(&hello.fingerprint)?;
-        let compute = compute_of(dtype_from_wire("wire_dtype", hello.wire_dtype)?);
+        let wire_dtype = dtype_from_wire("wire_dtype", hello.wire_dtype)?;
+        let compute = compute_from_wire(hello.compute)?;
         let combine = combine_from_wire(hello.combine)?;
         let numerics = numerics_from_wire(hello.numerics)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
         same(Term::Hidden, &self.hidden, &hello.hidden)?;
         same(Term::Compute, &self.compute, &compute)?;
+        if wire_dtype != compute.wire_dtype() {
+            let reason =
+                format!("is {wire_dtype}; rows of compute mode {compute} are {}", compute.wire_dtype());
+            return Err(WireError::rule("wire_dtype", reason).into());
+        }
         same(Term::Combine, &self.combine, &combine)?;
         same(Term::Numerics, &self.numerics, &numerics)?;
         Ok(Greeting { router, lane: hello.lane })
@@ -140,7 +147,7 @@ impl Terms {
         check_version(described.protocol_version)?;
         let fingerprint = fingerprint_from_wire(&described.fingerprint)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
-        same(Term::Compute, &self.compute, &compute_of(dtype_from_wire("compute", described.compute)?))?;
+        same(Term::Compute, &self.compute, &compute_from_wire(described.compute)?)?;
         same(Term::Numerics, &self.numerics, &numerics_from_wire(described.numerics)?)?;
         Ok(())
     }
@@ -195,7 +202,7 @@ mod tests {
 
     #[test]
     fn each_absent_field_is_named() {
-        let cases: [(&str, v1::Hello); 7] = [
+        let cases: [(&str, v1::Hello); 8] = [
             ("protocol_version", v1::Hello { protocol_version: 0, ..hello() }),
             ("fingerprint", v1::Hello { fingerprint: Default::default(), ..hello() }),
             ("router_id", v1::Hello { router_id: String::new(), ..hello() }),
@@ -203,6 +210,7 @@ mod tests {
             ("wire_dtype", v1::Hello { wire_dtype: 0, ..hello() }),
             ("combine", v1::Hello { combine: 0, ..hello() }),
             ("numerics", v1::Hello { numerics: 0, ..hello() }),
+            ("compute", v1::Hello { compute: 0, ..hello() }),
         ];
         for (field, message) in cases {
             assert_eq!(terms().admit(&message), Err(WireError::Missing(field).into()));
@@ -213,11 +221,12 @@ mod tests {
 
     #[test]
     fn each_difference_names_both_values() {
-        let cases: [(Term, v1::Hello); 4] = [
+        let cases: [(Term, v1::Hello); 5] = [
             (Term::Version, v1::Hello { protocol_version: 2, combine: 99, ..hello() }),
             (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),
-            (Term::Compute, v1::Hello { wire_dtype: v1::DType::F32.into(), ..hello() }),
+            (Term::Compute, v1::Hello { compute: v1::ComputeMode::F32.into(), ..hello() }),
+            (Term::Compute, v1::Hello { compute: v1::ComputeMode::Bf16Pairs.into(), ..hello() }),
         ];
         for (term, message) in cases {
             match terms().admit(&message) {
@@ -227,5 +236,11 @@ mod tests {
         }
         let text = terms().admit(&v1::Hello { hidden: 65, ..hello() }).unwrap_err().to_string();
         assert_eq!(text, "hidden size differs: ours is 64, the peer's is 65");
+        let pairs = v1::Hello { compute: v1::ComputeMode::Bf16Pairs.into(), ..hello() };
+        let text = terms().admit(&pairs).unwrap_err().to_string();
+        assert_eq!(text, "compute mode differs: ours is bf16, the peer's is bf16-pairs");
+        let torn = v1::Hello { wire_dtype: v1::DType::F32.into(), ..hello() };
+        let text = terms().admit(&torn).unwrap_err().to_string();
+        assert_eq!(text, "field wire_dtype: is f32; rows of compute mode bf16 are bf16");
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
 use muster_dispatch_grpc::client::{ConnectConfig, ConnectError, GrpcDispatch, HealthHandle, Start};
 use muster_kernels::{Cpu, KernelError};
+use muster_model::experts::faster_mode;
 use muster_model::trunk::Trunk;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::Shape;
@@ -174,6 +175,10 @@ fn assemble(
     let spec = checkpoint.spec();
     let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
     let cpu = Arc::new(Cpu::new(config.threads)?);
+    tracing::info!(model = checkpoint.name(), %compute, isa = %cpu.isa(), "loading the trunk");
+    if let Some(hint) = faster_mode(compute, cpu.isa()) {
+        tracing::info!("{hint}");
+    }
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut progress)?);
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
     let dispatch = GrpcDispatch::connect(ConnectConfig {

@@ -107,7 +107,7 @@ impl Batch {
     fn rows(&self, compute: Compute) -> Rows<'_> {
         match compute {
             Compute::F32 => Rows::HostF32(&self.rows),
-            Compute::Bf16 => Rows::HostBf16(&self.bits),
+            Compute::Bf16 | Compute::Bf16Pairs => Rows::HostBf16(&self.bits),
         }
     }
 
@@ -269,7 +269,7 @@ fn wrong_shapes_are_refused<D: ExpertDispatch>(harness: &mut Harness<D>) {
 fn wrong_dtypes_are_refused<D: ExpertDispatch>(harness: &mut Harness<D>) {
     let other = match harness.model.compute {
         Compute::F32 => Compute::Bf16,
-        Compute::Bf16 => Compute::F32,
+        Compute::Bf16 | Compute::Bf16Pairs => Compute::F32,
     };
     let batch = first_batch(&harness.model, 2);
     assert_invalid(&harness.dispatch.submit(&batch.view(other, 0)), "rows of another dtype are refused");
@@ -386,7 +386,7 @@ mod tests {
             }
             let rows: Vec<f32> = match (batch.rows, self.compute) {
                 (Rows::HostF32(x), Compute::F32) => x.to_vec(),
-                (Rows::HostBf16(x), Compute::Bf16) => {
+                (Rows::HostBf16(x), Compute::Bf16 | Compute::Bf16Pairs) => {
                     x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
                 }
                 _ => return Err(DispatchError::Invalid("dtype".into())),

@@ -20,7 +20,7 @@ pub fn output(compute: Compute, layer: LayerId, expert: ExpertId, row: &[f32]) -
 pub fn round(compute: Compute, value: f32) -> f32 {
     match compute {
         Compute::F32 => value,
-        Compute::Bf16 => {
+        Compute::Bf16 | Compute::Bf16Pairs => {
             let bits = value.to_bits();
             let half = 0x7fff + ((bits >> 16) & 1);
             f32::from_bits(bits.wrapping_add(half) & 0xffff_0000)
@@ -56,7 +56,7 @@ impl FakeExperts {
     ) -> Result<(), ExpertKey> {
         let input: Vec<f32> = match (rows, self.compute) {
             (Rows::HostF32(x), Compute::F32) => x.to_vec(),
-            (Rows::HostBf16(x), Compute::Bf16) => {
+            (Rows::HostBf16(x), Compute::Bf16 | Compute::Bf16Pairs) => {
                 x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
             }
             _ => panic!("rows are not in the wire dtype of {}", self.compute),

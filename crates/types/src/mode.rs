@@ -38,6 +38,9 @@ pub enum Compute {
     F32,
     /// The input of every linear layer is rounded to bf16, as bf16 engines do; sums stay in f32.
     Bf16,
+    /// As [`Compute::Bf16`], but linear layers on bf16 weights add in the order of the instruction `vdpbf16ps`: other
+    /// bits, and faster where a processor has it and no AMX.
+    Bf16Pairs,
 }
 
 impl Compute {
@@ -46,7 +49,7 @@ impl Compute {
     pub const fn wire_dtype(self) -> DType {
         match self {
             Self::F32 => DType::F32,
-            Self::Bf16 => DType::Bf16,
+            Self::Bf16 | Self::Bf16Pairs => DType::Bf16,
         }
     }
 
@@ -62,7 +65,11 @@ impl Compute {
 
 impl fmt::Display for Compute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.wire_dtype().fmt(f)
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Bf16Pairs => "bf16-pairs",
+        })
     }
 }
 

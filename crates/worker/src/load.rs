@@ -8,7 +8,7 @@ use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::ModelSpec;
 use muster_kernels::Cpu;
 use muster_model::LoadProgress;
-use muster_model::experts::ExpertSet;
+use muster_model::experts::{ExpertSet, faster_mode};
 use muster_placement::{Shape, split};
 use muster_types::{Compute, ExpertKey, Fingerprint};
 use tokio::sync::oneshot;
@@ -48,6 +48,9 @@ fn load(
     let top_k = size("number of experts per token", most as usize)?;
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, isa = ?cpu.isa(), "loading experts");
+    if let Some(hint) = faster_mode(compute, cpu.isa()) {
+        tracing::info!("{hint}");
+    }
     let experts = ExpertSet::load(&checkpoint, &keys, compute, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
     Ok(Loaded { cpu, experts, fingerprint: checkpoint.fingerprint(), shape, hidden, top_k })

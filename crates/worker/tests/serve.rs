@@ -101,7 +101,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         let bits: Vec<u16> = row.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
         let rows = match compute {
             Compute::F32 => Rows::HostF32(row),
-            Compute::Bf16 => Rows::HostBf16(&bits),
+            Compute::Bf16 | Compute::Bf16Pairs => Rows::HostBf16(&bits),
         };
         let (mut scratch, mut out) = (ExpertScratch::default(), Vec::new());
         oracle_set.forward(&oracle_cpu, &mut scratch, layer, &[(expert, &[0])], rows, &mut out).unwrap();

@@ -5,6 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 
 use muster_checkpoint::Checkpoint;
+use muster_kernels::Isa;
+use muster_model::experts::faster_mode;
 
 use super::generate::{Output, Prompt, answer};
 use crate::args::{LogArgs, UpArgs};
@@ -12,6 +14,7 @@ use crate::backend::Backend;
 use crate::children::{self, Announcement, Running, announce};
 use crate::client::Client;
 use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flag, log_flags, shares_of_cores};
+use crate::engine::compute_mode;
 use crate::failure::Failure;
 use crate::progress::Bars;
 use crate::signals::Signals;
@@ -140,6 +143,9 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
 fn welcome(args: &UpArgs, checkpoint: &Checkpoint, http: SocketAddr, grpc: SocketAddr) -> String {
     let (inventory, name) = (checkpoint.inventory(), checkpoint.name());
     let program = std::env::args().next().unwrap_or_else(|| "muster".to_owned());
+    let compute = compute_mode(checkpoint, args.compute.compute.get());
+    let hint =
+        faster_mode(compute, Isa::detect()).map_or_else(String::new, |hint| format!("\nHint: {hint}.\n"));
     format!(
         "{name} ({family}, {parameters} parameters, {active} active per token) is served by 1 router and {workers} workers\n\
          \n  OpenAI HTTP  http://{http}/v1\n  gRPC         http://{grpc}\n\
@@ -148,7 +154,7 @@ fn welcome(args: &UpArgs, checkpoint: &Checkpoint, http: SocketAddr, grpc: Socke
          \n  {program} generate \"Once upon a time\" --grpc http://{grpc}\
          \n  curl http://{http}/v1/completions -H 'Content-Type: application/json' \\\
          \n    -d '{{\"model\": \"{name}\", \"prompt\": \"Once upon a time\", \"max_tokens\": 40}}'\n\
-         \nCtrl-C stops everything.\n",
+         {hint}\nCtrl-C stops everything.\n",
         family = checkpoint.spec().family,
         parameters = text::count(inventory.parameters),
         active = text::count(inventory.active_parameters),

@@ -136,6 +136,10 @@ impl Simd for Avx2 {
         (V16(low.0, high.0), V16(low.1, high.1))
     }
     #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        avx2!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
+    }
+    #[inline(always)]
     fn store(self, v: V16, to: &mut [f32; LANES]) {
         avx2!({
             _mm256_storeu_ps(to.as_mut_ptr(), v.0);

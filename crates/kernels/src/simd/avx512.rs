@@ -4,13 +4,13 @@ use std::arch::x86_64::*;
 
 use super::{Arith, LANES, Simd};
 
-/// Proof that the machine has AVX-512F (and AVX2 with FMA).
+/// Proof that the machine has AVX-512F (and AVX2 with FMA); with `BF16`, AVX512-BF16 too.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const BF16: bool>(());
 
-impl Avx512 {
+impl<const BF16: bool> Avx512<BF16> {
     /// # Safety
-    /// The machine must have AVX-512F.
+    /// The machine must have AVX-512F, and AVX512-BF16 where `BF16` says so.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
         Self(())
@@ -20,13 +20,13 @@ impl Avx512 {
 /// Evaluates an intrinsic; `self` is the proof that it may be.
 macro_rules! avx512 {
     ($e:expr) => {
-        // SAFETY: an `Avx512` exists, so the machine has AVX-512F; loads and stores go through references to arrays of
+        // SAFETY: an `Avx512` exists, so the machine has AVX-512F (and AVX512-BF16 where its branch is taken); loads and stores go through references to arrays of
         // sixteen elements and touch exactly those.
         unsafe { $e }
     };
 }
 
-impl Arith for Avx512 {
+impl<const BF16: bool> Arith for Avx512<BF16> {
     type V = __m512;
     #[inline(always)]
     fn splat(self, value: f32) -> __m512 {
@@ -73,7 +73,7 @@ impl Arith for Avx512 {
     }
 }
 
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     const REGISTERS: usize = 32;
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> __m512 {
@@ -94,6 +94,23 @@ impl Simd for Avx512 {
             let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
             (_mm512_castsi512_ps(even), _mm512_castsi512_ps(odd))
         })
+    }
+    #[inline(always)]
+    fn dot_pairs(self, x: u32, w: &[u32; LANES], total: __m512) -> __m512 {
+        if BF16 {
+            return avx512!({
+                let x: __m512bh = std::mem::transmute(_mm512_set1_epi32(x as i32));
+                let w: __m512bh = std::mem::transmute(_mm512_loadu_si512(w.as_ptr().cast()));
+                _mm512_dpbf16_ps(total, x, w)
+            });
+        }
+        let (even, odd) = self.load_bf16_pairs(w);
+        let total = self.fma(self.splat(f32::from_bits(x & 0xffff_0000)), odd, total);
+        self.fma(self.splat(f32::from_bits(x << 16)), even, total)
+    }
+    #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
     }
     #[inline(always)]
     fn store(self, v: __m512, to: &mut [f32; LANES]) {

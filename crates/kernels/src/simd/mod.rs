@@ -3,7 +3,8 @@
 //! A kernel is one generic body over [`Simd`]; [`crate::isa::dispatch`] compiles it once per instruction set. What
 //! must hold: each operation gives the same bits in every implementation, NaN payloads aside, so that a kernel's bits
 //! follow from its body alone. That is why `min`, `max` and `fma` are pinned below and no approximate instruction
-//! (`rsqrt`, `rcp`, native bf16 dot products) appears.
+//! (`rsqrt`, `rcp`) appears. The one native bf16 dot product gives the bits of its restatement only where subnormal
+//! numbers are flushed ([`crate::isa::dispatch_flushing`]).
 //!
 //! A value of an implementing type is the proof that the machine has the instructions; where the target does not imply
 //! them, it is made in one place, after detection. Everything is `inline(always)`: a body must end up whole inside the
@@ -13,6 +14,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod flush;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod portable;
@@ -21,6 +23,9 @@ mod portable;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use flush::FlushMode;
+pub(crate) use flush::PortableFlush;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Neon;
 pub(crate) use portable::{Portable, Scalar};
@@ -64,6 +69,17 @@ pub(crate) trait Simd: Arith {
     fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
     /// The low (even) and the high (odd) halves of sixteen bf16 pairs, widened exactly.
     fn load_bf16_pairs(self, from: &[u32; LANES]) -> (Self::V, Self::V);
+    /// `total` plus the dot products of the bf16 pair `x` with sixteen pairs: first the odd (high) product is added, then
+    /// the even one, each with a fused multiply-add.
+    #[inline(always)]
+    fn dot_pairs(self, x: u32, w: &[u32; LANES], total: Self::V) -> Self::V {
+        let (even, odd) = self.load_bf16_pairs(w);
+        let total = self.fma(self.splat(f32::from_bits(x & 0xffff_0000)), odd, total);
+        self.fma(self.splat(f32::from_bits(x << 16)), even, total)
+    }
+    /// Asks for the cache line at `line`, which may be any address; changes no result.
+    #[inline(always)]
+    fn prefetch(self, _line: *const u8) {}
     /// Writes the lanes.
     fn store(self, v: Self::V, to: &mut [f32; LANES]);
     /// Rounds every lane to bf16, as [`crate::round_bf16`] does.
@@ -93,6 +109,15 @@ pub(crate) fn store_part<S: Simd>(s: S, v: S::V, to: &mut [f32]) {
     match to.try_into() {
         Ok(whole) => s.store(v, whole),
         Err(_) => to.copy_from_slice(&lanes(s, v)[..to.len()]),
+    }
+}
+
+/// Rounds every lane to bf16 and writes the lanes in pairs, the even one in the low half.
+#[inline(always)]
+pub(crate) fn store_bf16_pairs<S: Simd>(s: S, v: S::V, to: &mut [u32; LANES / 2]) {
+    let rounded = lanes(s, s.round_bf16(v));
+    for (word, [low, high]) in to.iter_mut().zip(rounded.as_chunks().0) {
+        *word = low.to_bits() >> 16 | high.to_bits() & 0xffff_0000;
     }
 }
 

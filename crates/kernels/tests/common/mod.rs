@@ -4,7 +4,7 @@
 
 use std::num::NonZeroUsize;
 
-use muster_kernels::{Cpu, Isa};
+use muster_kernels::{Cpu, Isa, Precision};
 
 /// Numbers that follow from a seed (SplitMix64).
 pub(crate) struct Numbers(pub(crate) u64);
@@ -88,7 +88,36 @@ pub(crate) fn cpus() -> Vec<Cpu> {
     Isa::available().into_iter().map(|isa| cpu(1, isa)).collect()
 }
 
-/// The canonical order, word for word: blocks of 32, even and odd products apart, their sum to the total.
+/// Subnormal numbers become zero.
+fn flush(v: f32) -> f32 {
+    if v.is_subnormal() { 0.0_f32.copysign(v) } else { v }
+}
+
+/// `a * b + c` with subnormal inputs read as zero and subnormal results flushed. Exactly: by way of a sum in two f64
+/// parts, which tells whether 24 bits with an unbounded exponent would stay below the least normal number.
+pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let (a, b, c) = (flush(a), flush(b), flush(c));
+    let rounded = flush(a.mul_add(b, c));
+    if rounded.abs() != f32::MIN_POSITIVE {
+        return rounded;
+    }
+    let (product, c) = (f64::from(a) * f64::from(b), f64::from(c));
+    let sum = product + c;
+    let part = sum - product;
+    let rest = (product - (sum - part)) + (c - part);
+    let sign = f64::from(rounded.signum());
+    let halfway = f64::from(f32::MIN_POSITIVE) * (1.0 - f64::from(f32::EPSILON) / 4.0);
+    let below = sum * sign < halfway || (sum * sign == halfway && rest * sign < 0.0);
+    if below { 0.0_f32.copysign(rounded) } else { rounded }
+}
+
+/// `a + b`, flushed as [`fma`] is.
+pub(crate) fn add(a: f32, b: f32) -> f32 {
+    flush(flush(a) + flush(b))
+}
+
+/// The canonical order, word for word: blocks of 32, even and odd products apart, their sum to the total,
+/// every step flushed.
 pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     let padded = x.len().next_multiple_of(32);
     let at = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
@@ -96,18 +125,31 @@ pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     for block in (0..padded).step_by(32) {
         let (mut even, mut odd) = (0.0_f32, 0.0_f32);
         for i in (block..block + 32).step_by(2) {
-            even = at(x, i).mul_add(at(w, i), even);
-            odd = at(x, i + 1).mul_add(at(w, i + 1), odd);
+            even = fma(at(x, i), at(w, i), even);
+            odd = fma(at(x, i + 1), at(w, i + 1), odd);
         }
-        total += even + odd;
+        total = add(total, add(even, odd));
     }
     total
 }
 
-/// `[rows, k]` times `[n, k]`.
-pub(crate) fn linear(x: &[f32], w: &[f32], k: usize) -> Vec<f32> {
+/// The order of `vdpbf16ps`: one total over the pairs, the odd product before the even one, every step flushed.
+pub(crate) fn dot_pairs(x: &[f32], w: &[f32]) -> f32 {
+    let pairs = x.chunks(2).zip(w.chunks(2));
+    pairs.fold(0.0, |total, (x, w)| {
+        let odd = if x.len() == 2 { fma(x[1], w[1], total) } else { fma(0.0, 0.0, total) };
+        fma(x[0], w[0], odd)
+    })
+}
+
+/// `[rows, k]` times `[n, k]`, both bf16 where `order` is that of pairs.
+pub(crate) fn linear(x: &[f32], w: &[f32], k: usize, order: Precision) -> Vec<f32> {
+    let dot = if order == Precision::Bf16Pairs { dot_pairs } else { dot };
     x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(x, w))).collect()
 }
+
+/// All precisions.
+pub(crate) const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Bf16Pairs];
 
 /// Sum of sixteen lanes by halves.
 pub(crate) fn tree_sum(lanes: [f32; 16]) -> f32 {

@@ -296,7 +296,7 @@ impl Trunk {
                 }
                 let rows = match self.compute {
                     Compute::F32 => Rows::HostF32(&lane.normed),
-                    Compute::Bf16 => {
+                    Compute::Bf16 | Compute::Bf16Pairs => {
                         lane.wire.resize(lane.normed.len(), 0);
                         to_bf16(&lane.normed, &mut lane.wire);
                         Rows::HostBf16(&lane.wire)
@@ -323,7 +323,7 @@ impl Trunk {
     ) -> Result<Choices, InvalidChoices> {
         let (experts, k) = (moe.experts as usize, moe.top_k as usize);
         lane.gate_logits.resize(lane.rows * experts, 0.0);
-        linear(cpu, gate, &lane.normed, &mut lane.gate_logits);
+        linear(cpu, gate, &lane.normed, precision(self.compute), &mut lane.gate_logits);
         lane.ids.clear();
         lane.weights.clear();
         let mut row = 0;
@@ -395,7 +395,8 @@ impl Trunk {
         rms_norm(ctx.cpu, &lane.head_rows, &self.final_norm, self.spec.norm_eps, &mut lane.normed);
         self.round(&mut lane.normed);
         lane.logits.resize(rows * vocab, 0.0);
-        linear(ctx.cpu, self.head.as_ref().unwrap_or(&self.embedding), &lane.normed, &mut lane.logits);
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        linear(ctx.cpu, head, &lane.normed, precision(self.compute), &mut lane.logits);
         if self.spec.logits_divisor != 1.0 {
             lane.logits.iter_mut().for_each(|x| *x /= self.spec.logits_divisor);
         }
@@ -410,7 +411,7 @@ impl Trunk {
 
     /// In bf16 the input of every linear is rounded.
     fn round(&self, x: &mut [f32]) {
-        if self.compute == Compute::Bf16 {
+        if precision(self.compute).rounds() {
             round_bf16(x);
         }
     }

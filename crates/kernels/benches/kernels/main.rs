@@ -1,0 +1,195 @@
+//! Prints what the kernels reach, beside what this machine can do at most:
+//! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head, ffn
+//! or attention. Without arguments: one thread and two, every kernel, the best instruction set.
+//!
+//! Shapes are those of a model of hidden size 1024 with 32 experts of width 512, eight per token, and a head of
+//! 49,155 tokens. Weights are cold: calls go round more of them than caches hold, except where it says warm.
+
+#![allow(clippy::print_stdout)] // the figures are the product
+
+mod roofline;
+
+use std::hint::black_box;
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use muster_kernels::{
+    AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, Matrix, Precision,
+    attention, grouped_ffn, linear,
+};
+use roofline::Roofline;
+
+/// Seconds of the fastest of some calls.
+fn best(mut call: impl FnMut()) -> f64 {
+    let started = Instant::now();
+    let mut best = f64::INFINITY;
+    while started.elapsed().as_secs_f64() < 0.4 {
+        let call_started = Instant::now();
+        call();
+        best = best.min(call_started.elapsed().as_secs_f64());
+    }
+    best
+}
+
+fn numbers(len: usize) -> Vec<f32> {
+    (0..len).map(|i| ((i * 2_654_435_761) % 1021) as f32 / 1021.0 - 0.5).collect()
+}
+
+fn bf16(len: usize) -> Vec<u16> {
+    let mut out = vec![0; len];
+    muster_kernels::to_bf16(&numbers(len), &mut out);
+    out
+}
+
+/// One line: rates and shares of what is possible.
+fn report(what: &str, line: &Roofline, precision: Precision, flop: f64, bytes: f64, seconds: f64) {
+    let (rate, read) = (flop / seconds, bytes / seconds);
+    println!(
+        "{what:58} {:7.1} GFLOP/s ({:5.1} %) {:6.1} GB/s ({:5.1} %)",
+        rate / 1e9,
+        100.0 * rate / line.compute(precision),
+        read / 1e9,
+        100.0 * read / line.read,
+    );
+}
+
+fn name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
+        Precision::Bf16Pairs => "bf16-pairs",
+    }
+}
+
+const MODES: [Precision; 2] = [Precision::Bf16, Precision::Bf16Pairs];
+
+fn linears(cpu: &Cpu, line: &Roofline, n: usize, k: usize) {
+    let copies = ((256 << 20) / (n * k * 2)).max(2);
+    let w = bf16(n * k);
+    let weights: Vec<_> = (0..copies).map(|_| Matrix::pack_bf16(n, k, &w).expect("the shape fits")).collect();
+    for precision in MODES {
+        for rows in [1, 2, 4, 8, 32, 64, 512] {
+            let (mut x, mut out) = (numbers(rows * k), vec![0.0; rows * n]);
+            muster_kernels::round_bf16(&mut x);
+            let mut index = 0;
+            let cold = best(|| {
+                index = (index + 1) % copies;
+                linear(cpu, &weights[index], black_box(&x), precision, &mut out);
+            });
+            let what = format!("linear [{n}, {k}] {}, {rows} rows", name(precision));
+            report(&what, line, precision, (2 * rows * n * k) as f64, (n * k * 2) as f64, cold);
+            if rows >= 64 && n * k <= 4 << 20 {
+                let warm = best(|| linear(cpu, &weights[0], black_box(&x), precision, &mut out));
+                let what = format!("{what}, warm");
+                report(&what, line, precision, (2 * rows * n * k) as f64, (n * k * 2) as f64, warm);
+            }
+        }
+    }
+}
+
+fn ffns(cpu: &Cpu, line: &Roofline) {
+    const HIDDEN: usize = 1024;
+    const WIDTH: usize = 512;
+    const EXPERTS: usize = 32;
+    const PICKED: usize = 8;
+    const LAYERS: usize = 4;
+    let pack = |n, k| Matrix::pack_bf16(n, k, &bf16(n * k)).expect("the shape fits");
+    let expert = || Expert::new(pack(WIDTH, HIDDEN), pack(WIDTH, HIDDEN), pack(HIDDEN, WIDTH));
+    let layers: Vec<Vec<_>> =
+        (0..LAYERS).map(|_| (0..EXPERTS).map(|_| expert().expect("the shapes fit")).collect()).collect();
+    let mut scratch = FfnScratch::default();
+    for precision in MODES {
+        for tokens in [1, 8, 16, 32, 64, 128, 512] {
+            let mut x = numbers(tokens * HIDDEN);
+            muster_kernels::round_bf16(&mut x);
+            // Token t goes to experts t * 8, t * 8 + 1 and so on, modulo their number: as even as it can be.
+            let mut rows = vec![Vec::new(); EXPERTS];
+            for token in 0..tokens {
+                for pick in 0..PICKED {
+                    rows[(token * PICKED + pick) % EXPERTS].push(token as u32);
+                }
+            }
+            let used = rows.iter().filter(|rows| !rows.is_empty()).count();
+            let mut out = vec![0.0; tokens * PICKED * HIDDEN];
+            let mut layer = 0;
+            let time = best(|| {
+                layer = (layer + 1) % LAYERS;
+                let groups: Vec<_> = layers[layer]
+                    .iter()
+                    .zip(&rows)
+                    .filter(|(_, rows)| !rows.is_empty())
+                    .map(|(expert, rows)| ExpertRows { expert, rows })
+                    .collect();
+                grouped_ffn(cpu, &groups, black_box(&x), precision, &mut scratch, &mut out);
+            });
+            let per_expert = tokens * PICKED / used;
+            let what =
+                format!("ffn {}, {tokens} tokens: {used} experts, {per_expert} rows each", name(precision));
+            let flop = (2 * 3 * tokens * PICKED * HIDDEN * WIDTH) as f64;
+            report(&what, line, precision, flop, (used * 3 * HIDDEN * WIDTH * 2) as f64, time);
+        }
+    }
+}
+
+fn attentions(cpu: &Cpu) {
+    let (heads, kv_heads, head_dim, context) = (32, 8, 128, 4096_u32);
+    let shape = KvShape { layers: 1, kv_heads, head_dim };
+    let blocks: Vec<u32> = (0..context / 16).collect();
+    let mut kv = KvCache::new(shape, blocks.len(), Precision::Bf16).expect("the shape fits");
+    let slots: Vec<_> = (0..context).map(|position| KvSlot { position, blocks: &blocks }).collect();
+    let x = numbers(context as usize * kv_heads * head_dim);
+    kv.write(0, &slots, &x, &x);
+    let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.088, window: None };
+    for rows in [1, 16] {
+        let slots = &slots[slots.len() - rows..];
+        let q = numbers(rows * heads * head_dim);
+        let mut out = vec![0.0; q.len()];
+        let time = best(|| attention(cpu, &shape, 0, black_box(&q), slots, &kv, &mut out));
+        println!(
+            "attention over {context} positions, {rows:2} rows: {:6.1} GFLOP/s {:6.1} GB/s",
+            (4 * rows * heads * head_dim * context as usize) as f64 / time / 1e9,
+            (rows * kv.bytes()) as f64 / time / 1e9
+        );
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let mut threads: Vec<NonZeroUsize> =
+        arguments.iter().filter_map(|argument| argument.parse().ok()).collect();
+    if threads.is_empty() {
+        threads = [1, 2].into_iter().filter_map(NonZeroUsize::new).collect();
+    }
+    let mut sets: Vec<Isa> = arguments.iter().filter_map(|argument| argument.parse().ok()).collect();
+    if sets.is_empty() {
+        sets.push(Isa::detect());
+    }
+    let known = ["linear", "head", "ffn", "attention"];
+    let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|name| known.contains(name)).collect();
+    let wanted = |name: &str| names.is_empty() || names.contains(&name);
+    for (&threads, &isa) in threads.iter().flat_map(|threads| sets.iter().map(move |isa| (threads, isa))) {
+        let cpu = Cpu::with_isa(threads, isa).expect("the set is available");
+        let line = Roofline::measure(threads.get());
+        let rate =
+            |rate: Option<f64>| rate.map_or("none".to_owned(), |rate| format!("{:.1} GFLOP/s", rate / 1e9));
+        println!(
+            "{isa}, {threads} thread(s). At most: read {:.1} GB/s, fma {}, vdpbf16ps {}, tdpbf16ps {}",
+            line.read / 1e9,
+            rate(Some(line.fma)),
+            rate(line.pairs),
+            rate(line.tiles),
+        );
+        if wanted("linear") {
+            linears(&cpu, &line, 1024, 1024);
+        }
+        if wanted("head") {
+            linears(&cpu, &line, 49_155, 1024);
+        }
+        if wanted("ffn") {
+            ffns(&cpu, &line);
+        }
+        if wanted("attention") {
+            attentions(&cpu);
+        }
+    }
+}

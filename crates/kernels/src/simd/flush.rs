@@ -1,0 +1,169 @@
+//! Portable arithmetic that treats subnormal inputs as zero and flushes subnormal results to zero, signs kept.
+//!
+//! What must hold: every operation gives the bits that x86-64 gives under [`FlushMode`]. There a result counts as
+//! subnormal when it is below the least normal number after rounding to 24 bits with an unbounded exponent, so a
+//! result that only the coarser subnormal rounding lifts to the least normal number is flushed too.
+
+use super::{Arith, LANES, Portable, Scalar, Simd};
+
+/// Sixteen lanes as an array, flushed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PortableFlush;
+
+/// A power of two that lifts anything near the least normal number far above it.
+const LIFT: f32 = 18_446_744_073_709_551_616.0;
+
+#[inline(always)]
+fn zeroed(v: f32) -> f32 {
+    if v.abs() < f32::MIN_POSITIVE { v * 0.0 } else { v }
+}
+
+/// Flushes `result`; `lifted` gives the same result times [`LIFT`] and so rounded as with an unbounded exponent.
+#[inline(always)]
+fn flushed(result: f32, lifted: impl FnOnce() -> f32) -> f32 {
+    let size = result.abs();
+    let tiny =
+        size < f32::MIN_POSITIVE || (size == f32::MIN_POSITIVE && lifted().abs() < f32::MIN_POSITIVE * LIFT);
+    if tiny { result * 0.0 } else { result }
+}
+
+/// `a * b + c` rounded once, flushed.
+#[inline(always)]
+pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let (a, b, c) = (zeroed(a), zeroed(b), zeroed(c));
+    flushed(a.mul_add(b, c), || {
+        // The smaller factor has room: the product is near the least normal number.
+        let (small, large) = if a.abs() < b.abs() { (a, b) } else { (b, a) };
+        (small * LIFT).mul_add(large, c * LIFT)
+    })
+}
+
+/// `a + b`, flushed.
+#[inline(always)]
+pub(crate) fn add(a: f32, b: f32) -> f32 {
+    // A sum near the least normal number is exact.
+    zeroed(zeroed(a) + zeroed(b))
+}
+
+#[inline(always)]
+fn mul(a: f32, b: f32) -> f32 {
+    let (a, b) = (zeroed(a), zeroed(b));
+    flushed(a * b, || if a.abs() < b.abs() { a * LIFT * b } else { b * LIFT * a })
+}
+
+#[inline(always)]
+fn div(a: f32, b: f32) -> f32 {
+    let (a, b) = (zeroed(a), zeroed(b));
+    flushed(a / b, || a * LIFT / b)
+}
+
+#[inline(always)]
+fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    std::array::from_fn(|i| op(a[i], b[i]))
+}
+
+impl Arith for PortableFlush {
+    type V = [f32; LANES];
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::V {
+        [value; LANES]
+    }
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, add)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| zeroed(zeroed(a) - zeroed(b)))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, mul)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, div)
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        std::array::from_fn(|i| fma(a[i], b[i], c[i]))
+    }
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.min(zeroed(a), zeroed(b)))
+    }
+    #[inline(always)]
+    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+        map2(a, b, |a, b| Scalar.max(zeroed(a), zeroed(b)))
+    }
+    #[inline(always)]
+    fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
+        std::array::from_fn(|i| Scalar.select_lt(zeroed(a[i]), zeroed(b[i]), yes[i], no[i]))
+    }
+    #[inline(always)]
+    fn pow2(self, n: Self::V) -> Self::V {
+        Portable.pow2(n)
+    }
+}
+
+impl Simd for PortableFlush {
+    const REGISTERS: usize = Portable::REGISTERS;
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::V {
+        Portable.load(from)
+    }
+    #[inline(always)]
+    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
+        Portable.load_bf16(from)
+    }
+    #[inline(always)]
+    fn load_bf16_pairs(self, from: &[u32; LANES]) -> (Self::V, Self::V) {
+        Portable.load_bf16_pairs(from)
+    }
+    #[inline(always)]
+    fn store(self, v: Self::V, to: &mut [f32; LANES]) {
+        Portable.store(v, to);
+    }
+    #[inline(always)]
+    fn round_bf16(self, v: Self::V) -> Self::V {
+        Portable.round_bf16(v)
+    }
+}
+
+/// While it lives, this thread's SSE and AVX arithmetic rounds to nearest, flushes subnormals both ways and traps
+/// nothing.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct FlushMode {
+    before: u32,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl FlushMode {
+    /// All exceptions masked, nearest, flush-to-zero (bit 15) and denormals-are-zero (bit 6).
+    const FLUSHED: u32 = 0x1f80 | 1 << 15 | 1 << 6;
+
+    /// Changes the mode. Between this and the drop there may only be calls of functions that are never inlined, so
+    /// that the compiler, which assumes the default mode, moves no arithmetic across.
+    #[inline(always)]
+    pub(crate) fn set() -> Self {
+        let (mut before, flushed) = (0_u32, Self::FLUSHED);
+        // SAFETY: stores and loads this thread's control register through valid pointers; the value sets no reserved
+        // bit and unmasks no exception.
+        unsafe {
+            std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut before, options(nostack, preserves_flags));
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const flushed, options(nostack, preserves_flags));
+        }
+        Self { before }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Drop for FlushMode {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: gives back the value that was read.
+        unsafe {
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const self.before, options(nostack, preserves_flags));
+        }
+    }
+}
