@@ -2,9 +2,10 @@
 
 use std::hint::black_box;
 use std::sync::Barrier;
-use std::time::Instant;
 
 use muster_kernels::{Isa, Precision};
+
+use crate::seconds;
 
 /// Rates of all threads together.
 pub(crate) struct Roofline {
@@ -41,25 +42,25 @@ impl Roofline {
 
 /// Units per second of the fastest of some rounds, in which every thread does `units` of them by `work`.
 fn fastest<T: Sync>(inputs: &[T], units: f64, work: &(dyn Fn(&T) + Sync)) -> f64 {
-    let mut best = 0.0_f64;
-    for _ in 0..9 {
-        let start = Barrier::new(inputs.len());
-        let seconds = std::thread::scope(|scope| {
+    let (mut best, count) = (0.0_f64, inputs.len());
+    for _ in 0..15 {
+        let start = Barrier::new(count);
+        let slowest = std::thread::scope(|scope| {
             let threads: Vec<_> = inputs
                 .iter()
                 .map(|input| {
                     let start = &start;
                     scope.spawn(move || {
                         start.wait();
-                        let started = Instant::now();
+                        let started = seconds(count);
                         work(input);
-                        started.elapsed().as_secs_f64()
+                        seconds(count) - started
                     })
                 })
                 .collect();
             threads.into_iter().map(|thread| thread.join().expect("the work ends")).fold(0.0, f64::max)
         });
-        best = best.max(units * inputs.len() as f64 / seconds);
+        best = best.max(units * count as f64 / slowest);
     }
     best
 }
