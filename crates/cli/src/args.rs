@@ -434,7 +434,9 @@ pub(crate) struct LogitsArgs {
     after_help = "Prompts are random token ids. Prefill: prompt tokens per second until every sequence has its first \
                         token. Decode: tokens per second of all sequences together while all of them decode.\n\n\
                         Examples:\n  muster bench --model demo --workers 2\n  \
-                        muster bench --grpc http://127.0.0.1:50051 --prompt-tokens 128 --concurrency 1,4,16 --json"
+                        muster bench --grpc http://127.0.0.1:50051 --metrics http://127.0.0.1:8080 --concurrency 1,4,16\n  \
+                        muster bench --grpc http://127.0.0.1:50051 --prompt-tokens 512 --output-tokens 1 --json > before.json\n  \
+                        muster bench --grpc http://127.0.0.1:50051 --prompt-tokens 512 --output-tokens 1 --against before.json"
 )]
 pub(crate) struct BenchArgs {
     #[command(flatten)]
@@ -442,8 +444,8 @@ pub(crate) struct BenchArgs {
     /// Tokens of every prompt.
     #[arg(long, default_value = "256", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) prompt_tokens: u32,
-    /// Tokens generated for every prompt.
-    #[arg(long, default_value = "64", value_name = "N", value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
+    /// Tokens generated for every prompt; 1 measures prefill alone.
+    #[arg(long, default_value = "64", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) output_tokens: u32,
     /// Requests at a time, several values separated by commas.
     #[arg(long, default_value = "1,8", value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -451,6 +453,12 @@ pub(crate) struct BenchArgs {
     /// How often each is measured; rates are medians, latencies are over all.
     #[arg(long, default_value = "3", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
     pub(crate) rounds: u32,
+    /// The router's HTTP address, to read dispatch times from its metrics; needs --grpc.
+    #[arg(long, value_name = "URL", requires = "grpc")]
+    pub(crate) metrics: Option<String>,
+    /// Print this run's rates and times as multiples of those in a file that --json wrote.
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    pub(crate) against: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
     /// Print one JSON object.

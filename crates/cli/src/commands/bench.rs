@@ -2,23 +2,34 @@
 //!
 //! Every round starts all its requests at once, with prompts of random tokens that no other request has. Prefill is
 //! measured until every sequence has its first token; decoding only while all sequences decode, so that neither is
-//! flattered by the other's idle time.
+//! flattered by the other's idle time. A run can be compared with a saved one.
 
+use std::convert::Infallible;
+use std::fmt::Display;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::StatsHandle;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::target::with_backend;
 use crate::args::{BenchArgs, LogArgs, SamplingArgs};
 use crate::backend::{About, Ask, Backend, Piece};
+use crate::dispatch_times::{Clock, DispatchTimes, Mark};
 use crate::failure::Failure;
+use crate::scrape::Metrics;
 use crate::stats::{median, quantile};
 use crate::{out, text};
 
+/// Longest saved run that is read.
+const MOST_SAVED: u64 = 1 << 20;
+
 /// Everything that was measured.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Report {
     model: String,
     compute: String,
@@ -30,20 +41,21 @@ struct Report {
 }
 
 /// What was measured at one concurrency. Times are in seconds.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Measurement {
     concurrency: u32,
     prefill_tokens_per_second: f64,
     /// Missing when sequences were never all decoding at once.
     decode_tokens_per_second: Option<f64>,
     ttft: Spread,
-    inter_token: Spread,
-    /// Dispatch and combine of one MoE layer while decoding, without queue and compute in the workers. Only for workers
-    /// of one's own.
+    /// Missing when every sequence has one token only.
+    inter_token: Option<Spread>,
+    /// Dispatch and combine of one MoE layer while decoding, without queue and compute in the workers. For workers of
+    /// one's own: the samples themselves; for a router whose metrics are read: from its histogram, 15 % off at most.
     dispatch_per_layer: Option<Spread>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 struct Spread {
     p50: f64,
     p99: f64,
@@ -70,11 +82,17 @@ async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHand
         )));
     }
     let mut prompts = Prompts { state: 0, vocabulary: about.vocabulary };
+    let saved = args.against.as_deref().map(saved).transpose()?;
+    let clock = match (stats, &args.metrics) {
+        (Some(stats), _) => Clock::Samples(stats),
+        (None, Some(url)) => Clock::Metrics(Metrics::at(url)?),
+        (None, None) => Clock::None,
+    };
     // Weights are touched and connections made before anything counts.
-    drop(round(&backend, &mut prompts, 1, args.prompt_tokens, 2).await?);
+    drop(round(&backend, &mut prompts, 1, args.prompt_tokens, 2, &Clock::None).await?);
     let mut results = Vec::new();
     for &concurrency in &args.concurrency {
-        results.push(at(args, &backend, stats.as_ref(), &mut prompts, concurrency).await?);
+        results.push(at(args, &backend, &clock, &mut prompts, concurrency).await?);
     }
     let About { name: model, compute, workers, .. } = about;
     let (prompt_tokens, output_tokens, rounds) = (args.prompt_tokens, args.output_tokens, args.rounds);
@@ -82,27 +100,33 @@ async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHand
     if args.json {
         return out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?);
     }
-    out::line(&table(&report))
+    out::line(&table(&report))?;
+    saved.map_or(Ok(()), |saved| out::line(&comparison(&report, &saved)))
+}
+
+fn saved(path: &Path) -> Result<Report, Failure> {
+    let bad = |error: &dyn Display| Failure::input(format!("--against {}: {error}", path.display()));
+    let file = File::open(path).map_err(|error| bad(&error))?;
+    let mut bytes = Vec::new();
+    file.take(MOST_SAVED).read_to_end(&mut bytes).map_err(|error| bad(&error))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| bad(&format!("{error}; it must be what `muster bench --json` printed")))
 }
 
 async fn at(
     args: &BenchArgs,
     backend: &Backend,
-    stats: Option<&StatsHandle>,
+    clock: &Clock,
     prompts: &mut Prompts,
     concurrency: u32,
 ) -> Result<Measurement, Failure> {
     let mut rounds = Vec::new();
     let mut dispatch = Vec::new();
     for _ in 0..args.rounds {
-        let before = stats.map_or(0, |stats| stats.snapshot().samples.len());
-        rounds.push(round(backend, prompts, concurrency, args.prompt_tokens, args.output_tokens).await?);
-        // The memory of samples is bounded; once it is full, all it has is of late.
-        let samples = stats.map(|stats| stats.snapshot().samples).unwrap_or_default();
-        let fresh = if samples.len() > before { &samples[before..] } else { &samples[..] };
-        // Steps with no more rows than sequences are decoding.
-        let decoding = fresh.iter().filter(|sample| sample.rows <= concurrency as usize);
-        dispatch.extend(decoding.map(muster_dispatch_grpc::Sample::overhead));
+        let (round, times) =
+            round(backend, prompts, concurrency, args.prompt_tokens, args.output_tokens, clock).await?;
+        rounds.push(round);
+        dispatch.extend(times);
     }
     let mut prefill: Vec<f64> = rounds.iter().map(|round| round.prefill_rate(args.prompt_tokens)).collect();
     let mut decode: Vec<f64> = rounds.iter().filter_map(Round::decode_rate).collect();
@@ -114,8 +138,8 @@ async fn at(
         prefill_tokens_per_second: median(&mut prefill).ok_or_else(missing)?,
         decode_tokens_per_second: median(&mut decode),
         ttft: Spread::of(&mut first).ok_or_else(missing)?,
-        inter_token: Spread::of(&mut between).ok_or_else(missing)?,
-        dispatch_per_layer: Spread::of(&mut dispatch),
+        inter_token: Spread::of(&mut between),
+        dispatch_per_layer: DispatchTimes::p50_p99(dispatch).map(|(p50, p99)| Spread { p50, p99 }),
     })
 }
 
@@ -128,31 +152,44 @@ async fn round(
     concurrency: u32,
     prompt_tokens: u32,
     output_tokens: u32,
-) -> Result<Round, Failure> {
+    clock: &Clock,
+) -> Result<(Round, Option<DispatchTimes>), Failure> {
+    let (waits, mut first_tokens) = mpsc::channel(1);
     let started = Instant::now();
     let mut requests = JoinSet::new();
     for _ in 0..concurrency {
-        requests.spawn(request(backend.clone(), prompts.next(prompt_tokens), output_tokens, started));
+        let prompt = prompts.next(prompt_tokens);
+        requests.spawn(request(backend.clone(), prompt, output_tokens, started, waits.clone()));
     }
+    drop(waits);
+    // Nothing is ever sent: the channel ends when all have dropped their side.
+    while first_tokens.recv().await.is_some() {}
+    let decoding = if output_tokens > 1 { clock.mark().await? } else { Mark::Nothing };
     let mut sequences = Vec::new();
     while let Some(arrivals) = requests.join_next().await {
         sequences.push(arrivals.map_err(Failure::runtime)??);
     }
-    Ok(Round(sequences))
+    Ok((Round(sequences), clock.since(decoding).await?))
 }
+
+/// A sequence that has no token yet.
+type Waits = mpsc::Sender<Infallible>;
 
 async fn request(
     mut backend: Backend,
     prompt: Vec<u32>,
     output_tokens: u32,
     started: Instant,
+    waits: Waits,
 ) -> Result<Vec<Duration>, Failure> {
+    let mut waits = Some(waits);
     let sampling = SamplingArgs { ignore_eos: true, ..SamplingArgs::greedy() };
     let mut pieces = backend.generate(Ask::Tokens(prompt), Some(output_tokens), &sampling).await?;
     let mut arrivals = Vec::new();
     while let Some(piece) = pieces.next().await? {
         if matches!(piece, Piece::Token { .. }) {
             arrivals.push(started.elapsed());
+            drop(waits.take());
         }
     }
     if arrivals.is_empty() {
@@ -212,11 +249,8 @@ fn table(report: &Report) -> String {
         .results
         .iter()
         .map(|result| {
-            let dispatch = |value: fn(&Spread) -> f64| {
-                result
-                    .dispatch_per_layer
-                    .as_ref()
-                    .map_or_else(|| "-".to_owned(), |spread| seconds(value(spread)))
+            let optional = |spread: &Option<Spread>, value: fn(&Spread) -> f64| {
+                spread.as_ref().map_or_else(|| "-".to_owned(), |spread| seconds(value(spread)))
             };
             vec![
                 result.concurrency.to_string(),
@@ -224,10 +258,10 @@ fn table(report: &Report) -> String {
                 rate(result.decode_tokens_per_second),
                 seconds(result.ttft.p50),
                 seconds(result.ttft.p99),
-                seconds(result.inter_token.p50),
-                seconds(result.inter_token.p99),
-                dispatch(|spread| spread.p50),
-                dispatch(|spread| spread.p99),
+                optional(&result.inter_token, |spread| spread.p50),
+                optional(&result.inter_token, |spread| spread.p99),
+                optional(&result.dispatch_per_layer, |spread| spread.p50),
+                optional(&result.dispatch_per_layer, |spread| spread.p99),
             ]
         })
         .collect();
@@ -254,9 +288,79 @@ fn table(report: &Report) -> String {
     )
 }
 
+/// This run's figures as multiples of a saved run's, for every concurrency that both have.
+fn comparison(now: &Report, saved: &Report) -> String {
+    let times = |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}x"));
+    let p50 = |spread: &Option<Spread>| spread.as_ref().map(|spread| spread.p50);
+    let rows: Vec<Vec<String>> = now
+        .results
+        .iter()
+        .filter_map(|result| {
+            let old = saved.results.iter().find(|old| old.concurrency == result.concurrency)?;
+            let of = |now: Option<f64>, old: Option<f64>| times(now.zip(old).map(|(now, old)| now / old));
+            Some(vec![
+                result.concurrency.to_string(),
+                of(Some(result.prefill_tokens_per_second), Some(old.prefill_tokens_per_second)),
+                of(result.decode_tokens_per_second, old.decode_tokens_per_second),
+                of(Some(result.ttft.p50), Some(old.ttft.p50)),
+                of(p50(&result.inter_token), p50(&old.inter_token)),
+                of(p50(&result.dispatch_per_layer), p50(&old.dispatch_per_layer)),
+            ])
+        })
+        .collect();
+    let header =
+        ["requests", "prefill tok/s", "decode tok/s", "first p50", "between p50", "dispatch/layer p50"];
+    let mut page = format!("\nas multiples of the saved run:\n\n{}", text::table(&header, &rows));
+    for (what, now, saved) in [
+        ("model", &now.model, &saved.model),
+        ("compute", &now.compute, &saved.compute),
+        ("workers", &now.workers.to_string(), &saved.workers.to_string()),
+        ("prompt tokens", &now.prompt_tokens.to_string(), &saved.prompt_tokens.to_string()),
+        ("output tokens", &now.output_tokens.to_string(), &saved.output_tokens.to_string()),
+    ] {
+        if now != saved {
+            page.push_str(&format!("\nnot the same: {what} {now}, saved {saved}"));
+        }
+    }
+    page
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn report(concurrency: u32, decode: Option<f64>) -> Report {
+        let spread = |p50| Spread { p50, p99: 2.0 * p50 };
+        let result = Measurement {
+            concurrency,
+            prefill_tokens_per_second: 100.0,
+            decode_tokens_per_second: decode,
+            ttft: spread(0.5),
+            inter_token: decode.map(|rate| spread(1.0 / rate)),
+            dispatch_per_layer: None,
+        };
+        Report {
+            model: "m".to_owned(),
+            compute: "bf16".to_owned(),
+            workers: 2,
+            prompt_tokens: 512,
+            output_tokens: 1,
+            rounds: 3,
+            results: vec![result],
+        }
+    }
+
+    #[test]
+    fn a_saved_run_reads_back_and_is_compared() {
+        let saved: Report =
+            serde_json::from_str(&serde_json::to_string(&report(8, Some(20.0))).unwrap()).unwrap();
+        let page = comparison(&Report { workers: 4, ..report(8, Some(30.0)) }, &saved);
+        assert!(page.contains("1.00x") && page.contains("1.50x") && page.contains("0.67x"), "{page}");
+        assert!(page.ends_with("not the same: workers 4, saved 2"), "{page}");
+        let page = comparison(&report(8, None), &saved);
+        assert!(!page.contains("1.50x") && !page.contains("not the same"), "{page}");
+        assert!(!comparison(&report(1, Some(30.0)), &saved).contains('x'), "no concurrency in common");
+    }
 
     fn round(sequences: &[&[u64]]) -> Round {
         let arrivals = |times: &&[u64]| times.iter().copied().map(Duration::from_millis).collect();
