@@ -4,6 +4,8 @@
 //! out together, so that a few rows on several experts keep every thread busy. It does not know which expert is
 //! which, nor how outputs are weighted and combined.
 
+use std::ops::Range;
+
 use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
@@ -12,15 +14,16 @@ use crate::isa::{Kernel, dispatch};
 use crate::linear::{LinearTask, Output};
 use crate::math::silu_lanes;
 use crate::matrix::{Block, Elements, Matrix, Panels};
+use crate::quant;
 use crate::simd::{LANES, Simd, store_part};
 use crate::tile::{Dense, Gathered, Sink, Work, panels_per_task, rows_per_task};
 
 /// The weights of one gated MLP.
 #[derive(Debug)]
 pub struct Expert {
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
+    pub(crate) gate: Matrix,
+    pub(crate) up: Matrix,
+    pub(crate) down: Matrix,
 }
 
 impl Expert {
@@ -28,7 +31,7 @@ impl Expert {
     ///
     /// # Errors
     /// [`KernelError::ExpertShape`] if `up` or `down` does not fit `gate`; [`KernelError::ExpertTypes`] if gate and
-    /// up differ in element type.
+    /// up differ in element type, or some but not all are quantised in one way.
     pub fn new(gate: Matrix, up: Matrix, down: Matrix) -> Result<Self, KernelError> {
         for (field, matrix, (want_n, want_k)) in
             [("up", &up, (gate.n(), gate.k())), ("down", &down, (gate.k(), gate.n()))]
@@ -38,8 +41,11 @@ impl Expert {
                 return Err(KernelError::ExpertShape { field, n, k, want_n, want_k });
             }
         }
-        match (&gate.elements, &up.elements) {
-            (Elements::Bf16(_), Elements::Bf16(_)) | (Elements::F32(_), Elements::F32(_)) => {}
+        match (&gate.elements, &up.elements, &down.elements) {
+            (Elements::Bf16(_), Elements::Bf16(_), Elements::Bf16(_) | Elements::F32(_))
+            | (Elements::F32(_), Elements::F32(_), Elements::Bf16(_) | Elements::F32(_)) => {}
+            (Elements::Quantised(gate), Elements::Quantised(up), Elements::Quantised(down))
+                if gate.kind() == up.kind() && gate.kind() == down.kind() => {}
             _ => return Err(KernelError::ExpertTypes),
         }
         Ok(Self { gate, up, down })
@@ -55,6 +61,11 @@ impl Expert {
     #[must_use]
     pub fn intermediate(&self) -> usize {
         self.gate.n()
+    }
+
+    /// Whether the matrices are quantised.
+    fn is_quantised(&self) -> bool {
+        matches!(self.gate.elements, Elements::Quantised(_))
     }
 
     /// Bytes that the packed weights keep in memory.
@@ -79,14 +90,15 @@ pub struct FfnScratch {
     activated: Vec<f32>,
     first: Vec<Task>,
     second: Vec<Task>,
+    quantised: quant::Buffers,
 }
 
 /// Some rows of a group times some panels of one of its stages.
 #[derive(Debug, Clone, Copy)]
-struct Task {
-    group: usize,
+pub(crate) struct Task {
+    pub(crate) group: usize,
     /// Rows of the groups before.
-    rows_before: usize,
+    pub(crate) rows_before: usize,
     /// Intermediate elements of the groups before.
     activated_before: usize,
     row: usize,
@@ -99,11 +111,12 @@ struct Task {
 /// other, `[sum of rows, hidden]`, and is overwritten.
 ///
 /// `x` is given as the linears shall read it, that is already rounded under [`Precision::Bf16`]; `precision` says
-/// whether the input of `down` is rounded. Once `scratch` is warm the only allocations are the thread pool's own, one
+/// whether the input of `down` is rounded. Quantised experts read `x` and the input of `down` as 32-wide groups of bytes
+/// instead, quantised here from what they are in f32. Once `scratch` is warm the only allocations are the thread pool's own, one
 /// small one per helping thread and stage.
 ///
 /// # Panics
-/// If the experts' hidden sizes differ, `x` or `out` does not fit, or a row number is outside `x`.
+/// If the experts' hidden sizes differ, some but not all are quantised, `x` or `out` does not fit, or a row number is outside `x`.
 pub fn grouped_ffn(
     cpu: &Cpu,
     groups: &[ExpertRows<'_>],
@@ -121,6 +134,13 @@ pub fn grouped_ffn(
     let (activated, work) = scratch.plan(cpu, groups);
     if scratch.activated.len() < activated {
         scratch.activated.resize(activated, 0.0);
+    }
+    if first.expert.is_quantised() {
+        let FfnScratch { activated, first, second, quantised } = scratch;
+        let stages = quant::Stages { cpu, groups, hidden };
+        stages.gate_up(first, work * 2, x, quantised, activated);
+        stages.down(second, work, activated, quantised, out);
+        return;
     }
     let between = Disjoint::new(&mut scratch.activated);
     cpu.run(scratch.first.len(), work * 2, &|index| {
@@ -143,6 +163,11 @@ fn check(groups: &[ExpertRows<'_>], hidden: usize, x: &[f32], out: &[f32]) {
     let mut total = 0;
     for group in groups {
         assert_eq!(group.expert.hidden(), hidden, "groups: experts must have one hidden size");
+        assert_eq!(
+            group.expert.is_quantised(),
+            groups[0].expert.is_quantised(),
+            "groups: either all experts are quantised or none"
+        );
         for &row in group.rows {
             assert!((row as usize) < rows, "groups: row {row} is outside x, which has {rows} rows");
         }
@@ -214,12 +239,7 @@ impl GateUp<'_> {
     }
 
     fn run_on<B: Block>(&self, cpu: &Cpu, expert: &Expert, weights: [&Panels<B>; 2]) {
-        let sink = Gated {
-            out: self.out,
-            before: self.task.activated_before,
-            intermediate: expert.intermediate(),
-            precision: self.precision,
-        };
+        let sink = Gated::new(self.out, self.task, expert, self.precision);
         dispatch(cpu.isa(), GateUpTask(self.task.work(weights, self.x, sink)));
     }
 }
@@ -231,8 +251,15 @@ impl Task {
         x: R,
         sink: K,
     ) -> Work<'a, B, R, K, M> {
-        let (rows, panels) = (self.row..self.row + self.rows, self.panel..self.panel + self.panels);
-        Work { weights, x, sink, rows, panels }
+        Work { weights, x, sink, rows: self.row_range(), panels: self.panel_range() }
+    }
+
+    pub(crate) fn row_range(self) -> Range<usize> {
+        self.row..self.row + self.rows
+    }
+
+    pub(crate) fn panel_range(self) -> Range<usize> {
+        self.panel..self.panel + self.panels
     }
 }
 
@@ -243,6 +270,7 @@ fn down(cpu: &Cpu, task: Task, expert: &Expert, activated: &[f32], out: &Disjoin
     match &expert.down.elements {
         Elements::Bf16(w) => dispatch(cpu.isa(), LinearTask(task.work([w], x, sink))),
         Elements::F32(w) => dispatch(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::Quantised(_) => unreachable!("an expert is quantised whole or not at all"),
     }
 }
 
@@ -257,11 +285,17 @@ impl<B: Block> Kernel for GateUpTask<'_, B> {
 }
 
 /// Activates what gate and up gave and keeps it for the second stage.
-struct Gated<'a> {
+pub(crate) struct Gated<'a> {
     out: &'a Disjoint<'a, f32>,
     before: usize,
     intermediate: usize,
     precision: Precision,
+}
+
+impl<'a> Gated<'a> {
+    pub(crate) fn new(out: &'a Disjoint<'a, f32>, task: Task, expert: &Expert, precision: Precision) -> Self {
+        Self { out, before: task.activated_before, intermediate: expert.intermediate(), precision }
+    }
 }
 
 impl Sink<2> for Gated<'_> {

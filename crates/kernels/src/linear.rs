@@ -7,10 +7,12 @@ use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Kernel, dispatch};
 use crate::matrix::{Block, Elements, Matrix, Panels};
+use crate::quant;
 use crate::simd::{LANES, Simd, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
 
-/// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten.
+/// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten. A quantised weight reads `x` quantised
+/// in its turn, into memory of the call's own.
 ///
 /// # Panics
 /// If `x` or `out` does not fit the weight and each other.
@@ -21,6 +23,7 @@ pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], out: &mut [f32]) {
     match &w.elements {
         Elements::Bf16(panels) => run(cpu, w, panels, x, out),
         Elements::F32(panels) => run(cpu, w, panels, x, out),
+        Elements::Quantised(weights) => quant::linear(cpu, w, weights, x, out),
     }
 }
 
