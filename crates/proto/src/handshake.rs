@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use muster_types::{Combine, Compute, Fingerprint, NumericsClass};
+use muster_types::{Combine, Compute, ExpertDType, Fingerprint, NumericsClass};
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
     RouterName, WireError, combine_from_wire, combine_to_wire, compute_of, dtype_from_wire, dtype_to_wire,
-    numerics_from_wire, numerics_to_wire,
+    expert_dtype_from_wire, expert_dtype_to_wire, numerics_from_wire, numerics_to_wire,
 };
 use crate::expert::v1;
 
@@ -23,6 +23,8 @@ pub struct Terms {
     pub hidden: u32,
     /// What activations are rounded to; fixes the wire dtype.
     pub compute: Compute,
+    /// How experts are held.
+    pub experts: ExpertDType,
     /// How outputs come back.
     pub combine: Combine,
     /// Kernels that give the same bits.
@@ -40,6 +42,8 @@ pub enum Term {
     Hidden,
     /// What activations are rounded to.
     Compute,
+    /// How experts are held.
+    Experts,
     /// How outputs come back.
     Combine,
     /// Kernels that give the same bits.
@@ -53,6 +57,7 @@ impl fmt::Display for Term {
             Self::Fingerprint => "model fingerprint",
             Self::Hidden => "hidden size",
             Self::Compute => "compute mode",
+            Self::Experts => "expert dtype",
             Self::Combine => "combine mode",
             Self::Numerics => "numerics class",
         })
@@ -103,6 +108,7 @@ impl Terms {
             wire_dtype: dtype_to_wire(self.compute.wire_dtype()).into(),
             combine: combine_to_wire(self.combine).into(),
             numerics: numerics_to_wire(self.numerics).into(),
+            expert_dtype: expert_dtype_to_wire(self.experts).into(),
         }
     }
 
@@ -122,11 +128,13 @@ impl Terms {
         }
         let fingerprint = fingerprint_from_wire(&hello.fingerprint)?;
         let compute = compute_of(dtype_from_wire("wire_dtype", hello.wire_dtype)?);
+        let experts = expert_dtype_from_wire(hello.expert_dtype)?;
         let combine = combine_from_wire(hello.combine)?;
         let numerics = numerics_from_wire(hello.numerics)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
         same(Term::Hidden, &self.hidden, &hello.hidden)?;
         same(Term::Compute, &self.compute, &compute)?;
+        same(Term::Experts, &self.experts, &experts)?;
         same(Term::Combine, &self.combine, &combine)?;
         same(Term::Numerics, &self.numerics, &numerics)?;
         Ok(Greeting { router, lane: hello.lane })
@@ -141,6 +149,7 @@ impl Terms {
         let fingerprint = fingerprint_from_wire(&described.fingerprint)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
         same(Term::Compute, &self.compute, &compute_of(dtype_from_wire("compute", described.compute)?))?;
+        same(Term::Experts, &self.experts, &expert_dtype_from_wire(described.expert_dtype)?)?;
         same(Term::Numerics, &self.numerics, &numerics_from_wire(described.numerics)?)?;
         Ok(())
     }
@@ -178,6 +187,7 @@ mod tests {
             fingerprint: Fingerprint::new([7; 32]),
             hidden: 64,
             compute: Compute::Bf16,
+            experts: ExpertDType::Q8,
             combine: Combine::Exact,
             numerics: NumericsClass::CpuCanonical,
         }
@@ -195,7 +205,7 @@ mod tests {
 
     #[test]
     fn each_absent_field_is_named() {
-        let cases: [(&str, v1::Hello); 7] = [
+        let cases: [(&str, v1::Hello); 8] = [
             ("protocol_version", v1::Hello { protocol_version: 0, ..hello() }),
             ("fingerprint", v1::Hello { fingerprint: Default::default(), ..hello() }),
             ("router_id", v1::Hello { router_id: String::new(), ..hello() }),
@@ -203,6 +213,7 @@ mod tests {
             ("wire_dtype", v1::Hello { wire_dtype: 0, ..hello() }),
             ("combine", v1::Hello { combine: 0, ..hello() }),
             ("numerics", v1::Hello { numerics: 0, ..hello() }),
+            ("expert_dtype", v1::Hello { expert_dtype: 0, ..hello() }),
         ];
         for (field, message) in cases {
             assert_eq!(terms().admit(&message), Err(WireError::Missing(field).into()));
@@ -213,10 +224,11 @@ mod tests {
 
     #[test]
     fn each_difference_names_both_values() {
-        let cases: [(Term, v1::Hello); 4] = [
+        let cases: [(Term, v1::Hello); 5] = [
             (Term::Version, v1::Hello { protocol_version: 2, combine: 99, ..hello() }),
             (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),
+            (Term::Experts, v1::Hello { expert_dtype: v1::ExpertDType::Native.into(), ..hello() }),
             (Term::Compute, v1::Hello { wire_dtype: v1::DType::F32.into(), ..hello() }),
         ];
         for (term, message) in cases {

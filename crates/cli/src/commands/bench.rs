@@ -22,6 +22,7 @@ use crate::{out, text};
 struct Report {
     model: String,
     compute: String,
+    expert_dtype: String,
     workers: u32,
     prompt_tokens: u32,
     output_tokens: u32,
@@ -76,9 +77,10 @@ async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHand
     for &concurrency in &args.concurrency {
         results.push(at(args, &backend, stats.as_ref(), &mut prompts, concurrency).await?);
     }
-    let About { name: model, compute, workers, .. } = about;
+    let About { name: model, compute, experts: expert_dtype, workers, .. } = about;
     let (prompt_tokens, output_tokens, rounds) = (args.prompt_tokens, args.output_tokens, args.rounds);
-    let report = Report { model, compute, workers, prompt_tokens, output_tokens, rounds, results };
+    let report =
+        Report { model, compute, expert_dtype, workers, prompt_tokens, output_tokens, rounds, results };
     if args.json {
         return out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?);
     }
@@ -243,9 +245,10 @@ fn table(report: &Report) -> String {
         "p99",
     ];
     format!(
-        "{}, {} compute, {} workers; prompts of {} tokens, outputs of {}, {} rounds\n\n{}",
+        "{}, {} compute, {} experts, {} workers; prompts of {} tokens, outputs of {}, {} rounds\n\n{}",
         report.model,
         report.compute,
+        report.expert_dtype,
         report.workers,
         report.prompt_tokens,
         report.output_tokens,

@@ -27,6 +27,8 @@ pub(crate) trait Bytes<S: Simd>: Copy {
     fn dot(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// The same where no byte of `w` is above 15.
     fn dot_small(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// Asks for as much memory as `block` takes, `ahead` bytes after it. A hint: what lies there need not be ours.
+    fn prefetch<T>(self, block: &T, ahead: usize);
     /// The numbers, which must be below 2^24, as floats.
     fn to_f32(self, v: Self::I) -> S::V;
 }
@@ -143,6 +145,8 @@ impl Bytes<Portable> for PlainBytes {
         self.dot(acc, w, x)
     }
     #[inline(always)]
+    fn prefetch<T>(self, _: &T, _: usize) {}
+    #[inline(always)]
     fn to_f32(self, v: Self::I) -> [f32; LANES] {
         v.map(|v| v as f32)
     }
@@ -201,6 +205,15 @@ mod x86 {
     pub(super) fn run_avx512_vnni(kernel: impl ByteKernel) {
         // SAFETY: as for `run_avx2`.
         kernel.run(unsafe { Avx512::new() }, Vnni512);
+    }
+
+    #[inline(always)]
+    fn prefetch<T>(block: &T, ahead: usize) {
+        let start: *const i8 = std::ptr::from_ref(block).cast();
+        for line in (0..size_of::<T>()).step_by(LINE) {
+            // SAFETY: a prefetch reads nothing and never faults, whatever the address.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(ahead + line)) };
+        }
     }
 
     /// Eight low and eight high lanes.
@@ -266,6 +279,10 @@ mod x86 {
                     Pair($dot_small(acc.0, w.0, x.0), $dot_small(acc.1, w.1, x.1))
                 }
                 #[inline(always)]
+                fn prefetch<T>(self, block: &T, ahead: usize) {
+                    prefetch(block, ahead);
+                }
+                #[inline(always)]
                 fn to_f32(self, v: Pair) -> V16 {
                     simd!(V16(_mm256_cvtepi32_ps(v.0), _mm256_cvtepi32_ps(v.1)))
                 }
@@ -328,6 +345,10 @@ mod x86 {
                 #[inline(always)]
                 fn dot_small(self, acc: __m512i, w: __m512i, x: __m512i) -> __m512i {
                     $dot_small(acc, w, x)
+                }
+                #[inline(always)]
+                fn prefetch<T>(self, block: &T, ahead: usize) {
+                    prefetch(block, ahead);
                 }
                 #[inline(always)]
                 fn to_f32(self, v: __m512i) -> __m512 {

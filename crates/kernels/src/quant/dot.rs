@@ -47,23 +47,38 @@ pub(crate) struct Work<'a, W, R, K, const M: usize> {
     pub(crate) panels: Range<usize>,
 }
 
+/// Fewer rows than this are bound by memory.
+const FEW_ROWS: usize = 4;
+/// How far ahead of their use weights are asked for that come from memory.
+const AHEAD: usize = 4096;
+
 impl<W: Block, R: Rows, K: Sink<M>, const M: usize> ByteKernel for Work<'_, W, R, K, M> {
     #[inline(always)]
     fn run<S: Simd, B: Bytes<S>>(self, s: S, b: B) {
         let mut panel = self.panels.start;
-        if S::REGISTERS >= 32 {
+        let end = self.panels.end;
+        if self.rows.len() < FEW_ROWS {
+            while panel < end {
+                match self.rows.len() {
+                    1 => self.stream::<S, B, 1>(s, b, panel),
+                    2 => self.stream::<S, B, 2>(s, b, panel),
+                    _ => self.stream::<S, B, 3>(s, b, panel),
+                }
+                panel += 1;
+            }
+        } else if S::REGISTERS >= 32 {
             if M == 1 {
-                while panel + 2 <= self.panels.end {
+                while panel + 2 <= end {
                     self.by_rows::<S, B, 4, 2>(s, b, panel);
                     panel += 2;
                 }
             }
-            while panel < self.panels.end {
+            while panel < end {
                 self.by_rows::<S, B, 4, 1>(s, b, panel);
                 panel += 1;
             }
         } else {
-            while panel < self.panels.end {
+            while panel < end {
                 self.by_rows::<S, B, 2, 1>(s, b, panel);
                 panel += 1;
             }
@@ -72,6 +87,21 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> ByteKernel for Work<'_, W, R
 }
 
 impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
+    /// All rows, which are `T`, times one panel of each matrix, one matrix after the other: memory gives most to
+    /// who reads in one place at a time.
+    #[inline(always)]
+    fn stream<S: Simd, B: Bytes<S>, const T: usize>(&self, s: S, b: B, panel: usize) {
+        let rows = self.inputs::<T>(self.rows.start);
+        let mut totals = [[[s.splat(0.0); 1]; M]; T];
+        for m in 0..M {
+            let one = add_products(s, b, [[self.weights[m].panel(panel)]], rows, Some(AHEAD));
+            for r in 0..T {
+                totals[r][m] = one[r][0];
+            }
+        }
+        self.put(s, self.rows.start, panel, &totals);
+    }
+
     /// All rows times `C` panels of each matrix, `T` rows at a time.
     #[inline(always)]
     fn by_rows<S: Simd, B: Bytes<S>, const T: usize, const C: usize>(&self, s: S, b: B, panel: usize) {
@@ -90,7 +120,7 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
         }
     }
 
-    /// `T` rows times `C` panels of each matrix.
+    /// `T` rows times `C` panels of each matrix. Only the first rows find the panels in memory.
     #[inline(always)]
     fn tile<S: Simd, B: Bytes<S>, const T: usize, const C: usize>(
         &self,
@@ -99,40 +129,34 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
         row: usize,
         panel: usize,
     ) {
-        let mut rows: [&[RowBlock]; T] = [&[]; T];
-        for (r, inputs) in rows.iter_mut().enumerate() {
-            *inputs = self.x.row(row + r);
-        }
         let mut weights: [[&[W]; C]; M] = [[&[]; C]; M];
         for m in 0..M {
             for c in 0..C {
                 weights[m][c] = self.weights[m].panel(panel + c);
             }
         }
-        let blocks = weights[0][0].len();
-        // The compiler drops the checks inside the loop.
-        for inputs in &mut rows {
-            *inputs = &inputs[..blocks];
+        let ahead = (row == self.rows.start).then_some(AHEAD);
+        let totals = add_products(s, b, weights, self.inputs::<T>(row), ahead);
+        self.put(s, row, panel, &totals);
+    }
+
+    #[inline(always)]
+    fn inputs<const T: usize>(&self, row: usize) -> [&[RowBlock]; T] {
+        let mut rows: [&[RowBlock]; T] = [&[]; T];
+        for (r, inputs) in rows.iter_mut().enumerate() {
+            *inputs = self.x.row(row + r);
         }
-        for weights in weights.iter_mut().flatten() {
-            *weights = &weights[..blocks];
-        }
-        let mut totals = [[[s.splat(0.0); C]; M]; T];
-        for k in 0..blocks {
-            let mut x = [&rows[0][k]; T];
-            for r in 0..T {
-                x[r] = &rows[r][k];
-            }
-            let mut w = [[&weights[0][0][k]; C]; M];
-            for m in 0..M {
-                for c in 0..C {
-                    w[m][c] = &weights[m][c][k];
-                }
-            }
-            for group in 0..GROUPS {
-                add_group(s, b, &mut totals, w, x, group);
-            }
-        }
+        rows
+    }
+
+    #[inline(always)]
+    fn put<S: Simd, const T: usize, const C: usize>(
+        &self,
+        s: S,
+        row: usize,
+        panel: usize,
+        totals: &[[[S::V; C]; M]; T],
+    ) {
         for (r, totals) in totals.iter().enumerate() {
             for c in 0..C {
                 let mut values = [s.splat(0.0); M];
@@ -143,6 +167,37 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
             }
         }
     }
+}
+
+/// The totals of some rows over some panels. Weights are asked for `ahead` bytes before they are used.
+#[inline(always)]
+fn add_products<S: Simd, B: Bytes<S>, W: Block, const T: usize, const C: usize, const M: usize>(
+    s: S,
+    b: B,
+    weights: [[&[W]; C]; M],
+    rows: [&[RowBlock]; T],
+    ahead: Option<usize>,
+) -> [[[S::V; C]; M]; T] {
+    let mut totals = [[[s.splat(0.0); C]; M]; T];
+    for k in 0..weights[0][0].len() {
+        let mut x = [&rows[0][k]; T];
+        for r in 0..T {
+            x[r] = &rows[r][k];
+        }
+        let mut w = [[&weights[0][0][k]; C]; M];
+        for m in 0..M {
+            for c in 0..C {
+                w[m][c] = &weights[m][c][k];
+                if let Some(ahead) = ahead {
+                    b.prefetch(w[m][c], ahead);
+                }
+            }
+        }
+        for group in 0..GROUPS {
+            add_group(s, b, &mut totals, w, x, group);
+        }
+    }
+    totals
 }
 
 /// Adds one group to the totals.
