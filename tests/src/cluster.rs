@@ -39,6 +39,13 @@ impl Setup {
         self
     }
 
+    /// How to hold experts.
+    #[must_use]
+    pub fn expert_dtype(mut self, dtype: &str) -> Self {
+        self.common.extend(["--expert-dtype".into(), dtype.into()]);
+        self
+    }
+
     /// More flags for the router.
     #[must_use]
     pub fn router_args(mut self, args: &[&str]) -> Self {

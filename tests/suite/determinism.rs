@@ -1,7 +1,11 @@
 //! Promise 3 on a running cluster: a request's tokens do not depend on its company.
 
+use std::path::Path;
+
+use muster_proto::v1::GenerateRequest;
 use muster_tests::client::{generate, greedy, sampled};
 use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::golden::{Tensors, logits};
 use muster_tests::{demo_model, golden_model};
 use tokio::task::JoinSet;
 
@@ -20,8 +24,8 @@ fn prompts(count: u32, vocab: u32) -> Vec<Vec<u32>> {
         .collect()
 }
 
-async fn alone_and_together(model: &std::path::Path, vocab: u32, compute: &str) {
-    let cluster = Cluster::start(Setup::new(model).compute(compute).router_args(&["--prefill-chunk", "7"]));
+async fn alone_and_together(setup: Setup, vocab: u32) {
+    let cluster = Cluster::start(setup);
     let client = cluster.client().await;
     let requests: Vec<_> = prompts(16, vocab)
         .iter()
@@ -45,8 +49,10 @@ async fn alone_and_together(model: &std::path::Path, vocab: u32, compute: &str) 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_of_one_equals_a_batch_of_sixteen() {
-    alone_and_together(&demo_model(), 4096, "bf16").await;
-    alone_and_together(&golden_model("qwen3_moe"), 304, "f32").await;
+    let setup =
+        |model: &Path, compute| Setup::new(model).compute(compute).router_args(&["--prefill-chunk", "7"]);
+    alone_and_together(setup(&demo_model(), "bf16"), 4096).await;
+    alone_and_together(setup(&golden_model("qwen3_moe"), "f32"), 304).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -63,6 +69,56 @@ async fn the_number_of_workers_does_not_matter() {
     }
     assert_eq!(seen[0], seen[1]);
     assert_eq!(seen[0], seen[2]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_number_of_workers_does_not_matter_for_few_bit_experts_either() {
+    let mut texts = Vec::new();
+    for dtype in ["native", "q8", "q4"] {
+        let mut seen = Vec::new();
+        for workers in [1, 2, 4] {
+            let setup = Setup::new(&demo_model()).workers(workers).expert_dtype(dtype);
+            let cluster = Cluster::start(setup);
+            let client = cluster.client().await;
+            let mut outputs = Vec::new();
+            for (n, prompt) in prompts(3, 4096).iter().enumerate() {
+                // Log-probabilities show what the choice of tokens may hide.
+                let request = GenerateRequest { top_logprobs: Some(1), ..sampled(prompt, 32, n as u64) };
+                outputs.push(generate(&client, request).await.unwrap());
+            }
+            seen.push(outputs);
+        }
+        assert_eq!(seen[0], seen[1], "{dtype}: two workers");
+        assert_eq!(seen[0], seen[2], "{dtype}: four workers");
+        texts.push(seen.remove(0));
+    }
+    assert!(texts[0] != texts[1] && texts[1] != texts[2] && texts[0] != texts[2]);
+}
+
+#[test]
+fn few_bit_experts_give_the_same_logits_here_and_in_workers() {
+    for family in ["granitemoe", "mixtral_bf16"] {
+        let directory = golden_model(family);
+        let tokens = Tensors::read(&directory.join("golden.safetensors")).ids("prompt1.input_ids");
+        let bits = |dtype, more: &[&str]| -> Vec<u32> {
+            let args = [&["--expert-dtype", dtype], more].concat();
+            logits(&directory, &tokens, &args).f32s("logits").iter().map(|logit| logit.to_bits()).collect()
+        };
+        let [q8, q4] = ["q8", "q4"].map(|dtype| {
+            let local = bits(dtype, &[]);
+            assert!(local == bits(dtype, &["--workers", "2"]), "{family} {dtype}: workers differ from local");
+            local
+        });
+        assert!(q8 != q4 && q8 != bits("native", &[]), "{family}: the flag does nothing");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn few_bit_experts_give_the_same_alone_and_in_company() {
+    for dtype in ["q8", "q4"] {
+        let setup = Setup::new(&demo_model()).expert_dtype(dtype).router_args(&["--prefill-chunk", "7"]);
+        alone_and_together(setup, 4096).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,9 +8,9 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use muster_config::{parse_size, parse_socket};
+use muster_config::{parse_expert_dtype, parse_size, parse_socket};
 use muster_telemetry::LogFormat;
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType};
 
 use crate::client::DEFAULT_GRPC;
 use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
@@ -155,6 +155,9 @@ pub(crate) struct ComputeArgs {
     /// What activations are rounded to; auto is the dtype of the model's weights.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub(crate) compute: ComputeMode,
+    /// How experts are held: native, or in groups of 32 weights of 8 or 4 bits, which takes half or a quarter of bf16.
+    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_expert_dtype)]
+    pub(crate) expert_dtype: ExpertDType,
     /// Compute threads of each process [default: its share of the cores].
     #[arg(long, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<NonZeroUsize>,
@@ -233,6 +236,9 @@ pub(crate) struct RouterArgs {
     /// What activations are rounded to: auto, f32, bf16 or bf16-pairs [default: auto].
     #[arg(long, value_name = "MODE")]
     pub(crate) compute: Option<String>,
+    /// How the workers hold experts: native, q8 or q4 [default: native].
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) expert_dtype: Option<String>,
     /// Compute threads [default: all cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<String>,
@@ -292,6 +298,9 @@ pub(crate) struct WorkerArgs {
     /// What activations are rounded to: auto, f32, bf16 or bf16-pairs [default: auto].
     #[arg(long, value_name = "MODE")]
     pub(crate) compute: Option<String>,
+    /// How to hold experts: native, or q8 or q4 to make them smaller [default: native].
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) expert_dtype: Option<String>,
     /// Compute threads [default: all cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<String>,
@@ -386,7 +395,8 @@ pub(crate) struct CheckModelArgs {
     /// Check configuration and headers only; do not read the weights.
     #[arg(long)]
     pub(crate) headers_only: bool,
-    /// Also measure how far bf16 computation is from f32: KL divergence and top-1 agreement.
+    /// Also measure how far bf16 computation is from f32, and q8 and q4 experts from native ones: KL divergence and
+    /// top-1 agreement.
     #[arg(long, conflicts_with = "headers_only")]
     pub(crate) quality: bool,
     /// With --quality: a JSON list of token ids, or a list of such lists [default: the model's own text].
@@ -425,7 +435,7 @@ pub(crate) struct LogitsArgs {
     #[arg(long, default_value = "1024", value_name = "N", value_parser = chunk)]
     pub(crate) chunk: NonZeroUsize,
     /// Use the plain f32 implementation that shares no compute code with the fast one.
-    #[arg(long, conflicts_with_all = ["workers", "chunk", "compute", "threads"])]
+    #[arg(long, conflicts_with_all = ["workers", "chunk", "compute", "expert_dtype", "threads"])]
     pub(crate) reference: bool,
 }
 

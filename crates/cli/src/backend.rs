@@ -63,14 +63,16 @@ pub(crate) struct About {
     pub(crate) context: u32,
     pub(crate) workers: u32,
     pub(crate) compute: String,
+    pub(crate) experts: String,
 }
 
 impl Backend {
     pub(crate) async fn about(&mut self) -> Result<About, Failure> {
         Ok(match self {
             Self::Router(client) => {
-                let v1::Model { name, vocabulary, context, workers, compute, .. } = client.model().await?;
-                About { name, vocabulary, context, workers, compute }
+                let v1::Model { name, vocabulary, context, workers, compute, expert_dtype, .. } =
+                    client.model().await?;
+                About { name, vocabulary, context, workers, compute, experts: expert_dtype }
             }
             Self::Here(service) => {
                 let model = service.model();
@@ -80,6 +82,7 @@ impl Backend {
                     context: model.context,
                     workers: model.workers,
                     compute: model.compute.to_string(),
+                    experts: model.experts.to_string(),
                 }
             }
         })

@@ -6,7 +6,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -32,6 +32,7 @@ pub(crate) struct WorkersSpec<'a> {
     pub(crate) model: &'a str,
     pub(crate) count: NonZeroU32,
     pub(crate) compute: Option<Compute>,
+    pub(crate) experts: ExpertDType,
     pub(crate) threads: Option<NonZeroUsize>,
     pub(crate) log: &'a LogArgs,
 }
@@ -64,9 +65,10 @@ pub(crate) fn log_flags(log: &LogArgs) -> Vec<OsString> {
     flags
 }
 
-/// The flag for a compute mode.
-pub(crate) fn compute_flag(compute: Option<Compute>) -> [OsString; 2] {
-    ["--compute".into(), compute.map_or_else(|| "auto".to_owned(), |compute| compute.to_string()).into()]
+/// The flags for a compute mode and for how experts are held.
+pub(crate) fn compute_flags(compute: Option<Compute>, experts: ExpertDType) -> [OsString; 4] {
+    let compute = compute.map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
+    ["--compute".into(), compute.into(), "--expert-dtype".into(), experts.to_string().into()]
 }
 
 impl Workers {
@@ -135,7 +137,7 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         "--max-rows".into(),
         MOST_ROWS.to_string().into(),
     ];
-    arguments.extend(compute_flag(spec.compute));
+    arguments.extend(compute_flags(spec.compute, spec.experts));
     arguments.extend(log_flags(spec.log));
     arguments
 }

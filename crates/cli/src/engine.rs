@@ -16,11 +16,19 @@ use muster_router::health::Health;
 use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, Parts, start};
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType};
 
+use crate::args::ComputeArgs;
 use crate::cluster::MOST_ROWS;
 use crate::failure::Failure;
 use crate::progress::Bar;
+
+/// What is computed in, and how experts are held.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mode {
+    pub(crate) compute: Compute,
+    pub(crate) experts: ExpertDType,
+}
 
 /// Where the experts are.
 pub(crate) enum Experts {
@@ -36,10 +44,18 @@ pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) trunk: Arc<Trunk>,
     pub(crate) dispatch: Box<dyn ExpertDispatch>,
+    dtype: ExpertDType,
     /// Where the dispatch's time goes, when it leaves the process.
     pub(crate) stats: Option<StatsHandle>,
     health: HealthProbe,
     workers: u32,
+}
+
+impl Mode {
+    /// The mode that was asked for.
+    pub(crate) fn of(checkpoint: &Checkpoint, asked: ComputeArgs) -> Self {
+        Self { compute: compute_mode(checkpoint, asked.compute.get()), experts: asked.expert_dtype }
+    }
 }
 
 /// The mode to compute in.
@@ -55,44 +71,46 @@ pub(crate) fn cores() -> NonZeroUsize {
 /// Loads what this process is to hold. Blocks.
 pub(crate) fn load(
     checkpoint: Arc<Checkpoint>,
-    compute: Compute,
+    mode: Mode,
     threads: NonZeroUsize,
     experts: Experts,
     bar: &Bar,
 ) -> Result<Loaded, Failure> {
+    let Mode { compute, experts: dtype } = mode;
     let cpu = Arc::new(Cpu::new(threads).map_err(Failure::runtime)?);
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut |p| bar.update(p)).map_err(Failure::input)?);
     match experts {
         Experts::Here => {
             let keys = ExpertSet::all_keys(&checkpoint);
             let rest = bar.after_this();
-            let set = ExpertSet::load(&checkpoint, &keys, compute, &mut |p| rest.update(p))
+            let set = ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |p| rest.update(p))
                 .map_err(Failure::input)?;
             bar.finish();
             let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch, stats: None, health, workers: 0 })
+            Ok(Loaded { checkpoint, cpu, trunk, dispatch, dtype, stats: None, health, workers: 0 })
         }
         Experts::Workers(addresses) => {
             bar.finish();
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-            let dispatch = connect(&checkpoint, compute, addresses)?;
+            let dispatch = connect(&checkpoint, mode, addresses)?;
             let stats = Some(dispatch.stats());
             // The workers are children of this process, which sees them die.
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), stats, health, workers })
+            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), dtype, stats, health, workers })
         }
     }
 }
 
-fn connect(checkpoint: &Checkpoint, compute: Compute, workers: Vec<String>) -> Result<GrpcDispatch, Failure> {
+fn connect(checkpoint: &Checkpoint, mode: Mode, workers: Vec<String>) -> Result<GrpcDispatch, Failure> {
     let spec = checkpoint.spec();
     GrpcDispatch::connect(ConnectConfig {
         workers,
         router_id: "muster".to_owned(),
         fingerprint: checkpoint.fingerprint(),
         hidden: spec.hidden,
-        compute,
+        compute: mode.compute,
+        experts: mode.experts,
         shape: expert_shape(checkpoint),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: MOST_ROWS,
@@ -106,8 +124,18 @@ fn connect(checkpoint: &Checkpoint, compute: Compute, workers: Vec<String>) -> R
 impl Loaded {
     /// Starts the engine thread over it.
     pub(crate) fn serve(self, settings: EngineSettings) -> Result<(Service, EngineHandle), Failure> {
-        let Self { checkpoint, cpu, trunk, dispatch, health, workers, .. } = self;
-        start(Parts { checkpoint, trunk, cpu, dispatch, health, workers, model_name: None, settings })
-            .map_err(Failure::input)
+        let Self { checkpoint, cpu, trunk, dispatch, dtype: experts, health, workers, .. } = self;
+        start(Parts {
+            checkpoint,
+            trunk,
+            cpu,
+            dispatch,
+            experts,
+            health,
+            workers,
+            model_name: None,
+            settings,
+        })
+        .map_err(Failure::input)
     }
 }

@@ -22,5 +22,7 @@ pub use environment::Environment;
 pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
 pub use router::RouterSettings;
-pub use value::{LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket};
+pub use value::{
+    LogSettings, Share, parse_compute, parse_duration, parse_expert_dtype, parse_size, parse_socket,
+};
 pub use worker::WorkerSettings;

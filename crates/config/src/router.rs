@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
 use muster_telemetry::LogFormat;
-use muster_types::{Compute, WorkerId};
+use muster_types::{Compute, ExpertDType, WorkerId};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
 use crate::problem::ConfigError;
-use crate::value::{self, LogSettings, parse_compute, parse_duration, parse_size, parse_socket};
+use crate::value::{
+    self, LogSettings, parse_compute, parse_duration, parse_expert_dtype, parse_size, parse_socket,
+};
 
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
@@ -21,6 +23,7 @@ const KEYS: &[Key] = &[
     Key { name: "grpc", kind: ValueKind::Text, default: Some("127.0.0.1:50051") },
     Key { name: "id", kind: ValueKind::Text, default: Some("router") },
     Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
+    Key { name: "expert_dtype", kind: ValueKind::Text, default: Some("native") },
     Key { name: "threads", kind: ValueKind::NumberOrText, default: Some("auto") },
     Key { name: "kv_memory", kind: ValueKind::Text, default: None },
     Key { name: "step_tokens", kind: ValueKind::Number, default: Some("1024") },
@@ -54,6 +57,8 @@ pub struct RouterSettings {
     pub id: String,
     /// What activations are rounded to; `None` as the checkpoint says.
     pub compute: Option<Compute>,
+    /// How the workers hold experts.
+    pub experts: ExpertDType,
     /// Compute threads; `None` for all cores.
     pub threads: Option<NonZeroUsize>,
     /// Bytes for the KV cache; `None` lets the router choose.
@@ -98,6 +103,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let grpc = reader.required("grpc", parse_socket);
     let id = reader.required("id", name);
     let compute = reader.required("compute", parse_compute);
+    let experts = reader.required("expert_dtype", parse_expert_dtype);
     let threads = reader.required("threads", value::threads);
     let kv_memory = reader.optional("kv_memory", parse_size);
     let mut count = |key| {
@@ -135,6 +141,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         grpc: grpc?,
         id: id?,
         compute: compute?,
+        experts: experts?,
         threads: threads?,
         kv_memory,
         step_tokens: step_tokens?,

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use muster_telemetry::LogFormat;
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType, ParseExpertDTypeError};
 
 /// What is logged, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,6 +141,14 @@ pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
         "bf16-pairs" => Ok(Some(Compute::Bf16Pairs)),
         other => Err(format!("{other:?} is not a compute mode; use auto, f32, bf16 or bf16-pairs")),
     }
+}
+
+/// `native`, `q8` or `q4`.
+///
+/// # Errors
+/// When it is none of these.
+pub fn parse_expert_dtype(text: &str) -> Result<ExpertDType, String> {
+    text.parse().map_err(|error: ParseExpertDTypeError| error.to_string())
 }
 
 /// `ip:port` to listen on; `localhost` means 127.0.0.1, and port 0 lets the system choose.

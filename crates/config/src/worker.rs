@@ -5,13 +5,13 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
 use crate::problem::ConfigError;
 use crate::router::{log, name, off_loopback, text};
-use crate::value::{self, LogSettings, Share, parse_compute, parse_duration};
+use crate::value::{self, LogSettings, Share, parse_compute, parse_duration, parse_expert_dtype};
 
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
@@ -19,6 +19,7 @@ const KEYS: &[Key] = &[
     Key { name: "share", kind: ValueKind::Text, default: Some("all") },
     Key { name: "id", kind: ValueKind::Text, default: None },
     Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
+    Key { name: "expert_dtype", kind: ValueKind::Text, default: Some("native") },
     Key { name: "threads", kind: ValueKind::NumberOrText, default: Some("auto") },
     Key { name: "max_rows", kind: ValueKind::Number, default: Some("8192") },
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("64") },
@@ -44,6 +45,8 @@ pub struct WorkerSettings {
     pub id: Option<String>,
     /// What activations are rounded to; `None` as the checkpoint says.
     pub compute: Option<Compute>,
+    /// How experts are held.
+    pub experts: ExpertDType,
     /// Compute threads; `None` for all cores.
     pub threads: Option<NonZeroUsize>,
     /// Most rows of one shard. Routers whose steps are larger are refused.
@@ -76,6 +79,7 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let share = reader.required("share", str::parse::<Share>);
     let id = reader.optional("id", name);
     let compute = reader.required("compute", parse_compute);
+    let experts = reader.required("expert_dtype", parse_expert_dtype);
     let threads = reader.required("threads", value::threads);
     let mut count = |key, most| {
         let number = reader.required(key, |text| value::count(text, 1, most));
@@ -98,6 +102,7 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
         share: share?,
         id,
         compute: compute?,
+        experts: experts?,
         threads: threads?,
         max_rows: max_rows?,
         max_queue: NonZeroUsize::try_from(max_queue?).ok()?,

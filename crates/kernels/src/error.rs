@@ -48,6 +48,12 @@ pub enum KernelError {
         /// Elements given.
         found: usize,
     },
+    /// A weight that is to be quantised has a NaN or an infinity.
+    #[error("row {n} of the weight is not finite: it cannot be quantised")]
+    NonFinite {
+        /// The output feature.
+        n: usize,
+    },
     /// One matrix of an expert does not fit the others.
     #[error("expert's {field} is [{n}, {k}], its gate asks for [{want_n}, {want_k}]")]
     ExpertShape {
@@ -62,8 +68,11 @@ pub enum KernelError {
         /// The input features that fit.
         want_k: usize,
     },
-    /// Gate and up are read together and must hold one element type.
-    #[error("expert's gate and up have different element types: pack both as bf16 or both as f32")]
+    /// Matrices that are read together differ in element type.
+    #[error(
+        "expert's matrices have element types that do not go together: pack gate and up alike, and quantise all three \
+         alike or none"
+    )]
     ExpertTypes,
     /// The base of the rotary frequencies is unusable.
     #[error("rope theta is {theta}: it must be finite and above zero")]

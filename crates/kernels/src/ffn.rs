@@ -4,6 +4,8 @@
 //! out together, so that a few rows on several experts keep every thread busy. It does not know which expert is
 //! which, nor how outputs are weighted and combined.
 
+use std::ops::Range;
+
 use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
@@ -15,15 +17,16 @@ use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
 use crate::pairs::{
     Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
 };
+use crate::quant;
 use crate::simd::{LANES, Simd, store_bf16_pairs, store_part};
 use crate::tile::{Dense, Gathered, Sink, Work, panels_per_task, rows_per_task};
 
 /// The weights of one gated MLP.
 #[derive(Debug)]
 pub struct Expert {
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
+    pub(crate) gate: Matrix,
+    pub(crate) up: Matrix,
+    pub(crate) down: Matrix,
 }
 
 impl Expert {
@@ -31,7 +34,7 @@ impl Expert {
     ///
     /// # Errors
     /// [`KernelError::ExpertShape`] if `up` or `down` does not fit `gate`; [`KernelError::ExpertTypes`] if gate and
-    /// up differ in element type.
+    /// up differ in element type, or some but not all are quantised in one way.
     pub fn new(gate: Matrix, up: Matrix, down: Matrix) -> Result<Self, KernelError> {
         for (field, matrix, (want_n, want_k)) in
             [("up", &up, (gate.n(), gate.k())), ("down", &down, (gate.k(), gate.n()))]
@@ -41,8 +44,11 @@ impl Expert {
                 return Err(KernelError::ExpertShape { field, n, k, want_n, want_k });
             }
         }
-        match (&gate.elements, &up.elements) {
-            (Elements::Bf16(_), Elements::Bf16(_)) | (Elements::F32(_), Elements::F32(_)) => {}
+        match (&gate.elements, &up.elements, &down.elements) {
+            (Elements::Bf16(_), Elements::Bf16(_), Elements::Bf16(_) | Elements::F32(_))
+            | (Elements::F32(_), Elements::F32(_), Elements::Bf16(_) | Elements::F32(_)) => {}
+            (Elements::Quantised(gate), Elements::Quantised(up), Elements::Quantised(down))
+                if gate.kind() == up.kind() && gate.kind() == down.kind() => {}
             _ => return Err(KernelError::ExpertTypes),
         }
         Ok(Self { gate, up, down })
@@ -66,6 +72,11 @@ impl Expert {
             (Elements::Bf16(gate), Elements::Bf16(up), Elements::Bf16(down)) => Some([gate, up, down]),
             _ => None,
         }
+    }
+
+    /// Whether the matrices are quantised.
+    fn is_quantised(&self) -> bool {
+        matches!(self.gate.elements, Elements::Quantised(_))
     }
 
     /// Bytes that the packed weights keep in memory.
@@ -92,14 +103,15 @@ pub struct FfnScratch {
     activated_pairs: PairBuffer,
     first: Vec<Task>,
     second: Vec<Task>,
+    quantised: quant::Buffers,
 }
 
 /// Some rows of a group times some panels of one of its stages.
 #[derive(Debug, Clone, Copy)]
-struct Task {
-    group: usize,
+pub(crate) struct Task {
+    pub(crate) group: usize,
     /// Rows of the groups before.
-    rows_before: usize,
+    pub(crate) rows_before: usize,
     /// Intermediate elements of the groups before; words if the group is computed in pairs.
     activated_before: usize,
     row: usize,
@@ -112,10 +124,12 @@ struct Task {
 /// other, `[sum of rows, hidden]`, and is overwritten.
 ///
 /// `x` is given as the linears shall read it: where `precision` rounds, it holds bf16 values already. An expert follows
-/// the order of [`Precision::Bf16Pairs`] if all its weights are bf16. Once `scratch` is warm nothing is allocated.
+/// the order of [`Precision::Bf16Pairs`] if all its weights are bf16. Quantised experts read `x` and the input of `down`
+/// as 32-wide groups of bytes instead, quantised here from what they are in f32. Once `scratch` is warm nothing is
+/// allocated.
 ///
 /// # Panics
-/// If the experts' hidden sizes differ, `x` or `out` does not fit, or a row number is outside `x`.
+/// If the experts' hidden sizes differ, some but not all are quantised, `x` or `out` does not fit, or a row number is outside `x`.
 pub fn grouped_ffn(
     cpu: &Cpu,
     groups: &[ExpertRows<'_>],
@@ -149,10 +163,17 @@ fn run<E: Engine>(
     check(groups, hidden, x, out);
     let in_pairs = |expert: &Expert| engine.is_some() && expert.in_bf16().is_some();
     let plan = scratch.plan(cpu, groups, &in_pairs);
-    let FfnScratch { activated, packed, activated_pairs, first, second } = scratch;
-    if activated.len() < plan.activated {
-        activated.resize(plan.activated, 0.0);
+    if scratch.activated.len() < plan.activated {
+        scratch.activated.resize(plan.activated, 0.0);
     }
+    if first.expert.is_quantised() {
+        let FfnScratch { activated, first, second, quantised, .. } = scratch;
+        let stages = quant::Stages { cpu, groups, hidden };
+        stages.gate_up(first, plan.work * 2, x, quantised, activated);
+        stages.down(second, plan.work, activated, quantised, out);
+        return;
+    }
+    let FfnScratch { activated, packed, activated_pairs, first, second, .. } = scratch;
     let x = Dense { x, k: hidden };
     let packed = if plan.words > 0 { pack_groups(cpu, groups, x, &in_pairs, packed) } else { &[] };
     let packed = PairRows { words: packed, per_row: words_per_row(hidden) };
@@ -217,6 +238,11 @@ fn check(groups: &[ExpertRows<'_>], hidden: usize, x: &[f32], out: &[f32]) {
     let mut total = 0;
     for group in groups {
         assert_eq!(group.expert.hidden(), hidden, "groups: experts must have one hidden size");
+        assert_eq!(
+            group.expert.is_quantised(),
+            groups[0].expert.is_quantised(),
+            "groups: either all experts are quantised or none"
+        );
         for &row in group.rows {
             assert!((row as usize) < rows, "groups: row {row} is outside x, which has {rows} rows");
         }
@@ -309,8 +335,15 @@ impl Task {
         x: R,
         sink: K,
     ) -> Work<'a, B, R, K, M> {
-        let (rows, panels) = (self.row..self.row + self.rows, self.panel..self.panel + self.panels);
-        Work { weights, x, sink, rows, panels }
+        Work { weights, x, sink, rows: self.row_range(), panels: self.panel_range() }
+    }
+
+    pub(crate) fn row_range(self) -> Range<usize> {
+        self.row..self.row + self.rows
+    }
+
+    pub(crate) fn panel_range(self) -> Range<usize> {
+        self.panel..self.panel + self.panels
     }
 
     fn pair_work<'a, K, const M: usize>(
@@ -319,8 +352,7 @@ impl Task {
         x: PairRows<'a>,
         sink: K,
     ) -> PairWork<'a, K, M> {
-        let (rows, panels) = (self.row..self.row + self.rows, self.panel..self.panel + self.panels);
-        PairWork { weights, x, sink, rows, panels }
+        PairWork { weights, x, sink, rows: self.row_range(), panels: self.panel_range() }
     }
 }
 
@@ -331,6 +363,7 @@ fn down(cpu: &Cpu, task: Task, expert: &Expert, activated: &[f32], out: &Disjoin
     match &expert.down.elements {
         Elements::Bf16(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
         Elements::F32(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::Quantised(_) => unreachable!("an expert is quantised whole or not at all"),
     }
 }
 
@@ -345,11 +378,17 @@ impl<B: Block> Kernel for GateUpTask<'_, B> {
 }
 
 /// Activates what gate and up gave and keeps it for the second stage.
-struct Gated<'a> {
+pub(crate) struct Gated<'a> {
     out: &'a Disjoint<'a, f32>,
     before: usize,
     intermediate: usize,
     precision: Precision,
+}
+
+impl<'a> Gated<'a> {
+    pub(crate) fn new(out: &'a Disjoint<'a, f32>, task: Task, expert: &Expert, precision: Precision) -> Self {
+        Self { out, before: task.activated_before, intermediate: expert.intermediate(), precision }
+    }
 }
 
 impl Sink<2> for Gated<'_> {

@@ -14,10 +14,12 @@ use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
 use crate::pairs::{
     Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
 };
+use crate::quant;
 use crate::simd::{LANES, Simd, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
 
-/// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten.
+/// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten. A quantised weight reads `x` quantised
+/// in its turn, into memory of the call's own.
 ///
 /// `x` is given as the linear shall read it: where `precision` rounds, it holds bf16 values already.
 ///
@@ -34,6 +36,7 @@ pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], precision: Precision, out: &mut 
             Path::Tiles(engine) => run_pairs(engine, cpu, w, panels, x, out),
         },
         Elements::F32(panels) => run(cpu, w, panels, x, out),
+        Elements::Quantised(weights) => quant::linear(cpu, w, weights, x, out),
     }
 }
 

@@ -3,13 +3,15 @@
 //! What must hold: a [`Matrix`] is made of panels of sixteen output features; a panel is a run of blocks of 32 input
 //! features; both sizes are padded with zeros. A bf16 block holds sixteen lines, one per pair of input features, each
 //! with the sixteen outputs' pairs (the even feature in the low half). That is also the layout of AMX's B operand.
-//! An f32 block holds 32 lines, one per input feature. It does not know how the products are added; [`crate::tile`]
+//! An f32 block holds 32 lines, one per input feature; [`crate::quant`] has the quantised ones. It does not know how the products are added; [`crate::tile`]
 //! does.
 
 use std::fmt;
 
+use crate::convert::from_bf16;
 use crate::error::KernelError;
 use crate::memory::{Buffer, Zeroed};
+use crate::quant::{Quantisation, Quantised};
 use crate::simd::{LANES, Simd};
 
 /// Input features of a block.
@@ -59,14 +61,7 @@ impl<B: Block> Panels<B> {
         found: usize,
         mut fill: impl FnMut(Place, &mut B),
     ) -> Result<Self, KernelError> {
-        for (field, value) in [("n", n), ("k", k)] {
-            if value == 0 {
-                return Err(KernelError::Size { field, value, rule: "at least 1" });
-            }
-        }
-        if n.checked_mul(k) != Some(found) {
-            return Err(KernelError::Elements { n, k, found });
-        }
+        check_shape(n, k, found)?;
         let per_panel = k.div_ceil(BLOCK_K);
         // No overflow: n and k are at least 1 and n * k elements exist, so the padded sizes stay within a small factor.
         let mut blocks = Buffer::zeroed("weight", n.div_ceil(LANES) * per_panel)?;
@@ -78,6 +73,18 @@ impl<B: Block> Panels<B> {
         }
         Ok(Self { blocks, per_panel })
     }
+}
+
+fn check_shape(n: usize, k: usize, found: usize) -> Result<(), KernelError> {
+    for (field, value) in [("n", n), ("k", k)] {
+        if value == 0 {
+            return Err(KernelError::Size { field, value, rule: "at least 1" });
+        }
+    }
+    if n.checked_mul(k) != Some(found) {
+        return Err(KernelError::Elements { n, k, found });
+    }
+    Ok(())
 }
 
 /// Where a block lies in the row-major weight.
@@ -103,6 +110,8 @@ pub(crate) enum Elements {
     Bf16(Panels<Bf16Block>),
     /// f32.
     F32(Panels<F32Block>),
+    /// Few bits and scales.
+    Quantised(Quantised),
 }
 
 /// A weight `[n, k]`: `n` output features of `k` input features each, packed and read-only.
@@ -144,6 +153,33 @@ impl Matrix {
         Ok(Self { n, k, elements: Elements::F32(panels) })
     }
 
+    /// Rounds a row-major f32 weight `[n, k]` to few bits and packs it.
+    ///
+    /// # Errors
+    /// As for [`Matrix::pack_bf16`], and [`KernelError::NonFinite`].
+    pub fn quantise_f32(kind: Quantisation, n: usize, k: usize, w: &[f32]) -> Result<Self, KernelError> {
+        Self::quantise(kind, n, k, w.len(), |from, out| out.copy_from_slice(&w[from..from + out.len()]))
+    }
+
+    /// Rounds a row-major bf16 weight `[n, k]` to few bits and packs it.
+    ///
+    /// # Errors
+    /// As for [`Matrix::quantise_f32`].
+    pub fn quantise_bf16(kind: Quantisation, n: usize, k: usize, w: &[u16]) -> Result<Self, KernelError> {
+        Self::quantise(kind, n, k, w.len(), |from, out| from_bf16(&w[from..from + out.len()], out))
+    }
+
+    fn quantise(
+        kind: Quantisation,
+        n: usize,
+        k: usize,
+        found: usize,
+        widen: impl Fn(usize, &mut [f32]),
+    ) -> Result<Self, KernelError> {
+        check_shape(n, k, found)?;
+        Ok(Self { n, k, elements: Elements::Quantised(Quantised::pack(kind, n, k, widen)?) })
+    }
+
     /// Output features.
     #[must_use]
     pub fn n(&self) -> usize {
@@ -162,6 +198,7 @@ impl Matrix {
         match &self.elements {
             Elements::Bf16(panels) => panels.blocks.bytes(),
             Elements::F32(panels) => panels.blocks.bytes(),
+            Elements::Quantised(weights) => weights.bytes(),
         }
     }
 
@@ -188,6 +225,7 @@ impl Matrix {
                     part.iter_mut().zip(block).for_each(|(value, line)| *value = line[lane]);
                 }
             }
+            Elements::Quantised(weights) => weights.row(n, out),
         }
     }
 
@@ -199,9 +237,13 @@ impl Matrix {
 
 impl fmt::Debug for Matrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.elements {
+        let kind = match &self.elements {
             Elements::Bf16(_) => "bf16",
             Elements::F32(_) => "f32",
+            Elements::Quantised(weights) => match weights.kind() {
+                Quantisation::Q8 => "q8",
+                Quantisation::Q4 => "q4",
+            },
         };
         write!(f, "Matrix({kind} [{}, {}])", self.n, self.k)
     }

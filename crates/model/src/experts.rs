@@ -10,7 +10,7 @@ use muster_engine::dispatch::Rows;
 use muster_kernels::{
     Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, all_finite, from_bf16, grouped_ffn, round_bf16,
 };
-use muster_types::{Compute, ExpertId, ExpertKey, LayerId};
+use muster_types::{Compute, ExpertDType, ExpertId, ExpertKey, LayerId};
 
 use crate::weights::Loader;
 use crate::{LoadProgress, ModelError};
@@ -18,6 +18,7 @@ use crate::{LoadProgress, ModelError};
 /// Loaded experts.
 pub struct ExpertSet {
     compute: Compute,
+    dtype: ExpertDType,
     hidden: usize,
     experts: BTreeMap<ExpertKey, Expert>,
     bytes: u64,
@@ -45,7 +46,8 @@ pub enum ExpertError {
 }
 
 impl ExpertSet {
-    /// Reads, checks and packs the given experts.
+    /// Reads, checks and packs the given experts, one matrix after another: beside what is packed, no more than one
+    /// matrix is ever held as it is stored.
     ///
     /// # Errors
     /// When an expert does not exist, or its bytes are unreadable or not finite.
@@ -53,6 +55,7 @@ impl ExpertSet {
         checkpoint: &Checkpoint,
         keys: &[ExpertKey],
         compute: Compute,
+        dtype: ExpertDType,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
         let spec = checkpoint.spec();
@@ -66,12 +69,13 @@ impl ExpertSet {
                 return Err(ModelError::NoSuchExpert(key));
             }
             let [gate, up, down] = expert_roles(key);
-            let expert = Expert::new(loader.matrix(gate)?, loader.matrix(up)?, loader.matrix(down)?)
+            let mut matrix = |role| loader.expert_matrix(role, dtype);
+            let expert = Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
                 .map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
             bytes += expert.bytes() as u64;
             experts.insert(key, expert);
         }
-        Ok(Self { compute, hidden: spec.hidden, experts, bytes })
+        Ok(Self { compute, dtype, hidden: spec.hidden, experts, bytes })
     }
 
     /// Every routed expert of the model, in ascending order.
@@ -114,6 +118,12 @@ impl ExpertSet {
     #[must_use]
     pub const fn compute(&self) -> Compute {
         self.compute
+    }
+
+    /// How the weights are held.
+    #[must_use]
+    pub const fn dtype(&self) -> ExpertDType {
+        self.dtype
     }
 
     /// Runs experts of one layer over hidden rows in the wire dtype.

@@ -2,8 +2,8 @@
 
 use muster_checkpoint::spec::Role;
 use muster_checkpoint::{Checkpoint, Weight, WeightData};
-use muster_kernels::{Matrix, from_bf16, to_bf16};
-use muster_types::Compute;
+use muster_kernels::{Matrix, Quantisation, from_bf16, to_bf16};
+use muster_types::{Compute, ExpertDType};
 
 use crate::{LoadProgress, ModelError};
 
@@ -60,6 +60,21 @@ impl<'a> Loader<'a> {
         if rows * cols <= LARGEST_SPARE / 4 {
             self.spare = Some(data);
         }
+        packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
+    }
+
+    /// A matrix of an expert. Few bits are made of the weights as they are stored, whatever the compute mode.
+    pub(crate) fn expert_matrix(&mut self, role: Role, dtype: ExpertDType) -> Result<Matrix, ModelError> {
+        let kind = match dtype {
+            ExpertDType::Native => return self.matrix(role),
+            ExpertDType::Q8 => Quantisation::Q8,
+            ExpertDType::Q4 => Quantisation::Q4,
+        };
+        let Weight { rows, cols, data } = self.read(role)?;
+        let packed = match &data {
+            WeightData::Bf16(bits) => Matrix::quantise_bf16(kind, rows, cols, bits),
+            WeightData::F32(values) => Matrix::quantise_f32(kind, rows, cols, values),
+        };
         packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use muster_types::{
-    Combine, Compute, DType, InvalidWorkerId, NumericsClass, OutOfRange, ParseFingerprintError,
+    Combine, Compute, DType, ExpertDType, InvalidWorkerId, NumericsClass, OutOfRange, ParseFingerprintError,
 };
 
 use crate::expert::v1;
@@ -151,6 +151,30 @@ pub fn compute_from_wire(value: i32) -> Result<Compute, WireError> {
     }
 }
 
+/// The wire's name for how experts are held.
+#[must_use]
+pub const fn expert_dtype_to_wire(dtype: ExpertDType) -> v1::ExpertDType {
+    match dtype {
+        ExpertDType::Native => v1::ExpertDType::Native,
+        ExpertDType::Q8 => v1::ExpertDType::Q8,
+        ExpertDType::Q4 => v1::ExpertDType::Q4,
+    }
+}
+
+/// How experts are held, off the wire.
+///
+/// # Errors
+/// `Missing` when unspecified, `UnknownValue` when this build does not know it.
+pub fn expert_dtype_from_wire(value: i32) -> Result<ExpertDType, WireError> {
+    match v1::ExpertDType::try_from(value) {
+        Ok(v1::ExpertDType::Native) => Ok(ExpertDType::Native),
+        Ok(v1::ExpertDType::Q8) => Ok(ExpertDType::Q8),
+        Ok(v1::ExpertDType::Q4) => Ok(ExpertDType::Q4),
+        Ok(v1::ExpertDType::Unspecified) => Err(WireError::Missing("expert_dtype")),
+        Err(_) => Err(WireError::UnknownValue { field: "expert_dtype", value }),
+    }
+}
+
 /// The wire's name for a combine mode.
 #[must_use]
 pub const fn combine_to_wire(combine: Combine) -> v1::CombineMode {
@@ -204,11 +228,17 @@ mod tests {
             assert_eq!(compute_from_wire(compute_to_wire(compute).into()), Ok(compute));
         }
         assert_eq!(compute_from_wire(0), Err(WireError::Missing("compute")));
+        for dtype in ExpertDType::ALL {
+            assert_eq!(expert_dtype_from_wire(expert_dtype_to_wire(dtype).into()), Ok(dtype));
+        }
         assert_eq!(combine_from_wire(combine_to_wire(Combine::Exact).into()), Ok(Combine::Exact));
         let class = NumericsClass::CpuCanonical;
         assert_eq!(numerics_from_wire(numerics_to_wire(class).into()), Ok(class));
 
         assert_eq!(dtype_from_wire("compute", 0), Err(WireError::Missing("compute")));
+        assert_eq!(expert_dtype_from_wire(0), Err(WireError::Missing("expert_dtype")));
+        let unknown = WireError::UnknownValue { field: "expert_dtype", value: 4 };
+        assert_eq!(expert_dtype_from_wire(4), Err(unknown));
         assert_eq!(combine_from_wire(0), Err(WireError::Missing("combine")));
         assert_eq!(numerics_from_wire(0), Err(WireError::Missing("numerics")));
         let unknown = WireError::UnknownValue { field: "compute", value: 77 };

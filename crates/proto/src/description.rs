@@ -3,12 +3,14 @@
 use std::num::NonZeroU32;
 
 use muster_types::{
-    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, WorkerId,
+    Compute, Epoch, ExpertDType, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange,
+    WorkerId,
 };
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
-    WireError, compute_from_wire, compute_to_wire, numerics_from_wire, numerics_to_wire, worker_id_error,
+    WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
+    numerics_from_wire, numerics_to_wire, worker_id_error,
 };
 use crate::expert::v1;
 use crate::handshake::fingerprint_from_wire;
@@ -33,6 +35,8 @@ pub struct Description {
     pub numerics: NumericsClass,
     /// What it rounds activations to.
     pub compute: Compute,
+    /// How it holds experts.
+    pub experts: ExpertDType,
     /// Epoch of this description; at least 1, grows with every change.
     pub epoch: Epoch,
     /// The experts it holds, strictly ascending.
@@ -68,6 +72,7 @@ impl Description {
             draining: self.phase == Phase::Draining,
             max_rows: self.max_rows.get(),
             compute: compute_to_wire(self.compute).into(),
+            expert_dtype: expert_dtype_to_wire(self.experts).into(),
         }
     }
 
@@ -85,6 +90,7 @@ impl Description {
             fingerprint: fingerprint_from_wire(&message.fingerprint)?,
             numerics: numerics_from_wire(message.numerics)?,
             compute: compute_from_wire(message.compute)?,
+            experts: expert_dtype_from_wire(message.expert_dtype)?,
             epoch: Epoch::new(message.epoch),
             holdings: parse_holdings(&message.held, experts)?,
             resident_bytes: message.resident_bytes,
@@ -138,6 +144,7 @@ mod tests {
             fingerprint: Fingerprint::new([1; 32]),
             numerics: NumericsClass::CpuCanonical,
             compute: Compute::F32,
+            experts: ExpertDType::Q4,
             epoch: Epoch::new(3),
             holdings,
             resident_bytes: 1 << 40,
@@ -194,11 +201,12 @@ mod tests {
     #[test]
     fn each_absent_field_is_named() {
         let good = || wire(&[(0, &[0])]);
-        let cases: [(&str, v1::WorkerDescription); 6] = [
+        let cases: [(&str, v1::WorkerDescription); 7] = [
             ("worker_id", v1::WorkerDescription { worker_id: String::new(), ..good() }),
             ("fingerprint", v1::WorkerDescription { fingerprint: Default::default(), ..good() }),
             ("numerics", v1::WorkerDescription { numerics: 0, ..good() }),
             ("compute", v1::WorkerDescription { compute: 0, ..good() }),
+            ("expert_dtype", v1::WorkerDescription { expert_dtype: 0, ..good() }),
             ("epoch", v1::WorkerDescription { epoch: 0, ..good() }),
             ("max_rows", v1::WorkerDescription { max_rows: 0, ..good() }),
         ];

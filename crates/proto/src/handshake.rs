@@ -2,12 +2,13 @@
 
 use std::fmt;
 
-use muster_types::{Combine, Compute, Fingerprint, NumericsClass};
+use muster_types::{Combine, Compute, ExpertDType, Fingerprint, NumericsClass};
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
     RouterName, WireError, combine_from_wire, combine_to_wire, compute_from_wire, compute_to_wire,
-    dtype_from_wire, dtype_to_wire, numerics_from_wire, numerics_to_wire,
+    dtype_from_wire, dtype_to_wire, expert_dtype_from_wire, expert_dtype_to_wire, numerics_from_wire,
+    numerics_to_wire,
 };
 use crate::expert::v1;
 
@@ -23,6 +24,8 @@ pub struct Terms {
     pub hidden: u32,
     /// What activations are rounded to; fixes the wire dtype.
     pub compute: Compute,
+    /// How experts are held.
+    pub experts: ExpertDType,
     /// How outputs come back.
     pub combine: Combine,
     /// Kernels that give the same bits.
@@ -40,6 +43,8 @@ pub enum Term {
     Hidden,
     /// What activations are rounded to.
     Compute,
+    /// How experts are held.
+    Experts,
     /// How outputs come back.
     Combine,
     /// Kernels that give the same bits.
@@ -53,6 +58,7 @@ impl fmt::Display for Term {
             Self::Fingerprint => "model fingerprint",
             Self::Hidden => "hidden size",
             Self::Compute => "compute mode",
+            Self::Experts => "expert dtype",
             Self::Combine => "combine mode",
             Self::Numerics => "numerics class",
         })
@@ -104,6 +110,7 @@ impl Terms {
             combine: combine_to_wire(self.combine).into(),
             numerics: numerics_to_wire(self.numerics).into(),
             compute: compute_to_wire(self.compute).into(),
+            expert_dtype: expert_dtype_to_wire(self.experts).into(),
         }
     }
 
@@ -124,6 +131,7 @@ impl Terms {
         let fingerprint = fingerprint_from_wire(&hello.fingerprint)?;
         let wire_dtype = dtype_from_wire("wire_dtype", hello.wire_dtype)?;
         let compute = compute_from_wire(hello.compute)?;
+        let experts = expert_dtype_from_wire(hello.expert_dtype)?;
         let combine = combine_from_wire(hello.combine)?;
         let numerics = numerics_from_wire(hello.numerics)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
@@ -134,6 +142,7 @@ impl Terms {
                 format!("is {wire_dtype}; rows of compute mode {compute} are {}", compute.wire_dtype());
             return Err(WireError::rule("wire_dtype", reason).into());
         }
+        same(Term::Experts, &self.experts, &experts)?;
         same(Term::Combine, &self.combine, &combine)?;
         same(Term::Numerics, &self.numerics, &numerics)?;
         Ok(Greeting { router, lane: hello.lane })
@@ -148,6 +157,7 @@ impl Terms {
         let fingerprint = fingerprint_from_wire(&described.fingerprint)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
         same(Term::Compute, &self.compute, &compute_from_wire(described.compute)?)?;
+        same(Term::Experts, &self.experts, &expert_dtype_from_wire(described.expert_dtype)?)?;
         same(Term::Numerics, &self.numerics, &numerics_from_wire(described.numerics)?)?;
         Ok(())
     }
@@ -185,6 +195,7 @@ mod tests {
             fingerprint: Fingerprint::new([7; 32]),
             hidden: 64,
             compute: Compute::Bf16,
+            experts: ExpertDType::Q8,
             combine: Combine::Exact,
             numerics: NumericsClass::CpuCanonical,
         }
@@ -211,6 +222,7 @@ mod tests {
             ("combine", v1::Hello { combine: 0, ..hello() }),
             ("numerics", v1::Hello { numerics: 0, ..hello() }),
             ("compute", v1::Hello { compute: 0, ..hello() }),
+            ("expert_dtype", v1::Hello { expert_dtype: 0, ..hello() }),
         ];
         for (field, message) in cases {
             assert_eq!(terms().admit(&message), Err(WireError::Missing(field).into()));
@@ -227,6 +239,7 @@ mod tests {
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),
             (Term::Compute, v1::Hello { compute: v1::ComputeMode::F32.into(), ..hello() }),
             (Term::Compute, v1::Hello { compute: v1::ComputeMode::Bf16Pairs.into(), ..hello() }),
+            (Term::Experts, v1::Hello { expert_dtype: v1::ExpertDType::Native.into(), ..hello() }),
         ];
         for (term, message) in cases {
             match terms().admit(&message) {

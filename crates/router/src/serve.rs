@@ -12,7 +12,7 @@ use muster_model::experts::faster_mode;
 use muster_model::trunk::Trunk;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::Shape;
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +36,8 @@ pub struct RouterConfig {
     pub grpc: SocketAddr,
     /// What activations are rounded to; `None` takes the checkpoint's dtype.
     pub compute: Option<Compute>,
+    /// How the workers hold experts.
+    pub experts: ExpertDType,
     /// Compute threads of the trunk.
     pub threads: NonZeroUsize,
     /// How long to wait for all workers at the start.
@@ -187,6 +189,7 @@ fn assemble(
         fingerprint: checkpoint.fingerprint(),
         hidden: spec.hidden,
         compute,
+        experts: config.experts,
         shape: expert_shape(&checkpoint),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: config.engine.step_tokens,
@@ -200,6 +203,7 @@ fn assemble(
         trunk,
         cpu,
         dispatch: Box::new(dispatch),
+        experts: config.experts,
         health: Arc::new(move || reachable(&health)),
         workers,
         model_name: config.model_name,

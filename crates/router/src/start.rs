@@ -15,7 +15,7 @@ use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
 use muster_model::experts::precision;
 use muster_model::trunk::Trunk;
 use muster_text::{TextError, Tokenizer};
-use muster_types::{Combine, Limits};
+use muster_types::{Combine, ExpertDType, Limits};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Engine};
@@ -34,6 +34,8 @@ pub struct Parts {
     pub cpu: Arc<Cpu>,
     /// The way to the experts.
     pub dispatch: Box<dyn ExpertDispatch>,
+    /// How they are held.
+    pub experts: ExpertDType,
     /// Whether they can be reached.
     pub health: HealthProbe,
     /// How many workers there are; 0 when the experts are in this process.
@@ -137,7 +139,7 @@ impl EngineHandle {
 /// # Errors
 /// When the tokenizer is unusable or the sizes cannot work.
 pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
-    let Parts { checkpoint, trunk, cpu, dispatch, health, workers, model_name, settings } = parts;
+    let Parts { checkpoint, trunk, cpu, dispatch, experts, health, workers, model_name, settings } = parts;
     let tokenizer = tokenizer(&checkpoint)?;
     let (blocks, context) = kv_size(&trunk, &settings)?;
     let kv = KvCache::new(Trunk::kv_shape(trunk.spec()), blocks as usize, precision(trunk.compute()))?;
@@ -152,7 +154,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         step_tokens: settings.step_tokens,
         prefill_chunk: settings.prefill_chunk,
     })?;
-    let model = describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, workers, context);
+    let model = describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, context);
     let eos = trunk.spec().eos.clone();
     let (sender, commands) = mpsc::channel::<Command>(limits.queue.max(1));
     let abort = Arc::new(AtomicBool::new(false));
@@ -219,6 +221,7 @@ fn describe(
     trunk: &Trunk,
     tokenizer: Option<&Tokenizer>,
     name: Option<String>,
+    experts: ExpertDType,
     workers: u32,
     context: u32,
 ) -> ModelInfo {
@@ -239,6 +242,7 @@ fn describe(
         vocabulary: spec.vocab,
         context,
         compute: trunk.compute(),
+        experts,
         combine: Combine::Exact,
         has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
         workers,

@@ -1,6 +1,7 @@
 //! Dtypes and modes: small closed sets that travel between crates.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// Element type of stored weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -73,6 +74,47 @@ impl fmt::Display for Compute {
     }
 }
 
+/// How the weights of routed experts are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ExpertDType {
+    /// As the compute mode has all weights.
+    #[default]
+    Native,
+    /// A byte each, with a scale for every 32.
+    Q8,
+    /// Four bits each, with a scale for every 32.
+    Q4,
+}
+
+impl ExpertDType {
+    /// All of them, the most exact first.
+    pub const ALL: [Self; 3] = [Self::Native, Self::Q8, Self::Q4];
+}
+
+impl fmt::Display for ExpertDType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Native => "native",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        })
+    }
+}
+
+/// A word that names no dtype of experts.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a dtype of experts; use native, q8 or q4")]
+pub struct ParseExpertDTypeError(String);
+
+impl FromStr for ExpertDType {
+    type Err = ParseExpertDTypeError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.into_iter().find(|dtype| dtype.to_string() == name);
+        found.ok_or_else(|| ParseExpertDTypeError(name.chars().take(64).collect()))
+    }
+}
+
 /// How expert outputs come back from a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Combine {
@@ -108,4 +150,19 @@ pub enum Retry {
     Later,
     /// Not with the same input.
     Never,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expert_dtypes_are_read_as_they_are_written_and_others_are_refused() {
+        for dtype in ExpertDType::ALL {
+            assert_eq!(dtype.to_string().parse(), Ok(dtype));
+        }
+        let refused = "Q8".parse::<ExpertDType>().unwrap_err().to_string();
+        assert_eq!(refused, "\"Q8\" is not a dtype of experts; use native, q8 or q4");
+        assert_eq!("x".repeat(1000).parse::<ExpertDType>(), Err(ParseExpertDTypeError("x".repeat(64))));
+    }
 }

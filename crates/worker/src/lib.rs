@@ -18,7 +18,7 @@ use muster_kernels::KernelError;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::SplitError;
 use muster_proto::description::{Description, Phase};
-use muster_types::{Compute, Epoch, NumericsClass, WorkerId};
+use muster_types::{Compute, Epoch, ExpertDType, NumericsClass, WorkerId};
 use tokio::sync::oneshot;
 
 use compute::Experts;
@@ -56,6 +56,8 @@ pub struct WorkerConfig {
     pub share: Share,
     /// What activations are rounded to; `None` takes the checkpoint's dtype.
     pub compute: Option<Compute>,
+    /// How the experts are held.
+    pub experts: ExpertDType,
     /// Compute threads.
     pub threads: NonZeroUsize,
     /// Most rows of one shard.
@@ -222,6 +224,7 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
         fingerprint: loaded.fingerprint,
         numerics: NumericsClass::CpuCanonical,
         compute: loaded.experts.compute(),
+        experts: loaded.experts.dtype(),
         epoch: Epoch::new(1),
         holdings: loaded.experts.keys(),
         resident_bytes: loaded.experts.bytes(),

@@ -47,11 +47,11 @@ fn load(
     let most = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0);
     let top_k = size("number of experts per token", most as usize)?;
     let cpu = Arc::new(Cpu::new(config.threads)?);
-    tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, isa = ?cpu.isa(), "loading experts");
+    tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, dtype = %config.experts, isa = ?cpu.isa(), "loading experts");
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
-    let experts = ExpertSet::load(&checkpoint, &keys, compute, &mut *progress)?;
+    let experts = ExpertSet::load(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
     Ok(Loaded { cpu, experts, fingerprint: checkpoint.fingerprint(), shape, hidden, top_k })
 }

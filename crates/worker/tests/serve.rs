@@ -14,7 +14,7 @@ use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::Local;
 use muster_placement::Shape;
 use muster_testkit::conformance::{self, Harness, Model};
-use muster_types::{Compute, WorkerId};
+use muster_types::{Compute, ExpertDType, WorkerId};
 use muster_worker::{Hooks, Ready, Share, WorkerConfig, WorkerError, run};
 use tokio::sync::oneshot;
 
@@ -31,6 +31,7 @@ fn config(model: &str, share: Share) -> WorkerConfig {
         source: Source::Directory(fixture(model)),
         share,
         compute: None,
+        experts: ExpertDType::Native,
         threads: NonZeroUsize::MIN,
         max_rows: NonZeroU32::new(64).unwrap(),
         queue: NonZeroUsize::new(16).unwrap(),
@@ -94,7 +95,14 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
     let experts: Vec<u32> =
         (0..spec.layers.len()).map(|at| spec.moe(at).map_or(0, |moe| moe.experts)).collect();
     let top_k = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap();
-    let set = ExpertSet::load(&checkpoint, &ExpertSet::all_keys(&checkpoint), compute, &mut |_| {}).unwrap();
+    let set = ExpertSet::load(
+        &checkpoint,
+        &ExpertSet::all_keys(&checkpoint),
+        compute,
+        ExpertDType::Native,
+        &mut |_| {},
+    )
+    .unwrap();
     let (cpu, set) = (Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap()), Arc::new(set));
     let (oracle_cpu, oracle_set) = (cpu.clone(), set.clone());
     let oracle = Box::new(move |layer, expert, row: &[f32]| {

@@ -33,6 +33,7 @@ const MOST_SAVED: u64 = 1 << 20;
 struct Report {
     model: String,
     compute: String,
+    expert_dtype: String,
     workers: u32,
     prompt_tokens: u32,
     output_tokens: u32,
@@ -94,9 +95,10 @@ async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHand
     for &concurrency in &args.concurrency {
         results.push(at(args, &backend, &clock, &mut prompts, concurrency).await?);
     }
-    let About { name: model, compute, workers, .. } = about;
+    let About { name: model, compute, experts: expert_dtype, workers, .. } = about;
     let (prompt_tokens, output_tokens, rounds) = (args.prompt_tokens, args.output_tokens, args.rounds);
-    let report = Report { model, compute, workers, prompt_tokens, output_tokens, rounds, results };
+    let report =
+        Report { model, compute, expert_dtype, workers, prompt_tokens, output_tokens, rounds, results };
     if args.json {
         return out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?);
     }
@@ -277,9 +279,10 @@ fn table(report: &Report) -> String {
         "p99",
     ];
     format!(
-        "{}, {} compute, {} workers; prompts of {} tokens, outputs of {}, {} rounds\n\n{}",
+        "{}, {} compute, {} experts, {} workers; prompts of {} tokens, outputs of {}, {} rounds\n\n{}",
         report.model,
         report.compute,
+        report.expert_dtype,
         report.workers,
         report.prompt_tokens,
         report.output_tokens,

@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use super::{blocking, token_file};
 use crate::args::{LogArgs, LogitsArgs};
 use crate::cluster::{Workers, WorkersSpec, shares_of_cores};
-use crate::engine::{self, Experts, compute_mode, cores};
+use crate::engine::{self, Experts, Mode, cores};
 use crate::failure::Failure;
 use crate::progress::{Bar, Bars};
 use crate::signals::Signals;
@@ -36,7 +36,8 @@ pub(crate) async fn run(args: &LogitsArgs, log: &LogArgs) -> Result<(), Failure>
     } else if let Some(count) = args.workers {
         let bars = Bars::new();
         let (compute, threads) = (args.compute.compute.get(), args.compute.threads);
-        let spec = WorkersSpec { model: &args.model, count, compute, threads, log };
+        let experts = args.compute.expert_dtype;
+        let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, log };
         let workers = signals.unless(Workers::start(&spec, &bars)).await?;
         let experts = Experts::Workers(workers.addresses().to_vec());
         let threads = threads.unwrap_or(shares_of_cores(count).0);
@@ -68,10 +69,10 @@ async fn compute_with(
     experts: Experts,
     bar: Bar,
 ) -> Result<Outcome, Failure> {
-    let compute = compute_mode(&checkpoint, args.compute.compute.get());
+    let mode = Mode::of(&checkpoint, args.compute);
     let chunk = args.chunk;
     blocking(move || {
-        let mut loaded = engine::load(checkpoint, compute, threads, experts, &bar)?;
+        let mut loaded = engine::load(checkpoint, mode, threads, experts, &bar)?;
         let outcome = evaluate(&loaded.trunk, &loaded.cpu, loaded.dispatch.as_mut(), &tokens, chunk);
         loaded.dispatch.close();
         let outcome = outcome.map_err(failure)?;

@@ -1,4 +1,5 @@
-//! How far bf16 computation is from f32: both run over the same tokens, and their distributions are compared.
+//! How far bf16 computation is from f32, and few-bit experts from native ones: all run over the same tokens, and
+//! their distributions are compared.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -6,7 +7,7 @@ use std::sync::Arc;
 use muster_checkpoint::Checkpoint;
 use muster_model::evaluate::evaluate;
 use muster_router::start::EngineSettings;
-use muster_types::Compute;
+use muster_types::{Compute, ExpertDType};
 use serde::Serialize;
 use tokio::runtime::Builder;
 
@@ -14,7 +15,7 @@ use super::logits::failure;
 use super::{runtime, token_file};
 use crate::args::{CheckModelArgs, SamplingArgs};
 use crate::backend::{Ask, Backend, Piece};
-use crate::engine::{self, Experts, cores};
+use crate::engine::{self, Experts, Mode, cores};
 use crate::failure::Failure;
 use crate::progress::Bar;
 
@@ -32,11 +33,23 @@ const PROMPTS: [&str; 8] = [
 /// Tokens of each continuation.
 const CONTINUATION: u32 = 48;
 
-/// The comparison, over all positions.
+/// What was compared with what.
 #[derive(Serialize)]
 pub(crate) struct Quality {
+    /// bf16 computation with f32, both with native experts.
+    #[serde(flatten)]
+    bf16: Distance,
+    /// q8 experts with native ones, in the checkpoint's own compute mode.
+    q8: Distance,
+    /// q4 experts with native ones.
+    q4: Distance,
+}
+
+/// A comparison, over all positions.
+#[derive(Serialize)]
+struct Distance {
     positions: usize,
-    /// KL divergence of the next-token distribution in bf16 from that in f32, nats.
+    /// KL divergence of the next-token distribution of the rounded from that of the exact one, nats.
     kl_mean: f64,
     kl_max: f64,
     /// Share of positions at which both find the same token likeliest.
@@ -44,9 +57,21 @@ pub(crate) struct Quality {
 }
 
 impl Quality {
+    /// A line for each comparison.
     pub(crate) fn in_words(&self) -> String {
+        [
+            self.bf16.in_words("bf16 against f32"),
+            self.q8.in_words("q8 against native experts"),
+            self.q4.in_words("q4 against native experts"),
+        ]
+        .join("\n")
+    }
+}
+
+impl Distance {
+    fn in_words(&self, what: &str) -> String {
         format!(
-            "bf16 against f32 at {} positions: KL mean {:.2e}, max {:.2e} nats; same likeliest token at {:.2} %",
+            "{what} at {} positions: KL mean {:.2e}, max {:.2e} nats; same likeliest token at {:.2} %",
             self.positions,
             self.kl_mean,
             self.kl_max,
@@ -63,10 +88,20 @@ pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Q
         Some(path) => token_file::more(path)?,
         None => own_texts(&checkpoint, threads)?,
     };
-    let exact = logits(&checkpoint, Compute::F32, threads, &texts)?;
-    let rounded = logits(&checkpoint, Compute::Bf16, threads, &texts)?;
+    let run = |compute, experts| logits(&checkpoint, Mode { compute, experts }, threads, &texts);
+    let exact = run(Compute::F32, ExpertDType::Native)?;
+    let rounded = run(Compute::Bf16, ExpertDType::Native)?;
+    let own = engine::compute_mode(&checkpoint, None);
+    let native = if own == Compute::F32 { &exact } else { &rounded };
     let vocab = checkpoint.spec().vocab as usize;
-    compare(&exact, &rounded, vocab).ok_or_else(|| Failure::input("--tokens: there is nothing to compare"))
+    let distance = |from: &[f32], to: &[f32]| {
+        compare(from, to, vocab).ok_or_else(|| Failure::input("--tokens: there is nothing to compare"))
+    };
+    Ok(Quality {
+        bf16: distance(&exact, &rounded)?,
+        q8: distance(native, &run(own, ExpertDType::Q8)?)?,
+        q4: distance(native, &run(own, ExpertDType::Q4)?)?,
+    })
 }
 
 /// What the model itself says after a few prompts.
@@ -77,7 +112,7 @@ fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<
             "--quality: the model has no tokenizer.json; give token ids with --tokens FILE",
         ));
     }
-    let mode = engine::compute_mode(checkpoint, None);
+    let mode = Mode { compute: engine::compute_mode(checkpoint, None), experts: ExpertDType::Native };
     let loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &Bar::single("model"))?;
     let (service, _handle) = loaded.serve(EngineSettings::default())?;
     let mut backend = Backend::Here(service);
@@ -104,12 +139,12 @@ async fn continuation(backend: &mut Backend, prompt: &str) -> Result<Vec<u32>, F
 
 fn logits(
     checkpoint: &Arc<Checkpoint>,
-    compute: Compute,
+    mode: Mode,
     threads: NonZeroUsize,
     texts: &[Vec<u32>],
 ) -> Result<Vec<f32>, Failure> {
-    let bar = Bar::single(&compute.to_string());
-    let mut loaded = engine::load(Arc::clone(checkpoint), compute, threads, Experts::Here, &bar)?;
+    let bar = Bar::single(&format!("{}, {} experts", mode.compute, mode.experts));
+    let mut loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &bar)?;
     let mut all = Vec::new();
     for tokens in texts {
         let outcome =
@@ -120,7 +155,7 @@ fn logits(
 }
 
 /// `None` when there are no positions.
-fn compare(exact: &[f32], rounded: &[f32], vocab: usize) -> Option<Quality> {
+fn compare(exact: &[f32], rounded: &[f32], vocab: usize) -> Option<Distance> {
     let positions = exact.len() / vocab;
     let (mut sum, mut max, mut same) = (0.0, 0f64, 0usize);
     for (exact, rounded) in exact.chunks_exact(vocab).zip(rounded.chunks_exact(vocab)) {
@@ -130,7 +165,7 @@ fn compare(exact: &[f32], rounded: &[f32], vocab: usize) -> Option<Quality> {
         same += usize::from(likeliest(exact) == likeliest(rounded));
     }
     let count = positions as f64;
-    (positions > 0).then(|| Quality {
+    (positions > 0).then(|| Distance {
         positions,
         kl_mean: sum / count,
         kl_max: max,

@@ -55,6 +55,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("grpc", args.grpc.as_deref())
         .text("id", args.id.as_deref())
         .text("compute", args.compute.as_deref())
+        .text("expert_dtype", args.expert_dtype.as_deref())
         .text("threads", args.threads.as_deref())
         .text("kv_memory", args.kv_memory.as_deref())
         .text("step_tokens", args.step_tokens.as_deref())
@@ -77,6 +78,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         http: settings.http,
         grpc: settings.grpc,
         compute: settings.compute,
+        experts: settings.experts,
         threads: settings.threads.unwrap_or(cores()),
         connect_timeout: settings.connect_timeout,
         drain_timeout: settings.drain_timeout,

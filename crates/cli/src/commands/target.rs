@@ -12,7 +12,7 @@ use crate::args::{ComputeArgs, LogArgs, TargetArgs};
 use crate::backend::Backend;
 use crate::client::{Client, DEFAULT_GRPC};
 use crate::cluster::{Workers, WorkersSpec, shares_of_cores};
-use crate::engine::{self, Experts, compute_mode, cores};
+use crate::engine::{self, Experts, Mode, cores};
 use crate::failure::Failure;
 use crate::models;
 use crate::progress::{Bar, Bars};
@@ -41,7 +41,7 @@ where
     let checkpoint = Arc::new(models::open(model)?);
     let Some(count) = target.workers else {
         let threads = compute.threads.unwrap_or(cores());
-        let mode = compute_mode(&checkpoint, compute.compute.get());
+        let mode = Mode::of(&checkpoint, compute);
         let work = async {
             let bar = Bar::single("model");
             let loaded =
@@ -51,10 +51,17 @@ where
         return signals.unless(work).await;
     };
     let bars = Bars::new();
-    let spec = WorkersSpec { model, count, compute: compute.compute.get(), threads: compute.threads, log };
+    let spec = WorkersSpec {
+        model,
+        count,
+        compute: compute.compute.get(),
+        experts: compute.expert_dtype,
+        threads: compute.threads,
+        log,
+    };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let threads = compute.threads.unwrap_or(shares_of_cores(count).0);
-    let mode = compute_mode(&checkpoint, compute.compute.get());
+    let mode = Mode::of(&checkpoint, compute);
     let experts = Experts::Workers(workers.addresses().to_vec());
     let bar = bars.bar("router".to_owned());
     let outcome = signals

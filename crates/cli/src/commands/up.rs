@@ -13,7 +13,7 @@ use crate::args::{LogArgs, UpArgs};
 use crate::backend::Backend;
 use crate::children::{self, Announcement, Running, announce};
 use crate::client::Client;
-use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flag, log_flags, shares_of_cores};
+use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
 use crate::engine::compute_mode;
 use crate::failure::Failure;
 use crate::progress::Bars;
@@ -28,7 +28,8 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
     let compute = args.compute.compute.get();
     let bars = Bars::new();
-    let spec = WorkersSpec { model: &args.model, count, compute, threads: args.compute.threads, log };
+    let (experts, threads) = (args.compute.expert_dtype, args.compute.threads);
+    let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, log };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let outcome = with_router(args, log, &addresses, &checkpoint, &workers, &bars, &mut signals).await;
     workers.stop().await;
@@ -134,7 +135,7 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
     if args.insecure_plaintext {
         arguments.push("--insecure-plaintext".into());
     }
-    arguments.extend(compute_flag(args.compute.compute.get()));
+    arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
     arguments.extend(log_flags(log));
     arguments
 }

@@ -49,6 +49,7 @@ fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
         .text("share", args.share.as_deref())
         .text("id", args.id.as_deref())
         .text("compute", args.compute.as_deref())
+        .text("expert_dtype", args.expert_dtype.as_deref())
         .text("threads", args.threads.as_deref())
         .text("max_rows", args.max_rows.as_deref())
         .text("max_queue", args.max_queue.as_deref())
@@ -69,6 +70,7 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
             Share::Part { index, of } => muster_worker::Share::Part { index, count: of },
         },
         compute: settings.compute,
+        experts: settings.experts,
         threads: settings.threads.unwrap_or(cores()),
         max_rows: settings.max_rows,
         queue: settings.max_queue,

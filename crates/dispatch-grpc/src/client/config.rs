@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use muster_placement::Shape;
 use muster_proto::handshake::{HandshakeError, Term};
-use muster_types::{Compute, ExpertKey, Fingerprint};
+use muster_types::{Compute, ExpertDType, ExpertKey, Fingerprint};
 
 use crate::address::AddressError;
 
@@ -30,6 +30,8 @@ pub struct ConnectConfig {
     pub hidden: usize,
     /// What activations are rounded to.
     pub compute: Compute,
+    /// How the workers hold experts.
+    pub experts: ExpertDType,
     /// Routed experts of every layer.
     pub shape: Shape,
     /// Most experts per token.
@@ -153,6 +155,7 @@ impl LinkError {
                 Term::Version => "run the same version of muster on both sides",
                 Term::Fingerprint | Term::Hidden => "start both with the same model directory",
                 Term::Compute => "start both in the same compute mode",
+                Term::Experts => "start both with the same --expert-dtype",
                 Term::Combine | Term::Numerics => "use workers of one kind with this router",
             },
             Self::Handshake(HandshakeError::Wire(_)) | Self::Placement(_) => {

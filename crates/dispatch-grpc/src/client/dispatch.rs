@@ -86,6 +86,7 @@ impl GrpcDispatch {
                 fingerprint: config.fingerprint,
                 hidden: hidden.get(),
                 compute: config.compute,
+                experts: config.experts,
                 combine: Combine::Exact,
                 numerics: NumericsClass::CpuCanonical,
             },

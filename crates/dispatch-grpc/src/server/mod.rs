@@ -80,6 +80,7 @@ impl ExpertServer {
             fingerprint: description.fingerprint,
             hidden: config.hidden.get(),
             compute: description.compute,
+            experts: description.experts,
             combine: Combine::Exact,
             numerics: description.numerics,
         };

@@ -11,7 +11,7 @@ use crate::support::{
 use muster_dispatch_grpc::{ConnectConfig, ConnectError, GrpcDispatch, LinkError, Start, WorkerState};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
 use muster_proto::expert::v1;
-use muster_types::{Compute, Fingerprint};
+use muster_types::{Compute, ExpertDType, Fingerprint};
 
 fn error(config: ConnectConfig) -> ConnectError {
     GrpcDispatch::connect(config).err().expect("the cluster must be refused")
@@ -72,6 +72,15 @@ fn another_compute_mode_is_refused_with_both_values() {
     let worker = TestWorker::start("w0", all(), Compute::F32);
     let text = error(connect_config(&[&worker.address], Compute::Bf16)).to_string();
     assert!(text.contains("compute mode differs: ours is bf16, the peer's is f32"), "{text}");
+}
+
+#[test]
+fn another_expert_dtype_is_refused_with_both_values() {
+    let worker = TestWorker::start("w0", all(), Compute::F32);
+    let config = connect_config(&[&worker.address], Compute::F32);
+    let text = error(ConnectConfig { experts: ExpertDType::Q4, ..config }).to_string();
+    assert!(text.contains("expert dtype differs: ours is q4, the peer's is native"), "{text}");
+    assert!(text.contains("same --expert-dtype"), "{text}");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use muster_proto::expert::v1;
 use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::expert::v1::shard_error::Code as Fault;
 use muster_proto::handshake::Terms;
-use muster_types::{Combine, Compute, ExpertId, ExpertKey, LayerId, NumericsClass};
+use muster_types::{Combine, Compute, ExpertDType, ExpertId, ExpertKey, LayerId, NumericsClass};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -26,6 +26,7 @@ fn hello() -> v1::Hello {
         fingerprint: FINGERPRINT,
         hidden: HIDDEN as u32,
         compute: Compute::F32,
+        experts: ExpertDType::Native,
         combine: Combine::Exact,
         numerics: NumericsClass::CpuCanonical,
     };

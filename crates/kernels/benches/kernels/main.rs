@@ -1,6 +1,6 @@
 //! Prints what the kernels reach, beside what this machine can do at most:
-//! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head, ffn
-//! or attention. Without arguments: one thread and two, every kernel, the best instruction set.
+//! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head, ffn,
+//! quantised or attention. Without arguments: one thread and two, every kernel, the best instruction set.
 //!
 //! Shapes are those of a model of hidden size 1024 with 32 experts of width 512, eight per token, and a head of
 //! 49,155 tokens. Weights are cold: calls go round more of them than caches hold, except where it says warm.
@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use muster_kernels::{
     AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, Matrix, Precision,
-    attention, grouped_ffn, linear,
+    Quantisation, attention, grouped_ffn, linear,
 };
 use roofline::Roofline;
 
@@ -141,6 +141,46 @@ fn ffns(cpu: &Cpu, line: &Roofline) {
     }
 }
 
+/// Experts in bf16, in bytes and in nibbles side by side, out of as many as no cache holds.
+fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
+    type Pack<'a> = &'a dyn Fn(usize, usize) -> Matrix;
+    let few = |kind, n, k| Matrix::quantise_bf16(kind, n, k, &bf16(n * k)).expect("the shape fits");
+    let packs: [(&str, Pack<'_>); 3] = [
+        ("bf16", &|n, k| Matrix::pack_bf16(n, k, &bf16(n * k)).expect("the shape fits")),
+        ("q8", &|n, k| few(Quantisation::Q8, n, k)),
+        ("q4", &|n, k| few(Quantisation::Q4, n, k)),
+    ];
+    let (h, i) = (hidden, intermediate);
+    for (name, pack) in packs {
+        let expert = || Expert::new(pack(i, h), pack(i, h), pack(h, i)).expect("the shapes fit");
+        let first = expert();
+        let count = ((256 << 20) / first.bytes()).next_multiple_of(8);
+        let experts: Vec<_> = std::iter::once(first).chain((1..count).map(|_| expert())).collect();
+        let mut scratch = FfnScratch::default();
+        for rows in [1, 4, 32, 128] {
+            let picked: Vec<u32> = (0..rows).collect();
+            let x = numbers(rows as usize * hidden);
+            let mut out = vec![0.0; 8 * x.len()];
+            let mut first = 0;
+            let time = best(cpu, || {
+                first = (first + 8) % count;
+                let groups: Vec<_> = experts[first..first + 8]
+                    .iter()
+                    .map(|expert| ExpertRows { expert, rows: &picked })
+                    .collect();
+                grouped_ffn(cpu, &groups, black_box(&x), Precision::Bf16, &mut scratch, &mut out);
+            });
+            let flop = (2 * 3 * 8 * hidden * intermediate) as f64 * f64::from(rows);
+            println!(
+                "8 of {count} experts [{h}, {i}] {name:4}, {rows:3} rows each: {:7.1} us {:7.1} GFLOP/s {:6.1} GB/s",
+                time * 1e6,
+                flop / time / 1e9,
+                (8 * experts[0].bytes()) as f64 / time / 1e9
+            );
+        }
+    }
+}
+
 fn attentions(cpu: &Cpu) {
     let (heads, kv_heads, head_dim, context) = (32, 8, 128, 4096_u32);
     let shape = KvShape { layers: 1, kv_heads, head_dim };
@@ -174,7 +214,7 @@ fn main() {
     if sets.is_empty() {
         sets.push(Isa::detect());
     }
-    let known = ["linear", "head", "ffn", "attention"];
+    let known = ["linear", "head", "ffn", "quantised", "attention"];
     let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|name| known.contains(name)).collect();
     let wanted = |name: &str| names.is_empty() || names.contains(&name);
     for (&threads, &isa) in threads.iter().flat_map(|threads| sets.iter().map(move |isa| (threads, isa))) {
@@ -197,6 +237,9 @@ fn main() {
         }
         if wanted("ffn") {
             ffns(&cpu, &line);
+        }
+        if wanted("quantised") {
+            quantised(&cpu, 1024, 512);
         }
         if wanted("attention") {
             attentions(&cpu);

@@ -19,7 +19,7 @@ impl Avx2 {
 
 /// Eight low and eight high lanes.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct V16(__m256, __m256);
+pub(crate) struct V16(pub(crate) __m256, pub(crate) __m256);
 
 /// Evaluates an intrinsic; `self` is the proof that it may be.
 macro_rules! avx2 {

@@ -155,6 +155,7 @@ pub(super) fn model(model: &ModelInfo) -> v1::Model {
         compute: model.compute.to_string(),
         has_chat_template: model.has_chat_template,
         workers: model.workers,
+        expert_dtype: model.experts.to_string(),
     }
 }
 

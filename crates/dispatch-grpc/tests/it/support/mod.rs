@@ -18,7 +18,9 @@ use muster_engine::dispatch::{Choices, LayerBatch, Rows};
 use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
-use muster_types::{Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId};
+use muster_types::{
+    Compute, Epoch, ExpertDType, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId,
+};
 use tokio::runtime::Runtime;
 
 pub const HIDDEN: usize = 16;
@@ -52,6 +54,7 @@ pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Descr
         fingerprint: FINGERPRINT,
         numerics: NumericsClass::CpuCanonical,
         compute,
+        experts: ExpertDType::Native,
         epoch: Epoch::new(1),
         holdings,
         resident_bytes: 1,
@@ -78,6 +81,7 @@ pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
         fingerprint: FINGERPRINT,
         hidden: HIDDEN,
         compute,
+        experts: ExpertDType::Native,
         shape: shape(),
         top_k: TOP_K,
         max_rows: MAX_ROWS,
