@@ -16,7 +16,7 @@ use muster_router::health::Health;
 use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, Parts, start};
-use muster_types::Compute;
+use muster_types::{Combine, Compute};
 
 use crate::cluster::MOST_ROWS;
 use crate::failure::Failure;
@@ -26,8 +26,12 @@ use crate::progress::Bar;
 pub(crate) enum Experts {
     /// In this process.
     Here,
-    /// In the workers at these addresses.
-    Workers(Vec<String>),
+    /// In workers.
+    Workers {
+        addresses: Vec<String>,
+        combine: Combine,
+        busy_poll: Duration,
+    },
 }
 
 /// A loaded trunk and the way to its experts.
@@ -40,6 +44,7 @@ pub(crate) struct Loaded {
     pub(crate) stats: Option<StatsHandle>,
     health: HealthProbe,
     workers: u32,
+    combine: Combine,
 }
 
 /// The mode to compute in.
@@ -71,21 +76,28 @@ pub(crate) fn load(
             bar.finish();
             let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch, stats: None, health, workers: 0 })
+            Ok(Loaded { checkpoint, cpu, trunk, dispatch, stats: None, health, workers: 0, combine: Combine::Exact })
         }
-        Experts::Workers(addresses) => {
+        Experts::Workers { addresses, combine, busy_poll } => {
             bar.finish();
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-            let dispatch = connect(&checkpoint, compute, addresses)?;
+            let dispatch = connect(&checkpoint, &cpu, compute, addresses, combine, busy_poll)?;
             let stats = Some(dispatch.stats());
             // The workers are children of this process, which sees them die.
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), stats, health, workers })
+            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), stats, health, workers, combine })
         }
     }
 }
 
-fn connect(checkpoint: &Checkpoint, compute: Compute, workers: Vec<String>) -> Result<GrpcDispatch, Failure> {
+fn connect(
+    checkpoint: &Checkpoint,
+    cpu: &Arc<Cpu>,
+    compute: Compute,
+    workers: Vec<String>,
+    combine: Combine,
+    busy_poll: Duration,
+) -> Result<GrpcDispatch, Failure> {
     let spec = checkpoint.spec();
     GrpcDispatch::connect(ConnectConfig {
         workers,
@@ -99,6 +111,9 @@ fn connect(checkpoint: &Checkpoint, compute: Compute, workers: Vec<String>) -> R
         connect_timeout: Duration::from_secs(60),
         shard_deadline: Duration::from_secs(60),
         start: Start::Complete,
+        combine,
+        busy_poll,
+        cpu: Arc::clone(cpu),
     })
     .map_err(Failure::runtime)
 }
@@ -106,8 +121,8 @@ fn connect(checkpoint: &Checkpoint, compute: Compute, workers: Vec<String>) -> R
 impl Loaded {
     /// Starts the engine thread over it.
     pub(crate) fn serve(self, settings: EngineSettings) -> Result<(Service, EngineHandle), Failure> {
-        let Self { checkpoint, cpu, trunk, dispatch, health, workers, .. } = self;
-        start(Parts { checkpoint, trunk, cpu, dispatch, health, workers, model_name: None, settings })
+        let Self { checkpoint, cpu, trunk, dispatch, health, workers, combine, .. } = self;
+        start(Parts { checkpoint, trunk, cpu, dispatch, health, workers, combine, model_name: None, settings })
             .map_err(Failure::input)
     }
 }

@@ -11,7 +11,7 @@ use muster_kernels::{Cpu, KernelError};
 use muster_model::trunk::Trunk;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::Shape;
-use muster_types::Compute;
+use muster_types::{Combine, Compute};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +41,10 @@ pub struct RouterConfig {
     pub connect_timeout: Duration,
     /// How long running requests may go on after a stop was asked for.
     pub drain_timeout: Duration,
+    /// Where experts' outputs are added.
+    pub combine: Combine,
+    /// How long the engine thread looks for an answer before it sleeps.
+    pub busy_poll: Duration,
     /// Sizes of the engine.
     pub engine: EngineSettings,
 }
@@ -188,6 +192,9 @@ fn assemble(
         start: Start::Complete,
         connect_timeout: config.connect_timeout,
         shard_deadline: config.engine.expert_timeout,
+        combine: config.combine,
+        busy_poll: config.busy_poll,
+        cpu: Arc::clone(&cpu),
     })?;
     let health = dispatch.health();
     Ok(Parts {
@@ -197,6 +204,7 @@ fn assemble(
         dispatch: Box::new(dispatch),
         health: Arc::new(move || reachable(&health)),
         workers,
+        combine: config.combine,
         model_name: config.model_name,
         settings: config.engine,
     })

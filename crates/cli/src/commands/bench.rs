@@ -38,8 +38,8 @@ struct Measurement {
     decode_tokens_per_second: Option<f64>,
     ttft: Spread,
     inter_token: Spread,
-    /// Dispatch and combine of one MoE layer while decoding, without queue and compute in the workers. Only for workers
-    /// of one's own.
+    /// What dispatch and combine of one MoE layer cost the engine while decoding, without the longest time that experts
+    /// took. Only for workers of one's own.
     dispatch_per_layer: Option<Spread>,
 }
 
