@@ -27,11 +27,7 @@ pub(crate) enum Experts {
     /// In this process.
     Here,
     /// In workers.
-    Workers {
-        addresses: Vec<String>,
-        combine: Combine,
-        busy_poll: Duration,
-    },
+    Workers { addresses: Vec<String>, combine: Combine, busy_poll: Duration },
 }
 
 /// A loaded trunk and the way to its experts.
@@ -76,7 +72,16 @@ pub(crate) fn load(
             bar.finish();
             let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch, stats: None, health, workers: 0, combine: Combine::Exact })
+            Ok(Loaded {
+                checkpoint,
+                cpu,
+                trunk,
+                dispatch,
+                stats: None,
+                health,
+                workers: 0,
+                combine: Combine::Exact,
+            })
         }
         Experts::Workers { addresses, combine, busy_poll } => {
             bar.finish();
@@ -85,7 +90,16 @@ pub(crate) fn load(
             let stats = Some(dispatch.stats());
             // The workers are children of this process, which sees them die.
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), stats, health, workers, combine })
+            Ok(Loaded {
+                checkpoint,
+                cpu,
+                trunk,
+                dispatch: Box::new(dispatch),
+                stats,
+                health,
+                workers,
+                combine,
+            })
         }
     }
 }
@@ -122,7 +136,17 @@ impl Loaded {
     /// Starts the engine thread over it.
     pub(crate) fn serve(self, settings: EngineSettings) -> Result<(Service, EngineHandle), Failure> {
         let Self { checkpoint, cpu, trunk, dispatch, health, workers, combine, .. } = self;
-        start(Parts { checkpoint, trunk, cpu, dispatch, health, workers, combine, model_name: None, settings })
-            .map_err(Failure::input)
+        start(Parts {
+            checkpoint,
+            trunk,
+            cpu,
+            dispatch,
+            health,
+            workers,
+            combine,
+            model_name: None,
+            settings,
+        })
+        .map_err(Failure::input)
     }
 }

@@ -115,7 +115,8 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let expert_timeout = reader.required("expert_timeout", parse_duration);
     let connect_timeout = reader.required("connect_timeout", parse_duration);
     let drain_timeout = reader.required("drain_timeout", parse_duration);
-    let combine = reader.required("combine", |text| text.parse::<Combine>().map_err(|error| error.to_string()));
+    let combine =
+        reader.required("combine", |text| text.parse::<Combine>().map_err(|error| error.to_string()));
     let busy_poll = reader.required("busy_poll_us", value::busy_poll);
     let log = log(reader);
     if let (Some(chunk), Some(step)) = (prefill_chunk, step_tokens)

@@ -209,7 +209,13 @@ fn check(hidden: usize, sources: &[Outputs<'_>], starts: &[u32], terms: &[Term])
 }
 
 /// Runs `row` for every row; whether all of them gave true.
-fn over_rows(cpu: &Cpu, hidden: usize, rows: usize, terms: usize, row: &(dyn Fn(usize) -> bool + Sync)) -> bool {
+fn over_rows(
+    cpu: &Cpu,
+    hidden: usize,
+    rows: usize,
+    terms: usize,
+    row: &(dyn Fn(usize) -> bool + Sync),
+) -> bool {
     let elements = terms.max(rows) * hidden;
     let per_task = (rows * TASK_ELEMENTS).div_ceil(elements.max(1)).max(1);
     let finite = std::sync::atomic::AtomicBool::new(true);
@@ -432,8 +438,8 @@ mod tests {
             for element in 0..hidden {
                 let mut sum = 0.0_f32;
                 for term in &terms[pair[0] as usize..pair[1] as usize] {
-                    let product =
-                        term.weight * sources[term.source as usize].value(term.row as usize * hidden + element);
+                    let product = term.weight
+                        * sources[term.source as usize].value(term.row as usize * hidden + element);
                     sum += product;
                 }
                 out.push(sum);
@@ -539,12 +545,20 @@ mod tests {
                 let sources: Vec<_> = x.iter().map(|x| Outputs::Computed(x, wire)).collect();
                 let named = Err(NotFinite::Output { source: 1, row: 4 });
                 let mut out = vec![0.0; 12 * hidden];
-                assert_eq!(combine(&cpu, hidden, &sources, &starts, &terms, &mut out), named, "{bad} at {at}");
+                assert_eq!(
+                    combine(&cpu, hidden, &sources, &starts, &terms, &mut out),
+                    named,
+                    "{bad} at {at}"
+                );
                 let mut out = vec![0; 12 * hidden * 2];
                 let outcome = combine_to_wire(&cpu, hidden, &sources, &starts, &terms, wire, &mut out);
                 assert_eq!(outcome, named, "{bad} at {at}");
                 let mut out = vec![0; 7 * hidden * 2];
-                assert_eq!(to_wire(&cpu, hidden, &x[1], &[1..2, 3..9], wire, &mut out), Err(4), "{bad} at {at}");
+                assert_eq!(
+                    to_wire(&cpu, hidden, &x[1], &[1..2, 3..9], wire, &mut out),
+                    Err(4),
+                    "{bad} at {at}"
+                );
             }
         }
     }

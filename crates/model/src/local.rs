@@ -97,7 +97,8 @@ impl ExpertDispatch for Local {
             Err(DispatchError::Deadline { layer: done.layer })
         } else {
             let outputs = [Outputs::Computed(&done.outputs, precision(self.experts.compute()))];
-            combine(&self.cpu, hidden, &outputs, &done.starts, &done.terms, out).map_err(|bad| done.error(bad))
+            combine(&self.cpu, hidden, &outputs, &done.starts, &done.terms, out)
+                .map_err(|bad| done.error(bad))
         };
         self.spare.push(done.outputs);
         outcome

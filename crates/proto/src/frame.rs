@@ -124,7 +124,13 @@ impl RowBuffer {
     ///
     /// # Errors
     /// `Overflow`, `Length`, `NonFinite`; nothing is added then.
-    pub fn append(&mut self, data: &[u8], dtype: DType, rows: usize, hidden: usize) -> Result<(), FrameError> {
+    pub fn append(
+        &mut self,
+        data: &[u8],
+        dtype: DType,
+        rows: usize,
+        hidden: usize,
+    ) -> Result<(), FrameError> {
         check_len(data, rows, hidden, dtype)?;
         let bad = match dtype {
             DType::F32 => {
@@ -242,7 +248,11 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7f80_0001)] {
             let data = [0.0f32.to_le_bytes(), bad.to_le_bytes()].concat();
             let mut buffer = read(&data[..4], DType::F32, 1, 1).unwrap();
-            assert_eq!(buffer.append(&data, DType::F32, 2, 1), Err(FrameError::NonFinite { row: 1 }), "{bad}");
+            assert_eq!(
+                buffer.append(&data, DType::F32, 2, 1),
+                Err(FrameError::NonFinite { row: 1 }),
+                "{bad}"
+            );
             assert_eq!(buffer.f32(), [0.0], "nothing of a bad payload stays");
         }
         assert_eq!(read(&[0x80, 0x7f], DType::Bf16, 1, 1).err(), Some(FrameError::NonFinite { row: 0 }));

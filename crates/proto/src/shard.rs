@@ -336,7 +336,8 @@ mod tests {
         let view = parse(vec![0.5, -1.0, 0.0, 2.0]).unwrap();
         assert_eq!((view.outputs(), view.answers()), (4, 3));
         assert_eq!(view.weights(), Some(&[0.5, -1.0, 0.0, 2.0][..]));
-        for bad in [vec![], vec![1.0; 3], vec![1.0; 5], vec![1.0, f32::NAN, 1.0, 1.0], vec![f32::INFINITY; 4]] {
+        for bad in [vec![], vec![1.0; 3], vec![1.0; 5], vec![1.0, f32::NAN, 1.0, 1.0], vec![f32::INFINITY; 4]]
+        {
             let fault = parse(bad).unwrap_err();
             assert_eq!(fault.kind, FaultKind::BadRequest);
             assert!(fault.message.starts_with("field weights"), "{}", fault.message);

@@ -134,7 +134,8 @@ impl Batch {
     fn reference(&self, model: &Model) -> Vec<f32> {
         let Sums::Partial(owner) = &model.sums else { return self.sum_where(model, &|_| true) };
         let layer = self.layer;
-        let mut owners: Vec<usize> = self.choices.experts().iter().map(|&expert| owner(layer, expert)).collect();
+        let mut owners: Vec<usize> =
+            self.choices.experts().iter().map(|&expert| owner(layer, expert)).collect();
         owners.sort_unstable();
         owners.dedup();
         let mut sums = vec![0.0f32; self.rows.len()];

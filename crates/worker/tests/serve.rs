@@ -125,7 +125,8 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         busy_poll: Duration::from_micros(50),
         cpu: Arc::clone(&cpu),
     };
-    let kit = Model { hidden: spec.hidden, top_k: top_k as usize, compute, experts, oracle, sums: Sums::Exact };
+    let kit =
+        Model { hidden: spec.hidden, top_k: top_k as usize, compute, experts, oracle, sums: Sums::Exact };
     (cpu, set, kit, connect)
 }
 

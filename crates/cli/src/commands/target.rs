@@ -51,7 +51,14 @@ where
         return signals.unless(work).await;
     };
     let bars = Bars::new();
-    let spec = WorkersSpec { model, count, compute: compute.compute.get(), threads: compute.threads, busy_poll_us: compute.busy_poll_us, log };
+    let spec = WorkersSpec {
+        model,
+        count,
+        compute: compute.compute.get(),
+        threads: compute.threads,
+        busy_poll_us: compute.busy_poll_us,
+        log,
+    };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let threads = compute.threads.unwrap_or(shares_of_cores(count).0);
     let mode = compute_mode(&checkpoint, compute.compute.get());

@@ -33,7 +33,12 @@ impl Call {
     }
 
     /// Takes in a shard's rows, behind those of the shards before it.
-    pub(super) fn admit(&mut self, view: &ShardView, waited: Duration, rules: &ShardRules) -> Result<(), Fault> {
+    pub(super) fn admit(
+        &mut self,
+        view: &ShardView,
+        waited: Duration,
+        rules: &ShardRules,
+    ) -> Result<(), Fault> {
         if waited >= view.deadline() {
             let reason = format!("waited {waited:?}; the deadline was {:?}", view.deadline());
             return Err(Fault::new(FaultKind::Deadline, reason));

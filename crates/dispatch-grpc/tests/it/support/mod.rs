@@ -20,7 +20,9 @@ use muster_kernels::Cpu;
 use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
-use muster_types::{Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId};
+use muster_types::{
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId,
+};
 use tokio::runtime::Runtime;
 
 pub const HIDDEN: usize = 16;
