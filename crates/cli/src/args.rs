@@ -6,11 +6,12 @@
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use muster_config::{parse_expert_dtype, parse_size, parse_socket};
 use muster_telemetry::LogFormat;
-use muster_types::{Compute, ExpertDType};
+use muster_types::{Combine, Compute, ExpertDType};
 
 use crate::client::DEFAULT_GRPC;
 use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
@@ -161,6 +162,18 @@ pub(crate) struct ComputeArgs {
     /// Compute threads of each process [default: its share of the cores].
     #[arg(long, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<NonZeroUsize>,
+    /// Where workers' outputs are added: exact gives the same bits for every placement, partial sends less.
+    #[arg(long, default_value = "exact", value_name = "MODE")]
+    pub(crate) combine: Combine,
+    /// Microseconds to look for messages between router and workers before sleeping; 0 sleeps at once.
+    #[arg(long, default_value = "50", value_name = "N", value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    pub(crate) busy_poll_us: u32,
+}
+
+impl ComputeArgs {
+    pub(crate) fn busy_poll(&self) -> Duration {
+        Duration::from_micros(self.busy_poll_us.into())
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -266,6 +279,12 @@ pub(crate) struct RouterArgs {
     /// How long running requests may go on after SIGTERM [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub(crate) drain_timeout: Option<String>,
+    /// Where experts' outputs are added: exact gives the same bits for every placement, partial sends less [default: exact].
+    #[arg(long, value_name = "MODE")]
+    pub(crate) combine: Option<String>,
+    /// Microseconds to look for an answer of the workers before sleeping; 0 sleeps at once [default: 50].
+    #[arg(long, value_name = "N")]
+    pub(crate) busy_poll_us: Option<String>,
     /// Allow addresses that other machines can reach, without TLS.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
@@ -316,6 +335,9 @@ pub(crate) struct WorkerArgs {
     /// How long rows under way may take after SIGTERM [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub(crate) drain_timeout: Option<String>,
+    /// Microseconds to look for the next rows after an answer before sleeping; 0 sleeps at once [default: 50].
+    #[arg(long, value_name = "N")]
+    pub(crate) busy_poll_us: Option<String>,
     /// Allow an address that other machines can reach, without TLS.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
@@ -442,7 +464,9 @@ pub(crate) struct LogitsArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "Prompts are random token ids. Prefill: prompt tokens per second until every sequence has its first \
-                        token. Decode: tokens per second of all sequences together while all of them decode.\n\n\
+                        token. Decode: tokens per second of all sequences together while all of them decode. Dispatch: what sending the rows \
+                        of one MoE layer to the workers, waiting for them and adding up cost the engine while decoding, without \
+                        the time the experts took (of several workers, the longest); waiting in a worker's queue is in it.\n\n\
                         Examples:\n  muster bench --model demo --workers 2\n  \
                         muster bench --grpc http://127.0.0.1:50051 --metrics http://127.0.0.1:8080 --concurrency 1,4,16\n  \
                         muster bench --grpc http://127.0.0.1:50051 --prompt-tokens 512 --output-tokens 1 --json > before.json\n  \

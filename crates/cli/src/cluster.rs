@@ -34,6 +34,7 @@ pub(crate) struct WorkersSpec<'a> {
     pub(crate) compute: Option<Compute>,
     pub(crate) experts: ExpertDType,
     pub(crate) threads: Option<NonZeroUsize>,
+    pub(crate) busy_poll_us: u32,
     pub(crate) log: &'a LogArgs,
 }
 
@@ -136,6 +137,8 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         threads.to_string().into(),
         "--max-rows".into(),
         MOST_ROWS.to_string().into(),
+        "--busy-poll-us".into(),
+        spec.busy_poll_us.to_string().into(),
     ];
     arguments.extend(compute_flags(spec.compute, spec.experts));
     arguments.extend(log_flags(spec.log));

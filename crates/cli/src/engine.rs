@@ -16,7 +16,7 @@ use muster_router::health::Health;
 use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, Parts, start};
-use muster_types::{Compute, ExpertDType};
+use muster_types::{Combine, Compute, ExpertDType};
 
 use crate::args::ComputeArgs;
 use crate::cluster::MOST_ROWS;
@@ -34,8 +34,8 @@ pub(crate) struct Mode {
 pub(crate) enum Experts {
     /// In this process.
     Here,
-    /// In the workers at these addresses.
-    Workers(Vec<String>),
+    /// In workers.
+    Workers { addresses: Vec<String>, combine: Combine, busy_poll: Duration },
 }
 
 /// A loaded trunk and the way to its experts.
@@ -49,6 +49,7 @@ pub(crate) struct Loaded {
     pub(crate) stats: Option<StatsHandle>,
     health: HealthProbe,
     workers: u32,
+    combine: Combine,
 }
 
 impl Mode {
@@ -88,21 +89,48 @@ pub(crate) fn load(
             bar.finish();
             let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch, dtype, stats: None, health, workers: 0 })
+            Ok(Loaded {
+                checkpoint,
+                cpu,
+                trunk,
+                dispatch,
+                dtype,
+                stats: None,
+                health,
+                workers: 0,
+                combine: Combine::Exact,
+            })
         }
-        Experts::Workers(addresses) => {
+        Experts::Workers { addresses, combine, busy_poll } => {
             bar.finish();
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-            let dispatch = connect(&checkpoint, mode, addresses)?;
+            let dispatch = connect(&checkpoint, &cpu, mode, addresses, combine, busy_poll)?;
             let stats = Some(dispatch.stats());
             // The workers are children of this process, which sees them die.
             let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded { checkpoint, cpu, trunk, dispatch: Box::new(dispatch), dtype, stats, health, workers })
+            Ok(Loaded {
+                checkpoint,
+                cpu,
+                trunk,
+                dispatch: Box::new(dispatch),
+                dtype,
+                stats,
+                health,
+                workers,
+                combine,
+            })
         }
     }
 }
 
-fn connect(checkpoint: &Checkpoint, mode: Mode, workers: Vec<String>) -> Result<GrpcDispatch, Failure> {
+fn connect(
+    checkpoint: &Checkpoint,
+    cpu: &Arc<Cpu>,
+    mode: Mode,
+    workers: Vec<String>,
+    combine: Combine,
+    busy_poll: Duration,
+) -> Result<GrpcDispatch, Failure> {
     let spec = checkpoint.spec();
     GrpcDispatch::connect(ConnectConfig {
         workers,
@@ -117,6 +145,9 @@ fn connect(checkpoint: &Checkpoint, mode: Mode, workers: Vec<String>) -> Result<
         connect_timeout: Duration::from_secs(60),
         shard_deadline: Duration::from_secs(60),
         start: Start::Complete,
+        combine,
+        busy_poll,
+        cpu: Arc::clone(cpu),
     })
     .map_err(Failure::runtime)
 }
@@ -124,7 +155,7 @@ fn connect(checkpoint: &Checkpoint, mode: Mode, workers: Vec<String>) -> Result<
 impl Loaded {
     /// Starts the engine thread over it.
     pub(crate) fn serve(self, settings: EngineSettings) -> Result<(Service, EngineHandle), Failure> {
-        let Self { checkpoint, cpu, trunk, dispatch, dtype: experts, health, workers, .. } = self;
+        let Self { checkpoint, cpu, trunk, dispatch, dtype: experts, health, workers, combine, .. } = self;
         start(Parts {
             checkpoint,
             trunk,
@@ -133,6 +164,7 @@ impl Loaded {
             experts,
             health,
             workers,
+            combine,
             model_name: None,
             settings,
         })

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
 use muster_telemetry::LogFormat;
-use muster_types::{Compute, ExpertDType, WorkerId};
+use muster_types::{Combine, Compute, ExpertDType, WorkerId};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
@@ -33,6 +33,8 @@ const KEYS: &[Key] = &[
     Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
     Key { name: "connect_timeout", kind: ValueKind::Text, default: Some("60s") },
     Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
+    Key { name: "combine", kind: ValueKind::Text, default: Some("exact") },
+    Key { name: "busy_poll_us", kind: ValueKind::Number, default: Some("50") },
     Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "log", kind: ValueKind::Text, default: Some("info") },
     Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
@@ -77,6 +79,10 @@ pub struct RouterSettings {
     pub connect_timeout: Duration,
     /// How long running requests may go on after a stop was asked for.
     pub drain_timeout: Duration,
+    /// Where experts' outputs are added.
+    pub combine: Combine,
+    /// How long to look for an answer before sleeping; zero sleeps at once.
+    pub busy_poll: Duration,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -115,6 +121,9 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let expert_timeout = reader.required("expert_timeout", parse_duration);
     let connect_timeout = reader.required("connect_timeout", parse_duration);
     let drain_timeout = reader.required("drain_timeout", parse_duration);
+    let combine =
+        reader.required("combine", |text| text.parse::<Combine>().map_err(|error| error.to_string()));
+    let busy_poll = reader.required("busy_poll_us", value::busy_poll);
     let log = log(reader);
     if let (Some(chunk), Some(step)) = (prefill_chunk, step_tokens)
         && chunk > step
@@ -151,6 +160,8 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         expert_timeout: expert_timeout?,
         connect_timeout: connect_timeout?,
         drain_timeout: drain_timeout?,
+        combine: combine?,
+        busy_poll: busy_poll?,
         log: log?,
     })
 }

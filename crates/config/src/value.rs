@@ -75,6 +75,11 @@ pub(crate) fn count(text: &str, least: u64, most: u64) -> Result<u64, String> {
     number.ok_or_else(|| format!("{text:?} is not a whole number from {least} to {most}"))
 }
 
+/// Microseconds of busy polling; at most a second, for a processor is busy all that time.
+pub(crate) fn busy_poll(text: &str) -> Result<Duration, String> {
+    count(text, 0, 1_000_000).map(Duration::from_micros)
+}
+
 /// A number of threads, or `auto` for all the cores there are.
 pub(crate) fn threads(text: &str) -> Result<Option<NonZeroUsize>, String> {
     if text == "auto" {

@@ -25,6 +25,7 @@ const KEYS: &[Key] = &[
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("64") },
     Key { name: "max_streams", kind: ValueKind::Number, default: Some("256") },
     Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
+    Key { name: "busy_poll_us", kind: ValueKind::Number, default: Some("50") },
     Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "log", kind: ValueKind::Text, default: Some("info") },
     Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
@@ -57,6 +58,8 @@ pub struct WorkerSettings {
     pub max_streams: NonZeroUsize,
     /// How long shards under way may go on after a stop was asked for.
     pub drain_timeout: Duration,
+    /// How long to look for the next message after an answer before sleeping; zero sleeps at once.
+    pub busy_poll: Duration,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -88,6 +91,7 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let (max_rows, max_queue, max_streams) =
         (count("max_rows", 1 << 20), count("max_queue", 4096), count("max_streams", 1 << 16));
     let drain_timeout = reader.required("drain_timeout", parse_duration);
+    let busy_poll = reader.required("busy_poll_us", value::busy_poll);
     let log = log(reader);
     let plaintext = reader.switch("insecure_plaintext");
     if let Some(address) = &listen
@@ -108,6 +112,7 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
         max_queue: NonZeroUsize::try_from(max_queue?).ok()?,
         max_streams: NonZeroUsize::try_from(max_streams?).ok()?,
         drain_timeout: drain_timeout?,
+        busy_poll: busy_poll?,
         log: log?,
     })
 }

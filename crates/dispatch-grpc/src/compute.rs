@@ -7,8 +7,8 @@ use muster_types::{ExpertId, ExpertKey, LayerId};
 /// Experts, on the compute thread.
 pub trait ExpertCompute: Send {
     /// Runs experts of one layer. `groups` gives each expert's row numbers, all in range of `rows`, which are in
-    /// the wire dtype. Sets `out` to one row `[hidden]` per (expert, row), group after group, whose values the
-    /// wire dtype has.
+    /// the wire dtype. Sets `out` to one row `[hidden]` per (expert, row), group after group. The server rounds them to
+    /// the wire dtype and checks that they are finite.
     ///
     /// # Errors
     /// See [`ComputeError`]; `out` is unspecified then.
@@ -27,9 +27,6 @@ pub enum ComputeError {
     /// The expert is not here.
     #[error("{0} is not held here")]
     NotHeld(ExpertKey),
-    /// Its output has a NaN or an infinity.
-    #[error("{0}: output is not finite")]
-    NonFinite(ExpertKey),
     /// Anything else.
     #[error("experts failed: {0}")]
     Internal(String),

@@ -2,14 +2,16 @@
 //!
 //! Owns the streams between them: who may speak, in what order, how much may be in flight, and what a broken
 //! stream means for the rows that were on it. [`GrpcDispatch`] implements the dispatch seam; [`ExpertServer`]
-//! feeds one compute thread. Bits are decided elsewhere: rows go out as the caller gave them, come back as the
-//! expert rounded them, and are added by [`muster_engine::combine`].
+//! feeds the experts' thread. Bits are decided elsewhere: rows go out as the caller gave them, and outputs are rounded
+//! and added by [`muster_kernels`].
 //!
-//! Knows nothing of weights, kernels, tokens or requests.
+//! Knows nothing of weights, tokens or requests.
 
 mod address;
+mod busy;
 pub mod client;
 mod compute;
+mod driver;
 pub mod server;
 mod transport;
 
@@ -19,4 +21,4 @@ pub use client::{
     StatsHandle, WorkerHealth, WorkerState,
 };
 pub use compute::{ComputeError, ExpertCompute, Rows};
-pub use server::{BindError, Bound, ComputeQueue, ExpertServer, ServeError, ServerConfig};
+pub use server::{BindError, Bound, ComputeQueue, ExpertServer, Network, ServeError, ServerConfig};

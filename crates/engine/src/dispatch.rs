@@ -237,7 +237,9 @@ impl DispatchError {
 ///
 /// For every row the result is the sum over its experts, in ascending id, of `weight * output`, each product and
 /// each sum rounded to f32, starting from zero; outputs are first rounded to the wire dtype. That rule, not the
-/// transport, fixes the bits.
+/// transport, fixes the bits. With [`Combine::Partial`](muster_types::Combine) every worker makes such a sum of its own
+/// experts, rounded to the wire dtype, and the result is the sum of the workers' rows in the order of the placement; then
+/// the bits depend on which experts are computed together, too.
 pub trait ExpertDispatch: Send {
     /// Starts a micro-batch and returns without waiting for it.
     ///

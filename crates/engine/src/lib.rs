@@ -3,13 +3,11 @@
 //! - [`scheduler`]: which sequences run in a step and where their keys and values lie;
 //! - [`microbatch`]: which of the two lanes each of them travels in;
 //! - [`batcher`]: which rows go to which worker at one layer;
-//! - [`dispatch`]: the seam through which they go there and come back;
-//! - [`combine`](mod@combine): how the experts' outputs become one row again.
+//! - [`dispatch`]: the seam through which they go there and come back.
 //!
 //! The same calls in the same order give the same answers, so a run can be replayed and simulated.
 
 pub mod batcher;
-pub mod combine;
 pub mod dispatch;
 mod kv;
 pub mod microbatch;

@@ -7,9 +7,7 @@ use std::collections::BTreeMap;
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{ExpertRole, Role};
 use muster_engine::dispatch::Rows;
-use muster_kernels::{
-    Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, all_finite, from_bf16, grouped_ffn, round_bf16,
-};
+use muster_kernels::{Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, from_bf16, grouped_ffn};
 use muster_types::{Compute, ExpertDType, ExpertId, ExpertKey, LayerId};
 
 use crate::weights::Loader;
@@ -37,9 +35,6 @@ pub enum ExpertError {
     /// The expert is not loaded here.
     #[error("{0} is not held here")]
     NotHeld(ExpertKey),
-    /// The expert's output has a NaN or an infinity.
-    #[error("{0}: output is not finite")]
-    NonFinite(ExpertKey),
     /// Rows do not fit the model or the groups do not fit the rows.
     #[error("rows do not fit: {0}")]
     Shape(String),
@@ -129,7 +124,7 @@ impl ExpertSet {
     /// Runs experts of one layer over hidden rows in the wire dtype.
     ///
     /// `groups` says which row numbers each expert gets. `out` is set to one row `[hidden]` per (expert, row),
-    /// group after group, rounded to values of the wire dtype and checked finite.
+    /// group after group, neither rounded to the wire dtype nor checked: whoever uses a row does both on the way.
     ///
     /// # Errors
     /// See [`ExpertError`]; `out` is unspecified then.
@@ -170,29 +165,6 @@ impl ExpertSet {
             .collect::<Result<Vec<_>, _>>()?;
         out.resize(total * self.hidden, 0.0);
         grouped_ffn(cpu, &work, x, precision(self.compute), &mut scratch.ffn, out);
-        if precision(self.compute).rounds() {
-            round_bf16(out);
-        }
-        self.check_finite(layer, groups, out)
-    }
-
-    fn check_finite(
-        &self,
-        layer: LayerId,
-        groups: &[(ExpertId, &[u32])],
-        out: &[f32],
-    ) -> Result<(), ExpertError> {
-        if all_finite(out) {
-            return Ok(());
-        }
-        let mut rest = out;
-        for &(expert, rows) in groups {
-            let (mine, others) = rest.split_at(rows.len() * self.hidden);
-            if !all_finite(mine) {
-                return Err(ExpertError::NonFinite(ExpertKey { layer, expert }));
-            }
-            rest = others;
-        }
         Ok(())
     }
 }

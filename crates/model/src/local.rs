@@ -4,22 +4,33 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use muster_engine::combine::combine;
-use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, RowsMut, Ticket};
-use muster_kernels::Cpu;
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, RowsMut, Ticket};
+use muster_kernels::{Cpu, NotFinite, Outputs, Term, combine};
 use muster_types::{ExpertId, ExpertKey, LayerId};
 
-use crate::experts::{ExpertError, ExpertScratch, ExpertSet};
+use crate::experts::{ExpertError, ExpertScratch, ExpertSet, precision};
 
 /// Computes experts on the caller's thread, at `submit`.
 pub struct Local {
     cpu: Arc<Cpu>,
     experts: Arc<ExpertSet>,
     scratch: ExpertScratch,
-    done: BTreeMap<Ticket, (LayerId, Vec<f32>)>,
+    done: BTreeMap<Ticket, Done>,
     spare: Vec<Vec<f32>>,
     next: u64,
     closed: bool,
+}
+
+/// A micro-batch whose experts have run.
+struct Done {
+    layer: LayerId,
+    rows: usize,
+    outputs: Vec<f32>,
+    /// Terms of each row's sum.
+    starts: Vec<u32>,
+    terms: Vec<Term>,
+    /// Whose the output rows are: an expert and the number of its first row, ascending.
+    owners: Vec<(usize, ExpertId)>,
 }
 
 impl Local {
@@ -52,20 +63,20 @@ impl ExpertDispatch for Local {
                 choices.rows()
             )));
         }
-        let (groups, positions) = by_expert(choices.experts(), choices.k());
+        let by_expert = by_expert(choices);
         let groups: Vec<(ExpertId, &[u32])> =
-            groups.iter().map(|(id, rows)| (*id, rows.as_slice())).collect();
+            by_expert.iter().map(|(id, rows)| (*id, rows.as_slice())).collect();
         let mut outputs = self.spare.pop().unwrap_or_default();
         self.experts
             .forward(&self.cpu, &mut self.scratch, batch.layer, &groups, batch.rows, &mut outputs)
             .map_err(|error| refusal(&error))?;
-        let mut combined = self.spare.pop().unwrap_or_default();
-        combined.resize(choices.rows() * hidden, 0.0);
-        combine(choices, hidden, |slot| &outputs[positions[slot] * hidden..][..hidden], &mut combined);
-        self.spare.push(outputs);
+        let owners = first_rows(&groups);
+        let terms = terms(choices, &owners);
+        let starts = (0..=choices.rows()).map(|row| (row * choices.k()) as u32).collect();
         let ticket = Ticket::new(self.next);
         self.next += 1;
-        self.done.insert(ticket, (batch.layer, combined));
+        let (layer, rows) = (batch.layer, choices.rows());
+        self.done.insert(ticket, Done { layer, rows, outputs, starts, terms, owners });
         Ok(ticket)
     }
 
@@ -73,26 +84,29 @@ impl ExpertDispatch for Local {
         if self.closed {
             return Err(DispatchError::Closed);
         }
-        let (layer, combined) = self
+        let done = self
             .done
             .remove(&ticket)
             .ok_or_else(|| DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())))?;
         let RowsMut::HostF32(out) = out;
-        let outcome = if out.len() != combined.len() {
-            Err(DispatchError::Invalid(format!("room for {} values of {}", out.len(), combined.len())))
+        let hidden = self.experts.hidden();
+        let want = done.rows * hidden;
+        let outcome = if out.len() != want {
+            Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
         } else if Instant::now() >= deadline {
-            Err(DispatchError::Deadline { layer })
+            Err(DispatchError::Deadline { layer: done.layer })
         } else {
-            out.copy_from_slice(&combined);
-            Ok(())
+            let outputs = [Outputs::Computed(&done.outputs, precision(self.experts.compute()))];
+            combine(&self.cpu, hidden, &outputs, &done.starts, &done.terms, out)
+                .map_err(|bad| done.error(bad))
         };
-        self.spare.push(combined);
+        self.spare.push(done.outputs);
         outcome
     }
 
     fn cancel(&mut self, ticket: Ticket) {
-        if let Some((_, rows)) = self.done.remove(&ticket) {
-            self.spare.push(rows);
+        if let Some(done) = self.done.remove(&ticket) {
+            self.spare.push(done.outputs);
         }
     }
 
@@ -102,36 +116,60 @@ impl ExpertDispatch for Local {
     }
 }
 
-/// Rows of each expert, and for every (row, choice) slot the number of its output row.
-fn by_expert(experts: &[ExpertId], k: usize) -> (BTreeMap<ExpertId, Vec<u32>>, Vec<usize>) {
+impl Done {
+    fn error(&self, bad: NotFinite) -> DispatchError {
+        let row = match bad {
+            NotFinite::Output { row, .. } => row,
+            NotFinite::Sum { .. } => 0,
+        };
+        match self.owners.iter().rev().find(|(first, _)| *first <= row) {
+            Some(&(_, expert)) => DispatchError::NonFinite { layer: self.layer, expert },
+            None => DispatchError::Invalid("an output without an expert".into()),
+        }
+    }
+}
+
+/// Rows of each expert, ascending both.
+fn by_expert(choices: &Choices) -> BTreeMap<ExpertId, Vec<u32>> {
     let mut groups: BTreeMap<ExpertId, Vec<u32>> = BTreeMap::new();
-    for (row, ids) in (0u32..).zip(experts.chunks_exact(k)) {
+    for (row, ids) in (0u32..).zip(choices.experts().chunks_exact(choices.k())) {
         for &id in ids {
             groups.entry(id).or_default().push(row);
         }
     }
-    let mut next: BTreeMap<ExpertId, usize> = BTreeMap::new();
+    groups
+}
+
+/// The number of each expert's first output row.
+fn first_rows(groups: &[(ExpertId, &[u32])]) -> Vec<(usize, ExpertId)> {
     let mut start = 0;
-    for (&id, rows) in &groups {
-        next.insert(id, start);
+    let first = |&(id, rows): &(ExpertId, &[u32])| {
+        let first = start;
         start += rows.len();
-    }
-    let positions = experts
-        .iter()
-        .map(|id| {
-            next.get_mut(id).map_or(0, |at| {
+        (first, id)
+    };
+    groups.iter().map(first).collect()
+}
+
+/// What every (row, choice) pair adds to its row's sum.
+fn terms(choices: &Choices, owners: &[(usize, ExpertId)]) -> Vec<Term> {
+    let mut next: BTreeMap<ExpertId, usize> = owners.iter().map(|&(first, id)| (id, first)).collect();
+    let pairs = choices.experts().iter().zip(choices.weights());
+    pairs
+        .map(|(id, &weight)| {
+            let row = next.get_mut(id).map_or(0, |at| {
                 *at += 1;
                 *at - 1
-            })
+            });
+            // Pairs of a step are counted in 32 bits.
+            Term { source: 0, row: row as u32, weight }
         })
-        .collect();
-    (groups, positions)
+        .collect()
 }
 
 fn refusal(error: &ExpertError) -> DispatchError {
     match *error {
         ExpertError::NotHeld(ExpertKey { layer, expert }) => DispatchError::NoOwner { layer, expert },
-        ExpertError::NonFinite(ExpertKey { layer, expert }) => DispatchError::NonFinite { layer, expert },
         ExpertError::Shape(ref reason) => DispatchError::Invalid(reason.clone()),
     }
 }

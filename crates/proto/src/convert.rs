@@ -180,6 +180,7 @@ pub fn expert_dtype_from_wire(value: i32) -> Result<ExpertDType, WireError> {
 pub const fn combine_to_wire(combine: Combine) -> v1::CombineMode {
     match combine {
         Combine::Exact => v1::CombineMode::Exact,
+        Combine::Partial => v1::CombineMode::Partial,
     }
 }
 
@@ -190,6 +191,7 @@ pub const fn combine_to_wire(combine: Combine) -> v1::CombineMode {
 pub fn combine_from_wire(value: i32) -> Result<Combine, WireError> {
     match v1::CombineMode::try_from(value) {
         Ok(v1::CombineMode::Exact) => Ok(Combine::Exact),
+        Ok(v1::CombineMode::Partial) => Ok(Combine::Partial),
         Ok(v1::CombineMode::Unspecified) => Err(WireError::Missing("combine")),
         Err(_) => Err(WireError::UnknownValue { field: "combine", value }),
     }
@@ -231,7 +233,9 @@ mod tests {
         for dtype in ExpertDType::ALL {
             assert_eq!(expert_dtype_from_wire(expert_dtype_to_wire(dtype).into()), Ok(dtype));
         }
-        assert_eq!(combine_from_wire(combine_to_wire(Combine::Exact).into()), Ok(Combine::Exact));
+        for combine in [Combine::Exact, Combine::Partial] {
+            assert_eq!(combine_from_wire(combine_to_wire(combine).into()), Ok(combine));
+        }
         let class = NumericsClass::CpuCanonical;
         assert_eq!(numerics_from_wire(numerics_to_wire(class).into()), Ok(class));
 

@@ -26,8 +26,6 @@ pub struct Terms {
     pub compute: Compute,
     /// How experts are held.
     pub experts: ExpertDType,
-    /// How outputs come back.
-    pub combine: Combine,
     /// Kernels that give the same bits.
     pub numerics: NumericsClass,
 }
@@ -45,8 +43,6 @@ pub enum Term {
     Compute,
     /// How experts are held.
     Experts,
-    /// How outputs come back.
-    Combine,
     /// Kernels that give the same bits.
     Numerics,
 }
@@ -59,7 +55,6 @@ impl fmt::Display for Term {
             Self::Hidden => "hidden size",
             Self::Compute => "compute mode",
             Self::Experts => "expert dtype",
-            Self::Combine => "combine mode",
             Self::Numerics => "numerics class",
         })
     }
@@ -97,9 +92,9 @@ fn same<T: PartialEq + fmt::Display>(term: Term, ours: &T, theirs: &T) -> Result
 }
 
 impl Terms {
-    /// The greeting that opens a stream on these terms.
+    /// The greeting that opens a stream on these terms. The router says how outputs are to come back.
     #[must_use]
-    pub fn to_hello(&self, router: &RouterName, lane: u32) -> v1::Hello {
+    pub fn to_hello(&self, router: &RouterName, lane: u32, combine: Combine) -> v1::Hello {
         v1::Hello {
             protocol_version: PROTOCOL_VERSION,
             fingerprint: self.fingerprint.as_bytes().to_vec().into(),
@@ -107,7 +102,7 @@ impl Terms {
             lane,
             hidden: self.hidden,
             wire_dtype: dtype_to_wire(self.compute.wire_dtype()).into(),
-            combine: combine_to_wire(self.combine).into(),
+            combine: combine_to_wire(combine).into(),
             numerics: numerics_to_wire(self.numerics).into(),
             compute: compute_to_wire(self.compute).into(),
             expert_dtype: expert_dtype_to_wire(self.experts).into(),
@@ -143,9 +138,8 @@ impl Terms {
             return Err(WireError::rule("wire_dtype", reason).into());
         }
         same(Term::Experts, &self.experts, &experts)?;
-        same(Term::Combine, &self.combine, &combine)?;
         same(Term::Numerics, &self.numerics, &numerics)?;
-        Ok(Greeting { router, lane: hello.lane })
+        Ok(Greeting { router, lane: hello.lane, combine })
     }
 
     /// For routers: holds a worker's description against these terms. What it holds is not looked at.
@@ -184,6 +178,8 @@ pub struct Greeting {
     pub router: RouterName,
     /// The lane its stream carries.
     pub lane: u32,
+    /// How outputs come back on it.
+    pub combine: Combine,
 }
 
 #[cfg(test)]
@@ -196,19 +192,18 @@ mod tests {
             hidden: 64,
             compute: Compute::Bf16,
             experts: ExpertDType::Q8,
-            combine: Combine::Exact,
             numerics: NumericsClass::CpuCanonical,
         }
     }
 
     fn hello() -> v1::Hello {
-        terms().to_hello(&RouterName::new("r0").unwrap(), 1)
+        terms().to_hello(&RouterName::new("r0").unwrap(), 1, Combine::Partial)
     }
 
     #[test]
     fn a_router_on_the_same_terms_is_admitted() {
         let greeting = terms().admit(&hello()).unwrap();
-        assert_eq!((greeting.router.as_str(), greeting.lane), ("r0", 1));
+        assert_eq!((greeting.router.as_str(), greeting.lane, greeting.combine), ("r0", 1, Combine::Partial));
     }
 
     #[test]

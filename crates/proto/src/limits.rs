@@ -8,6 +8,8 @@ use muster_types::DType;
 const SLACK: usize = 64 << 10;
 /// A 32-bit number is at most this long as a varint.
 const VARINT: usize = 5;
+/// A weight.
+const FLOAT: usize = 4;
 /// Everything the protocol's length prefix can carry.
 const CEILING: usize = u32::MAX as usize;
 
@@ -27,7 +29,9 @@ impl MessageLimits {
         let row = (hidden as usize).saturating_mul(wire.size());
         let rows = max_rows.get() as usize;
         let entries = rows.saturating_mul(top_k as usize);
-        let numbers = entries.saturating_add(experts as usize * 2).saturating_mul(VARINT);
+        // An index and a weight for each entry.
+        let entry = entries.saturating_mul(VARINT + FLOAT);
+        let numbers = entry.saturating_add((experts as usize * 2).saturating_mul(VARINT));
         let request = rows.saturating_mul(row).saturating_add(numbers).saturating_add(SLACK);
         let reply = entries.saturating_mul(row).saturating_add(SLACK);
         Self { request_bytes: request.min(CEILING), reply_bytes: reply.min(CEILING) }
@@ -60,6 +64,7 @@ mod tests {
             experts: vec![u32::MAX; experts as usize],
             counts: vec![u32::MAX; experts as usize],
             indices: vec![u32::MAX; (rows * top_k) as usize],
+            weights: vec![1.0; (rows * top_k) as usize],
         };
         let request = v1::DispatchRequest { body: Some(v1::dispatch_request::Body::Shard(shard)) };
         assert!(request.encoded_len() <= limits.request_bytes);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use muster_types::{DType, Epoch, ExpertId, LayerId};
+use muster_types::{Combine, DType, Epoch, ExpertId, LayerId};
 
 use crate::convert::WireError;
 use crate::description::layer_of;
@@ -61,14 +61,20 @@ pub struct ShardView {
     experts: Vec<ExpertId>,
     counts: Vec<u32>,
     indices: Vec<u32>,
+    weights: Option<Vec<f32>>,
 }
 
 impl ShardView {
-    /// Checks a shard. `current` is the epoch of the worker's own description.
+    /// Checks a shard of a stream that combines so. `current` is the epoch of the worker's own description.
     ///
     /// # Errors
     /// The first rule that is broken: `Deadline` for a deadline that has passed, `BadRequest` for all others.
-    pub fn parse(shard: LayerShard, rules: &ShardRules, current: Epoch) -> Result<Self, Fault> {
+    pub fn parse(
+        shard: LayerShard,
+        rules: &ShardRules,
+        combine: Combine,
+        current: Epoch,
+    ) -> Result<Self, Fault> {
         check_epoch(shard.epoch, current)?;
         let (layer, count) = layer_of(shard.layer, &rules.experts)
             .map_err(|source| WireError::OutOfRange { field: "layer", source })?;
@@ -79,8 +85,10 @@ impl ShardView {
         check_payload(&shard, rules)?;
         let experts = check_experts(&shard.experts, count)?;
         check_groups(&shard, rules.top_k)?;
-        let LayerShard { rows, data, counts, indices, .. } = shard;
-        Ok(Self { layer, deadline, rows, data, experts, counts, indices })
+        check_weights(&shard, combine)?;
+        let LayerShard { rows, data, counts, indices, weights, .. } = shard;
+        let weights = (combine == Combine::Partial).then_some(weights);
+        Ok(Self { layer, deadline, rows, data, experts, counts, indices, weights })
     }
 
     /// The layer.
@@ -107,10 +115,23 @@ impl ShardView {
         &self.data
     }
 
-    /// Rows that come back: one per (row, expert).
+    /// Rows that the experts make: one per (row, expert).
     #[must_use]
-    pub fn outputs(&self) -> u32 {
-        u32::try_from(self.indices.len()).unwrap_or(u32::MAX)
+    pub fn outputs(&self) -> usize {
+        self.indices.len()
+    }
+
+    /// What each output counts in the sum of its row, in the order of [`Self::groups`]; `None` where the router adds up.
+    #[must_use]
+    pub fn weights(&self) -> Option<&[f32]> {
+        self.weights.as_deref()
+    }
+
+    /// Rows that come back.
+    #[must_use]
+    pub fn answers(&self) -> u32 {
+        // Indices are at most as many as a message has bytes.
+        if self.weights.is_some() { self.rows } else { self.indices.len() as u32 }
     }
 
     /// Each expert with the rows it gets. Experts strictly ascending, rows strictly ascending and in range.
@@ -210,6 +231,19 @@ fn check_groups(shard: &LayerShard, top_k: u32) -> Result<(), WireError> {
     Ok(())
 }
 
+fn check_weights(shard: &LayerShard, combine: Combine) -> Result<(), WireError> {
+    let LayerShard { indices, weights, .. } = shard;
+    let want = if combine == Combine::Partial { indices.len() } else { 0 };
+    if weights.len() != want {
+        let reason = format!("{} entries; combine is {combine}, so {want} are due", weights.len());
+        return Err(WireError::rule("weights", reason));
+    }
+    match weights.iter().find(|weight| !weight.is_finite()) {
+        None => Ok(()),
+        Some(bad) => Err(WireError::rule("weights", format!("{bad} is not finite"))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,11 +272,12 @@ mod tests {
             experts: vec![1, 6],
             counts: vec![2, 2],
             indices: vec![0, 1, 0, 2],
+            weights: vec![],
         }
     }
 
     fn parse(shard: LayerShard) -> Result<ShardView, Fault> {
-        ShardView::parse(shard, &rules(), Epoch::new(4))
+        ShardView::parse(shard, &rules(), Combine::Exact, Epoch::new(4))
     }
 
     #[test]
@@ -250,13 +285,15 @@ mod tests {
         let view = parse(good()).unwrap();
         let groups: Vec<_> = view.groups().into_iter().map(|(e, rows)| (e.get(), rows.to_vec())).collect();
         assert_eq!(groups, [(1, vec![0, 1]), (6, vec![0, 2])]);
-        assert_eq!((view.rows(), view.outputs(), view.layer().get()), (3, 4, 2));
+        assert_eq!((view.rows(), view.outputs(), view.answers(), view.layer().get()), (3, 4, 4, 2));
+        assert_eq!(view.weights(), None);
         assert_eq!(view.deadline(), Duration::from_millis(500));
     }
 
     #[test]
     fn every_broken_rule_is_a_bad_request_that_names_its_field() {
-        let cases: [(&str, LayerShard); 24] = [
+        let cases: [(&str, LayerShard); 25] = [
+            ("weights", LayerShard { weights: vec![1.0; 4], ..good() }),
             ("epoch", LayerShard { epoch: 0, ..good() }),
             ("epoch", LayerShard { epoch: 5, ..good() }),
             ("layer", LayerShard { layer: 3, ..good() }),
@@ -287,6 +324,23 @@ mod tests {
             let fault = parse(shard).expect_err(&text);
             assert_eq!(fault.kind, FaultKind::BadRequest, "{text}");
             assert!(fault.message.starts_with(&format!("field {field}")), "{}: {text}", fault.message);
+        }
+    }
+
+    #[test]
+    fn weights_are_there_where_the_worker_adds_up() {
+        let parse = |weights: Vec<f32>| {
+            let shard = LayerShard { weights, ..good() };
+            ShardView::parse(shard, &rules(), Combine::Partial, Epoch::new(4))
+        };
+        let view = parse(vec![0.5, -1.0, 0.0, 2.0]).unwrap();
+        assert_eq!((view.outputs(), view.answers()), (4, 3));
+        assert_eq!(view.weights(), Some(&[0.5, -1.0, 0.0, 2.0][..]));
+        for bad in [vec![], vec![1.0; 3], vec![1.0; 5], vec![1.0, f32::NAN, 1.0, 1.0], vec![f32::INFINITY; 4]]
+        {
+            let fault = parse(bad).unwrap_err();
+            assert_eq!(fault.kind, FaultKind::BadRequest);
+            assert!(fault.message.starts_with("field weights"), "{}", fault.message);
         }
     }
 
@@ -337,7 +391,7 @@ mod tests {
             if let Ok(view) = parse(shard) {
                 prop_assert_eq!(view.data().len(), view.rows() * 8);
                 let groups = view.groups();
-                prop_assert_eq!(groups.iter().map(|(_, g)| g.len()).sum::<usize>(), view.outputs() as usize);
+                prop_assert_eq!(groups.iter().map(|(_, g)| g.len()).sum::<usize>(), view.outputs());
                 for (expert, group) in groups {
                     prop_assert!(expert.get() < 8 && !group.is_empty());
                     prop_assert!(group.iter().all(|&row| (row as usize) < view.rows()));

@@ -12,7 +12,7 @@ use muster_model::experts::faster_mode;
 use muster_model::trunk::Trunk;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::Shape;
-use muster_types::{Compute, ExpertDType};
+use muster_types::{Combine, Compute, ExpertDType};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +44,10 @@ pub struct RouterConfig {
     pub connect_timeout: Duration,
     /// How long running requests may go on after a stop was asked for.
     pub drain_timeout: Duration,
+    /// Where experts' outputs are added.
+    pub combine: Combine,
+    /// How long the engine thread looks for an answer before it sleeps.
+    pub busy_poll: Duration,
     /// Sizes of the engine.
     pub engine: EngineSettings,
 }
@@ -196,6 +200,9 @@ fn assemble(
         start: Start::Complete,
         connect_timeout: config.connect_timeout,
         shard_deadline: config.engine.expert_timeout,
+        combine: config.combine,
+        busy_poll: config.busy_poll,
+        cpu: Arc::clone(&cpu),
     })?;
     let health = dispatch.health();
     Ok(Parts {
@@ -206,6 +213,7 @@ fn assemble(
         experts: config.experts,
         health: Arc::new(move || reachable(&health)),
         workers,
+        combine: config.combine,
         model_name: config.model_name,
         settings: config.engine,
     })

@@ -40,6 +40,8 @@ pub struct Parts {
     pub health: HealthProbe,
     /// How many workers there are; 0 when the experts are in this process.
     pub workers: u32,
+    /// Where experts' outputs are added.
+    pub combine: Combine,
     /// Name to serve the model under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
     /// Sizes.
@@ -139,7 +141,8 @@ impl EngineHandle {
 /// # Errors
 /// When the tokenizer is unusable or the sizes cannot work.
 pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
-    let Parts { checkpoint, trunk, cpu, dispatch, experts, health, workers, model_name, settings } = parts;
+    let Parts { checkpoint, trunk, cpu, dispatch, experts, health, workers, combine, model_name, settings } =
+        parts;
     let tokenizer = tokenizer(&checkpoint)?;
     let (blocks, context) = kv_size(&trunk, &settings)?;
     let kv = KvCache::new(Trunk::kv_shape(trunk.spec()), blocks as usize, precision(trunk.compute()))?;
@@ -154,7 +157,8 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         step_tokens: settings.step_tokens,
         prefill_chunk: settings.prefill_chunk,
     })?;
-    let model = describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, context);
+    let model =
+        describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, combine, context);
     let eos = trunk.spec().eos.clone();
     let (sender, commands) = mpsc::channel::<Command>(limits.queue.max(1));
     let abort = Arc::new(AtomicBool::new(false));
@@ -223,6 +227,7 @@ fn describe(
     name: Option<String>,
     experts: ExpertDType,
     workers: u32,
+    combine: Combine,
     context: u32,
 ) -> ModelInfo {
     let spec = trunk.spec();
@@ -243,7 +248,7 @@ fn describe(
         context,
         compute: trunk.compute(),
         experts,
-        combine: Combine::Exact,
+        combine,
         has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
         workers,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),

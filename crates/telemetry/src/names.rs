@@ -45,7 +45,7 @@ metric_names! {
     // Router: dispatch.
     describe_gauge DISPATCH_WORKERS = "muster_dispatch_workers", Count, "Workers that rows can be sent to.";
     describe_histogram DISPATCH_SECONDS = "muster_dispatch_seconds", Seconds, "From sending the rows of one layer and micro-batch until the last worker answered.";
-    describe_histogram DISPATCH_OVERHEAD_SECONDS = "muster_dispatch_overhead_seconds", Seconds, "Dispatch and combine of one layer and micro-batch, without the time the experts took.";
+    describe_histogram DISPATCH_OVERHEAD_SECONDS = "muster_dispatch_overhead_seconds", Seconds, "What dispatch and combine of one layer and micro-batch cost the engine thread, without the time the experts took.";
     describe_counter DISPATCH_LATE_REPLIES = "muster_dispatch_late_replies_total", Count, "Replies that nobody waited for any more.";
     describe_counter DISPATCH_BAD_REPLIES = "muster_dispatch_bad_replies_total", Count, "Replies that break the protocol.";
     describe_counter DISPATCH_DEADLINES = "muster_dispatch_deadlines_total", Count, "Layers whose experts did not answer in time.";
@@ -54,6 +54,7 @@ metric_names! {
     // Worker.
     describe_counter WORKER_SHARDS = "muster_worker_shards_total", Count, "Shards answered, by outcome.";
     describe_counter WORKER_SHARDS_ABANDONED = "muster_worker_shards_abandoned_total", Count, "Shards dropped because their router went away.";
+    describe_counter WORKER_SHARDS_MERGED = "muster_worker_shards_merged_total", Count, "Shards computed together with others of their layer.";
     describe_counter WORKER_ROWS = "muster_worker_rows_total", Count, "Expert output rows computed.";
     describe_counter WORKER_HANDSHAKES_REFUSED = "muster_worker_handshakes_refused_total", Count, "Routers refused at the handshake.";
     describe_counter WORKER_ACCEPT_ERRORS = "muster_worker_accept_errors_total", Count, "Connections that a worker could not accept.";

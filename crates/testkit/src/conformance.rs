@@ -6,8 +6,21 @@ use std::time::{Duration, Instant};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_types::{Compute, ExpertId, LayerId};
 
+use crate::fake::round;
+
 /// Gives the output row `[hidden]` of one expert for one hidden row, rounded to the wire dtype.
 pub type Oracle = Box<dyn Fn(LayerId, ExpertId, &[f32]) -> Vec<f32>>;
+
+/// Says which worker runs an expert, by its position in the placement.
+pub type Owner = Box<dyn Fn(LayerId, ExpertId) -> usize>;
+
+/// How outputs become a row again.
+pub enum Sums {
+    /// One sum over all experts.
+    Exact,
+    /// A sum on every worker, rounded to the wire dtype, and the sum of those. Every expert has one owner.
+    Partial(Owner),
+}
 
 /// The model behind the dispatch under test.
 pub struct Model {
@@ -22,6 +35,8 @@ pub struct Model {
     pub experts: Vec<u32>,
     /// The truth.
     pub oracle: Oracle,
+    /// How it is added up.
+    pub sums: Sums,
 }
 
 /// A fresh dispatch and the model behind it.
@@ -117,11 +132,29 @@ impl Batch {
 
     /// The sum that the seam's contract fixes, written as plainly as it can be.
     fn reference(&self, model: &Model) -> Vec<f32> {
+        let Sums::Partial(owner) = &model.sums else { return self.sum_where(model, &|_| true) };
+        let layer = self.layer;
+        let mut owners: Vec<usize> =
+            self.choices.experts().iter().map(|&expert| owner(layer, expert)).collect();
+        owners.sort_unstable();
+        owners.dedup();
+        let mut sums = vec![0.0f32; self.rows.len()];
+        for worker in owners {
+            let part = self.sum_where(model, &|expert| owner(layer, expert) == worker);
+            sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += round(model.compute, part));
+        }
+        sums
+    }
+
+    fn sum_where(&self, model: &Model, counts: &dyn Fn(ExpertId) -> bool) -> Vec<f32> {
         let mut sums = vec![0.0f32; self.rows.len()];
         let k = self.choices.k();
         for (pair, (&expert, &weight)) in
             self.choices.experts().iter().zip(self.choices.weights()).enumerate()
         {
+            if !counts(expert) {
+                continue;
+            }
             let at = pair / k * model.hidden;
             let output = (model.oracle)(self.layer, expert, &self.rows[at..at + model.hidden]);
             for (sum, y) in sums[at..].iter_mut().zip(output) {
@@ -460,7 +493,7 @@ mod tests {
         let (done, next, closed) = (BTreeMap::new(), 0, false);
         let dispatch = Plain { fault, compute, experts: experts.clone(), hidden, done, next, closed };
         let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
-        Harness { dispatch, model: Model { hidden, top_k: 3, compute, experts, oracle } }
+        Harness { dispatch, model: Model { hidden, top_k: 3, compute, experts, oracle, sums: Sums::Exact } }
     }
 
     #[test]

@@ -12,4 +12,6 @@ mod mode;
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
 pub use ids::{Epoch, ExpertId, ExpertKey, InvalidWorkerId, LayerId, OutOfRange, SeqId, TokenId, WorkerId};
 pub use limits::Limits;
-pub use mode::{Combine, Compute, DType, ExpertDType, NumericsClass, ParseExpertDTypeError, Retry};
+pub use mode::{
+    Combine, Compute, DType, ExpertDType, NumericsClass, ParseCombineError, ParseExpertDTypeError, Retry,
+};

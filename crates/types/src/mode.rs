@@ -120,11 +120,33 @@ impl FromStr for ExpertDType {
 pub enum Combine {
     /// One row per (row, expert); the router adds them in ascending expert id. The same bits for every placement.
     Exact,
+    /// One row per row sent: the worker adds what its own experts give, and the router adds the workers' rows. Fewer
+    /// bytes; the bits depend on the placement.
+    Partial,
 }
 
 impl fmt::Display for Combine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("exact")
+        f.write_str(match self {
+            Self::Exact => "exact",
+            Self::Partial => "partial",
+        })
+    }
+}
+
+/// Text that is no combine mode.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no combine mode; write exact or partial")]
+pub struct ParseCombineError(String);
+
+impl FromStr for Combine {
+    type Err = ParseCombineError;
+
+    fn from_str(text: &str) -> Result<Self, ParseCombineError> {
+        [Self::Exact, Self::Partial]
+            .into_iter()
+            .find(|mode| mode.to_string() == text)
+            .ok_or_else(|| ParseCombineError(text.chars().take(64).collect()))
     }
 }
 

@@ -33,7 +33,6 @@ impl ExpertCompute for Experts {
         self.experts.forward(&self.cpu, &mut self.scratch, layer, groups, rows, out).map_err(|error| {
             match error {
                 ExpertError::NotHeld(key) => ComputeError::NotHeld(key),
-                ExpertError::NonFinite(key) => ComputeError::NonFinite(key),
                 ExpertError::Shape(reason) => ComputeError::Internal(reason),
             }
         })

@@ -26,7 +26,7 @@ use load::Loaded;
 
 /// Longest time a router may ask for; longer deadlines are cut to it.
 const MAX_DEADLINE: Duration = Duration::from_secs(300);
-/// Time for streams to end, and for the compute thread to finish its shard, once everything is answered.
+/// Time for streams to end, and for the experts' thread to finish its shard, once everything is answered.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which of the model's experts a worker holds.
@@ -66,6 +66,8 @@ pub struct WorkerConfig {
     pub queue: NonZeroUsize,
     /// Streams open at once; a router needs three.
     pub streams: NonZeroUsize,
+    /// How long to look for the next shard after an answer before sleeping.
+    pub busy_poll: Duration,
     /// How long queued shards may take after a stop was asked for.
     pub drain_timeout: Duration,
 }
@@ -144,7 +146,7 @@ pub enum WorkerError {
     /// The server ended by itself.
     #[error("the server stopped unexpectedly")]
     Server,
-    /// The compute thread died.
+    /// The experts' thread died.
     #[error("the experts' thread stopped unexpectedly; see the log above")]
     Experts,
 }
@@ -173,7 +175,9 @@ pub async fn run(
     let description = describe(&config, &loaded);
     let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
     let (server, queue) = ExpertServer::new(&server_config(&config, &loaded), description);
-    let mut computing = on_thread("muster-experts", move || queue.run(&mut Experts::new(loaded)))?;
+    let (network, cpu) = (bound.network(), loaded.cpu.clone());
+    let mut computing =
+        on_thread("muster-experts", move || queue.run(&network, &cpu, &mut Experts::new(loaded)))?;
 
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = server.clone();
@@ -241,6 +245,7 @@ fn server_config(config: &WorkerConfig, loaded: &Loaded) -> ServerConfig {
         queue: config.queue,
         streams: config.streams,
         max_deadline: MAX_DEADLINE,
+        busy_poll: config.busy_poll,
     }
 }
 

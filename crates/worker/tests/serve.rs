@@ -12,9 +12,10 @@ use muster_dispatch_grpc::{Address, ConnectConfig, GrpcDispatch, Rows, Start, Wo
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::Local;
-use muster_placement::Shape;
-use muster_testkit::conformance::{self, Harness, Model};
-use muster_types::{Compute, ExpertDType, WorkerId};
+use muster_placement::{Shape, split};
+use muster_testkit::conformance::{self, Harness, Model, Sums};
+use muster_testkit::fake::round;
+use muster_types::{Combine, Compute, ExpertDType, ExpertKey, WorkerId};
 use muster_worker::{Hooks, Ready, Share, WorkerConfig, WorkerError, run};
 use tokio::sync::oneshot;
 
@@ -36,6 +37,7 @@ fn config(model: &str, share: Share) -> WorkerConfig {
         max_rows: NonZeroU32::new(64).unwrap(),
         queue: NonZeroUsize::new(16).unwrap(),
         streams: NonZeroUsize::new(64).unwrap(),
+        busy_poll: Duration::from_micros(50),
         drain_timeout: PATIENCE,
     }
 }
@@ -113,7 +115,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         };
         let (mut scratch, mut out) = (ExpertScratch::default(), Vec::new());
         oracle_set.forward(&oracle_cpu, &mut scratch, layer, &[(expert, &[0])], rows, &mut out).unwrap();
-        out
+        out.into_iter().map(|y| round(compute, y)).collect()
     });
     let connect = ConnectConfig {
         workers: Vec::new(),
@@ -121,14 +123,19 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         fingerprint: checkpoint.fingerprint(),
         hidden: spec.hidden,
         compute,
+        experts: ExpertDType::Native,
         shape: Shape::new(experts.clone()),
         top_k,
         max_rows: 64,
         connect_timeout: PATIENCE,
         shard_deadline: PATIENCE,
         start: Start::Complete,
+        combine: Combine::Exact,
+        busy_poll: Duration::from_micros(50),
+        cpu: Arc::clone(&cpu),
     };
-    let kit = Model { hidden: spec.hidden, top_k: top_k as usize, compute, experts, oracle };
+    let kit =
+        Model { hidden: spec.hidden, top_k: top_k as usize, compute, experts, oracle, sums: Sums::Exact };
     (cpu, set, kit, connect)
 }
 
@@ -145,6 +152,18 @@ fn conforms_locally_and_over_grpc(name: &str) {
     let workers = Running::parts(name, 3);
     conformance::run(|| {
         let (_, _, model, config) = model(name);
+        Harness { dispatch: connect(&config, &workers), model }
+    });
+    conformance::run(|| {
+        let (_, _, mut model, config) = model(name);
+        let shape = config.shape.clone();
+        let owner = move |layer, expert| {
+            let parts = NonZeroU32::new(3).unwrap();
+            let holds = |n: &u32| split(&shape, parts, *n).unwrap().contains(&ExpertKey { layer, expert });
+            (0..3).find(holds).unwrap() as usize
+        };
+        model.sums = Sums::Partial(Box::new(owner));
+        let config = ConnectConfig { combine: Combine::Partial, ..config };
         Harness { dispatch: connect(&config, &workers), model }
     });
     for worker in workers {

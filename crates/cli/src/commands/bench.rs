@@ -51,8 +51,9 @@ struct Measurement {
     ttft: Spread,
     /// Missing when every sequence has one token only.
     inter_token: Option<Spread>,
-    /// Dispatch and combine of one MoE layer while decoding, without queue and compute in the workers. For workers of
-    /// one's own: the samples themselves; for a router whose metrics are read: from its histogram, 15 % off at most.
+    /// What dispatch and combine of one MoE layer cost the engine while decoding, without the longest time that experts
+    /// took. For workers of one's own: the samples themselves; for a router whose metrics are read: from its
+    /// histogram, 15 % off at most.
     dispatch_per_layer: Option<Spread>,
 }
 

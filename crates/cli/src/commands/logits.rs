@@ -36,10 +36,11 @@ pub(crate) async fn run(args: &LogitsArgs, log: &LogArgs) -> Result<(), Failure>
     } else if let Some(count) = args.workers {
         let bars = Bars::new();
         let (compute, threads) = (args.compute.compute.get(), args.compute.threads);
-        let experts = args.compute.expert_dtype;
-        let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, log };
+        let (experts, busy_poll_us) = (args.compute.expert_dtype, args.compute.busy_poll_us);
+        let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, busy_poll_us, log };
         let workers = signals.unless(Workers::start(&spec, &bars)).await?;
-        let experts = Experts::Workers(workers.addresses().to_vec());
+        let (combine, busy_poll) = (args.compute.combine, args.compute.busy_poll());
+        let experts = Experts::Workers { addresses: workers.addresses().to_vec(), combine, busy_poll };
         let threads = threads.unwrap_or(shares_of_cores(count).0);
         let computed =
             compute_with(args, checkpoint, tokens, threads, experts, bars.bar("router".to_owned()));

@@ -64,7 +64,9 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("max_queue", args.max_queue.as_deref())
         .text("expert_timeout", args.expert_timeout.as_deref())
         .text("connect_timeout", args.connect_timeout.as_deref())
-        .text("drain_timeout", args.drain_timeout.as_deref());
+        .text("drain_timeout", args.drain_timeout.as_deref())
+        .text("combine", args.combine.as_deref())
+        .text("busy_poll_us", args.busy_poll_us.as_deref());
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
     log_settings(flags, log)
 }
@@ -82,6 +84,8 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         threads: settings.threads.unwrap_or(cores()),
         connect_timeout: settings.connect_timeout,
         drain_timeout: settings.drain_timeout,
+        combine: settings.combine,
+        busy_poll: settings.busy_poll,
         engine: EngineSettings {
             kv_bytes: settings.kv_memory,
             step_tokens: settings.step_tokens,

@@ -57,12 +57,14 @@ where
         compute: compute.compute.get(),
         experts: compute.expert_dtype,
         threads: compute.threads,
+        busy_poll_us: compute.busy_poll_us,
         log,
     };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let threads = compute.threads.unwrap_or(shares_of_cores(count).0);
     let mode = Mode::of(&checkpoint, compute);
-    let experts = Experts::Workers(workers.addresses().to_vec());
+    let (combine, busy_poll) = (compute.combine, compute.busy_poll());
+    let experts = Experts::Workers { addresses: workers.addresses().to_vec(), combine, busy_poll };
     let bar = bars.bar("router".to_owned());
     let outcome = signals
         .unless(async {

@@ -28,8 +28,9 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
     let compute = args.compute.compute.get();
     let bars = Bars::new();
-    let (experts, threads) = (args.compute.expert_dtype, args.compute.threads);
-    let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, log };
+    let (experts, threads, busy_poll_us) =
+        (args.compute.expert_dtype, args.compute.threads, args.compute.busy_poll_us);
+    let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, busy_poll_us, log };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let outcome = with_router(args, log, &addresses, &checkpoint, &workers, &bars, &mut signals).await;
     workers.stop().await;
@@ -125,6 +126,10 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
         addresses.grpc.to_string().into(),
         "--threads".into(),
         threads.to_string().into(),
+        "--combine".into(),
+        args.compute.combine.to_string().into(),
+        "--busy-poll-us".into(),
+        args.compute.busy_poll_us.to_string().into(),
     ];
     for address in workers.addresses() {
         arguments.extend(["--worker".into(), address.into()]);

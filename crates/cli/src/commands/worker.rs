@@ -54,7 +54,8 @@ fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
         .text("max_rows", args.max_rows.as_deref())
         .text("max_queue", args.max_queue.as_deref())
         .text("max_streams", args.max_streams.as_deref())
-        .text("drain_timeout", args.drain_timeout.as_deref());
+        .text("drain_timeout", args.drain_timeout.as_deref())
+        .text("busy_poll_us", args.busy_poll_us.as_deref());
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
     log_settings(flags, log)
 }
@@ -76,6 +77,7 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
         queue: settings.max_queue,
         streams: settings.max_streams,
         drain_timeout: settings.drain_timeout,
+        busy_poll: settings.busy_poll,
     })
 }
 

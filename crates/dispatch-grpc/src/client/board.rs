@@ -1,4 +1,4 @@
-//! The state that the engine thread and the network thread share: links, shards in flight, tickets, routes.
+//! The state that the engine thread and the network's tasks share: links, shards in flight, tickets, routes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,11 +12,13 @@ use muster_proto::expert::v1;
 use muster_proto::handshake::LANES;
 use muster_proto::reply::{Fault, Timing};
 use muster_types::{Epoch, ExpertKey, WorkerId};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::timeout_at;
 
 use super::config::LinkError;
 use super::handle::{WorkerHealth, WorkerState};
 use crate::address::Address;
+use crate::busy::BusyPoll;
 
 /// Who can be sent what, as of one moment.
 pub(super) struct Routes {
@@ -47,7 +49,6 @@ pub(super) struct Arrived {
     pub(super) rows: u32,
     pub(super) data: Bytes,
     pub(super) timing: Timing,
-    pub(super) at: Instant,
 }
 
 /// Why a shard gave nothing.
@@ -131,7 +132,10 @@ pub(super) enum Gathered {
 pub(super) struct Board {
     shape: Shape,
     state: Mutex<State>,
-    changed: Condvar,
+    /// A link came or went; for `gather`.
+    links: Condvar,
+    /// A ticket may have come to its end; for `wait`, of which there is one at a time.
+    answered: Notify,
 }
 
 impl Board {
@@ -151,7 +155,7 @@ impl Board {
             late_replies: 0,
             closed: false,
         };
-        Ok(Self { shape, state: Mutex::new(state), changed: Condvar::new() })
+        Ok(Self { shape, state: Mutex::new(state), links: Condvar::new(), answered: Notify::new() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -206,7 +210,7 @@ impl Board {
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
                 return Gathered::Some(missing);
             };
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.links.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -216,7 +220,8 @@ impl Board {
         state.closed = true;
         state.shards.clear();
         state.tickets.clear();
-        self.changed.notify_all();
+        self.links.notify_all();
+        self.answered.notify_one();
     }
 }
 
@@ -272,33 +277,34 @@ impl Board {
 
     /// Waits until every shard of a ticket is there, one never will be, or `deadline` passes (`None`). Spends the
     /// ticket. `shards` are its shards' ids.
-    pub(super) fn wait(
+    pub(super) async fn wait(
         &self,
         ticket: Ticket,
         shards: impl Iterator<Item = u64>,
         deadline: Instant,
+        mut busy: BusyPoll,
     ) -> Result<Option<Progress>, DispatchError> {
-        let mut state = self.lock();
         loop {
-            if state.closed {
-                return Err(DispatchError::Closed);
+            let late = Instant::now() >= deadline;
+            if late || self.is_done(ticket)? {
+                let progress = self.lock().forget(ticket, shards);
+                return Ok(progress.filter(|_| !late));
             }
-            let done = match state.tickets.get(&ticket) {
-                Some(progress) => progress.waiting == 0 || progress.failure.is_some(),
-                None => {
-                    return Err(DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())));
-                }
-            };
-            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
-            match left {
-                Some(left) if !done => {
-                    state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-                }
-                left => {
-                    let progress = state.forget(ticket, shards);
-                    return Ok(progress.filter(|_| left.is_some()));
-                }
+            if !busy.pause().await {
+                // Late or not is found out above.
+                let _ = timeout_at(deadline.into(), self.answered.notified()).await;
             }
+        }
+    }
+
+    fn is_done(&self, ticket: Ticket) -> Result<bool, DispatchError> {
+        let state = self.lock();
+        if state.closed {
+            return Err(DispatchError::Closed);
+        }
+        match state.tickets.get(&ticket) {
+            Some(progress) => Ok(progress.waiting == 0 || progress.failure.is_some()),
+            None => Err(DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get()))),
         }
     }
 
@@ -315,7 +321,7 @@ fn lost(worker: &WorkerId) -> DispatchError {
     }
 }
 
-/// What the network thread does.
+/// What the network's tasks do.
 impl Board {
     pub(super) fn address(&self, peer: usize) -> Option<Address> {
         self.lock().peers.get(peer).map(|peer| peer.address.clone())
@@ -341,7 +347,7 @@ impl Board {
             peer.state = LinkState::Up { session, lanes };
         }
         state.reroute(&self.shape)?;
-        self.changed.notify_all();
+        self.links.notify_all();
         Ok(session)
     }
 
@@ -367,7 +373,7 @@ impl Board {
             };
             peer.state = LinkState::Down { since, reason: error.to_string(), error: Some(error) };
         }
-        self.changed.notify_all();
+        self.links.notify_all();
     }
 
     /// A link ended: so does everything in flight on it.
@@ -392,7 +398,8 @@ impl Board {
         if let Err(error) = state.reroute(&self.shape) {
             tracing::error!(%error, "workers that were compatible no longer are");
         }
-        self.changed.notify_all();
+        self.links.notify_all();
+        self.answered.notify_one();
     }
 
     /// A shard was answered.
@@ -428,7 +435,7 @@ impl Board {
             }
         }
         if progress.waiting == 0 || progress.failure.is_some() {
-            self.changed.notify_all();
+            self.answered.notify_one();
         }
         Ok(())
     }

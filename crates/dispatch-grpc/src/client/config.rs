@@ -1,10 +1,12 @@
 //! What a router is told about its workers, and everything that can be wrong with it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use muster_kernels::Cpu;
 use muster_placement::Shape;
 use muster_proto::handshake::{HandshakeError, Term};
-use muster_types::{Compute, ExpertDType, ExpertKey, Fingerprint};
+use muster_types::{Combine, Compute, ExpertDType, ExpertKey, Fingerprint};
 
 use crate::address::AddressError;
 
@@ -44,6 +46,12 @@ pub struct ConnectConfig {
     pub shard_deadline: Duration,
     /// Whether to start without some of the experts.
     pub start: Start,
+    /// Where outputs are added.
+    pub combine: Combine,
+    /// How long the engine thread looks for an answer before it sleeps.
+    pub busy_poll: Duration,
+    /// Where the engine thread adds outputs.
+    pub cpu: Arc<Cpu>,
 }
 
 /// Why there is no dispatch.
@@ -156,7 +164,7 @@ impl LinkError {
                 Term::Fingerprint | Term::Hidden => "start both with the same model directory",
                 Term::Compute => "start both in the same compute mode",
                 Term::Experts => "start both with the same --expert-dtype",
-                Term::Combine | Term::Numerics => "use workers of one kind with this router",
+                Term::Numerics => "use workers of one kind with this router",
             },
             Self::Handshake(HandshakeError::Wire(_)) | Self::Placement(_) => {
                 "run the same version of muster and the same model on both sides"

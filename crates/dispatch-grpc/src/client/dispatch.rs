@@ -1,15 +1,15 @@
-//! The dispatch seam over gRPC, on the engine thread.
+//! The dispatch seam over gRPC, on the engine thread, which drives the network itself while it sends and waits.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use metrics::Histogram;
 use muster_engine::batcher::{BatchPlan, ShardPlan, Slot, group};
-use muster_engine::combine::combine;
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_kernels::{Cpu, NotFinite, Outputs, Term, combine};
 use muster_proto::convert::RouterName;
 use muster_proto::expert::v1;
 use muster_proto::frame;
@@ -17,19 +17,20 @@ use muster_proto::handshake::{LANES, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::reply::{Fault, FaultKind};
 use muster_types::{Combine, DType, ExpertId, LayerId, NumericsClass, WorkerId};
-use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
-use super::board::{Board, Failure, Gathered, Outgoing, Progress};
+use super::board::{Arrived, Board, Failure, Gathered, Outgoing};
 use super::config::{ConnectConfig, ConnectError, Start};
 use super::handle::{HealthHandle, Sample, Samples, StatsHandle};
 use super::link::{self, LinkConfig};
 use crate::address::Address;
+use crate::busy::BusyPoll;
+use crate::driver::{Driver, Reins};
 
 /// Longer times to connect are cut to this.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
-/// What the network thread may take to end.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
+/// sockets' buffers, and the engine thread may have something else to compute meanwhile.
+const LARGE_BYTES: usize = 256 << 10;
 
 /// Experts in other processes.
 pub struct GrpcDispatch {
@@ -39,35 +40,44 @@ pub struct GrpcDispatch {
     top_k: usize,
     max_rows: usize,
     deadline_ms: u32,
+    combine: Combine,
+    busy_poll: Duration,
+    cpu: Arc<Cpu>,
     board: Arc<Board>,
     samples: Arc<Samples>,
+    seconds: Histogram,
+    overhead_seconds: Histogram,
     flights: HashMap<Ticket, Flight>,
     tickets: u64,
-    /// Decoded outputs, kept from one `collect` to the next.
-    outputs: Vec<f32>,
-    stop: CancellationToken,
-    thread: Option<JoinHandle<()>>,
+    reins: Reins,
+    /// `None` once closed.
+    driver: Option<Driver>,
 }
 
 /// A micro-batch between `submit` and `collect`.
 struct Flight {
     layer: LayerId,
-    choices: Choices,
-    slots: Vec<Slot>,
+    rows: usize,
+    /// Terms of each row's sum; sources are shards.
+    starts: Vec<u32>,
+    terms: Vec<Term>,
     shards: Vec<Sent>,
     submitted: Instant,
+    sent: Instant,
 }
 
-/// A shard as it was sent, whole, so that it could be sent again.
+/// What is kept of a shard until it is answered.
 struct Sent {
+    id: u64,
     worker: WorkerId,
     experts: Vec<ExpertId>,
-    request: v1::LayerShard,
+    /// Rows it must bring back.
+    answers: usize,
 }
 
 impl GrpcDispatch {
-    /// Connects to all workers, checks that they fit this router and each other, and starts the network thread
-    /// that keeps them connected. Blocks for at most the configured time, plus a step in progress.
+    /// Connects to all workers, checks that they fit this router and each other, and starts the thread
+    /// that keeps them connected while this one has other things to do. Blocks for at most the configured time, plus a step in progress.
     ///
     /// # Errors
     /// See [`ConnectError`]. A worker that can never fit is an error whatever `config.start` says.
@@ -87,19 +97,21 @@ impl GrpcDispatch {
                 hidden: hidden.get(),
                 compute: config.compute,
                 experts: config.experts,
-                combine: Combine::Exact,
                 numerics: NumericsClass::CpuCanonical,
             },
             router,
             max_rows: max_rows.get(),
             limits: MessageLimits::new(hidden.get(), wire, max_rows, top_k.get(), most),
             experts: experts.clone(),
+            combine: config.combine,
         };
         let board = Board::new(config.shape, addresses)
             .map_err(|source| ConnectError::Worker { address: "none".into(), source })?;
         let board = Arc::new(board);
-        let stop = CancellationToken::new();
-        let thread = start_network(peers, board.clone(), Arc::new(link), stop.clone())?;
+        let (driver, link) = (Driver::start("muster-dispatch")?, Arc::new(link));
+        for peer in 0..peers {
+            drop(driver.spawn(link::keep(peer, board.clone(), link.clone())));
+        }
         let mut dispatch = Self {
             experts,
             hidden: config.hidden,
@@ -107,13 +119,17 @@ impl GrpcDispatch {
             top_k: config.top_k as usize,
             max_rows: config.max_rows as usize,
             deadline_ms: u32::try_from(config.shard_deadline.as_millis()).unwrap_or(u32::MAX).max(1),
+            combine: config.combine,
+            busy_poll: config.busy_poll,
+            cpu: config.cpu,
             board,
             samples: Arc::default(),
+            seconds: metrics::histogram!("muster_dispatch_seconds"),
+            overhead_seconds: metrics::histogram!("muster_dispatch_overhead_seconds"),
             flights: HashMap::new(),
             tickets: 0,
-            outputs: Vec::new(),
-            stop,
-            thread: Some(thread),
+            reins: driver.reins(),
+            driver: Some(driver),
         };
         match dispatch.gather(config.connect_timeout, config.start) {
             Ok(()) => Ok(dispatch),
@@ -191,63 +207,93 @@ impl GrpcDispatch {
         }
     }
 
-    /// Decodes what came and adds it up.
-    fn finish(&mut self, flight: &Flight, progress: Progress, out: &mut [f32]) -> Result<(), DispatchError> {
-        let started = Instant::now();
-        self.outputs.clear();
-        let mut starts = Vec::with_capacity(flight.shards.len());
-        let mut last = (flight.submitted, Duration::ZERO);
-        for (shard, arrived) in flight.shards.iter().zip(progress.arrived) {
-            let bad = |reason| {
-                metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
-                DispatchError::BadReply { worker: shard.worker.clone(), reason }
-            };
-            let arrived = arrived.ok_or_else(|| bad("it never came".into()))?;
-            let want = shard.request.indices.len();
-            if arrived.rows as usize != want {
-                return Err(bad(format!("{} rows instead of {want}", arrived.rows)));
+    /// Adds up what came.
+    fn finish(&self, flight: &Flight, came: Came, out: &mut [f32]) -> Result<(), DispatchError> {
+        let bad = |at: usize, reason: String| {
+            metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
+            match flight.shards.get(at) {
+                Some(shard) => DispatchError::BadReply { worker: shard.worker.clone(), reason },
+                None => DispatchError::Invalid(reason),
             }
-            starts.push(self.outputs.len() / self.hidden);
-            frame::append_f32(&arrived.data, self.wire, want, self.hidden, &mut self.outputs)
-                .map_err(|error| bad(error.to_string()))?;
-            last = last.max((arrived.at, arrived.timing.total()));
-        }
-        let row = |slot: usize| {
-            let Slot { shard, position } = flight.slots[slot];
-            let start = (starts[shard as usize] + position as usize) * self.hidden;
-            &self.outputs[start..start + self.hidden]
         };
-        combine(&flight.choices, self.hidden, row, out);
+        let Came { arrived, waited, away } = came;
+        let arrived: Option<Vec<Arrived>> = arrived.into_iter().collect();
+        let arrived = arrived.ok_or_else(|| bad(0, "it never came".into()))?;
+        let mut sources = Vec::with_capacity(arrived.len());
+        for (at, (shard, arrived)) in flight.shards.iter().zip(&arrived).enumerate() {
+            if arrived.rows as usize != shard.answers {
+                return Err(bad(at, format!("{} rows instead of {}", arrived.rows, shard.answers)));
+            }
+            frame::check_len(&arrived.data, shard.answers, self.hidden, self.wire)
+                .map_err(|error| bad(at, error.to_string()))?;
+            sources.push(match self.wire {
+                DType::F32 => Outputs::WireF32(arrived.data.as_chunks().0),
+                DType::Bf16 => Outputs::WireBf16(arrived.data.as_chunks().0),
+            });
+        }
+        if flight.rows > 0 {
+            let sums = combine(&self.cpu, self.hidden, &sources, &flight.starts, &flight.terms, out);
+            sums.map_err(|error| match error {
+                NotFinite::Output { source, row } => {
+                    bad(source, format!("row {row} has a value that is not finite"))
+                }
+                NotFinite::Sum { row } => bad(0, format!("the sum of row {row} is not finite")),
+            })?;
+        }
         let sample = Sample {
             layer: flight.layer,
-            rows: flight.choices.rows(),
-            round_trip: last.0.duration_since(flight.submitted),
-            worker: last.1,
-            combine: started.elapsed(),
+            rows: flight.rows,
+            round_trip: waited.duration_since(flight.submitted),
+            away,
+            compute: arrived.iter().map(|arrived| arrived.timing.compute).max().unwrap_or_default(),
+            combine: waited.elapsed(),
         };
-        metrics::histogram!("muster_dispatch_seconds").record(sample.round_trip);
-        metrics::histogram!("muster_dispatch_overhead_seconds").record(sample.overhead());
+        self.seconds.record(sample.round_trip);
+        self.overhead_seconds.record(sample.overhead());
         self.samples.push(sample);
         Ok(())
     }
 }
 
+/// All that came for a micro-batch.
+struct Came {
+    arrived: Vec<Option<Arrived>>,
+    /// When the last of it was here.
+    waited: Instant,
+    /// Time between `submit` and `collect`.
+    away: Duration,
+}
+
 impl ExpertDispatch for GrpcDispatch {
     fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError> {
         let submitted = Instant::now();
-        if self.thread.is_none() {
+        if self.driver.is_none() {
             return Err(DispatchError::Closed);
         }
         self.check(batch)?;
         let routes = self.board.routes();
         let BatchPlan { shards: plans, slots } = group(batch.layer, batch.choices, &routes.placement)?;
+        let (starts, terms) = match self.combine {
+            Combine::Exact => by_pair(batch.choices, &slots),
+            Combine::Partial => by_shard(batch.choices.rows(), &plans),
+        };
+        let mut weights = match self.combine {
+            Combine::Exact => vec![Vec::new(); plans.len()],
+            Combine::Partial => weights(batch.choices, &plans, &slots),
+        };
         let first = self.board.issue(plans.len());
         let mut shards = Vec::with_capacity(plans.len());
         let mut outgoing = Vec::with_capacity(plans.len());
+        let mut largest = 0;
         for (index, (id, plan)) in (first..).zip(plans).enumerate() {
             let ShardPlan { worker, rows, experts, counts, indices } = plan;
             let hop = routes.hops[worker.index()];
             let worker = routes.placement.workers()[worker.index()].clone();
+            let answers = match self.combine {
+                Combine::Exact => indices.len(),
+                Combine::Partial => rows.len(),
+            };
+            largest = largest.max(rows.len()).max(answers);
             let request = v1::LayerShard {
                 id,
                 layer: batch.layer.get(),
@@ -259,57 +305,69 @@ impl ExpertDispatch for GrpcDispatch {
                 experts: experts.iter().map(|expert| expert.get()).collect(),
                 counts,
                 indices,
+                weights: std::mem::take(&mut weights[index]),
             };
-            outgoing.push(Outgoing { index, worker: worker.clone(), hop, request: request.clone() });
-            shards.push(Sent { worker, experts, request });
+            outgoing.push(Outgoing { index, worker: worker.clone(), hop, request });
+            shards.push(Sent { id, worker, experts, answers });
         }
         self.tickets += 1;
         let ticket = Ticket::new(self.tickets);
-        self.board.send(ticket, batch.lane, outgoing)?;
-        let choices = batch.choices.clone();
-        self.flights.insert(ticket, Flight { layer: batch.layer, choices, slots, shards, submitted });
+        let sent = self.reins.drive(async {
+            self.board.send(ticket, batch.lane, outgoing)?;
+            // Until the transport has taken what it can.
+            tokio::task::yield_now().await;
+            Ok(())
+        });
+        sent.unwrap_or(Err(DispatchError::Closed))?;
+        if largest.saturating_mul(self.hidden * self.wire.size()) >= LARGE_BYTES {
+            self.reins.lend();
+        }
+        let (layer, rows) = (batch.layer, batch.choices.rows());
+        let sent = Instant::now();
+        self.flights.insert(ticket, Flight { layer, rows, starts, terms, shards, submitted, sent });
         Ok(ticket)
     }
 
     fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError> {
-        if self.thread.is_none() {
+        if self.driver.is_none() {
             return Err(DispatchError::Closed);
         }
         let flight = self
             .flights
             .remove(&ticket)
             .ok_or_else(|| DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())))?;
-        let ids = flight.shards.iter().map(|shard| shard.request.id);
+        let away = flight.sent.elapsed();
+        let ids = flight.shards.iter().map(|shard| shard.id);
         let RowsMut::HostF32(out) = out;
-        let want = flight.choices.rows() * self.hidden;
+        let want = flight.rows * self.hidden;
         if out.len() != want {
             self.board.forget(ticket, ids);
             return Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())));
         }
-        let Some(mut progress) = self.board.wait(ticket, ids, deadline)? else {
+        let busy = BusyPoll::start(self.busy_poll);
+        let waited = self.reins.drive(self.board.wait(ticket, ids, deadline, busy));
+        let Some(mut progress) = waited.unwrap_or(Err(DispatchError::Closed))? else {
             metrics::counter!("muster_dispatch_deadlines_total").increment(1);
             return Err(DispatchError::Deadline { layer: flight.layer });
         };
+        let waited = Instant::now();
         match progress.failure.take() {
             Some((index, failure)) => Err(flight.error(index, failure)),
-            None => self.finish(&flight, progress, out),
+            None => self.finish(&flight, Came { arrived: progress.arrived, waited, away }, out),
         }
     }
 
     fn cancel(&mut self, ticket: Ticket) {
         if let Some(flight) = self.flights.remove(&ticket) {
-            self.board.forget(ticket, flight.shards.iter().map(|shard| shard.request.id));
+            self.board.forget(ticket, flight.shards.iter().map(|shard| shard.id));
         }
     }
 
     fn close(&mut self) {
         self.flights.clear();
         self.board.close();
-        self.stop.cancel();
-        if let Some(thread) = self.thread.take() {
-            // A panic over there is in the log already.
-            let _ = thread.join();
-        }
+        // Its tasks end with it.
+        self.driver = None;
     }
 }
 
@@ -358,22 +416,42 @@ fn parse_addresses(workers: &[String]) -> Result<Vec<Address>, ConnectError> {
     if addresses.is_empty() { Err(ConnectError::NoWorkers) } else { Ok(addresses) }
 }
 
-fn start_network(
-    peers: usize,
-    board: Arc<Board>,
-    link: Arc<LinkConfig>,
-    stop: CancellationToken,
-) -> Result<JoinHandle<()>, std::io::Error> {
-    // One thread: a shard is not handed from one to another on its way to the socket.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    std::thread::Builder::new().name("muster-dispatch".into()).spawn(move || {
-        runtime.block_on(async {
-            let mut links = JoinSet::new();
-            for peer in 0..peers {
-                links.spawn(link::keep(peer, board.clone(), link.clone()));
-            }
-            stop.cancelled().await;
-        });
-        runtime.shutdown_timeout(CLOSE_TIMEOUT);
-    })
+/// Exact combine: every output is a term.
+fn by_pair(choices: &Choices, slots: &[Slot]) -> (Vec<u32>, Vec<Term>) {
+    let term = |(slot, &weight): (&Slot, &f32)| Term { source: slot.shard, row: slot.position, weight };
+    let terms = slots.iter().zip(choices.weights()).map(term).collect();
+    // Pairs are counted in 32 bits by the plan.
+    let starts = (0..=choices.rows()).map(|row| (row * choices.k()) as u32).collect();
+    (starts, terms)
+}
+
+/// Partial combine: every shard with the row gives one term, in the order of the shards, which is that of the placement.
+fn by_shard(rows: usize, plans: &[ShardPlan]) -> (Vec<u32>, Vec<Term>) {
+    let mut starts = vec![0u32; rows + 1];
+    for &row in plans.iter().flat_map(|plan| &plan.rows) {
+        starts[row as usize + 1] += 1;
+    }
+    for row in 1..starts.len() {
+        starts[row] += starts[row - 1];
+    }
+    let mut next = starts.clone();
+    let count = starts.last().map_or(0, |&count| count as usize);
+    let mut terms = vec![Term { source: 0, row: 0, weight: 1.0 }; count];
+    for (source, plan) in (0..).zip(plans) {
+        for (position, &row) in (0..).zip(&plan.rows) {
+            let at = &mut next[row as usize];
+            terms[*at as usize] = Term { source, row: position, weight: 1.0 };
+            *at += 1;
+        }
+    }
+    (starts, terms)
+}
+
+/// The weights of each shard's outputs.
+fn weights(choices: &Choices, plans: &[ShardPlan], slots: &[Slot]) -> Vec<Vec<f32>> {
+    let mut weights: Vec<Vec<f32>> = plans.iter().map(|plan| vec![0.0; plan.indices.len()]).collect();
+    for (slot, &weight) in slots.iter().zip(choices.weights()) {
+        weights[slot.shard as usize][slot.position as usize] = weight;
+    }
+    weights
 }

@@ -47,19 +47,22 @@ pub struct Sample {
     pub layer: LayerId,
     /// Rows of the micro-batch.
     pub rows: usize,
-    /// From the start of `submit` until the last answer was here.
+    /// From the start of `submit` until the engine thread had the last answer.
     pub round_trip: Duration,
-    /// Of that, queue and compute in the worker whose answer came last, as it reports them.
-    pub worker: Duration,
-    /// Decoding and adding in `collect`.
+    /// Of that, the time between `submit` and `collect`, in which the engine thread computed something else.
+    pub away: Duration,
+    /// Time in the experts, as reported: that of the worker that took longest. Waiting for the experts is not in it.
+    pub compute: Duration,
+    /// Checking and adding in `collect`.
     pub combine: Duration,
 }
 
 impl Sample {
-    /// What dispatch and combine cost beside the experts.
+    /// What dispatch and combine cost the engine thread beside the experts' computation. Of that computation, and of all
+    /// else, what went on while the engine thread was busy elsewhere cost it nothing.
     #[must_use]
     pub fn overhead(&self) -> Duration {
-        self.round_trip.saturating_sub(self.worker) + self.combine
+        self.round_trip.saturating_sub(self.away.max(self.compute)) + self.combine
     }
 }
 

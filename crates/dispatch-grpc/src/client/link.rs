@@ -1,7 +1,7 @@
 //! One worker's link: connect, check, open the streams, carry replies, and begin again when it breaks.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use muster_proto::convert::RouterName;
 use muster_proto::description::Description;
@@ -10,6 +10,7 @@ use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::handshake::{HandshakeError, LANES, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::reply::Reply;
+use muster_types::Combine;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,6 +36,7 @@ pub(super) struct LinkConfig {
     pub(super) max_rows: u32,
     pub(super) experts: Vec<u32>,
     pub(super) limits: MessageLimits,
+    pub(super) combine: Combine,
 }
 
 /// Keeps a worker connected, for as long as it is polled.
@@ -123,7 +125,7 @@ async fn open_lane(
     lane: u32,
 ) -> Result<Lane, LinkError> {
     let (sender, outbound) = mpsc::channel(SEND_QUEUE);
-    let hello = config.terms.to_hello(&config.router, lane);
+    let hello = config.terms.to_hello(&config.router, lane, config.combine);
     let message = v1::DispatchRequest { body: Some(v1::dispatch_request::Body::Hello(hello)) };
     // The channel is empty and its receiver is right here.
     let _ = sender.send(message).await;
@@ -180,10 +182,9 @@ async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, b
             Ok(message) => message,
             Err(ended) => return ended,
         };
-        let at = Instant::now();
         let delivered = match Reply::parse(message) {
             Ok(Reply::Answer { id, outcome, timing }) => {
-                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing, at });
+                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing });
                 board.deliver(stream, id.get(), outcome)
             }
             Ok(Reply::Ack { .. }) => Err("it acknowledged a stream twice".into()),

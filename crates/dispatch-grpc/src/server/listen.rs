@@ -4,16 +4,18 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::oneshot;
 use tokio::time::Sleep;
 use tokio_stream::Stream;
 
-use super::ExpertServer;
+use super::{ExpertServer, Network};
 use crate::address::Address;
+use crate::driver::Driver;
 use crate::transport;
 
 /// Pause after an accept that failed for lack of something, such as file descriptors.
@@ -31,6 +33,9 @@ pub enum BindError {
     /// The file at a socket's path is something else.
     #[error("{} exists and is not a socket; choose another path or remove it", .0.display())]
     NotASocket(PathBuf),
+    /// The network thread could not be started.
+    #[error("cannot start the network thread: {0}; check the limit on processes and threads")]
+    Thread(io::Error),
     /// Anything else.
     #[error("cannot listen on {address}: {source}; check that it is an address of this machine")]
     Io {
@@ -46,7 +51,7 @@ pub enum BindError {
 #[error("serving on {address} failed: {source}")]
 pub struct ServeError {
     address: Address,
-    source: tonic::transport::Error,
+    source: Box<dyn std::error::Error + Send + Sync>,
 }
 
 enum Listener {
@@ -64,10 +69,11 @@ impl Drop for SocketFile {
     }
 }
 
-/// A socket that listens; connections wait until it is served.
+/// A socket that listens, and the network it is part of; connections wait until it is served.
 pub struct Bound {
     listener: Listener,
     address: Address,
+    driver: Driver,
 }
 
 impl Bound {
@@ -76,23 +82,15 @@ impl Bound {
     /// # Errors
     /// See [`BindError`].
     pub async fn bind(address: &Address) -> Result<Self, BindError> {
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => BindError::InUse { address: address.clone() },
-            _ => BindError::Io { address: address.clone(), source },
-        };
-        match address {
-            Address::Tcp { host, port } => {
-                let listener = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
-                let address = listener.local_addr().map_err(failed)?.into();
-                Ok(Self { listener: Listener::Tcp(listener), address })
-            }
-            Address::Unix(path) => {
-                remove_stale(path, address).await?;
-                let listener = UnixListener::bind(path).map_err(failed)?;
-                let file = SocketFile(path.clone());
-                Ok(Self { listener: Listener::Unix(listener, file), address: address.clone() })
-            }
-        }
+        let driver = Driver::start("muster-network").map_err(BindError::Thread)?;
+        // Sockets belong to the runtime in which they are made.
+        let wanted = address.clone();
+        let listening = driver.spawn(async move { listen(&wanted).await });
+        let (listener, address) = listening.await.unwrap_or_else(|error| {
+            let source = io::Error::other(error);
+            Err(BindError::Io { address: address.clone(), source })
+        })?;
+        Ok(Self { listener, address, driver })
     }
 
     /// Where it listens, with the port that the system picked for port 0.
@@ -101,7 +99,14 @@ impl Bound {
         &self.address
     }
 
-    /// Serves until `shutdown` completes and every stream has ended; [`ExpertServer::close`] ends them.
+    /// What the experts' thread must drive.
+    #[must_use]
+    pub fn network(&self) -> Network {
+        Network(self.driver.reins())
+    }
+
+    /// Serves until `shutdown` completes and every stream has ended; [`ExpertServer::close`] ends them. Dropped before
+    /// that, it closes every connection at once.
     ///
     /// # Errors
     /// When the transport fails as a whole; one connection's failure is not that.
@@ -110,17 +115,55 @@ impl Bound {
         server: &ExpertServer,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
-        let Self { listener, address } = self;
+        let Self { listener, address, driver } = self;
         let router = transport::server().add_service(server.service());
-        let served = match listener {
-            Listener::Tcp(listener) => {
-                router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, shutdown).await
+        let (stop, stopped) = oneshot::channel::<()>();
+        let stopped = async {
+            // Resolves also when the other half is gone.
+            let _ = stopped.await;
+        };
+        let mut serving = driver.spawn(async move {
+            match listener {
+                Listener::Tcp(listener) => {
+                    router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, stopped).await
+                }
+                Listener::Unix(listener, _file) => {
+                    router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, stopped).await
+                }
             }
-            Listener::Unix(listener, _file) => {
-                router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, shutdown).await
+        });
+        let mut shutdown = pin!(shutdown);
+        let served = tokio::select! {
+            served = &mut serving => served,
+            () = &mut shutdown => {
+                drop(stop);
+                serving.await
             }
         };
-        served.map_err(|source| ServeError { address, source })
+        match served {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(ServeError { address, source: source.into() }),
+            Err(source) => Err(ServeError { address, source: source.into() }),
+        }
+    }
+}
+
+async fn listen(address: &Address) -> Result<(Listener, Address), BindError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => BindError::InUse { address: address.clone() },
+        _ => BindError::Io { address: address.clone(), source },
+    };
+    match address {
+        Address::Tcp { host, port } => {
+            let listener = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
+            let address = listener.local_addr().map_err(failed)?.into();
+            Ok((Listener::Tcp(listener), address))
+        }
+        Address::Unix(path) => {
+            remove_stale(path, address).await?;
+            let listener = UnixListener::bind(path).map_err(failed)?;
+            Ok((Listener::Unix(listener, SocketFile(path.clone())), address.clone()))
+        }
     }
 }
 

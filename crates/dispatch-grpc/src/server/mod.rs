@@ -1,16 +1,16 @@
-//! The worker's side: admits routers, checks shards, feeds one compute thread, announces what is held.
+//! The worker's side: admits routers, checks shards, feeds the experts' thread, announces what is held.
 //!
 //! What always holds: a shard reaches the experts only after every rule of the protocol was checked; it has its
-//! place in the reply stream reserved before it is queued, so the compute thread never waits for a reader; and
+//! place in the reply stream reserved before it is queued, so the experts' thread never waits for a reader; and
 //! every shard that was read gets exactly one answer as long as its stream lives.
 
+mod call;
 mod listen;
 mod queue;
 mod stream;
 
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use muster_placement::Shape;
@@ -20,15 +20,14 @@ use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
 use muster_proto::handshake::{HandshakeError, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::shard::ShardRules;
-use muster_types::Combine;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 pub use listen::{BindError, Bound, ServeError};
-pub use queue::ComputeQueue;
-use queue::Job;
+use queue::Jobs;
+pub use queue::{ComputeQueue, Network};
 pub use stream::Replies;
 
 /// Time a router has to say hello on a new stream.
@@ -49,6 +48,8 @@ pub struct ServerConfig {
     pub streams: NonZeroUsize,
     /// Longer deadlines are cut to this.
     pub max_deadline: Duration,
+    /// How long the experts' thread looks for the next shard after an answer before it sleeps.
+    pub busy_poll: Duration,
 }
 
 /// The gRPC service of a worker. Clones share one state.
@@ -63,8 +64,7 @@ struct Shared {
     rules: ShardRules,
     limits: MessageLimits,
     description: watch::Sender<Description>,
-    /// `None` once closed, which ends the compute thread.
-    jobs: Mutex<Option<SyncSender<Job>>>,
+    jobs: Arc<Jobs>,
     in_flight: watch::Sender<usize>,
     streams: Arc<Semaphore>,
     capacity: usize,
@@ -72,7 +72,7 @@ struct Shared {
 }
 
 impl ExpertServer {
-    /// A server for a worker that describes itself so, and the queue its compute thread must run.
+    /// A server for a worker that describes itself so, and the queue its experts' thread must run.
     #[must_use]
     pub fn new(config: &ServerConfig, description: Description) -> (Self, ComputeQueue) {
         let wire = description.compute.wire_dtype();
@@ -81,7 +81,6 @@ impl ExpertServer {
             hidden: config.hidden.get(),
             compute: description.compute,
             experts: description.experts,
-            combine: Combine::Exact,
             numerics: description.numerics,
         };
         let rules = ShardRules {
@@ -95,13 +94,13 @@ impl ExpertServer {
         let most = config.shape.experts().iter().copied().max().unwrap_or(0);
         let limits = MessageLimits::new(rules.hidden, wire, rules.max_rows, rules.top_k, most);
         let capacity = config.streams.get().min(Semaphore::MAX_PERMITS);
-        let (jobs, queue) = ComputeQueue::new(config.queue, &rules);
+        let (jobs, queue) = ComputeQueue::new(config.queue, config.busy_poll, rules.clone());
         let shared = Shared {
             terms,
             rules,
             limits,
             description: watch::Sender::new(description),
-            jobs: Mutex::new(Some(jobs)),
+            jobs,
             in_flight: watch::Sender::new(0),
             streams: Arc::new(Semaphore::new(capacity)),
             capacity,
@@ -134,10 +133,10 @@ impl ExpertServer {
         self.shared.capacity - self.shared.streams.available_permits()
     }
 
-    /// Ends every stream, after what was answered is sent, and lets the compute thread finish.
+    /// Ends every stream, after what was answered is sent, and lets the experts' thread finish.
     pub fn close(&self) {
         self.shared.stop.cancel();
-        self.shared.jobs().take();
+        self.shared.jobs.close();
     }
 
     fn service(&self) -> ExpertsServer<Self> {
@@ -154,12 +153,6 @@ impl ExpertServer {
     fn stream_permit(&self) -> Result<tokio::sync::OwnedSemaphorePermit, Status> {
         let full = |_| Status::resource_exhausted("this worker has as many open streams as it allows");
         self.shared.streams.clone().try_acquire_owned().map_err(full)
-    }
-}
-
-impl Shared {
-    fn jobs(&self) -> std::sync::MutexGuard<'_, Option<SyncSender<Job>>> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -1,23 +1,36 @@
-//! The bounded queue between the network and the experts, and the loop of the compute thread.
+//! The bounded queue between the network and the experts, and the loop of the experts' thread.
+//!
+//! The thread that computes also drives the network while it waits, so a shard and its answer cross no thread. Shards of
+//! one layer that wait together are computed as one call and answered apart; a row's bits do not depend on that.
 
+use std::collections::VecDeque;
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use muster_engine::dispatch::Rows;
+use metrics::{Counter, Histogram};
+use muster_kernels::Cpu;
 use muster_proto::expert::v1;
-use muster_proto::frame::{self, FrameError, RowBuffer};
 use muster_proto::reply::{Fault, FaultKind, Reply, Timing};
 use muster_proto::shard::{ShardRules, ShardView};
-use muster_types::DType;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tonic::Status;
 
-use crate::compute::{ComputeError, ExpertCompute};
+use super::call::Call;
+use crate::busy::BusyPoll;
+use crate::compute::ExpertCompute;
+use crate::driver::Reins;
 
 /// What goes down a reply stream.
 pub(super) type Item = Result<v1::DispatchReply, Status>;
+
+/// Rows up to which waiting shards are computed together. More rows use the weights well by themselves, and the first
+/// answer would only come later.
+const MERGE_ROWS: usize = 128;
+/// Bytes of input or output from which the network is driven by another thread during the computation: this many are
+/// neither computed nor sent in no time.
+const LARGE_BYTES: usize = 256 << 10;
 
 /// A shard's one answer, with its place in the reply stream. Dropped unanswered, as when the experts panic, it
 /// says so itself.
@@ -75,90 +88,206 @@ pub(super) struct Job {
     pub(super) answer: Answer,
 }
 
-/// The receiving end of the queue. Belongs to the compute thread.
-pub struct ComputeQueue {
-    jobs: Receiver<Job>,
-    hidden: usize,
-    wire: DType,
+/// Shards that wait, first come first served.
+pub(super) struct Jobs {
+    waiting: Mutex<Waiting>,
+    arrived: Notify,
+    depth: usize,
 }
 
-impl ComputeQueue {
-    pub(super) fn new(depth: NonZeroUsize, rules: &ShardRules) -> (SyncSender<Job>, Self) {
-        let (sender, jobs) = sync_channel(depth.get());
-        (sender, Self { jobs, hidden: rules.hidden as usize, wire: rules.wire })
+#[derive(Default)]
+struct Waiting {
+    jobs: VecDeque<Job>,
+    /// Nothing more is taken; what waits is still computed.
+    closed: bool,
+}
+
+/// Why a shard was not taken.
+pub(super) enum Refused {
+    /// Too many wait.
+    Full(Job),
+    /// The experts have stopped.
+    Closed(Job),
+}
+
+impl Jobs {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        // Nothing panics while it holds the lock.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Computes shards, first come first served, until the server is closed. Shards whose deadline passed in the
-    /// queue and shards whose router went away are not computed.
-    pub fn run(self, experts: &mut dyn ExpertCompute) {
-        let mut buffers = Buffers::default();
-        while let Ok(Job { view, received, stream, answer }) = self.jobs.recv() {
-            if stream.is_closed() {
-                answer.abandon();
-                continue;
+    pub(super) fn push(&self, job: Job) -> Result<(), Refused> {
+        let mut waiting = self.lock();
+        if waiting.closed {
+            return Err(Refused::Closed(job));
+        }
+        if waiting.jobs.len() >= self.depth {
+            return Err(Refused::Full(job));
+        }
+        waiting.jobs.push_back(job);
+        drop(waiting);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// Lets the experts' thread end once nothing waits.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.arrived.notify_one();
+    }
+
+    /// Closes, and drops what waits.
+    fn abort(&self) {
+        self.close();
+        let jobs = std::mem::take(&mut self.lock().jobs);
+        // Answers are given without the lock.
+        drop(jobs);
+    }
+
+    /// The shard that waits longest, with those of its layer that can be computed along with it. `None`: closed and
+    /// empty; no shards: empty.
+    fn take(&self) -> Option<Vec<Job>> {
+        let mut waiting = self.lock();
+        let Some(first) = waiting.jobs.pop_front() else {
+            return if waiting.closed { None } else { Some(Vec::new()) };
+        };
+        let (layer, mut rows) = (first.view.layer(), first.view.rows());
+        let mut taken = vec![first];
+        let mut at = 0;
+        while let Some(job) = waiting.jobs.get(at) {
+            let fits = job.view.layer() == layer && rows + job.view.rows() <= MERGE_ROWS;
+            match if fits { waiting.jobs.remove(at) } else { None } {
+                Some(job) => {
+                    rows += job.view.rows();
+                    taken.push(job);
+                }
+                None => at += 1,
             }
-            let started = Instant::now();
-            let queue = started.duration_since(received);
-            let outcome = self.compute(&view, queue, experts, &mut buffers);
-            let compute = started.elapsed();
-            metrics::histogram!("muster_worker_queue_seconds").record(queue);
-            if outcome.is_ok() {
-                metrics::counter!("muster_worker_rows_total").increment(view.outputs().into());
-                metrics::histogram!("muster_worker_compute_seconds").record(compute);
+        }
+        Some(taken)
+    }
+
+    /// Waits for shards; `None` once closed and empty.
+    async fn next(&self, mut busy: BusyPoll) -> Option<Vec<Job>> {
+        loop {
+            match self.take() {
+                Some(jobs) if jobs.is_empty() => {}
+                jobs => return jobs,
             }
-            answer.send(outcome, Timing { compute, queue });
+            if !busy.pause().await {
+                self.arrived.notified().await;
+            }
+        }
+    }
+}
+
+/// The receiving end of the queue. Belongs to the experts' thread.
+pub struct ComputeQueue {
+    jobs: Arc<Jobs>,
+    rules: ShardRules,
+    busy_poll: Duration,
+    queue_seconds: Histogram,
+    compute_seconds: Histogram,
+    rows: Counter,
+    merged: Counter,
+}
+
+/// An answer that is ready to be sent.
+type Ready = (Answer, Result<(u32, Bytes), Fault>, Timing);
+
+impl ComputeQueue {
+    pub(super) fn new(depth: NonZeroUsize, busy_poll: Duration, rules: ShardRules) -> (Arc<Jobs>, Self) {
+        let jobs = Arc::new(Jobs { waiting: Mutex::default(), arrived: Notify::new(), depth: depth.get() });
+        let queue = Self {
+            jobs: Arc::clone(&jobs),
+            rules,
+            busy_poll,
+            queue_seconds: metrics::histogram!("muster_worker_queue_seconds"),
+            compute_seconds: metrics::histogram!("muster_worker_compute_seconds"),
+            rows: metrics::counter!("muster_worker_rows_total"),
+            merged: metrics::counter!("muster_worker_shards_merged_total"),
+        };
+        (jobs, queue)
+    }
+
+    /// Computes shards, first come first served, until the server is closed or no longer serves; `network` is that of the
+    /// socket it serves on, which this thread drives while it waits. Shards whose deadline passed in the queue and shards
+    /// whose router went away are not computed.
+    pub fn run(self, network: &Network, cpu: &Cpu, experts: &mut dyn ExpertCompute) {
+        let mut call = Call::default();
+        let mut ready: Vec<Ready> = Vec::new();
+        loop {
+            let mut large = ready.iter().any(|(_, outcome, _)| is_large(outcome));
+            let answered = !ready.is_empty();
+            let next = network.0.drive(async {
+                for (answer, outcome, timing) in ready.drain(..) {
+                    answer.send(outcome, timing);
+                }
+                if answered {
+                    // Until the transport has taken what it can.
+                    tokio::task::yield_now().await;
+                }
+                let busy_poll = if answered { self.busy_poll } else { Duration::ZERO };
+                self.jobs.next(BusyPoll::start(busy_poll)).await
+            });
+            let Some(Some(jobs)) = next else { return };
+            large |= jobs.iter().any(|job| job.view.data().len() >= LARGE_BYTES);
+            if large {
+                network.0.lend();
+            }
+            self.compute(jobs, cpu, experts, &mut call, &mut ready);
         }
     }
 
     fn compute(
         &self,
-        view: &ShardView,
-        waited: Duration,
+        jobs: Vec<Job>,
+        cpu: &Cpu,
         experts: &mut dyn ExpertCompute,
-        buffers: &mut Buffers,
-    ) -> Result<(u32, Bytes), Fault> {
-        if waited >= view.deadline() {
-            let reason = format!("waited {waited:?}; the deadline was {:?}", view.deadline());
-            return Err(Fault::new(FaultKind::Deadline, reason));
+        call: &mut Call,
+        ready: &mut Vec<Ready>,
+    ) {
+        let started = Instant::now();
+        call.clear();
+        let mut members = Vec::with_capacity(jobs.len());
+        for Job { view, received, stream, answer } in jobs {
+            if stream.is_closed() {
+                answer.abandon();
+                continue;
+            }
+            let queue = started.duration_since(received);
+            self.queue_seconds.record(queue);
+            match call.admit(&view, queue, &self.rules) {
+                Ok(()) => members.push((view, answer, queue)),
+                Err(fault) => ready.push((answer, Err(fault), Timing { queue, compute: Duration::ZERO })),
+            }
         }
-        let Buffers { input, output } = buffers;
-        let rows = match self.wire {
-            DType::F32 => input.read_f32(view.data(), view.rows(), self.hidden).map(Rows::HostF32),
-            DType::Bf16 => input.read_bf16(view.data(), view.rows(), self.hidden).map(Rows::HostBf16),
-        };
-        let rows = rows.map_err(|error| input_fault(&error))?;
-        experts.forward(view.layer(), &view.groups(), rows, output).map_err(|error| compute_fault(&error))?;
-        let want = view.outputs() as usize * self.hidden;
-        if output.len() != want {
-            let reason = format!("experts gave {} values instead of {want}", output.len());
-            return Err(Fault::new(FaultKind::Internal, reason));
+        let views: Vec<&ShardView> = members.iter().map(|(view, ..)| view).collect();
+        let outcomes = call.run(&views, cpu, &self.rules, experts);
+        if views.len() > 1 {
+            self.merged.increment(views.len() as u64);
         }
-        let data = frame::write_rows(output, self.wire)
-            .map_err(|error| Fault::new(FaultKind::Internal, error.to_string()))?;
-        Ok((view.outputs(), data))
+        for ((view, answer, queue), (outcome, compute)) in members.into_iter().zip(outcomes) {
+            if outcome.is_ok() {
+                self.rows.increment(view.outputs() as u64);
+                self.compute_seconds.record(compute);
+            }
+            let outcome = outcome.map(|data| (view.answers(), data));
+            ready.push((answer, outcome, Timing { compute, queue }));
+        }
     }
 }
 
-/// Kept from shard to shard.
-#[derive(Default)]
-struct Buffers {
-    input: RowBuffer,
-    output: Vec<f32>,
-}
-
-fn input_fault(error: &FrameError) -> Fault {
-    let kind = match error {
-        FrameError::NonFinite { .. } => FaultKind::NonFinite,
-        _ => FaultKind::BadRequest,
-    };
-    Fault::new(kind, format!("field data: {error}"))
-}
-
-fn compute_fault(error: &ComputeError) -> Fault {
-    let text = error.to_string();
-    match error {
-        ComputeError::NotHeld(key) => Fault::of_expert(FaultKind::NotHeld, key.expert.get(), text),
-        ComputeError::NonFinite(key) => Fault::of_expert(FaultKind::NonFinite, key.expert.get(), text),
-        ComputeError::Internal(_) => Fault::new(FaultKind::Internal, text),
+impl Drop for ComputeQueue {
+    fn drop(&mut self) {
+        self.jobs.abort();
     }
 }
+
+fn is_large(outcome: &Result<(u32, Bytes), Fault>) -> bool {
+    outcome.as_ref().is_ok_and(|(_, data)| data.len() >= LARGE_BYTES)
+}
+
+/// A bound socket's network, for the experts' thread to drive.
+#[derive(Clone)]
+pub struct Network(pub(super) Reins);

@@ -1,8 +1,7 @@
-//! One dispatch stream: reads shards, checks them, hands them to the compute thread.
+//! One dispatch stream: reads shards, checks them, queues them for the experts.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::mpsc::TrySendError;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -11,12 +10,13 @@ use muster_proto::expert::v1;
 use muster_proto::handshake::Greeting;
 use muster_proto::reply::{Fault, FaultKind, Reply};
 use muster_proto::shard::{ShardIds, ShardView};
+use muster_types::Combine;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
 use super::Shared;
-use super::queue::{Answer, Item, Job};
+use super::queue::{Answer, Item, Job, Refused};
 
 /// Shards of one stream that are read and not yet answered. A router has one or two; more wait in the network.
 const WINDOW: usize = 8;
@@ -36,8 +36,8 @@ pub(super) async fn open(
     // The channel is empty and its receiver is right here.
     let _ = replies.send(Ok(Reply::Ack { worker, epoch }.into_wire())).await;
     tokio::spawn(async move {
-        tracing::info!(router = %greeting.router, lane = greeting.lane, "stream opened");
-        let end = read(&shared, inbound, &replies).await;
+        tracing::info!(router = %greeting.router, lane = greeting.lane, combine = %greeting.combine, "stream opened");
+        let end = read(&shared, greeting.combine, inbound, &replies).await;
         let reason = end.as_ref().map_or_else(Status::message, |()| "closed by the router");
         tracing::info!(router = %greeting.router, lane = greeting.lane, reason, "stream ended");
         if let Err(status) = end {
@@ -66,6 +66,7 @@ impl Stream for Replies {
 /// Reads until the router closes its side or goes away (`Ok`), or the stream must be ended with a status.
 async fn read(
     shared: &Arc<Shared>,
+    combine: Combine,
     mut inbound: Streaming<v1::DispatchRequest>,
     replies: &mpsc::Sender<Item>,
 ) -> Result<(), Status> {
@@ -87,7 +88,7 @@ async fn read(
         };
         let id = ids.accept(shard.id).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let answer = Answer::new(id, place, shared.in_flight.clone());
-        if let Err((answer, fault)) = accept(shared, shard, answer, replies) {
+        if let Err((answer, fault)) = accept(shared, combine, shard, answer, replies) {
             answer.refuse(fault);
         }
     }
@@ -96,6 +97,7 @@ async fn read(
 /// Checks a shard and queues it; gives the answer back with a fault when that cannot be.
 fn accept(
     shared: &Shared,
+    combine: Combine,
     shard: v1::LayerShard,
     answer: Answer,
     replies: &mpsc::Sender<Item>,
@@ -107,20 +109,14 @@ fn accept(
     if phase == Phase::Draining {
         return Err((answer, Fault::new(FaultKind::Draining, "the worker is draining")));
     }
-    let view = match ShardView::parse(shard, &shared.rules, epoch) {
+    let view = match ShardView::parse(shard, &shared.rules, combine, epoch) {
         Ok(view) => view,
         Err(fault) => return Err((answer, fault)),
     };
     let job = Job { view, received: Instant::now(), stream: replies.clone(), answer };
-    let refused = match shared.jobs().as_ref() {
-        Some(jobs) => jobs.try_send(job),
-        None => Err(TrySendError::Disconnected(job)),
-    };
-    refused.map_err(|error| match error {
-        TrySendError::Full(job) => {
-            (job.answer, Fault::new(FaultKind::Overloaded, "the worker's queue is full"))
-        }
-        TrySendError::Disconnected(job) => {
+    shared.jobs.push(job).map_err(|refused| match refused {
+        Refused::Full(job) => (job.answer, Fault::new(FaultKind::Overloaded, "the worker's queue is full")),
+        Refused::Closed(job) => {
             (job.answer, Fault::new(FaultKind::Internal, "the worker's experts have stopped"))
         }
     })

@@ -3,11 +3,11 @@
 use crate::support::{
     Fake, HIDDEN, TOP_K, TestWorker, all, connect_config, describe, server_config, shape, share, socket,
 };
-use muster_dispatch_grpc::GrpcDispatch;
+use muster_dispatch_grpc::{ConnectConfig, GrpcDispatch};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
-use muster_testkit::conformance::{self, Harness, Model};
+use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake;
-use muster_types::{Compute, ExpertId};
+use muster_types::{Combine, Compute, ExpertId, ExpertKey};
 
 /// A dispatch together with the workers it needs.
 struct Cluster {
@@ -43,7 +43,22 @@ fn harness(workers: Vec<TestWorker>, compute: Compute) -> Harness<Cluster> {
     let dispatch = GrpcDispatch::connect(connect_config(&addresses, compute)).expect("workers fit");
     let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
     let experts = shape().experts().to_vec();
-    let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle };
+    let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle, sums: Sums::Exact };
+    Harness { dispatch: Cluster { dispatch, _workers: workers }, model }
+}
+
+fn partial(count: u32, compute: Compute) -> Harness<Cluster> {
+    let workers = shares(count, compute);
+    let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
+    let config = ConnectConfig { combine: Combine::Partial, ..connect_config(&addresses, compute) };
+    let dispatch = GrpcDispatch::connect(config).expect("workers fit");
+    let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
+    let owner = move |layer, expert| {
+        let holds = |n: &u32| share(*n, count).contains(&ExpertKey { layer, expert });
+        (0..count).find(holds).expect("every expert is held") as usize
+    };
+    let (experts, sums) = (shape().experts().to_vec(), Sums::Partial(Box::new(owner)));
+    let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle, sums };
     Harness { dispatch: Cluster { dispatch, _workers: workers }, model }
 }
 
@@ -59,6 +74,16 @@ fn three_workers_over_tcp_in_bf16() {
 #[test]
 fn two_workers_over_tcp_in_f32() {
     conformance::run(|| harness(shares(2, Compute::F32), Compute::F32));
+}
+
+#[test]
+fn workers_that_add_up_themselves_in_bf16() {
+    conformance::run(|| partial(3, Compute::Bf16));
+}
+
+#[test]
+fn workers_that_add_up_themselves_in_f32() {
+    conformance::run(|| partial(2, Compute::F32));
 }
 
 #[test]

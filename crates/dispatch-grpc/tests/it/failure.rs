@@ -123,7 +123,8 @@ fn a_late_reply_is_dropped_and_counted() {
     assert_eq!((stats.late_replies, stats.samples.len()), (1, 1));
     let sample = stats.samples[0];
     assert_eq!((sample.layer, sample.rows), (late.layer, 1));
-    assert!(sample.worker <= sample.round_trip && sample.overhead() >= sample.combine, "{sample:?}");
+    assert!(sample.away <= sample.round_trip && sample.compute <= sample.round_trip, "{sample:?}");
+    assert!(sample.overhead() >= sample.combine, "{sample:?}");
 }
 
 /// What becomes of a row when the worker answers like this.

@@ -10,6 +10,7 @@ use muster_proto::expert::v1;
 use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::expert::v1::shard_error::Code as Fault;
 use muster_proto::handshake::Terms;
+use muster_testkit::fake;
 use muster_types::{Combine, Compute, ExpertDType, ExpertId, ExpertKey, LayerId, NumericsClass};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,8 +18,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{
-    FINGERPRINT, Fake, Gated, HIDDEN, MAX_ROWS, TestWorker, all, describe, eventually, runtime,
-    server_config, share, socket,
+    FINGERPRINT, Fake, Gated, HIDDEN, MAX_ROWS, TestWorker, all, describe, eventually, expert, layer,
+    runtime, server_config, share, socket,
 };
 
 fn hello() -> v1::Hello {
@@ -27,10 +28,9 @@ fn hello() -> v1::Hello {
         hidden: HIDDEN as u32,
         compute: Compute::F32,
         experts: ExpertDType::Native,
-        combine: Combine::Exact,
         numerics: NumericsClass::CpuCanonical,
     };
-    terms.to_hello(&RouterName::new("raw").unwrap(), 0)
+    terms.to_hello(&RouterName::new("raw").unwrap(), 0, Combine::Exact)
 }
 
 /// One row for expert 1 of layer 0.
@@ -45,6 +45,7 @@ fn shard(id: u64) -> v1::LayerShard {
         experts: vec![1],
         counts: vec![1],
         indices: vec![0],
+        weights: vec![],
     }
 }
 
@@ -95,6 +96,18 @@ impl Raw {
         let reply = self.reply().await;
         match reply.body {
             Some(v1::dispatch_reply::Body::Error(error)) => (reply.id, error.code(), error.message),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The next reply must be rows; their values.
+    async fn data(&mut self) -> (u64, Vec<f32>) {
+        let reply = self.reply().await;
+        match reply.body {
+            Some(v1::dispatch_reply::Body::Rows(rows)) => {
+                let values = rows.data.as_chunks::<4>().0.iter().map(|&bytes| f32::from_le_bytes(bytes));
+                (reply.id, values.collect())
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -258,6 +271,109 @@ fn a_router_that_goes_away_takes_its_queued_shards_along() {
     });
 }
 
+/// What fake experts of layer 0 make of `row`, expert after expert.
+fn outputs(row: &[f32], experts: &[u32]) -> Vec<f32> {
+    let one = |&number: &u32| fake::output(Compute::F32, layer(0), expert(number), row);
+    experts.iter().flat_map(one).collect()
+}
+
+/// One row for several experts of layer 0.
+fn row_for(id: u64, row: &[f32], experts: &[u32]) -> v1::LayerShard {
+    v1::LayerShard {
+        data: row.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>().into(),
+        experts: experts.to_vec(),
+        counts: vec![1; experts.len()],
+        indices: vec![0; experts.len()],
+        ..shard(id)
+    }
+}
+
+#[test]
+fn shards_of_one_layer_that_wait_together_are_one_call_and_answered_apart() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let worker = with(experts, &server_config());
+    runtime().block_on(async {
+        let mut one = Raw::open(&worker).await;
+        let mut other = Raw::open(&worker).await;
+        one.send(shard(1)).await;
+        gate.wait();
+        let (x, y) = (vec![0.5; HIDDEN], vec![-3.0; HIDDEN]);
+        one.send(row_for(2, &x, &[1, 3, 6])).await;
+        one.send(v1::LayerShard { layer: 2, ..shard(3) }).await;
+        // A refused shard is answered once those before it are queued.
+        one.send(v1::LayerShard { rows: 0, ..shard(4) }).await;
+        assert_eq!(one.fault().await.0, 4);
+        other.send(row_for(1, &y, &[0, 3])).await;
+        other.send(v1::LayerShard { rows: 0, ..shard(2) }).await;
+        assert_eq!(other.fault().await.0, 2);
+        gate.release();
+        assert_eq!(one.rows().await, (1, 1));
+        gate.wait();
+        gate.release();
+        assert_eq!(one.data().await, (2, outputs(&x, &[1, 3, 6])));
+        assert_eq!(other.data().await, (1, outputs(&y, &[0, 3])));
+        gate.wait();
+        gate.no_other();
+        gate.release();
+        assert_eq!(one.rows().await, (3, 1), "the other layer had a call of its own");
+    });
+}
+
+#[test]
+fn a_shard_that_fails_does_not_fail_those_computed_with_it() {
+    let held = share(0, 2);
+    let (experts, gate) = Gated::new(Fake::new(&held, Compute::F32));
+    let worker = with(experts, &server_config());
+    runtime().block_on(async {
+        let mut one = Raw::open(&worker).await;
+        let mut other = Raw::open(&worker).await;
+        one.send(row_for(1, &[0.5; HIDDEN], &[0])).await;
+        gate.wait();
+        let nan = [f32::NAN; HIDDEN];
+        one.send(row_for(2, &nan, &[0])).await;
+        one.send(row_for(3, &[2.0; HIDDEN], &[1])).await;
+        one.send(v1::LayerShard { rows: 0, ..shard(4) }).await;
+        assert_eq!(one.fault().await.0, 4);
+        other.send(row_for(1, &[0.25; HIDDEN], &[2, 4])).await;
+        other.send(v1::LayerShard { rows: 0, ..shard(2) }).await;
+        assert_eq!(other.fault().await.0, 2);
+        // Together, then each of the two that have rows alone.
+        (0..4).for_each(|_| gate.release());
+        assert_eq!(one.rows().await, (1, 1));
+        assert_eq!(one.fault().await.1, Fault::NonFinite);
+        assert_eq!(one.fault().await.1, Fault::NotHeld);
+        assert_eq!(other.data().await, (1, outputs(&[0.25; HIDDEN], &[2, 4])));
+    });
+}
+
+#[test]
+fn only_a_stream_that_combines_partially_carries_weights() {
+    let worker = plain();
+    runtime().block_on(async {
+        let hello = v1::Hello { combine: v1::CombineMode::Partial.into(), ..hello() };
+        let mut partial = Raw::first(&worker, Some(v1::dispatch_request::Body::Hello(hello))).await.unwrap();
+        partial.reply().await;
+        let mut exact = Raw::open(&worker).await;
+        let row = [1.5; HIDDEN];
+        let weighted =
+            |id, weights: &[f32]| v1::LayerShard { weights: weights.to_vec(), ..row_for(id, &row, &[1, 3]) };
+        for (id, bad) in [(1, vec![]), (2, vec![1.0]), (3, vec![1.0, f32::NAN])] {
+            partial.send(weighted(id, &bad)).await;
+            assert_eq!(partial.fault().await.1, Fault::BadRequest);
+        }
+        exact.send(weighted(1, &[1.0, 1.0])).await;
+        assert_eq!(exact.fault().await.1, Fault::BadRequest);
+
+        partial.send(weighted(4, &[0.5, -2.0])).await;
+        let (first, second) = (outputs(&row, &[1]), outputs(&row, &[3]));
+        let sum = first.iter().zip(&second).map(|(a, b)| 0.5 * a + -2.0 * b).collect();
+        assert_eq!(partial.data().await, (4, sum));
+        partial.send(weighted(5, &[f32::MAX, f32::MAX])).await;
+        let (_, code, message) = partial.fault().await;
+        assert_eq!((code, message.as_str()), (Fault::NonFinite, "the weighted sum of row 0 is not finite"));
+    });
+}
+
 #[test]
 fn a_shard_whose_deadline_passes_in_the_queue_is_not_computed() {
     let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
@@ -291,9 +407,13 @@ impl ExpertCompute for Failing {
         _: Rows<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), ComputeError> {
+        assert!(!groups.is_empty(), "no call without experts");
         out.clear();
         match layer.get() {
-            0 => Err(ComputeError::NonFinite(ExpertKey { layer, expert: groups[0].0 })),
+            0 => {
+                out.resize(HIDDEN, f32::NAN);
+                Ok(())
+            }
             2 => Ok(()),
             _ => panic!("an expert gives up"),
         }

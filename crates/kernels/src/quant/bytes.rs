@@ -53,16 +53,12 @@ impl Body {
     /// The fastest body within `isa` that this machine can run.
     #[inline]
     pub(crate) fn of(isa: Isa) -> Self {
-        let vnni = match isa {
-            Isa::Portable => return Self::Portable,
-            Isa::Avx2 => Self::AvxVnni,
-            Isa::Avx512 => Self::Avx512Vnni,
+        let (vnni, plain) = match isa {
+            Isa::Portable | Isa::Neon => return Self::Portable,
+            Isa::Avx2 => (Self::AvxVnni, Self::Avx2),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => (Self::Avx512Vnni, Self::Avx512),
         };
-        match (vnni.is_available(), isa) {
-            (true, _) => vnni,
-            (false, Isa::Avx512) => Self::Avx512,
-            (false, _) => Self::Avx2,
-        }
+        if vnni.is_available() { vnni } else { plain }
     }
 
     #[inline]
@@ -198,13 +194,13 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     pub(super) fn run_avx512(kernel: impl ByteKernel) {
         // SAFETY: as for `run_avx2`.
-        kernel.run(unsafe { Avx512::new() }, Wide512);
+        kernel.run(unsafe { Avx512::<false>::new() }, Wide512);
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
     pub(super) fn run_avx512_vnni(kernel: impl ByteKernel) {
         // SAFETY: as for `run_avx2`.
-        kernel.run(unsafe { Avx512::new() }, Vnni512);
+        kernel.run(unsafe { Avx512::<false>::new() }, Vnni512);
     }
 
     #[inline(always)]
@@ -320,7 +316,7 @@ mod x86 {
 
     macro_rules! bytes512 {
         ($name:ident, $dot:path, $dot_small:path) => {
-            impl Bytes<Avx512> for $name {
+            impl Bytes<Avx512<false>> for $name {
                 type I = __m512i;
                 #[inline(always)]
                 fn splat(self, value: i32) -> __m512i {
@@ -433,9 +429,9 @@ mod tests {
             let body = Body::of(isa);
             assert!(body.is_available());
             let within = match isa {
-                Isa::Portable => [Body::Portable; 2],
+                Isa::Portable | Isa::Neon => [Body::Portable; 2],
                 Isa::Avx2 => [Body::Avx2, Body::AvxVnni],
-                Isa::Avx512 => [Body::Avx512, Body::Avx512Vnni],
+                _ => [Body::Avx512, Body::Avx512Vnni],
             };
             assert!(within.contains(&body), "{isa} runs {body:?}");
         }

@@ -6,6 +6,7 @@ pub mod lying;
 
 use std::collections::BTreeSet;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -15,11 +16,12 @@ use muster_dispatch_grpc::{
     Address, Bound, ComputeError, ConnectConfig, ExpertCompute, ExpertServer, ServerConfig, Start,
 };
 use muster_engine::dispatch::{Choices, LayerBatch, Rows};
+use muster_kernels::Cpu;
 use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
-    Compute, Epoch, ExpertDType, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId,
+    Combine, Compute, Epoch, ExpertDType, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId,
 };
 use tokio::runtime::Runtime;
 
@@ -71,6 +73,7 @@ pub fn server_config() -> ServerConfig {
         queue: NonZeroUsize::new(16).unwrap(),
         streams: NonZeroUsize::new(64).unwrap(),
         max_deadline: Duration::from_secs(60),
+        busy_poll: Duration::from_micros(50),
     }
 }
 
@@ -88,7 +91,14 @@ pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
         connect_timeout: Duration::from_secs(20),
         shard_deadline: Duration::from_secs(20),
         start: Start::Complete,
+        combine: Combine::Exact,
+        busy_poll: Duration::from_micros(50),
+        cpu: cpu(),
     }
+}
+
+pub fn cpu() -> Arc<Cpu> {
+    Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap())
 }
 
 /// Fake experts behind the server's trait.
@@ -188,9 +198,9 @@ impl TestWorker {
         let bound = runtime.block_on(Bound::bind(&address)).expect("the address is free");
         let address = bound.address().to_string();
         let (server, queue) = ExpertServer::new(config, description);
-        let serving = server.clone();
+        let (serving, network) = (server.clone(), bound.network());
         runtime.spawn(async move { bound.serve(&serving, std::future::pending()).await });
-        let compute = std::thread::spawn(move || queue.run(&mut experts));
+        let compute = std::thread::spawn(move || queue.run(&network, &cpu(), &mut experts));
         Self { address, server, runtime: Some(runtime), compute: Some(compute) }
     }
 

@@ -4,11 +4,12 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
 
+use muster_types::Combine;
 use tokio_stream::{Stream, StreamMap};
 
 use super::reply::Head;
 use crate::request::{Event, GenerateRequest, RequestError};
-use crate::service::{Generation, Service};
+use crate::service::{Generation, ModelInfo, Service};
 
 /// Starts every prompt, or none.
 ///
@@ -25,7 +26,7 @@ pub(super) async fn start(
         id: String::new(),
         created: now.map_or(0, |now| now.as_secs()),
         model: model.name.clone(),
-        system_fingerprint: format!("fp_{}", model.fingerprint.short()),
+        system_fingerprint: system_fingerprint(model),
         prompt_tokens: 0,
         choices: 0,
     };
@@ -73,6 +74,16 @@ impl<S: Stream<Item = Result<Event, RequestError>> + Unpin> Stream for Merged<S>
             Err(_) => self.streams.clear(),
         }
         Poll::Ready(Some(item))
+    }
+}
+
+/// Names what decides the bits beside the seed: the model, and how outputs are added where that is not the same for every
+/// placement.
+fn system_fingerprint(model: &ModelInfo) -> String {
+    let fingerprint = model.fingerprint.short();
+    match model.combine {
+        Combine::Exact => format!("fp_{fingerprint}"),
+        Combine::Partial => format!("fp_{fingerprint}_partial"),
     }
 }
 

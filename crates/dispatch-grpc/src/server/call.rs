@@ -1,0 +1,270 @@
+//! One grouped call of the experts for one or several shards of a layer, and what each shard gets of it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use muster_engine::dispatch::Rows;
+use muster_kernels::{Cpu, NotFinite, Outputs, Precision, Term, combine_to_wire, to_wire};
+use muster_proto::frame::{FrameError, RowBuffer, byte_len};
+use muster_proto::reply::{Fault, FaultKind};
+use muster_proto::shard::{ShardRules, ShardView};
+use muster_types::{DType, ExpertId, ExpertKey};
+
+use crate::compute::{ComputeError, ExpertCompute};
+
+/// What a shard gets, and how long the experts took.
+pub(super) type Outcome = (Result<Bytes, Fault>, Duration);
+
+/// Buffers of a call, kept from one to the next.
+#[derive(Default)]
+pub(super) struct Call {
+    input: RowBuffer,
+    output: Vec<f32>,
+}
+
+/// Where the outputs of one shard are: for each of its experts, rows of the call's output.
+type Places = Vec<Range<usize>>;
+
+impl Call {
+    pub(super) fn clear(&mut self) {
+        self.input.clear();
+    }
+
+    /// Takes in a shard's rows, behind those of the shards before it.
+    pub(super) fn admit(
+        &mut self,
+        view: &ShardView,
+        waited: Duration,
+        rules: &ShardRules,
+    ) -> Result<(), Fault> {
+        if waited >= view.deadline() {
+            let reason = format!("waited {waited:?}; the deadline was {:?}", view.deadline());
+            return Err(Fault::new(FaultKind::Deadline, reason));
+        }
+        let read = self.input.append(view.data(), rules.wire, view.rows(), rules.hidden as usize);
+        read.map_err(|error| input_fault(&error))
+    }
+
+    /// Computes the shards that were admitted; all are of one layer. When the experts fail for several at once, each is
+    /// tried alone, so that a shard fails only for reasons of its own.
+    pub(super) fn run(
+        &mut self,
+        views: &[&ShardView],
+        cpu: &Cpu,
+        rules: &ShardRules,
+        experts: &mut dyn ExpertCompute,
+    ) -> Vec<Outcome> {
+        let offsets = views.iter().scan(0, |next, view| {
+            let start = *next;
+            *next += view.rows();
+            Some(start)
+        });
+        let members: Vec<(&ShardView, usize)> = views.iter().copied().zip(offsets).collect();
+        let (outcome, compute) = self.forward(&members, rules, experts);
+        match outcome {
+            Ok(places) => {
+                let answers = members.iter().zip(places);
+                answers.map(|((view, _), places)| (self.answer(view, &places, cpu, rules), compute)).collect()
+            }
+            Err(fault) if members.len() == 1 => vec![(Err(fault), compute)],
+            Err(_) => {
+                let alone = |member| {
+                    let (outcome, compute) = self.forward(&[member], rules, experts);
+                    let places = outcome.map(|mut places| places.pop().unwrap_or_default());
+                    (places.and_then(|places| self.answer(member.0, &places, cpu, rules)), compute)
+                };
+                members.iter().copied().map(alone).collect()
+            }
+        }
+    }
+
+    /// Runs the experts; says where each shard's outputs are.
+    fn forward(
+        &mut self,
+        members: &[(&ShardView, usize)],
+        rules: &ShardRules,
+        experts: &mut dyn ExpertCompute,
+    ) -> (Result<Vec<Places>, Fault>, Duration) {
+        let Some((first, _)) = members.first() else { return (Ok(Vec::new()), Duration::ZERO) };
+        let rows = match rules.wire {
+            DType::F32 => Rows::HostF32(self.input.f32()),
+            DType::Bf16 => Rows::HostBf16(self.input.bf16()),
+        };
+        let (rows, merged, places) = match members {
+            [(view, offset)] => {
+                let hidden = rules.hidden as usize;
+                let part = *offset * hidden..(*offset + view.rows()) * hidden;
+                let rows = match rows {
+                    Rows::HostF32(x) => Rows::HostF32(&x[part]),
+                    Rows::HostBf16(x) => Rows::HostBf16(&x[part]),
+                };
+                (rows, Vec::new(), vec![one_range(view)])
+            }
+            _ => {
+                let (merged, places) = merge(members);
+                (rows, merged, places)
+            }
+        };
+        let groups: Vec<(ExpertId, &[u32])> = match merged.as_slice() {
+            [] => first.groups(),
+            merged => merged.iter().map(|(expert, rows)| (*expert, rows.as_slice())).collect(),
+        };
+        let outputs: usize = members.iter().map(|(view, _)| view.outputs()).sum();
+        let started = Instant::now();
+        let computed = experts.forward(first.layer(), &groups, rows, &mut self.output);
+        let compute = started.elapsed();
+        let want = outputs * rules.hidden as usize;
+        let outcome = match computed {
+            Err(error) => Err(compute_fault(&error)),
+            Ok(()) if self.output.len() != want => {
+                let reason = format!("experts gave {} values instead of {want}", self.output.len());
+                Err(Fault::new(FaultKind::Internal, reason))
+            }
+            Ok(()) => Ok(places),
+        };
+        (outcome, compute)
+    }
+
+    /// A shard's reply: its outputs, or the sums of their weighted rows.
+    fn answer(
+        &self,
+        view: &ShardView,
+        places: &[Range<usize>],
+        cpu: &Cpu,
+        rules: &ShardRules,
+    ) -> Result<Bytes, Fault> {
+        let (hidden, wire) = (rules.hidden as usize, precision(rules.wire));
+        let bytes = byte_len(view.answers() as usize, hidden, rules.wire)
+            .map_err(|error| Fault::new(FaultKind::Internal, error.to_string()))?;
+        let mut data = vec![0; bytes];
+        match view.weights() {
+            None => to_wire(cpu, hidden, &self.output, &joined(places), wire, &mut data)
+                .map_err(|row| non_finite(view, places, row))?,
+            Some(weights) => {
+                let (starts, terms) = terms(view, places, weights);
+                let outputs = [Outputs::Computed(&self.output, wire)];
+                combine_to_wire(cpu, hidden, &outputs, &starts, &terms, wire, &mut data).map_err(|bad| {
+                    match bad {
+                        NotFinite::Output { row, .. } => non_finite(view, places, row),
+                        NotFinite::Sum { row } => {
+                            let reason = format!("the weighted sum of row {row} is not finite");
+                            Fault::new(FaultKind::NonFinite, reason)
+                        }
+                    }
+                })?;
+            }
+        }
+        Ok(data.into())
+    }
+}
+
+/// All outputs of a shard that is computed alone.
+fn one_range(view: &ShardView) -> Places {
+    let mut start = 0;
+    let place = |(_, rows): (ExpertId, &[u32])| {
+        let place = start..start + rows.len();
+        start = place.end;
+        place
+    };
+    view.groups().into_iter().map(place).collect()
+}
+
+/// The same rows in as few ranges as there can be.
+fn joined(places: &[Range<usize>]) -> Places {
+    let mut joined: Places = Vec::with_capacity(places.len());
+    for place in places {
+        match joined.last_mut() {
+            Some(last) if last.end == place.start => last.end = place.end,
+            _ => joined.push(place.clone()),
+        }
+    }
+    joined
+}
+
+/// The experts of all shards in ascending order, each with the rows of all shards, and every shard's places.
+fn merge(members: &[(&ShardView, usize)]) -> (Vec<(ExpertId, Vec<u32>)>, Vec<Places>) {
+    let mut groups: BTreeMap<ExpertId, Vec<u32>> = BTreeMap::new();
+    // Of each shard and expert: where its rows begin in the expert's group, and how many they are.
+    let mut parts: Vec<Vec<(ExpertId, usize, usize)>> = Vec::with_capacity(members.len());
+    for (view, offset) in members {
+        let mut mine = Vec::new();
+        for (expert, rows) in view.groups() {
+            let group = groups.entry(expert).or_default();
+            mine.push((expert, group.len(), rows.len()));
+            // Merged rows are few.
+            group.extend(rows.iter().map(|row| row + *offset as u32));
+        }
+        parts.push(mine);
+    }
+    let mut starts = BTreeMap::new();
+    let mut next = 0;
+    for (&expert, rows) in &groups {
+        starts.insert(expert, next);
+        next += rows.len();
+    }
+    let place = |(expert, at, len): (ExpertId, usize, usize)| {
+        let start = starts.get(&expert).copied().unwrap_or(0) + at;
+        start..start + len
+    };
+    let places = parts.into_iter().map(|mine| mine.into_iter().map(place).collect()).collect();
+    (groups.into_iter().collect(), places)
+}
+
+/// The terms of each row's sum, in ascending expert id.
+fn terms(view: &ShardView, places: &[Range<usize>], weights: &[f32]) -> (Vec<u32>, Vec<Term>) {
+    let groups = view.groups();
+    let mut starts = vec![0u32; view.rows() + 1];
+    for &row in groups.iter().flat_map(|(_, rows)| *rows) {
+        starts[row as usize + 1] += 1;
+    }
+    for row in 1..starts.len() {
+        starts[row] += starts[row - 1];
+    }
+    let mut next = starts.clone();
+    let mut terms = vec![Term { source: 0, row: 0, weight: 0.0 }; view.outputs()];
+    let outputs = groups.iter().zip(places).flat_map(|((_, rows), place)| rows.iter().zip(place.clone()));
+    for ((&row, output), &weight) in outputs.zip(weights) {
+        let at = &mut next[row as usize];
+        terms[*at as usize] = Term { source: 0, row: output as u32, weight };
+        *at += 1;
+    }
+    (starts, terms)
+}
+
+const fn precision(wire: DType) -> Precision {
+    match wire {
+        DType::F32 => Precision::F32,
+        DType::Bf16 => Precision::Bf16,
+    }
+}
+
+fn input_fault(error: &FrameError) -> Fault {
+    let kind = match error {
+        FrameError::NonFinite { .. } => FaultKind::NonFinite,
+        _ => FaultKind::BadRequest,
+    };
+    Fault::new(kind, format!("field data: {error}"))
+}
+
+/// An output row has a value that is not finite: whose it is.
+fn non_finite(view: &ShardView, places: &[Range<usize>], row: usize) -> Fault {
+    let groups = view.groups();
+    let found = groups.iter().zip(places).find(|(_, place)| place.contains(&row));
+    match found {
+        Some(((expert, _), _)) => {
+            let key = ExpertKey { layer: view.layer(), expert: *expert };
+            Fault::of_expert(FaultKind::NonFinite, expert.get(), format!("{key}: output is not finite"))
+        }
+        None => Fault::new(FaultKind::NonFinite, "an output is not finite"),
+    }
+}
+
+fn compute_fault(error: &ComputeError) -> Fault {
+    let text = error.to_string();
+    match error {
+        ComputeError::NotHeld(key) => Fault::of_expert(FaultKind::NotHeld, key.expert.get(), text),
+        ComputeError::Internal(_) => Fault::new(FaultKind::Internal, text),
+    }
+}
