@@ -176,11 +176,11 @@ impl<T: Tiles> Walk<T> {
             assert_eq!(panel.len(), blocks, "panels are of one length");
         }
         let stride = x.per_row * size_of::<u32>();
-        // SAFETY (of the loads below): register 4 reads `rows` rows of `inputs` and register 5, where it holds inputs,
+        // What the loads below rely on: register 4 reads `rows` rows of `inputs` and register 5, where it holds inputs,
         // sixteen rows after the first sixteen, all 64 bytes from a column inside the row; weights are whole blocks of
         // sixteen lines of 64 bytes.
         let input =
-            |a: usize, block: usize| unsafe { inputs.as_ptr().add(a * LANES * x.per_row + block * LANES) };
+            |a: usize, block: usize| inputs.as_ptr().wrapping_add(a * LANES * x.per_row + block * LANES);
         let weight = |b: usize, block: usize| weights[b.min(B - 1)][block].as_ptr().cast::<u32>();
         const LINE: usize = LANES * size_of::<u32>();
         tiles.zero::<0>();
@@ -192,7 +192,7 @@ impl<T: Tiles> Walk<T> {
             tiles.zero::<3>();
         }
         for block in 0..blocks {
-            // SAFETY: see above.
+            // SAFETY: the ranges stated above lie in `inputs` and in whole blocks of weights.
             unsafe {
                 tiles.load::<4>(input(0, block), stride);
                 if A == 2 {

@@ -57,7 +57,7 @@ fn run_pairs<E: Engine>(
     let words = buffer.words(rows * per_row, per_row);
     pack(cpu, words, rows, k, &|row| &x[row * k..(row + 1) * k]);
     let x = PairRows { words, per_row };
-    over_tasks(cpu, w, rows, out, &|rows, panels, sink| {
+    over_tasks(cpu, w, rows, out, |rows, panels, sink| {
         let work = PairWork { weights: [weights], x, sink, rows, panels };
         dispatch_flushing(cpu.isa(), PairTask(engine, work));
     });
@@ -67,7 +67,7 @@ fn run_pairs<E: Engine>(
 fn run<B: Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.k();
     let x = Dense { x, k: w.k() };
-    over_tasks(cpu, w, rows, out, &|rows, panels, sink| {
+    over_tasks(cpu, w, rows, out, |rows, panels, sink| {
         dispatch_flushing(cpu.isa(), LinearTask(Work { weights: [weights], x, sink, rows, panels }));
     });
 }
@@ -78,7 +78,7 @@ fn over_tasks(
     w: &Matrix,
     rows: usize,
     out: &mut [f32],
-    task: &(dyn Fn(Range<usize>, Range<usize>, Output<'_>) + Sync),
+    task: impl Fn(Range<usize>, Range<usize>, Output<'_>) + Sync,
 ) {
     let work = rows * w.k() * w.n();
     let per_rows = rows_per_task(w.k());

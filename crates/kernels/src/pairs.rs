@@ -202,7 +202,7 @@ impl<K: Sink<M>, const M: usize> PairWork<'_, K, M> {
         }
         for (row, totals) in self.rows.clone().zip(&carried) {
             for c in 0..C {
-                self.sink.put(s, row, panel + c, std::array::from_fn(|m| totals[m][c]));
+                self.sink.put(s, row, panel + c, totals.map(|panels| panels[c]));
             }
         }
     }

@@ -230,6 +230,7 @@ fn bf16_pairs_stay_within_their_stated_distance_of_f32() {
 }
 
 /// Mean divergence, share of positions with the same likeliest token, and the largest change of a margin.
+#[expect(clippy::print_stdout, reason = "docs/numerics.md states the figures")]
 fn distance_from_f32(compute: Compute) -> (f64, f64, f32) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo");
     let golden: Value =
