@@ -103,6 +103,8 @@ fn flags_that_are_wrong_are_refused() {
         (&["generate", "x", "--model", "demo", "--grpc", "http://127.0.0.1:1"], "cannot be used with"),
         (&["generate", "x", "--top-p", "1.5"], "not between 0 and 1"),
         (&["generate", "x", "--compute", "f16"], "possible values"),
+        (&["generate", "x", "--expert-dtype", "q5"], "use native, q8 or q4"),
+        (&["worker", "--model", "demo", "--expert-dtype", "bf16"], "use native, q8 or q4"),
         (&["generate", "x", "--grpc", "https://127.0.0.1:1"], "plain http"),
         (&["generate", "x", "--grpc", "not a url"], "write http://host:port"),
         (&["logits", "--model", "demo", "--tokens", "no.json", "--out", "o"], "no.json"),

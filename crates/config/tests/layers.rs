@@ -9,6 +9,7 @@ use std::time::Duration;
 use muster_config::{
     ConfigError, Environment, Flags, Loaded, RouterSettings, Share, Sources, WorkerSettings,
 };
+use muster_types::ExpertDType;
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
 
@@ -213,6 +214,21 @@ fn a_worker_reads_its_own_table() {
     let settings = WorkerSettings::load(&sources).unwrap().settings;
     assert!(matches!(settings.share, Share::Part { index: 1, .. }));
     assert_eq!(settings.drain_timeout, Duration::from_secs(120));
+}
+
+#[test]
+fn both_roles_are_told_how_experts_are_held() {
+    assert_eq!(router("", &[], &minimal()).unwrap().settings.experts, ExpertDType::Native);
+    let flags = minimal().text("expert_dtype", Some("q8"));
+    let environment = [("MUSTER_ROUTER_EXPERT_DTYPE", "q4")];
+    assert_eq!(router("", &environment, &minimal()).unwrap().settings.experts, ExpertDType::Q4);
+    assert_eq!(router("", &environment, &flags).unwrap().settings.experts, ExpertDType::Q8);
+    let refused = router("", &[("MUSTER_ROUTER_EXPERT_DTYPE", "int4")], &minimal()).unwrap_err().to_string();
+    assert!(refused.contains("\"int4\" is not a dtype of experts; use native, q8 or q4"), "{refused}");
+    let file = file("[worker]\nmodel = \"demo\"\nexpert_dtype = \"q4\"\n");
+    let sources =
+        Sources { file: Some(file.path()), environment: &Environment::default(), flags: &Flags::new() };
+    assert_eq!(WorkerSettings::load(&sources).unwrap().settings.experts, ExpertDType::Q4);
 }
 
 proptest! {

@@ -221,7 +221,7 @@ fn rounding_is_within_its_bounds() {
     let (n, k) = (64, 512);
     // Sums of four are nearer to how weights are distributed than one number is.
     let w: Vec<f32> = (0..n * k).map(|_| (0..4).map(|_| numbers.f32()).sum::<f32>() / 50.0).collect();
-    // Relative root mean square errors; measured: 0.0049 and 0.0785. Rounding to -7..7 of the largest gives 0.092.
+    // Relative root mean square errors; measured: 0.0051 and 0.0773.
     for (kind, most) in [(Quantisation::Q8, 0.0055), (Quantisation::Q4, 0.082)] {
         let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
         let mut row = vec![0.0; k];

@@ -266,8 +266,7 @@ fn few_bit_experts_stay_within_their_stated_distance_of_native_ones() {
     let [native, q8, q4] =
         ExpertDType::ALL.map(|dtype| Model::with_experts(&directory, Compute::Bf16, dtype, Isa::detect(), 2));
     let vocab = native.checkpoint.spec().vocab as usize;
-    for (name, few, most, least) in [("q8", q8, STATED_Q8_MEAN_KL, 0.99), ("q4", q4, STATED_Q4_MEAN_KL, 0.9)]
-    {
+    for (name, few, (most, least)) in [("q8", q8, STATED_Q8), ("q4", q4, STATED_Q4)] {
         let (mut positions, mut agree, mut divergence) = (0u32, 0u32, 0.0);
         for case in golden["prompts"].as_array().unwrap() {
             let lists = ["prompt_ids", "ids"].map(|key| case[key].as_array().unwrap().clone());
@@ -285,8 +284,9 @@ fn few_bit_experts_stay_within_their_stated_distance_of_native_ones() {
     }
 }
 
-const STATED_Q8_MEAN_KL: f64 = 1e-3;
-const STATED_Q4_MEAN_KL: f64 = 1e-1;
+/// Mean divergence at most, agreement at least.
+const STATED_Q8: (f64, f64) = (2e-4, 0.98);
+const STATED_Q4: (f64, f64) = (5e-3, 0.94);
 const STATED_MEAN_KL: f64 = 3e-4;
 const STATED_TOP1: f64 = 0.99;
 const STATED_MARGIN_CHANGE: f32 = 0.8;
