@@ -28,6 +28,22 @@ pub(crate) struct Limits {
     pub(crate) instructions: String,
 }
 
+impl Limits {
+    /// The better of two tries in everything.
+    pub(crate) fn or_better(self, other: &Self) -> Self {
+        Self {
+            read_1_thread: self.read_1_thread.max(other.read_1_thread),
+            read_all_threads: self.read_all_threads.max(other.read_all_threads),
+            copy_1_thread: self.copy_1_thread.max(other.copy_1_thread),
+            copy_all_threads: self.copy_all_threads.max(other.copy_all_threads),
+            f32_1_thread: self.f32_1_thread.max(other.f32_1_thread),
+            f32_all_threads: self.f32_all_threads.max(other.f32_all_threads),
+            bf16_all_threads: self.bf16_all_threads.zip(other.bf16_all_threads).map(|(a, b)| a.max(b)),
+            instructions: self.instructions,
+        }
+    }
+}
+
 /// Measures all limits.
 pub(crate) fn measure(threads: usize) -> Limits {
     let level = Level::of_this_machine();

@@ -106,7 +106,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     });
     let peers = prepare_peers(args, &root, &target, &common, &mut sides, &mut outcomes);
     note("measuring the machine");
-    let limits = probe::measure(args.threads as usize);
+    let before = probe::measure(args.threads as usize);
     for round in 1..=args.rounds {
         for (side, figures) in &sides {
             let started = Instant::now();
@@ -121,6 +121,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             note(&format!("round {round}/{}  {:<22} {seconds:>6.1} s  {told}", args.rounds, side.name()));
         }
     }
+    // Again, because something else may have been running the first time.
+    let limits = probe::measure(args.threads as usize).or_better(&before);
     let report = Report::new(&rows, &outcomes, limits, &about, args, &root);
     let page = report.markdown();
     print(&page);

@@ -107,8 +107,12 @@ impl Report {
         }
         page.push_str(&self.limits_markdown());
         for side in &self.sides {
-            let failures = side.failures.first().map(|reason| {
-                format!("failed in {} of {} rounds: {}", side.failures.len(), self.rounds, one_line(reason))
+            let failures = side.failures.first().map(|reason| match reason.starts_with("not ") {
+                true => one_line(reason),
+                false => {
+                    let count = side.failures.len();
+                    format!("failed in {count} of {} rounds: {}", self.rounds, one_line(reason))
+                }
             });
             let told: Vec<String> = side.note.iter().map(|note| one_line(note)).chain(failures).collect();
             if !told.is_empty() {
