@@ -71,6 +71,7 @@ struct Active {
     request: u64,
     choice: u32,
     prompt_tokens: u32,
+    cached_prompt_tokens: u32,
     generated: u32,
     sampling: Sampling,
     history: History,
@@ -97,7 +98,7 @@ impl Engine {
         let mut scratch = SampleScratch::default();
         while self.receive(&mut table) {
             self.drop_abandoned(&mut table);
-            let step = self.scheduler.schedule();
+            let step = self.scheduler.schedule(u32::MAX);
             if !step.items.is_empty() {
                 let started = Instant::now();
                 let lanes = self.compute(&step, &mut state);
@@ -225,10 +226,13 @@ impl Engine {
         let token = sampler::sample(&active.sampling, logits, &active.history, position, scratch);
         active.observe_latency();
         counter!("muster_tokens_generated_total").increment(1);
-        let end = active.take(token, logits, self.tokenizer.as_ref());
-        let end = end.or_else(|| match self.scheduler.append(id, token) {
+        active.cached_prompt_tokens = self.scheduler.cached_prompt_tokens(id);
+        // Even of a token that ends it: what this step computed is then kept for others.
+        let progress = self.scheduler.append(id, token);
+        let end = active.take(token, logits, self.tokenizer.as_ref()).map(Ok);
+        let end = end.or_else(|| match progress {
             Ok(Progress::Continue) => None,
-            Ok(Progress::LengthReached) => Some(active.end(FinishReason::Length)),
+            Ok(Progress::LengthReached) => Some(Ok(active.end(FinishReason::Length))),
             Err(error) => {
                 tracing::error!(%error, "the scheduler lost a sequence");
                 Some(Err(RequestError::Internal))
@@ -262,7 +266,10 @@ impl Engine {
         gauge!("muster_sequences_waiting").set(stats.waiting as f64);
         gauge!("muster_kv_blocks_total").set(f64::from(stats.blocks_total));
         gauge!("muster_kv_blocks_free").set(f64::from(stats.blocks_free));
+        gauge!("muster_kv_blocks_cached").set(f64::from(stats.blocks_cached));
         counter!("muster_preemptions_total").absolute(stats.preemptions);
+        counter!("muster_prefix_hit_tokens_total").absolute(stats.prefix_hits);
+        counter!("muster_prefix_miss_tokens_total").absolute(stats.prefix_misses);
     }
 }
 
@@ -272,6 +279,7 @@ impl Active {
             request,
             choice: new.choice,
             prompt_tokens: u32::try_from(new.prompt.len()).unwrap_or(u32::MAX),
+            cached_prompt_tokens: 0,
             generated: 0,
             sampling: new.sampling,
             history: History::new(&new.prompt),
@@ -294,12 +302,7 @@ impl Active {
     }
 
     /// Counts a token and sends its frame. `Some` when it ends the choice.
-    fn take(
-        &mut self,
-        token: TokenId,
-        logits: &[f32],
-        tokenizer: Option<&Tokenizer>,
-    ) -> Option<Result<Finished, RequestError>> {
+    fn take(&mut self, token: TokenId, logits: &[f32], tokenizer: Option<&Tokenizer>) -> Option<Finished> {
         let index = self.generated;
         self.generated += 1;
         self.history.push(token);
@@ -314,23 +317,24 @@ impl Active {
         let logprobs = self.top_logprobs.map(|top| token_logprobs(logits, token, top, tokenizer));
         let frame = TokenFrame { choice: self.choice, index, token_id: token.get(), text, logprobs };
         let _ = self.events.try_send(Ok(Event::Token(frame)));
-        stopped.then(|| Ok(self.finished(FinishReason::Stop, String::new())))
+        stopped.then(|| self.finished(FinishReason::Stop, String::new()))
     }
 
     /// The end, with whatever text was still held back.
-    fn end(&mut self, reason: FinishReason) -> Result<Finished, RequestError> {
+    fn end(&mut self, reason: FinishReason) -> Finished {
         let rest = self.detokenizer.as_mut().map_or_else(String::new, Detokenizer::finish);
-        Ok(match self.stops.push(&rest) {
+        match self.stops.push(&rest) {
             StopOutcome::Stopped(text) => self.finished(FinishReason::Stop, text),
             StopOutcome::Text(text) => {
                 let held = self.stops.finish();
                 self.finished(reason, text + &held)
             }
-        })
+        }
     }
 
     fn finished(&self, reason: FinishReason, text: String) -> Finished {
-        Finished { choice: self.choice, reason, output_tokens: self.generated, text }
+        let Self { choice, generated: output_tokens, cached_prompt_tokens, .. } = *self;
+        Finished { choice, reason, output_tokens, cached_prompt_tokens, text }
     }
 }
 
