@@ -264,6 +264,9 @@ pub(crate) struct RouterArgs {
     /// Most prompt tokens of one sequence in one step [default: 512].
     #[arg(long, value_name = "N")]
     pub(crate) prefill_chunk: Option<String>,
+    /// Whether requests that begin alike share keys and values: true or false [default: true].
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) prefix_cache: Option<String>,
     /// Most sequences in the batch [default: 256].
     #[arg(long, value_name = "N")]
     pub(crate) max_running: Option<String>,

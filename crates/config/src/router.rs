@@ -28,6 +28,7 @@ const KEYS: &[Key] = &[
     Key { name: "kv_memory", kind: ValueKind::Text, default: None },
     Key { name: "step_tokens", kind: ValueKind::Number, default: Some("1024") },
     Key { name: "prefill_chunk", kind: ValueKind::Number, default: Some("512") },
+    Key { name: "prefix_cache", kind: ValueKind::Switch, default: Some("true") },
     Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
     Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
@@ -69,6 +70,8 @@ pub struct RouterSettings {
     pub step_tokens: u32,
     /// Most prompt tokens of one sequence in a step; at most `step_tokens`.
     pub prefill_chunk: u32,
+    /// Whether keys and values are reused between requests that begin with the same tokens.
+    pub prefix_cache: bool,
     /// Most sequences in the batch.
     pub max_running: usize,
     /// Most sequences that wait for a place in it.
@@ -130,6 +133,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     {
         reader.problem("prefill_chunk", format!("is {chunk}, more than step_tokens, which is {step}"));
     }
+    let prefix_cache = reader.switch("prefix_cache");
     let plaintext = reader.switch("insecure_plaintext");
     for (key, address) in [("http", http), ("grpc", grpc)] {
         if let Some(address) = address
@@ -155,6 +159,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         kv_memory,
         step_tokens: step_tokens?,
         prefill_chunk: prefill_chunk?,
+        prefix_cache,
         max_running: max_running? as usize,
         max_queue: max_queue? as usize,
         expert_timeout: expert_timeout?,

@@ -125,6 +125,12 @@ impl Choices {
     pub fn weights(&self) -> &[f32] {
         &self.weights
     }
+
+    /// The memory of ids and weights, to be used again.
+    #[must_use]
+    pub fn into_parts(self) -> (Vec<ExpertId>, Vec<f32>) {
+        (self.experts, self.weights)
+    }
 }
 
 /// One micro-batch at one MoE layer.

@@ -11,11 +11,12 @@ pub mod batcher;
 pub mod dispatch;
 mod kv;
 pub mod microbatch;
+mod prefix;
 pub mod scheduler;
 mod sequence;
 
 pub use batcher::{BatchPlan, ShardPlan, Slot};
 pub use scheduler::{
-    AdmitError, ConfigError, NewSequence, Progress, Scheduler, SchedulerConfig, Stats, Step, StepItem,
-    UnknownSequence,
+    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats, Step,
+    StepItem, UnknownSequence,
 };

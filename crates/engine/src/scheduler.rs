@@ -4,11 +4,14 @@
 //! - running sequences, then waiting ones, are in order of admission, because only the oldest waiting one is let
 //!   in and only the youngest running one is sent back; nobody overtakes;
 //! - the oldest sequence advances in every step, so every sequence ends;
-//! - every block is free or in the table of exactly one running sequence;
+//! - every block is nobody's or in the tables of running sequences, in more than one only as a full block of a
+//!   common beginning, which nobody writes to any more;
 //! - a step has at most `step_tokens` tokens.
 //!
 //! Tokens that were just sampled go first, one per sequence, and what is left of the budget goes to prefill
-//! chunks, oldest first, so a long prompt delays streams by one chunk at most. When a sequence finds no free
+//! chunks, oldest first. How much prefill may go beside sampled tokens, and so delay their streams, the caller says
+//! anew for every step. Blocks of sequences that ended or were sent back keep their content while there is room, and
+//! a sequence that begins with the same tokens starts behind them. When a sequence finds no free
 //! block, the youngest running one gives up its blocks, waits at the front of the queue and later computes its
 //! prompt and output again. The youngest itself just stays as it is until blocks come free: were it to give up
 //! its own, nobody older would gain and its work would be lost.
@@ -20,7 +23,7 @@ use std::num::NonZero;
 
 use muster_types::{Retry, SeqId, TokenId};
 
-use crate::kv::BlockPool;
+use crate::kv::{BlockPool, Keep};
 use crate::sequence::Sequence;
 
 /// Sizes of a [`Scheduler`].
@@ -40,6 +43,18 @@ pub struct SchedulerConfig {
     pub step_tokens: u32,
     /// Most tokens of one sequence's prefill in a step.
     pub prefill_chunk: u32,
+    /// Whether keys and values are reused between sequences.
+    pub prefix_cache: PrefixCache,
+}
+
+/// Whether keys and values are reused between sequences that begin with the same tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PrefixCache {
+    /// Blocks keep their content until their room is needed.
+    #[default]
+    On,
+    /// Every sequence computes all of its own.
+    Off,
 }
 
 /// Sizes that cannot work.
@@ -189,10 +204,16 @@ pub struct Stats {
     pub running: usize,
     /// KV blocks, free or not.
     pub blocks_total: u32,
-    /// Free KV blocks.
+    /// KV blocks that no sequence holds.
     pub blocks_free: u32,
+    /// Those of them whose content is kept for sequences to come.
+    pub blocks_cached: u32,
     /// Preemptions since the start.
     pub preemptions: u64,
+    /// Tokens of sequences let into the batch that were in the cache, since the start.
+    pub prefix_hits: u64,
+    /// Those that were not.
+    pub prefix_misses: u64,
 }
 
 /// Sequences and the KV blocks they share.
@@ -205,6 +226,15 @@ pub struct Scheduler {
     /// Oldest first.
     waiting: VecDeque<Sequence>,
     preemptions: u64,
+    prefix_hits: u64,
+    prefix_misses: u64,
+}
+
+/// Which of its budgets an item is taken off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Decode,
+    Prefill,
 }
 
 /// A step in the making.
@@ -239,8 +269,20 @@ impl Scheduler {
                 max_running: config.max_running,
             });
         }
-        let pool = BlockPool::new(config.blocks, config.block_tokens);
-        Ok(Self { config, pool, running: Vec::new(), waiting: VecDeque::new(), preemptions: 0 })
+        let keep = match config.prefix_cache {
+            PrefixCache::On => Keep::Prefixes,
+            PrefixCache::Off => Keep::Nothing,
+        };
+        let pool = BlockPool::new(config.blocks, config.block_tokens, keep);
+        Ok(Self {
+            config,
+            pool,
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            preemptions: 0,
+            prefix_hits: 0,
+            prefix_misses: 0,
+        })
     }
 
     /// Puts a sequence at the end of the queue.
@@ -278,26 +320,35 @@ impl Scheduler {
 
     /// Forms the next step and counts its positions as computed. Empty when there is nothing to do.
     ///
-    /// The step before must have run, and each of its items with `sample` must have had its [`append`] or its
-    /// [`finish`]; a sequence that had neither is left out.
+    /// A step that decodes has at most `beside_decodes` prefill tokens, but at least one, so that every prompt
+    /// comes to its end; one that only prefills has as many as the configuration allows.
+    ///
+    /// The step before must have run. Each of its items with `sample` must have had its [`append`] or its
+    /// [`finish`]; a sequence that had neither is left out. Each sequence whose item failed must have had its
+    /// [`finish`]: all other positions count as good from now on, for whoever begins with the same tokens, too.
     ///
     /// [`append`]: Self::append
     /// [`finish`]: Self::finish
-    pub fn schedule(&mut self) -> Step {
+    pub fn schedule(&mut self, beside_decodes: u32) -> Step {
+        for sequence in &mut self.running {
+            sequence.settle(&mut self.pool);
+        }
         // Taken off the budget first. The budget has a token for each of `max_running` sequences, so whoever is
         // not decoding leaves one over, and the oldest prefill always gets some.
-        let decodes = self.running.iter().filter(|sequence| sequence.is_decoding()).count() as u32;
+        let decodes = self.decoding();
+        let rest = self.config.step_tokens - decodes as u32;
         let mut draft = Draft {
             decodes: Vec::new(),
             prefills: Vec::new(),
             preempted: Vec::new(),
-            prefill_budget: self.config.step_tokens - decodes,
+            prefill_budget: if decodes == 0 { rest } else { rest.min(beside_decodes.max(1)) },
         };
         // Blocks go by age, whatever they are for. Preemption shortens the list from its far end, so it never
         // takes back what this step has handed out.
         let mut at = 0;
         while at < self.running.len() {
-            self.plan(at, &mut draft);
+            let work = if self.running[at].is_decoding() { Work::Decode } else { Work::Prefill };
+            self.plan(at, work, &mut draft);
             at += 1;
         }
         self.let_in(&mut draft);
@@ -306,7 +357,13 @@ impl Scheduler {
         Step { items, preempted }
     }
 
-    /// Adds the token sampled for an item of the current step.
+    /// Sequences that the next step will decode a token of, room for it permitting.
+    #[must_use]
+    pub fn decoding(&self) -> usize {
+        self.running.iter().filter(|sequence| sequence.is_decoding()).count()
+    }
+
+    /// Adds the token sampled for an item of the current step, whose keys and values are good.
     ///
     /// # Errors
     /// When the sequence expects no token.
@@ -315,19 +372,29 @@ impl Scheduler {
         let Some(sequence) = found.filter(|sequence| sequence.awaits_token()) else {
             return Err(UnknownSequence(seq));
         };
+        sequence.settle(&mut self.pool);
         sequence.push(token);
         Ok(if sequence.is_full() { Progress::LengthReached } else { Progress::Continue })
     }
 
-    /// Removes a sequence in whatever state, because it is complete, has failed or was cancelled, and frees its
+    /// Prompt tokens of a sequence that were in the cache when it first came into the batch. 0 before that, and
+    /// when there is no such sequence.
+    #[must_use]
+    pub fn cached_prompt_tokens(&self, seq: SeqId) -> u32 {
+        let mut all = self.running.iter().chain(&self.waiting);
+        all.find(|sequence| sequence.id() == seq).map_or(0, Sequence::cached_prompt)
+    }
+
+    /// Removes a sequence in whatever state, because it is complete, has failed or was cancelled, and gives up its
     /// blocks. False when there is none of that id.
     ///
-    /// Between [`schedule`](Self::schedule) and the end of its step this is fine too: the step may still write
-    /// to the blocks, but they get a new owner only in the next step, which reads no position before writing it.
+    /// Between [`schedule`](Self::schedule) and the end of its step this is fine too: what the step may still write
+    /// is kept for nobody, and its blocks get a new owner only in the next step, which reads no position before
+    /// writing it.
     pub fn finish(&mut self, seq: SeqId) -> bool {
         if let Some(at) = self.running.iter().position(|running| running.id() == seq) {
             let blocks = self.running.remove(at).reset();
-            self.pool.free(blocks);
+            self.pool.release(blocks);
             return true;
         }
         let waiting = self.waiting.iter().position(|waiting| waiting.id() == seq);
@@ -342,7 +409,10 @@ impl Scheduler {
             running: self.running.len(),
             blocks_total: self.pool.total(),
             blocks_free: self.pool.available(),
+            blocks_cached: self.pool.cached(),
             preemptions: self.preemptions,
+            prefix_hits: self.prefix_hits,
+            prefix_misses: self.prefix_misses,
         }
     }
 
@@ -353,11 +423,12 @@ impl Scheduler {
     }
 
     /// Adds to the draft what the running sequence at `at` can do.
-    fn plan(&mut self, at: usize, draft: &mut Draft) {
-        let sequence = &self.running[at];
-        let decoding = sequence.is_decoding();
-        let allowed = if decoding { 1 } else { self.config.prefill_chunk.min(draft.prefill_budget) };
-        let wanted = sequence.pending().min(allowed);
+    fn plan(&mut self, at: usize, work: Work, draft: &mut Draft) {
+        let allowed = match work {
+            Work::Decode => 1,
+            Work::Prefill => self.config.prefill_chunk.min(draft.prefill_budget),
+        };
+        let wanted = self.running[at].pending().min(allowed);
         if wanted == 0 {
             return;
         }
@@ -366,11 +437,12 @@ impl Scheduler {
             return;
         }
         let item = self.running[at].advance(granted);
-        if decoding {
-            draft.decodes.push(item);
-        } else {
-            draft.prefill_budget -= granted;
-            draft.prefills.push(item);
+        match work {
+            Work::Decode => draft.decodes.push(item),
+            Work::Prefill => {
+                draft.prefill_budget -= granted;
+                draft.prefills.push(item);
+            }
         }
     }
 
@@ -384,7 +456,7 @@ impl Scheduler {
                 return granted;
             }
             if let Some(mut youngest) = self.running.pop() {
-                self.pool.free(youngest.reset());
+                self.pool.release(youngest.reset());
                 preempted.push(youngest.id());
                 self.preemptions += 1;
                 self.waiting.push_front(youngest);
@@ -395,16 +467,23 @@ impl Scheduler {
     /// Moves waiting sequences into the step, oldest first, while there are tokens, places and blocks. All blocks
     /// of a sequence's known tokens must be there, beyond what running prefills still need, though it takes
     /// only those of its first chunk now: half a prefill that is then preempted would be work for nothing.
-    /// So a sequence just preempted stays out, too: of the blocks it had, an older one has taken at least one.
+    /// Nobody is let in by a step that preempted: blocks are short, and whoever just lost its own could be let in
+    /// again by what it shares with others, only to lose them again.
     fn let_in(&mut self, draft: &mut Draft) {
+        if !draft.preempted.is_empty() {
+            return;
+        }
         let claimed: u32 = self.running.iter().map(|sequence| sequence.blocks_wanted(&self.pool)).sum();
         let mut unclaimed = self.pool.available().saturating_sub(claimed);
         while draft.prefill_budget > 0 && self.running.len() < self.config.max_running {
-            let fits = |next: &mut Sequence| next.blocks_wanted(&self.pool) <= unclaimed;
-            let Some(next) = self.waiting.pop_front_if(fits) else { break };
-            unclaimed -= next.blocks_wanted(&self.pool);
+            let fits = |next: &mut Sequence| next.cost(&self.pool) <= unclaimed;
+            let Some(mut next) = self.waiting.pop_front_if(fits) else { break };
+            unclaimed -= next.cost(&self.pool);
+            let spared = next.adopt(&mut self.pool);
+            self.prefix_hits += u64::from(spared);
+            self.prefix_misses += u64::from(next.pending());
             self.running.push(next);
-            self.plan(self.running.len() - 1, draft);
+            self.plan(self.running.len() - 1, Work::Prefill, draft);
         }
     }
 }

@@ -4,7 +4,8 @@
 use std::num::NonZero;
 
 use muster_engine::scheduler::{
-    AdmitError, ConfigError, NewSequence, Progress, Scheduler, SchedulerConfig, Step, UnknownSequence,
+    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step,
+    UnknownSequence,
 };
 use muster_types::{Retry, SeqId, TokenId};
 
@@ -18,7 +19,13 @@ fn roomy() -> SchedulerConfig {
         max_waiting: 8,
         step_tokens: 16,
         prefill_chunk: 16,
+        prefix_cache: PrefixCache::Off,
     }
+}
+
+/// The same, with blocks that keep their content.
+fn caching() -> SchedulerConfig {
+    SchedulerConfig { prefix_cache: PrefixCache::On, ..roomy() }
 }
 
 fn sequence(id: u64, prompt: u32, max_tokens: u32) -> NewSequence {
@@ -44,7 +51,7 @@ fn items(step: &Step) -> Vec<(u64, u32, usize, bool)> {
 
 /// Runs a step, with token 9 for every sample, and ends what has reached its length.
 fn run(scheduler: &mut Scheduler) -> Step {
-    let step = scheduler.schedule();
+    let step = scheduler.schedule(u32::MAX);
     for item in step.items.iter().filter(|item| item.sample) {
         if scheduler.append(item.seq, token(9)).unwrap() == Progress::LengthReached {
             assert!(scheduler.finish(item.seq));
@@ -64,7 +71,7 @@ fn one_sequence_from_prompt_to_length() {
     assert_eq!((items(&step), &step.items[0].tokens[..]), (vec![(1, 5, 1, true)], &[token(9)][..]));
     assert_eq!(items(&run(&mut scheduler)), [(1, 6, 1, true)]);
     assert!(scheduler.is_idle());
-    assert_eq!(scheduler.schedule(), Step::default());
+    assert_eq!(scheduler.schedule(u32::MAX), Step::default());
     assert_eq!(scheduler.stats().blocks_free, 100);
 }
 
@@ -78,6 +85,96 @@ fn a_long_prompt_does_not_hold_up_a_stream() {
     assert_eq!(items(&run(&mut scheduler)), [(1, 3, 1, true), (2, 6, 6, false)]);
     assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 12, 2, true)]);
     assert_eq!(items(&run(&mut scheduler)), [(1, 5, 1, true)]);
+}
+
+#[test]
+fn the_caller_bounds_prefill_beside_streams_but_never_stops_it() {
+    let mut scheduler = with(roomy(), &[(1, 2, 9)]);
+    run(&mut scheduler);
+    scheduler.admit(sequence(2, 14, 1)).unwrap();
+    scheduler.admit(sequence(3, 3, 1)).unwrap();
+    assert_eq!(scheduler.decoding(), 1);
+    let mut bounded = |limit| {
+        let step = scheduler.schedule(limit);
+        for item in step.items.iter().filter(|item| item.sample) {
+            if scheduler.append(item.seq, token(9)).unwrap() == Progress::LengthReached {
+                scheduler.finish(item.seq);
+            }
+        }
+        items(&step)
+    };
+    assert_eq!(bounded(5), [(1, 2, 1, true), (2, 0, 5, false)]);
+    assert_eq!(bounded(0), [(1, 3, 1, true), (2, 5, 1, false)]);
+    assert_eq!(bounded(10), [(1, 4, 1, true), (2, 6, 8, true), (3, 0, 2, false)]);
+    scheduler.finish(SeqId::new(1));
+    // Nobody waits for a token: the bound is not for this step.
+    scheduler.admit(sequence(4, 9, 1)).unwrap();
+    assert_eq!(scheduler.decoding(), 1, "the last token of sequence 3's prompt");
+    scheduler.finish(SeqId::new(3));
+    assert_eq!(items(&scheduler.schedule(0)), [(4, 0, 9, true)]);
+}
+
+#[test]
+fn a_known_beginning_is_not_computed_again() {
+    let mut scheduler = with(caching(), &[(1, 10, 2)]);
+    run(&mut scheduler);
+    run(&mut scheduler);
+    assert!(scheduler.is_idle());
+    let stats = scheduler.stats();
+    assert_eq!((stats.blocks_free, stats.blocks_cached), (100, 2), "ten tokens fill two blocks");
+    scheduler.admit(sequence(2, 10, 2)).unwrap();
+    scheduler.admit(sequence(3, 8, 2)).unwrap();
+    scheduler.admit(sequence(4, 3, 2)).unwrap();
+    let step = run(&mut scheduler);
+    // Of sequence 3's prompt everything is there, but its last token must run; it does so in a block of its own.
+    assert_eq!(items(&step), [(2, 8, 2, true), (3, 4, 4, true), (4, 0, 3, true)]);
+    assert_eq!(step.items[0].blocks[0], step.items[1].blocks[0]);
+    assert_ne!(step.items[0].blocks[1], step.items[1].blocks[1]);
+    assert_eq!([2, 3, 4].map(|id| scheduler.cached_prompt_tokens(SeqId::new(id))), [8, 4, 0]);
+    let stats = scheduler.stats();
+    assert_eq!((stats.prefix_hits, stats.prefix_misses), (12, 10 + 2 + 4 + 3));
+    // Two shared blocks, then one block each for the rest.
+    assert_eq!((stats.blocks_free, stats.blocks_cached), (95, 0));
+}
+
+#[test]
+fn one_last_token_of_a_prompt_is_prefill() {
+    // Sequence 2 decodes; sequence 3 comes with all but its last token in the cache.
+    let config = SchedulerConfig { max_running: 2, step_tokens: 2, prefill_chunk: 2, ..caching() };
+    let mut scheduler = with(config, &[(1, 5, 1), (2, 1, 9), (3, 5, 2)]);
+    for _ in 0..2 {
+        run(&mut scheduler);
+    }
+    assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 0, 1, true)]);
+    assert_eq!(items(&run(&mut scheduler)), [(2, 1, 1, true), (3, 4, 1, true)]);
+}
+
+#[test]
+fn what_a_failed_step_wrote_is_kept_for_nobody() {
+    let config = SchedulerConfig { prefill_chunk: 8, ..caching() };
+    let mut scheduler = with(config, &[(1, 14, 2)]);
+    run(&mut scheduler);
+    let step = scheduler.schedule(u32::MAX);
+    assert_eq!(items(&step), [(1, 8, 6, true)]);
+    scheduler.finish(SeqId::new(1));
+    scheduler.admit(sequence(2, 14, 2)).unwrap();
+    assert_eq!(items(&run(&mut scheduler)), [(2, 8, 6, true)]);
+    assert_eq!(scheduler.stats().blocks_cached, 0);
+}
+
+#[test]
+fn a_preempted_sequence_finds_what_nobody_needed() {
+    let mut scheduler = with(SchedulerConfig { blocks: 5, ..caching() }, &[(1, 4, 9)]);
+    let prompt: Vec<_> = (50..61).map(token).collect();
+    scheduler.admit(NewSequence { id: SeqId::new(2), prompt, max_tokens: 5 }).unwrap();
+    let preempted = (0..6).flat_map(|_| run(&mut scheduler).preempted).collect::<Vec<_>>();
+    assert_eq!(preempted, [SeqId::new(2)]);
+    // Sequence 1 took the last of its three full blocks; the two before it wait for it.
+    assert_eq!((scheduler.stats().blocks_free, scheduler.stats().blocks_cached), (2, 2));
+    while !items(&run(&mut scheduler)).contains(&(2, 8, 5, true)) {
+        assert!(!scheduler.is_idle());
+    }
+    assert_eq!(scheduler.cached_prompt_tokens(SeqId::new(2)), 0, "at first there was nothing");
 }
 
 #[test]
@@ -152,7 +249,7 @@ fn a_chunk_is_cut_short_before_anyone_is_preempted() {
 #[test]
 fn a_sequence_may_end_in_the_middle_of_a_step() {
     let mut scheduler = with(roomy(), &[(1, 5, 3), (2, 5, 3)]);
-    let step = scheduler.schedule();
+    let step = scheduler.schedule(u32::MAX);
     assert!(scheduler.finish(SeqId::new(1)));
     assert_eq!(scheduler.stats().blocks_free, 98);
     assert_eq!(scheduler.append(step.items[0].seq, token(9)), Err(UnknownSequence(SeqId::new(1))));
@@ -174,21 +271,21 @@ fn tokens_nobody_asked_for_are_refused() {
     let mut scheduler = with(config, &[(1, 5, 1)]);
     let unknown = Err(UnknownSequence(SeqId::new(1)));
     assert_eq!(scheduler.append(SeqId::new(1), token(9)), unknown, "still waiting");
-    scheduler.schedule();
+    scheduler.schedule(u32::MAX);
     assert_eq!(scheduler.append(SeqId::new(1), token(9)), unknown, "half a prompt");
-    scheduler.schedule();
+    scheduler.schedule(u32::MAX);
     assert_eq!(scheduler.append(SeqId::new(1), token(9)), Ok(Progress::LengthReached));
     assert_eq!(scheduler.append(SeqId::new(1), token(9)), unknown, "complete");
-    assert_eq!(scheduler.schedule(), Step::default(), "complete, though not finished");
+    assert_eq!(scheduler.schedule(u32::MAX), Step::default(), "complete, though not finished");
 }
 
 #[test]
 fn a_sequence_without_its_token_is_left_out() {
     let mut scheduler = with(roomy(), &[(1, 5, 3)]);
-    scheduler.schedule();
-    assert_eq!(scheduler.schedule(), Step::default());
+    scheduler.schedule(u32::MAX);
+    assert_eq!(scheduler.schedule(u32::MAX), Step::default());
     assert_eq!(scheduler.append(SeqId::new(1), token(9)), Ok(Progress::Continue));
-    assert_eq!(items(&scheduler.schedule()), [(1, 5, 1, true)]);
+    assert_eq!(items(&scheduler.schedule(u32::MAX)), [(1, 5, 1, true)]);
 }
 
 #[test]
@@ -216,7 +313,7 @@ fn impossible_sequences_are_refused_for_good() {
     assert_eq!(refuse(2, 4, 10), (Retry::Never, AdmitError::NeverFits { needed: 4, have: 3 }));
     assert_eq!(refuse(1, 1, 1), (Retry::Never, AdmitError::DuplicateId(SeqId::new(1))));
     assert_eq!(refuse(2, 4, 9), (Retry::Later, AdmitError::QueueFull { limit: 1 }));
-    scheduler.schedule();
+    scheduler.schedule(u32::MAX);
     assert_eq!(scheduler.admit(sequence(2, 4, 9)), Ok(()));
 }
 

@@ -1,12 +1,13 @@
 //! Thousands of random schedules against a model that knows only what a caller sees: admissions, steps, tokens
-//! and cancellations under budgets so tight that preemption is common.
+//! and cancellations under budgets so tight that preemption is common. With a prefix cache the model also keeps what
+//! every position of every block was last written with, so that a sequence that is given a wrong block shows.
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
 use muster_engine::scheduler::{
-    AdmitError, NewSequence, Progress, Scheduler, SchedulerConfig, Step, StepItem,
+    AdmitError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step, StepItem,
 };
 use muster_types::{SeqId, TokenId};
 use proptest::prelude::*;
@@ -19,7 +20,7 @@ type Checked<T = ()> = Result<T, TestCaseError>;
 enum Op {
     Admit { prompt: u32, max_tokens: u32 },
     AdmitAgain(Index),
-    Step { cancelled_midway: Option<Index>, stopped_early: Option<Index> },
+    Step { cancelled_midway: Option<Index>, stopped_early: Option<Index>, beside_decodes: u32 },
     Cancel(Index),
 }
 
@@ -28,8 +29,9 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         5 => (0_u32..20, 0_u32..20).prop_map(|(prompt, max_tokens)| Op::Admit { prompt, max_tokens }),
         1 => any::<Index>().prop_map(Op::AdmitAgain),
-        10 => (rarely(), rarely())
-            .prop_map(|(cancelled_midway, stopped_early)| Op::Step { cancelled_midway, stopped_early }),
+        10 => (rarely(), rarely(), 0_u32..20).prop_map(|(cancelled_midway, stopped_early, beside_decodes)| {
+            Op::Step { cancelled_midway, stopped_early, beside_decodes }
+        }),
         1 => any::<Index>().prop_map(Op::Cancel),
     ]
 }
@@ -43,6 +45,7 @@ prop_compose! {
         max_waiting in 1_usize..8,
         spare_tokens in 0_u32..12,
         prefill_chunk in 1_u32..12,
+        prefix_cache in prop_oneof![Just(PrefixCache::Off), Just(PrefixCache::On)],
     ) -> SchedulerConfig {
         SchedulerConfig {
             block_tokens: NonZero::new(block_tokens).unwrap(),
@@ -52,6 +55,7 @@ prop_compose! {
             max_waiting,
             step_tokens: max_running as u32 + spare_tokens,
             prefill_chunk,
+            prefix_cache,
         }
     }
 }
@@ -69,6 +73,11 @@ struct Coverage {
     cancelled_midway: u64,
     cancelled_waiting: u64,
     length_reached: u64,
+    bounded: u64,
+    adopted: u64,
+    adopted_after_preemption: u64,
+    shared: u64,
+    failed_writes: u64,
     refused: [u64; 6],
 }
 
@@ -85,6 +94,7 @@ struct Live {
     /// Number of the step in which it must have ended.
     deadline: u64,
     first_token: Option<u64>,
+    was_preempted: bool,
 }
 
 impl Live {
@@ -110,6 +120,9 @@ struct Model<'a> {
     first_tokens: Vec<(u64, u32, u64)>,
     next_id: u64,
     steps: u64,
+    /// By block and position in it: the sequence up to and including the token it was last written for. `None`
+    /// where a step wrote and failed.
+    written: BTreeMap<(u32, u32), Option<Vec<TokenId>>>,
     coverage: &'a mut Coverage,
 }
 
@@ -123,12 +136,29 @@ impl Model<'_> {
     }
 
     fn blocks_free(&self) -> u32 {
-        self.config.blocks - self.live.iter().map(|live| live.table.len() as u32).sum::<u32>()
+        self.config.blocks - self.used().len() as u32
+    }
+
+    /// Blocks in tables.
+    fn used(&self) -> BTreeSet<u32> {
+        self.live.iter().flat_map(|live| live.table.iter().copied()).collect()
     }
 
     fn token(&self, id: u64, position: u32) -> TokenId {
-        // No two sequences or positions share a token, so that a mix-up shows.
-        TokenId::new(id as u32 * 1000 + position, u32::MAX).unwrap()
+        // Without a cache no two sequences or positions share a token, so that a mix-up shows. With one there are
+        // two kinds of beginnings.
+        let kind = if self.caches() && position < 8 { id as u32 % 2 } else { id as u32 };
+        TokenId::new(kind * 1000 + position, u32::MAX).unwrap()
+    }
+
+    fn caches(&self) -> bool {
+        self.config.prefix_cache == PrefixCache::On
+    }
+
+    /// Prefill tokens that a step may have beside so many decodes.
+    fn prefill_budget(&self, decodes: usize, beside_decodes: u32) -> u32 {
+        let rest = self.config.step_tokens - decodes as u32;
+        if decodes == 0 { rest } else { rest.min(beside_decodes.max(1)) }
     }
 
     fn admit(&mut self, id: u64, prompt: u32, max_tokens: u32) -> Checked {
@@ -178,13 +208,23 @@ impl Model<'_> {
             table: Vec::new(),
             deadline: deadline + u64::from(limit),
             first_token: None,
+            was_preempted: false,
         });
         Ok(())
     }
 
-    fn step(&mut self, cancelled_midway: Option<Index>, stopped_early: Option<Index>) -> Checked {
+    fn step(
+        &mut self,
+        cancelled_midway: Option<Index>,
+        stopped_early: Option<Index>,
+        beside_decodes: u32,
+    ) -> Checked {
         self.steps += 1;
-        let step = self.scheduler.schedule();
+        let decodes = self.live.iter().filter(|live| live.is_decoding()).count();
+        prop_assert_eq!(self.scheduler.decoding(), decodes);
+        let budget = self.prefill_budget(decodes, beside_decodes);
+        self.coverage.bounded += u64::from(budget < self.config.step_tokens - decodes as u32);
+        let step = self.scheduler.schedule(beside_decodes);
         self.check_preemption(&step)?;
         self.check_order(&step)?;
         let decoding: BTreeSet<_> =
@@ -192,11 +232,18 @@ impl Model<'_> {
         for item in &step.items {
             self.check_item(item)?;
         }
-        self.check_budget(&step, &decoding)?;
+        self.check_budget(&step, &decoding, budget)?;
         self.check_tables()?;
 
         if let Some(pick) = cancelled_midway.filter(|_| !self.live.is_empty()) {
             self.coverage.cancelled_midway += 1;
+            let failed = self.live[pick.index(self.live.len())].id;
+            if let Some(item) = step.items.iter().find(|item| item.seq == failed) {
+                self.coverage.failed_writes += 1;
+                for position in (item.start..).take(item.tokens.len()) {
+                    self.written.insert(self.place(&item.blocks, position), None);
+                }
+            }
             self.finish(pick.index(self.live.len()))?;
             self.check_tables()?;
         }
@@ -213,7 +260,7 @@ impl Model<'_> {
     /// Preempted sequences are the youngest of those running, and only the want of blocks costs them theirs.
     fn check_preemption(&mut self, step: &Step) -> Checked {
         let free = self.blocks_free();
-        let mut lost = 0;
+        let mut lost = Vec::new();
         for &id in &step.preempted {
             let running = self.running();
             prop_assert!(running > 1, "the oldest is never preempted");
@@ -221,16 +268,19 @@ impl Model<'_> {
             prop_assert_eq!(youngest.id, id);
             self.coverage.preempted += 1;
             self.coverage.preempted_with_output += u64::from(youngest.known() > youngest.prompt);
-            lost = youngest.table.len() as u32;
+            lost = youngest.table.clone();
             prop_assert!(step.items.iter().all(|item| item.seq != id), "preempted and run at once");
+            youngest.was_preempted = true;
             youngest.table.clear();
             youngest.computed = 0;
         }
         if !step.preempted.is_empty() {
-            let table = |id| self.live.iter().find(|live| live.id == id).map_or(0, |live| live.table.len());
-            let taken: usize = step.items.iter().map(|item| item.blocks.len() - table(item.seq)).sum();
+            let held = self.used();
+            let lost = lost.iter().filter(|block| !held.contains(block)).count() as u32;
+            let used: BTreeSet<_> = step.items.iter().flat_map(|item| &item.blocks).collect();
+            let taken = used.iter().filter(|block| !held.contains(block)).count() as u32;
             // Without the last preemption there would not have been enough.
-            prop_assert!(taken as u32 > self.blocks_free() - lost, "{taken} taken of {free} free");
+            prop_assert!(taken > self.blocks_free() - lost, "{taken} taken of {free} free");
         }
         Ok(())
     }
@@ -253,7 +303,13 @@ impl Model<'_> {
         let Some(live) = self.live.iter_mut().find(|live| live.id == item.seq) else {
             return Err(TestCaseError::fail("an item of nobody"));
         };
-        prop_assert_eq!(item.start, live.computed, "a gap or a repetition");
+        if self.config.prefix_cache == PrefixCache::Off || live.computed > 0 {
+            prop_assert_eq!(item.start, live.computed, "a gap or a repetition");
+        } else {
+            prop_assert!(item.start.is_multiple_of(self.config.block_tokens.get()));
+            self.coverage.adopted += u64::from(item.start > 0);
+            self.coverage.adopted_after_preemption += u64::from(item.start > 0 && live.was_preempted);
+        }
         prop_assert!(item.start < end && end <= live.known());
         prop_assert_eq!(&item.tokens[..], &live.known[item.start as usize..end as usize]);
         prop_assert_eq!(item.sample, end == live.known());
@@ -261,11 +317,42 @@ impl Model<'_> {
         prop_assert!(item.blocks.starts_with(&live.table), "keys and values do not move");
         live.table.clone_from(&item.blocks);
         live.computed = end;
+        self.check_content(item)
+    }
+
+    fn place(&self, blocks: &[u32], position: u32) -> (u32, u32) {
+        let size = self.config.block_tokens.get();
+        (blocks[(position / size) as usize], position % size)
+    }
+
+    /// What an item attends to was written for the very same tokens, and it writes where nobody else looks.
+    fn check_content(&mut self, item: &StepItem) -> Checked {
+        let Some(live) = self.live.iter().find(|live| live.id == item.seq) else {
+            return Err(TestCaseError::fail("an item of nobody"));
+        };
+        let known = live.known.clone();
+        for position in 0..item.start {
+            let found = self.written.get(&self.place(&item.blocks, position));
+            let expected = Some(Some(&known[..=position as usize]));
+            prop_assert_eq!(
+                found.map(|content| content.as_deref()),
+                expected,
+                "position {} of {:?}",
+                position,
+                item
+            );
+        }
+        for position in (item.start..).take(item.tokens.len()) {
+            let place = self.place(&item.blocks, position);
+            let others = self.live.iter().filter(|live| live.table.contains(&place.0)).count();
+            prop_assert_eq!(others, 1, "a write to a block that others hold");
+            self.written.insert(place, Some(known[..=position as usize].to_vec()));
+        }
         Ok(())
     }
 
     /// Limits are kept, and nobody who could have run was left out or cut short.
-    fn check_budget(&mut self, step: &Step, decoding: &BTreeSet<SeqId>) -> Checked {
+    fn check_budget(&mut self, step: &Step, decoding: &BTreeSet<SeqId>, budget: u32) -> Checked {
         let running = self.running();
         prop_assert!(step.tokens() as u32 <= self.config.step_tokens);
         prop_assert!(running <= self.config.max_running);
@@ -275,7 +362,8 @@ impl Model<'_> {
         let sizes: Vec<_> = prefills.map(|item| item.tokens.len() as u32).collect();
         prop_assert!(sizes.iter().all(|&size| size <= self.config.prefill_chunk));
         self.coverage.shared_prefill += u64::from(sizes.len() > 1);
-        let spent = sizes.iter().sum::<u32>() + decoding.len() as u32 >= self.config.step_tokens;
+        prop_assert!(sizes.iter().sum::<u32>() <= budget);
+        let spent = sizes.iter().sum::<u32>() >= budget;
 
         let free = self.blocks_free();
         for (age, live) in self.live[..running].iter().enumerate() {
@@ -296,14 +384,15 @@ impl Model<'_> {
             }
         }
         prop_assert_eq!(step.items.is_empty(), self.live.is_empty());
-        let claim = |live: &Live| self.blocks_for(live.known()).max(live.table.len() as u32);
-        let claimed: u32 = self.live[..running].iter().map(claim).sum();
+        let wanted = |live: &Live| self.blocks_for(live.known()).saturating_sub(live.table.len() as u32);
+        let claimed = self.used().len() as u32 + self.live[..running].iter().map(wanted).sum::<u32>();
         if step.items.iter().any(|item| item.start == 0) {
             prop_assert!(claimed <= self.config.blocks, "let in without room for all it brings");
         }
         if let Some(head) = self.live.get(running)
             && running < self.config.max_running
             && !spent
+            && step.preempted.is_empty()
         {
             let needed = self.blocks_for(head.known());
             prop_assert!(claimed + needed > self.config.blocks, "could have been let in: {:?}", head);
@@ -312,13 +401,22 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// Every block is free or in one table, and the counts say so.
-    fn check_tables(&self) -> Checked {
-        let used: Vec<_> = self.live.iter().flat_map(|live| &live.table).collect();
-        let distinct: BTreeSet<_> = used.iter().collect();
-        prop_assert_eq!(used.len(), distinct.len(), "a block in two tables");
-        prop_assert!(used.iter().all(|&&block| block < self.config.blocks));
+    /// Every block is free or in one table, or in several at the same place; and the counts say so.
+    fn check_tables(&mut self) -> Checked {
+        let mut places: BTreeMap<u32, usize> = BTreeMap::new();
+        for live in &self.live {
+            for (place, &block) in live.table.iter().enumerate() {
+                prop_assert!(block < self.config.blocks);
+                if let Some(other) = places.insert(block, place) {
+                    prop_assert!(self.caches(), "a block in two tables");
+                    prop_assert_eq!(other, place);
+                    self.coverage.shared += 1;
+                }
+            }
+        }
         let stats = self.scheduler.stats();
+        prop_assert!(stats.blocks_cached <= stats.blocks_free);
+        prop_assert!(self.caches() || (stats.blocks_cached, stats.prefix_hits) == (0, 0));
         prop_assert_eq!(stats.blocks_total, self.config.blocks);
         prop_assert_eq!(stats.blocks_free, self.blocks_free());
         prop_assert_eq!((stats.running, stats.waiting), (self.running(), self.live.len() - self.running()));
@@ -361,6 +459,10 @@ impl Model<'_> {
     /// that bites, always.
     fn check_first_tokens(&mut self) -> Checked {
         self.first_tokens.sort_unstable();
+        if self.caches() {
+            // Whoever finds more of its prompt computed may be done sooner.
+            return Ok(());
+        }
         let strict = self.config.prefill_chunk >= self.config.step_tokens;
         for (at, &(id, prompt, step)) in self.first_tokens.iter().enumerate() {
             let overtaken = self.first_tokens[at..]
@@ -384,6 +486,7 @@ fn run_schedule(config: SchedulerConfig, ops: &[Op], coverage: &mut Coverage) ->
         first_tokens: Vec::new(),
         next_id: 0,
         steps: 0,
+        written: BTreeMap::new(),
         coverage,
     };
     for op in ops {
@@ -401,14 +504,16 @@ fn run_schedule(config: SchedulerConfig, ops: &[Op], coverage: &mut Coverage) ->
                 model.check_tables()?;
             }
             Op::AdmitAgain(_) | Op::Cancel(_) => {}
-            Op::Step { cancelled_midway, stopped_early } => model.step(cancelled_midway, stopped_early)?,
+            Op::Step { cancelled_midway, stopped_early, beside_decodes } => {
+                model.step(cancelled_midway, stopped_early, beside_decodes)?;
+            }
         }
     }
     // Deadlines end this loop, should anything starve.
     while !model.live.is_empty() {
-        model.step(None, None)?;
+        model.step(None, None, u32::MAX)?;
     }
-    prop_assert_eq!(model.scheduler.schedule(), Step::default());
+    prop_assert_eq!(model.scheduler.schedule(0), Step::default());
     prop_assert_eq!(model.scheduler.stats().blocks_free, model.config.blocks);
     model.check_first_tokens()
 }
@@ -436,6 +541,11 @@ fn random_schedules_keep_every_promise() {
         coverage.cancelled_midway,
         coverage.cancelled_waiting,
         coverage.length_reached,
+        coverage.bounded,
+        coverage.adopted,
+        coverage.adopted_after_preemption,
+        coverage.shared,
+        coverage.failed_writes,
     ];
     assert!(happened.iter().chain(&refused).all(|&times| times > 20), "{coverage:?}");
 }

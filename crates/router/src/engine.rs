@@ -20,9 +20,11 @@ use muster_text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
 use muster_types::{SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::lanes::{LaneChoice, Lanes};
+use crate::pace::Pace;
 use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
 
-/// Rows in a step from which two lanes pay: below, splitting only makes the messages smaller.
+/// Rows of a step from which two lanes may pay: below, splitting only makes the messages smaller.
 const LANE_MIN_ROWS: usize = 4;
 
 /// What the engine thread can be asked.
@@ -71,6 +73,7 @@ struct Active {
     request: u64,
     choice: u32,
     prompt_tokens: u32,
+    cached_prompt_tokens: u32,
     generated: u32,
     sampling: Sampling,
     history: History,
@@ -95,15 +98,25 @@ impl Engine {
         let mut table = Table::default();
         let mut state = StepState::default();
         let mut scratch = SampleScratch::default();
+        let (mut pace, mut lane_choice) = (Pace::default(), LaneChoice::default());
         while self.receive(&mut table) {
             self.drop_abandoned(&mut table);
-            let step = self.scheduler.schedule();
+            let decodes = self.scheduler.decoding();
+            let step = self.scheduler.schedule(pace.limit(decodes));
             if !step.items.is_empty() {
                 let started = Instant::now();
-                let lanes = self.compute(&step, &mut state);
-                self.emit(&step, &lanes, &state, &mut table, &mut scratch);
-                histogram!("muster_step_seconds").record(started.elapsed().as_secs_f64());
-                counter!("muster_tokens_computed_total").increment(step.tokens() as u64);
+                let rows = step.tokens();
+                let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
+                let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
+                let split = self.compute(&step, lanes, &mut state);
+                self.emit(&step, &split, &state, &mut table, &mut scratch);
+                let took = started.elapsed();
+                if splits {
+                    lane_choice.observe(rows, lanes, took);
+                }
+                pace.observe(decodes, rows.saturating_sub(decodes), took);
+                histogram!("muster_step_seconds").record(took.as_secs_f64());
+                counter!("muster_tokens_computed_total").increment(rows as u64);
             }
             self.report();
         }
@@ -172,8 +185,11 @@ impl Engine {
     }
 
     /// Runs the step; the result says which items went in which lane.
-    fn compute(&mut self, step: &Step, state: &mut StepState) -> [Vec<usize>; 2] {
-        let lanes = microbatch::split(step, LANE_MIN_ROWS);
+    fn compute(&mut self, step: &Step, lanes: Lanes, state: &mut StepState) -> [Vec<usize>; 2] {
+        let lanes = match lanes {
+            Lanes::One => [(0..step.items.len()).collect(), Vec::new()],
+            Lanes::Two => microbatch::split(step),
+        };
         let inputs = [0, 1].map(|lane: usize| -> Vec<SeqInput<'_>> {
             let items = lanes[lane].iter().map(|&item| &step.items[item]);
             items
@@ -225,10 +241,13 @@ impl Engine {
         let token = sampler::sample(&active.sampling, logits, &active.history, position, scratch);
         active.observe_latency();
         counter!("muster_tokens_generated_total").increment(1);
-        let end = active.take(token, logits, self.tokenizer.as_ref());
-        let end = end.or_else(|| match self.scheduler.append(id, token) {
+        active.cached_prompt_tokens = self.scheduler.cached_prompt_tokens(id);
+        // Even of a token that ends it: what this step computed is then kept for others.
+        let progress = self.scheduler.append(id, token);
+        let end = active.take(token, logits, self.tokenizer.as_ref()).map(Ok);
+        let end = end.or_else(|| match progress {
             Ok(Progress::Continue) => None,
-            Ok(Progress::LengthReached) => Some(active.end(FinishReason::Length)),
+            Ok(Progress::LengthReached) => Some(Ok(active.end(FinishReason::Length))),
             Err(error) => {
                 tracing::error!(%error, "the scheduler lost a sequence");
                 Some(Err(RequestError::Internal))
@@ -262,7 +281,10 @@ impl Engine {
         gauge!("muster_sequences_waiting").set(stats.waiting as f64);
         gauge!("muster_kv_blocks_total").set(f64::from(stats.blocks_total));
         gauge!("muster_kv_blocks_free").set(f64::from(stats.blocks_free));
+        gauge!("muster_kv_blocks_cached").set(f64::from(stats.blocks_cached));
         counter!("muster_preemptions_total").absolute(stats.preemptions);
+        counter!("muster_prefix_hit_tokens_total").absolute(stats.prefix_hits);
+        counter!("muster_prefix_miss_tokens_total").absolute(stats.prefix_misses);
     }
 }
 
@@ -272,6 +294,7 @@ impl Active {
             request,
             choice: new.choice,
             prompt_tokens: u32::try_from(new.prompt.len()).unwrap_or(u32::MAX),
+            cached_prompt_tokens: 0,
             generated: 0,
             sampling: new.sampling,
             history: History::new(&new.prompt),
@@ -294,12 +317,7 @@ impl Active {
     }
 
     /// Counts a token and sends its frame. `Some` when it ends the choice.
-    fn take(
-        &mut self,
-        token: TokenId,
-        logits: &[f32],
-        tokenizer: Option<&Tokenizer>,
-    ) -> Option<Result<Finished, RequestError>> {
+    fn take(&mut self, token: TokenId, logits: &[f32], tokenizer: Option<&Tokenizer>) -> Option<Finished> {
         let index = self.generated;
         self.generated += 1;
         self.history.push(token);
@@ -314,23 +332,24 @@ impl Active {
         let logprobs = self.top_logprobs.map(|top| token_logprobs(logits, token, top, tokenizer));
         let frame = TokenFrame { choice: self.choice, index, token_id: token.get(), text, logprobs };
         let _ = self.events.try_send(Ok(Event::Token(frame)));
-        stopped.then(|| Ok(self.finished(FinishReason::Stop, String::new())))
+        stopped.then(|| self.finished(FinishReason::Stop, String::new()))
     }
 
     /// The end, with whatever text was still held back.
-    fn end(&mut self, reason: FinishReason) -> Result<Finished, RequestError> {
+    fn end(&mut self, reason: FinishReason) -> Finished {
         let rest = self.detokenizer.as_mut().map_or_else(String::new, Detokenizer::finish);
-        Ok(match self.stops.push(&rest) {
+        match self.stops.push(&rest) {
             StopOutcome::Stopped(text) => self.finished(FinishReason::Stop, text),
             StopOutcome::Text(text) => {
                 let held = self.stops.finish();
                 self.finished(reason, text + &held)
             }
-        })
+        }
     }
 
     fn finished(&self, reason: FinishReason, text: String) -> Finished {
-        Finished { choice: self.choice, reason, output_tokens: self.generated, text }
+        let Self { choice, generated: output_tokens, cached_prompt_tokens, .. } = *self;
+        Finished { choice, reason, output_tokens, cached_prompt_tokens, text }
     }
 }
 

@@ -61,7 +61,8 @@ pub(crate) fn echo(choice: NewChoice) {
         let _ = events.try_send(Ok(token(choice, index, id.get(), top_logprobs)));
     }
     let reason = FinishReason::Length;
-    let finished = Finished { choice, reason, output_tokens: max_tokens, text: "!".into() };
+    let finished =
+        Finished { choice, reason, output_tokens: max_tokens, cached_prompt_tokens: 1, text: "!".into() };
     let _ = events.try_send(Ok(Event::Finished(finished)));
 }
 

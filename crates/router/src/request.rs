@@ -127,6 +127,8 @@ pub struct Finished {
     pub reason: FinishReason,
     /// Tokens generated; an end-of-text or stop token counts, though it has no frame.
     pub output_tokens: u32,
+    /// Tokens of the prompt whose keys and values were cached and not computed for this choice.
+    pub cached_prompt_tokens: u32,
     /// Text that was held back for a possible stop string that did not come.
     pub text: String,
 }

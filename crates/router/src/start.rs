@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use muster_checkpoint::{Checkpoint, CheckpointError};
 use muster_engine::dispatch::ExpertDispatch;
+pub use muster_engine::scheduler::PrefixCache;
 use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
 use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
 use muster_model::experts::precision;
@@ -57,6 +58,8 @@ pub struct EngineSettings {
     pub step_tokens: u32,
     /// Most prompt tokens of one sequence in a step.
     pub prefill_chunk: u32,
+    /// Whether keys and values are reused between requests that begin alike.
+    pub prefix_cache: PrefixCache,
     /// How long to wait for one layer's experts.
     pub expert_timeout: Duration,
     /// Caps on requests.
@@ -69,6 +72,7 @@ impl Default for EngineSettings {
             kv_bytes: None,
             step_tokens: 1024,
             prefill_chunk: 512,
+            prefix_cache: PrefixCache::On,
             expert_timeout: Duration::from_secs(30),
             limits: Limits::default(),
         }
@@ -156,6 +160,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         max_waiting: limits.queue,
         step_tokens: settings.step_tokens,
         prefill_chunk: settings.prefill_chunk,
+        prefix_cache: settings.prefix_cache,
     })?;
     let model =
         describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, combine, context);

@@ -40,7 +40,10 @@ metric_names! {
     describe_gauge SEQUENCES_RUNNING = "muster_sequences_running", Count, "Sequences in the batch.";
     describe_gauge SEQUENCES_WAITING = "muster_sequences_waiting", Count, "Sequences waiting for a place in the batch.";
     describe_gauge KV_BLOCKS_TOTAL = "muster_kv_blocks_total", Count, "Blocks of the KV cache.";
-    describe_gauge KV_BLOCKS_FREE = "muster_kv_blocks_free", Count, "Blocks of the KV cache that hold nothing.";
+    describe_gauge KV_BLOCKS_FREE = "muster_kv_blocks_free", Count, "Blocks of the KV cache that no sequence holds.";
+    describe_gauge KV_BLOCKS_CACHED = "muster_kv_blocks_cached", Count, "Those of the free blocks whose content is kept for prompts to come.";
+    describe_counter PREFIX_HIT_TOKENS = "muster_prefix_hit_tokens_total", Count, "Tokens of sequences let into the batch whose keys and values were cached.";
+    describe_counter PREFIX_MISS_TOKENS = "muster_prefix_miss_tokens_total", Count, "Tokens of sequences let into the batch that had to be computed.";
     describe_histogram STEP_SECONDS = "muster_step_seconds", Seconds, "One pass of the batch through all layers.";
     // Router: dispatch.
     describe_gauge DISPATCH_WORKERS = "muster_dispatch_workers", Count, "Workers that rows can be sent to.";

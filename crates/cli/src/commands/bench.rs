@@ -346,7 +346,7 @@ mod tests {
         Report {
             model: "m".to_owned(),
             compute: "bf16".to_owned(),
-            expert_dtype: ExpertDType::Native.to_string(),
+            expert_dtype: "native".to_owned(),
             workers: 2,
             prompt_tokens: 512,
             output_tokens: 1,

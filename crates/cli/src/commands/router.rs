@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use muster_config::{Environment, Flags, RouterSettings, Sources};
 use muster_router::serve::{Bound, Hooks, RouterConfig, RouterError, run as run_router};
-use muster_router::start::EngineSettings;
+use muster_router::start::{EngineSettings, PrefixCache};
 use muster_types::Limits;
 
 use super::{log_settings, serve};
@@ -60,6 +60,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("kv_memory", args.kv_memory.as_deref())
         .text("step_tokens", args.step_tokens.as_deref())
         .text("prefill_chunk", args.prefill_chunk.as_deref())
+        .text("prefix_cache", args.prefix_cache.as_deref())
         .text("max_running", args.max_running.as_deref())
         .text("max_queue", args.max_queue.as_deref())
         .text("expert_timeout", args.expert_timeout.as_deref())
@@ -90,6 +91,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             kv_bytes: settings.kv_memory,
             step_tokens: settings.step_tokens,
             prefill_chunk: settings.prefill_chunk,
+            prefix_cache: if settings.prefix_cache { PrefixCache::On } else { PrefixCache::Off },
             expert_timeout: settings.expert_timeout,
             limits: Limits { running: settings.max_running, queue: settings.max_queue, ..Limits::default() },
         },

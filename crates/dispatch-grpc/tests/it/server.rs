@@ -11,7 +11,7 @@ use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::expert::v1::shard_error::Code as Fault;
 use muster_proto::handshake::Terms;
 use muster_testkit::fake;
-use muster_types::{Combine, Compute, ExpertDType, ExpertId, ExpertKey, LayerId, NumericsClass};
+use muster_types::{Combine, Compute, ExpertDType, ExpertId, LayerId, NumericsClass};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;

@@ -143,6 +143,10 @@ struct Lane {
     ffn: FfnScratch,
     ids: Vec<ExpertId>,
     weights: Vec<f32>,
+    /// `0 .. rows`, for a dense MLP.
+    every_row: Vec<u32>,
+    /// Empty between steps; kept for its memory.
+    slots: Vec<KvSlot<'static>>,
     in_flight: Option<Ticket>,
     head_rows: Vec<f32>,
     /// `[wanted rows, vocab]`.
@@ -203,7 +207,8 @@ impl Trunk {
 
     /// Runs one step through all layers. Outcomes are in `state`, sequence by sequence.
     pub fn forward(&self, ctx: &mut StepContext<'_>, lanes: [&[SeqInput<'_>]; 2], state: &mut StepState) {
-        let slots = lanes.map(slots_of);
+        let mut slots =
+            [0, 1].map(|lane: usize| slots_of(lanes[lane], std::mem::take(&mut state.lanes[lane].slots)));
         for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
             self.embed(lane, sequences);
         }
@@ -227,6 +232,9 @@ impl Trunk {
                 self.take_home(ctx, lane);
                 self.head(ctx, lane, sequences);
             }
+        }
+        for (lane, slots) in state.lanes.iter_mut().zip(&mut slots) {
+            lane.slots = emptied(std::mem::take(slots));
         }
     }
 
@@ -287,27 +295,29 @@ impl Trunk {
     ) {
         // Checked when the model was loaded: layers are counted in u32.
         let Ok(layer) = LayerId::new(index as u32, self.layers.len() as u32) else { return };
-        let submitted = self
-            .choose(ctx.cpu, layer, gate, moe, lane, sequences)
-            .map_err(|invalid| DispatchError::Invalid(invalid.to_string()))
-            .and_then(|choices| {
-                if let Some(observe) = &mut ctx.observe {
-                    observe(GateView { layer, lane: number, choices: &choices });
-                }
-                let rows = match self.compute {
-                    Compute::F32 => Rows::HostF32(&lane.normed),
-                    Compute::Bf16 | Compute::Bf16Pairs => {
-                        lane.wire.resize(lane.normed.len(), 0);
-                        to_bf16(&lane.normed, &mut lane.wire);
-                        Rows::HostBf16(&lane.wire)
-                    }
-                };
-                ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: &choices })
-            });
-        match submitted {
+        let choices = match self.choose(ctx.cpu, layer, gate, moe, lane, sequences) {
+            Ok(choices) => choices,
+            Err(invalid) => {
+                lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
+                return;
+            }
+        };
+        if let Some(observe) = &mut ctx.observe {
+            observe(GateView { layer, lane: number, choices: &choices });
+        }
+        let rows = match self.compute {
+            Compute::F32 => Rows::HostF32(&lane.normed),
+            Compute::Bf16 | Compute::Bf16Pairs => {
+                lane.wire.resize(lane.normed.len(), 0);
+                to_bf16(&lane.normed, &mut lane.wire);
+                Rows::HostBf16(&lane.wire)
+            }
+        };
+        match ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: &choices }) {
             Ok(ticket) => lane.in_flight = Some(ticket),
             Err(error) => lane.failed = Some(error),
         }
+        (lane.ids, lane.weights) = choices.into_parts();
     }
 
     /// The gate's choice for every row. A row whose logits are bad fails its sequence; so that the lane keeps its
@@ -359,9 +369,10 @@ impl Trunk {
     }
 
     fn dense(&self, ctx: &mut StepContext<'_>, expert: &Expert, lane: &mut Lane) {
-        let rows: Vec<u32> = (0..).take(lane.rows).collect();
+        lane.every_row.clear();
+        lane.every_row.extend((0..).take(lane.rows));
         lane.moe_out.resize(lane.residual.len(), 0.0);
-        let groups = [ExpertRows { expert, rows: &rows }];
+        let groups = [ExpertRows { expert, rows: &lane.every_row }];
         let precision = precision(self.compute);
         grouped_ffn(ctx.cpu, &groups, &lane.normed, precision, &mut lane.ffn, &mut lane.moe_out);
         add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier);
@@ -417,10 +428,19 @@ impl Trunk {
     }
 }
 
-fn slots_of<'a>(sequences: &[SeqInput<'a>]) -> Vec<KvSlot<'a>> {
+/// Where every row of a lane stands, in memory that was used before.
+fn slots_of<'a>(sequences: &[SeqInput<'a>], memory: Vec<KvSlot<'static>>) -> Vec<KvSlot<'a>> {
     let rows = |sequence: &SeqInput<'a>| {
         let blocks = sequence.blocks;
         (sequence.start..).take(sequence.tokens.len()).map(move |position| KvSlot { position, blocks })
     };
-    sequences.iter().flat_map(rows).collect()
+    let mut slots: Vec<KvSlot<'a>> = memory;
+    slots.extend(sequences.iter().flat_map(rows));
+    slots
+}
+
+/// The memory of a list, without what it borrowed: the standard library reuses it when it collects in place.
+fn emptied(mut slots: Vec<KvSlot<'_>>) -> Vec<KvSlot<'static>> {
+    slots.clear();
+    slots.into_iter().map(|slot| KvSlot { blocks: &[], ..slot }).collect()
 }

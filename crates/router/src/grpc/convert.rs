@@ -134,6 +134,7 @@ fn finished(finished: Finished) -> v1::Finished {
         reason: reason.into(),
         output_tokens: finished.output_tokens,
         text: finished.text,
+        cached_prompt_tokens: finished.cached_prompt_tokens,
     }
 }
 

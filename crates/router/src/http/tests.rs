@@ -86,7 +86,12 @@ async fn a_completion_is_answered() {
     assert_eq!(answer["model"], fake::MODEL);
     let texts: Vec<_> = (0..4).map(|i| answer["choices"][i]["text"].as_str().unwrap()).collect();
     assert_eq!(texts, ["<5><6>!", "<5><6>!", "<7><7>!", "<7><7>!"]);
-    assert_eq!(answer["usage"], json!({"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}));
+    assert_eq!(
+        answer["usage"],
+        json!({
+            "prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11, "prompt_tokens_details": {"cached_tokens": 2},
+        })
+    );
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::request::{FinishReason, TokenLogprobs};
+use crate::request::{FinishReason, Finished, TokenLogprobs};
 
 /// What is known when the answer begins.
 #[derive(Debug, Clone)]
@@ -26,11 +26,35 @@ pub(super) struct Usage {
     prompt_tokens: u64,
     completion_tokens: u64,
     total_tokens: u64,
+    prompt_tokens_details: PromptTokensDetails,
 }
 
-impl Usage {
-    pub(super) fn new(prompt_tokens: u64, completion_tokens: u64) -> Self {
-        Self { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens }
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+struct PromptTokensDetails {
+    cached_tokens: u64,
+}
+
+/// Tokens of an answer so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Count {
+    completion: u64,
+    cached: u64,
+}
+
+impl Count {
+    /// Takes in a choice that has ended.
+    pub(super) fn add(&mut self, finished: &Finished) {
+        self.completion += u64::from(finished.output_tokens);
+        self.cached += u64::from(finished.cached_prompt_tokens);
+    }
+
+    pub(super) const fn usage(self, head: &Head) -> Usage {
+        Usage {
+            prompt_tokens: head.prompt_tokens,
+            completion_tokens: self.completion,
+            total_tokens: head.prompt_tokens + self.completion,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: self.cached },
+        }
     }
 }
 

@@ -44,7 +44,8 @@ pub(super) async fn start(
     Ok((head, events))
 }
 
-/// The events of several prompts, as they come. Choices are numbered through; the first error is the last item.
+/// The events of several prompts, as they come. Choices are numbered through; the first error is the last item. A
+/// prompt counts once in an answer's usage, so only its first choice says how much of it was cached.
 pub(super) struct Merged<S> {
     /// By the number of their first choice.
     streams: StreamMap<u32, S>,
@@ -69,7 +70,12 @@ impl<S: Stream<Item = Result<Event, RequestError>> + Unpin> Stream for Merged<S>
         };
         match &mut item {
             Ok(Event::Token(frame)) => frame.choice += first,
-            Ok(Event::Finished(finished)) => finished.choice += first,
+            Ok(Event::Finished(finished)) => {
+                if finished.choice > 0 {
+                    finished.cached_prompt_tokens = 0;
+                }
+                finished.choice += first;
+            }
             // Cancels the other prompts.
             Err(_) => self.streams.clear(),
         }
@@ -96,7 +102,14 @@ mod tests {
 
     fn finished(choice: u32) -> Result<Event, RequestError> {
         let reason = FinishReason::Stop;
-        Ok(Event::Finished(Finished { choice, reason, output_tokens: 1, text: String::new() }))
+        let (output_tokens, cached_prompt_tokens) = (1, 16);
+        Ok(Event::Finished(Finished {
+            choice,
+            reason,
+            output_tokens,
+            cached_prompt_tokens,
+            text: String::new(),
+        }))
     }
 
     #[tokio::test]
@@ -107,10 +120,10 @@ mod tests {
         let mut seen = Vec::new();
         while let Some(item) = merged.next().await {
             let Ok(Event::Finished(finished)) = item else { panic!("{item:?}") };
-            seen.push(finished.choice);
+            seen.push((finished.choice, finished.cached_prompt_tokens));
         }
         seen.sort_unstable();
-        assert_eq!(seen, [0, 1, 2, 3]);
+        assert_eq!(seen, [(0, 16), (1, 0), (2, 16), (3, 0)], "a prompt's cached tokens count once");
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use tokio_stream::Stream;
 
 use super::super::error::ApiError;
 use super::common::StreamUsage;
-use super::reply::{Dialect, Envelope, Head, Part, Usage, to_json};
+use super::reply::{Count, Dialect, Envelope, Head, Part, to_json};
 use crate::request::{Event, Finished, RequestError, TokenFrame};
 
 const DONE: &str = "[DONE]";
@@ -23,7 +23,7 @@ const DONE: &str = "[DONE]";
 pub(crate) struct Chunks<D> {
     head: Head,
     usage: StreamUsage,
-    completion_tokens: u64,
+    count: Count,
     /// Characters said so far, by choice.
     characters: Vec<usize>,
     dialect: PhantomData<fn() -> D>,
@@ -32,7 +32,7 @@ pub(crate) struct Chunks<D> {
 impl<D: Dialect> Chunks<D> {
     pub(crate) fn new(head: Head, usage: StreamUsage) -> Self {
         let characters = vec![0; head.choices as usize];
-        Self { head, usage, completion_tokens: 0, characters, dialect: PhantomData }
+        Self { head, usage, count: Count::default(), characters, dialect: PhantomData }
     }
 
     /// What comes before the first event.
@@ -53,7 +53,7 @@ impl<D: Dialect> Chunks<D> {
     pub(crate) fn close(&self) -> Vec<String> {
         let mut last = Vec::new();
         if self.usage == StreamUsage::Included {
-            let usage = Usage::new(self.head.prompt_tokens, self.completion_tokens);
+            let usage = self.count.usage(&self.head);
             let none: &[D::Delta<'_>] = &[];
             last.push(to_json(&Envelope::new(&self.head, D::CHUNK, none, Some(Some(usage)))));
         }
@@ -77,7 +77,7 @@ impl<D: Dialect> Chunks<D> {
     }
 
     fn finished(&mut self, finished: &Finished) -> Vec<String> {
-        self.completion_tokens += u64::from(finished.output_tokens);
+        self.count.add(finished);
         let mut chunks = Vec::new();
         if !finished.text.is_empty() {
             chunks.push(self.chunk(finished.choice, Part::Text(&finished.text), None));

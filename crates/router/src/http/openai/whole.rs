@@ -1,13 +1,13 @@
 //! Events gathered into one answer.
 
-use super::reply::{Dialect, Envelope, Head, Usage, to_json};
+use super::reply::{Count, Dialect, Envelope, Head, to_json};
 use crate::request::{Event, FinishReason};
 
 /// An answer in the making.
 pub(crate) struct Whole<D: Dialect> {
     head: Head,
     choices: Vec<Gathered<D>>,
-    completion_tokens: u64,
+    count: Count,
 }
 
 struct Gathered<D: Dialect> {
@@ -23,7 +23,7 @@ impl<D: Dialect> Whole<D> {
         let empty =
             |_| Gathered { text: String::new(), characters: 0, tokens: 0, logprobs: None, reason: None };
         let choices = (0..head.choices).map(empty).collect();
-        Self { head, choices, completion_tokens: 0 }
+        Self { head, choices, count: Count::default() }
     }
 
     /// Takes the next event. One of a choice that was not asked for is ignored.
@@ -45,7 +45,7 @@ impl<D: Dialect> Whole<D> {
             Event::Finished(finished) => {
                 choice.text.push_str(&finished.text);
                 choice.reason = Some(finished.reason);
-                self.completion_tokens += u64::from(finished.output_tokens);
+                self.count.add(&finished);
             }
         }
     }
@@ -66,7 +66,7 @@ impl<D: Dialect> Whole<D> {
             .zip(&self.choices)
             .map(|(index, choice)| D::choice(index, &choice.text, choice.logprobs.as_ref(), choice.reason))
             .collect();
-        let usage = Usage::new(self.head.prompt_tokens, self.completion_tokens);
+        let usage = self.count.usage(&self.head);
         to_json(&Envelope::new(&self.head, D::WHOLE, &choices, Some(Some(usage))))
     }
 }

@@ -23,7 +23,7 @@ fn head(choices: u32) -> Head {
 }
 
 fn finished(choice: u32, reason: FinishReason, text: &str) -> Event {
-    Event::Finished(Finished { choice, reason, output_tokens: 2, text: text.into() })
+    Event::Finished(Finished { choice, reason, output_tokens: 2, cached_prompt_tokens: 1, text: text.into() })
 }
 
 fn whole<D: Dialect>(choices: u32, events: Vec<Event>) -> Value {
@@ -61,7 +61,10 @@ fn a_whole_chat_answer() {
                 {"index": 0, "message": message("<7>!"), "logprobs": null, "finish_reason": "stop"},
                 {"index": 1, "message": message("<9><8>"), "logprobs": null, "finish_reason": "length"},
             ],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+            "usage": {
+                "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
+                "prompt_tokens_details": {"cached_tokens": 2},
+            },
         })
     );
 }
@@ -148,5 +151,10 @@ fn a_streamed_completion_with_usage() {
     assert_eq!(chunks[2]["choices"][0]["finish_reason"], "stop");
     assert!(chunks[..3].iter().all(|chunk| chunk.get("usage") == Some(&Value::Null)));
     assert_eq!(chunks[3]["choices"], json!([]));
-    assert_eq!(chunks[3]["usage"], json!({"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}));
+    assert_eq!(
+        chunks[3]["usage"],
+        json!({
+            "prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "prompt_tokens_details": {"cached_tokens": 1},
+        })
+    );
 }
