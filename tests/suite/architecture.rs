@@ -83,7 +83,6 @@ fn libraries_stay_where_they_belong() {
         ("tonic", &["proto", "dispatch-grpc", "router", "cli", "tests"]),
         ("prost", &["proto"]),
         ("axum", &["router"]),
-        ("rayon", &["kernels"]),
         ("tokenizers", &["text"]),
         ("hf-hub", &["pull"]),
         ("toml", &["config"]),

@@ -160,7 +160,7 @@ fn linears_follow_the_fixed_order_on_every_instruction_set_for_any_rows() {
             for cpu in cpus() {
                 for rows in 1..=40 {
                     let mut out = vec![f32::NAN; rows * n];
-                    linear(&cpu, &matrix, &x[..rows * k], &mut out);
+                    linear(&cpu, &matrix, &x[..rows * k], Precision::F32, &mut out);
                     assert_same(&out, &want[..rows * n], &format!("{} {matrix:?} {rows} rows", cpu.isa()));
                 }
             }
@@ -189,7 +189,7 @@ fn zeros_subnormals_huge_numbers_and_infinities_follow_it_too() {
                 let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
                 for cpu in cpus() {
                     let mut out = vec![0.0; 12 * n];
-                    linear(&cpu, &matrix, &x, &mut out);
+                    linear(&cpu, &matrix, &x, Precision::F32, &mut out);
                     assert_same(&out, &want, &format!("{} {matrix:?}", cpu.isa()));
                 }
             }
@@ -208,7 +208,7 @@ fn extreme_sums_within_a_group_are_exact() {
             assert!((want[0] - 64.0 * signs[0] * signs[1]).abs() < 0.3, "{}", want[0]);
             for cpu in cpus() {
                 let mut out = vec![0.0; 3 * 16];
-                linear(&cpu, &matrix, &x, &mut out);
+                linear(&cpu, &matrix, &x, Precision::F32, &mut out);
                 assert_same(&out, &want, &format!("{} {matrix:?}", cpu.isa()));
             }
         }
@@ -402,10 +402,10 @@ proptest! {
         for kind in KINDS {
             let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
             let mut alone = vec![0.0; n];
-            linear(&cpu(1, Isa::Portable), &matrix, &x[pick * k..(pick + 1) * k], &mut alone);
+            linear(&cpu(1, Isa::Portable), &matrix, &x[pick * k..(pick + 1) * k], Precision::F32, &mut alone);
             for isa in Isa::available() {
                 let mut all = vec![0.0; rows * n];
-                linear(&cpu(threads, isa), &matrix, &x, &mut all);
+                linear(&cpu(threads, isa), &matrix, &x, Precision::F32, &mut all);
                 assert_same(&all[pick * n..(pick + 1) * n], &alone, "row in its batch");
             }
         }

@@ -96,7 +96,10 @@ fn steps_after_the_first_allocate_nothing() {
         let compute = Compute::Bf16;
         let trunk = Trunk::load(&checkpoint, compute, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
-        let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, &mut |_| {}).unwrap());
+        let experts = Arc::new(
+            ExpertSet::load(&checkpoint, &keys, compute, muster_types::ExpertDType::Native, &mut |_| {})
+                .unwrap(),
+        );
         let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let mut dispatch = Apart(Local::new(Arc::clone(&cpu), experts));
         let vocab = checkpoint.spec().vocab;

@@ -39,7 +39,10 @@ impl Model {
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
         let trunk = Trunk::load(&checkpoint, compute, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
-        let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, &mut |_| {}).unwrap());
+        let experts = Arc::new(
+            ExpertSet::load(&checkpoint, &keys, compute, muster_types::ExpertDType::Native, &mut |_| {})
+                .unwrap(),
+        );
         let cpu = Arc::new(Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());
         Self { trunk, experts, cpu }
     }

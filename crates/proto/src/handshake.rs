@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn each_absent_field_is_named() {
-        let cases: [(&str, v1::Hello); 8] = [
+        let cases: [(&str, v1::Hello); 9] = [
             ("protocol_version", v1::Hello { protocol_version: 0, ..hello() }),
             ("fingerprint", v1::Hello { fingerprint: Default::default(), ..hello() }),
             ("router_id", v1::Hello { router_id: String::new(), ..hello() }),
@@ -228,7 +228,7 @@ mod tests {
 
     #[test]
     fn each_difference_names_both_values() {
-        let cases: [(Term, v1::Hello); 5] = [
+        let cases: [(Term, v1::Hello); 6] = [
             (Term::Version, v1::Hello { protocol_version: 2, combine: 99, ..hello() }),
             (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),
