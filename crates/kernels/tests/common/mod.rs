@@ -133,12 +133,13 @@ pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     total
 }
 
-/// The order of `vdpbf16ps`: one total over the pairs, the odd product before the even one, every step flushed.
+/// The order of `vdpbf16ps`: one total over the pairs, padded to whole blocks of 32, the odd product before the even one,
+/// every step flushed.
 pub(crate) fn dot_pairs(x: &[f32], w: &[f32]) -> f32 {
-    let pairs = x.chunks(2).zip(w.chunks(2));
-    pairs.fold(0.0, |total, (x, w)| {
-        let odd = if x.len() == 2 { fma(x[1], w[1], total) } else { fma(0.0, 0.0, total) };
-        fma(x[0], w[0], odd)
+    let at = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
+    (0..x.len().next_multiple_of(32)).step_by(2).fold(0.0, |total, i| {
+        let odd = fma(at(x, i + 1), at(w, i + 1), total);
+        fma(at(x, i), at(w, i), odd)
     })
 }
 
