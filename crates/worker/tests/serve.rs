@@ -121,6 +121,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         fingerprint: checkpoint.fingerprint(),
         hidden: spec.hidden,
         compute,
+        experts: ExpertDType::Native,
         shape: Shape::new(experts.clone()),
         top_k,
         max_rows: 64,
