@@ -286,10 +286,11 @@ impl Known {
     fn new(numbers: &mut Numbers, kind: Quantisation, hidden: usize, intermediate: usize) -> Self {
         let shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)];
         let weights = shapes.map(|(n, k)| (n, k, numbers.vec(n * k)));
-        let [gate, up, down] =
-            [0, 1, 2].map(|i| Matrix::quantise_f32(kind, weights[i].0, weights[i].1, &weights[i].2).unwrap());
+        let [gate, up, down] = [0, 1, 2].map(|i| {
+            Matrix::quantise_f32(kind, weights[i].0, weights[i].1, &weights[i].2).expect("the shape fits")
+        });
         let matrices = weights.map(|(_, k, w)| rows(kind, &w, k));
-        Self { expert: Expert::new(gate, up, down).unwrap(), matrices }
+        Self { expert: Expert::new(gate, up, down).expect("the shapes fit"), matrices }
     }
 
     fn apply(&self, x: &[f32]) -> Vec<f32> {

@@ -93,10 +93,10 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
     fn stream<S: Simd, B: Bytes<S>, const T: usize>(&self, s: S, b: B, panel: usize) {
         let rows = self.inputs::<T>(self.rows.start);
         let mut totals = [[[s.splat(0.0); 1]; M]; T];
-        for m in 0..M {
-            let one = add_products(s, b, [[self.weights[m].panel(panel)]], rows, Some(AHEAD));
-            for r in 0..T {
-                totals[r][m] = one[r][0];
+        for (m, weights) in self.weights.iter().enumerate() {
+            let one = add_products(s, b, [[weights.panel(panel)]], rows, Some(AHEAD));
+            for (totals, [one]) in totals.iter_mut().zip(one) {
+                totals[m] = one;
             }
         }
         self.put(s, self.rows.start, panel, &totals);
@@ -130,9 +130,9 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
         panel: usize,
     ) {
         let mut weights: [[&[W]; C]; M] = [[&[]; C]; M];
-        for m in 0..M {
-            for c in 0..C {
-                weights[m][c] = self.weights[m].panel(panel + c);
+        for (weights, matrix) in weights.iter_mut().zip(self.weights) {
+            for (c, weights) in weights.iter_mut().enumerate() {
+                *weights = matrix.panel(panel + c);
             }
         }
         let ahead = (row == self.rows.start).then_some(AHEAD);
@@ -216,18 +216,18 @@ fn add_group<S: Simd, B: Bytes<S>, W: Block, const T: usize, const C: usize, con
         sums[r] = [[b.splat(-W::ZERO * x[r].sums[group]); C]; M];
     }
     for pair in 0..4 {
-        let mut lines = [[w[0][0].pair::<S, B>(b, group, pair); C]; M];
+        let mut halves = [[[b.splat(0); C]; M]; 2];
         for m in 0..M {
             for c in 0..C {
-                lines[m][c] = w[m][c].pair::<S, B>(b, group, pair);
+                [halves[0][m][c], halves[1][m][c]] = w[m][c].pair::<S, B>(b, group, pair);
             }
         }
-        for half in 0..2 {
+        for (half, lines) in halves.iter().enumerate() {
             for r in 0..T {
-                let inputs = b.splat(x[r].words[group * (GROUP / 4) + lines[0][0][half].0]);
+                let inputs = b.splat(x[r].words[group * (GROUP / 4) + W::place(pair, half)]);
                 for m in 0..M {
                     for c in 0..C {
-                        sums[r][m][c] = W::dot::<S, B>(b, sums[r][m][c], lines[m][c][half].1, inputs);
+                        sums[r][m][c] = W::dot::<S, B>(b, sums[r][m][c], lines[m][c], inputs);
                     }
                 }
             }

@@ -60,9 +60,10 @@ pub(crate) trait Block: Zeroed + Send + Sync {
     /// What a weight may be at least and at most, in scales.
     const RANGE: [i32; 2];
 
-    /// Two vectors of weights of a group as they are stored, `pair` counting them off from 0 to 3, each with the
-    /// place of its input features: feature `4 * place` of the group is the first byte's.
-    fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [(usize, B::I); 2];
+    /// Two vectors of weights of a group as they are stored, `pair` counting them off from 0 to 3.
+    fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [B::I; 2];
+    /// Where the input features of such a vector are: the first byte is feature `4 * place` of the group.
+    fn place(pair: usize, half: usize) -> usize;
     /// The products of such a vector with inputs, added to `acc`.
     fn dot<S: Simd, B: Bytes<S>>(b: B, acc: B::I, w: B::I, x: B::I) -> B::I;
     /// The sixteen outputs' scales of a group.
@@ -81,7 +82,7 @@ pub(crate) trait Block: Zeroed + Send + Sync {
 pub(crate) type Lines = [[f32; LANES]; GROUP];
 
 /// A byte's place in its line.
-fn place(k: usize, lane: usize) -> usize {
+fn in_line(k: usize, lane: usize) -> usize {
     4 * lane + k % 4
 }
 
@@ -90,9 +91,13 @@ impl Block for Q8Block {
     const RANGE: [i32; 2] = [-127, 127];
 
     #[inline(always)]
-    fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [(usize, B::I); 2] {
-        let [first, second] = [2 * pair, 2 * pair + 1];
-        [(first, b.load(&self.lines[8 * group + first])), (second, b.load(&self.lines[8 * group + second]))]
+    fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [B::I; 2] {
+        [0, 1].map(|half| b.load(&self.lines[8 * group + Self::place(pair, half)]))
+    }
+
+    #[inline(always)]
+    fn place(pair: usize, half: usize) -> usize {
+        2 * pair + half
     }
 
     #[inline(always)]
@@ -106,11 +111,11 @@ impl Block for Q8Block {
     }
 
     fn weight(&self, k: usize, lane: usize) -> (f32, u8) {
-        (bf16_to_f32(self.scales[k / GROUP][lane]), self.lines[k / 4][place(k, lane)])
+        (bf16_to_f32(self.scales[k / GROUP][lane]), self.lines[k / 4][in_line(k, lane)])
     }
 
     fn set(&mut self, k: usize, lane: usize, stored: u8) {
-        self.lines[k / 4][place(k, lane)] = stored;
+        self.lines[k / 4][in_line(k, lane)] = stored;
     }
 
     fn set_scales(&mut self, group: usize, scales: [u16; LANES]) {
@@ -129,9 +134,14 @@ impl Block for Q4Block {
     const RANGE: [i32; 2] = [-8, 7];
 
     #[inline(always)]
-    fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [(usize, B::I); 2] {
+    fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [B::I; 2] {
         let both = b.load(&self.lines[4 * group + pair]);
-        [(pair, b.low(both)), (4 + pair, b.high(both))]
+        [b.low(both), b.high(both)]
+    }
+
+    #[inline(always)]
+    fn place(pair: usize, half: usize) -> usize {
+        4 * half + pair
     }
 
     #[inline(always)]
@@ -146,13 +156,13 @@ impl Block for Q4Block {
 
     fn weight(&self, k: usize, lane: usize) -> (f32, u8) {
         let (group, k) = (k / GROUP, k % GROUP);
-        let both = self.lines[4 * group + k % 16 / 4][place(k, lane)];
+        let both = self.lines[4 * group + k % 16 / 4][in_line(k, lane)];
         (bf16_to_f32(self.scales[group][lane]), if k < 16 { both & 15 } else { both >> 4 })
     }
 
     fn set(&mut self, k: usize, lane: usize, stored: u8) {
         let (group, k) = (k / GROUP, k % GROUP);
-        let both = &mut self.lines[4 * group + k % 16 / 4][place(k, lane)];
+        let both = &mut self.lines[4 * group + k % 16 / 4][in_line(k, lane)];
         *both = if k < 16 { *both & 0xf0 | stored } else { *both & 0x0f | stored << 4 };
     }
 
