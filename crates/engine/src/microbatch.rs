@@ -8,17 +8,16 @@ use crate::scheduler::Step;
 
 /// Indices into `step.items` for lane 0 and lane 1: a prefix and the rest, as equal in tokens as can be.
 ///
-/// Lane 1 is empty when the step has a single item or fewer than `min_tokens` tokens: two small
-/// micro-batches read the experts' weights twice and gain little.
+/// Lane 1 is empty when the step has a single item.
 ///
 /// An item is never cut, however long. Its later tokens attend, in every layer, to keys and values that its
 /// earlier tokens write in that same layer; in different lanes they would be correct only for one order of the
 /// lanes. As it is, lanes depend on nothing of each other and each may be ahead.
 #[must_use]
-pub fn split(step: &Step, min_tokens: usize) -> [Vec<usize>; 2] {
+pub fn split(step: &Step) -> [Vec<usize>; 2] {
     let items = step.items.len();
     let total = step.tokens();
-    if items < 2 || total < min_tokens {
+    if items < 2 {
         return [(0..items).collect(), Vec::new()];
     }
     // Both lanes have an item, and of two equally good cuts the earlier one is taken.
@@ -53,25 +52,24 @@ mod tests {
 
     #[test]
     fn tokens_are_balanced_without_reordering() {
-        assert_eq!(split(&step(&[1, 1, 1, 1]), 0), [vec![0, 1], vec![2, 3]]);
-        assert_eq!(split(&step(&[1, 1, 64]), 0), [vec![0, 1], vec![2]]);
-        assert_eq!(split(&step(&[64, 1, 1]), 0), [vec![0], vec![1, 2]]);
+        assert_eq!(split(&step(&[1, 1, 1, 1])), [vec![0, 1], vec![2, 3]]);
+        assert_eq!(split(&step(&[1, 1, 64])), [vec![0, 1], vec![2]]);
+        assert_eq!(split(&step(&[64, 1, 1])), [vec![0], vec![1, 2]]);
         // Cuts after the first and after the second item are equally good.
-        assert_eq!(split(&step(&[1, 2, 1]), 0), [vec![0], vec![1, 2]]);
+        assert_eq!(split(&step(&[1, 2, 1])), [vec![0], vec![1, 2]]);
     }
 
     #[test]
-    fn little_or_indivisible_work_stays_in_one_lane() {
-        assert_eq!(split(&step(&[]), 0), [vec![], vec![]]);
-        assert_eq!(split(&step(&[512]), 2), [vec![0], vec![]]);
-        assert_eq!(split(&step(&[1, 2]), 4), [vec![0, 1], vec![]]);
-        assert_eq!(split(&step(&[1, 2]), 3), [vec![0], vec![1]]);
+    fn indivisible_work_stays_in_one_lane() {
+        assert_eq!(split(&step(&[])), [vec![], vec![]]);
+        assert_eq!(split(&step(&[512])), [vec![0], vec![]]);
+        assert_eq!(split(&step(&[1, 2])), [vec![0], vec![1]]);
     }
 
     proptest! {
         #[test]
         fn no_other_cut_is_better(sizes in prop::collection::vec(1_u32..100, 2..30)) {
-            let [first, second] = split(&step(&sizes), 0);
+            let [first, second] = split(&step(&sizes));
             prop_assert!(!first.is_empty() && !second.is_empty());
             prop_assert_eq!([first.clone(), second].concat(), (0..sizes.len()).collect::<Vec<_>>());
             let difference = |cut: usize| {

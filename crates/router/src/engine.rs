@@ -20,9 +20,11 @@ use muster_text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
 use muster_types::{SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::lanes::{LaneChoice, Lanes};
+use crate::pace::Pace;
 use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
 
-/// Rows in a step from which two lanes pay: below, splitting only makes the messages smaller.
+/// Rows of a step from which two lanes may pay: below, splitting only makes the messages smaller.
 const LANE_MIN_ROWS: usize = 4;
 
 /// What the engine thread can be asked.
@@ -96,15 +98,25 @@ impl Engine {
         let mut table = Table::default();
         let mut state = StepState::default();
         let mut scratch = SampleScratch::default();
+        let (mut pace, mut lane_choice) = (Pace::default(), LaneChoice::default());
         while self.receive(&mut table) {
             self.drop_abandoned(&mut table);
-            let step = self.scheduler.schedule(u32::MAX);
+            let decodes = self.scheduler.decoding();
+            let step = self.scheduler.schedule(pace.limit(decodes));
             if !step.items.is_empty() {
                 let started = Instant::now();
-                let lanes = self.compute(&step, &mut state);
-                self.emit(&step, &lanes, &state, &mut table, &mut scratch);
-                histogram!("muster_step_seconds").record(started.elapsed().as_secs_f64());
-                counter!("muster_tokens_computed_total").increment(step.tokens() as u64);
+                let rows = step.tokens();
+                let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
+                let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
+                let split = self.compute(&step, lanes, &mut state);
+                self.emit(&step, &split, &state, &mut table, &mut scratch);
+                let took = started.elapsed();
+                if splits {
+                    lane_choice.observe(rows, lanes, took);
+                }
+                pace.observe(decodes, rows.saturating_sub(decodes), took);
+                histogram!("muster_step_seconds").record(took.as_secs_f64());
+                counter!("muster_tokens_computed_total").increment(rows as u64);
             }
             self.report();
         }
@@ -173,8 +185,11 @@ impl Engine {
     }
 
     /// Runs the step; the result says which items went in which lane.
-    fn compute(&mut self, step: &Step, state: &mut StepState) -> [Vec<usize>; 2] {
-        let lanes = microbatch::split(step, LANE_MIN_ROWS);
+    fn compute(&mut self, step: &Step, lanes: Lanes, state: &mut StepState) -> [Vec<usize>; 2] {
+        let lanes = match lanes {
+            Lanes::One => [(0..step.items.len()).collect(), Vec::new()],
+            Lanes::Two => microbatch::split(step),
+        };
         let inputs = [0, 1].map(|lane: usize| -> Vec<SeqInput<'_>> {
             let items = lanes[lane].iter().map(|&item| &step.items[item]);
             items
