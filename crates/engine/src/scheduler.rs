@@ -467,9 +467,12 @@ impl Scheduler {
     /// Moves waiting sequences into the step, oldest first, while there are tokens, places and blocks. All blocks
     /// of a sequence's known tokens must be there, beyond what running prefills still need, though it takes
     /// only those of its first chunk now: half a prefill that is then preempted would be work for nothing.
-    /// So a sequence just preempted stays out, too: of the blocks that it alone held, an older one has taken at
-    /// least one.
+    /// Nobody is let in by a step that preempted: blocks are short, and whoever just lost its own could be let in
+    /// again by what it shares with others, only to lose them again.
     fn let_in(&mut self, draft: &mut Draft) {
+        if !draft.preempted.is_empty() {
+            return;
+        }
         let claimed: u32 = self.running.iter().map(|sequence| sequence.blocks_wanted(&self.pool)).sum();
         let mut unclaimed = self.pool.available().saturating_sub(claimed);
         while draft.prefill_budget > 0 && self.running.len() < self.config.max_running {

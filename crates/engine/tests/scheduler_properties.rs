@@ -392,6 +392,7 @@ impl Model<'_> {
         if let Some(head) = self.live.get(running)
             && running < self.config.max_running
             && !spent
+            && step.preempted.is_empty()
         {
             let needed = self.blocks_for(head.known());
             prop_assert!(claimed + needed > self.config.blocks, "could have been let in: {:?}", head);
