@@ -113,6 +113,10 @@ impl Reins {
     pub(crate) fn drive<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let core = self.0.upgrade()?;
         let turn = core.take();
+        // The driver's drop lets in nobody who comes after it; who is inside then is told.
+        if core.turn().closed {
+            return None;
+        }
         let outcome = core.runtime.as_ref().and_then(|runtime| runtime.block_on(core.until_ended(work)));
         drop(turn);
         outcome
