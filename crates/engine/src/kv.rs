@@ -185,6 +185,8 @@ pub(crate) enum Found {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::btree_map::Entry;
+
     use muster_types::TokenId;
     use proptest::prelude::*;
 
@@ -283,11 +285,11 @@ mod tests {
                     Op::Name(at, name) if !claims.is_empty() => {
                         let block = &claims[at % claims.len()];
                         // A block is named once: its content does not change while it is held.
-                        if !names.contains_key(&block.index()) {
+                        if let Entry::Vacant(unnamed) = names.entry(block.index()) {
                             let new = pool.find(&key(name)).is_none();
                             pool.name(block, key(name));
                             if new && keep == Keep::Prefixes {
-                                names.insert(block.index(), name);
+                                unnamed.insert(name);
                             }
                         }
                     }
