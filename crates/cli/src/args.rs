@@ -156,7 +156,7 @@ pub(crate) struct ComputeArgs {
     /// What activations are rounded to; auto is the dtype of the model's weights.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub(crate) compute: ComputeMode,
-    /// How experts are held: native, or in groups of 32 weights of 8 or 4 bits, which takes half or a quarter of bf16.
+    /// How experts are held: native, or in groups of 32 weights as q8 or q4, which take half or a quarter of bf16.
     #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_expert_dtype)]
     pub(crate) expert_dtype: ExpertDType,
     /// Compute threads of each process [default: its share of the cores].

@@ -274,7 +274,7 @@ mod tests {
         for round in 0..400_u64 {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let pick = (random >> 33) as usize;
-            if pick % 3 == 0 && !held.is_empty() {
+            if pick.is_multiple_of(3) && !held.is_empty() {
                 let (mark, buffer) = held.swap_remove(pick % held.len());
                 assert!(buffer.iter().flatten().all(|&v| v == u16::from(mark)));
             } else {

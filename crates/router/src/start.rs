@@ -225,6 +225,7 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, StartError> {
     }))
 }
 
+#[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
 fn describe(
     checkpoint: &Checkpoint,
     trunk: &Trunk,

@@ -116,6 +116,7 @@ impl Jobs {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    #[expect(clippy::result_large_err, reason = "the job goes back to its one caller, which answers it")]
     pub(super) fn push(&self, job: Job) -> Result<(), Refused> {
         let mut waiting = self.lock();
         if waiting.closed {

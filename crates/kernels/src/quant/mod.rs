@@ -25,7 +25,7 @@ use dot::Work;
 use pack::{Block, Panels};
 use rows::{QRows, blocks_of, quantise, room};
 
-/// [`crate::linear`] of a quantised weight.
+/// [`crate::linear()`] of a quantised weight.
 pub(crate) fn linear(cpu: &Cpu, w: &Matrix, weights: &Quantised, x: &[f32], out: &mut [f32]) {
     let mut inputs = Vec::new();
     let inputs = room(&mut inputs, x.len() / w.k() * blocks_of(w.k()));
