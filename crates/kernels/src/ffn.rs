@@ -129,7 +129,8 @@ pub(crate) struct Task {
 /// allocated.
 ///
 /// # Panics
-/// If the experts' hidden sizes differ, some but not all are quantised, `x` or `out` does not fit, or a row number is outside `x`.
+/// If the experts' hidden sizes differ, some but not all are quantised, `x` or `out` does not fit, or a row number is
+/// outside `x`.
 pub fn grouped_ffn(
     cpu: &Cpu,
     groups: &[ExpertRows<'_>],

@@ -73,7 +73,7 @@ fn run<B: Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mu
 }
 
 /// Shares out `rows` rows times all panels: `task` takes some rows, some panels and where its results go.
-fn over_tasks(
+pub(crate) fn over_tasks(
     cpu: &Cpu,
     w: &Matrix,
     rows: usize,

@@ -3,8 +3,8 @@
 //! What must hold: a [`Matrix`] is made of panels of sixteen output features; a panel is a run of blocks of 32 input
 //! features; both sizes are padded with zeros. A bf16 block holds sixteen lines, one per pair of input features, each
 //! with the sixteen outputs' pairs (the even feature in the low half). That is also the layout of AMX's B operand.
-//! An f32 block holds 32 lines, one per input feature; [`crate::quant`] has the quantised ones. It does not know how the products are added; [`crate::tile`]
-//! does.
+//! An f32 block holds 32 lines, one per input feature; [`crate::quant`] has the quantised ones. It does not know how the
+//! products are added; [`crate::tile`] does.
 
 use std::fmt;
 
@@ -42,19 +42,21 @@ impl Block for F32Block {
     }
 }
 
-/// The panels of one element type.
+/// The panels of one element type, which are as long as each other.
 pub(crate) struct Panels<B> {
-    blocks: Buffer<B>,
-    per_panel: usize,
+    pub(crate) blocks: Buffer<B>,
+    pub(crate) per_panel: usize,
 }
 
-impl<B: Block> Panels<B> {
+impl<B> Panels<B> {
     /// The blocks of panel `index` in ascending K.
     #[inline(always)]
     pub(crate) fn panel(&self, index: usize) -> &[B] {
         &self.blocks[index * self.per_panel..(index + 1) * self.per_panel]
     }
+}
 
+impl<B: Block> Panels<B> {
     fn pack(
         n: usize,
         k: usize,

@@ -2,7 +2,7 @@
 
 use muster_checkpoint::spec::Role;
 use muster_checkpoint::{Checkpoint, Weight, WeightData};
-use muster_kernels::{Matrix, Quantisation, from_bf16, to_bf16};
+use muster_kernels::{KernelError, Matrix, Quantisation, from_bf16, to_bf16};
 use muster_types::{Compute, ExpertDType};
 
 use crate::{LoadProgress, ModelError};
@@ -17,8 +17,8 @@ pub(crate) struct Loader<'a> {
     spare: Option<WeightData>,
 }
 
-/// Larger matrices' memory is not kept.
-const LARGEST_SPARE: usize = 32 << 20;
+/// Elements of the largest matrix whose memory is kept.
+const LARGEST_SPARE: usize = 8 << 20;
 
 impl<'a> Loader<'a> {
     /// A loader that will read `roles`.
@@ -47,8 +47,8 @@ impl<'a> Loader<'a> {
 
     /// A matrix `[out, in]`. In bf16 an f32 checkpoint is rounded, as any bf16 engine would.
     pub(crate) fn matrix(&mut self, role: Role) -> Result<Matrix, ModelError> {
-        let Weight { rows, cols, data } = self.read(role)?;
-        let packed = match (&data, self.compute) {
+        let compute = self.compute;
+        self.packed(role, |rows, cols, data| match (data, compute) {
             (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
             (WeightData::F32(values), Compute::F32) => Matrix::pack_f32(rows, cols, values),
             (WeightData::F32(values), Compute::Bf16 | Compute::Bf16Pairs) => {
@@ -56,11 +56,7 @@ impl<'a> Loader<'a> {
                 to_bf16(values, &mut bits);
                 Matrix::pack_bf16(rows, cols, &bits)
             }
-        };
-        if rows * cols <= LARGEST_SPARE / 4 {
-            self.spare = Some(data);
-        }
-        packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
+        })
     }
 
     /// A matrix of an expert. Few bits are made of the weights as they are stored, whatever the compute mode.
@@ -70,11 +66,23 @@ impl<'a> Loader<'a> {
             ExpertDType::Q8 => Quantisation::Q8,
             ExpertDType::Q4 => Quantisation::Q4,
         };
-        let Weight { rows, cols, data } = self.read(role)?;
-        let packed = match &data {
+        self.packed(role, |rows, cols, data| match data {
             WeightData::Bf16(bits) => Matrix::quantise_bf16(kind, rows, cols, bits),
             WeightData::F32(values) => Matrix::quantise_f32(kind, rows, cols, values),
-        };
+        })
+    }
+
+    /// What `pack` makes of a stored matrix, whose memory is then kept for the next.
+    fn packed(
+        &mut self,
+        role: Role,
+        pack: impl FnOnce(usize, usize, &WeightData) -> Result<Matrix, KernelError>,
+    ) -> Result<Matrix, ModelError> {
+        let Weight { rows, cols, data } = self.read(role)?;
+        let packed = pack(rows, cols, &data);
+        if rows * cols <= LARGEST_SPARE {
+            self.spare = Some(data);
+        }
         packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
     }
 

@@ -6,8 +6,9 @@
 use std::ops::Range;
 
 use super::bytes::{ByteKernel, Bytes};
-use super::pack::{Block, GROUP, GROUPS, Panels};
+use super::pack::{Block, GROUP, GROUPS};
 use super::rows::{QRows, RowBlock};
+use crate::matrix::Panels;
 use crate::simd::Simd;
 use crate::tile::Sink;
 

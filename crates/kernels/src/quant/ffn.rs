@@ -3,14 +3,14 @@
 use super::Quantised;
 use super::bytes::{Body, dispatch};
 use super::dot::{Picked, Work};
-use super::pack::{Block, Panels};
+use super::pack::Block;
 use super::rows::{QRows, RowBlock, blocks_of, quantise, room};
 use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::ffn::{ExpertRows, Gated, Task};
 use crate::linear::Output;
-use crate::matrix::Elements;
+use crate::matrix::{Elements, Panels};
 
 /// Quantised rows of a call, kept for the next.
 #[derive(Debug, Default)]
@@ -43,12 +43,13 @@ impl Stages<'_, '_> {
         quantise(self.cpu, x, self.hidden, inputs);
         let inputs = QRows::new(inputs, self.hidden);
         let activated = Disjoint::new(activated);
+        let body = Body::of(self.cpu.isa());
         self.cpu.run(tasks.len(), work, &|index| {
             let task = tasks[index];
             let ExpertRows { expert, rows } = self.groups[task.group];
             let step = GateUp {
                 task,
-                body: Body::of(self.cpu.isa()),
+                body,
                 x: Picked { from: inputs, rows },
                 // It is quantised next, from what it is in f32.
                 sink: Gated::new(&activated, task, expert, Precision::F32),
@@ -77,12 +78,12 @@ impl Stages<'_, '_> {
         buffers.quantise_groups(self, activated);
         let Buffers { between, starts, .. } = buffers;
         let out = Disjoint::new(out);
+        let body = Body::of(self.cpu.isa());
         self.cpu.run(tasks.len(), work, &|index| {
             let task = tasks[index];
             let expert = self.groups[task.group].expert;
             let x = QRows::new(&between[starts[task.group]..], expert.intermediate());
             let sink = Output { out: &out, first_row: task.rows_before, n: self.hidden };
-            let body = Body::of(self.cpu.isa());
             match &expert.down.elements {
                 Elements::Quantised(Quantised::Q8(down)) => dispatch(body, task.quantised([down], x, sink)),
                 Elements::Quantised(Quantised::Q4(down)) => dispatch(body, task.quantised([down], x, sink)),

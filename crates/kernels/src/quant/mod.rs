@@ -16,13 +16,11 @@ pub use pack::Quantisation;
 pub(crate) use pack::Quantised;
 
 use crate::cpu::Cpu;
-use crate::disjoint::Disjoint;
-use crate::linear::Output;
-use crate::matrix::Matrix;
-use crate::tile::{panels_per_task, rows_per_task};
+use crate::linear::over_tasks;
+use crate::matrix::{Matrix, Panels};
 use bytes::Body;
 use dot::Work;
-use pack::{Block, Panels};
+use pack::Block;
 use rows::{QRows, blocks_of, quantise, room};
 
 /// [`crate::linear()`] of a quantised weight.
@@ -39,20 +37,8 @@ pub(crate) fn linear(cpu: &Cpu, w: &Matrix, weights: &Quantised, x: &[f32], out:
 }
 
 fn run<B: Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: QRows<'_>, rows: usize, out: &mut [f32]) {
-    let work = rows * w.k() * w.n();
-    let per_rows = rows_per_task(w.k());
-    let per_panels = panels_per_task(w.panels(), cpu.threads_for(work));
-    let columns = w.panels().div_ceil(per_panels);
-    let out = Disjoint::new(out);
-    cpu.run(rows.div_ceil(per_rows) * columns, work, &|task| {
-        let (row, panel) = (task / columns * per_rows, task % columns * per_panels);
-        let work = Work {
-            weights: [weights],
-            x,
-            sink: Output { out: &out, first_row: 0, n: w.n() },
-            rows: row..rows.min(row + per_rows),
-            panels: panel..w.panels().min(panel + per_panels),
-        };
-        bytes::dispatch(Body::of(cpu.isa()), work);
+    let body = Body::of(cpu.isa());
+    over_tasks(cpu, w, rows, out, |rows, panels, sink| {
+        bytes::dispatch(body, Work { weights: [weights], x, sink, rows, panels });
     });
 }

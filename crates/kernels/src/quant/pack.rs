@@ -11,6 +11,7 @@ use super::bytes::{Bytes, LINE};
 use crate::convert::bf16_to_f32;
 use crate::error::KernelError;
 use crate::isa::{Isa, Kernel, dispatch};
+use crate::matrix::Panels;
 use crate::memory::{Buffer, Zeroed};
 use crate::simd::{LANES, Simd, lanes};
 
@@ -253,25 +254,9 @@ impl<B: Block> Kernel for Round<'_, B> {
     }
 }
 
-/// The panels of one format.
-pub(crate) struct Panels<B> {
-    blocks: Buffer<B>,
-    per_panel: usize,
-}
-
 impl<B: Block> Panels<B> {
-    /// The blocks of panel `index` in ascending K.
-    #[inline(always)]
-    pub(crate) fn panel(&self, index: usize) -> &[B] {
-        &self.blocks[index * self.per_panel..(index + 1) * self.per_panel]
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        self.blocks.bytes()
-    }
-
     /// Row `n` of the weight as it counts, with rounding.
-    pub(crate) fn row(&self, n: usize, out: &mut [f32]) {
+    fn row(&self, n: usize, out: &mut [f32]) {
         for (part, block) in out.chunks_mut(BLOCK_K).zip(self.panel(n / LANES)) {
             for (k, value) in part.iter_mut().enumerate() {
                 let (scale, stored) = block.weight(k, n % LANES);
@@ -281,7 +266,7 @@ impl<B: Block> Panels<B> {
     }
 
     /// Rounds and packs a weight `[n, k]` whose sizes are at least 1; `widen` gives some elements in f32.
-    pub(crate) fn pack(n: usize, k: usize, widen: impl Fn(usize, &mut [f32])) -> Result<Self, KernelError> {
+    fn quantise(n: usize, k: usize, widen: impl Fn(usize, &mut [f32])) -> Result<Self, KernelError> {
         let per_panel = k.div_ceil(BLOCK_K);
         let mut blocks: Buffer<B> = Buffer::zeroed("weight", n.div_ceil(LANES) * per_panel)?;
         let isa = Isa::detect();
@@ -323,8 +308,8 @@ impl Quantised {
         widen: impl Fn(usize, &mut [f32]),
     ) -> Result<Self, KernelError> {
         Ok(match kind {
-            Quantisation::Q8 => Self::Q8(Panels::pack(n, k, widen)?),
-            Quantisation::Q4 => Self::Q4(Panels::pack(n, k, widen)?),
+            Quantisation::Q8 => Self::Q8(Panels::quantise(n, k, widen)?),
+            Quantisation::Q4 => Self::Q4(Panels::quantise(n, k, widen)?),
         })
     }
 
@@ -337,8 +322,8 @@ impl Quantised {
 
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Q8(panels) => panels.bytes(),
-            Self::Q4(panels) => panels.bytes(),
+            Self::Q8(panels) => panels.blocks.bytes(),
+            Self::Q4(panels) => panels.blocks.bytes(),
         }
     }
 

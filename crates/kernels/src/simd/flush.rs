@@ -4,6 +4,7 @@
 //! subnormal when it is below the least normal number after rounding to 24 bits with an unbounded exponent, so a
 //! result that only the coarser subnormal rounding lifts to the least normal number is flushed too.
 
+use super::portable::map2;
 use super::{Arith, LANES, Portable, Scalar, Simd};
 
 /// Sixteen lanes as an array, flushed.
@@ -55,11 +56,6 @@ fn mul(a: f32, b: f32) -> f32 {
 fn div(a: f32, b: f32) -> f32 {
     let (a, b) = (zeroed(a), zeroed(b));
     flushed(a / b, || a * LIFT / b)
-}
-
-#[inline(always)]
-fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
-    std::array::from_fn(|i| op(a[i], b[i]))
 }
 
 impl Arith for PortableFlush {

@@ -56,8 +56,9 @@ impl Arith for Scalar {
     }
 }
 
+/// `op` lane by lane.
 #[inline(always)]
-fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+pub(super) fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     std::array::from_fn(|i| op(a[i], b[i]))
 }
 
