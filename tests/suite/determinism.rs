@@ -96,12 +96,12 @@ async fn the_number_of_workers_does_not_matter_for_few_bit_experts_either() {
 }
 
 #[test]
-fn few_bit_experts_give_the_same_logits_here_and_in_workers() {
+fn few_bit_weights_give_the_same_logits_here_and_in_workers() {
     for family in ["granitemoe", "mixtral_bf16"] {
         let directory = golden_model(family);
         let tokens = Tensors::read(&directory.join("golden.safetensors")).ids("prompt1.input_ids");
         let bits = |dtype, more: &[&str]| -> Vec<u32> {
-            let args = [&["--expert-dtype", dtype], more].concat();
+            let args = [&["--expert-dtype", dtype, "--trunk-dtype", dtype], more].concat();
             logits(&directory, &tokens, &args).f32s("logits").iter().map(|logit| logit.to_bits()).collect()
         };
         let [q8, q4] = ["q8", "q4"].map(|dtype| {
@@ -114,9 +114,10 @@ fn few_bit_experts_give_the_same_logits_here_and_in_workers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn few_bit_experts_give_the_same_alone_and_in_company() {
+async fn few_bit_weights_give_the_same_alone_and_in_company() {
     for dtype in ["q8", "q4"] {
-        let setup = Setup::new(&demo_model()).expert_dtype(dtype).router_args(&["--prefill-chunk", "7"]);
+        let router = ["--prefill-chunk", "7", "--trunk-dtype", dtype];
+        let setup = Setup::new(&demo_model()).expert_dtype(dtype).router_args(&router);
         alone_and_together(setup, 4096).await;
     }
 }

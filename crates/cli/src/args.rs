@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use muster_config::{parse_expert_dtype, parse_size, parse_socket};
+use muster_config::{parse_size, parse_socket, parse_weight_dtype};
 use muster_telemetry::LogFormat;
-use muster_types::{Combine, Compute, ExpertDType};
+use muster_types::{Combine, Compute, WeightDType};
 
 use crate::client::DEFAULT_GRPC;
 use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
@@ -51,7 +51,7 @@ pub(crate) enum Command {
     /// Run a whole cluster on this machine: one router and N workers as child processes.
     Up(UpArgs),
     /// Run a router: requests, attention, KV cache and gates; its experts are in workers.
-    Router(RouterArgs),
+    Router(Box<RouterArgs>),
     /// Run an expert worker.
     Worker(WorkerArgs),
     /// Talk to the model of a running router.
@@ -157,8 +157,11 @@ pub(crate) struct ComputeArgs {
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub(crate) compute: ComputeMode,
     /// How experts are held: native, or in groups of 32 weights as q8 or q4, which take half or a quarter of bf16.
-    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_expert_dtype)]
-    pub(crate) expert_dtype: ExpertDType,
+    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype)]
+    pub(crate) expert_dtype: WeightDType,
+    /// How attention's linears, dense MLPs and the head are held: native, q8 or q4.
+    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype)]
+    pub(crate) trunk_dtype: WeightDType,
     /// Compute threads of each process [default: its share of the cores].
     #[arg(long, value_name = "N", value_parser = threads)]
     pub(crate) threads: Option<NonZeroUsize>,
@@ -252,6 +255,9 @@ pub(crate) struct RouterArgs {
     /// How the workers hold experts: native, q8 or q4 [default: native].
     #[arg(long, value_name = "DTYPE")]
     pub(crate) expert_dtype: Option<String>,
+    /// How attention's linears, dense MLPs and the head are held: native, q8 or q4 [default: native].
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) trunk_dtype: Option<String>,
     /// Compute threads [default: all cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<String>,
@@ -460,7 +466,7 @@ pub(crate) struct LogitsArgs {
     #[arg(long, default_value = "1024", value_name = "N", value_parser = chunk)]
     pub(crate) chunk: NonZeroUsize,
     /// Use the plain f32 implementation that shares no compute code with the fast one.
-    #[arg(long, conflicts_with_all = ["workers", "chunk", "compute", "expert_dtype", "threads"])]
+    #[arg(long, conflicts_with_all = ["workers", "chunk", "compute", "expert_dtype", "trunk_dtype", "threads"])]
     pub(crate) reference: bool,
 }
 

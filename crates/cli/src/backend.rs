@@ -64,15 +64,18 @@ pub(crate) struct About {
     pub(crate) workers: u32,
     pub(crate) compute: String,
     pub(crate) experts: String,
+    pub(crate) trunk: String,
 }
 
 impl Backend {
     pub(crate) async fn about(&mut self) -> Result<About, Failure> {
         Ok(match self {
             Self::Router(client) => {
-                let v1::Model { name, vocabulary, context, workers, compute, expert_dtype, .. } =
-                    client.model().await?;
-                About { name, vocabulary, context, workers, compute, experts: expert_dtype }
+                let v1::Model {
+                    name, vocabulary, context, workers, compute, expert_dtype, trunk_dtype, ..
+                } = client.model().await?;
+                let (experts, trunk) = (expert_dtype, trunk_dtype);
+                About { name, vocabulary, context, workers, compute, experts, trunk }
             }
             Self::Here(service) => {
                 let model = service.model();
@@ -83,6 +86,7 @@ impl Backend {
                     workers: model.workers,
                     compute: model.compute.to_string(),
                     experts: model.experts.to_string(),
+                    trunk: model.trunk.to_string(),
                 }
             }
         })

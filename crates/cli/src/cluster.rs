@@ -6,7 +6,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use muster_types::{Compute, ExpertDType};
+use muster_types::{Compute, WeightDType};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -32,7 +32,7 @@ pub(crate) struct WorkersSpec<'a> {
     pub(crate) model: &'a str,
     pub(crate) count: NonZeroU32,
     pub(crate) compute: Option<Compute>,
-    pub(crate) experts: ExpertDType,
+    pub(crate) experts: WeightDType,
     pub(crate) threads: Option<NonZeroUsize>,
     pub(crate) busy_poll_us: u32,
     pub(crate) log: &'a LogArgs,
@@ -67,7 +67,7 @@ pub(crate) fn log_flags(log: &LogArgs) -> Vec<OsString> {
 }
 
 /// The flags for a compute mode and for how experts are held.
-pub(crate) fn compute_flags(compute: Option<Compute>, experts: ExpertDType) -> [OsString; 4] {
+pub(crate) fn compute_flags(compute: Option<Compute>, experts: WeightDType) -> [OsString; 4] {
     let compute = compute.map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
     ["--compute".into(), compute.into(), "--expert-dtype".into(), experts.to_string().into()]
 }

@@ -16,7 +16,7 @@ use muster_router::health::Health;
 use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, Parts, start};
-use muster_types::{Combine, Compute, ExpertDType};
+use muster_types::{Combine, Compute, WeightDType};
 
 use crate::args::ComputeArgs;
 use crate::cluster::MOST_ROWS;
@@ -27,7 +27,8 @@ use crate::progress::Bar;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Mode {
     pub(crate) compute: Compute,
-    pub(crate) experts: ExpertDType,
+    pub(crate) experts: WeightDType,
+    pub(crate) trunk: WeightDType,
 }
 
 /// Where the experts are.
@@ -44,7 +45,7 @@ pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) trunk: Arc<Trunk>,
     pub(crate) dispatch: Box<dyn ExpertDispatch>,
-    dtype: ExpertDType,
+    dtype: WeightDType,
     /// Where the dispatch's time goes, when it leaves the process.
     pub(crate) stats: Option<StatsHandle>,
     health: HealthProbe,
@@ -55,7 +56,8 @@ pub(crate) struct Loaded {
 impl Mode {
     /// The mode that was asked for.
     pub(crate) fn of(checkpoint: &Checkpoint, asked: ComputeArgs) -> Self {
-        Self { compute: compute_mode(checkpoint, asked.compute.get()), experts: asked.expert_dtype }
+        let compute = compute_mode(checkpoint, asked.compute.get());
+        Self { compute, experts: asked.expert_dtype, trunk: asked.trunk_dtype }
     }
 }
 
@@ -77,9 +79,10 @@ pub(crate) fn load(
     experts: Experts,
     bar: &Bar,
 ) -> Result<Loaded, Failure> {
-    let Mode { compute, experts: dtype } = mode;
+    let Mode { compute, experts: dtype, trunk } = mode;
     let cpu = Arc::new(Cpu::new(threads).map_err(Failure::runtime)?);
-    let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut |p| bar.update(p)).map_err(Failure::input)?);
+    let trunk = Trunk::load(&checkpoint, compute, trunk, &mut |p| bar.update(p)).map_err(Failure::input)?;
+    let trunk = Arc::new(trunk);
     match experts {
         Experts::Here => {
             let keys = ExpertSet::all_keys(&checkpoint);

@@ -23,6 +23,6 @@ pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
 pub use router::RouterSettings;
 pub use value::{
-    LogSettings, Share, parse_compute, parse_duration, parse_expert_dtype, parse_size, parse_socket,
+    LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,
 };
 pub use worker::WorkerSettings;

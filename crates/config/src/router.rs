@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
 use muster_telemetry::LogFormat;
-use muster_types::{Combine, Compute, ExpertDType, WorkerId};
+use muster_types::{Combine, Compute, WeightDType, WorkerId};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
 use crate::problem::ConfigError;
 use crate::value::{
-    self, LogSettings, parse_compute, parse_duration, parse_expert_dtype, parse_size, parse_socket,
+    self, LogSettings, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,
 };
 
 const KEYS: &[Key] = &[
@@ -24,6 +24,7 @@ const KEYS: &[Key] = &[
     Key { name: "id", kind: ValueKind::Text, default: Some("router") },
     Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
     Key { name: "expert_dtype", kind: ValueKind::Text, default: Some("native") },
+    Key { name: "trunk_dtype", kind: ValueKind::Text, default: Some("native") },
     Key { name: "threads", kind: ValueKind::NumberOrText, default: Some("auto") },
     Key { name: "kv_memory", kind: ValueKind::Text, default: None },
     Key { name: "step_tokens", kind: ValueKind::Number, default: Some("1024") },
@@ -61,7 +62,9 @@ pub struct RouterSettings {
     /// What activations are rounded to; `None` as the checkpoint says.
     pub compute: Option<Compute>,
     /// How the workers hold experts.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
+    /// How the trunk's linears are held.
+    pub trunk: WeightDType,
     /// Compute threads; `None` for all cores.
     pub threads: Option<NonZeroUsize>,
     /// Bytes for the KV cache; `None` lets the router choose.
@@ -112,7 +115,8 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let grpc = reader.required("grpc", parse_socket);
     let id = reader.required("id", name);
     let compute = reader.required("compute", parse_compute);
-    let experts = reader.required("expert_dtype", parse_expert_dtype);
+    let experts = reader.required("expert_dtype", parse_weight_dtype);
+    let trunk = reader.required("trunk_dtype", parse_weight_dtype);
     let threads = reader.required("threads", value::threads);
     let kv_memory = reader.optional("kv_memory", parse_size);
     let mut count = |key| {
@@ -155,6 +159,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         id: id?,
         compute: compute?,
         experts: experts?,
+        trunk: trunk?,
         threads: threads?,
         kv_memory,
         step_tokens: step_tokens?,

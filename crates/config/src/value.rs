@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use muster_telemetry::LogFormat;
-use muster_types::{Compute, ExpertDType, ParseExpertDTypeError};
+use muster_types::{Compute, ParseWeightDTypeError, WeightDType};
 
 /// What is logged, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,8 +152,8 @@ pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
 ///
 /// # Errors
 /// When it is none of these.
-pub fn parse_expert_dtype(text: &str) -> Result<ExpertDType, String> {
-    text.parse().map_err(|error: ParseExpertDTypeError| error.to_string())
+pub fn parse_weight_dtype(text: &str) -> Result<WeightDType, String> {
+    text.parse().map_err(|error: ParseWeightDTypeError| error.to_string())
 }
 
 /// `ip:port` to listen on; `localhost` means 127.0.0.1, and port 0 lets the system choose.

@@ -5,13 +5,13 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
-use muster_types::{Compute, ExpertDType};
+use muster_types::{Compute, WeightDType};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
 use crate::problem::ConfigError;
 use crate::router::{log, name, off_loopback, text};
-use crate::value::{self, LogSettings, Share, parse_compute, parse_duration, parse_expert_dtype};
+use crate::value::{self, LogSettings, Share, parse_compute, parse_duration, parse_weight_dtype};
 
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
@@ -47,7 +47,7 @@ pub struct WorkerSettings {
     /// What activations are rounded to; `None` as the checkpoint says.
     pub compute: Option<Compute>,
     /// How experts are held.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
     /// Compute threads; `None` for all cores.
     pub threads: Option<NonZeroUsize>,
     /// Most rows of one shard. Routers whose steps are larger are refused.
@@ -82,7 +82,7 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let share = reader.required("share", str::parse::<Share>);
     let id = reader.optional("id", name);
     let compute = reader.required("compute", parse_compute);
-    let experts = reader.required("expert_dtype", parse_expert_dtype);
+    let experts = reader.required("expert_dtype", parse_weight_dtype);
     let threads = reader.required("threads", value::threads);
     let mut count = |key, most| {
         let number = reader.required(key, |text| value::count(text, 1, most));

@@ -9,7 +9,7 @@ use std::time::Duration;
 use muster_config::{
     ConfigError, Environment, Flags, Loaded, RouterSettings, Share, Sources, WorkerSettings,
 };
-use muster_types::ExpertDType;
+use muster_types::WeightDType;
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
 
@@ -217,18 +217,20 @@ fn a_worker_reads_its_own_table() {
 }
 
 #[test]
-fn both_roles_are_told_how_experts_are_held() {
-    assert_eq!(router("", &[], &minimal()).unwrap().settings.experts, ExpertDType::Native);
+fn roles_are_told_how_weights_are_held() {
+    assert_eq!(router("", &[], &minimal()).unwrap().settings.experts, WeightDType::Native);
     let flags = minimal().text("expert_dtype", Some("q8"));
     let environment = [("MUSTER_ROUTER_EXPERT_DTYPE", "q4")];
-    assert_eq!(router("", &environment, &minimal()).unwrap().settings.experts, ExpertDType::Q4);
-    assert_eq!(router("", &environment, &flags).unwrap().settings.experts, ExpertDType::Q8);
+    assert_eq!(router("", &environment, &minimal()).unwrap().settings.experts, WeightDType::Q4);
+    assert_eq!(router("", &environment, &flags).unwrap().settings.experts, WeightDType::Q8);
+    let trunk = router("", &[("MUSTER_ROUTER_TRUNK_DTYPE", "q8")], &minimal()).unwrap().settings;
+    assert_eq!((trunk.experts, trunk.trunk), (WeightDType::Native, WeightDType::Q8));
     let refused = router("", &[("MUSTER_ROUTER_EXPERT_DTYPE", "int4")], &minimal()).unwrap_err().to_string();
-    assert!(refused.contains("\"int4\" is not a dtype of experts; use native, q8 or q4"), "{refused}");
+    assert!(refused.contains("\"int4\" is not a dtype of weights; use native, q8 or q4"), "{refused}");
     let file = file("[worker]\nmodel = \"demo\"\nexpert_dtype = \"q4\"\n");
     let sources =
         Sources { file: Some(file.path()), environment: &Environment::default(), flags: &Flags::new() };
-    assert_eq!(WorkerSettings::load(&sources).unwrap().settings.experts, ExpertDType::Q4);
+    assert_eq!(WorkerSettings::load(&sources).unwrap().settings.experts, WeightDType::Q4);
 }
 
 proptest! {

@@ -8,7 +8,7 @@ use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{ExpertRole, Role};
 use muster_engine::dispatch::Rows;
 use muster_kernels::{Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, from_bf16, grouped_ffn};
-use muster_types::{Compute, ExpertDType, ExpertId, ExpertKey, LayerId};
+use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
 
 use crate::weights::Loader;
 use crate::{LoadProgress, ModelError};
@@ -16,7 +16,7 @@ use crate::{LoadProgress, ModelError};
 /// Loaded experts.
 pub struct ExpertSet {
     compute: Compute,
-    dtype: ExpertDType,
+    dtype: WeightDType,
     hidden: usize,
     experts: BTreeMap<ExpertKey, Expert>,
     bytes: u64,
@@ -50,7 +50,7 @@ impl ExpertSet {
         checkpoint: &Checkpoint,
         keys: &[ExpertKey],
         compute: Compute,
-        dtype: ExpertDType,
+        dtype: WeightDType,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
         let spec = checkpoint.spec();
@@ -64,7 +64,7 @@ impl ExpertSet {
                 return Err(ModelError::NoSuchExpert(key));
             }
             let [gate, up, down] = expert_roles(key);
-            let mut matrix = |role| loader.expert_matrix(role, dtype);
+            let mut matrix = |role| loader.matrix_as(role, dtype);
             let expert = Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
                 .map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
             bytes += expert.bytes() as u64;
@@ -117,7 +117,7 @@ impl ExpertSet {
 
     /// How the weights are held.
     #[must_use]
-    pub const fn dtype(&self) -> ExpertDType {
+    pub const fn dtype(&self) -> WeightDType {
         self.dtype
     }
 

@@ -3,7 +3,7 @@
 use muster_checkpoint::spec::Role;
 use muster_checkpoint::{Checkpoint, Weight, WeightData};
 use muster_kernels::{KernelError, Matrix, Quantisation, from_bf16, to_bf16};
-use muster_types::{Compute, ExpertDType};
+use muster_types::{Compute, WeightDType};
 
 use crate::{LoadProgress, ModelError};
 
@@ -59,12 +59,12 @@ impl<'a> Loader<'a> {
         })
     }
 
-    /// A matrix of an expert. Few bits are made of the weights as they are stored, whatever the compute mode.
-    pub(crate) fn expert_matrix(&mut self, role: Role, dtype: ExpertDType) -> Result<Matrix, ModelError> {
+    /// A matrix held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute mode.
+    pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
         let kind = match dtype {
-            ExpertDType::Native => return self.matrix(role),
-            ExpertDType::Q8 => Quantisation::Q8,
-            ExpertDType::Q4 => Quantisation::Q4,
+            WeightDType::Native => return self.matrix(role),
+            WeightDType::Q8 => Quantisation::Q8,
+            WeightDType::Q4 => Quantisation::Q4,
         };
         self.packed(role, |rows, cols, data| match data {
             WeightData::Bf16(bits) => Matrix::quantise_bf16(kind, rows, cols, bits),

@@ -94,10 +94,11 @@ fn steps_after_the_first_allocate_nothing() {
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden").join(family);
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
         let compute = Compute::Bf16;
-        let trunk = Trunk::load(&checkpoint, compute, &mut |_| {}).unwrap();
+        let trunk =
+            Trunk::load(&checkpoint, compute, muster_types::WeightDType::Native, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(
-            ExpertSet::load(&checkpoint, &keys, compute, muster_types::ExpertDType::Native, &mut |_| {})
+            ExpertSet::load(&checkpoint, &keys, compute, muster_types::WeightDType::Native, &mut |_| {})
                 .unwrap(),
         );
         let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());

@@ -15,7 +15,8 @@ use muster_model::experts::ExpertSet;
 use muster_model::local::Local;
 use muster_model::reference::{LayerChoices, Reference};
 use muster_model::trunk::Trunk;
-use muster_types::{Compute, ExpertDType};
+use muster_types::Compute;
+use muster_types::WeightDType::{self, Native, Q4, Q8};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -30,20 +31,20 @@ struct Model {
 
 impl Model {
     fn open(directory: &Path, compute: Compute, isa: Isa, threads: usize) -> Self {
-        Self::with_experts(directory, compute, ExpertDType::Native, isa, threads)
+        Self::held_as(directory, compute, [Native; 2], isa, threads)
     }
 
-    fn with_experts(
+    fn held_as(
         directory: &Path,
         compute: Compute,
-        dtype: ExpertDType,
+        [experts, trunk]: [WeightDType; 2],
         isa: Isa,
         threads: usize,
     ) -> Self {
         let checkpoint = Checkpoint::open(&Source::Directory(directory.to_owned())).unwrap();
-        let trunk = Trunk::load(&checkpoint, compute, &mut |_| {}).unwrap();
+        let trunk = Trunk::load(&checkpoint, compute, trunk, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
-        let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |_| {}).unwrap());
+        let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, experts, &mut |_| {}).unwrap());
         let cpu = Arc::new(Cpu::with_isa(NonZeroUsize::new(threads).unwrap(), isa).unwrap());
         Self { checkpoint, trunk, experts, cpu }
     }
@@ -169,19 +170,22 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
+/// How experts and trunk may be held, every way of each.
+const HELD: [[WeightDType; 2]; 4] = [[Native, Native], [Q8, Native], [Q4, Q8], [Native, Q4]];
+
 #[test]
 fn chunks_threads_and_instruction_sets_do_not_change_a_bit() {
     for family in FAMILIES {
         let directory = fixtures().join(family);
         let tokens = Golden::read(&directory).ids("prompt1.input_ids");
-        for (compute, dtype) in [Compute::F32, Compute::Bf16, Compute::Bf16Pairs]
+        for (compute, held) in [Compute::F32, Compute::Bf16, Compute::Bf16Pairs]
             .into_iter()
-            .flat_map(|c| ExpertDType::ALL.map(|d| (c, d)))
+            .flat_map(|c| HELD.map(|held| (c, held)))
         {
             let mut seen: BTreeMap<String, Vec<u32>> = BTreeMap::new();
             for isa in Isa::available() {
                 let threads = if isa == Isa::detect() { 2 } else { 1 };
-                let model = Model::with_experts(&directory, compute, dtype, isa, threads);
+                let model = Model::held_as(&directory, compute, held, isa, threads);
                 for chunk in [512, 7, 1] {
                     let logits = model.evaluate(&tokens, chunk).logits;
                     seen.insert(format!("{isa} in chunks of {chunk}"), bits(&logits));
@@ -189,7 +193,7 @@ fn chunks_threads_and_instruction_sets_do_not_change_a_bit() {
             }
             let (first, expected) = seen.iter().next().unwrap();
             for (case, logits) in &seen {
-                assert!(logits == expected, "{family} {compute} {dtype}: {case} differs from {first}");
+                assert!(logits == expected, "{family} {compute} {held:?}: {case} differs from {first}");
             }
         }
     }
@@ -257,16 +261,23 @@ fn distance_from_f32(compute: Compute) -> (f64, f64, f32) {
     (mean, top1, worst)
 }
 
-/// What docs/numerics.md states about experts of few bits on the demo model.
+/// What docs/numerics.md states about weights of few bits on the demo model.
 #[test]
-fn few_bit_experts_stay_within_their_stated_distance_of_native_ones() {
+fn few_bit_weights_stay_within_their_stated_distance_of_native_ones() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo");
     let golden: Value =
         serde_json::from_slice(&std::fs::read(directory.join("golden.json")).unwrap()).unwrap();
-    let [native, q8, q4] =
-        ExpertDType::ALL.map(|dtype| Model::with_experts(&directory, Compute::Bf16, dtype, Isa::detect(), 2));
+    let open = |held| Model::held_as(&directory, Compute::Bf16, held, Isa::detect(), 2);
+    let native = open([Native, Native]);
     let vocab = native.checkpoint.spec().vocab as usize;
-    for (name, few, (most, least)) in [("q8", q8, STATED_Q8), ("q4", q4, STATED_Q4)] {
+    for (held, (most, least)) in [
+        ([Q8, Native], STATED_Q8),
+        ([Q4, Native], STATED_Q4),
+        ([Native, Q8], STATED_TRUNK),
+        ([Q8, Q8], STATED_BOTH),
+        ([Q4, Q8], STATED_Q4),
+    ] {
+        let (few, name) = (open(held), format!("{} experts, {} trunk", held[0], held[1]));
         let (mut positions, mut agree, mut divergence) = (0u32, 0u32, 0.0);
         for case in golden["prompts"].as_array().unwrap() {
             let lists = ["prompt_ids", "ids"].map(|key| case[key].as_array().unwrap().clone());
@@ -287,6 +298,8 @@ fn few_bit_experts_stay_within_their_stated_distance_of_native_ones() {
 /// Mean divergence at most, agreement at least.
 const STATED_Q8: (f64, f64) = (2e-4, 0.98);
 const STATED_Q4: (f64, f64) = (5e-3, 0.94);
+const STATED_TRUNK: (f64, f64) = (3e-4, 0.98);
+const STATED_BOTH: (f64, f64) = (5e-4, 0.97);
 const STATED_MEAN_KL: f64 = 3e-4;
 const STATED_TOP1: f64 = 0.99;
 const STATED_MARGIN_CHANGE: f32 = 0.8;

@@ -37,10 +37,11 @@ impl Model {
         let directory =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden").join(family);
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
-        let trunk = Trunk::load(&checkpoint, compute, &mut |_| {}).unwrap();
+        let trunk =
+            Trunk::load(&checkpoint, compute, muster_types::WeightDType::Native, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(
-            ExpertSet::load(&checkpoint, &keys, compute, muster_types::ExpertDType::Native, &mut |_| {})
+            ExpertSet::load(&checkpoint, &keys, compute, muster_types::WeightDType::Native, &mut |_| {})
                 .unwrap(),
         );
         let cpu = Arc::new(Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use muster_types::{
-    Combine, Compute, DType, ExpertDType, InvalidWorkerId, NumericsClass, OutOfRange, ParseFingerprintError,
+    Combine, Compute, DType, InvalidWorkerId, NumericsClass, OutOfRange, ParseFingerprintError, WeightDType,
 };
 
 use crate::expert::v1;
@@ -153,11 +153,11 @@ pub fn compute_from_wire(value: i32) -> Result<Compute, WireError> {
 
 /// The wire's name for how experts are held.
 #[must_use]
-pub const fn expert_dtype_to_wire(dtype: ExpertDType) -> v1::ExpertDType {
+pub const fn expert_dtype_to_wire(dtype: WeightDType) -> v1::ExpertDType {
     match dtype {
-        ExpertDType::Native => v1::ExpertDType::Native,
-        ExpertDType::Q8 => v1::ExpertDType::Q8,
-        ExpertDType::Q4 => v1::ExpertDType::Q4,
+        WeightDType::Native => v1::ExpertDType::Native,
+        WeightDType::Q8 => v1::ExpertDType::Q8,
+        WeightDType::Q4 => v1::ExpertDType::Q4,
     }
 }
 
@@ -165,11 +165,11 @@ pub const fn expert_dtype_to_wire(dtype: ExpertDType) -> v1::ExpertDType {
 ///
 /// # Errors
 /// `Missing` when unspecified, `UnknownValue` when this build does not know it.
-pub fn expert_dtype_from_wire(value: i32) -> Result<ExpertDType, WireError> {
+pub fn expert_dtype_from_wire(value: i32) -> Result<WeightDType, WireError> {
     match v1::ExpertDType::try_from(value) {
-        Ok(v1::ExpertDType::Native) => Ok(ExpertDType::Native),
-        Ok(v1::ExpertDType::Q8) => Ok(ExpertDType::Q8),
-        Ok(v1::ExpertDType::Q4) => Ok(ExpertDType::Q4),
+        Ok(v1::ExpertDType::Native) => Ok(WeightDType::Native),
+        Ok(v1::ExpertDType::Q8) => Ok(WeightDType::Q8),
+        Ok(v1::ExpertDType::Q4) => Ok(WeightDType::Q4),
         Ok(v1::ExpertDType::Unspecified) => Err(WireError::Missing("expert_dtype")),
         Err(_) => Err(WireError::UnknownValue { field: "expert_dtype", value }),
     }
@@ -230,7 +230,7 @@ mod tests {
             assert_eq!(compute_from_wire(compute_to_wire(compute).into()), Ok(compute));
         }
         assert_eq!(compute_from_wire(0), Err(WireError::Missing("compute")));
-        for dtype in ExpertDType::ALL {
+        for dtype in WeightDType::ALL {
             assert_eq!(expert_dtype_from_wire(expert_dtype_to_wire(dtype).into()), Ok(dtype));
         }
         for combine in [Combine::Exact, Combine::Partial] {

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use muster_types::{
-    Compute, Epoch, ExpertDType, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange,
+    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, WeightDType,
     WorkerId,
 };
 
@@ -36,7 +36,7 @@ pub struct Description {
     /// What it rounds activations to.
     pub compute: Compute,
     /// How it holds experts.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
     /// Epoch of this description; at least 1, grows with every change.
     pub epoch: Epoch,
     /// The experts it holds, strictly ascending.
@@ -144,7 +144,7 @@ mod tests {
             fingerprint: Fingerprint::new([1; 32]),
             numerics: NumericsClass::CpuCanonical,
             compute: Compute::F32,
-            experts: ExpertDType::Q4,
+            experts: WeightDType::Q4,
             epoch: Epoch::new(3),
             holdings,
             resident_bytes: 1 << 40,

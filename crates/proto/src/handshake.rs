@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use muster_types::{Combine, Compute, ExpertDType, Fingerprint, NumericsClass};
+use muster_types::{Combine, Compute, Fingerprint, NumericsClass, WeightDType};
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
@@ -25,7 +25,7 @@ pub struct Terms {
     /// What activations are rounded to; fixes the wire dtype.
     pub compute: Compute,
     /// How experts are held.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
     /// Kernels that give the same bits.
     pub numerics: NumericsClass,
 }
@@ -191,7 +191,7 @@ mod tests {
             fingerprint: Fingerprint::new([7; 32]),
             hidden: 64,
             compute: Compute::Bf16,
-            experts: ExpertDType::Q8,
+            experts: WeightDType::Q8,
             numerics: NumericsClass::CpuCanonical,
         }
     }

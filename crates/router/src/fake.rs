@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use muster_types::{Combine, Compute, ExpertDType, Fingerprint, Limits};
+use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
 use tokio::sync::mpsc;
 
 use crate::engine::{Command, NewChoice};
@@ -46,7 +46,8 @@ fn model() -> ModelInfo {
         vocabulary: VOCABULARY,
         context: CONTEXT,
         compute: Compute::F32,
-        experts: ExpertDType::Native,
+        experts: WeightDType::Native,
+        trunk: WeightDType::Native,
         combine: Combine::Exact,
         has_chat_template: false,
         workers: 2,

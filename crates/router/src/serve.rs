@@ -12,7 +12,7 @@ use muster_model::experts::faster_mode;
 use muster_model::trunk::Trunk;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::Shape;
-use muster_types::{Combine, Compute, ExpertDType};
+use muster_types::{Combine, Compute, WeightDType};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -37,7 +37,9 @@ pub struct RouterConfig {
     /// What activations are rounded to; `None` takes the checkpoint's dtype.
     pub compute: Option<Compute>,
     /// How the workers hold experts.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
+    /// How the trunk's linears are held.
+    pub trunk: WeightDType,
     /// Compute threads of the trunk.
     pub threads: NonZeroUsize,
     /// How long to wait for all workers at the start.
@@ -185,7 +187,7 @@ fn assemble(
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
-    let trunk = Arc::new(Trunk::load(&checkpoint, compute, &mut progress)?);
+    let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
     let dispatch = GrpcDispatch::connect(ConnectConfig {
         workers: config.workers,

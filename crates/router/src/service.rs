@@ -8,7 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use muster_model::sampler::{RawSampling, Sampling};
 use muster_text::{CivilDate, GenerationPrompt, Special, SpecialText, Tokenizer};
-use muster_types::{Combine, Compute, ExpertDType, Fingerprint, Limits, TokenId};
+use muster_types::{Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
 use uuid::Uuid;
@@ -47,7 +47,9 @@ pub struct ModelInfo {
     /// What activations are rounded to.
     pub compute: Compute,
     /// How the weights of routed experts are held.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
+    /// How the trunk's linears are held.
+    pub trunk: WeightDType,
     /// How expert outputs are combined.
     pub combine: Combine,
     /// Whether chat requests can be served.

@@ -16,7 +16,7 @@ use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
 use muster_model::experts::precision;
 use muster_model::trunk::Trunk;
 use muster_text::{TextError, Tokenizer};
-use muster_types::{Combine, ExpertDType, Limits};
+use muster_types::{Combine, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Engine};
@@ -36,7 +36,7 @@ pub struct Parts {
     /// The way to the experts.
     pub dispatch: Box<dyn ExpertDispatch>,
     /// How they are held.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
     /// Whether they can be reached.
     pub health: HealthProbe,
     /// How many workers there are; 0 when the experts are in this process.
@@ -231,7 +231,7 @@ fn describe(
     trunk: &Trunk,
     tokenizer: Option<&Tokenizer>,
     name: Option<String>,
-    experts: ExpertDType,
+    experts: WeightDType,
     workers: u32,
     combine: Combine,
     context: u32,
@@ -254,6 +254,7 @@ fn describe(
         context,
         compute: trunk.compute(),
         experts,
+        trunk: trunk.dtype(),
         combine,
         has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
         workers,

@@ -13,5 +13,5 @@ pub use fingerprint::{Fingerprint, ParseFingerprintError};
 pub use ids::{Epoch, ExpertId, ExpertKey, InvalidWorkerId, LayerId, OutOfRange, SeqId, TokenId, WorkerId};
 pub use limits::Limits;
 pub use mode::{
-    Combine, Compute, DType, ExpertDType, NumericsClass, ParseCombineError, ParseExpertDTypeError, Retry,
+    Combine, Compute, DType, NumericsClass, ParseCombineError, ParseWeightDTypeError, Retry, WeightDType,
 };

@@ -74,9 +74,9 @@ impl fmt::Display for Compute {
     }
 }
 
-/// How the weights of routed experts are held.
+/// How weights are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum ExpertDType {
+pub enum WeightDType {
     /// As the compute mode has all weights.
     #[default]
     Native,
@@ -86,12 +86,12 @@ pub enum ExpertDType {
     Q4,
 }
 
-impl ExpertDType {
+impl WeightDType {
     /// All of them, the most exact first.
     pub const ALL: [Self; 3] = [Self::Native, Self::Q8, Self::Q4];
 }
 
-impl fmt::Display for ExpertDType {
+impl fmt::Display for WeightDType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Native => "native",
@@ -101,17 +101,17 @@ impl fmt::Display for ExpertDType {
     }
 }
 
-/// A word that names no dtype of experts.
+/// A word that names no dtype of weights.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a dtype of experts; use native, q8 or q4")]
-pub struct ParseExpertDTypeError(String);
+#[error("{0:?} is not a dtype of weights; use native, q8 or q4")]
+pub struct ParseWeightDTypeError(String);
 
-impl FromStr for ExpertDType {
-    type Err = ParseExpertDTypeError;
+impl FromStr for WeightDType {
+    type Err = ParseWeightDTypeError;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
         let found = Self::ALL.into_iter().find(|dtype| dtype.to_string() == name);
-        found.ok_or_else(|| ParseExpertDTypeError(name.chars().take(64).collect()))
+        found.ok_or_else(|| ParseWeightDTypeError(name.chars().take(64).collect()))
     }
 }
 
@@ -179,12 +179,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn expert_dtypes_are_read_as_they_are_written_and_others_are_refused() {
-        for dtype in ExpertDType::ALL {
+    fn weight_dtypes_are_read_as_they_are_written_and_others_are_refused() {
+        for dtype in WeightDType::ALL {
             assert_eq!(dtype.to_string().parse(), Ok(dtype));
         }
-        let refused = "Q8".parse::<ExpertDType>().unwrap_err().to_string();
-        assert_eq!(refused, "\"Q8\" is not a dtype of experts; use native, q8 or q4");
-        assert_eq!("x".repeat(1000).parse::<ExpertDType>(), Err(ParseExpertDTypeError("x".repeat(64))));
+        let refused = "Q8".parse::<WeightDType>().unwrap_err().to_string();
+        assert_eq!(refused, "\"Q8\" is not a dtype of weights; use native, q8 or q4");
+        assert_eq!("x".repeat(1000).parse::<WeightDType>(), Err(ParseWeightDTypeError("x".repeat(64))));
     }
 }

@@ -18,7 +18,7 @@ use muster_kernels::KernelError;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::SplitError;
 use muster_proto::description::{Description, Phase};
-use muster_types::{Compute, Epoch, ExpertDType, NumericsClass, WorkerId};
+use muster_types::{Compute, Epoch, NumericsClass, WeightDType, WorkerId};
 use tokio::sync::oneshot;
 
 use compute::Experts;
@@ -57,7 +57,7 @@ pub struct WorkerConfig {
     /// What activations are rounded to; `None` takes the checkpoint's dtype.
     pub compute: Option<Compute>,
     /// How the experts are held.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
     /// Compute threads.
     pub threads: NonZeroUsize,
     /// Most rows of one shard.

@@ -15,7 +15,7 @@ use muster_model::local::Local;
 use muster_placement::{Shape, split};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake::round;
-use muster_types::{Combine, Compute, ExpertDType, ExpertKey, WorkerId};
+use muster_types::{Combine, Compute, ExpertKey, WeightDType, WorkerId};
 use muster_worker::{Hooks, Ready, Share, WorkerConfig, WorkerError, run};
 use tokio::sync::oneshot;
 
@@ -32,7 +32,7 @@ fn config(model: &str, share: Share) -> WorkerConfig {
         source: Source::Directory(fixture(model)),
         share,
         compute: None,
-        experts: ExpertDType::Native,
+        experts: WeightDType::Native,
         threads: NonZeroUsize::MIN,
         max_rows: NonZeroU32::new(64).unwrap(),
         queue: NonZeroUsize::new(16).unwrap(),
@@ -101,7 +101,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         &checkpoint,
         &ExpertSet::all_keys(&checkpoint),
         compute,
-        ExpertDType::Native,
+        WeightDType::Native,
         &mut |_| {},
     )
     .unwrap();
@@ -123,7 +123,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         fingerprint: checkpoint.fingerprint(),
         hidden: spec.hidden,
         compute,
-        experts: ExpertDType::Native,
+        experts: WeightDType::Native,
         shape: Shape::new(experts.clone()),
         top_k,
         max_rows: 64,

@@ -34,11 +34,18 @@ struct Report {
     model: String,
     compute: String,
     expert_dtype: String,
+    #[serde(default = "native")]
+    trunk_dtype: String,
     workers: u32,
     prompt_tokens: u32,
     output_tokens: u32,
     rounds: u32,
     results: Vec<Measurement>,
+}
+
+/// The trunk of a run that says nothing of it.
+fn native() -> String {
+    muster_types::WeightDType::Native.to_string()
 }
 
 /// What was measured at one concurrency. Times are in seconds.
@@ -96,10 +103,19 @@ async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHand
     for &concurrency in &args.concurrency {
         results.push(at(args, &backend, &clock, &mut prompts, concurrency).await?);
     }
-    let About { name: model, compute, experts: expert_dtype, workers, .. } = about;
+    let About { name: model, compute, experts: expert_dtype, trunk: trunk_dtype, workers, .. } = about;
     let (prompt_tokens, output_tokens, rounds) = (args.prompt_tokens, args.output_tokens, args.rounds);
-    let report =
-        Report { model, compute, expert_dtype, workers, prompt_tokens, output_tokens, rounds, results };
+    let report = Report {
+        model,
+        compute,
+        expert_dtype,
+        trunk_dtype,
+        workers,
+        prompt_tokens,
+        output_tokens,
+        rounds,
+        results,
+    };
     if args.json {
         return out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?);
     }
@@ -280,10 +296,11 @@ fn table(report: &Report) -> String {
         "p99",
     ];
     format!(
-        "{}, {} compute, {} experts, {} workers; prompts of {} tokens, outputs of {}, {} rounds\n\n{}",
+        "{}, {} compute, {} experts, {} trunk, {} workers; prompts of {} tokens, outputs of {}, {} rounds\n\n{}",
         report.model,
         report.compute,
         report.expert_dtype,
+        report.trunk_dtype,
         report.workers,
         report.prompt_tokens,
         report.output_tokens,
@@ -347,6 +364,7 @@ mod tests {
             model: "m".to_owned(),
             compute: "bf16".to_owned(),
             expert_dtype: "native".to_owned(),
+            trunk_dtype: native(),
             workers: 2,
             prompt_tokens: 512,
             output_tokens: 1,

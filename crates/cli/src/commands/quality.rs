@@ -1,4 +1,4 @@
-//! How far bf16 computation is from f32, and few-bit experts from native ones: all run over the same tokens, and
+//! How far bf16 computation is from f32, and few-bit weights from native ones: all run over the same tokens, and
 //! their distributions are compared.
 
 use std::num::NonZeroUsize;
@@ -7,7 +7,8 @@ use std::sync::Arc;
 use muster_checkpoint::Checkpoint;
 use muster_model::evaluate::evaluate;
 use muster_router::start::EngineSettings;
-use muster_types::{Compute, ExpertDType};
+use muster_types::Compute;
+use muster_types::WeightDType::{Native, Q4, Q8};
 use serde::Serialize;
 use tokio::runtime::Builder;
 
@@ -43,6 +44,12 @@ pub(crate) struct Quality {
     q8: Distance,
     /// q4 experts with native ones.
     q4: Distance,
+    /// A q8 trunk with a native one, both with native experts.
+    q8_trunk: Distance,
+    /// q8 experts and a q8 trunk with native ones.
+    q8_all: Distance,
+    /// q4 experts and a q8 trunk with native ones.
+    q4_q8: Distance,
 }
 
 /// A comparison, over all positions.
@@ -63,6 +70,9 @@ impl Quality {
             self.bf16.in_words("bf16 against f32"),
             self.q8.in_words("q8 against native experts"),
             self.q4.in_words("q4 against native experts"),
+            self.q8_trunk.in_words("q8 against native trunk"),
+            self.q8_all.in_words("q8 experts and trunk against native ones"),
+            self.q4_q8.in_words("q4 experts and q8 trunk against native ones"),
         ]
         .join("\n")
     }
@@ -88,9 +98,10 @@ pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Q
         Some(path) => token_file::more(path)?,
         None => own_texts(&checkpoint, threads)?,
     };
-    let run = |compute, experts| logits(&checkpoint, Mode { compute, experts }, threads, &texts);
-    let exact = run(Compute::F32, ExpertDType::Native)?;
-    let rounded = run(Compute::Bf16, ExpertDType::Native)?;
+    let run =
+        |compute, experts, trunk| logits(&checkpoint, Mode { compute, experts, trunk }, threads, &texts);
+    let exact = run(Compute::F32, Native, Native)?;
+    let rounded = run(Compute::Bf16, Native, Native)?;
     let own = engine::compute_mode(&checkpoint, None);
     let native = if own == Compute::F32 { &exact } else { &rounded };
     let vocab = checkpoint.spec().vocab as usize;
@@ -99,8 +110,11 @@ pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Q
     };
     Ok(Quality {
         bf16: distance(&exact, &rounded)?,
-        q8: distance(native, &run(own, ExpertDType::Q8)?)?,
-        q4: distance(native, &run(own, ExpertDType::Q4)?)?,
+        q8: distance(native, &run(own, Q8, Native)?)?,
+        q4: distance(native, &run(own, Q4, Native)?)?,
+        q8_trunk: distance(native, &run(own, Native, Q8)?)?,
+        q8_all: distance(native, &run(own, Q8, Q8)?)?,
+        q4_q8: distance(native, &run(own, Q4, Q8)?)?,
     })
 }
 
@@ -112,7 +126,8 @@ fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<
             "--quality: the model has no tokenizer.json; give token ids with --tokens FILE",
         ));
     }
-    let mode = Mode { compute: engine::compute_mode(checkpoint, None), experts: ExpertDType::Native };
+    let compute = engine::compute_mode(checkpoint, None);
+    let mode = Mode { compute, experts: Native, trunk: Native };
     let loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &Bar::single("model"))?;
     let (service, _handle) = loaded.serve(EngineSettings::default())?;
     let mut backend = Backend::Here(service);
@@ -143,7 +158,7 @@ fn logits(
     threads: NonZeroUsize,
     texts: &[Vec<u32>],
 ) -> Result<Vec<f32>, Failure> {
-    let bar = Bar::single(&format!("{}, {} experts", mode.compute, mode.experts));
+    let bar = Bar::single(&format!("{}, {} experts, {} trunk", mode.compute, mode.experts, mode.trunk));
     let mut loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &bar)?;
     let mut all = Vec::new();
     for tokens in texts {

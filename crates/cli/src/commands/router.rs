@@ -56,6 +56,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("id", args.id.as_deref())
         .text("compute", args.compute.as_deref())
         .text("expert_dtype", args.expert_dtype.as_deref())
+        .text("trunk_dtype", args.trunk_dtype.as_deref())
         .text("threads", args.threads.as_deref())
         .text("kv_memory", args.kv_memory.as_deref())
         .text("step_tokens", args.step_tokens.as_deref())
@@ -82,6 +83,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         grpc: settings.grpc,
         compute: settings.compute,
         experts: settings.experts,
+        trunk: settings.trunk,
         threads: settings.threads.unwrap_or(cores()),
         connect_timeout: settings.connect_timeout,
         drain_timeout: settings.drain_timeout,

@@ -130,6 +130,8 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
         args.compute.combine.to_string().into(),
         "--busy-poll-us".into(),
         args.compute.busy_poll_us.to_string().into(),
+        "--trunk-dtype".into(),
+        args.compute.trunk_dtype.to_string().into(),
     ];
     for address in workers.addresses() {
         arguments.extend(["--worker".into(), address.into()]);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use muster_kernels::Cpu;
 use muster_placement::Shape;
 use muster_proto::handshake::{HandshakeError, Term};
-use muster_types::{Combine, Compute, ExpertDType, ExpertKey, Fingerprint};
+use muster_types::{Combine, Compute, ExpertKey, Fingerprint, WeightDType};
 
 use crate::address::AddressError;
 
@@ -33,7 +33,7 @@ pub struct ConnectConfig {
     /// What activations are rounded to.
     pub compute: Compute,
     /// How the workers hold experts.
-    pub experts: ExpertDType,
+    pub experts: WeightDType,
     /// Routed experts of every layer.
     pub shape: Shape,
     /// Most experts per token.

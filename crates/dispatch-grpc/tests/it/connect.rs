@@ -11,7 +11,7 @@ use crate::support::{
 use muster_dispatch_grpc::{ConnectConfig, ConnectError, GrpcDispatch, LinkError, Start, WorkerState};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
 use muster_proto::expert::v1;
-use muster_types::{Compute, ExpertDType, Fingerprint};
+use muster_types::{Compute, Fingerprint, WeightDType};
 
 fn error(config: ConnectConfig) -> ConnectError {
     GrpcDispatch::connect(config).err().expect("the cluster must be refused")
@@ -78,7 +78,7 @@ fn another_compute_mode_is_refused_with_both_values() {
 fn another_expert_dtype_is_refused_with_both_values() {
     let worker = TestWorker::start("w0", all(), Compute::F32);
     let config = connect_config(&[&worker.address], Compute::F32);
-    let text = error(ConnectConfig { experts: ExpertDType::Q4, ..config }).to_string();
+    let text = error(ConnectConfig { experts: WeightDType::Q4, ..config }).to_string();
     assert!(text.contains("expert dtype differs: ours is q4, the peer's is native"), "{text}");
     assert!(text.contains("same --expert-dtype"), "{text}");
 }

@@ -11,7 +11,7 @@ use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::expert::v1::shard_error::Code as Fault;
 use muster_proto::handshake::Terms;
 use muster_testkit::fake;
-use muster_types::{Combine, Compute, ExpertDType, ExpertId, LayerId, NumericsClass};
+use muster_types::{Combine, Compute, ExpertId, LayerId, NumericsClass, WeightDType};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -27,7 +27,7 @@ fn hello() -> v1::Hello {
         fingerprint: FINGERPRINT,
         hidden: HIDDEN as u32,
         compute: Compute::F32,
-        experts: ExpertDType::Native,
+        experts: WeightDType::Native,
         numerics: NumericsClass::CpuCanonical,
     };
     terms.to_hello(&RouterName::new("raw").unwrap(), 0, Combine::Exact)

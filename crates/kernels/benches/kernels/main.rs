@@ -157,7 +157,7 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
         let count = ((256 << 20) / first.bytes()).next_multiple_of(8);
         let experts: Vec<_> = std::iter::once(first).chain((1..count).map(|_| expert())).collect();
         let mut scratch = FfnScratch::default();
-        for rows in [1, 4, 32, 128] {
+        for rows in [1, 2, 4, 8, 12, 32, 128] {
             let picked: Vec<u32> = (0..rows).collect();
             let x = numbers(rows as usize * hidden);
             let mut out = vec![0.0; 8 * x.len()];

@@ -48,151 +48,80 @@ pub(crate) struct Work<'a, W, R, K, const M: usize> {
     pub(crate) panels: Range<usize>,
 }
 
-/// Fewer rows than this are bound by memory.
-const FEW_ROWS: usize = 4;
 /// How far ahead of their use weights are asked for that come from memory.
 const AHEAD: usize = 4096;
 
 impl<W: Block, R: Rows, K: Sink<M>, const M: usize> ByteKernel for Work<'_, W, R, K, M> {
+    /// Panel by panel, the rows of a panel in tiles of four or eight, as many accumulators as hide the latency of an
+    /// inner product where the registers allow it.
     #[inline(always)]
     fn run<S: Simd, B: Bytes<S>>(self, s: S, b: B) {
-        let mut panel = self.panels.start;
-        let end = self.panels.end;
-        if self.rows.len() < FEW_ROWS {
-            while panel < end {
-                match self.rows.len() {
-                    1 => self.stream::<S, B, 1>(s, b, panel),
-                    2 => self.stream::<S, B, 2>(s, b, panel),
-                    _ => self.stream::<S, B, 3>(s, b, panel),
-                }
-                panel += 1;
-            }
-        } else if S::REGISTERS >= 32 {
-            if M == 1 {
-                while panel + 2 <= end {
-                    self.by_rows::<S, B, 4, 2>(s, b, panel);
-                    panel += 2;
-                }
-            }
-            while panel < end {
-                self.by_rows::<S, B, 4, 1>(s, b, panel);
-                panel += 1;
-            }
-        } else {
-            while panel < end {
-                self.by_rows::<S, B, 2, 1>(s, b, panel);
-                panel += 1;
+        for panel in self.panels.clone() {
+            let mut row = self.rows.start;
+            while row < self.rows.end {
+                // Only the first rows find the panel in memory.
+                let ahead = (row == self.rows.start).then_some(AHEAD);
+                row += match self.rows.end - row {
+                    1 => self.tile::<S, B, 1>(s, b, row, panel, ahead),
+                    2 => self.tile::<S, B, 2>(s, b, row, panel, ahead),
+                    3..=4 => self.tile::<S, B, 4>(s, b, row, panel, ahead),
+                    _ if S::REGISTERS < 32 => self.tile::<S, B, 4>(s, b, row, panel, ahead),
+                    _ => self.tile::<S, B, 8>(s, b, row, panel, ahead),
+                };
             }
         }
     }
 }
 
 impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
-    /// All rows, which are `T`, times one panel of each matrix, one matrix after the other: memory gives most to
-    /// who reads in one place at a time.
+    /// `T` rows from `row` on, or as many as there are, times a panel of each matrix, one matrix after the other: memory
+    /// gives most to who reads in one place at a time. Says how many rows these were.
     #[inline(always)]
-    fn stream<S: Simd, B: Bytes<S>, const T: usize>(&self, s: S, b: B, panel: usize) {
-        let rows = self.inputs::<T>(self.rows.start);
-        let mut totals = [[[s.splat(0.0); 1]; M]; T];
-        for (m, weights) in self.weights.iter().enumerate() {
-            let one = add_products(s, b, [[weights.panel(panel)]], rows, Some(AHEAD));
-            for (totals, [one]) in totals.iter_mut().zip(one) {
-                totals[m] = one;
-            }
-        }
-        self.put(s, self.rows.start, panel, &totals);
-    }
-
-    /// All rows times `C` panels of each matrix, `T` rows at a time.
-    #[inline(always)]
-    fn by_rows<S: Simd, B: Bytes<S>, const T: usize, const C: usize>(&self, s: S, b: B, panel: usize) {
-        let mut row = self.rows.start;
-        let end = self.rows.end;
-        while row + T <= end {
-            self.tile::<S, B, T, C>(s, b, row, panel);
-            row += T;
-        }
-        if T > 2 && row + 2 <= end {
-            self.tile::<S, B, 2, C>(s, b, row, panel);
-            row += 2;
-        }
-        if row < end {
-            self.tile::<S, B, 1, C>(s, b, row, panel);
-        }
-    }
-
-    /// `T` rows times `C` panels of each matrix. Only the first rows find the panels in memory.
-    #[inline(always)]
-    fn tile<S: Simd, B: Bytes<S>, const T: usize, const C: usize>(
+    fn tile<S: Simd, B: Bytes<S>, const T: usize>(
         &self,
         s: S,
         b: B,
         row: usize,
         panel: usize,
-    ) {
-        let mut weights: [[&[W]; C]; M] = [[&[]; C]; M];
-        for (weights, matrix) in weights.iter_mut().zip(self.weights) {
-            for (c, weights) in weights.iter_mut().enumerate() {
-                *weights = matrix.panel(panel + c);
-            }
-        }
-        let ahead = (row == self.rows.start).then_some(AHEAD);
-        let totals = add_products(s, b, weights, self.inputs::<T>(row), ahead);
-        self.put(s, row, panel, &totals);
-    }
-
-    #[inline(always)]
-    fn inputs<const T: usize>(&self, row: usize) -> [&[RowBlock]; T] {
-        let mut rows: [&[RowBlock]; T] = [&[]; T];
+        ahead: Option<usize>,
+    ) -> usize {
+        let count = T.min(self.rows.end - row);
+        // The last row stands in for those that are not there.
+        let mut rows = [self.x.row(row); T];
         for (r, inputs) in rows.iter_mut().enumerate() {
-            *inputs = self.x.row(row + r);
+            *inputs = self.x.row(row + r.min(count - 1));
         }
-        rows
-    }
-
-    #[inline(always)]
-    fn put<S: Simd, const T: usize, const C: usize>(
-        &self,
-        s: S,
-        row: usize,
-        panel: usize,
-        totals: &[[[S::V; C]; M]; T],
-    ) {
-        for (r, totals) in totals.iter().enumerate() {
-            for c in 0..C {
-                let mut values = [s.splat(0.0); M];
-                for (value, totals) in values.iter_mut().zip(totals) {
-                    *value = totals[c];
-                }
-                self.sink.put(s, row + r, panel + c, values);
+        let mut totals = [[s.splat(0.0); M]; T];
+        for (m, weights) in self.weights.iter().enumerate() {
+            let of_one = add_products(s, b, weights.panel(panel), rows, ahead);
+            for (totals, total) in totals.iter_mut().zip(of_one) {
+                totals[m] = total;
             }
         }
+        for (r, totals) in totals.into_iter().enumerate().take(count) {
+            self.sink.put(s, row + r, panel, totals);
+        }
+        count
     }
 }
 
-/// The totals of some rows over some panels. Weights are asked for `ahead` bytes before they are used.
+/// The totals of some rows over a panel. Weights are asked for `ahead` bytes before they are used.
 #[inline(always)]
-fn add_products<S: Simd, B: Bytes<S>, W: Block, const T: usize, const C: usize, const M: usize>(
+fn add_products<S: Simd, B: Bytes<S>, W: Block, const T: usize>(
     s: S,
     b: B,
-    weights: [[&[W]; C]; M],
+    weights: &[W],
     rows: [&[RowBlock]; T],
     ahead: Option<usize>,
-) -> [[[S::V; C]; M]; T] {
-    let mut totals = [[[s.splat(0.0); C]; M]; T];
-    for k in 0..weights[0][0].len() {
+) -> [S::V; T] {
+    let mut totals = [s.splat(0.0); T];
+    for (k, w) in weights.iter().enumerate() {
         let mut x = [&rows[0][k]; T];
         for r in 0..T {
             x[r] = &rows[r][k];
         }
-        let mut w = [[&weights[0][0][k]; C]; M];
-        for m in 0..M {
-            for c in 0..C {
-                w[m][c] = &weights[m][c][k];
-                if let Some(ahead) = ahead {
-                    b.prefetch(w[m][c], ahead);
-                }
-            }
+        if let Some(ahead) = ahead {
+            b.prefetch(w, ahead);
         }
         for group in 0..GROUPS {
             add_group(s, b, &mut totals, w, x, group);
@@ -203,44 +132,30 @@ fn add_products<S: Simd, B: Bytes<S>, W: Block, const T: usize, const C: usize, 
 
 /// Adds one group to the totals.
 #[inline(always)]
-fn add_group<S: Simd, B: Bytes<S>, W: Block, const T: usize, const C: usize, const M: usize>(
+fn add_group<S: Simd, B: Bytes<S>, W: Block, const T: usize>(
     s: S,
     b: B,
-    totals: &mut [[[S::V; C]; M]; T],
-    w: [[&W; C]; M],
+    totals: &mut [S::V; T],
+    w: &W,
     x: [&RowBlock; T],
     group: usize,
 ) {
     // Stored weights are off by `ZERO`, which costs `ZERO` times the sum of the inputs.
-    let mut sums = [[[b.splat(0); C]; M]; T];
+    let mut sums = [b.splat(0); T];
     for r in 0..T {
-        sums[r] = [[b.splat(-W::ZERO * x[r].sums[group]); C]; M];
+        sums[r] = b.splat(-W::ZERO * x[r].sums[group]);
     }
     for pair in 0..4 {
-        let mut halves = [[[b.splat(0); C]; M]; 2];
-        for m in 0..M {
-            for c in 0..C {
-                [halves[0][m][c], halves[1][m][c]] = w[m][c].pair::<S, B>(b, group, pair);
-            }
-        }
-        for (half, lines) in halves.iter().enumerate() {
+        for (half, line) in w.pair::<S, B>(b, group, pair).into_iter().enumerate() {
             for r in 0..T {
                 let inputs = b.splat(x[r].words[group * (GROUP / 4) + W::place(pair, half)]);
-                for m in 0..M {
-                    for c in 0..C {
-                        sums[r][m][c] = W::dot::<S, B>(b, sums[r][m][c], lines[m][c], inputs);
-                    }
-                }
+                sums[r] = W::dot::<S, B>(b, sums[r], line, inputs);
             }
         }
     }
-    for m in 0..M {
-        for c in 0..C {
-            let scales = s.load_bf16(w[m][c].scales(group));
-            for r in 0..T {
-                let scale = s.mul(scales, s.splat(x[r].scales[group]));
-                totals[r][m][c] = s.fma(b.to_f32(sums[r][m][c]), scale, totals[r][m][c]);
-            }
-        }
+    let scales = s.load_bf16(w.scales(group));
+    for r in 0..T {
+        let scale = s.mul(scales, s.splat(x[r].scales[group]));
+        totals[r] = s.fma(b.to_f32(sums[r]), scale, totals[r]);
     }
 }

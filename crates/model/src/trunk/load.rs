@@ -3,7 +3,7 @@
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{LayerRole, LayerSpec, MlpSpec, QkNorm, Role};
 use muster_kernels::{Expert, Rope};
-use muster_types::Compute;
+use muster_types::{Compute, WeightDType};
 
 use super::attention::{Attention, Projection};
 use super::{Layer, Mlp, Trunk};
@@ -11,31 +11,34 @@ use crate::weights::Loader;
 use crate::{LoadProgress, ModelError};
 
 impl Trunk {
-    /// Reads, checks and packs everything but the routed experts.
+    /// Reads, checks and packs everything but the routed experts. `dtype` is that of the linears: attention's
+    /// projections, dense MLPs and the head, which may be the embedding too. Gates choose experts and stay as they are.
     ///
     /// # Errors
     /// When bytes are unreadable or not finite.
     pub fn load(
         checkpoint: &Checkpoint,
         compute: Compute,
+        dtype: WeightDType,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
         let spec = checkpoint.spec().clone();
         let trunk_roles = checkpoint.roles().filter(|role| !matches!(role, Role::Expert(..)));
         let mut loader = Loader::new(checkpoint, compute, trunk_roles, progress);
-        let embedding = loader.matrix(Role::Embedding)?;
+        let embedded = if spec.tied_head { dtype } else { WeightDType::Native };
+        let embedding = loader.matrix_as(Role::Embedding, embedded)?;
         let layers = spec
             .layers
             .iter()
             .zip(0u32..)
-            .map(|(layer, index)| load_layer(&mut loader, layer, index))
+            .map(|(layer, index)| load_layer(&mut loader, layer, index, dtype))
             .collect::<Result<Vec<_>, _>>()?;
         let final_norm = loader.vector(Role::FinalNorm)?;
-        let head = if spec.tied_head { None } else { Some(loader.matrix(Role::Head)?) };
+        let head = if spec.tied_head { None } else { Some(loader.matrix_as(Role::Head, dtype)?) };
         let bytes = embedding.bytes()
             + head.as_ref().map_or(0, |head| head.bytes())
             + layers.iter().map(Layer::bytes).sum::<usize>();
-        Ok(Self { spec, compute, embedding, layers, final_norm, head, bytes: bytes as u64 })
+        Ok(Self { spec, compute, dtype, embedding, layers, final_norm, head, bytes: bytes as u64 })
     }
 }
 
@@ -51,12 +54,17 @@ impl Layer {
     }
 }
 
-fn load_layer(loader: &mut Loader<'_>, spec: &LayerSpec, index: u32) -> Result<Layer, ModelError> {
+fn load_layer(
+    loader: &mut Loader<'_>,
+    spec: &LayerSpec,
+    index: u32,
+    dtype: WeightDType,
+) -> Result<Layer, ModelError> {
     let role = |role| Role::Layer(index, role);
     let attention = &spec.attention;
     let has_norm = attention.qk_norm != QkNorm::None;
     let mut projection = |weight, bias, present| -> Result<Projection, ModelError> {
-        let weight = loader.matrix(role(weight))?;
+        let weight = loader.matrix_as(role(weight), dtype)?;
         Ok(Projection { weight, bias: loader.vector_if(present, role(bias))? })
     };
     let q = projection(LayerRole::Q, LayerRole::QBias, attention.qkv_bias)?;
@@ -65,7 +73,7 @@ fn load_layer(loader: &mut Loader<'_>, spec: &LayerSpec, index: u32) -> Result<L
     let o = projection(LayerRole::O, LayerRole::OBias, attention.o_bias)?;
     let mlp = match &spec.mlp {
         MlpSpec::Moe(moe) => Mlp::Moe { gate: loader.matrix(role(LayerRole::Gate))?, spec: moe.clone() },
-        MlpSpec::Dense { .. } => Mlp::Dense(load_dense(loader, index)?),
+        MlpSpec::Dense { .. } => Mlp::Dense(load_dense(loader, index, dtype)?),
     };
     Ok(Layer {
         attention: Attention {
@@ -84,9 +92,9 @@ fn load_layer(loader: &mut Loader<'_>, spec: &LayerSpec, index: u32) -> Result<L
     })
 }
 
-fn load_dense(loader: &mut Loader<'_>, index: u32) -> Result<Expert, ModelError> {
+fn load_dense(loader: &mut Loader<'_>, index: u32, dtype: WeightDType) -> Result<Expert, ModelError> {
     let [gate, up, down] = [LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown];
-    let mut matrix = |role| loader.matrix(Role::Layer(index, role));
+    let mut matrix = |role| loader.matrix_as(Role::Layer(index, role), dtype);
     Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
         .map_err(|source| ModelError::Pack { what: format!("layer {index} dense MLP"), source })
 }

@@ -20,7 +20,7 @@ use muster_kernels::{
     Angles, Cpu, Expert, ExpertRows, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, add_scaled,
     all_finite, grouped_ffn, linear, rms_norm, round_bf16, to_bf16,
 };
-use muster_types::{Compute, ExpertId, LayerId, TokenId};
+use muster_types::{Compute, ExpertId, LayerId, TokenId, WeightDType};
 
 use crate::experts::precision;
 use crate::gate::{self, GateError, GateScratch};
@@ -30,6 +30,7 @@ use attention::Attention;
 pub struct Trunk {
     spec: ModelSpec,
     compute: Compute,
+    dtype: WeightDType,
     embedding: Matrix,
     layers: Vec<Layer>,
     final_norm: Vec<f32>,
@@ -182,6 +183,12 @@ impl Trunk {
     #[must_use]
     pub const fn compute(&self) -> Compute {
         self.compute
+    }
+
+    /// How its linears are held.
+    #[must_use]
+    pub const fn dtype(&self) -> WeightDType {
+        self.dtype
     }
 
     /// Resident bytes of packed weights.

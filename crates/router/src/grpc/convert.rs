@@ -157,6 +157,7 @@ pub(super) fn model(model: &ModelInfo) -> v1::Model {
         has_chat_template: model.has_chat_template,
         workers: model.workers,
         expert_dtype: model.experts.to_string(),
+        trunk_dtype: model.trunk.to_string(),
     }
 }
 

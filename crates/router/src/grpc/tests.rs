@@ -126,7 +126,7 @@ async fn the_model_is_described() {
     let model = InferenceClient::new(server.channel.clone());
     let model = model.clone().get_model(v1::GetModelRequest {}).await.unwrap().into_inner();
     assert_eq!((model.name.as_str(), model.compute.as_str()), (fake::MODEL, "f32"));
-    assert_eq!(model.expert_dtype, "native");
+    assert_eq!((model.expert_dtype.as_str(), model.trunk_dtype.as_str()), ("native", "native"));
     assert_eq!(
         (model.fingerprint.len(), model.vocabulary, model.context),
         (64, fake::VOCABULARY, fake::CONTEXT)

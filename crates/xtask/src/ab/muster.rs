@@ -24,6 +24,8 @@ const START: Duration = Duration::from_secs(300);
 const MEASURE: Duration = Duration::from_secs(900);
 const PATIENCE: Duration = Duration::from_secs(15);
 const WORKERS: u32 = 2;
+/// The router's KV cache, which is its default made explicit.
+pub(super) const KV_BYTES: u64 = 512 << 20;
 
 /// The binary.
 pub(super) struct Muster {
@@ -218,6 +220,7 @@ impl Cluster {
         let mut command = on_cores(common.threads, program);
         command.args(["up", "--announce", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--model"]);
         command.arg(&common.model).args(["--workers", &WORKERS.to_string()]);
+        command.args(["--kv-memory", &format!("{KV_BYTES}B")]);
         for (flag, value) in flags {
             command.args([flag, value]);
         }

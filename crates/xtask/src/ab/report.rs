@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-use super::muster::About;
+use super::muster::{About, KV_BYTES};
 use super::peers::{DECODE_PROMPT, DECODE_STEPS, PREFILL, REPEATS};
 use super::process::output;
 use super::rows::{Limit, Row, Side, Unit};
@@ -159,7 +159,7 @@ fn line(row: &Row, outcomes: &BTreeMap<Side, Outcome>, limits: &Limits, about: &
         Limit::MultiplyingF32 => limits.f32_all_threads / per_prompt_token(about),
         Limit::MultiplyingBf16 => limits.bf16_all_threads.unwrap_or(0.0) / per_prompt_token(about),
         Limit::Copying => about.bytes as f64 / limits.copy_all_threads,
-        Limit::RouterBytes => about.trunk_bytes as f64,
+        Limit::RouterBytes => (about.trunk_bytes + KV_BYTES) as f64,
         Limit::WorkersBytes => about.expert_bytes() as f64,
     });
     Line {

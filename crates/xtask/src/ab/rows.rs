@@ -16,8 +16,11 @@ pub(crate) enum Side {
     LlamaRpc,
     /// As `Exact`, with experts quantised.
     ExpertsQ8,
+    /// With the trunk quantised too, as the peers have it.
+    WeightsQ8,
     LlamaQ8,
     ExpertsQ4,
+    WeightsQ4,
     LlamaQ4,
 }
 
@@ -30,6 +33,8 @@ impl Side {
             Self::Local => "muster local",
             Self::ExpertsQ8 => "muster q8 experts",
             Self::ExpertsQ4 => "muster q4 experts",
+            Self::WeightsQ8 => "muster q8 weights",
+            Self::WeightsQ4 => "muster q4 weights",
             Self::LlamaBf16 => "llama.cpp BF16",
             Self::LlamaQ8 => "llama.cpp Q8_0",
             Self::LlamaQ4 => "llama.cpp Q4_K_M",
@@ -45,7 +50,9 @@ impl Side {
             | Self::PairsPartial
             | Self::Local
             | Self::ExpertsQ8
-            | Self::ExpertsQ4 => true,
+            | Self::ExpertsQ4
+            | Self::WeightsQ8
+            | Self::WeightsQ4 => true,
             Self::LlamaBf16 | Self::LlamaQ8 | Self::LlamaQ4 | Self::LlamaRpc | Self::Transformers => false,
         }
     }
@@ -57,6 +64,8 @@ impl Side {
             Self::PairsPartial => &[("--compute", "bf16-pairs"), ("--combine", "partial")],
             Self::ExpertsQ8 => &[("--expert-dtype", "q8")],
             Self::ExpertsQ4 => &[("--expert-dtype", "q4")],
+            Self::WeightsQ8 => &[("--expert-dtype", "q8"), ("--trunk-dtype", "q8")],
+            Self::WeightsQ4 => &[("--expert-dtype", "q4"), ("--trunk-dtype", "q8")],
             _ => &[],
         }
     }
@@ -81,7 +90,7 @@ pub(crate) enum Limit {
     MultiplyingBf16,
     /// The weights copied once.
     Copying,
-    /// The weights of the router.
+    /// The weights of the router and its KV cache.
     RouterBytes,
     /// The weights of all workers.
     WorkersBytes,
@@ -144,7 +153,7 @@ pub(crate) const ROWS: &[Row] = &{
     use Limit::{Copying, MultiplyingBf16, MultiplyingF32, Reading, RouterBytes, WorkersBytes};
     use Side::{
         Exact, ExpertsQ4, ExpertsQ8, LlamaBf16, LlamaQ4, LlamaQ8, LlamaRpc, Local, PairsPartial, Partial,
-        Transformers,
+        Transformers, WeightsQ4, WeightsQ8,
     };
     const PARTIAL: &str = "prefill 512, combine partial";
     const EXACT: &str = "prefill 512, combine exact";
@@ -169,7 +178,12 @@ pub(crate) const ROWS: &[Row] = &{
         row("rpc", "decode, batch 1", Exact, "decode-1").against(LlamaRpc).goal(2.0),
         row("q8", "q8 experts, decode, batch 1", ExpertsQ8, "decode-1").against(LlamaQ8).goal(1.3),
         row("q8", "q8 experts, decode, batch 32", ExpertsQ8, "decode-32").against(LlamaQ8).goal(4.0),
+        row("q8", "q8 experts and trunk, decode, batch 1", WeightsQ8, "decode-1").against(LlamaQ8).goal(1.3),
+        row("q8", "q8 experts and trunk, decode, batch 32", WeightsQ8, "decode-32")
+            .against(LlamaQ8)
+            .goal(4.0),
         row("q4", "q4 experts, decode, batch 1", ExpertsQ4, "decode-1").against(LlamaQ4).goal(1.2),
+        row("q4", "q4 experts, q8 trunk, decode, batch 1", WeightsQ4, "decode-1").against(LlamaQ4).goal(1.2),
         row("dispatch", "dispatch + combine per layer, batch 1, p50", Exact, "dispatch-1-p50").seconds(),
         row("dispatch", "dispatch + combine per layer, batch 1, p99", Exact, "dispatch-1-p99").seconds(),
         row("dispatch", "dispatch + combine per layer, batch 8, p50", Exact, "dispatch-8-p50").seconds(),

@@ -21,7 +21,7 @@ use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
-    Combine, Compute, Epoch, ExpertDType, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WorkerId,
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WeightDType, WorkerId,
 };
 use tokio::runtime::Runtime;
 
@@ -56,7 +56,7 @@ pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Descr
         fingerprint: FINGERPRINT,
         numerics: NumericsClass::CpuCanonical,
         compute,
-        experts: ExpertDType::Native,
+        experts: WeightDType::Native,
         epoch: Epoch::new(1),
         holdings,
         resident_bytes: 1,
@@ -84,7 +84,7 @@ pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
         fingerprint: FINGERPRINT,
         hidden: HIDDEN,
         compute,
-        experts: ExpertDType::Native,
+        experts: WeightDType::Native,
         shape: shape(),
         top_k: TOP_K,
         max_rows: MAX_ROWS,
