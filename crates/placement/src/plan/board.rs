@@ -188,9 +188,10 @@ impl<'a> Board<'a> {
         if self.speed > 0.0 { load / self.speed } else { 0.0 }
     }
 
-    /// A layer whose busiest worker is at or below this is even enough.
-    pub(super) fn calm(&self, layer: usize) -> f64 {
-        self.mean(layer) * (1.0 + self.hysteresis / 2.0)
+    /// `peak` in terms of `mean`; 1 is even.
+    pub(super) fn excess(&self, layer: usize) -> f64 {
+        let mean = self.mean(layer);
+        if mean > 0.0 { self.peak(layer) / mean } else { 1.0 }
     }
 
     pub(super) const fn moved_bytes(&self) -> u64 {
@@ -459,7 +460,8 @@ impl<'a> Board<'a> {
     /// Whether an expert's other owners can take a copy's load and stay well below the layer's busiest worker.
     fn is_calm_without(&mut self, key: ExpertKey, worker: usize) -> bool {
         let layer = key.layer.index();
-        let limit = self.calm(layer).max(self.peak(layer) * (1.0 - self.hysteresis));
+        let calm = self.mean(layer) * (1.0 + self.hysteresis / 2.0);
+        let limit = calm.max(self.peak(layer) * (1.0 - self.hysteresis));
         self.level(key, Some(worker)) <= limit
     }
 

@@ -1,7 +1,7 @@
 //! Copies for an even load.
 //!
-//! Owns the search for better placements of one layer at a time, the least even layer first. It goes in steps, each
-//! of which relieves a busiest worker: one of its experts gets a copy on another worker, or changes places with a
+//! Owns the search for better placements of one layer at a time, the least even layer first. It goes in steps, each of
+//! which relieves a busiest worker: one of its experts gets a copy on another worker, or changes places with a
 //! less loaded one there. All steps of a layer together must relieve its busiest worker by the hysteresis, or none
 //! is made; of those that are worth it, as many are made as the budget allows, and no step makes a layer worse. So
 //! under the same loads plan after plan comes nearer to an even load and then stops.
@@ -13,25 +13,32 @@ use super::board::{Board, Give, Origin};
 /// Workers that are considered for an exchange with a busy one, the least busy first.
 const PARTNERS: usize = 4;
 
-/// Evens out the layers.
+/// How much lower the peaks shall be after each pass over the layers.
+const PASS: f64 = 0.75;
+
+/// Evens out the layers, in passes: layers share the workers' memory, so none goes far ahead of the others.
 pub(super) fn rebalance(board: &mut Board<'_>, budget: u64) {
-    let uneven = |layer: &usize| board.peak(*layer) > board.calm(*layer);
+    let calm = 1.0 + board.hysteresis / 2.0;
+    let uneven = |layer: &usize| board.excess(*layer) > calm;
     let mut layers: Vec<_> = (0..board.layers.len()).filter(uneven).collect();
-    let excess = |layer: usize| board.peak(layer) / board.mean(layer);
-    layers.sort_by(|&a, &b| excess(b).total_cmp(&excess(a)).then(a.cmp(&b)));
-    for layer in layers {
-        improve(board, layer, budget);
+    let mut level = layers.iter().map(|&layer| board.excess(layer)).fold(calm, f64::max);
+    while level > calm {
+        level = (level * PASS).max(calm);
+        layers.sort_by(|&a, &b| board.excess(b).total_cmp(&board.excess(a)).then(a.cmp(&b)));
+        for &layer in &layers {
+            improve(board, layer, level, budget);
+        }
     }
 }
 
-/// Evens out one layer, if that is worth it.
-fn improve(board: &mut Board<'_>, layer: usize, budget: u64) {
+/// Evens out one layer until its busiest worker is at `level` in terms of the mean, if that is worth it.
+fn improve(board: &mut Board<'_>, layer: usize, level: f64, budget: u64) {
     board.commit();
     let before = board.peak(layer);
     let mut affordable = 0;
     let mut full = vec![false; board.bins.len()];
     for _ in 0..board.layers[layer].experts.len() + board.bins.len() {
-        if board.peak(layer) <= board.calm(layer) || !take_step(board, layer, &mut full) {
+        if board.excess(layer) <= level || !take_step(board, layer, &mut full) {
             break;
         }
         board.relax(layer, 2);
