@@ -1,10 +1,10 @@
 //! Whether a worker may be sent to: its health, from how its answers came.
 //!
-//! Owns the state machine *closed → suspect → open → half-open → closed*. A worker that broke its stream or answered
-//! wrongly is not sent to at all for a while (open), then gets one shard to show that it is well (half-open). One
-//! that is late or refuses is doubted (suspect) and opens when it goes on. Between two openings at least the first
-//! one's back-off passes, whatever happens; so health cannot flap faster than that. Time is what the caller says, as
-//! a duration since any start; a clock that goes back only makes waits longer.
+//! Owns the state machine *closed → suspect → open → half-open → closed*. A worker that broke its stream or
+//! answered wrongly is not sent to at all for a while (open), then gets one shard to show that it is well
+//! (half-open). One that is late or refuses is doubted (suspect) and opens when it goes on. Between two openings at
+//! least the first one's back-off passes, whatever happens; so health cannot flap faster than that. Time is what the
+//! caller says, as a duration since any start; a clock that goes back only makes waits longer.
 
 use std::time::Duration;
 

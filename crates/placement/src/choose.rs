@@ -320,7 +320,9 @@ mod tests {
         #[test]
         fn every_expert_gets_one_live_owner((placement, rows, conditions) in problems()) {
             let demands = demands(&rows);
-            let preference = |worker: usize| conditions.get(worker).map_or(Preference::Normal, |c| c.preference);
+            let preference = |worker: usize| {
+                conditions.get(worker).map_or(Preference::Normal, |condition| condition.preference)
+            };
             let usable = |demand: &Demand| {
                 let key = ExpertKey { layer: layer(), expert: demand.expert };
                 let owners = placement.owners(key).iter().map(|owner| owner.index());

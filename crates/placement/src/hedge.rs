@@ -172,8 +172,9 @@ fn bucket(latency: Duration) -> usize {
     let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
     let units = micros / UNIT;
     let Some(octave) = units.checked_ilog2() else { return 0 };
+    let quarters = (u128::from(micros) << 2) / u128::from(UNIT);
     // The two bits below the highest.
-    let quarter = ((u128::from(micros) << 2) / u128::from(UNIT) >> octave) as usize & 3;
+    let quarter = (quarters >> octave) as usize & 3;
     (octave as usize * 4 + quarter + 1).min(BUCKETS - 1)
 }
 
@@ -353,7 +354,8 @@ mod tests {
             let mut counted = latencies[usize::from(Class::WARMUP)..].to_vec();
             counted.sort_unstable();
             // Newer answers weigh more, so the quantile may be another one, but not by much.
-            let at = |quantile: f64| counted[(((counted.len() - 1) as f64) * quantile.clamp(0.0, 1.0)) as usize];
+            let last = (counted.len() - 1) as f64;
+            let at = |quantile: f64| counted[(last * quantile.clamp(0.0, 1.0)) as usize];
             let found = class.quantile(quantile);
             prop_assert!(found >= us(at(quantile - 0.2)), "{found:?} {}", at(quantile - 0.2));
             prop_assert!(found <= us(at(quantile + 0.2) * 5 / 4 + UNIT), "{found:?} {}", at(quantile + 0.2));
@@ -361,7 +363,9 @@ mod tests {
 
         #[test]
         fn hedges_are_a_part_of_all_shards_plus_a_burst(
-            events in prop::collection::vec(any::<bool>(), 0..3000), permille in 0_u32..100, burst in 0_u32..8,
+            events in prop::collection::vec(any::<bool>(), 0..3000),
+            permille in 0_u32..100,
+            burst in 0_u32..8,
         ) {
             let mut budget = Budget::new(permille, burst);
             let (mut sent, mut hedges) = (0_u64, 0);

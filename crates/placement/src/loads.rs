@@ -201,7 +201,10 @@ mod tests {
 
         #[test]
         fn decay_depends_on_the_time_in_all(
-            rows in 1_u64..1 << 40, first in 0_u64..20_000, second in 0_u64..20_000, half_life in 5_000_u64..60_000,
+            rows in 1_u64..1 << 40,
+            first in 0_u64..20_000,
+            second in 0_u64..20_000,
+            half_life in 5_000_u64..60_000,
         ) {
             let half_life = Duration::from_millis(half_life);
             let shape = Shape::new(vec![1]);

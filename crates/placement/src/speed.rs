@@ -8,7 +8,7 @@ pub struct Speed(f64);
 
 /// A number that is no speed.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
-#[error("speed {0} is out of range: it must be between {least} and {most}", least = Speed::LEAST, most = Speed::MOST)]
+#[error("speed {0} is out of range: it must be between 0.000001 and 1000000000000")]
 pub struct SpeedError(pub f64);
 
 impl Speed {

@@ -30,6 +30,8 @@ pub(super) enum Origin {
 pub(super) enum Give {
     /// Not needed for the goals, nor for an even load.
     Idle,
+    /// Not the last, nor needed for an even load.
+    Cold,
     /// Not needed for the goals.
     Surplus,
     /// Not the last.
@@ -241,8 +243,8 @@ impl<'a> Board<'a> {
     pub(super) fn can_move(&self, key: ExpertKey, from: usize, to: usize) -> bool {
         let before = self.spread(key, None).1;
         let domain = self.bins[to].domain;
-        let others = self.expert(key).copies.iter().filter(|copy| copy.worker != from);
-        let fresh = others.fold(true, |fresh, copy| fresh && self.bins[copy.worker].domain != domain);
+        let mut others = self.expert(key).copies.iter().filter(|copy| copy.worker != from);
+        let fresh = others.all(|copy| self.bins[copy.worker].domain != domain);
         let after = self.spread(key, Some(from)).1 + usize::from(fresh);
         after >= self.min_replicas.min(before)
     }
@@ -424,29 +426,37 @@ impl<'a> Board<'a> {
         self.expert(key).on(worker).map_or(0.0, |copy| copy.load)
     }
 
-    /// Makes room for `bytes` on a worker by giving up copies of the kind allowed, the least loaded first. Changes
-    /// nothing if that is not enough.
+    /// Makes room for `bytes` on a worker by giving up copies of the kind allowed: those that the goals do without
+    /// first, then the least loaded. Changes nothing if that is not enough.
     pub(super) fn make_room(&mut self, worker: usize, bytes: u64, give: Give) -> bool {
         let bin = &self.bins[worker];
-        if bytes > bin.capacity {
-            return false;
+        if bytes > bin.capacity || bin.has_room(bytes) {
+            return bytes <= bin.capacity;
         }
         let may_give = |&key: &ExpertKey| match give {
             Give::Idle | Give::Surplus => self.can_spare(key, worker),
-            Give::Shared => self.expert(key).copies.len() > 1,
+            Give::Cold | Give::Shared => self.expert(key).copies.len() > 1,
         };
-        let mut victims: Vec<_> = bin.keys.iter().copied().filter(may_give).collect();
-        let given: u64 = victims.iter().map(|&key| self.bytes(key)).sum();
+        let victims = bin.keys.iter().copied().filter(may_give);
+        let given: u64 = victims.clone().map(|key| self.bytes(key)).sum();
         if bin.used - given > bin.capacity - bytes {
             return false;
         }
-        victims.sort_by(|&a, &b| self.load_on(a, worker).total_cmp(&self.load_on(b, worker)).then(a.cmp(&b)));
+        let rank = |key| (!self.can_spare(key, worker), self.load_on(key, worker));
+        let mut victims: Vec<_> = victims.map(|key| (rank(key), key)).collect();
+        victims.sort_by(|(a, key), (b, other)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(key.cmp(other)));
         let mark = self.mark();
-        for key in victims {
+        let mut limits = vec![None; self.layers.len()];
+        for (_, key) in victims {
             if self.bins[worker].has_room(bytes) {
                 break;
             }
-            if give != Give::Idle || self.is_calm_without(key, worker) {
+            let layer = key.layer.index();
+            let may_rise = match give {
+                Give::Idle | Give::Cold => *limits[layer].get_or_insert_with(|| self.may_rise(layer)),
+                Give::Surplus | Give::Shared => f64::INFINITY,
+            };
+            if self.level(key, Some(worker)) <= may_rise {
                 self.remove(key, worker);
             }
         }
@@ -457,12 +467,11 @@ impl<'a> Board<'a> {
         done
     }
 
-    /// Whether an expert's other owners can take a copy's load and stay well below the layer's busiest worker.
-    fn is_calm_without(&mut self, key: ExpertKey, worker: usize) -> bool {
-        let layer = key.layer.index();
+    /// How busy a worker may get at a layer when others give up copies: even enough, or at least less than the
+    /// busiest is by the hysteresis.
+    fn may_rise(&self, layer: usize) -> f64 {
         let calm = self.mean(layer) * (1.0 + self.hysteresis / 2.0);
-        let limit = calm.max(self.peak(layer) * (1.0 - self.hysteresis));
-        self.level(key, Some(worker)) <= limit
+        calm.max(self.peak(layer) * (1.0 - self.hysteresis))
     }
 
     // The end.

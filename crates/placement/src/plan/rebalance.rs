@@ -5,6 +5,9 @@
 //! less loaded one there. All steps of a layer together must relieve its busiest worker by the hysteresis, or none
 //! is made; of those that are worth it, as many are made as the budget allows, and no step makes a layer worse. So
 //! under the same loads plan after plan comes nearer to an even load and then stops.
+//!
+//! A copy makes others give way only if the goals do without them; or else, where memory is too small for the goals,
+//! if the copy serves the goals as much as what it replaces.
 
 use muster_types::ExpertKey;
 
@@ -33,10 +36,13 @@ pub(super) fn rebalance(board: &mut Board<'_>, budget: u64) {
 
 /// Evens out one layer until its busiest worker is at `level` in terms of the mean, if that is worth it.
 fn improve(board: &mut Board<'_>, layer: usize, level: f64, budget: u64) {
+    if board.moved_bytes().saturating_add(board.layers[layer].bytes) > budget {
+        return;
+    }
     board.commit();
     let before = board.peak(layer);
     let mut affordable = 0;
-    let mut full = vec![false; board.bins.len()];
+    let mut full = vec![[false; 2]; board.bins.len()];
     for _ in 0..board.layers[layer].experts.len() + board.bins.len() {
         if board.excess(layer) <= level || !take_step(board, layer, &mut full) {
             break;
@@ -51,16 +57,21 @@ fn improve(board: &mut Board<'_>, layer: usize, level: f64, budget: u64) {
     board.undo_to(if worth_it { affordable } else { 0 });
 }
 
+/// Workers that could not make room: for a copy that the goals ask for, and for one beyond.
+type Full = Vec<[bool; 2]>;
+
 /// Takes the step that relieves a busiest worker most. False when there is none.
-fn take_step(board: &mut Board<'_>, layer: usize, full: &mut [bool]) -> bool {
+fn take_step(board: &mut Board<'_>, layer: usize, full: &mut Full) -> bool {
     let sources = sources(board, layer);
     for &source in &sources {
         while let Some(Addition { key, to, .. }) = best_addition(board, layer, source, full) {
-            if board.make_room(to, board.bytes(key), Give::Idle) {
+            let is_further = board.is_replicated(key);
+            let give = if is_further { Give::Idle } else { Give::Cold };
+            if board.make_room(to, board.bytes(key), give) {
                 board.add(key, to, Origin::Moved);
                 return true;
             }
-            full[to] = true;
+            full[to][usize::from(is_further)] = true;
         }
     }
     for &source in &sources {
@@ -105,15 +116,16 @@ struct Addition {
     to: usize,
 }
 
-fn best_addition(board: &Board<'_>, layer: usize, source: usize, full: &[bool]) -> Option<Addition> {
+fn best_addition(board: &Board<'_>, layer: usize, source: usize, full: &Full) -> Option<Addition> {
     let (before, bytes) = (board.ratio(layer, source, 0.0), board.layers[layer].bytes);
     let least = least_gain(board, layer, source);
     let mut best: Option<Addition> = None;
     for expert in &board.layers[layer].experts {
         let Some(load) = expert.on(source).map(|copy| copy.load).filter(|&load| load > 0.0) else { continue };
+        let is_further = board.is_replicated(expert.key);
         for to in (0..board.bins.len()).filter(|&to| expert.on(to).is_none()) {
             let room = board.bins[to].has_room(bytes);
-            if !room && full[to] {
+            if !room && full[to][usize::from(is_further)] {
                 continue;
             }
             let shift = load.min(even_shift(board, layer, source, to));

@@ -217,7 +217,7 @@ impl Cluster {
             self.carry_out(&step, |n, len| if len == 0 { vec![] } else { vec![pick(round, n) % len] });
             if self.held == before {
                 let settled = step.is_settled(&self.target());
-                assert!(settled != !step.stuck.is_empty(), "neither done nor stuck: {step:?}");
+                assert!(settled == step.stuck.is_empty(), "neither done nor stuck: {step:?}");
                 return settled;
             }
         }
