@@ -227,6 +227,11 @@ impl<'a> Board<'a> {
         self.spread(key, None).0 >= self.min_replicas.min(self.bins.len())
     }
 
+    /// Whether a copy on this worker would bring an expert nearer to what was asked for.
+    pub(super) fn is_asked_for(&self, key: ExpertKey, worker: usize) -> bool {
+        !self.is_replicated(key) && (!self.needs_domain(key) || !self.shares_domain(key, worker))
+    }
+
     pub(super) fn shares_domain(&self, key: ExpertKey, worker: usize) -> bool {
         let domain = self.bins[worker].domain;
         self.expert(key).copies.iter().any(|copy| self.bins[copy.worker].domain == domain)
@@ -335,15 +340,20 @@ impl<'a> Board<'a> {
 
     // Loads.
 
-    /// Splits an expert's load over its copies so that the busiest of them is as little busy as can be.
-    pub(super) fn refill(&mut self, key: ExpertKey) {
+    /// Splits an expert's load over its copies so that the busiest of them is as little busy as can be. Returns the
+    /// load that went from one copy to another.
+    fn refill(&mut self, key: ExpertKey) -> f64 {
+        let mut shifted = 0.0;
         let level = self.level(key, None);
         let Layer { experts, busy, .. } = &mut self.layers[key.layer.index()];
         for copy in &mut experts[key.expert.index()].copies {
             let base = (busy[copy.worker] - copy.load).max(0.0);
-            copy.load = (level * self.bins[copy.worker].speed - base).max(0.0);
-            busy[copy.worker] = base + copy.load;
+            let load = (level * self.bins[copy.worker].speed - base).max(0.0);
+            shifted += (load - copy.load).max(0.0);
+            copy.load = load;
+            busy[copy.worker] = base + load;
         }
+        shifted
     }
 
     /// Load over speed of the busiest worker that takes of an expert's load, when that is split as evenly as the
@@ -375,14 +385,15 @@ impl<'a> Board<'a> {
     /// Splits the loads of a layer, one expert after the other, until that hardly changes anything.
     pub(super) fn relax(&mut self, layer: usize, sweeps: usize) {
         for _ in 0..sweeps {
-            let before = self.peak(layer);
+            let mut shifted = 0.0;
             for n in 0..self.layers[layer].experts.len() {
                 let expert = &self.layers[layer].experts[n];
                 if expert.copies.len() > 1 {
-                    self.refill(expert.key);
+                    shifted += self.refill(expert.key);
                 }
             }
-            if before - self.peak(layer) <= before * 1e-4 {
+            // The load of a layer is 1.
+            if shifted <= 1e-5 {
                 break;
             }
         }
@@ -505,7 +516,7 @@ impl<'a> Board<'a> {
 }
 
 /// Sweeps over a layer that split its loads well.
-const SWEEPS: usize = 8;
+const SWEEPS: usize = 64;
 
 fn bins<'a>(members: &'a BTreeMap<WorkerId, Member>) -> Vec<Bin<'a>> {
     let mut names = BTreeMap::new();

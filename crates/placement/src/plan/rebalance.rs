@@ -57,7 +57,7 @@ fn improve(board: &mut Board<'_>, layer: usize, level: f64, budget: u64) {
     board.undo_to(if worth_it { affordable } else { 0 });
 }
 
-/// Workers that could not make room: for a copy that the goals ask for, and for one beyond.
+/// Workers that could not make room: for a copy beyond what the goals ask for, and for one that they do.
 type Full = Vec<[bool; 2]>;
 
 /// Takes the step that relieves a busiest worker most. False when there is none.
@@ -65,13 +65,13 @@ fn take_step(board: &mut Board<'_>, layer: usize, full: &mut Full) -> bool {
     let sources = sources(board, layer);
     for &source in &sources {
         while let Some(Addition { key, to, .. }) = best_addition(board, layer, source, full) {
-            let is_further = board.is_replicated(key);
-            let give = if is_further { Give::Idle } else { Give::Cold };
+            let is_asked_for = board.is_asked_for(key, to);
+            let give = if is_asked_for { Give::Cold } else { Give::Idle };
             if board.make_room(to, board.bytes(key), give) {
                 board.add(key, to, Origin::Moved);
                 return true;
             }
-            full[to][usize::from(is_further)] = true;
+            full[to][usize::from(is_asked_for)] = true;
         }
     }
     for &source in &sources {
@@ -122,10 +122,9 @@ fn best_addition(board: &Board<'_>, layer: usize, source: usize, full: &Full) ->
     let mut best: Option<Addition> = None;
     for expert in &board.layers[layer].experts {
         let Some(load) = expert.on(source).map(|copy| copy.load).filter(|&load| load > 0.0) else { continue };
-        let is_further = board.is_replicated(expert.key);
         for to in (0..board.bins.len()).filter(|&to| expert.on(to).is_none()) {
             let room = board.bins[to].has_room(bytes);
-            if !room && full[to][usize::from(is_further)] {
+            if !room && full[to][usize::from(board.is_asked_for(expert.key, to))] {
                 continue;
             }
             let shift = load.min(even_shift(board, layer, source, to));
