@@ -150,12 +150,13 @@ fn a_gain_below_the_hysteresis_moves_nothing() {
     }
     let mut loads = Loads::new(&shape);
     for e in 0..8 {
-        loads.observe(key(0, e), if e < 4 { 110 } else { 100 });
+        loads.observe(key(0, e), if e < 4 { 120 } else { 100 });
     }
     let still = plan(&shape, &sizes, &members, &loads, &goals(1, 1000, 0.1));
     assert_eq!(still.figures.moved_bytes, 0);
     assert_eq!(arrived(&members, &still), members);
-    assert!(still.figures.imbalance > 1.03);
+    // It could be made even, which is worth less than a tenth of 1.08.
+    assert!(still.figures.imbalance > 1.07);
     let moved = plan(&shape, &sizes, &members, &loads, &goals(1, 1000, 0.01));
     assert!(moved.figures.moved_bytes > 0 && moved.figures.imbalance < 1.01);
 }
@@ -228,6 +229,17 @@ fn uncovered_experts_take_the_place_of_replicas() {
     (0..4).for_each(|e| loads.observe(key(0, e), u64::from(10 + e)));
     let target = plan(&shape, &sizes, &members, &loads, &goals(1, 0, 0.1));
     assert_eq!(target.figures.uncovered, [key(0, 2)], "what is held stays");
+}
+
+#[test]
+fn a_second_copy_elsewhere_lets_a_large_expert_in() {
+    let shape = Shape::new(vec![1, 1]);
+    let sizes = ExpertSizes::new(&shape, vec![6, 10]).unwrap();
+    let mut members = members([member(10), member(6)]);
+    members.get_mut(&id(0)).unwrap().held = [key(0, 0)].into();
+    let target = plan(&shape, &sizes, &members, &Loads::new(&shape), &goals(2, 6, 0.1));
+    assert_eq!(target.hold, Holdings::from([(id(0), [key(1, 0)].into()), (id(1), [key(0, 0)].into())]));
+    assert!(target.figures.uncovered.is_empty());
 }
 
 #[test]

@@ -91,6 +91,20 @@ fn what_has_no_room_yet_is_deferred() {
 }
 
 #[test]
+fn a_copy_that_is_needed_stays_while_its_replacement_is_on_its_way() {
+    let target = target(&[&[1], &[0, 1], &[0]]);
+    let held = present(&[(1, &[0]), (2, &[0, 1]), (1, &[])]);
+    let first = step(&held, &target, 2);
+    assert_eq!(orders(&first), [order(&[0], &[]), order(&[0, 1], &[]), order(&[], &[0])]);
+    assert!(first.forced.is_empty());
+    // What nobody holds does not wait for that.
+    let held = present(&[(1, &[0]), (2, &[0]), (1, &[])]);
+    let first = step(&held, &target, 2);
+    assert_eq!(orders(&first), [order(&[], &[1]), order(&[0], &[1]), order(&[], &[0])]);
+    assert_eq!(first.forced, [(id(0), key(0, 0))]);
+}
+
+#[test]
 fn full_workers_exchange_over_a_copy_that_another_has() {
     let target = target(&[&[1], &[0], &[0]]);
     // Both are full; of 0 there is another copy.
@@ -331,6 +345,33 @@ proptest! {
         let lucky = lucky % cluster.capacity.len();
         cluster.capacity[lucky] += 1;
         suffer(&mut cluster, rounds);
+        prop_assert!(cluster.finish(|round, n| picks[(round + n) % picks.len()]));
+    }
+
+    #[test]
+    fn full_workers_pass_their_experts_on_over_one_free_place(
+        workers in 2_usize..5, each in 1_usize..4, order in some_keys(), lucky in 0_usize..5, twice: bool,
+        picks in prop::collection::vec(0_usize..12, 7), min_replicas in 1_u32..4,
+    ) {
+        let rest: Vec<_> = shape().keys().filter(|key| !order.contains(key)).collect();
+        let order = [order, rest].concat();
+        let mut held: Vec<BTreeSet<_>> =
+            order.chunks(each).take(workers).map(|keys| keys.iter().copied().collect()).collect();
+        let mut capacity: Vec<_> = held.iter().map(|held| held.len() as u64).collect();
+        let mut target = held.clone();
+        target.rotate_left(1);
+        let lucky = lucky % held.len();
+        match order.get(each * workers) {
+            // The place is taken by a copy of what another worker has too, and both shall keep it.
+            Some(&key) if twice => for n in [lucky, (lucky + 1) % held.len()] {
+                held[n].insert(key);
+                target[n].insert(key);
+                capacity[n] += 1;
+            },
+            _ => capacity[lucky] += 1,
+        }
+        let held = held.into_iter().map(Some).collect();
+        let mut cluster = Cluster { sizes: vec![1; LAYERS as usize], capacity, held, target, min_replicas };
         prop_assert!(cluster.finish(|round, n| picks[(round + n) % picks.len()]));
     }
 
