@@ -1,3 +1,5 @@
+//! What plans promise, on clusters of all kinds.
+
 use std::time::Instant;
 
 use muster_types::{ExpertId, LayerId};
@@ -211,6 +213,25 @@ fn replicas_are_on_distinct_domains_where_there_are_such() {
     // The budget is for one round; the fewest copies come first.
     let target = plan(&shape, &sizes, &members, &Loads::new(&shape), &goals(2, 50, 0.1));
     assert_eq!((target.figures.moved_bytes, target.figures.under_replicated.len()), (50, 3));
+}
+
+#[test]
+fn an_exchange_keeps_copies_apart() {
+    let shape = Shape::new(vec![2]);
+    let sizes = sizes_of(&shape);
+    let on = |domain: &str, speed: f64, held: &[u32]| Member {
+        domain: Some(domain.into()),
+        speed: Speed::new(speed).unwrap(),
+        held: held.iter().map(|&expert| key(0, expert)).collect(),
+        ..member(10 * held.len() as u64)
+    };
+    let mut loads = Loads::new(&shape);
+    loads.observe(key(0, 0), 900);
+    loads.observe(key(0, 1), 100);
+    // The fast worker could have the hot expert, but then both copies were on rack b.
+    let members = members([on("a", 1.0, &[0]), on("b", 1.0, &[0, 1]), on("b", 4.0, &[1])]);
+    let target = plan(&shape, &sizes, &members, &loads, &goals(2, 100, 0.1));
+    assert_eq!(arrived(&members, &target), members);
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! What transitions promise: by example, and on simulated clusters that load, fail and come back.
+
 use muster_types::{ExpertId, LayerId};
 use proptest::prelude::*;
 
