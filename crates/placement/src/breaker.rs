@@ -71,6 +71,8 @@ pub enum Preference {
     Normal,
     /// Rather to others.
     Doubtful,
+    /// Only if there is no other. Health alone never says so; it is for workers that are about to leave.
+    Avoid,
     /// One shard, to see whether it is well.
     Probe,
     /// Not at all.

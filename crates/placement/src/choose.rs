@@ -85,8 +85,8 @@ impl Chooser {
     ///
     /// `conditions` are those of the placement's workers; one that is not there is like any other. Experts with the
     /// fewest owners choose first, then those with the most rows; each chooses the owner that would be done first, of
-    /// equals the one with the lowest index. A doubtful owner is taken to be four times as slow, and a probe is
-    /// chosen only if there is no other. Then each worker that waits for its probe and was not chosen gets the
+    /// equals the one with the lowest index. A doubtful owner is taken to be four times as slow; one to be avoided is
+    /// chosen only if there is no other, and a probe only if there is not even such a one. Then each worker that waits for its probe and was not chosen gets the
     /// expert with the fewest rows that it holds and no other probe was given.
     ///
     /// # Errors
@@ -128,10 +128,14 @@ impl Chooser {
     /// The owner that would be done first with one more demand.
     fn earliest(&self, view: &View<'_>, at: usize) -> Option<WorkerIx> {
         let end = |owner: WorkerIx| {
-            let is_probe = view.condition(owner.index()).preference == Preference::Probe;
-            (is_probe, self.busy[owner.index()] + view.time(at, owner))
+            let tier = match view.condition(owner.index()).preference {
+                Preference::Normal | Preference::Doubtful => 0,
+                Preference::Avoid => 1,
+                Preference::Probe | Preference::Never => 2,
+            };
+            (tier, self.busy[owner.index()] + view.time(at, owner))
         };
-        let better = |a: (bool, f64), b: (bool, f64)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
+        let better = |a: (u8, f64), b: (u8, f64)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
         view.usable(at).min_by(|&a, &b| better(end(a), end(b)))
     }
 
@@ -186,7 +190,7 @@ impl View<'_> {
 impl Condition {
     /// The speed it is taken to have.
     fn pace(self) -> f64 {
-        let doubt = if self.preference == Preference::Normal { 1.0 } else { DOUBT };
+        let doubt = if self.preference == Preference::Doubtful { DOUBT } else { 1.0 };
         self.speed.get() / doubt
     }
 
@@ -273,6 +277,15 @@ mod tests {
     }
 
     #[test]
+    fn what_is_to_be_avoided_is_chosen_only_where_there_is_no_other() {
+        let some = placement(3, &[vec![0, 1], vec![0, 1], vec![0], vec![0, 2]]);
+        let leaving = [with(Preference::Avoid), Condition::default(), with(Preference::Probe)];
+        // The probe is for worker 2 all the same.
+        assert_eq!(chosen(&some, &[1; 4], &leaving), [1, 1, 0, 2]);
+        assert_eq!(chosen(&some, &[1; 4], &leaving[..2]), [1, 1, 0, 2]);
+    }
+
+    #[test]
     fn a_probe_gets_one_expert_that_others_hold_too() {
         let all = placement(3, &vec![vec![0, 1, 2]; 4]);
         let probes = [with(Preference::Probe), Condition::default(), with(Preference::Probe)];
@@ -295,6 +308,7 @@ mod tests {
         prop_oneof![
             4 => Just(Preference::Normal),
             1 => Just(Preference::Doubtful),
+            1 => Just(Preference::Avoid),
             1 => Just(Preference::Probe),
             1 => Just(Preference::Never),
         ]

@@ -224,7 +224,7 @@ impl<'a> Board<'a> {
 
     /// Whether another copy would help the goals only on a failure domain of its own.
     pub(super) fn needs_domain(&self, key: ExpertKey) -> bool {
-        self.spread(key, None).0 >= self.min_replicas.min(self.bins.len())
+        self.expert(key).copies.len() >= self.min_replicas.min(self.bins.len())
     }
 
     /// Whether a copy on this worker would bring an expert nearer to what was asked for.
@@ -239,9 +239,11 @@ impl<'a> Board<'a> {
 
     /// Whether the goals do without this worker's copy. It may stand for a domain only if that is not missed.
     pub(super) fn can_spare(&self, key: ExpertKey, worker: usize) -> bool {
+        if self.expert(key).copies.len() <= self.min_replicas {
+            return false;
+        }
         let before = self.spread(key, None).1;
-        let (copies, domains) = self.spread(key, Some(worker));
-        copies >= self.min_replicas && domains >= self.min_replicas.min(before)
+        self.spread(key, Some(worker)).1 >= self.min_replicas.min(before)
     }
 
     /// Whether a copy may go from one worker to another without fewer failure domains than asked for or before.

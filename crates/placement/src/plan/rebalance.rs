@@ -122,9 +122,10 @@ fn best_addition(board: &Board<'_>, layer: usize, source: usize, full: &Full) ->
     let mut best: Option<Addition> = None;
     for expert in &board.layers[layer].experts {
         let Some(load) = expert.on(source).map(|copy| copy.load).filter(|&load| load > 0.0) else { continue };
+        let is_replicated = board.is_replicated(expert.key);
         for to in (0..board.bins.len()).filter(|&to| expert.on(to).is_none()) {
             let room = board.bins[to].has_room(bytes);
-            if !room && full[to][usize::from(board.is_asked_for(expert.key, to))] {
+            if !room && full[to][usize::from(!is_replicated && board.is_asked_for(expert.key, to))] {
                 continue;
             }
             let shift = load.min(even_shift(board, layer, source, to));
