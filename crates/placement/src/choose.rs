@@ -84,10 +84,11 @@ impl Chooser {
     /// The owner for each of `demands`, which are of one layer.
     ///
     /// `conditions` are those of the placement's workers; one that is not there is like any other. Experts with the
-    /// fewest owners choose first, then those with the most rows; each chooses the owner that would be done first, of
-    /// equals the one with the lowest index. A doubtful owner is taken to be four times as slow; one to be avoided is
-    /// chosen only if there is no other, and a probe only if there is not even such a one. Then each worker that waits for its probe and was not chosen gets the
-    /// expert with the fewest rows that it holds and no other probe was given.
+    /// fewest owners choose first, then those with the most rows; each chooses the owner that would be done first,
+    /// of equals the one with the lowest index. A doubtful owner is taken to be four times as slow; one to be
+    /// avoided is chosen only if there is no other, and a probe only if there is not even such a one. Then each
+    /// worker that waits for its probe and was not chosen gets the expert with the fewest rows that it holds and no
+    /// other probe was given.
     ///
     /// # Errors
     /// When nobody who holds an expert may be sent to.
