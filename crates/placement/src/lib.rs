@@ -1,13 +1,31 @@
-//! Which worker holds which expert: pure data and decisions.
+//! Which worker holds which expert, and which ought to: pure data and decisions.
 //!
 //! Owns [`Shape`] (how many routed experts each layer has), [`Placement`] (an immutable snapshot of who holds
-//! what) and [`split()`] (the shares a cluster starts with). Every key inside a placement is in its shape, and
-//! owners are listed in ascending order. Knows nothing of health, addresses, clocks or the network.
+//! what) and [`split()`] (the shares a cluster starts with). On top of these:
+//!
+//! - [`Loads`]: what was asked of each expert lately;
+//! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
+//! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
+//! - [`hedge`]: how long an answer may take before another replica is asked too.
+//!
+//! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give
+//! the same answer everywhere: nothing here reads a clock, draws a number or knows of addresses and the network.
 
+pub mod hedge;
+mod loads;
 mod placement;
+mod plan;
 mod shape;
+mod sizes;
+mod speed;
 mod split;
+mod transition;
 
+pub use loads::Loads;
 pub use placement::{Placement, PlacementError, WorkerIx};
+pub use plan::{Figures, Goals, Holdings, Member, Target, plan};
 pub use shape::Shape;
+pub use sizes::{ExpertSizes, SizesError};
+pub use speed::{Speed, SpeedError};
 pub use split::{SplitError, split};
+pub use transition::{Orders, Present, Transition, transition};

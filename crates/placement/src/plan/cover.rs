@@ -1,0 +1,119 @@
+//! Copies that are needed, whatever the load.
+//!
+//! Owns who gets the first copy of an expert that has none, and the further copies that the goals ask for. First
+//! copies make others give way that are not the last of their expert; further copies only such as the goals do
+//! without.
+
+use std::collections::BTreeSet;
+
+use muster_types::ExpertKey;
+
+use super::board::{Board, Give, Origin};
+
+/// Gives every expert without a copy its first, and returns those that nobody has the memory for, ascending.
+///
+/// When memory is scarce, experts that no worker serves come before those in `on_leave`, which draining workers
+/// still do, and the hottest first; else the largest come first, as they find room the less the later they come.
+pub(super) fn cover(board: &mut Board<'_>, on_leave: &BTreeSet<ExpertKey>) -> Vec<ExpertKey> {
+    let bare = board.keys().filter(|expert| expert.copies.is_empty());
+    let mut keys: Vec<_> = bare.map(|expert| (expert.key, expert.load)).collect();
+    let needed: u64 = keys.iter().map(|&(key, _)| board.bytes(key)).sum();
+    let free: u64 = board.bins.iter().fold(0, |free, bin| free.saturating_add(bin.capacity - bin.used));
+    let rank = |key: ExpertKey| {
+        let bytes = board.bytes(key);
+        (if needed <= free { u64::MAX - bytes } else { 0 }, on_leave.contains(&key))
+    };
+    keys.sort_by(|&(a, load), &(b, other)| {
+        rank(a).cmp(&rank(b)).then(other.total_cmp(&load)).then(a.cmp(&b))
+    });
+
+    let mut full = Full::new(board);
+    let mut left = Vec::new();
+    for (key, load) in keys {
+        let all = (0..board.bins.len()).collect();
+        match find_place(board, key, load, all, &[Give::Surplus, Give::Shared], &mut full) {
+            Some(worker) => board.add(key, worker, Origin::First),
+            None => left.push(key),
+        }
+    }
+    left.sort_unstable();
+    left
+}
+
+/// Gives experts the further copies that the goals ask for: those with the fewest first, then the hottest. Copies on
+/// another failure domain are preferred, and are all that helps an expert that has copies enough.
+pub(super) fn replicate(board: &mut Board<'_>, budget: u64) {
+    let lacking = board.keys().filter(|expert| !expert.copies.is_empty() && !board.is_replicated(expert.key));
+    let mut keys: Vec<_> = lacking.map(|expert| (expert.copies.len(), expert.load, expert.key)).collect();
+    keys.sort_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)).then(a.2.cmp(&b.2)));
+
+    let mut full = Full::new(board);
+    for (_, load, key) in keys {
+        while !board.is_replicated(key) && board.moved_bytes().saturating_add(board.bytes(key)) <= budget {
+            let copies = board.expert(key).copies.len();
+            let share = load / (copies + 1) as f64;
+            let others = (0..board.bins.len()).filter(|&worker| board.expert(key).on(worker).is_none());
+            let (near, far): (Vec<_>, Vec<_>) = others.partition(|&worker| board.shares_domain(key, worker));
+            let near = if board.needs_domain(key) { Vec::new() } else { near };
+            let place = find_place(board, key, share, far, &[Give::Surplus], &mut full)
+                .or_else(|| find_place(board, key, share, near, &[Give::Surplus], &mut full));
+            let Some(worker) = place else { break };
+            board.add(key, worker, Origin::Moved);
+            // Of more copies than needed, those on a shared domain can be spared now.
+            if board.needs_domain(key) {
+                full = Full::new(board);
+            }
+        }
+    }
+}
+
+/// Workers that could not make room, so that they are not asked again: the least bytes that they had no room for,
+/// by what they were to give up.
+struct Full([Vec<u64>; 2]);
+
+impl Full {
+    fn new(board: &Board<'_>) -> Self {
+        Self([vec![u64::MAX; board.bins.len()], vec![u64::MAX; board.bins.len()]])
+    }
+
+    fn least(&mut self, worker: usize, give: Give) -> &mut u64 {
+        let [surplus, shared] = &mut self.0;
+        if give == Give::Shared { &mut shared[worker] } else { &mut surplus[worker] }
+    }
+}
+
+/// The worker among `candidates` that is least busy with `load` more, of those with room if there are any, else of
+/// those that can make room by giving up what is in `gives`.
+fn find_place(
+    board: &mut Board<'_>,
+    key: ExpertKey,
+    load: f64,
+    mut candidates: Vec<usize>,
+    gives: &[Give],
+    full: &mut Full,
+) -> Option<usize> {
+    let (layer, bytes) = (key.layer.index(), board.bytes(key));
+    let order = |board: &Board<'_>, a: usize, b: usize| {
+        let held = |worker: usize| board.bins[worker].keys.len() as f64 / board.bins[worker].speed;
+        let ratio = |worker| board.ratio(layer, worker, load);
+        ratio(a).total_cmp(&ratio(b)).then(held(a).total_cmp(&held(b))).then(a.cmp(&b))
+    };
+    let with_room = candidates.iter().copied().filter(|&worker| board.bins[worker].has_room(bytes));
+    if let Some(worker) = with_room.min_by(|&a, &b| order(board, a, b)) {
+        return Some(worker);
+    }
+    candidates.sort_by(|&a, &b| order(board, a, b));
+    for &give in gives {
+        for &worker in &candidates {
+            let least = full.least(worker, give);
+            if bytes >= *least {
+                continue;
+            }
+            if board.make_room(worker, bytes, give) {
+                return Some(worker);
+            }
+            *least = bytes;
+        }
+    }
+    None
+}
