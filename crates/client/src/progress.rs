@@ -140,7 +140,12 @@ mod tests {
     }
 
     fn token(choice: u32, index: u32) -> Option<Sent> {
-        Some(Sent::Token(TokenFrame { choice, index, token_id: 10 * choice + index, ..TokenFrame::default() }))
+        Some(Sent::Token(TokenFrame {
+            choice,
+            index,
+            token_id: 10 * choice + index,
+            ..TokenFrame::default()
+        }))
     }
 
     fn end(choice: u32, output_tokens: u32) -> Option<Sent> {

@@ -100,10 +100,7 @@ impl Client {
     }
 
     /// Asks one router after the other.
-    async fn call<T, F>(
-        &self,
-        ask: impl Fn(InferenceClient<Channel>) -> F,
-    ) -> Result<T, ClientError>
+    async fn call<T, F>(&self, ask: impl Fn(InferenceClient<Channel>) -> F) -> Result<T, ClientError>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {

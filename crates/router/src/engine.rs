@@ -159,7 +159,7 @@ impl Engine {
             let id = SeqId::new(table.next);
             table.next += 1;
             let (ended, sequence) = (choice.ended.take(), choice.sequence(id));
-            let mut active = Active::new(request, choice);
+            let active = Active::new(request, choice);
             if let Some(end) = ended {
                 let _ = active.events.try_send(Ok(Event::Finished(active.finished(end))));
                 continue;
@@ -381,5 +381,58 @@ fn refusal(error: &AdmitError) -> RequestError {
         }
         AdmitError::ZeroMaxTokens => RequestError::invalid("max_tokens", error.to_string()),
         AdmitError::DuplicateId(_) => RequestError::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_model::sampler::RawSampling;
+
+    use super::*;
+
+    fn token(id: u32) -> TokenId {
+        TokenId::new(id, 8).unwrap()
+    }
+
+    fn choice(had: &[u32], sampling: RawSampling) -> NewChoice {
+        NewChoice {
+            choice: 0,
+            prompt: vec![token(1), token(2)],
+            had: had.iter().map(|&id| token(id)).collect(),
+            output: Output::new(None, &[], Vec::new(), Vec::new()),
+            ended: None,
+            max_tokens: 6,
+            sampling: Sampling::new(sampling, 8).unwrap(),
+            top_logprobs: None,
+            events: mpsc::channel(16).0,
+        }
+    }
+
+    #[test]
+    fn tokens_that_the_client_has_count_as_output() {
+        let penalised =
+            RawSampling { presence_penalty: 1.0, frequency_penalty: 1.0, ..RawSampling::default() };
+        let resumed = Active::new(0, choice(&[5, 3, 5], penalised.clone()));
+        let mut undisturbed = Active::new(0, choice(&[], penalised));
+        for id in [5, 3, 5] {
+            assert!(undisturbed.take(token(id), &[0.0; 8], None).is_none());
+        }
+        assert_eq!((resumed.prompt_tokens, resumed.generated), (2, 3));
+        assert_eq!(undisturbed.generated, 3);
+        // 5 was chosen twice and loses 3, 3 was chosen once and loses 2; 1 stood in the prompt and loses nothing.
+        let logits = [0.0, 6.5, 0.0, 8.0, 0.0, 9.0, 0.0, 0.0];
+        for active in [&resumed, &undisturbed] {
+            let Active { sampling, history, prompt_tokens, generated, .. } = active;
+            let position = prompt_tokens + generated;
+            let next = sampler::sample(sampling, &logits, history, position, &mut SampleScratch::default());
+            assert_eq!(next, token(1));
+        }
+    }
+
+    #[test]
+    fn what_is_left_to_do_is_computed_behind_what_the_client_has() {
+        let sequence = choice(&[5, 3], RawSampling::default()).sequence(SeqId::new(9));
+        assert_eq!(sequence.prompt, [1, 2, 5, 3].map(token));
+        assert_eq!(sequence.max_tokens, 4);
     }
 }

@@ -24,16 +24,8 @@ const QUOTED: usize = 32;
 /// # Errors
 /// When no prompt is set or a message has an unknown role. Everything else is the service's to check.
 pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, RequestError> {
-    let v1::GenerateRequest {
-        model,
-        prompt,
-        max_tokens,
-        sampling,
-        stop,
-        top_logprobs,
-        choices,
-        resume_from,
-    } = asked;
+    let v1::GenerateRequest { model, prompt, max_tokens, sampling, stop, top_logprobs, choices, resume_from } =
+        asked;
     let sampling = sampling.unwrap_or_default();
     let seed = sampling.seed;
     Ok(GenerateRequest {
