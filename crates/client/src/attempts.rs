@@ -22,34 +22,38 @@ pub(crate) struct Attempts {
     patience: Duration,
     most: u32,
     in_a_row: u32,
+    /// Time without a router so far, since the last progress.
+    waited: Duration,
+    /// Since when there is none.
     lost_at: Option<Instant>,
 }
 
 impl Attempts {
     pub(crate) fn new(routers: usize, policy: &Policy) -> Self {
         let Policy { patience, attempts: most, .. } = *policy;
-        Self { routers: routers.max(1), patience, most, in_a_row: 0, lost_at: None }
+        Self { routers: routers.max(1), patience, most, in_a_row: 0, waited: Duration::ZERO, lost_at: None }
     }
 
-    /// A router took the request: time counts again from the next loss.
-    pub(crate) const fn admitted(&mut self) {
-        self.lost_at = None;
+    /// A router took the request: no time counts until it is lost again.
+    pub(crate) fn admitted(&mut self, now: Instant) {
+        if let Some(since) = self.lost_at.take() {
+            self.waited += now.saturating_duration_since(since);
+        }
     }
 
     /// Something new came.
     pub(crate) const fn progressed(&mut self) {
-        self.lost_at = None;
-        self.in_a_row = 0;
+        (self.in_a_row, self.waited, self.lost_at) = (0, Duration::ZERO, None);
     }
 
     /// An attempt failed; the router asks for a pause of `hint`. The time from which the next router may be asked, or
     /// `None` when it is enough.
     pub(crate) fn failed(&mut self, now: Instant, hint: Option<Duration>) -> Option<Instant> {
         self.in_a_row = self.in_a_row.saturating_add(1);
-        let since = *self.lost_at.get_or_insert(now);
+        self.admitted(now);
+        self.lost_at = Some(now);
         let pause = self.pause(hint);
-        let waited = now.saturating_duration_since(since);
-        (self.in_a_row < self.most && waited + pause <= self.patience).then(|| now + pause)
+        (self.in_a_row < self.most && self.waited + pause <= self.patience).then(|| now + pause)
     }
 
     fn pause(&self, hint: Option<Duration>) -> Duration {
@@ -101,8 +105,14 @@ mod tests {
         let waited = now - began;
         assert!((Duration::from_secs(2)..=Duration::from_secs(3)).contains(&waited), "{waited:?}");
         // Long in a queue is not long without a router.
-        attempts.admitted();
+        let mut attempts = Attempts::new(1, &policy());
+        assert!(attempts.failed(now, None).is_some());
+        attempts.admitted(now);
         assert!(attempts.failed(now + Duration::from_secs(60), None).is_some());
+        // But what passes between losing and finding one adds up.
+        now += Duration::from_secs(63);
+        attempts.admitted(now);
+        assert!(attempts.failed(now, None).is_none());
     }
 
     #[test]
@@ -111,7 +121,7 @@ mod tests {
         let mut attempts = Attempts::new(1, &policy());
         let mut tries = 0;
         while attempts.failed(now, None).is_some() {
-            attempts.admitted();
+            attempts.admitted(now);
             tries += 1;
         }
         assert_eq!(tries, 19);

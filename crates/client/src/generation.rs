@@ -1,7 +1,8 @@
 //! One generation, over as many streams as it takes.
 //!
 //! Always holds: between two events it is known exactly what has been handed out, so a broken stream costs time and
-//! nothing else. A future of [`Generation::next`] may be dropped at any time; the next one goes on.
+//! nothing else. A future of [`Generation::next`] may be dropped at any time; the next one goes on, and makes an
+//! attempt that was under way anew.
 
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ pub struct Generation {
     /// `None` after it broke off.
     stream: Option<Streaming<GenerateEvent>>,
     resumed: u32,
+    failed: bool,
 }
 
 /// Where streams come from.
@@ -49,7 +51,7 @@ impl Generation {
         let mut source = Source { client, request, attempts, refusals: 0, at, not_before: now, deadline };
         let (started, stream) = source.open(None).await?;
         let progress = Progress::new(started, choices);
-        Ok(Self { source, progress, stream: Some(stream), resumed: 0 })
+        Ok(Self { source, progress, stream: Some(stream), resumed: 0, failed: false })
     }
 
     /// How it began.
@@ -69,6 +71,17 @@ impl Generation {
     /// # Errors
     /// When no router goes on with it in time, or what came is no answer to the request. Nothing comes after that.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
+        if self.failed {
+            return Ok(None);
+        }
+        let event = self.advance().await;
+        if event.is_err() {
+            (self.failed, self.stream) = (true, None);
+        }
+        event
+    }
+
+    async fn advance(&mut self) -> Result<Option<Event>, ClientError> {
         while !self.progress.is_complete() {
             let Some(stream) = &mut self.stream else {
                 let (_, stream) = self.source.open(Some(&mut self.progress)).await?;
@@ -168,7 +181,7 @@ impl Source {
         started: Started,
         stream: Streaming<GenerateEvent>,
     ) -> (Started, Streaming<GenerateEvent>) {
-        self.attempts.admitted();
+        self.attempts.admitted(Instant::now());
         self.refusals = 0;
         self.client.prefer(self.at);
         (started, stream)

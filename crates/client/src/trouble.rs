@@ -30,7 +30,8 @@ impl From<Status> for Trouble {
         let passes = match status.code() {
             // What no router sent has a source: the connection broke, or there was none.
             _ if status.source().is_some() => true,
-            Code::Unavailable => true,
+            // Nobody here cancels what is waited for: the router did not get to it in time.
+            Code::Unavailable | Code::Cancelled => true,
             Code::ResourceExhausted => hint.is_some(),
             _ => false,
         };
@@ -69,6 +70,7 @@ mod tests {
         let asked = Some(Duration::from_millis(250));
         assert_eq!(hint(with_hint(Status::unavailable("a worker was lost"))), Some(asked));
         assert_eq!(hint(Status::unavailable("no connection")), Some(None));
+        assert_eq!(hint(Status::cancelled("timeout expired")), Some(None));
         assert_eq!(hint(with_hint(Status::resource_exhausted("the queue is full"))), Some(asked));
         assert_eq!(hint(Status::resource_exhausted("message too large")), None);
         assert_eq!(hint(Status::invalid_argument("max_tokens: is 0")), None);

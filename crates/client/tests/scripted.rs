@@ -54,7 +54,7 @@ impl Inference for Scripted {
         self.calls.lock().unwrap().push(request.clone());
         let act = self.acts.lock().unwrap().pop_front();
         let (events, end): (Vec<Sent>, Events) =
-            match act.unwrap_or(Act::Serve { tokens: TOKENS, then: None }) {
+            match act.unwrap_or(Act::Serve { tokens: u32::MAX, then: None }) {
                 Act::Refuse(status) => return Err(status),
                 Act::Serve { tokens, then } => {
                     (stream(&request, tokens), Box::pin(tokio_stream::iter(then.map(Err))))
@@ -307,17 +307,23 @@ async fn a_dropped_wait_loses_nothing() {
     let client = Client::connect(&[a, b], Policy::default()).await.unwrap();
     let mut generation = client.generate(request(1)).await.unwrap();
     let mut events = Vec::new();
+    let mut drops = 0;
     loop {
-        // Polled once, then dropped, as often as there is nothing yet.
-        tokio::select! {
+        // Polled once and dropped, some times in the middle of the stream and some while it is resumed.
+        let event = tokio::select! {
             biased;
-            event = generation.next() => match event.unwrap() {
-                Some(event) => events.push(event),
-                None => break,
-            },
-            () = tokio::task::yield_now() => {}
+            event = generation.next() => event.unwrap(),
+            () = tokio::task::yield_now(), if drops < 10 => {
+                drops += 1;
+                continue;
+            }
+        };
+        match event {
+            Some(event) => events.push(event),
+            None => break,
         }
     }
+    assert_eq!(drops, 10);
     assert_eq!(of_choice(&events, 0), ((0..TOKENS).collect(), 1));
 }
 
