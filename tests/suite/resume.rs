@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use muster_client::{Client, Event, Policy};
+use muster_proto::v1::finished::Reason;
 use muster_proto::v1::generate_event::Event as Sent;
 use muster_proto::v1::generate_request::Prompt;
 use muster_proto::v1::inference_client::InferenceClient;
@@ -112,6 +113,9 @@ async fn a_stream_cut_anywhere_goes_on_as_if_nothing_had_been() {
         let undisturbed = whole(&here, request.clone()).await;
         let (frames, end) = &undisturbed.choices[0];
         assert!(!frames.is_empty(), "{name}: nothing to cut");
+        let stops = ["stop string", "end of text"].contains(&name);
+        let reason = if stops { Reason::Stop } else { Reason::Length };
+        assert_eq!(end.as_ref().unwrap().reason(), reason, "{name}");
         for cut in 0..=frames.len() {
             // The other router has seen nothing of it.
             let client = if cut % 2 == 0 { &there } else { &here };
