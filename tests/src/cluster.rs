@@ -12,7 +12,7 @@ use crate::process::Process;
 #[derive(Clone, Debug)]
 pub struct Setup {
     model: String,
-    workers: usize,
+    shares: Vec<String>,
     common: Vec<String>,
     router: Vec<String>,
 }
@@ -22,13 +22,21 @@ impl Setup {
     #[must_use]
     pub fn new(model: &Path) -> Self {
         let model = model.display().to_string();
-        Self { model, workers: 2, common: Vec::new(), router: Vec::new() }
+        let setup = Self { model, shares: Vec::new(), common: Vec::new(), router: Vec::new() };
+        setup.workers(2)
     }
 
     /// Another number of workers.
     #[must_use]
-    pub fn workers(mut self, workers: usize) -> Self {
-        self.workers = workers;
+    pub fn workers(self, workers: usize) -> Self {
+        let shares: Vec<String> = (0..workers).map(|index| format!("{index}/{workers}")).collect();
+        self.shares(&shares.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// One worker for each of these shares.
+    #[must_use]
+    pub fn shares(mut self, shares: &[&str]) -> Self {
+        self.shares = shares.iter().map(ToString::to_string).collect();
         self
     }
 
@@ -56,9 +64,11 @@ impl Setup {
     /// Arguments of worker `index`, listening at `listen`.
     #[must_use]
     pub fn worker_args(&self, index: usize, listen: &str) -> Vec<String> {
-        let share = format!("{index}/{}", self.workers);
+        let share = &self.shares[index];
         let mut args: Vec<String> =
-            ["worker", "--model", &self.model, "--listen", listen, "--share", &share].map(Into::into).into();
+            ["worker", "--model", &self.model, "--listen", listen, "--share", share].map(Into::into).into();
+        // Names are told apart also where shares are not.
+        args.extend(["--id".into(), format!("worker-{index}")]);
         args.extend(self.common.iter().cloned());
         args
     }
@@ -96,7 +106,7 @@ impl Cluster {
     #[must_use]
     pub fn start(setup: Setup) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let sockets: Vec<String> = (0..setup.workers)
+        let sockets: Vec<String> = (0..setup.shares.len())
             .map(|index| format!("unix:{}", directory.path().join(format!("worker-{index}.sock")).display()))
             .collect();
         let workers = sockets

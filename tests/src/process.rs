@@ -147,6 +147,18 @@ impl Process {
         self.child.id()
     }
 
+    /// The state that the system says it is in: `T` when it is stopped.
+    ///
+    /// # Panics
+    /// When it is gone.
+    #[must_use]
+    pub fn state(&self) -> char {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it is there");
+        // The name in brackets may hold anything.
+        let after = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        after.chars().next().expect("a state")
+    }
+
     /// Standard error so far.
     ///
     /// # Panics

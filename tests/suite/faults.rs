@@ -9,8 +9,8 @@ use muster_tests::{demo_model, golden_model, http};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_worker_fails_requests_retryably_and_its_return_heals() {
-    let mut cluster = Cluster::start(Setup::new(&demo_model()));
+async fn a_worker_dead_for_too_long_fails_requests_retryably_and_its_return_heals() {
+    let mut cluster = Cluster::start(Setup::new(&demo_model()).router_args(&["--expert-timeout", "1s"]));
     let client = cluster.client().await;
     let expected = generate(&client, greedy(&[1, 844, 624], 32)).await.unwrap();
     let mut running = JoinSet::new();

@@ -1,8 +1,9 @@
 //! Groups the rows of a micro-batch by the workers that will compute them.
 //!
-//! Owns the choice of a replica and the layout of shards. Every (row, expert) is in exactly one shard, all rows
-//! of an expert are in the same one, and a worker gets a row at most once, however many of its experts want it.
-//! Knows nothing of row contents, transports or the health of workers: the placement names live owners only.
+//! Owns the choice of a replica and the layout of shards, also of those that take the place of one that failed.
+//! Every (row, expert) is in exactly one shard, all rows of an expert are in the same one, and a worker gets a row
+//! at most once, however many of its experts want it. Knows nothing of row contents or transports, and of the
+//! workers' health only the [`Rank`] that it is told.
 
 use std::cmp::Reverse;
 
@@ -45,19 +46,35 @@ pub struct BatchPlan {
     pub slots: Vec<Slot>,
 }
 
+/// Who is asked first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rank {
+    /// A worker like any other.
+    Good,
+    /// It is late, or about to go: asked only for what no better one holds.
+    Poor,
+    /// Not to be asked at all.
+    Unusable,
+}
+
 /// Plans the dispatch of a micro-batch at `layer`.
 ///
-/// Of several owners one is chosen per expert, for all its rows: the one with the fewest experts to run so
-/// far, then the fewest rows, then the lowest index. With few rows per expert a worker's time goes into
+/// Of several owners one is chosen per expert, for all its rows: one of the best rank there is, of these the one with
+/// the fewest experts to run so far, then the fewest rows, then the lowest index. With few rows per expert a worker's time goes into
 /// reading weights, hence experts before rows. Experts with the fewest owners choose first, then those with the
 /// most rows.
 ///
 /// # Errors
-/// `NoOwner` when no worker holds a chosen expert, `Invalid` when there are more (row, expert) pairs than 32
+/// `NoOwner` when no usable worker holds a chosen expert, `Invalid` when there are more (row, expert) pairs than 32
 /// bits can count.
-pub fn group(layer: LayerId, choices: &Choices, placement: &Placement) -> Result<BatchPlan, DispatchError> {
+pub fn group(
+    layer: LayerId,
+    choices: &Choices,
+    placement: &Placement,
+    rank: &dyn Fn(WorkerIx) -> Rank,
+) -> Result<BatchPlan, DispatchError> {
     let active = count_rows(layer, choices, placement)?;
-    let owners = choose_owners(layer, &active, placement)?;
+    let owners = choose_owners(layer, &active, placement, rank)?;
     let (mut shards, mut routes) = lay_out(&active, &owners, placement.experts(layer));
 
     let mut slots = Vec::with_capacity(choices.experts().len());
@@ -75,6 +92,61 @@ pub fn group(layer: LayerId, choices: &Choices, placement: &Placement) -> Result
         }
     }
     Ok(BatchPlan { shards, slots })
+}
+
+/// A part of a shard, for another worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StandIn {
+    /// What to send; `rows` are of the micro-batch, as in the shard itself.
+    pub plan: ShardPlan,
+    /// Which of the shard's rows these are: positions in its `rows`, ascending.
+    pub picked: Vec<u32>,
+    /// For each output row, the place of the shard's output row that it stands in for.
+    pub places: Vec<u32>,
+}
+
+/// Plans again what one shard of `layer` was to compute, with other workers or other ranks. Each of its (row, expert)
+/// pairs is in exactly one of the parts.
+///
+/// # Errors
+/// `NoOwner` when no usable worker holds one of its experts.
+pub fn stand_ins(
+    layer: LayerId,
+    shard: &ShardPlan,
+    placement: &Placement,
+    rank: &dyn Fn(WorkerIx) -> Rank,
+) -> Result<Vec<StandIn>, DispatchError> {
+    let active: Vec<Active> =
+        shard.experts.iter().zip(&shard.counts).map(|(&expert, &rows)| Active { expert, rows }).collect();
+    let owners = choose_owners(layer, &active, placement, rank)?;
+    let mut workers = owners.clone();
+    workers.sort_unstable();
+    workers.dedup();
+    Ok(workers.into_iter().map(|worker| stand_in(shard, worker, &owners)).collect())
+}
+
+/// The experts of `shard` whose new owner is `worker`.
+fn stand_in(shard: &ShardPlan, worker: WorkerIx, owners: &[WorkerIx]) -> StandIn {
+    let mut experts = Vec::new();
+    let mut counts = Vec::new();
+    let mut places = Vec::new();
+    let mut place = 0;
+    for ((&expert, &count), &owner) in shard.experts.iter().zip(&shard.counts).zip(owners) {
+        if owner == worker {
+            experts.push(expert);
+            counts.push(count);
+            places.extend(place..place + count);
+        }
+        place += count;
+    }
+    let indices: Vec<u32> = places.iter().map(|&place| shard.indices[place as usize]).collect();
+    let mut picked = indices.clone();
+    picked.sort_unstable();
+    picked.dedup();
+    // Every index is among those picked.
+    let indices = indices.iter().map(|index| picked.partition_point(|row| row < index) as u32).collect();
+    let rows = picked.iter().map(|&row| shard.rows[row as usize]).collect();
+    StandIn { plan: ShardPlan { worker, rows, experts, counts, indices }, picked, places }
 }
 
 /// An expert that was chosen, and by how many rows.
@@ -107,6 +179,7 @@ fn choose_owners(
     layer: LayerId,
     active: &[Active],
     placement: &Placement,
+    rank: &dyn Fn(WorkerIx) -> Rank,
 ) -> Result<Vec<WorkerIx>, DispatchError> {
     let owners = |at: usize| placement.owners(ExpertKey { layer, expert: active[at].expert });
     // Those with no choice come first, so that the others can even out what is fixed.
@@ -117,8 +190,10 @@ fn choose_owners(
     let mut chosen = Vec::with_capacity(active.len());
     for at in order {
         // Of equals the first is taken, and owners are ascending.
-        let lightest = owners(at).iter().copied().min_by_key(|owner| load[owner.index()]);
-        let owner = lightest.ok_or(DispatchError::NoOwner { layer, expert: active[at].expert })?;
+        let usable = owners(at).iter().map(|&owner| (rank(owner), owner));
+        let usable = usable.filter(|(rank, _)| *rank != Rank::Unusable);
+        let best = usable.min_by_key(|&(rank, owner)| (rank, load[owner.index()]));
+        let (_, owner) = best.ok_or(DispatchError::NoOwner { layer, expert: active[at].expert })?;
         let (experts, rows) = &mut load[owner.index()];
         *experts += 1;
         *rows += active[at].rows;
@@ -168,6 +243,10 @@ mod tests {
         LayerId::new(1, 2).unwrap()
     }
 
+    fn good(_: WorkerIx) -> Rank {
+        Rank::Good
+    }
+
     fn expert(number: u32) -> ExpertId {
         ExpertId::new(number, u32::MAX).unwrap()
     }
@@ -199,7 +278,7 @@ mod tests {
     #[test]
     fn a_row_is_sent_once_per_worker() {
         let placement = placement(4, &[vec![0, 2, 3], vec![], vec![1]]);
-        let plan = group(layer(), &choices(2, &[2, 3, 0, 1, 0, 2]), &placement).unwrap();
+        let plan = group(layer(), &choices(2, &[2, 3, 0, 1, 0, 2]), &placement, &good).unwrap();
         assert_eq!(assignment(&plan), [(0, vec![0, 2, 3]), (2, vec![1])]);
         let [first, second] = &plan.shards[..] else { panic!("two shards") };
         assert_eq!((&first.rows[..], &first.counts[..]), (&[0, 1, 2][..], &[2, 2, 1][..]));
@@ -220,14 +299,16 @@ mod tests {
             layer(),
             &choices(1, &[0, 1, 2, 3, 3, 3]),
             &placement(4, &[everywhere.clone(), everywhere.clone()]),
+            &good,
         );
         assert_eq!(assignment(&plan.unwrap()), [(0, vec![2, 3]), (1, vec![0, 1])]);
         // What only worker 0 holds is counted before the replicated expert 0 chooses.
-        let plan = group(layer(), &choices(1, &[0, 0, 1]), &placement(4, &[vec![0, 1], vec![0]]));
+        let plan = group(layer(), &choices(1, &[0, 0, 1]), &placement(4, &[vec![0, 1], vec![0]]), &good);
         assert_eq!(assignment(&plan.unwrap()), [(0, vec![1]), (1, vec![0])]);
         // As many experts on either side: the side with fewer rows.
         let plan =
-            group(layer(), &choices(1, &[0, 0, 1, 2]), &placement(4, &[vec![0, 2], vec![1, 2]])).unwrap();
+            group(layer(), &choices(1, &[0, 0, 1, 2]), &placement(4, &[vec![0, 2], vec![1, 2]]), &good)
+                .unwrap();
         assert_eq!(assignment(&plan), [(0, vec![0]), (1, vec![1, 2])]);
     }
 
@@ -235,16 +316,19 @@ mod tests {
     fn an_expert_without_owner_is_named() {
         let placement = placement(3, &[vec![0, 1]]);
         for missing in [2, 3, u32::MAX - 1] {
-            let error = group(layer(), &choices(1, &[0, missing]), &placement).unwrap_err();
+            let error = group(layer(), &choices(1, &[0, missing]), &placement, &good).unwrap_err();
             assert_eq!(error, DispatchError::NoOwner { layer: layer(), expert: expert(missing) });
         }
         let dense = LayerId::new(0, 2).unwrap();
-        assert!(matches!(group(dense, &choices(1, &[0]), &placement), Err(DispatchError::NoOwner { .. })));
+        assert!(matches!(
+            group(dense, &choices(1, &[0]), &placement, &good),
+            Err(DispatchError::NoOwner { .. })
+        ));
     }
 
     #[test]
     fn no_rows_need_no_workers() {
-        let plan = group(layer(), &choices(2, &[]), &placement(3, &[])).unwrap();
+        let plan = group(layer(), &choices(2, &[]), &placement(3, &[]), &good).unwrap();
         assert_eq!(plan, BatchPlan { shards: vec![], slots: vec![] });
     }
 
@@ -272,7 +356,7 @@ mod tests {
 
         #[test]
         fn every_pair_is_in_exactly_one_shard((placement, choices) in batches()) {
-            let plan = group(layer(), &choices, &placement).unwrap();
+            let plan = group(layer(), &choices, &placement, &good).unwrap();
             prop_assert!(plan.shards.is_sorted_by_key(|shard| shard.worker));
 
             let mut replied = BTreeSet::new();
@@ -314,11 +398,61 @@ mod tests {
         }
 
         #[test]
+        fn stand_ins_cover_a_shard_once_and_spare_the_unusable((placement, choices) in batches(), seed in 0_usize..6) {
+            let plan = group(layer(), &choices, &placement, &good).unwrap();
+            for shard in &plan.shards {
+                let rank = |worker: WorkerIx| match (worker.index() + seed) % 3 {
+                    _ if worker == shard.worker => Rank::Unusable,
+                    0 => Rank::Poor,
+                    _ => Rank::Good,
+                };
+                let alone = |expert: &ExpertId| {
+                    placement.owners(ExpertKey { layer: layer(), expert: *expert }).len() == 1
+                };
+                let parts = stand_ins(layer(), shard, &placement, &rank);
+                prop_assert_eq!(parts.is_err(), shard.experts.iter().any(alone));
+                let Ok(parts) = parts else { continue };
+                let mut places: Vec<u32> = parts.iter().flat_map(|part| part.places.clone()).collect();
+                places.sort_unstable();
+                prop_assert_eq!(places, (0..shard.indices.len() as u32).collect::<Vec<_>>());
+                // The expert of every output row of the shard.
+                let experts: Vec<ExpertId> = shard
+                    .experts
+                    .iter()
+                    .zip(&shard.counts)
+                    .flat_map(|(&expert, &count)| std::iter::repeat_n(expert, count as usize))
+                    .collect();
+                for part in &parts {
+                    let StandIn { plan, picked, places } = part;
+                    prop_assert!(plan.worker != shard.worker);
+                    prop_assert_eq!(plan.rows.len(), picked.len());
+                    prop_assert_eq!(plan.indices.len(), places.len());
+                    let mut at = 0;
+                    for (&expert, &count) in plan.experts.iter().zip(&plan.counts) {
+                        let owners = placement.owners(ExpertKey { layer: layer(), expert });
+                        prop_assert!(owners.contains(&plan.worker));
+                        let better = owners.iter().any(|&owner| rank(owner) < rank(plan.worker));
+                        prop_assert!(!better, "a better one holds it");
+                        for _ in 0..count {
+                            let place = places[at] as usize;
+                            prop_assert_eq!(experts[place], expert);
+                            let row = shard.rows[shard.indices[place] as usize];
+                            prop_assert_eq!(plan.rows[plan.indices[at] as usize], row);
+                            prop_assert_eq!(shard.rows[picked[plan.indices[at] as usize] as usize], row);
+                            at += 1;
+                        }
+                    }
+                    prop_assert_eq!(at, places.len());
+                }
+            }
+        }
+
+        #[test]
         fn full_replication_evens_out_experts(
             (workers, rows) in (1_usize..6, prop::collection::vec(0_u32..16, 1..40)),
         ) {
             let placement = placement(16, &vec![(0..16).collect(); workers]);
-            let plan = group(layer(), &choices(1, &rows), &placement).unwrap();
+            let plan = group(layer(), &choices(1, &rows), &placement, &good).unwrap();
             let active = rows.iter().collect::<BTreeSet<_>>().len();
             let most = plan.shards.iter().map(|shard| shard.experts.len()).max();
             prop_assert_eq!(most, Some(active.div_ceil(workers)));

@@ -260,6 +260,11 @@ pub trait ExpertDispatch: Send {
     /// See [`DispatchError`]; `out` is unspecified then. A ticket that is unknown or already spent is `Invalid`.
     fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError>;
 
+    /// Changes whenever an answer may have become possible that was not before: a worker came, or holds more.
+    fn version(&self) -> u64 {
+        0
+    }
+
     /// Gives a micro-batch up; replies that still come are dropped. Unknown tickets are ignored.
     fn cancel(&mut self, ticket: Ticket);
 

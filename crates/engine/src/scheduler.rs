@@ -325,10 +325,11 @@ impl Scheduler {
     ///
     /// The step before must have run. Each of its items with `sample` must have had its [`append`] or its
     /// [`finish`]; a sequence that had neither is left out. Each sequence whose item failed must have had its
-    /// [`finish`]: all other positions count as good from now on, for whoever begins with the same tokens, too.
+    /// [`finish`] or its [`undo`]: all other positions count as good from now on, for whoever begins with the same tokens, too.
     ///
     /// [`append`]: Self::append
     /// [`finish`]: Self::finish
+    /// [`undo`]: Self::undo
     pub fn schedule(&mut self, beside_decodes: u32) -> Step {
         for sequence in &mut self.running {
             sequence.settle(&mut self.pool);
@@ -360,7 +361,29 @@ impl Scheduler {
     /// Sequences that the next step will decode a token of, room for it permitting.
     #[must_use]
     pub fn decoding(&self) -> usize {
-        self.running.iter().filter(|sequence| sequence.is_decoding()).count()
+        let decodes = |sequence: &&Sequence| sequence.is_decoding() && !sequence.is_parked();
+        self.running.iter().filter(decodes).count()
+    }
+
+    /// Takes back an item of the current step whose keys and values are not good: its sequence stands where it stood
+    /// before the step, and a later step computes the same again. Nothing happens when it is gone or was preempted.
+    pub fn undo(&mut self, item: &StepItem) {
+        let Some(sequence) = self.running.iter_mut().find(|running| running.id() == item.seq) else { return };
+        let blocks = sequence.undo(&self.pool, item.start);
+        self.pool.release(blocks);
+    }
+
+    /// Leaves a running sequence out of steps until [`unpark`](Self::unpark). It keeps its blocks, unless older ones
+    /// need them.
+    pub fn park(&mut self, seq: SeqId) {
+        if let Some(sequence) = self.running.iter_mut().find(|running| running.id() == seq) {
+            sequence.park(true);
+        }
+    }
+
+    /// Lets all parked sequences go on.
+    pub fn unpark(&mut self) {
+        self.running.iter_mut().for_each(|sequence| sequence.park(false));
     }
 
     /// Adds the token sampled for an item of the current step, whose keys and values are good.
@@ -424,6 +447,9 @@ impl Scheduler {
 
     /// Adds to the draft what the running sequence at `at` can do.
     fn plan(&mut self, at: usize, work: Work, draft: &mut Draft) {
+        if self.running[at].is_parked() {
+            return;
+        }
         let allowed = match work {
             Work::Decode => 1,
             Work::Prefill => self.config.prefill_chunk.min(draft.prefill_budget),

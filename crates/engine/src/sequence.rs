@@ -26,6 +26,8 @@ pub(crate) struct Sequence {
     named: usize,
     /// Prompt tokens that were in the cache when it first ran.
     cached_prompt: Option<u32>,
+    /// Left out of steps for now.
+    parked: bool,
 }
 
 impl Sequence {
@@ -40,6 +42,7 @@ impl Sequence {
             keys: Vec::new(),
             named: 0,
             cached_prompt: None,
+            parked: false,
         }
     }
 
@@ -57,6 +60,14 @@ impl Sequence {
     /// only, since nothing will attend to it.
     pub(crate) const fn pending(&self) -> u32 {
         if self.is_full() { 0 } else { self.known() - self.computed }
+    }
+
+    pub(crate) const fn park(&mut self, parked: bool) {
+        self.parked = parked;
+    }
+
+    pub(crate) const fn is_parked(&self) -> bool {
+        self.parked
     }
 
     /// Whether one token is left to feed: a sampled one, or the last of a prefill.
@@ -157,6 +168,13 @@ impl Sequence {
         }
     }
 
+    /// Counts nothing from position `start` on as computed, and hands out the blocks that are no longer needed. What
+    /// was settled must lie before it.
+    pub(crate) fn undo(&mut self, pool: &BlockPool, start: u32) -> Vec<Block> {
+        self.computed = start;
+        self.blocks.split_off(pool.blocks_for(start) as usize)
+    }
+
     /// Adds a sampled token.
     pub(crate) fn push(&mut self, token: TokenId) {
         self.tokens.push(token);
@@ -166,6 +184,7 @@ impl Sequence {
     pub(crate) fn reset(&mut self) -> Vec<Block> {
         self.computed = 0;
         self.named = 0;
+        self.parked = false;
         std::mem::take(&mut self.blocks)
     }
 }

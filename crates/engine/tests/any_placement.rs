@@ -1,7 +1,7 @@
 //! The promise that dispatch rests on: wherever experts lie, a row's outputs come back in the same places.
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
 
-use muster_engine::batcher::{ShardPlan, group};
+use muster_engine::batcher::{Rank, ShardPlan, group};
 use muster_engine::dispatch::Choices;
 use muster_placement::{Placement, Shape};
 use muster_types::{Epoch, ExpertId, ExpertKey, LayerId, WorkerId};
@@ -65,7 +65,7 @@ proptest! {
 
     #[test]
     fn outputs_do_not_depend_on_the_placement((choices, rows) in batches(), placement in placements()) {
-        let plan = group(layer(), &choices, &placement).unwrap();
+        let plan = group(layer(), &choices, &placement, &|_| Rank::Good).unwrap();
         let replies: Vec<_> = plan.shards.iter().map(|shard| reply(shard, &rows)).collect();
 
         for (pair, (&expert, slot)) in choices.experts().iter().zip(&plan.slots).enumerate() {

@@ -335,3 +335,39 @@ fn sizes_that_cannot_work_are_refused() {
         "step_tokens is 7, below max_running (8); every running sequence needs one"
     );
 }
+
+#[test]
+fn what_is_undone_is_done_again_and_kept_for_nobody() {
+    let mut scheduler = with(caching(), &[(1, 8, 4)]);
+    let step = scheduler.schedule(u32::MAX);
+    assert_eq!(items(&step), [(1, 0, 8, true)]);
+    scheduler.undo(&step.items[0]);
+    assert!(scheduler.append(SeqId::new(1), token(9)).is_err(), "it expects no token");
+    assert_eq!(scheduler.stats().blocks_free, 100, "blocks of what was undone are free");
+    // The same tokens: nothing of the failed step is found in the cache.
+    scheduler.admit(sequence(2, 9, 4)).unwrap();
+    assert_eq!(items(&run(&mut scheduler)), [(1, 0, 8, true), (2, 0, 8, false)]);
+    let step = scheduler.schedule(u32::MAX);
+    assert_eq!(items(&step), [(1, 8, 1, true), (2, 8, 1, true)]);
+    scheduler.undo(&step.items[0]);
+    assert_eq!(scheduler.append(SeqId::new(2), token(9)), Ok(Progress::Continue));
+    assert_eq!(items(&run(&mut scheduler)), [(1, 8, 1, true), (2, 9, 1, true)], "one goes on, one repeats");
+    assert!(scheduler.finish(SeqId::new(1)) && scheduler.finish(SeqId::new(2)));
+    scheduler.undo(&step.items[0]);
+    assert_eq!(scheduler.stats().blocks_free, 100);
+}
+
+#[test]
+fn a_parked_sequence_is_left_out_until_it_is_let_go_on() {
+    let mut scheduler = with(roomy(), &[(1, 4, 9), (2, 4, 9)]);
+    run(&mut scheduler);
+    scheduler.park(SeqId::new(1));
+    assert_eq!(scheduler.decoding(), 1);
+    for position in 4..6 {
+        assert_eq!(items(&run(&mut scheduler)), [(2, position, 1, true)]);
+    }
+    scheduler.park(SeqId::new(2));
+    assert_eq!(scheduler.schedule(u32::MAX), Step::default());
+    scheduler.unpark();
+    assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 6, 1, true)]);
+}

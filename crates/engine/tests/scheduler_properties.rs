@@ -18,9 +18,17 @@ type Checked<T = ()> = Result<T, TestCaseError>;
 
 #[derive(Debug, Clone)]
 enum Op {
-    Admit { prompt: u32, max_tokens: u32 },
+    Admit {
+        prompt: u32,
+        max_tokens: u32,
+    },
     AdmitAgain(Index),
-    Step { cancelled_midway: Option<Index>, stopped_early: Option<Index>, beside_decodes: u32 },
+    Step {
+        cancelled_midway: Option<Index>,
+        undone: Option<Index>,
+        stopped_early: Option<Index>,
+        beside_decodes: u32,
+    },
     Cancel(Index),
 }
 
@@ -29,9 +37,11 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         5 => (0_u32..20, 0_u32..20).prop_map(|(prompt, max_tokens)| Op::Admit { prompt, max_tokens }),
         1 => any::<Index>().prop_map(Op::AdmitAgain),
-        10 => (rarely(), rarely(), 0_u32..20).prop_map(|(cancelled_midway, stopped_early, beside_decodes)| {
-            Op::Step { cancelled_midway, stopped_early, beside_decodes }
-        }),
+        10 => (rarely(), rarely(), rarely(), 0_u32..20).prop_map(
+            |(cancelled_midway, undone, stopped_early, beside_decodes)| {
+                Op::Step { cancelled_midway, undone, stopped_early, beside_decodes }
+            }
+        ),
         1 => any::<Index>().prop_map(Op::Cancel),
     ]
 }
@@ -78,6 +88,7 @@ struct Coverage {
     adopted_after_preemption: u64,
     shared: u64,
     failed_writes: u64,
+    undone: u64,
     refused: [u64; 6],
 }
 
@@ -120,6 +131,7 @@ struct Model<'a> {
     first_tokens: Vec<(u64, u32, u64)>,
     next_id: u64,
     steps: u64,
+    undone: bool,
     /// By block and position in it: the sequence up to and including the token it was last written for. `None`
     /// where a step wrote and failed.
     written: BTreeMap<(u32, u32), Option<Vec<TokenId>>>,
@@ -216,6 +228,7 @@ impl Model<'_> {
     fn step(
         &mut self,
         cancelled_midway: Option<Index>,
+        undone: Option<Index>,
         stopped_early: Option<Index>,
         beside_decodes: u32,
     ) -> Checked {
@@ -249,7 +262,12 @@ impl Model<'_> {
         }
         let stopped =
             stopped_early.filter(|_| !step.items.is_empty()).map(|pick| pick.index(step.items.len()));
+        let undone = undone.filter(|_| !step.items.is_empty()).map(|pick| pick.index(step.items.len()));
         for (at, item) in step.items.iter().enumerate() {
+            // A sequence that has nothing computed is one that waits, to this model.
+            if undone == Some(at) && item.start > 0 && self.undo(item)? {
+                continue;
+            }
             self.append(item, stopped == Some(at))?;
         }
         let late = self.live.iter().find(|live| live.deadline < self.steps);
@@ -447,6 +465,24 @@ impl Model<'_> {
         if full || stop { self.finish(at) } else { Ok(()) }
     }
 
+    /// An item whose step failed is done again later. False when its sequence was cancelled meanwhile.
+    fn undo(&mut self, item: &StepItem) -> Checked<bool> {
+        self.scheduler.undo(item);
+        for position in (item.start..).take(item.tokens.len()) {
+            self.written.insert(self.place(&item.blocks, position), None);
+        }
+        let kept = self.blocks_for(item.start) as usize;
+        let Some(live) = self.live.iter_mut().find(|live| live.id == item.seq) else { return Ok(false) };
+        live.computed = item.start;
+        live.table.truncate(kept);
+        // Whoever comes later waits for as long as the lost work takes.
+        let lost = item.tokens.len() as u64;
+        self.live.iter_mut().for_each(|live| live.deadline += lost);
+        self.coverage.undone += 1;
+        self.undone = true;
+        Ok(true)
+    }
+
     fn finish(&mut self, at: usize) -> Checked {
         let live = self.live.remove(at);
         self.coverage.cancelled_waiting += u64::from(live.computed == 0);
@@ -459,8 +495,8 @@ impl Model<'_> {
     /// that bites, always.
     fn check_first_tokens(&mut self) -> Checked {
         self.first_tokens.sort_unstable();
-        if self.caches() {
-            // Whoever finds more of its prompt computed may be done sooner.
+        if self.caches() || self.undone {
+            // Whoever finds more of its prompt computed may be done sooner, and whoever lost work later.
             return Ok(());
         }
         let strict = self.config.prefill_chunk >= self.config.step_tokens;
@@ -486,6 +522,7 @@ fn run_schedule(config: SchedulerConfig, ops: &[Op], coverage: &mut Coverage) ->
         first_tokens: Vec::new(),
         next_id: 0,
         steps: 0,
+        undone: false,
         written: BTreeMap::new(),
         coverage,
     };
@@ -504,14 +541,14 @@ fn run_schedule(config: SchedulerConfig, ops: &[Op], coverage: &mut Coverage) ->
                 model.check_tables()?;
             }
             Op::AdmitAgain(_) | Op::Cancel(_) => {}
-            Op::Step { cancelled_midway, stopped_early, beside_decodes } => {
-                model.step(cancelled_midway, stopped_early, beside_decodes)?;
+            Op::Step { cancelled_midway, undone, stopped_early, beside_decodes } => {
+                model.step(cancelled_midway, undone, stopped_early, beside_decodes)?;
             }
         }
     }
     // Deadlines end this loop, should anything starve.
     while !model.live.is_empty() {
-        model.step(None, None, u32::MAX)?;
+        model.step(None, None, None, u32::MAX)?;
     }
     prop_assert_eq!(model.scheduler.schedule(0), Step::default());
     prop_assert_eq!(model.scheduler.stats().blocks_free, model.config.blocks);
@@ -546,6 +583,7 @@ fn random_schedules_keep_every_promise() {
         coverage.adopted_after_preemption,
         coverage.shared,
         coverage.failed_writes,
+        coverage.undone,
     ];
     assert!(happened.iter().chain(&refused).all(|&times| times > 20), "{coverage:?}");
 }

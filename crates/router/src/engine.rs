@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use metrics::{counter, gauge, histogram};
-use muster_engine::dispatch::ExpertDispatch;
+use muster_engine::dispatch::{DispatchError, ExpertDispatch};
 use muster_engine::microbatch;
-use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Step};
+use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Step, StepItem};
 use muster_kernels::{Cpu, KvCache};
 use muster_model::sampler::{self, History, SampleScratch, Sampling};
 use muster_model::trunk::{SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
 use muster_text::Tokenizer;
-use muster_types::{SeqId, TokenId};
+use muster_types::{Retry, SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::lanes::{LaneChoice, Lanes};
@@ -27,6 +27,11 @@ use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, To
 
 /// Rows of a step from which two lanes may pay: below, splitting only makes the messages smaller.
 const LANE_MIN_ROWS: usize = 4;
+
+/// How long sequences whose experts are missing wait before they are tried again, unless something changes before.
+const PARKED_FOR: Duration = Duration::from_millis(50);
+/// Between two looks whether something changed.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// What the engine thread can be asked.
 pub(crate) enum Command {
@@ -86,12 +91,22 @@ struct Active {
     events: mpsc::Sender<Result<Event, RequestError>>,
     admitted_at: Instant,
     last_token_at: Option<Instant>,
+    /// Since when its experts cannot be had.
+    stalled: Option<Instant>,
 }
 
 #[derive(Default)]
 struct Table {
     active: BTreeMap<SeqId, Active>,
     next: u64,
+    /// Set while sequences are parked because their experts cannot be had.
+    parked: Option<Parked>,
+}
+
+/// Until when sequences stay parked: until something changes about the experts, or for a short while.
+struct Parked {
+    version: u64,
+    until: Instant,
 }
 
 impl Engine {
@@ -103,20 +118,28 @@ impl Engine {
         let (mut pace, mut lane_choice) = (Pace::default(), LaneChoice::default());
         while self.receive(&mut table) {
             self.drop_abandoned(&mut table);
+            self.unpark(&mut table);
             let decodes = self.scheduler.decoding();
             let step = self.scheduler.schedule(pace.limit(decodes));
-            if !step.items.is_empty() {
+            if step.items.is_empty() {
+                if table.parked.is_some() {
+                    std::thread::sleep(LOOK_AGAIN);
+                }
+            } else {
                 let started = Instant::now();
                 let rows = step.tokens();
                 let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
                 let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
                 let split = self.compute(&step, lanes, &mut state);
-                self.emit(&step, &split, &state, &mut table, &mut scratch);
+                let whole = self.emit(&step, &split, &state, &mut table, &mut scratch);
                 let took = started.elapsed();
-                if splits {
+                // What a step took that did not come to its end says nothing.
+                if whole && splits {
                     lane_choice.observe(rows, lanes, took);
                 }
-                pace.observe(decodes, rows.saturating_sub(decodes), took);
+                if whole {
+                    pace.observe(decodes, rows.saturating_sub(decodes), took);
+                }
                 histogram!("muster_step_seconds").record(took.as_secs_f64());
                 counter!("muster_tokens_computed_total").increment(rows as u64);
             }
@@ -226,17 +249,57 @@ impl Engine {
         state: &StepState,
         table: &mut Table,
         scratch: &mut SampleScratch,
-    ) {
+    ) -> bool {
+        let mut whole = true;
         let vocab = self.trunk.spec().vocab as usize;
         for (lane, items) in lanes.iter().enumerate() {
             for (place, &item) in items.iter().enumerate() {
                 let item = &step.items[item];
                 match state.logits(lane, place, vocab) {
                     Ok(logits) if item.sample => self.advance(item.seq, logits, table, scratch),
-                    Ok(_) => {}
-                    Err(error) => self.fail(item.seq, &error, table),
+                    Ok(_) => {
+                        if let Some(active) = table.active.get_mut(&item.seq) {
+                            active.stalled = None;
+                        }
+                    }
+                    Err(error) => {
+                        whole = false;
+                        self.set_back(item, &error, table);
+                    }
                 }
             }
+        }
+        whole
+    }
+
+    /// What becomes of a sequence that got nothing from a step: where experts are missing that may come back, it stands
+    /// where it stood before and waits; else its request fails.
+    fn set_back(&mut self, item: &StepItem, error: &StepError, table: &mut Table) {
+        let Some(active) = table.active.get_mut(&item.seq) else { return };
+        let since = *active.stalled.get_or_insert_with(Instant::now);
+        let patient = since.elapsed() < self.expert_timeout;
+        match error {
+            StepError::Interrupted => self.scheduler.undo(item),
+            StepError::Dispatch(error) if patient && error.retry() != Retry::Never && !is_closed(error) => {
+                tracing::debug!(sequence = %item.seq, %error, "waiting for experts");
+                counter!("muster_steps_repeated_total").increment(1);
+                self.scheduler.undo(item);
+                self.scheduler.park(item.seq);
+                table.parked.get_or_insert_with(|| Parked {
+                    version: self.dispatch.version(),
+                    until: Instant::now() + PARKED_FOR,
+                });
+            }
+            _ => self.fail(item.seq, error, table),
+        }
+    }
+
+    /// Lets sequences go on whose experts may be there again.
+    fn unpark(&mut self, table: &mut Table) {
+        let over =
+            |parked: &mut Parked| parked.version != self.dispatch.version() || Instant::now() >= parked.until;
+        if table.parked.take_if(over).is_some() {
+            self.scheduler.unpark();
         }
     }
 
@@ -247,6 +310,7 @@ impl Engine {
         let position = active.prompt_tokens + active.generated;
         let token = sampler::sample(&active.sampling, logits, &active.history, position, scratch);
         active.observe_latency();
+        active.stalled = None;
         counter!("muster_tokens_generated_total").increment(1);
         active.cached_prompt_tokens = self.scheduler.cached_prompt_tokens(id);
         // Even of a token that ends it: what this step computed is then kept for others.
@@ -274,6 +338,7 @@ impl Engine {
         let error = match error {
             StepError::Dispatch(error) => RequestError::from_dispatch(error),
             StepError::Gate { .. } | StepError::Logits => RequestError::NonFinite,
+            StepError::Interrupted => RequestError::Internal,
         };
         let _ = active.events.try_send(Err(error));
         let request = active.request;
@@ -321,6 +386,7 @@ impl Active {
             events: new.events,
             admitted_at: Instant::now(),
             last_token_at: None,
+            stalled: None,
         }
     }
 
@@ -360,6 +426,10 @@ impl Active {
         let cached_prompt_tokens = self.cached_prompt_tokens.min(self.prompt_tokens);
         Finished { choice, reason, output_tokens, cached_prompt_tokens, text }
     }
+}
+
+const fn is_closed(error: &DispatchError) -> bool {
+    matches!(error, DispatchError::Closed)
 }
 
 fn token_logprobs(logits: &[f32], token: TokenId, top: u32, tokenizer: Option<&Tokenizer>) -> TokenLogprobs {

@@ -46,6 +46,7 @@ metric_names! {
     describe_counter PREFIX_HIT_TOKENS = "muster_prefix_hit_tokens_total", Count, "Tokens of sequences let into the batch whose keys and values were cached.";
     describe_counter PREFIX_MISS_TOKENS = "muster_prefix_miss_tokens_total", Count, "Tokens of sequences let into the batch that had to be computed.";
     describe_histogram STEP_SECONDS = "muster_step_seconds", Seconds, "One pass of the batch through all layers.";
+    describe_counter STEPS_REPEATED = "muster_steps_repeated_total", Count, "Sequences set back to the start of a step because experts could not be had.";
     // Router: dispatch.
     describe_gauge DISPATCH_WORKERS = "muster_dispatch_workers", Count, "Workers that rows can be sent to.";
     describe_histogram DISPATCH_SECONDS = "muster_dispatch_seconds", Seconds, "From sending the rows of one layer and micro-batch until the last worker answered.";
@@ -53,7 +54,9 @@ metric_names! {
     describe_counter DISPATCH_LATE_REPLIES = "muster_dispatch_late_replies_total", Count, "Replies that nobody waited for any more.";
     describe_counter DISPATCH_BAD_REPLIES = "muster_dispatch_bad_replies_total", Count, "Replies that break the protocol.";
     describe_counter DISPATCH_DEADLINES = "muster_dispatch_deadlines_total", Count, "Layers whose experts did not answer in time.";
-    describe_counter DISPATCH_FAULTS = "muster_dispatch_faults_total", Count, "Errors that workers reported, by code.";
+    describe_counter DISPATCH_FAULTS = "muster_dispatch_faults_total", Count, "Shards that failed: lost with their connection, bad replies, and errors that workers reported, by code.";
+    describe_counter DISPATCH_RESENT = "muster_dispatch_resent_shards_total", Count, "Shards sent to stand in for one that failed or was late.";
+    describe_counter DISPATCH_BANNED = "muster_dispatch_workers_banned_total", Count, "Workers cut off for a while because they broke the protocol.";
     describe_counter DISPATCH_LINKS_LOST = "muster_dispatch_links_lost_total", Count, "Connections to workers that broke.";
     // Worker.
     describe_counter WORKER_SHARDS = "muster_worker_shards_total", Count, "Shards answered, by outcome.";

@@ -1,12 +1,14 @@
 //! The state that the engine thread and the network's tasks share: links, shards in flight, tickets, routes.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use muster_engine::batcher::Rank;
 use muster_engine::dispatch::{DispatchError, Ticket};
-use muster_placement::{Placement, Shape};
+use muster_placement::{Placement, Shape, WorkerIx};
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::handshake::LANES;
@@ -22,9 +24,21 @@ use crate::busy::BusyPoll;
 
 /// Who can be sent what, as of one moment.
 pub(super) struct Routes {
-    pub(super) placement: Placement,
+    pub(super) placement: Arc<Placement>,
     /// For every worker of the placement.
     pub(super) hops: Vec<Hop>,
+    /// For every worker: whether another is to be asked first.
+    ranks: Vec<Rank>,
+}
+
+impl Routes {
+    pub(super) fn rank(&self, worker: WorkerIx) -> Rank {
+        self.ranks.get(worker.index()).copied().unwrap_or(Rank::Unusable)
+    }
+
+    pub(super) fn hop(&self, worker: WorkerIx) -> Option<(Hop, &WorkerId)> {
+        self.hops.get(worker.index()).copied().zip(self.placement.workers().get(worker.index()))
+    }
 }
 
 /// The way to a worker.
@@ -49,6 +63,8 @@ pub(super) struct Arrived {
     pub(super) rows: u32,
     pub(super) data: Bytes,
     pub(super) timing: Timing,
+    /// When it was here.
+    pub(super) at: Instant,
 }
 
 /// Why a shard gave nothing.
@@ -73,25 +89,63 @@ pub(super) enum Ended {
 
 /// A shard ready to be sent.
 pub(super) struct Outgoing {
-    /// Position in the ticket's plan.
-    pub(super) index: usize,
+    /// Its number among the ticket's parts.
+    pub(super) part: usize,
     pub(super) worker: WorkerId,
     pub(super) hop: Hop,
     pub(super) request: v1::LayerShard,
 }
 
 struct Pending {
-    ticket: Ticket,
-    index: usize,
+    /// `None` once nobody waits for it: its answer only shows that the worker answers again.
+    ticket: Option<Ticket>,
+    part: usize,
     stream: StreamKey,
+    /// Its time was up before it was answered.
+    late: bool,
 }
 
-/// A ticket's shards: those that are there, and the first that never will be.
-pub(super) struct Progress {
-    pub(super) arrived: Vec<Option<Arrived>>,
-    waiting: usize,
-    pub(super) failure: Option<(usize, Failure)>,
+/// What came of some parts.
+pub(super) type News = Vec<(usize, Result<Arrived, Failure>)>;
+
+/// A ticket's shards that are still out, and what came of the others since the engine thread looked.
+#[derive(Default)]
+struct Progress {
+    out: usize,
+    news: News,
+    /// Any answer may be the one that is waited for, not only the last.
+    eager: bool,
 }
+
+impl Progress {
+    fn take(&mut self, part: usize, outcome: Result<Arrived, Failure>) {
+        self.out -= 1;
+        self.eager |= outcome.is_err();
+        self.news.push((part, outcome));
+    }
+
+    fn is_news(&self) -> bool {
+        !self.news.is_empty() && (self.out == 0 || self.eager)
+    }
+}
+
+/// Why a shard could not be sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Unsent {
+    /// The dispatch is closed.
+    Closed,
+    /// The link to this worker is not there any more.
+    Broken(WorkerId),
+    /// As many shards wait for this worker's transport as may.
+    Full(WorkerId),
+}
+
+/// How long a worker that broke the protocol is left alone, the first time.
+const FIRST_BAN: Duration = Duration::from_secs(1);
+/// How often that time may double.
+const MOST_STRIKES: u32 = 6;
+/// After so long without another breach it begins anew.
+const GOOD_CONDUCT: Duration = Duration::from_secs(300);
 
 type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
 
@@ -104,6 +158,12 @@ struct Peer {
     address: Address,
     announced: Option<Description>,
     state: LinkState,
+    /// Shards that were late and are not answered yet. While there are any, others are asked first.
+    late: usize,
+    /// Until when it is not connected again, because it broke the protocol.
+    banned: Option<Instant>,
+    /// How often it broke it.
+    strikes: u32,
 }
 
 struct State {
@@ -131,6 +191,8 @@ pub(super) enum Gathered {
 /// See the module.
 pub(super) struct Board {
     shape: Shape,
+    /// Epoch of the routes, to be read without the lock.
+    version: AtomicU64,
     state: Mutex<State>,
     /// A link came or went; for `gather`.
     links: Condvar,
@@ -143,8 +205,9 @@ impl Board {
         let routes = Arc::new(route(Epoch::new(1), &shape, &[])?);
         let down =
             || LinkState::Down { since: Instant::now(), error: None, reason: "not connected yet".into() };
-        let peers =
-            addresses.into_iter().map(|address| Peer { address, announced: None, state: down() }).collect();
+        let peer =
+            |address| Peer { address, announced: None, state: down(), late: 0, banned: None, strikes: 0 };
+        let peers = addresses.into_iter().map(peer).collect();
         let state = State {
             peers,
             routes,
@@ -155,7 +218,8 @@ impl Board {
             late_replies: 0,
             closed: false,
         };
-        Ok(Self { shape, state: Mutex::new(state), links: Condvar::new(), answered: Notify::new() })
+        let (links, answered) = (Condvar::new(), Notify::new());
+        Ok(Self { shape, version: AtomicU64::new(1), state: Mutex::new(state), links, answered })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -165,6 +229,11 @@ impl Board {
 
     pub(super) fn routes(&self) -> Arc<Routes> {
         self.lock().routes.clone()
+    }
+
+    /// Changes with the routes.
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
     }
 
     pub(super) fn late_replies(&self) -> u64 {
@@ -235,27 +304,21 @@ impl Board {
         first
     }
 
-    /// Sends a ticket's shards, all or none.
-    pub(super) fn send(
-        &self,
-        ticket: Ticket,
-        lane: usize,
-        shards: Vec<Outgoing>,
-    ) -> Result<(), DispatchError> {
+    /// Sends shards of a ticket, all or none.
+    pub(super) fn send(&self, ticket: Ticket, lane: usize, shards: Vec<Outgoing>) -> Result<(), Unsent> {
         let mut state = self.lock();
         if state.closed {
-            return Err(DispatchError::Closed);
+            return Err(Unsent::Closed);
         }
         let state = &mut *state;
         for shard in &shards {
-            let sender = state.sender(shard.hop, lane).ok_or_else(|| lost(&shard.worker))?;
+            let sender = state.sender(shard.hop, lane).ok_or_else(|| Unsent::Broken(shard.worker.clone()))?;
             if sender.capacity() == 0 {
-                let (worker, reason) = (shard.worker.clone(), "its send queue is full".to_owned());
-                return Err(DispatchError::Refused { worker, reason, retry: muster_types::Retry::Later });
+                return Err(Unsent::Full(shard.worker.clone()));
             }
         }
         let mut sent = Vec::with_capacity(shards.len());
-        for Outgoing { index, worker, hop, request } in shards {
+        for Outgoing { part, worker, hop, request } in shards {
             let id = request.id;
             let stream = StreamKey { peer: hop.peer, session: hop.session, lane };
             let message = v1::DispatchRequest { body: Some(v1::dispatch_request::Body::Shard(request)) };
@@ -265,59 +328,94 @@ impl Board {
                 for id in sent {
                     state.shards.remove(&id);
                 }
-                return Err(lost(&worker));
+                return Err(Unsent::Broken(worker));
             }
-            state.shards.insert(id, Pending { ticket, index, stream });
+            state.shards.insert(id, Pending { ticket: Some(ticket), part, stream, late: false });
             sent.push(id);
         }
-        let arrived = sent.iter().map(|_| None).collect();
-        state.tickets.insert(ticket, Progress { arrived, waiting: sent.len(), failure: None });
+        let progress = state.tickets.entry(ticket).or_default();
+        progress.out += sent.len();
         Ok(())
     }
 
-    /// Waits until every shard of a ticket is there, one never will be, or `deadline` passes (`None`). Spends the
-    /// ticket. `shards` are its shards' ids.
+    /// Waits until all that is out for a ticket has come to something, or one part of it that others may wait for, and
+    /// takes it; nothing when `until` passes before that or the routes are no longer those of `version`.
     pub(super) async fn wait(
         &self,
         ticket: Ticket,
-        shards: impl Iterator<Item = u64>,
-        deadline: Instant,
-        mut busy: BusyPoll,
-    ) -> Result<Option<Progress>, DispatchError> {
+        version: u64,
+        until: Instant,
+        busy: &mut BusyPoll,
+    ) -> Result<News, DispatchError> {
         loop {
-            let late = Instant::now() >= deadline;
-            if late || self.is_done(ticket)? {
-                let progress = self.lock().forget(ticket, shards);
-                return Ok(progress.filter(|_| !late));
+            if let Some(news) = self.news(ticket)? {
+                return Ok(news);
+            }
+            if Instant::now() >= until || self.version() != version {
+                return Ok(News::new());
             }
             if !busy.pause().await {
                 // Late or not is found out above.
-                let _ = timeout_at(deadline.into(), self.answered.notified()).await;
+                let _ = timeout_at(until.into(), self.answered.notified()).await;
             }
         }
     }
 
-    fn is_done(&self, ticket: Ticket) -> Result<bool, DispatchError> {
-        let state = self.lock();
+    fn news(&self, ticket: Ticket) -> Result<Option<News>, DispatchError> {
+        let mut state = self.lock();
         if state.closed {
             return Err(DispatchError::Closed);
         }
-        match state.tickets.get(&ticket) {
-            Some(progress) => Ok(progress.waiting == 0 || progress.failure.is_some()),
+        match state.tickets.get_mut(&ticket) {
+            Some(progress) if progress.is_news() => Ok(Some(std::mem::take(&mut progress.news))),
+            Some(_) => Ok(None),
             None => Err(DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get()))),
+        }
+    }
+
+    /// Takes note that this shard's time is up: until it is answered, other workers are asked first. From now on each of
+    /// its ticket's answers is told at once.
+    pub(super) fn is_late(&self, id: u64) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let Some(pending) = state.shards.get_mut(&id) else { return };
+        if std::mem::replace(&mut pending.late, true) {
+            return;
+        }
+        if let Some(progress) = pending.ticket.and_then(|ticket| state.tickets.get_mut(&ticket)) {
+            progress.eager = true;
+        }
+        if let Some(peer) = state.peers.get_mut(pending.stream.peer) {
+            peer.late += 1;
+            if peer.late == 1 {
+                state.rank();
+            }
+        }
+    }
+
+    /// A worker's answer was a lie: its link ends, and it is let in again only after a while.
+    pub(super) fn ban(&self, hop: Hop, reason: &str) {
+        let mut state = self.lock();
+        if let Some(peer) = state.peers.get_mut(hop.peer)
+            && matches!(peer.state, LinkState::Up { session, .. } if session == hop.session)
+        {
+            peer.strike();
+            drop(state);
+            self.down(hop.peer, hop.session, Ended::Bad(reason.to_owned()));
         }
     }
 
     /// Gives a ticket up.
     pub(super) fn forget(&self, ticket: Ticket, shards: impl Iterator<Item = u64>) {
-        self.lock().forget(ticket, shards);
-    }
-}
-
-fn lost(worker: &WorkerId) -> DispatchError {
-    DispatchError::WorkerLost {
-        worker: worker.clone(),
-        reason: "its link broke before rows were sent".into(),
+        let mut state = self.lock();
+        for id in shards {
+            match state.shards.get_mut(&id) {
+                // Its answer will tell that the worker answers again.
+                Some(pending) if pending.late => pending.ticket = None,
+                _ => drop(state.shards.remove(&id)),
+            }
+        }
+        state.tickets.remove(&ticket);
     }
 }
 
@@ -345,8 +443,9 @@ impl Board {
         if let Some(peer) = state.peers.get_mut(peer) {
             peer.announced = Some(description);
             peer.state = LinkState::Up { session, lanes };
+            peer.late = 0;
         }
-        state.reroute(&self.shape)?;
+        self.reroute(state)?;
         self.links.notify_all();
         Ok(session)
     }
@@ -360,7 +459,7 @@ impl Board {
             }
             peer.announced = Some(description);
         }
-        state.reroute(&self.shape)
+        self.reroute(&mut state)
     }
 
     /// A worker could not be connected.
@@ -384,18 +483,23 @@ impl Board {
             Ended::Lost(reason) => (Failure::Lost(reason.clone()), reason),
             Ended::Bad(reason) => (Failure::Bad(reason.clone()), reason),
         };
-        if let Some(peer) = state.peers.get_mut(peer) {
-            peer.state = LinkState::Down { since: Instant::now(), error: None, reason };
+        match state.peers.get_mut(peer) {
+            Some(peer) if matches!(peer.state, LinkState::Up { session: now, .. } if now == session) => {
+                peer.state = LinkState::Down { since: Instant::now(), error: None, reason };
+                peer.late = 0;
+            }
+            // It was ended from this side before.
+            _ => return,
         }
         let tickets = &mut state.tickets;
         state.shards.retain(|_, pending| {
             let broken = pending.stream.peer == peer && pending.stream.session == session;
-            if broken && let Some(progress) = tickets.get_mut(&pending.ticket) {
-                progress.failure.get_or_insert((pending.index, failure.clone()));
+            if broken && let Some(progress) = pending.ticket.and_then(|ticket| tickets.get_mut(&ticket)) {
+                progress.take(pending.part, Err(failure.clone()));
             }
             !broken
         });
-        if let Err(error) = state.reroute(&self.shape) {
+        if let Err(error) = self.reroute(state) {
             tracing::error!(%error, "workers that were compatible no longer are");
         }
         self.links.notify_all();
@@ -418,25 +522,51 @@ impl Board {
             Some(_) => return Err(format!("it answered shard {id}, which went to another stream")),
             None if id > state.issued => return Err(format!("it answered shard {id}, which was never sent")),
             None => {
-                state.late_replies += 1;
-                metrics::counter!("muster_dispatch_late_replies_total").increment(1);
+                state.count_late_reply();
                 return Ok(());
             }
         }
+        let state = &mut *state;
         let Some(pending) = state.shards.remove(&id) else { return Ok(()) };
-        let Some(progress) = state.tickets.get_mut(&pending.ticket) else { return Ok(()) };
-        match outcome {
-            Ok(arrived) => {
-                progress.arrived[pending.index] = Some(arrived);
-                progress.waiting -= 1;
-            }
-            Err(fault) => {
-                progress.failure.get_or_insert((pending.index, Failure::Fault(fault)));
+        if pending.late
+            && let Some(peer) = state.peers.get_mut(pending.stream.peer)
+        {
+            peer.late = peer.late.saturating_sub(1);
+            if peer.late == 0 {
+                state.rank();
             }
         }
-        if progress.waiting == 0 || progress.failure.is_some() {
-            self.answered.notify_one();
+        match pending.ticket.and_then(|ticket| state.tickets.get_mut(&ticket)) {
+            Some(progress) => {
+                progress.take(pending.part, outcome.map_err(Failure::Fault));
+                if progress.is_news() {
+                    self.answered.notify_one();
+                }
+            }
+            None => state.count_late_reply(),
         }
+        Ok(())
+    }
+
+    /// How long a worker that broke the protocol is still to be left alone.
+    pub(super) fn banned_for(&self, peer: usize) -> Duration {
+        let state = self.lock();
+        let until = state.peers.get(peer).and_then(|peer| peer.banned);
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+    }
+
+    /// A link ended because the worker broke the protocol.
+    pub(super) fn strike(&self, peer: usize) {
+        if let Some(peer) = self.lock().peers.get_mut(peer) {
+            peer.strike();
+        }
+    }
+
+    /// Makes new routes from the workers that are there now.
+    fn reroute(&self, state: &mut State) -> Result<(), LinkError> {
+        state.reroute(&self.shape)?;
+        self.version.store(state.routes.placement.epoch().get(), Ordering::Release);
+        self.answered.notify_one();
         Ok(())
     }
 }
@@ -449,6 +579,20 @@ impl Peer {
     fn is_serving(&self) -> bool {
         self.is_up() && self.announced.as_ref().is_some_and(|d| d.phase == Phase::Serving)
     }
+
+    /// Whether another is to be asked first.
+    const fn rank(&self) -> Rank {
+        if self.late > 0 { Rank::Poor } else { Rank::Good }
+    }
+
+    /// It broke the protocol: each time it is left alone for twice as long, unless it has behaved for long.
+    fn strike(&mut self) {
+        let now = Instant::now();
+        let long_ago = self.banned.is_none_or(|until| now.saturating_duration_since(until) > GOOD_CONDUCT);
+        self.strikes = if long_ago { 0 } else { (self.strikes + 1).min(MOST_STRIKES) };
+        self.banned = Some(now + FIRST_BAN * (1 << self.strikes));
+        metrics::counter!("muster_dispatch_workers_banned_total").increment(1);
+    }
 }
 
 impl State {
@@ -459,11 +603,19 @@ impl State {
         }
     }
 
-    fn forget(&mut self, ticket: Ticket, shards: impl Iterator<Item = u64>) -> Option<Progress> {
-        for id in shards {
-            self.shards.remove(&id);
+    fn count_late_reply(&mut self) {
+        self.late_replies += 1;
+        metrics::counter!("muster_dispatch_late_replies_total").increment(1);
+    }
+
+    /// Ranks the workers of the routes anew.
+    fn rank(&mut self) {
+        let rank = |hop: &Hop| self.peers.get(hop.peer).map_or(Rank::Unusable, Peer::rank);
+        let ranks: Vec<Rank> = self.routes.hops.iter().map(rank).collect();
+        if ranks != self.routes.ranks {
+            let Routes { placement, hops, .. } = &*self.routes;
+            self.routes = Arc::new(Routes { placement: Arc::clone(placement), hops: hops.clone(), ranks });
         }
-        self.tickets.remove(&ticket)
     }
 
     /// Makes new routes from the workers that are there now.
@@ -480,6 +632,7 @@ impl State {
         metrics::gauge!("muster_dispatch_workers").set(live.len() as f64);
         let routes = route(self.routes.placement.epoch().next(), shape, &live)?;
         self.routes = Arc::new(routes);
+        self.rank();
         Ok(())
     }
 }
@@ -489,5 +642,7 @@ fn route(epoch: Epoch, shape: &Shape, live: &[(Hop, &Description)]) -> Result<Ro
         live.iter().map(|(_, d)| (d.worker.clone(), d.holdings.clone())).collect();
     let placement = Placement::from_holdings(epoch, shape, &holdings)
         .map_err(|error| LinkError::Placement(error.to_string()))?;
-    Ok(Routes { placement, hops: live.iter().map(|(hop, _)| *hop).collect() })
+    let hops: Vec<Hop> = live.iter().map(|(hop, _)| *hop).collect();
+    let placement = Arc::new(placement);
+    Ok(Routes { placement, ranks: vec![Rank::Good; hops.len()], hops })
 }

@@ -7,23 +7,22 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use metrics::Histogram;
-use muster_engine::batcher::{BatchPlan, ShardPlan, Slot, group};
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
-use muster_kernels::{Cpu, NotFinite, Outputs, Term, combine};
+use muster_engine::batcher::{BatchPlan, group};
+use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_kernels::Cpu;
 use muster_proto::convert::RouterName;
-use muster_proto::expert::v1;
 use muster_proto::frame;
 use muster_proto::handshake::{LANES, Terms};
 use muster_proto::limits::MessageLimits;
-use muster_proto::reply::{Fault, FaultKind};
-use muster_types::{Combine, DType, ExpertId, LayerId, NumericsClass, WorkerId};
+use muster_types::{Combine, DType, LayerId, NumericsClass};
 
-use super::board::{Arrived, Board, Failure, Gathered, Outgoing};
+use super::board::{Board, Gathered, Outgoing, Unsent};
 use super::config::{ConnectConfig, ConnectError, Start};
-use super::handle::{HealthHandle, Sample, Samples, StatsHandle};
+use super::flight::{self, Flight, NewPart};
+use super::handle::{HealthHandle, Samples, StatsHandle};
 use super::link::{self, LinkConfig};
+use super::patience::Patience;
 use crate::address::Address;
-use crate::busy::BusyPoll;
 use crate::driver::{Driver, Reins};
 
 /// Longer times to connect are cut to this.
@@ -31,48 +30,30 @@ const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
 /// sockets' buffers, and the engine thread may have something else to compute meanwhile.
 const LARGE_BYTES: usize = 256 << 10;
+/// How often a micro-batch is planned again because a link broke before it was sent.
+const SEND_TRIES: u32 = 3;
 
 /// Experts in other processes.
 pub struct GrpcDispatch {
     experts: Vec<u32>,
-    hidden: usize,
-    wire: DType,
+    pub(super) hidden: usize,
+    pub(super) wire: DType,
     top_k: usize,
     max_rows: usize,
     deadline_ms: u32,
     combine: Combine,
-    busy_poll: Duration,
-    cpu: Arc<Cpu>,
-    board: Arc<Board>,
-    samples: Arc<Samples>,
-    seconds: Histogram,
-    overhead_seconds: Histogram,
+    pub(super) busy_poll: Duration,
+    pub(super) cpu: Arc<Cpu>,
+    pub(super) board: Arc<Board>,
+    pub(super) samples: Arc<Samples>,
+    pub(super) seconds: Histogram,
+    pub(super) overhead_seconds: Histogram,
+    pub(super) patience: Patience,
     flights: HashMap<Ticket, Flight>,
     tickets: u64,
-    reins: Reins,
+    pub(super) reins: Reins,
     /// `None` once closed.
     driver: Option<Driver>,
-}
-
-/// A micro-batch between `submit` and `collect`.
-struct Flight {
-    layer: LayerId,
-    rows: usize,
-    /// Terms of each row's sum; sources are shards.
-    starts: Vec<u32>,
-    terms: Vec<Term>,
-    shards: Vec<Sent>,
-    submitted: Instant,
-    sent: Instant,
-}
-
-/// What is kept of a shard until it is answered.
-struct Sent {
-    id: u64,
-    worker: WorkerId,
-    experts: Vec<ExpertId>,
-    /// Rows it must bring back.
-    answers: usize,
 }
 
 impl GrpcDispatch {
@@ -126,6 +107,7 @@ impl GrpcDispatch {
             samples: Arc::default(),
             seconds: metrics::histogram!("muster_dispatch_seconds"),
             overhead_seconds: metrics::histogram!("muster_dispatch_overhead_seconds"),
+            patience: Patience::default(),
             flights: HashMap::new(),
             tickets: 0,
             reins: driver.reins(),
@@ -207,61 +189,95 @@ impl GrpcDispatch {
         }
     }
 
-    /// Adds up what came.
-    fn finish(&self, flight: &Flight, came: Came, out: &mut [f32]) -> Result<(), DispatchError> {
-        let bad = |at: usize, reason: String| {
-            metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
-            match flight.shards.get(at) {
-                Some(shard) => DispatchError::BadReply { worker: shard.worker.clone(), reason },
-                None => DispatchError::Invalid(reason),
+    /// Groups a micro-batch by worker and sends it off, again when a link breaks in between.
+    fn send_off(
+        &mut self,
+        batch: &LayerBatch<'_>,
+        ticket: Ticket,
+        submitted: Instant,
+    ) -> Result<Flight, DispatchError> {
+        let mut tries = 0;
+        loop {
+            let routes = self.board.routes();
+            let rank = |worker| routes.rank(worker);
+            let BatchPlan { shards: plans, slots } =
+                group(batch.layer, batch.choices, &routes.placement, &rank)?;
+            let mut weights = match self.combine {
+                Combine::Exact => vec![Vec::new(); plans.len()],
+                Combine::Partial => flight::weights(batch.choices, &plans, &slots),
+            };
+            let first = self.board.issue(plans.len());
+            let mut parts = Vec::with_capacity(plans.len());
+            for (index, (id, plan)) in (first..).zip(plans).enumerate() {
+                let Some((hop, worker)) = routes.hop(plan.worker) else {
+                    return Err(DispatchError::Invalid("a plan names no worker of the placement".into()));
+                };
+                let data = self.gather_rows(batch.rows, &plan.rows);
+                let weights = std::mem::take(&mut weights[index]);
+                parts.push(NewPart { id, hop, worker: worker.clone(), plan, data, weights });
             }
-        };
-        let Came { arrived, waited, away } = came;
-        let arrived: Option<Vec<Arrived>> = arrived.into_iter().collect();
-        let arrived = arrived.ok_or_else(|| bad(0, "it never came".into()))?;
-        let mut sources = Vec::with_capacity(arrived.len());
-        for (at, (shard, arrived)) in flight.shards.iter().zip(&arrived).enumerate() {
-            if arrived.rows as usize != shard.answers {
-                return Err(bad(at, format!("{} rows instead of {}", arrived.rows, shard.answers)));
-            }
-            frame::check_len(&arrived.data, shard.answers, self.hidden, self.wire)
-                .map_err(|error| bad(at, error.to_string()))?;
-            sources.push(match self.wire {
-                DType::F32 => Outputs::WireF32(arrived.data.as_chunks().0),
-                DType::Bf16 => Outputs::WireBf16(arrived.data.as_chunks().0),
-            });
-        }
-        if flight.rows > 0 {
-            let sums = combine(&self.cpu, self.hidden, &sources, &flight.starts, &flight.terms, out);
-            sums.map_err(|error| match error {
-                NotFinite::Output { source, row } => {
-                    bad(source, format!("row {row} has a value that is not finite"))
+            match self.send(ticket, batch.layer, batch.lane, 0, &parts) {
+                Ok(()) => {
+                    let version = routes.placement.epoch().get();
+                    let flight = Flight::new(batch, &slots, self.combine, parts, version, submitted);
+                    return Ok(flight);
                 }
-                NotFinite::Sum { row } => bad(0, format!("the sum of row {row} is not finite")),
-            })?;
+                Err(Unsent::Closed) => return Err(DispatchError::Closed),
+                Err(unsent) if tries == SEND_TRIES => return Err(unsent.into()),
+                // The board knows of the loss now, or will in a moment.
+                Err(_) => tries += 1,
+            }
         }
-        let sample = Sample {
-            layer: flight.layer,
-            rows: flight.rows,
-            round_trip: waited.duration_since(flight.submitted),
-            away,
-            compute: arrived.iter().map(|arrived| arrived.timing.compute).max().unwrap_or_default(),
-            combine: waited.elapsed(),
+    }
+
+    /// Sends parts of a micro-batch, of which the first is number `number`.
+    pub(super) fn send(
+        &self,
+        ticket: Ticket,
+        layer: LayerId,
+        lane: usize,
+        number: usize,
+        parts: &[NewPart],
+    ) -> Result<(), Unsent> {
+        let outgoing = parts.iter().enumerate().map(|(index, part)| Outgoing {
+            part: number + index,
+            worker: part.worker.clone(),
+            hop: part.hop,
+            request: part.request(layer, self.deadline_ms),
+        });
+        let outgoing = outgoing.collect();
+        let sent = self.reins.drive(async {
+            self.board.send(ticket, lane, outgoing)?;
+            // Until the transport has taken what it can.
+            tokio::task::yield_now().await;
+            Ok(())
+        });
+        sent.unwrap_or(Err(Unsent::Closed))?;
+        let outputs = |part: &NewPart| match self.combine {
+            Combine::Exact => part.plan.indices.len(),
+            Combine::Partial => part.plan.rows.len(),
         };
-        self.seconds.record(sample.round_trip);
-        self.overhead_seconds.record(sample.overhead());
-        self.samples.push(sample);
+        let largest = parts.iter().map(|part| part.plan.rows.len().max(outputs(part))).max().unwrap_or(0);
+        if largest.saturating_mul(self.hidden * self.wire.size()) >= LARGE_BYTES {
+            self.reins.lend();
+        }
         Ok(())
     }
 }
 
-/// All that came for a micro-batch.
-struct Came {
-    arrived: Vec<Option<Arrived>>,
-    /// When the last of it was here.
-    waited: Instant,
-    /// Time between `submit` and `collect`.
-    away: Duration,
+impl From<Unsent> for DispatchError {
+    fn from(unsent: Unsent) -> Self {
+        match unsent {
+            Unsent::Closed => Self::Closed,
+            Unsent::Broken(worker) => {
+                Self::WorkerLost { worker, reason: "its link broke before rows were sent".into() }
+            }
+            Unsent::Full(worker) => {
+                let reason = "its send queue is full".into();
+                Self::Refused { worker, reason, retry: muster_types::Retry::Later }
+            }
+        }
+    }
 }
 
 impl ExpertDispatch for GrpcDispatch {
@@ -271,60 +287,10 @@ impl ExpertDispatch for GrpcDispatch {
             return Err(DispatchError::Closed);
         }
         self.check(batch)?;
-        let routes = self.board.routes();
-        let BatchPlan { shards: plans, slots } = group(batch.layer, batch.choices, &routes.placement)?;
-        let (starts, terms) = match self.combine {
-            Combine::Exact => by_pair(batch.choices, &slots),
-            Combine::Partial => by_shard(batch.choices.rows(), &plans),
-        };
-        let mut weights = match self.combine {
-            Combine::Exact => vec![Vec::new(); plans.len()],
-            Combine::Partial => weights(batch.choices, &plans, &slots),
-        };
-        let first = self.board.issue(plans.len());
-        let mut shards = Vec::with_capacity(plans.len());
-        let mut outgoing = Vec::with_capacity(plans.len());
-        let mut largest = 0;
-        for (index, (id, plan)) in (first..).zip(plans).enumerate() {
-            let ShardPlan { worker, rows, experts, counts, indices } = plan;
-            let hop = routes.hops[worker.index()];
-            let worker = routes.placement.workers()[worker.index()].clone();
-            let answers = match self.combine {
-                Combine::Exact => indices.len(),
-                Combine::Partial => rows.len(),
-            };
-            largest = largest.max(rows.len()).max(answers);
-            let request = v1::LayerShard {
-                id,
-                layer: batch.layer.get(),
-                epoch: hop.epoch.get(),
-                deadline_ms: self.deadline_ms,
-                // Counted in 32 bits by the plan.
-                rows: rows.len() as u32,
-                data: self.gather_rows(batch.rows, &rows),
-                experts: experts.iter().map(|expert| expert.get()).collect(),
-                counts,
-                indices,
-                weights: std::mem::take(&mut weights[index]),
-            };
-            outgoing.push(Outgoing { index, worker: worker.clone(), hop, request });
-            shards.push(Sent { id, worker, experts, answers });
-        }
         self.tickets += 1;
         let ticket = Ticket::new(self.tickets);
-        let sent = self.reins.drive(async {
-            self.board.send(ticket, batch.lane, outgoing)?;
-            // Until the transport has taken what it can.
-            tokio::task::yield_now().await;
-            Ok(())
-        });
-        sent.unwrap_or(Err(DispatchError::Closed))?;
-        if largest.saturating_mul(self.hidden * self.wire.size()) >= LARGE_BYTES {
-            self.reins.lend();
-        }
-        let (layer, rows) = (batch.layer, batch.choices.rows());
-        let sent = Instant::now();
-        self.flights.insert(ticket, Flight { layer, rows, starts, terms, shards, submitted, sent });
+        let flight = self.send_off(batch, ticket, submitted)?;
+        self.flights.insert(ticket, flight);
         Ok(ticket)
     }
 
@@ -332,34 +298,28 @@ impl ExpertDispatch for GrpcDispatch {
         if self.driver.is_none() {
             return Err(DispatchError::Closed);
         }
-        let flight = self
+        let mut flight = self
             .flights
             .remove(&ticket)
             .ok_or_else(|| DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())))?;
-        let away = flight.sent.elapsed();
-        let ids = flight.shards.iter().map(|shard| shard.id);
         let RowsMut::HostF32(out) = out;
         let want = flight.rows * self.hidden;
-        if out.len() != want {
-            self.board.forget(ticket, ids);
-            return Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())));
-        }
-        let busy = BusyPoll::start(self.busy_poll);
-        let waited = self.reins.drive(self.board.wait(ticket, ids, deadline, busy));
-        let Some(mut progress) = waited.unwrap_or(Err(DispatchError::Closed))? else {
-            metrics::counter!("muster_dispatch_deadlines_total").increment(1);
-            return Err(DispatchError::Deadline { layer: flight.layer });
+        let outcome = if out.len() == want {
+            self.complete(ticket, &mut flight, deadline, out)
+        } else {
+            Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
         };
-        let waited = Instant::now();
-        match progress.failure.take() {
-            Some((index, failure)) => Err(flight.error(index, failure)),
-            None => self.finish(&flight, Came { arrived: progress.arrived, waited, away }, out),
-        }
+        self.board.forget(ticket, flight.ids());
+        outcome
+    }
+
+    fn version(&self) -> u64 {
+        self.board.version()
     }
 
     fn cancel(&mut self, ticket: Ticket) {
         if let Some(flight) = self.flights.remove(&ticket) {
-            self.board.forget(ticket, flight.shards.iter().map(|shard| shard.id));
+            self.board.forget(ticket, flight.ids());
         }
     }
 
@@ -377,29 +337,6 @@ impl Drop for GrpcDispatch {
     }
 }
 
-impl Flight {
-    /// What a shard's failure means for the micro-batch.
-    fn error(&self, index: usize, failure: Failure) -> DispatchError {
-        let Some(shard) = self.shards.get(index) else {
-            return DispatchError::Invalid(format!("shard {index} of {}", self.shards.len()));
-        };
-        let worker = shard.worker.clone();
-        let fault = match failure {
-            Failure::Lost(reason) => return DispatchError::WorkerLost { worker, reason },
-            Failure::Bad(reason) => return DispatchError::BadReply { worker, reason },
-            Failure::Fault(fault) => fault,
-        };
-        let Fault { kind, message, expert } = fault;
-        metrics::counter!("muster_dispatch_faults_total", "code" => kind.name()).increment(1);
-        let expert = shard.experts.iter().copied().find(|known| Some(known.get()) == expert);
-        match (kind, expert) {
-            (FaultKind::Deadline, _) => DispatchError::Deadline { layer: self.layer },
-            (FaultKind::NonFinite, Some(expert)) => DispatchError::NonFinite { layer: self.layer, expert },
-            _ => DispatchError::Refused { worker, reason: message, retry: kind.retry() },
-        }
-    }
-}
-
 fn size(what: &'static str, value: usize) -> Result<NonZeroU32, ConnectError> {
     u32::try_from(value).ok().and_then(NonZeroU32::new).ok_or(ConnectError::Size { what, value })
 }
@@ -414,44 +351,4 @@ fn parse_addresses(workers: &[String]) -> Result<Vec<Address>, ConnectError> {
         addresses.push(address);
     }
     if addresses.is_empty() { Err(ConnectError::NoWorkers) } else { Ok(addresses) }
-}
-
-/// Exact combine: every output is a term.
-fn by_pair(choices: &Choices, slots: &[Slot]) -> (Vec<u32>, Vec<Term>) {
-    let term = |(slot, &weight): (&Slot, &f32)| Term { source: slot.shard, row: slot.position, weight };
-    let terms = slots.iter().zip(choices.weights()).map(term).collect();
-    // Pairs are counted in 32 bits by the plan.
-    let starts = (0..=choices.rows()).map(|row| (row * choices.k()) as u32).collect();
-    (starts, terms)
-}
-
-/// Partial combine: every shard with the row gives one term, in the order of the shards, which is that of the placement.
-fn by_shard(rows: usize, plans: &[ShardPlan]) -> (Vec<u32>, Vec<Term>) {
-    let mut starts = vec![0u32; rows + 1];
-    for &row in plans.iter().flat_map(|plan| &plan.rows) {
-        starts[row as usize + 1] += 1;
-    }
-    for row in 1..starts.len() {
-        starts[row] += starts[row - 1];
-    }
-    let mut next = starts.clone();
-    let count = starts.last().map_or(0, |&count| count as usize);
-    let mut terms = vec![Term { source: 0, row: 0, weight: 1.0 }; count];
-    for (source, plan) in (0..).zip(plans) {
-        for (position, &row) in (0..).zip(&plan.rows) {
-            let at = &mut next[row as usize];
-            terms[*at as usize] = Term { source, row: position, weight: 1.0 };
-            *at += 1;
-        }
-    }
-    (starts, terms)
-}
-
-/// The weights of each shard's outputs.
-fn weights(choices: &Choices, plans: &[ShardPlan], slots: &[Slot]) -> Vec<Vec<f32>> {
-    let mut weights: Vec<Vec<f32>> = plans.iter().map(|plan| vec![0.0; plan.indices.len()]).collect();
-    for (slot, &weight) in slots.iter().zip(choices.weights()) {
-        weights[slot.shard as usize][slot.position as usize] = weight;
-    }
-    weights
 }

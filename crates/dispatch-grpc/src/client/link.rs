@@ -1,7 +1,7 @@
 //! One worker's link: connect, check, open the streams, carry replies, and begin again when it breaks.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use muster_proto::convert::RouterName;
 use muster_proto::description::Description;
@@ -57,6 +57,9 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 let ended = carry(peer, session, inbound, watch, &board, &config).await;
                 tracing::warn!(%address, ?ended, "worker lost");
                 metrics::counter!("muster_dispatch_links_lost_total").increment(1);
+                if matches!(ended, Ended::Bad(_)) {
+                    board.strike(peer);
+                }
                 board.down(peer, session, ended);
             }
             Err(error) => {
@@ -64,7 +67,7 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 board.unreachable(peer, error);
             }
         }
-        tokio::time::sleep(pause).await;
+        tokio::time::sleep(pause.max(board.banned_for(peer))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
@@ -184,7 +187,7 @@ async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, b
         };
         let delivered = match Reply::parse(message) {
             Ok(Reply::Answer { id, outcome, timing }) => {
-                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing });
+                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing, at: Instant::now() });
                 board.deliver(stream, id.get(), outcome)
             }
             Ok(Reply::Ack { .. }) => Err("it acknowledged a stream twice".into()),

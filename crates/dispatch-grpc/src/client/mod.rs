@@ -6,10 +6,13 @@
 //! with its answer, its link or its ticket, whichever ends first; so a reply that nobody waits for changes nothing.
 
 mod board;
+mod complete;
 mod config;
 mod dispatch;
+mod flight;
 mod handle;
 mod link;
+mod patience;
 
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
 pub use dispatch::GrpcDispatch;

@@ -4,6 +4,7 @@
 
 mod conformance;
 mod connect;
+mod failover;
 mod failure;
 mod server;
 mod support;

@@ -92,6 +92,9 @@ pub enum StepError {
     /// The experts of its lane did not answer.
     #[error(transparent)]
     Dispatch(#[from] DispatchError),
+    /// Experts that another sequence of its lane needs could not be had. It can go on without that one.
+    #[error("the step was given up for another sequence's experts")]
+    Interrupted,
     /// A logit is NaN or infinite.
     #[error("logits are not finite")]
     Logits,
@@ -386,9 +389,8 @@ impl Trunk {
     }
 
     fn head(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, sequences: &[SeqInput<'_>]) {
-        if let Some(error) = &lane.failed {
-            let lost = StepError::Dispatch(error.clone());
-            lane.outcomes.iter_mut().filter(|o| o.is_ok()).for_each(|o| *o = Err(lost.clone()));
+        if lane.failed.is_some() {
+            lane.give_up(sequences);
             return;
         }
         let (hidden, vocab) = (self.spec.hidden, self.spec.vocab as usize);
@@ -431,6 +433,26 @@ impl Trunk {
     fn round(&self, x: &mut [f32]) {
         if precision(self.compute).rounds() {
             round_bf16(x);
+        }
+    }
+}
+
+impl Lane {
+    /// Says what the lane's failure means for each of its sequences.
+    fn give_up(&mut self, sequences: &[SeqInput<'_>]) {
+        let Some(error) = &self.failed else { return };
+        // The choices are those of the layer that failed.
+        let k = self.ids.len() / self.rows;
+        let mut ids = &self.ids[..];
+        for (sequence, outcome) in sequences.iter().zip(&mut self.outcomes) {
+            let (its, rest) = ids.split_at(k * sequence.tokens.len());
+            ids = rest;
+            if outcome.is_ok() {
+                *outcome = Err(match error {
+                    DispatchError::NoOwner { expert, .. } if !its.contains(expert) => StepError::Interrupted,
+                    _ => StepError::Dispatch(error.clone()),
+                });
+            }
         }
     }
 }

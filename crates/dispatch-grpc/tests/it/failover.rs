@@ -1,0 +1,263 @@
+//! Workers that fail in the middle of a micro-batch while others hold the same experts.
+
+use std::time::Duration;
+
+use crate::support::lying::{Lie, LyingWorker, rows};
+use crate::support::{
+    Fake, Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, connect_config, describe, eventually, expert,
+    server_config, share, soon,
+};
+use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::shard_error::Code;
+use muster_types::{Combine, Compute};
+
+fn connect(addresses: &[&str]) -> GrpcDispatch {
+    GrpcDispatch::connect(connect_config(addresses, Compute::F32)).expect("the workers fit")
+}
+
+fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
+    let mut out = vec![0.0; HIDDEN];
+    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
+}
+
+fn once(dispatch: &mut GrpcDispatch, row: &OneRow) -> Result<Vec<f32>, DispatchError> {
+    let ticket = dispatch.submit(&row.batch())?;
+    collect(dispatch, ticket)
+}
+
+/// Two honest workers that hold everything between them, twice: `b` and `c` half each, and `d` all of it.
+fn honest() -> [TestWorker; 3] {
+    let start = |name, held| TestWorker::start(name, held, Compute::F32);
+    [start("b", share(0, 2)), start("c", share(1, 2)), start("d", all())]
+}
+
+/// A row, and a worker "a" that holds only its experts, so that "a" is the first choice of equals for all of them.
+fn row() -> OneRow {
+    OneRow::new(0, &[0, 1, 2])
+}
+
+/// What becomes of a row when the first worker to be asked answers like this, and others hold the same.
+fn lied_to(lie: Lie) -> (GrpcDispatch, LyingWorker, [TestWorker; 3], Result<Vec<f32>, DispatchError>) {
+    let liar = LyingWorker::start(&describe("a", all(), Compute::F32), lie);
+    let honest = honest();
+    let mut addresses = vec![liar.address.as_str()];
+    addresses.extend(honest.iter().map(|worker| worker.address.as_str()));
+    let mut dispatch = connect(&addresses);
+    let outcome = once(&mut dispatch, &row());
+    (dispatch, liar, honest, outcome)
+}
+
+#[test]
+fn lies_are_found_out_and_others_asked() {
+    let lies: [(&str, Lie); 5] = [
+        ("not a number", Box::new(|shard| Some(Ok(rows(shard, shard.indices.len(), f32::NAN))))),
+        ("infinite", Box::new(|shard| Some(Ok(rows(shard, shard.indices.len(), f32::INFINITY))))),
+        ("too few rows", Box::new(|shard| Some(Ok(rows(shard, shard.indices.len() - 1, 0.0))))),
+        ("too many rows", Box::new(|shard| Some(Ok(rows(shard, shard.indices.len() + 1, 0.0))))),
+        (
+            "another shard's id",
+            Box::new(|shard| {
+                let mut reply = rows(shard, shard.indices.len(), 0.0);
+                reply.id = shard.id + 1000;
+                Some(Ok(reply))
+            }),
+        ),
+    ];
+    for (what, lie) in lies {
+        let (mut dispatch, _liar, _honest, outcome) = lied_to(lie);
+        assert_eq!(outcome, Ok(row().sum()), "{what}");
+        // It is not asked again for now, whatever it says of itself.
+        let health = dispatch.health();
+        let down = || matches!(health.workers()[0].state, WorkerState::Down { .. });
+        eventually("it is caught", || {
+            // A busy machine may have taken it for a late one first.
+            assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()), "{what}");
+            down()
+        });
+        eventually("its time is over", || health.workers()[0].state == WorkerState::Connected);
+        eventually("it is caught again", || {
+            assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()), "{what}, a second time");
+            down()
+        });
+    }
+}
+
+#[test]
+fn refusals_send_rows_elsewhere_and_what_nobody_can_mend_fails() {
+    let refuse = |code: Code| -> Lie {
+        Box::new(move |shard| {
+            let error =
+                v1::ShardError { code: code.into(), message: "no".into(), expert: Some(shard.experts[0]) };
+            let body = Some(v1::dispatch_reply::Body::Error(error));
+            Some(Ok(v1::DispatchReply { id: shard.id, body, compute_us: 0, queue_us: 0 }))
+        })
+    };
+    for code in [Code::NotHeld, Code::Draining, Code::Overloaded, Code::Internal, Code::Deadline] {
+        assert_eq!(lied_to(refuse(code)).3, Ok(row().sum()), "{code:?}");
+    }
+    for code in [Code::BadRequest, Code::NonFinite] {
+        assert!(lied_to(refuse(code)).3.is_err(), "{code:?}: every replica would say the same");
+    }
+}
+
+#[test]
+fn a_stream_that_breaks_with_rows_on_it_costs_nothing() {
+    let (mut dispatch, _liar, _honest, outcome) = lied_to(Box::new(|_| None));
+    assert_eq!(outcome, Ok(row().sum()));
+    assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()));
+}
+
+#[test]
+fn a_worker_killed_with_rows_in_it_is_stood_in_for() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let first =
+        TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
+    let honest = honest();
+    let mut addresses = vec![first.address.as_str()];
+    addresses.extend(honest.iter().map(|worker| worker.address.as_str()));
+    let mut dispatch = connect(&addresses);
+    let ticket = dispatch.submit(&row().batch()).unwrap();
+    gate.wait();
+    first.kill();
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row().sum()));
+}
+
+#[test]
+fn a_late_worker_is_stood_in_for_and_asked_last_until_it_answers() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
+    let quick = TestWorker::start("b", all(), Compute::F32);
+    let mut dispatch = connect(&[&slow.address, &quick.address]);
+    let stats = dispatch.stats();
+    let row = OneRow::new(0, &[3]);
+    let ticket = dispatch.submit(&row.batch()).unwrap();
+    gate.wait();
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()), "the other one answered");
+    assert_eq!(stats.snapshot().late_replies, 0);
+    for _ in 0..5 {
+        assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+    }
+    gate.no_other();
+    gate.release();
+    eventually("the late reply is dropped", || stats.snapshot().late_replies == 1);
+    let ticket = dispatch.submit(&row.batch()).unwrap();
+    gate.wait();
+    gate.release();
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()), "it is asked first again");
+}
+
+#[test]
+fn the_one_that_is_late_may_still_be_the_first_to_answer() {
+    let gated = |name| {
+        let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+        let description = describe(name, all(), Compute::F32);
+        (TestWorker::with("127.0.0.1:0", &server_config(), description, experts), gate)
+    };
+    let ((a, first), (b, second)) = (gated("a"), gated("b"));
+    let mut dispatch = connect(&[&a.address, &b.address]);
+    let row = OneRow::new(0, &[3]);
+    let ticket = dispatch.submit(&row.batch()).unwrap();
+    first.wait();
+    let released = std::thread::spawn(move || {
+        // The stand-in is there: now the first one answers after all.
+        second.wait();
+        first.release();
+        second
+    });
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()));
+    let second = released.join().unwrap();
+    second.release();
+    let stats = dispatch.stats();
+    eventually("the stand-in's reply is dropped", || stats.snapshot().late_replies == 1);
+}
+
+#[test]
+fn an_owner_that_comes_while_rows_wait_is_asked() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let stuck =
+        TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
+    // An address where nobody listens yet.
+    let place = crate::support::socket();
+    let mut config = connect_config(&[&stuck.address, &place], Compute::F32);
+    config.start = muster_dispatch_grpc::Start::Degraded;
+    config.connect_timeout = Duration::from_millis(200);
+    let mut dispatch = GrpcDispatch::connect(config).unwrap();
+    let ticket = dispatch.submit(&row().batch()).unwrap();
+    gate.wait();
+    let coming = std::thread::spawn(move || {
+        let experts = Fake::new(&all(), Compute::F32);
+        TestWorker::with(&place, &server_config(), describe("b", all(), Compute::F32), experts)
+    });
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row().sum()), "the stuck one never answered");
+    drop(coming.join().unwrap());
+}
+
+#[test]
+fn a_dead_replica_of_a_dead_worker_ends_in_an_error_that_invites_another_try() {
+    let dies: fn() -> Lie = || Box::new(|_| None);
+    let liars = ["a", "b"].map(|name| LyingWorker::start(&describe(name, all(), Compute::F32), dies()));
+    let mut dispatch = connect(&[&liars[0].address, &liars[1].address]);
+    let error = once(&mut dispatch, &row()).expect_err("nobody answers");
+    assert!(matches!(error, DispatchError::WorkerLost { .. } | DispatchError::NoOwner { .. }), "{error:?}");
+}
+
+/// Many rows over all experts, with workers that fail shard after shard: sums are those of honest workers, to the bit.
+#[test]
+fn rows_of_a_large_batch_are_each_counted_once_whoever_fails() {
+    const ROWS: usize = 40;
+    let experts: Vec<u32> = (0..ROWS as u32)
+        .flat_map(|row| {
+            let mut picked = [row % 8, (row * 3 + 1) % 8, (row * 5 + 3) % 8];
+            if picked[1] == picked[0] {
+                picked[1] = (picked[0] + 1) % 8;
+            }
+            while picked[2] == picked[0] || picked[2] == picked[1] {
+                picked[2] = (picked[2] + 1) % 8;
+            }
+            picked.sort_unstable();
+            picked
+        })
+        .collect();
+    let weights: Vec<f32> = (0..experts.len()).map(|at| 0.125 + at as f32 / 64.0).collect();
+    let choices =
+        Choices::new(TOP_K as usize, experts.iter().map(|&e| expert(e)).collect(), weights).unwrap();
+    let x: Vec<f32> = (0..ROWS * HIDDEN).map(|at| (at as f32 * 0.37).sin()).collect();
+    let batch =
+        LayerBatch { layer: crate::support::layer(3), lane: 1, rows: Rows::HostF32(&x), choices: &choices };
+    let run = |dispatch: &mut GrpcDispatch| {
+        let ticket = dispatch.submit(&batch).unwrap();
+        let mut out = vec![0.0; ROWS * HIDDEN];
+        dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).unwrap();
+        out
+    };
+    for combine in [Combine::Exact, Combine::Partial] {
+        let all_honest = honest();
+        let addresses: Vec<&str> = all_honest.iter().map(|worker| worker.address.as_str()).collect();
+        let connect = |addresses: &[&str]| {
+            let mut config = connect_config(addresses, Compute::F32);
+            config.combine = combine;
+            GrpcDispatch::connect(config).unwrap()
+        };
+        let want = run(&mut connect(&addresses));
+        let lies: [Lie; 2] =
+            [Box::new(|_| None), Box::new(|shard| Some(Ok(rows(shard, shard.indices.len(), f32::NAN))))];
+        let liars: Vec<LyingWorker> = ["x", "y"]
+            .iter()
+            .zip(lies)
+            .map(|(name, lie)| LyingWorker::start(&describe(name, all(), Compute::F32), lie))
+            .collect();
+        let mut with_liars: Vec<&str> = liars.iter().map(|liar| liar.address.as_str()).collect();
+        with_liars.extend(&addresses);
+        let got = run(&mut connect(&with_liars));
+        match combine {
+            Combine::Exact => assert_eq!(got, want),
+            // Other workers add up other experts first.
+            Combine::Partial => {
+                let apart = got.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(apart < 1e-3, "{apart}");
+            }
+        }
+    }
+}
