@@ -93,7 +93,9 @@ fn replicated() -> Setup {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_with_replicas_is_not_noticed() {
-    let mut cluster = Cluster::start(replicated());
+    // Every expert on two of three: what the dead one held is split over both others.
+    let setup = Setup::new(&demo_model()).shares(&["0/3x2", "1/3x2", "2/3x2"]);
+    let mut cluster = Cluster::start(setup);
     disturbed(&mut cluster, async |cluster| cluster.workers[1].kill()).await;
     eventually("the loss is known", async || {
         (metric(&cluster, "muster_dispatch_workers") == 2.0).then_some(())

@@ -123,6 +123,9 @@ pub(crate) struct UpArgs {
     /// How many worker processes share the experts.
     #[arg(long, default_value = "2", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) workers: u32,
+    /// On how many workers every expert is; with 2 or more a worker can die unnoticed.
+    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) replicas: u32,
     /// Continue this text once, print the answer and stop everything.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: Option<String>,
@@ -317,7 +320,8 @@ pub(crate) struct WorkerArgs {
     /// Where routers reach it, as host:port or unix:/path [default: 127.0.0.1:7070].
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
-    /// Which experts to load: all, or share I of N counted from 0, as in 0/2 [default: all].
+    /// Which experts to load: all, or share I of N counted from 0, as in 0/2; 0/3x2 has every expert on two of
+    /// three workers [default: all].
     #[arg(long, value_name = "I/N")]
     pub(crate) share: Option<String>,
     /// Name of this worker [default: made from where it listens].

@@ -31,6 +31,8 @@ const STEADY: Duration = Duration::from_secs(60);
 pub(crate) struct WorkersSpec<'a> {
     pub(crate) model: &'a str,
     pub(crate) count: NonZeroU32,
+    /// On how many of them every expert is.
+    pub(crate) replicas: NonZeroU32,
     pub(crate) compute: Option<Compute>,
     pub(crate) experts: WeightDType,
     pub(crate) threads: Option<NonZeroUsize>,
@@ -130,7 +132,7 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         "--listen".into(),
         address.into(),
         "--share".into(),
-        format!("{index}/{}", spec.count).into(),
+        format!("{index}/{}x{}", spec.count, spec.replicas).into(),
         "--id".into(),
         format!("worker-{index}").into(),
         "--threads".into(),

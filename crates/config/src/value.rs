@@ -29,6 +29,8 @@ pub enum Share {
         index: u32,
         /// How many shares there are.
         of: NonZeroU32,
+        /// On how many workers every expert is; at most `of`.
+        replicas: NonZeroU32,
     },
 }
 
@@ -39,18 +41,29 @@ impl FromStr for Share {
         if text == "all" {
             return Ok(Self::All);
         }
-        let wrong =
-            || format!("{text:?} is not a share; write I/N, as in 0/2 and 1/2 for two workers, or all");
-        let (index, of) = text.split_once('/').ok_or_else(wrong)?;
+        let wrong = || {
+            format!(
+                "{text:?} is not a share; write I/N, as in 0/2 and 1/2 for two workers, I/NxR to have every expert on R \
+                 of them, or all"
+            )
+        };
+        let (index, rest) = text.split_once('/').ok_or_else(wrong)?;
+        let (of, replicas) = rest.split_once('x').unwrap_or((rest, "1"));
         let number = |text| digits(text).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong);
-        let (index, of) = (number(index)?, NonZeroU32::new(number(of)?).ok_or_else(wrong)?);
+        let positive = |text| NonZeroU32::new(number(text)?).ok_or_else(wrong);
+        let (index, of, replicas) = (number(index)?, positive(of)?, positive(replicas)?);
         if index >= of.get() {
             return Err(format!(
                 "share {text} does not exist: shares of {of} are 0/{of} to {}/{of}",
                 of.get() - 1
             ));
         }
-        Ok(Self::Part { index, of })
+        if replicas > of {
+            return Err(format!(
+                "share {text}: {of} workers cannot hold {replicas} copies of an expert; use at most {of}"
+            ));
+        }
+        Ok(Self::Part { index, of, replicas })
     }
 }
 
@@ -58,7 +71,8 @@ impl fmt::Display for Share {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::All => f.write_str("all"),
-            Self::Part { index, of } => write!(f, "{index}/{of}"),
+            Self::Part { index, of, replicas: NonZeroU32::MIN } => write!(f, "{index}/{of}"),
+            Self::Part { index, of, replicas } => write!(f, "{index}/{of}x{replicas}"),
         }
     }
 }
@@ -211,12 +225,22 @@ mod tests {
     #[test]
     fn shares() {
         assert_eq!("all".parse(), Ok(Share::All));
-        assert_eq!("1/2".parse(), Ok(Share::Part { index: 1, of: NonZeroU32::new(2).unwrap() }));
+        let part = |index, of, replicas| {
+            let [of, replicas] = [of, replicas].map(|number| NonZeroU32::new(number).unwrap());
+            Share::Part { index, of, replicas }
+        };
+        for (text, share) in [("1/2", part(1, 2, 1)), ("0/3x2", part(0, 3, 2)), ("2/3x3", part(2, 3, 3))] {
+            assert_eq!(text.parse(), Ok(share));
+            assert_eq!(share.to_string(), text);
+        }
+        assert!("0/2x3".parse::<Share>().unwrap_err().contains("use at most 2"));
         assert_eq!(
             "2/2".parse::<Share>().unwrap_err(),
             "share 2/2 does not exist: shares of 2 are 0/2 to 1/2"
         );
-        for bad in ["", "1", "0/0", "-1/2", "a/b", "1/2/3", "4294967296/4294967297"] {
+        for bad in
+            ["", "1", "0/0", "-1/2", "a/b", "1/2/3", "4294967296/4294967297", "0/2x", "0/2x0", "0/2x1x1"]
+        {
             assert!(bad.parse::<Share>().is_err(), "{bad}");
         }
     }

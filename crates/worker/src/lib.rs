@@ -40,6 +40,8 @@ pub enum Share {
         index: u32,
         /// How many there are.
         count: NonZeroU32,
+        /// On how many workers every expert is: this share and those behind it are held.
+        replicas: NonZeroU32,
     },
 }
 

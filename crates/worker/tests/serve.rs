@@ -76,7 +76,10 @@ impl Running {
         let count = NonZeroU32::new(count).unwrap();
         let part = |index| {
             let worker_id = WorkerId::new(&format!("w{index}")).unwrap();
-            Self::start(WorkerConfig { worker_id, ..config(model, Share::Part { index, count }) })
+            Self::start(WorkerConfig {
+                worker_id,
+                ..config(model, Share::Part { index, count, replicas: NonZeroU32::MIN })
+            })
         };
         (0..count.get()).map(part).collect()
     }
@@ -228,7 +231,7 @@ fn what_cannot_start_says_why() {
     assert!(text.contains("no such model"), "{text}");
 
     let count = NonZeroU32::new(1000).unwrap();
-    let text = refusal(config("mixtral", Share::Part { index: 999, count }));
+    let text = refusal(config("mixtral", Share::Part { index: 999, count, replicas: NonZeroU32::MIN }));
     assert!(text.contains("share 999 of 1000 is empty"), "{text}");
 }
 

@@ -1,7 +1,7 @@
 //! `muster logits`: what a model computes, in a file that any other implementation can be compared with.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -37,7 +37,9 @@ pub(crate) async fn run(args: &LogitsArgs, log: &LogArgs) -> Result<(), Failure>
         let bars = Bars::new();
         let (compute, threads) = (args.compute.compute.get(), args.compute.threads);
         let (experts, busy_poll_us) = (args.compute.expert_dtype, args.compute.busy_poll_us);
-        let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, busy_poll_us, log };
+        let replicas = NonZeroU32::MIN;
+        let spec =
+            WorkersSpec { model: &args.model, count, replicas, compute, experts, threads, busy_poll_us, log };
         let workers = signals.unless(Workers::start(&spec, &bars)).await?;
         let (combine, busy_poll) = (args.compute.combine, args.compute.busy_poll());
         let experts = Experts::Workers { addresses: workers.addresses().to_vec(), combine, busy_poll };

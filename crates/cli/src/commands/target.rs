@@ -1,6 +1,7 @@
 //! `--grpc URL...`, or `--model M [--workers N]`: whom `generate` and `bench` work with.
 
 use std::future::Future;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +55,7 @@ where
     let spec = WorkersSpec {
         model,
         count,
+        replicas: NonZeroU32::MIN,
         compute: compute.compute.get(),
         experts: compute.expert_dtype,
         threads: compute.threads,

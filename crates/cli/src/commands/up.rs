@@ -29,7 +29,14 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     let bars = Bars::new();
     let (experts, threads, busy_poll_us) =
         (args.compute.expert_dtype, args.compute.threads, args.compute.busy_poll_us);
-    let spec = WorkersSpec { model: &args.model, count, compute, experts, threads, busy_poll_us, log };
+    let replicas = NonZeroU32::new(args.replicas).unwrap_or(NonZeroU32::MIN);
+    if replicas > count {
+        return Err(Failure::input(format!(
+            "--replicas: {count} workers cannot hold {replicas} copies of an expert; use at most {count}"
+        )));
+    }
+    let spec =
+        WorkersSpec { model: &args.model, count, replicas, compute, experts, threads, busy_poll_us, log };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let outcome = with_router(args, log, &addresses, &checkpoint, &workers, &bars, &mut signals).await;
     workers.stop().await;

@@ -68,7 +68,7 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
         source: models::source(&settings.model)?,
         share: match settings.share {
             Share::All => muster_worker::Share::All,
-            Share::Part { index, of } => muster_worker::Share::Part { index, count: of },
+            Share::Part { index, of, replicas } => muster_worker::Share::Part { index, count: of, replicas },
         },
         compute: settings.compute,
         experts: settings.experts,
