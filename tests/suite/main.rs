@@ -13,3 +13,4 @@ mod http_api;
 mod main_job;
 mod model_input;
 mod python_clients;
+mod resume;

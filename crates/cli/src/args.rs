@@ -13,7 +13,7 @@ use muster_config::{parse_size, parse_socket, parse_weight_dtype};
 use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType};
 
-use crate::client::DEFAULT_GRPC;
+use crate::backend::DEFAULT_GRPC;
 use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
 
 /// Serves Mixture-of-Experts language models with their experts spread over many processes.
@@ -362,9 +362,10 @@ pub(crate) struct WorkerArgs {
 #[command(after_help = "Type a line and press Enter. The conversation is remembered; Ctrl-D ends it.\n\n\
                         Example:\n  muster chat --system \"Answer in one sentence.\" --temperature 0.7")]
 pub(crate) struct ChatArgs {
-    /// Where the router's gRPC listens.
-    #[arg(long, default_value = DEFAULT_GRPC, value_name = "URL")]
-    pub(crate) grpc: String,
+    /// Where the router's gRPC listens. Several routers of one model, separated by commas or each with a --grpc of its
+    /// own: when one is lost, another goes on with the answer.
+    #[arg(long, default_value = DEFAULT_GRPC, value_name = "URL", value_delimiter = ',')]
+    pub(crate) grpc: Vec<String>,
     /// Instructions for the model, before the conversation.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) system: Option<String>,
@@ -407,9 +408,10 @@ pub(crate) struct GenerateArgs {
 /// A running router, or a model of one's own.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct TargetArgs {
-    /// A running router's gRPC address [default: http://127.0.0.1:50051, unless --model is given].
-    #[arg(long, value_name = "URL", conflicts_with = "model")]
-    pub(crate) grpc: Option<String>,
+    /// A running router's gRPC address [default: http://127.0.0.1:50051, unless --model is given]. Several routers of
+    /// one model, separated by commas or each with a --grpc of its own: when one is lost, another goes on.
+    #[arg(long, value_name = "URL", value_delimiter = ',', conflicts_with = "model")]
+    pub(crate) grpc: Vec<String>,
     /// Load this model instead: a directory, org/name of a pulled one, or demo.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,

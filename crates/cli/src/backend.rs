@@ -2,10 +2,10 @@
 
 use std::pin::Pin;
 
+use muster_client::{Client, ClientError, Event as ClientEvent, Policy};
 use muster_model::sampler::RawSampling;
 use muster_proto::v1;
 use muster_proto::v1::finished::Reason;
-use muster_proto::v1::generate_event::Event as WireEvent;
 use muster_proto::v1::generate_request::Prompt as WirePrompt;
 use muster_router::request::{Eos, Event, GenerateRequest, Prompt, RequestError, Stop};
 use muster_router::service::{Generation, Service};
@@ -13,8 +13,10 @@ use muster_text::{ChatMessage, Special};
 use tokio_stream::Stream;
 
 use crate::args::SamplingArgs;
-use crate::client::{Client, Events};
 use crate::failure::Failure;
+
+/// Where a router listens when nobody says otherwise.
+pub(crate) const DEFAULT_GRPC: &str = "http://127.0.0.1:50051";
 
 /// Tokens to generate when nobody says how many.
 const DEFAULT_TOKENS: u32 = 64;
@@ -22,7 +24,7 @@ const DEFAULT_TOKENS: u32 = 64;
 /// Generates tokens.
 #[derive(Clone)]
 pub(crate) enum Backend {
-    /// Over gRPC.
+    /// Over gRPC, and by another router when one is lost.
     Router(Client),
     /// In this process.
     Here(Service),
@@ -52,7 +54,7 @@ pub(crate) enum Piece {
 
 /// The pieces of one generation.
 pub(crate) enum Pieces {
-    Router(Events),
+    Router(Box<muster_client::Generation>),
     Here(Generation),
 }
 
@@ -67,13 +69,18 @@ pub(crate) struct About {
     pub(crate) trunk: String,
 }
 
+/// A client of the routers at these addresses.
+pub(crate) async fn connect(addresses: &[String]) -> Result<Client, Failure> {
+    Client::connect(addresses, Policy::default()).await.map_err(failed)
+}
+
 impl Backend {
     pub(crate) async fn about(&mut self) -> Result<About, Failure> {
         Ok(match self {
             Self::Router(client) => {
                 let v1::Model {
                     name, vocabulary, context, workers, compute, expert_dtype, trunk_dtype, ..
-                } = client.model().await?;
+                } = client.model().await.map_err(failed)?;
                 let (experts, trunk) = (expert_dtype, trunk_dtype);
                 About { name, vocabulary, context, workers, compute, experts, trunk }
             }
@@ -94,7 +101,7 @@ impl Backend {
 
     pub(crate) async fn tokenize(&mut self, text: String) -> Result<Vec<u32>, Failure> {
         match self {
-            Self::Router(client) => client.tokenize(text).await,
+            Self::Router(client) => client.tokenize(&text).await.map_err(failed),
             Self::Here(service) => {
                 service.tokenize(text, Special::Add).await.map_err(|error| refused(&error))
             }
@@ -121,7 +128,8 @@ impl Backend {
     ) -> Result<Pieces, Failure> {
         match self {
             Self::Router(client) => {
-                client.generate(wire_request(ask, max_tokens, sampling)).await.map(Pieces::Router)
+                let generation = client.generate(wire_request(ask, max_tokens, sampling)).await;
+                generation.map(|generation| Pieces::Router(Box::new(generation))).map_err(failed)
             }
             Self::Here(service) => {
                 let request = request(ask, max_tokens, sampling);
@@ -134,38 +142,32 @@ impl Backend {
 impl Pieces {
     /// The next piece; `None` after `Finished`.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece>, Failure> {
-        loop {
-            let piece = match self {
-                Self::Router(events) => match events.next().await? {
-                    None => return Ok(None),
-                    Some(WireEvent::Started(_)) => continue,
-                    Some(WireEvent::Token(frame)) => Piece::Token { id: frame.token_id, text: frame.text },
-                    Some(WireEvent::Finished(end)) => {
-                        let reason = match end.reason() {
-                            Reason::Stop => "stop",
-                            Reason::Length => "length",
-                            Reason::Unspecified => {
-                                return Err(Failure::runtime("the router gave no finish reason"));
-                            }
-                        };
-                        Piece::Finished { reason, text: end.text, output_tokens: end.output_tokens }
-                    }
-                },
-                Self::Here(generation) => {
-                    let next = std::future::poll_fn(|cx| Pin::new(&mut *generation).poll_next(cx)).await;
-                    match next.transpose().map_err(|error| refused(&error))? {
-                        None => return Ok(None),
-                        Some(Event::Token(frame)) => Piece::Token { id: frame.token_id, text: frame.text },
-                        Some(Event::Finished(end)) => Piece::Finished {
-                            reason: end.reason.as_str(),
-                            text: end.text,
-                            output_tokens: end.output_tokens,
-                        },
-                    }
+        Ok(Some(match self {
+            Self::Router(generation) => match generation.next().await.map_err(failed)? {
+                None => return Ok(None),
+                Some(ClientEvent::Token(frame)) => Piece::Token { id: frame.token_id, text: frame.text },
+                Some(ClientEvent::Finished(end)) => {
+                    let reason = match end.reason() {
+                        Reason::Stop => "stop",
+                        // The client lets through no other.
+                        Reason::Length | Reason::Unspecified => "length",
+                    };
+                    Piece::Finished { reason, text: end.text, output_tokens: end.output_tokens }
                 }
-            };
-            return Ok(Some(piece));
-        }
+            },
+            Self::Here(generation) => {
+                let next = std::future::poll_fn(|cx| Pin::new(&mut *generation).poll_next(cx)).await;
+                match next.transpose().map_err(|error| refused(&error))? {
+                    None => return Ok(None),
+                    Some(Event::Token(frame)) => Piece::Token { id: frame.token_id, text: frame.text },
+                    Some(Event::Finished(end)) => Piece::Finished {
+                        reason: end.reason.as_str(),
+                        text: end.text,
+                        output_tokens: end.output_tokens,
+                    },
+                }
+            }
+        }))
     }
 }
 
@@ -220,6 +222,20 @@ fn request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> Genera
         },
         top_logprobs: None,
         choices: 1,
+        resume: None,
+    }
+}
+
+/// What went wrong at a router, in the words of the command line.
+pub(crate) fn failed(error: ClientError) -> Failure {
+    match error {
+        ClientError::Refused { .. } => Failure::input(error),
+        ClientError::Address { .. } => Failure::input(format!("--grpc: {error}")),
+        ClientError::Unreachable { .. } => {
+            let remedy = "start one with `muster up`, or say where with --grpc";
+            Failure::runtime(format!("{error}; {remedy}"))
+        }
+        _ => Failure::runtime(error),
     }
 }
 

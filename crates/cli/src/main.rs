@@ -7,7 +7,6 @@
 mod args;
 mod backend;
 mod children;
-mod client;
 mod cluster;
 mod commands;
 mod dispatch_times;

@@ -16,11 +16,12 @@ use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Ste
 use muster_kernels::{Cpu, KvCache};
 use muster_model::sampler::{self, History, SampleScratch, Sampling};
 use muster_model::trunk::{SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
-use muster_text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
+use muster_text::Tokenizer;
 use muster_types::{Retry, SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::lanes::{LaneChoice, Lanes};
+use crate::output::{End, Output, Taken};
 use crate::pace::Pace;
 use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
 
@@ -48,12 +49,15 @@ pub(crate) struct Admission {
 pub(crate) struct NewChoice {
     pub(crate) choice: u32,
     pub(crate) prompt: Vec<TokenId>,
-    /// Tokens that the output's text goes on from; none when it stands by itself.
-    pub(crate) tail: Vec<u32>,
+    /// Tokens that the client has from a stream that broke off; at most `max_tokens`, and fewer when it is not `ended`.
+    pub(crate) had: Vec<TokenId>,
+    /// Has taken them.
+    pub(crate) output: Output,
+    /// Set when they reach the end already.
+    pub(crate) ended: Option<End>,
+    /// Those the client has count.
     pub(crate) max_tokens: u32,
     pub(crate) sampling: Sampling,
-    pub(crate) stop_strings: Vec<String>,
-    pub(crate) stop_ids: Vec<TokenId>,
     pub(crate) top_logprobs: Option<u32>,
     pub(crate) events: mpsc::Sender<Result<Event, RequestError>>,
 }
@@ -82,10 +86,8 @@ struct Active {
     generated: u32,
     sampling: Sampling,
     history: History,
-    stop_ids: Vec<TokenId>,
+    output: Output,
     top_logprobs: Option<u32>,
-    detokenizer: Option<Detokenizer>,
-    stops: StopMatcher,
     events: mpsc::Sender<Result<Event, RequestError>>,
     admitted_at: Instant,
     last_token_at: Option<Instant>,
@@ -176,16 +178,21 @@ impl Engine {
         let request = table.next;
         let mut ids = Vec::with_capacity(admission.choices.len());
         let mut outcome = Ok(());
-        for choice in admission.choices {
+        for mut choice in admission.choices {
             let id = SeqId::new(table.next);
             table.next += 1;
-            let sequence = NewSequence { id, prompt: choice.prompt.clone(), max_tokens: choice.max_tokens };
+            let (ended, sequence) = (choice.ended.take(), choice.sequence(id));
+            let active = Active::new(request, choice);
+            if let Some(end) = ended {
+                let _ = active.events.try_send(Ok(Event::Finished(active.finished(end))));
+                continue;
+            }
             if let Err(error) = self.scheduler.admit(sequence) {
                 outcome = Err(refusal(&error));
                 break;
             }
             ids.push(id);
-            table.active.insert(id, Active::new(request, choice, self.tokenizer.as_ref()));
+            table.active.insert(id, active);
         }
         if outcome.is_err() {
             counter!("muster_requests_refused_total").increment(1);
@@ -353,20 +360,29 @@ impl Engine {
     }
 }
 
+impl NewChoice {
+    /// What is left to do. To the scheduler, tokens that the client has are a part of the prompt.
+    fn sequence(&self, id: SeqId) -> NewSequence {
+        let had = u32::try_from(self.had.len()).unwrap_or(u32::MAX);
+        let prompt = [&self.prompt[..], &self.had].concat();
+        NewSequence { id, prompt, max_tokens: self.max_tokens.saturating_sub(had) }
+    }
+}
+
 impl Active {
-    fn new(request: u64, new: NewChoice, tokenizer: Option<&Tokenizer>) -> Self {
+    fn new(request: u64, new: NewChoice) -> Self {
+        let mut history = History::new(&new.prompt);
+        new.had.iter().for_each(|&token| history.push(token));
         Self {
             request,
             choice: new.choice,
             prompt_tokens: u32::try_from(new.prompt.len()).unwrap_or(u32::MAX),
             cached_prompt_tokens: 0,
-            generated: 0,
+            generated: u32::try_from(new.had.len()).unwrap_or(u32::MAX),
             sampling: new.sampling,
-            history: History::new(&new.prompt),
-            stop_ids: new.stop_ids,
+            history,
+            output: new.output,
             top_logprobs: new.top_logprobs,
-            detokenizer: tokenizer.map(|tokenizer| tokenizer.detokenizer(&new.tail)),
-            stops: StopMatcher::new(new.stop_strings),
             events: new.events,
             admitted_at: Instant::now(),
             last_token_at: None,
@@ -387,34 +403,27 @@ impl Active {
         let index = self.generated;
         self.generated += 1;
         self.history.push(token);
-        if self.stop_ids.contains(&token) {
-            return Some(self.end(FinishReason::Stop));
-        }
-        let delta = self.detokenizer.as_mut().map_or_else(String::new, |d| d.push(token.get()));
-        let (text, stopped) = match self.stops.push(&delta) {
-            StopOutcome::Text(text) => (text, false),
-            StopOutcome::Stopped(text) => (text, true),
+        let (text, stopped) = match self.output.take(token) {
+            Taken::StopId => return Some(self.end(FinishReason::Stop)),
+            Taken::Text(text) => (text, false),
+            Taken::Stopped(text) => (text, true),
         };
         let logprobs = self.top_logprobs.map(|top| token_logprobs(logits, token, top, tokenizer));
         let frame = TokenFrame { choice: self.choice, index, token_id: token.get(), text, logprobs };
         let _ = self.events.try_send(Ok(Event::Token(frame)));
-        stopped.then(|| self.finished(FinishReason::Stop, String::new()))
+        stopped.then(|| self.finished(End { reason: FinishReason::Stop, text: String::new() }))
     }
 
     /// The end, with whatever text was still held back.
     fn end(&mut self, reason: FinishReason) -> Finished {
-        let rest = self.detokenizer.as_mut().map_or_else(String::new, Detokenizer::finish);
-        match self.stops.push(&rest) {
-            StopOutcome::Stopped(text) => self.finished(FinishReason::Stop, text),
-            StopOutcome::Text(text) => {
-                let held = self.stops.finish();
-                self.finished(reason, text + &held)
-            }
-        }
+        let end = self.output.end(reason);
+        self.finished(end)
     }
 
-    fn finished(&self, reason: FinishReason, text: String) -> Finished {
-        let Self { choice, generated: output_tokens, cached_prompt_tokens, .. } = *self;
+    fn finished(&self, End { reason, text }: End) -> Finished {
+        let Self { choice, generated: output_tokens, .. } = *self;
+        // What the scheduler counts may reach into tokens of the output that the client had.
+        let cached_prompt_tokens = self.cached_prompt_tokens.min(self.prompt_tokens);
         Finished { choice, reason, output_tokens, cached_prompt_tokens, text }
     }
 }
@@ -442,5 +451,58 @@ fn refusal(error: &AdmitError) -> RequestError {
         }
         AdmitError::ZeroMaxTokens => RequestError::invalid("max_tokens", error.to_string()),
         AdmitError::DuplicateId(_) => RequestError::Internal,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_model::sampler::RawSampling;
+
+    use super::*;
+
+    fn token(id: u32) -> TokenId {
+        TokenId::new(id, 8).unwrap()
+    }
+
+    fn choice(had: &[u32], sampling: RawSampling) -> NewChoice {
+        NewChoice {
+            choice: 0,
+            prompt: vec![token(1), token(2)],
+            had: had.iter().map(|&id| token(id)).collect(),
+            output: Output::new(None, &[], Vec::new(), Vec::new()),
+            ended: None,
+            max_tokens: 6,
+            sampling: Sampling::new(sampling, 8).unwrap(),
+            top_logprobs: None,
+            events: mpsc::channel(16).0,
+        }
+    }
+
+    #[test]
+    fn tokens_that_the_client_has_count_as_output() {
+        let penalised =
+            RawSampling { presence_penalty: 1.0, frequency_penalty: 1.0, ..RawSampling::default() };
+        let resumed = Active::new(0, choice(&[5, 3, 5], penalised.clone()));
+        let mut undisturbed = Active::new(0, choice(&[], penalised));
+        for id in [5, 3, 5] {
+            assert!(undisturbed.take(token(id), &[0.0; 8], None).is_none());
+        }
+        assert_eq!((resumed.prompt_tokens, resumed.generated), (2, 3));
+        assert_eq!(undisturbed.generated, 3);
+        // 5 was chosen twice and loses 3, 3 was chosen once and loses 2; 1 stood in the prompt and loses nothing.
+        let logits = [0.0, 6.5, 0.0, 8.0, 0.0, 9.0, 0.0, 0.0];
+        for active in [&resumed, &undisturbed] {
+            let Active { sampling, history, prompt_tokens, generated, .. } = active;
+            let position = prompt_tokens + generated;
+            let next = sampler::sample(sampling, &logits, history, position, &mut SampleScratch::default());
+            assert_eq!(next, token(1));
+        }
+    }
+
+    #[test]
+    fn what_is_left_to_do_is_computed_behind_what_the_client_has() {
+        let sequence = choice(&[5, 3], RawSampling::default()).sequence(SeqId::new(9));
+        assert_eq!(sequence.prompt, [1, 2, 5, 3].map(token));
+        assert_eq!(sequence.max_tokens, 4);
     }
 }

@@ -55,10 +55,11 @@ fn model() -> ModelInfo {
     }
 }
 
-/// Repeats the prompt as `max_tokens` tokens, each as `<id>`, then ends for length with a held-back "!".
+/// Repeats the prompt as `max_tokens` tokens, each as `<id>`, less those the client has, then ends for length with a
+/// held-back "!".
 pub(crate) fn echo(choice: NewChoice) {
-    let NewChoice { choice, prompt, max_tokens, top_logprobs, events, .. } = choice;
-    for (index, id) in (0..max_tokens).zip(prompt.iter().cycle()) {
+    let NewChoice { choice, prompt, had, max_tokens, top_logprobs, events, .. } = choice;
+    for (index, id) in (0..max_tokens).zip(prompt.iter().cycle()).skip(had.len()) {
         let _ = events.try_send(Ok(token(choice, index, id.get(), top_logprobs)));
     }
     let reason = FinishReason::Length;

@@ -27,6 +27,17 @@ pub struct GenerateRequest {
     pub top_logprobs: Option<u32>,
     /// Independent completions.
     pub choices: u32,
+    /// What the client has of a stream that broke off; `None` begins one.
+    pub resume: Option<Resume>,
+}
+
+/// What a client has of a stream that broke off.
+#[derive(Debug, Clone, Default)]
+pub struct Resume {
+    /// Token ids, for each choice.
+    pub choices: Vec<Vec<u32>>,
+    /// [`Started::resume_key`] of the stream; `None` is not compared.
+    pub key: Option<String>,
 }
 
 /// What to continue.
@@ -70,6 +81,8 @@ pub struct Started {
     pub prompt_tokens: u32,
     /// The seed in use; choice i samples with seed + i.
     pub seed: u64,
+    /// The same for every router that would send the same stream for the same settings.
+    pub resume_key: String,
 }
 
 /// One thing that happened to one choice.

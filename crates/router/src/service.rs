@@ -15,7 +15,9 @@ use uuid::Uuid;
 
 use crate::engine::{Admission, Command, NewChoice};
 use crate::health::Health;
+use crate::output::Output;
 use crate::request::{Eos, Event, GenerateRequest, Prompt, RequestError, Started};
+use crate::resume::{self, Standing};
 
 /// What clients may know of the model and the cluster.
 #[derive(Debug, Clone)]
@@ -139,24 +141,31 @@ impl Service {
         let seed = request.seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
         let sampling = self.sampling(&request, seed)?;
         let stop_ids = self.stop_ids(&request)?;
+        let model = &self.inner.model;
+        let had = resume::tokens(&request, model.vocabulary, model.context)?;
         let answers = matches!(request.prompt, Prompt::Chat(_));
         let prompt = self.prompt_tokens(request.prompt).await?;
         let max_tokens = self.max_tokens(request.max_tokens, prompt.len())?;
         // The text of an answer stands by itself; that of a continuation goes on from the prompt's last tokens.
         let tail = if answers { &[][..] } else { &prompt[prompt.len().saturating_sub(4)..] };
         let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
+        let resume_key = resume::key(model, &prompt, max_tokens);
+        resume::check_key(request.resume.as_ref(), &resume_key)?;
+        let output = Output::new(self.inner.tokenizer.as_ref(), &tail, request.stop.strings, stop_ids);
+        let standings = replayed(had, output, max_tokens).await?;
         // No more can ever be in the channel, so the engine never waits for a slow reader.
         let frames = (max_tokens as usize + 2) * request.choices as usize;
         let (sender, events) = mpsc::channel(frames.min(tokio::sync::Semaphore::MAX_PERMITS));
         let choices = (0..request.choices)
-            .map(|choice| NewChoice {
+            .zip(standings)
+            .map(|(choice, Standing { had, output, ended })| NewChoice {
                 choice,
                 prompt: prompt.clone(),
-                tail: tail.clone(),
+                had,
+                output,
+                ended,
                 max_tokens,
                 sampling: sampling.for_choice(choice),
-                stop_strings: request.stop.strings.clone(),
-                stop_ids: stop_ids.clone(),
                 top_logprobs: request.top_logprobs,
                 events: sender.clone(),
             })
@@ -168,8 +177,11 @@ impl Service {
             mpsc::error::TrySendError::Closed(_) => RequestError::ShuttingDown,
         })?;
         admission.await.map_err(|_| RequestError::ShuttingDown)??;
+        if request.resume.is_some() {
+            metrics::counter!("muster_requests_resumed_total").increment(1);
+        }
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-        let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed };
+        let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed, resume_key };
         Ok(Generation { started, events, open_choices: request.choices, ended: false })
     }
 
@@ -347,6 +359,20 @@ impl Stream for Generation {
         }
         Poll::Ready(item)
     }
+}
+
+/// Takes the tokens that the client has; off the async threads, for there may be many.
+async fn replayed(
+    had: Vec<Vec<TokenId>>,
+    output: Output,
+    max_tokens: u32,
+) -> Result<Vec<Standing>, RequestError> {
+    if had.iter().all(Vec::is_empty) {
+        return resume::replay(had, &output, max_tokens);
+    }
+    tokio::task::spawn_blocking(move || resume::replay(had, &output, max_tokens))
+        .await
+        .map_err(|_| RequestError::Internal)?
 }
 
 /// The date that chat templates may write, in UTC.

@@ -29,6 +29,7 @@ metric_names! {
     describe_counter CONNECTIONS_EVICTED = "muster_connections_evicted_total", Count, "Connections closed because their peer made no progress.";
     // Router: requests.
     describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full.";
+    describe_counter REQUESTS_RESUMED = "muster_requests_resumed_total", Count, "Requests that went on with a stream that had broken off.";
     describe_counter REQUESTS_FAILED = "muster_requests_failed_total", Count, "Completions that ended with an error.";
     describe_counter SEQUENCES_CANCELLED = "muster_sequences_cancelled_total", Count, "Sequences given up because their client went away.";
     describe_histogram TIME_TO_FIRST_TOKEN = "muster_time_to_first_token_seconds", Seconds, "From admission to the first token.";

@@ -6,14 +6,13 @@ use muster_text::ChatMessage;
 use tokio::sync::mpsc;
 
 use crate::args::ChatArgs;
-use crate::backend::{Ask, Backend, Piece};
-use crate::client::Client;
+use crate::backend::{self, Ask, Backend, Piece};
 use crate::failure::Failure;
 use crate::out;
 
 pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
-    let mut client = Client::connect(&args.grpc).await?;
-    let model = client.model().await?;
+    let client = backend::connect(&args.grpc).await?;
+    let model = client.model().await.map_err(backend::failed)?;
     if !model.has_chat_template {
         let message =
             format!("model {} has no chat template; use `muster generate` with a prompt instead", model.name);

@@ -1,4 +1,4 @@
-//! `--grpc URL`, or `--model M [--workers N]`: whom `generate` and `bench` work with.
+//! `--grpc URL...`, or `--model M [--workers N]`: whom `generate` and `bench` work with.
 
 use std::future::Future;
 use std::num::NonZeroU32;
@@ -10,8 +10,7 @@ use muster_router::start::EngineSettings;
 
 use super::blocking;
 use crate::args::{ComputeArgs, LogArgs, TargetArgs};
-use crate::backend::Backend;
-use crate::client::{Client, DEFAULT_GRPC};
+use crate::backend::{self, Backend, DEFAULT_GRPC};
 use crate::cluster::{Workers, WorkersSpec, shares_of_cores};
 use crate::engine::{self, Experts, Mode, cores};
 use crate::failure::Failure;
@@ -35,8 +34,9 @@ where
 {
     let mut signals = Signals::listen()?;
     let Some(model) = &target.model else {
-        let address = target.grpc.as_deref().unwrap_or(DEFAULT_GRPC);
-        let work = async { work(Backend::Router(Client::connect(address).await?), None).await };
+        let default = [DEFAULT_GRPC.to_owned()];
+        let addresses = if target.grpc.is_empty() { &default[..] } else { &target.grpc };
+        let work = async { work(Backend::Router(backend::connect(addresses).await?), None).await };
         return signals.unless(work).await;
     };
     let checkpoint = Arc::new(models::open(model)?);

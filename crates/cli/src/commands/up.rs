@@ -10,9 +10,8 @@ use muster_model::experts::faster_mode;
 
 use super::generate::{Output, Prompt, answer};
 use crate::args::{LogArgs, UpArgs};
-use crate::backend::Backend;
+use crate::backend::{self, Backend};
 use crate::children::{self, Announcement, Running, announce};
-use crate::client::Client;
 use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
 use crate::engine::compute_mode;
 use crate::failure::Failure;
@@ -103,7 +102,7 @@ async fn serve(
         return Err(Failure::runtime("the router did not say where it listens"));
     };
     if let Some(prompt) = &args.prompt {
-        let backend = Backend::Router(Client::connect(&grpc.to_string()).await?);
+        let backend = Backend::Router(backend::connect(&[grpc.to_string()]).await?);
         let prompt = Prompt::Text(prompt.clone());
         let answered = answer(backend, prompt, args.max_tokens, &args.sampling, Output::Text);
         return tokio::select! {

@@ -8,8 +8,8 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::request::{
-    Eos, Event, FinishReason, Finished, GenerateRequest, Prompt, RequestError, Started, Stop, TokenFrame,
-    TokenLogprob,
+    Eos, Event, FinishReason, Finished, GenerateRequest, Prompt, RequestError, Resume, Started, Stop,
+    TokenFrame, TokenLogprob,
 };
 use crate::service::ModelInfo;
 
@@ -24,7 +24,8 @@ const QUOTED: usize = 32;
 /// # Errors
 /// When no prompt is set or a message has an unknown role. Everything else is the service's to check.
 pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, RequestError> {
-    let v1::GenerateRequest { model, prompt, max_tokens, sampling, stop, top_logprobs, choices } = asked;
+    let v1::GenerateRequest { model, prompt, max_tokens, sampling, stop, top_logprobs, choices, resume_from } =
+        asked;
     let sampling = sampling.unwrap_or_default();
     let seed = sampling.seed;
     Ok(GenerateRequest {
@@ -36,7 +37,13 @@ pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, Req
         stop: stop.map(self::stop).unwrap_or_default(),
         top_logprobs,
         choices: choices.unwrap_or(1),
+        resume: resume_from.map(resume),
     })
+}
+
+fn resume(asked: v1::Resume) -> Resume {
+    let choices = asked.choices.into_iter().map(|tokens| tokens.ids).collect();
+    Resume { choices, key: asked.key }
 }
 
 fn prompt(prompt: Option<v1::generate_request::Prompt>) -> Result<Prompt, RequestError> {
@@ -92,6 +99,7 @@ pub(super) fn started(started: &Started, model: &ModelInfo) -> v1::GenerateEvent
         prompt_tokens: started.prompt_tokens,
         seed: started.seed,
         combine: model.combine.to_string(),
+        resume_key: started.resume_key.clone(),
     }))
 }
 

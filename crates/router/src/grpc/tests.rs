@@ -109,6 +109,69 @@ async fn failures_are_statuses() {
     assert!(stream.next().await.is_none());
 }
 
+fn resume(ids: &[&[u32]], request: v1::GenerateRequest) -> v1::GenerateRequest {
+    let choices = ids.iter().map(|ids| v1::TokenIds { ids: ids.to_vec() }).collect();
+    v1::GenerateRequest { resume_from: Some(v1::Resume { choices, key: None }), ..request }
+}
+
+#[tokio::test]
+async fn a_resumed_stream_goes_on_behind_what_the_client_has() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let mut events = async |request: v1::GenerateRequest| -> Vec<Event> {
+        let stream = client.generate(request).await.unwrap().into_inner();
+        stream.map(|event| event.unwrap().event.unwrap()).collect().await
+    };
+    let whole = events(ask(&[5, 6], 3)).await;
+    let rest = events(resume(&[&[5, 6]], ask(&[5, 6], 3))).await;
+    assert_eq!(rest[1..], whole[3..]);
+    let key = |events: &[Event]| match &events[0] {
+        Event::Started(started) => started.resume_key.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((key(&whole).len(), key(&whole)), (64, key(&rest)));
+    let mut keyed = resume(&[&[5]], ask(&[5, 6], 3));
+    keyed.resume_from.as_mut().unwrap().key = Some(key(&whole));
+    assert_eq!(events(keyed).await[1..], whole[2..]);
+    for other in [ask(&[5, 7], 3), ask(&[5, 6], 4), ask(&[5], 3)] {
+        assert_ne!(key(&events(other).await), key(&whole));
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_resumed_is_refused_by_name() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let sampled = |seed| {
+        let sampling = Some(v1::Sampling { temperature: Some(0.5), seed, ..Default::default() });
+        v1::GenerateRequest { sampling, ..ask(&[1, 2], 4) }
+    };
+    let stop = Some(v1::Stop { token_ids: vec![9], ..Default::default() });
+    let stops = v1::GenerateRequest { stop, ..ask(&[1, 2], 4) };
+    let two = v1::GenerateRequest { choices: Some(2), ..ask(&[1, 2], 4) };
+    let mut other_key = resume(&[&[1]], ask(&[1, 2], 4));
+    other_key.resume_from.as_mut().unwrap().key = Some("0".repeat(64));
+    let cases = [
+        (resume(&[&[fake::VOCABULARY]], ask(&[1, 2], 4)), "resume_from: choices[0]: token id"),
+        (resume(&[&[1; 5]], ask(&[1, 2], 4)), "resume_from: choices[0] has 5 tokens"),
+        (resume(&[&[1; 70]], v1::GenerateRequest { max_tokens: None, ..ask(&[1], 1) }), "resume_from: "),
+        // The prompt leaves room for one less than the context.
+        (resume(&[&[1; 64]], v1::GenerateRequest { max_tokens: None, ..ask(&[1], 1) }), "resume_from: "),
+        (resume(&[], ask(&[1, 2], 4)), "resume_from: choices has 0 entries"),
+        (resume(&[&[1], &[1]], ask(&[1, 2], 4)), "resume_from: choices has 2 entries"),
+        (resume(&[&[1]], two), "resume_from: choices has 1 entries"),
+        (resume(&[&[1]], sampled(None)), "seed: is absent"),
+        (resume(&[&[8, 9, 8]], stops), "resume_from: choices[0]: token 1 ends the output"),
+        (other_key, "resume_from: key is that of another stream"),
+    ];
+    for (request, start) in cases {
+        let status = client.generate(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(status.message().starts_with(start), "{start:?}: {status}");
+    }
+    assert!(client.generate(resume(&[&[1]], sampled(Some(3)))).await.is_ok());
+}
+
 #[tokio::test]
 async fn messages_above_the_limit_are_refused() {
     let server = start(fake::service(fake::echo)).await;

@@ -158,6 +158,7 @@ impl Common {
             stop: self.stop(),
             top_logprobs,
             choices,
+            resume: None,
         };
         Ok(Asked { requests: prompts.into_iter().map(request).collect(), mode })
     }

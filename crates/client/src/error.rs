@@ -1,0 +1,95 @@
+//! Why a client could not do what it was asked.
+
+use std::time::Duration;
+
+use muster_types::Retry;
+use tonic::{Code, Status};
+
+/// An error of this crate. Messages are for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ClientError {
+    /// An address cannot be used.
+    #[error("{address:?}: {reason}; write http://host:port")]
+    Address {
+        /// As it was given.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// There is no connection.
+    #[error("no router answers at {routers} ({reason})")]
+    Unreachable {
+        /// Where it was tried.
+        routers: String,
+        /// What came of it at last.
+        reason: String,
+    },
+    /// A router refused the request for what it asks.
+    #[error("{message}")]
+    Refused {
+        /// The router's words: the field, what is wrong and what would be right.
+        message: String,
+    },
+    /// Something else listens there.
+    #[error("what answers at {router} is not a muster router; check the address")]
+    NotMuster {
+        /// Where.
+        router: String,
+    },
+    /// A router could not do it, and says that trying again will not help.
+    #[error("the router failed: {message} ({code})")]
+    Failed {
+        /// Name of the gRPC status code.
+        code: String,
+        /// The router's words.
+        message: String,
+    },
+    /// A router sent what no router may send.
+    #[error("{router} breaks the protocol: {violation}; is it another version?")]
+    Protocol {
+        /// Which.
+        router: String,
+        /// What it did.
+        violation: String,
+    },
+    /// No router did it, or went on with what another had begun.
+    #[error("gave up after {tokens} tokens: {reason}")]
+    Lost {
+        /// Tokens that had been handed out.
+        tokens: usize,
+        /// What came of the last attempt.
+        reason: String,
+    },
+    /// It took too long.
+    #[error("not done within {limit:?}")]
+    Deadline {
+        /// The time it had.
+        limit: Duration,
+    },
+}
+
+impl ClientError {
+    /// Whether trying again can help. Nothing here is worth a retry at once: those have been made.
+    #[must_use]
+    pub const fn retry(&self) -> Retry {
+        match self {
+            Self::Unreachable { .. } | Self::Lost { .. } | Self::Deadline { .. } => Retry::Later,
+            Self::Address { .. }
+            | Self::Refused { .. }
+            | Self::NotMuster { .. }
+            | Self::Failed { .. }
+            | Self::Protocol { .. } => Retry::Never,
+        }
+    }
+
+    /// A status that no further attempt will change.
+    pub(crate) fn of(status: &Status, router: &str) -> Self {
+        match status.code() {
+            Code::InvalidArgument | Code::NotFound | Code::OutOfRange => {
+                Self::Refused { message: status.message().to_owned() }
+            }
+            Code::Unimplemented => Self::NotMuster { router: router.to_owned() },
+            code => Self::Failed { code: format!("{code:?}"), message: status.message().to_owned() },
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! A client of one or several routers whose streams survive the loss of one.
+//!
+//! Owns connections, deadlines, retries with back-off, and *resuming*: when a stream breaks off, it goes on at another
+//! router, or at the same one when that is back, behind the last token that was handed out. Always holds: the events of
+//! a [`Generation`] are those of one undisturbed stream. Indices count up from 0 without a gap, no token comes twice,
+//! every choice has one end; a router that sends anything else is an error, not an event.
+//!
+//! Routers that are named together must serve the same model in the same way; one that does not is found out before a
+//! token of it is handed out. Knows nothing of models, prompts or text.
+
+mod attempts;
+mod error;
+mod generation;
+mod policy;
+mod progress;
+mod routers;
+mod trouble;
+
+pub use error::ClientError;
+pub use generation::Generation;
+pub use policy::Policy;
+pub use progress::Event;
+pub use routers::Client;

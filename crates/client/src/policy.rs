@@ -1,0 +1,30 @@
+//! How long a client waits for what.
+
+use std::time::Duration;
+
+/// How long a client waits, and how often it tries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Policy {
+    /// For a connection.
+    pub connect: Duration,
+    /// For the answer to a call; for a generation, until it is admitted.
+    pub answer: Duration,
+    /// For a router that takes a request, from when the last one was lost.
+    pub patience: Duration,
+    /// Attempts in a row that bring nothing new.
+    pub attempts: u32,
+    /// For the end of a generation. `None` waits as long as it makes progress.
+    pub generation: Option<Duration>,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            answer: Duration::from_secs(35),
+            patience: Duration::from_secs(30),
+            attempts: 100,
+            generation: None,
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The routers and the connections to them.
+//!
+//! A connection is made when it is first needed and made again when it broke. The router that served last is asked
+//! first.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use muster_proto::v1::inference_client::InferenceClient;
+use muster_proto::v1::{GenerateRequest, GetModelRequest, Model, TokenizeRequest};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+
+use crate::attempts::Attempts;
+use crate::error::ClientError;
+use crate::generation::Generation;
+use crate::policy::Policy;
+use crate::trouble::{Trouble, root_cause};
+
+/// A connection that carries a call is pinged this often, and given up when an answer takes as long: a router that
+/// vanished without a word is noticed after twice this time.
+const PING: Duration = Duration::from_secs(5);
+
+/// Some routers that serve the same model. Cheap to clone; all clones share their connections.
+#[derive(Debug, Clone)]
+pub struct Client {
+    routers: Arc<[Router]>,
+    /// Index of the router to ask first.
+    preferred: Arc<AtomicUsize>,
+    policy: Policy,
+}
+
+#[derive(Debug)]
+struct Router {
+    url: String,
+    channel: Channel,
+}
+
+impl Client {
+    /// A client of the routers at these addresses (`host:port` or `http://host:port`), in order of preference. At least
+    /// one of them has to answer now.
+    ///
+    /// # Errors
+    /// When an address cannot be used, or nobody answers.
+    pub async fn connect(addresses: &[String], policy: Policy) -> Result<Self, ClientError> {
+        let endpoints: Vec<(String, Endpoint)> =
+            addresses.iter().map(|address| endpoint(address, &policy)).collect::<Result<_, _>>()?;
+        let mut routers: Vec<Router> = Vec::with_capacity(endpoints.len());
+        for (url, endpoint) in &endpoints {
+            routers.push(Router { url: url.clone(), channel: endpoint.connect_lazy() });
+        }
+        let mut reason = "none is named".to_owned();
+        for (at, (url, endpoint)) in endpoints.iter().enumerate() {
+            match endpoint.connect().await {
+                Ok(channel) => {
+                    if let Some(router) = routers.get_mut(at) {
+                        router.channel = channel;
+                    }
+                    let preferred = Arc::new(AtomicUsize::new(at));
+                    return Ok(Self { routers: routers.into(), preferred, policy });
+                }
+                Err(error) => {
+                    reason = root_cause(&error);
+                    tracing::debug!(router = %url, %reason, "no connection");
+                }
+            }
+        }
+        let routers: Vec<&str> = endpoints.iter().map(|(url, _)| url.as_str()).collect();
+        Err(ClientError::Unreachable { routers: routers.join(", "), reason })
+    }
+
+    /// The model that the routers serve.
+    ///
+    /// # Errors
+    /// When no router answers in time.
+    pub async fn model(&self) -> Result<Model, ClientError> {
+        self.call(|mut client| async move { client.get_model(GetModelRequest {}).await }).await
+    }
+
+    /// Token ids of a text, as a router would use them for a prompt.
+    ///
+    /// # Errors
+    /// When the text is refused, or no router answers in time.
+    pub async fn tokenize(&self, text: &str) -> Result<Vec<u32>, ClientError> {
+        let request = TokenizeRequest { text: text.to_owned(), without_special: false };
+        let tokenize = |mut client: InferenceClient<Channel>| {
+            let request = request.clone();
+            async move { client.tokenize(request).await }
+        };
+        Ok(self.call(tokenize).await?.ids)
+    }
+
+    /// Starts a generation. Dropping it ends it.
+    ///
+    /// # Errors
+    /// When the request is refused, or no router takes it in time.
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, ClientError> {
+        Generation::start(self.clone(), request).await
+    }
+
+    /// Asks one router after the other.
+    async fn call<T, F>(&self, ask: impl Fn(InferenceClient<Channel>) -> F) -> Result<T, ClientError>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let mut attempts = self.attempts();
+        let mut at = self.preferred();
+        loop {
+            let trouble = match tokio::time::timeout(self.policy.answer, ask(self.inference(at))).await {
+                Ok(Ok(answer)) => {
+                    self.prefer(at);
+                    return Ok(answer.into_inner());
+                }
+                Ok(Err(status)) => status.into(),
+                Err(_) => Trouble::passing(format!("no answer within {:?}", self.policy.answer)),
+            };
+            let (reason, hint) = match trouble {
+                Trouble::Final(status) => return Err(ClientError::of(&status, self.url(at))),
+                Trouble::Passing { reason, hint } => (reason, hint),
+            };
+            let Some(next) = attempts.failed(Instant::now(), hint) else {
+                return Err(ClientError::Unreachable { routers: self.url(at).to_owned(), reason });
+            };
+            tokio::time::sleep_until(next.into()).await;
+            at = self.after(at);
+        }
+    }
+
+    pub(crate) const fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    pub(crate) fn attempts(&self) -> Attempts {
+        Attempts::new(self.routers.len(), &self.policy)
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.routers.len()
+    }
+
+    /// The router to ask first.
+    pub(crate) fn preferred(&self) -> usize {
+        self.preferred.load(Ordering::Relaxed)
+    }
+
+    /// This router serves.
+    pub(crate) fn prefer(&self, at: usize) {
+        self.preferred.store(at, Ordering::Relaxed);
+    }
+
+    /// The router to ask after this one.
+    pub(crate) fn after(&self, at: usize) -> usize {
+        (at + 1) % self.routers.len().max(1)
+    }
+
+    pub(crate) fn url(&self, at: usize) -> &str {
+        &self.router(at).url
+    }
+
+    pub(crate) fn inference(&self, at: usize) -> InferenceClient<Channel> {
+        InferenceClient::new(self.router(at).channel.clone())
+    }
+
+    fn router(&self, at: usize) -> &Router {
+        // There is at least one, for one has answered; and indices come from `preferred` and `after`.
+        &self.routers[at % self.routers.len()]
+    }
+}
+
+fn endpoint(address: &str, policy: &Policy) -> Result<(String, Endpoint), ClientError> {
+    let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
+    let refused = |reason: String| ClientError::Address { address: address.to_owned(), reason };
+    if !url.starts_with("http://") {
+        return Err(refused("this build speaks plain http:// only".into()));
+    }
+    let endpoint = Endpoint::from_shared(url.clone()).map_err(|error| refused(error.to_string()))?;
+    let endpoint = endpoint
+        .connect_timeout(policy.connect)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(PING)
+        .keep_alive_timeout(PING);
+    Ok((url, endpoint))
+}

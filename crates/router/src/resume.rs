@@ -1,0 +1,110 @@
+//! Going on with a stream that broke off: what is checked of the client's tokens before anything of them is used, and
+//! the key that says whether two routers would send the same stream.
+//!
+//! Always holds: tokens that came through here are in the vocabulary, no more than the request may have, and can be the
+//! beginning of an output.
+
+use muster_types::TokenId;
+use sha2::{Digest, Sha256};
+
+use crate::output::{End, Output};
+use crate::request::{GenerateRequest, RequestError, Resume};
+use crate::service::ModelInfo;
+
+const FIELD: &str = "resume_from";
+
+/// Where a choice stands when it is admitted.
+pub(crate) struct Standing {
+    /// Tokens that the client has.
+    pub(crate) had: Vec<TokenId>,
+    /// Has taken them.
+    pub(crate) output: Output,
+    /// Set when they reach the end.
+    pub(crate) ended: Option<End>,
+}
+
+/// Names all that a stream follows from besides the settings that a client repeats: the model, how it is computed, the
+/// prompt as tokens, and where the output ends at the latest.
+pub(crate) fn key(model: &ModelInfo, prompt: &[TokenId], max_tokens: u32) -> String {
+    let ModelInfo { fingerprint, compute, experts, trunk, combine, .. } = model;
+    let mut hash = Sha256::new_with_prefix("muster stream v1\n");
+    hash.update(format!("{fingerprint} {compute} {experts} {trunk} {combine} {max_tokens}\n"));
+    for token in prompt {
+        hash.update(token.get().to_le_bytes());
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The tokens that the client has, for each choice; none where the request begins a stream.
+///
+/// # Errors
+/// Names the field that makes no sense.
+pub(crate) fn tokens(
+    request: &GenerateRequest,
+    vocabulary: u32,
+    context: u32,
+) -> Result<Vec<Vec<TokenId>>, RequestError> {
+    let Some(Resume { choices, .. }) = &request.resume else {
+        return Ok(vec![Vec::new(); request.choices as usize]);
+    };
+    if choices.len() != request.choices as usize {
+        let message =
+            format!("choices has {} entries; the request asks for {}", choices.len(), request.choices);
+        return Err(RequestError::invalid(FIELD, message));
+    }
+    if request.sampling.temperature > 0.0 && request.seed.is_none() {
+        let message = "is absent; to resume_from a sampled stream, give the seed that its `started` told";
+        return Err(RequestError::invalid("seed", message));
+    }
+    let most = request.max_tokens.unwrap_or(context).min(context);
+    let check = |(choice, ids): (usize, &Vec<u32>)| {
+        check_count(choice, ids.len(), most)?;
+        let checked = ids.iter().map(|&id| TokenId::new(id, vocabulary)).collect::<Result<_, _>>();
+        checked.map_err(|error| RequestError::invalid(FIELD, format!("choices[{choice}]: {error}")))
+    };
+    choices.iter().enumerate().map(check).collect()
+}
+
+/// Replays them, now that it is known how many there may be and which stream this router would send.
+///
+/// # Errors
+/// Names the field that makes no sense.
+pub(crate) fn replay(
+    had: Vec<Vec<TokenId>>,
+    output: &Output,
+    max_tokens: u32,
+) -> Result<Vec<Standing>, RequestError> {
+    let replay = |(choice, had): (usize, Vec<TokenId>)| {
+        check_count(choice, had.len(), max_tokens)?;
+        let mut output = output.clone();
+        let ended = output.replay(&had, max_tokens).map_err(|at| {
+            let message = format!("choices[{choice}]: token {} ends the output, but others follow", at.0);
+            RequestError::invalid(FIELD, message)
+        })?;
+        Ok(Standing { had, output, ended })
+    };
+    had.into_iter().enumerate().map(replay).collect()
+}
+
+/// Whether this router's stream is the one that broke off.
+///
+/// # Errors
+/// When it is another.
+pub(crate) fn check_key(resume: Option<&Resume>, own: &str) -> Result<(), RequestError> {
+    match resume.and_then(|resume| resume.key.as_deref()) {
+        Some(key) if key != own => {
+            let message = "key is that of another stream; model, compute mode, prompt and max_tokens must be as \
+                           they were";
+            Err(RequestError::invalid(FIELD, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_count(choice: usize, count: usize, most: u32) -> Result<(), RequestError> {
+    if count > most as usize {
+        let message = format!("choices[{choice}] has {count} tokens; max_tokens and context allow {most}");
+        return Err(RequestError::invalid(FIELD, message));
+    }
+    Ok(())
+}
