@@ -1,7 +1,7 @@
 //! How long an answer may take before another replica is asked too.
 //!
 //! Owns what is known of a worker's latencies, and the budget of second shards. A deadline lies between its floor and
-//! its cap, and is the cap while too little is known. What is sent twice is bounded in number whatever happens, so
+//! its cap, and is a fixed one while too little is known. What is sent twice is bounded in number whatever happens, so
 //! that hedging never makes an overload worse. Nothing here allocates once it is made, and every update takes the
 //! same few operations (on a rare few, all buckets of one table are scaled down).
 //!
@@ -16,8 +16,10 @@ use std::time::Duration;
 pub struct Rules {
     /// The shortest deadline.
     pub floor: Duration,
-    /// The longest deadline, and the one while too little is known.
+    /// The longest deadline.
     pub cap: Duration,
+    /// The deadline while too little is known.
+    pub unknown: Duration,
     /// The part of recent answers that came in time to be expected again; between 0 and 1.
     pub quantile: f64,
     /// The deadline, in terms of that quantile.
@@ -25,9 +27,15 @@ pub struct Rules {
 }
 
 impl Default for Rules {
-    /// 2 to 150 ms; one and a half times what 99 % of answers take at most.
+    /// 2 to 150 ms, 150 to begin with; one and a half times what 99 % of answers take at most.
     fn default() -> Self {
-        Self { floor: Duration::from_millis(2), cap: Duration::from_millis(150), quantile: 0.99, factor: 1.5 }
+        Self {
+            floor: Duration::from_millis(2),
+            cap: Duration::from_millis(150),
+            unknown: Duration::from_millis(150),
+            quantile: 0.99,
+            factor: 1.5,
+        }
     }
 }
 
@@ -147,7 +155,7 @@ impl Class {
     fn deadline(&self, rules: &Rules) -> Duration {
         let cap = rules.cap.max(rules.floor);
         if self.seen < Self::ENOUGH {
-            return cap;
+            return rules.unknown.clamp(rules.floor, cap);
         }
         let seconds = self.quantile(rules.quantile).as_secs_f64() * rules.factor * f64::from(self.stretch);
         Duration::try_from_secs_f64(seconds).map_or(cap, |deadline| deadline.clamp(rules.floor, cap))

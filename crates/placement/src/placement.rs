@@ -11,9 +11,6 @@ use crate::Shape;
 pub struct WorkerIx(u16);
 
 impl WorkerIx {
-    /// The first worker.
-    pub(crate) const FIRST: Self = Self(0);
-
     /// Most workers one placement can name.
     const LIMIT: usize = 1 << 16;
 

@@ -8,15 +8,42 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use muster_engine::dispatch::{DispatchError, Ticket};
 use muster_kernels::{NotFinite, Outputs, combine};
+use muster_placement::hedge::{Hedge, Outcome, Rules};
 use muster_proto::frame;
 use muster_proto::reply::{Fault, FaultKind};
-use muster_types::DType;
+use muster_types::{DType, ExpertId};
 
 use super::board::{Arrived, Failure, Unsent};
 use super::dispatch::GrpcDispatch;
 use super::flight::{Flight, NewPart, Part, Standing};
 use super::handle::Sample;
 use crate::busy::BusyPoll;
+
+/// When a shard is late. A busy core must not be taken for a dead worker, and large shards may take long.
+const HEDGE: Rules = Rules {
+    floor: Duration::from_millis(20),
+    cap: Duration::from_secs(5),
+    unknown: Duration::from_millis(150),
+    quantile: 0.99,
+    factor: 2.0,
+};
+/// How many times longer a late shard is waited for when no hedge can be afforded.
+const DEFERRED: u32 = 4;
+/// Workers whose latencies are kept.
+const MOST_KNOWN: usize = 4096;
+
+/// Why what came cannot be used.
+enum Unsound {
+    /// A part has something in it that is no number.
+    Part(usize, String),
+    /// Outputs, this expert's among them, are numbers and their sum is none.
+    Sum(ExpertId),
+}
+
+/// What a shard's time depends on: its outputs.
+fn size_of_shard(part: &Part) -> u32 {
+    u32::try_from(part.plan.indices.len()).unwrap_or(u32::MAX)
+}
 
 impl GrpcDispatch {
     /// Brings a micro-batch to its end, whoever fails on the way as long as somebody else can stand in.
@@ -35,8 +62,14 @@ impl GrpcDispatch {
         loop {
             if flight.standing() == Standing::Complete {
                 match self.finish(flight, now, away, out) {
-                    Ok(()) => return Ok(()),
-                    Err((part, reason)) => self.lied(flight, part, reason),
+                    Ok(()) => {
+                        self.learn(flight, now);
+                        return Ok(());
+                    }
+                    Err(Unsound::Part(part, reason)) => self.lied(flight, part, reason),
+                    Err(Unsound::Sum(expert)) => {
+                        return Err(DispatchError::NonFinite { layer: flight.layer, expert });
+                    }
                 }
             }
             flight.look_again(self.board.version());
@@ -60,7 +93,9 @@ impl GrpcDispatch {
 
     /// When a part becomes late.
     fn late_at(&self, flight: &Flight, part: &Part) -> Instant {
-        part.sent.max(flight.began) + self.patience.of(part.plan.rows.len())
+        let hedge = self.hedges.get(&part.worker);
+        let patience = hedge.map_or(HEDGE.unknown, |hedge| hedge.deadline(size_of_shard(part)));
+        part.sent.max(flight.began) + patience * if part.deferred { DEFERRED } else { 1 }
     }
 
     /// When the next part does.
@@ -72,11 +107,10 @@ impl GrpcDispatch {
     fn take(&mut self, flight: &mut Flight, part: usize, outcome: Result<Arrived, Failure>) {
         match outcome {
             Ok(arrived) => {
-                let (answers, Part { sent, plan, .. }) = (flight.answers(part), &flight.parts()[part]);
-                self.patience.observe(
-                    plan.rows.len(),
-                    arrived.at.saturating_duration_since((*sent).max(flight.began)),
-                );
+                let it = &flight.parts()[part];
+                let took = arrived.at.saturating_duration_since(it.sent.max(flight.began));
+                self.observe(it, took);
+                let answers = flight.answers(part);
                 let checked = if arrived.rows as usize == answers {
                     frame::check_len(&arrived.data, answers, self.hidden, self.wire)
                         .map_err(|error| error.to_string())
@@ -110,21 +144,36 @@ impl GrpcDispatch {
     }
 
     /// Sends what failed, and what is late, to other owners, as far as there are any.
-    fn replace(&self, ticket: Ticket, flight: &mut Flight, now: Instant) -> Result<(), DispatchError> {
+    fn replace(&mut self, ticket: Ticket, flight: &mut Flight, now: Instant) -> Result<(), DispatchError> {
         let due = flight.to_replace(|part| now >= self.late_at(flight, part));
         for number in due {
-            let Part { id, worker, .. } = &flight.parts()[number];
-            if flight.is_waiting(number) {
-                tracing::debug!(%worker, layer = %flight.layer, "a shard is late");
-                self.board.is_late(*id);
-            }
             if flight.is_final(number) {
                 flight.leave_alone(number);
                 continue;
             }
+            if flight.is_waiting(number) {
+                let Part { id, worker, deferred, .. } = &flight.parts()[number];
+                tracing::debug!(%worker, layer = %flight.layer, "a shard is late");
+                self.board.is_late(*id);
+                // Where everything is late, asking twice makes it later.
+                if !deferred && !self.budget.take() {
+                    flight.defer(number);
+                    continue;
+                }
+            }
+            self.stand_in(ticket, flight, number)?;
+        }
+        Ok(())
+    }
+
+    /// Asks others for what is in a part, if there are any.
+    fn stand_in(&self, ticket: Ticket, flight: &mut Flight, number: usize) -> Result<(), DispatchError> {
+        let mut unreachable = Vec::new();
+        loop {
             let routes = self.board.routes();
             let rank = |worker| routes.rank(worker);
-            let Some(stand_ins) = flight.plan_stand_ins(number, &routes.placement, &rank) else { continue };
+            let planned = flight.plan_stand_ins(number, &routes.placement, &rank, &unreachable);
+            let Some(stand_ins) = planned else { return Ok(()) };
             let first = self.board.issue(stand_ins.len());
             let mut parts = Vec::with_capacity(stand_ins.len());
             let mut places = Vec::with_capacity(stand_ins.len());
@@ -139,13 +188,45 @@ impl GrpcDispatch {
                 Ok(()) => {
                     metrics::counter!("muster_dispatch_resent_shards_total").increment(parts.len() as u64);
                     flight.replace(number, parts.into_iter().zip(places).collect());
+                    return Ok(());
                 }
                 Err(Unsent::Closed) => return Err(DispatchError::Closed),
-                // The next round plans anew, or finds that nobody is left.
-                Err(_) => {}
+                // As often as there are workers.
+                Err(Unsent::Broken(worker) | Unsent::Full(worker)) => unreachable.push(worker),
             }
         }
-        Ok(())
+    }
+
+    fn observe(&mut self, part: &Part, took: Duration) {
+        let rows = size_of_shard(part);
+        match self.hedges.get_mut(&part.worker) {
+            Some(hedge) => hedge.observe(rows, took),
+            None => {
+                // No more than the router has workers, but they may change their names.
+                if self.hedges.len() >= MOST_KNOWN {
+                    self.hedges.clear();
+                }
+                let mut hedge = Hedge::new(HEDGE);
+                hedge.observe(rows, took);
+                self.hedges.insert(part.worker.clone(), hedge);
+            }
+        }
+        self.budget.sent();
+    }
+
+    /// Takes note of what came of asking twice.
+    fn learn(&mut self, flight: &Flight, now: Instant) {
+        for (number, part) in flight.parts().iter().enumerate().filter(|(_, part)| part.hedged) {
+            let first = flight.arrived(number).is_some();
+            if !first {
+                // It took at least as long as it was waited for.
+                self.observe(part, now.saturating_duration_since(part.sent.max(flight.began)));
+            }
+            if let Some(hedge) = self.hedges.get_mut(&part.worker) {
+                let outcome = if first { Outcome::Wasted } else { Outcome::Won };
+                hedge.hedged(size_of_shard(part), outcome);
+            }
+        }
     }
 
     /// Some of the rows in a payload.
@@ -158,14 +239,14 @@ impl GrpcDispatch {
         rows.collect::<Vec<_>>().concat().into()
     }
 
-    /// Adds up what came. An error names the part that cannot be used.
+    /// Adds up what came.
     fn finish(
         &self,
         flight: &Flight,
         waited: Instant,
         away: Duration,
         out: &mut [f32],
-    ) -> Result<(), (usize, String)> {
+    ) -> Result<(), Unsound> {
         let sum = flight.sum();
         let arrived: Vec<&Arrived> = sum.sources.iter().filter_map(|&part| flight.arrived(part)).collect();
         let sources: Vec<Outputs<'_>> = arrived
@@ -179,9 +260,13 @@ impl GrpcDispatch {
             let sums = combine(&self.cpu, self.hidden, &sources, &sum.starts, &sum.terms, out);
             sums.map_err(|error| match error {
                 NotFinite::Output { source, row } => {
-                    (sum.sources[source], format!("row {row} has a value that is not finite"))
+                    let reason = format!("row {row} has a value that is not finite");
+                    Unsound::Part(sum.sources[source], reason)
                 }
-                NotFinite::Sum { row } => (sum.sources[0], format!("the sum of row {row} is not finite")),
+                NotFinite::Sum { row } => {
+                    let term = sum.terms[sum.starts[row] as usize];
+                    Unsound::Sum(flight.expert_of(sum.sources[term.source as usize], term.row))
+                }
             })?;
         }
         let sample = Sample {

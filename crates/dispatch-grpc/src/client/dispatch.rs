@@ -10,18 +10,18 @@ use metrics::Histogram;
 use muster_engine::batcher::{BatchPlan, group};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_kernels::Cpu;
+use muster_placement::hedge::{Budget, Hedge};
 use muster_proto::convert::RouterName;
 use muster_proto::frame;
 use muster_proto::handshake::{LANES, Terms};
 use muster_proto::limits::MessageLimits;
-use muster_types::{Combine, DType, LayerId, NumericsClass};
+use muster_types::{Combine, DType, LayerId, NumericsClass, WorkerId};
 
 use super::board::{Board, Gathered, Outgoing, Unsent};
 use super::config::{ConnectConfig, ConnectError, Start};
 use super::flight::{self, Flight, NewPart};
 use super::handle::{HealthHandle, Samples, StatsHandle};
 use super::link::{self, LinkConfig};
-use super::patience::Patience;
 use crate::address::Address;
 use crate::driver::{Driver, Reins};
 
@@ -48,7 +48,9 @@ pub struct GrpcDispatch {
     pub(super) samples: Arc<Samples>,
     pub(super) seconds: Histogram,
     pub(super) overhead_seconds: Histogram,
-    pub(super) patience: Patience,
+    /// How long the answers of each worker take.
+    pub(super) hedges: HashMap<WorkerId, Hedge>,
+    pub(super) budget: Budget,
     flights: HashMap<Ticket, Flight>,
     tickets: u64,
     pub(super) reins: Reins,
@@ -107,7 +109,8 @@ impl GrpcDispatch {
             samples: Arc::default(),
             seconds: metrics::histogram!("muster_dispatch_seconds"),
             overhead_seconds: metrics::histogram!("muster_dispatch_overhead_seconds"),
-            patience: Patience::default(),
+            hedges: HashMap::new(),
+            budget: Budget::default(),
             flights: HashMap::new(),
             tickets: 0,
             reins: driver.reins(),

@@ -15,7 +15,7 @@ use muster_engine::dispatch::{Choices, LayerBatch};
 use muster_kernels::Term;
 use muster_placement::{Placement, WorkerIx};
 use muster_proto::expert::v1;
-use muster_types::{Combine, LayerId, Retry, WorkerId};
+use muster_types::{Combine, ExpertId, LayerId, Retry, WorkerId};
 
 use super::board::{Arrived, Failure, Hop};
 
@@ -54,6 +54,10 @@ pub(super) struct Part {
     stand_ins: Vec<usize>,
     /// Nobody else can be asked.
     alone: bool,
+    /// Others were asked because it was late.
+    pub(super) hedged: bool,
+    /// It was late when no hedge could be afforded, and waits for longer.
+    pub(super) deferred: bool,
     /// The part that this one stands in for, and the places of its outputs there.
     of: Option<(usize, Vec<u32>)>,
 }
@@ -249,15 +253,16 @@ impl Flight {
         false
     }
 
-    /// Plans stand-ins for a part, on workers that were not asked for its pairs yet. `None`: there is nobody, and the part
+    /// Plans stand-ins for a part, on workers that were not asked for its pairs yet and are not `unreachable`. `None`: there is nobody, and the part
     /// is left to itself.
     pub(super) fn plan_stand_ins(
         &mut self,
         part: usize,
         placement: &Placement,
         rank: &dyn Fn(WorkerIx) -> Rank,
+        unreachable: &[WorkerId],
     ) -> Option<Vec<StandIn>> {
-        let asked: Vec<&WorkerId> = self.asked(part).collect();
+        let asked: Vec<&WorkerId> = self.asked(part).chain(unreachable).collect();
         let of_others = |worker: WorkerIx| {
             let known = placement.workers().get(worker.index());
             if known.is_none_or(|worker| asked.contains(&worker)) { Rank::Unusable } else { rank(worker) }
@@ -286,11 +291,17 @@ impl Flight {
     /// Takes note of stand-ins that were sent for `part`; the first of them is part number `parts().len()`.
     pub(super) fn replace(&mut self, part: usize, sent: Vec<(NewPart, Vec<u32>)>) {
         let now = Instant::now();
+        self.parts[part].hedged = matches!(self.parts[part].state, State::Waiting);
         for (new, places) in sent {
             let number = self.parts.len();
             self.parts[part].stand_ins.push(number);
             self.parts.push(Part::new(new, now, Some((part, places))));
         }
+    }
+
+    /// A part that is late is given more time, once.
+    pub(super) fn defer(&mut self, part: usize) {
+        self.parts[part].deferred = true;
     }
 
     /// Nobody else can be asked for what is in `part`.
@@ -318,6 +329,20 @@ impl Flight {
                 Sum { sources, starts: Cow::Borrowed(&self.starts), terms }
             }
         }
+    }
+
+    /// The expert of an output row of a part; of a row that several experts are added up in, the first.
+    pub(super) fn expert_of(&self, part: usize, row: u32) -> ExpertId {
+        let plan = &self.parts[part].plan;
+        let mut ends = plan.counts.iter().scan(0, |end, count| {
+            *end += count;
+            Some(*end)
+        });
+        let at = match self.combine {
+            Combine::Exact => ends.position(|end| row < end).unwrap_or(0),
+            Combine::Partial => 0,
+        };
+        plan.experts[at]
     }
 
     /// What arrived as part `part`.
@@ -363,7 +388,21 @@ impl Part {
     fn new(new: NewPart, sent: Instant, of: Option<(usize, Vec<u32>)>) -> Self {
         let NewPart { id, hop, worker, plan, data, weights } = new;
         let (state, stand_ins) = (State::Waiting, Vec::new());
-        Self { id, hop, worker, plan, data, weights, sent, state, stand_ins, alone: false, of }
+        Self {
+            id,
+            hop,
+            worker,
+            plan,
+            data,
+            weights,
+            sent,
+            state,
+            stand_ins,
+            alone: false,
+            hedged: false,
+            deferred: false,
+            of,
+        }
     }
 }
 

@@ -12,7 +12,6 @@ mod dispatch;
 mod flight;
 mod handle;
 mod link;
-mod patience;
 
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
 pub use dispatch::GrpcDispatch;
