@@ -49,7 +49,8 @@ async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run 
 }
 
 /// Runs all requests at once, `fault` while all of them are under way, and compares every stream with the lone run.
-async fn disturbed(cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
+/// Says how long each stream stood still at most, for `cargo xtask chaos`.
+async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
     let client = cluster.client().await;
     let mut undisturbed = Vec::new();
     for request in requests() {
@@ -74,8 +75,8 @@ async fn disturbed(cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster))
         assert_eq!(ids, undisturbed[n], "stream {n}");
         stalls.push(stall);
     }
-    stalls.sort_unstable();
-    eprintln!("stalls: p50 {:?}, longest {:?}", stalls[stalls.len() / 2], stalls[stalls.len() - 1]);
+    let stalls: Vec<u128> = stalls.iter().map(Duration::as_millis).collect();
+    eprintln!("\nchaos {}", serde_json::json!({ "fault": what, "stalls_ms": stalls }));
     let failed = metric(cluster, "muster_requests_failed_total");
     assert_eq!(failed, 0.0);
 }
@@ -96,7 +97,8 @@ async fn a_killed_worker_with_replicas_is_not_noticed() {
     // Every expert on two of three: what the dead one held is split over both others.
     let setup = Setup::new(&demo_model()).shares(&["0/3x2", "1/3x2", "2/3x2"]);
     let mut cluster = Cluster::start(setup);
-    disturbed(&mut cluster, async |cluster| cluster.workers[1].kill()).await;
+    disturbed("SIGKILL of a worker, replicas exist", &mut cluster, async |cluster| cluster.workers[1].kill())
+        .await;
     eventually("the loss is known", async || {
         (metric(&cluster, "muster_dispatch_workers") == 2.0).then_some(())
     })
@@ -106,7 +108,7 @@ async fn a_killed_worker_with_replicas_is_not_noticed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_stands_still_is_stood_in_for_and_its_late_replies_dropped() {
     let mut cluster = Cluster::start(replicated());
-    disturbed(&mut cluster, async |cluster| {
+    disturbed("SIGSTOP of a worker, replicas exist", &mut cluster, async |cluster| {
         cluster.workers[2].signal(libc::SIGSTOP);
         eventually("it stands still", async || (cluster.workers[2].state() == 'T').then_some(())).await;
     })
@@ -126,7 +128,7 @@ async fn a_worker_that_stands_still_is_stood_in_for_and_its_late_replies_dropped
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_wait_for_experts_that_nobody_else_holds() {
     let mut cluster = Cluster::start(Setup::new(&demo_model()));
-    disturbed(&mut cluster, async |cluster| {
+    disturbed("SIGKILL of the only holder, started again", &mut cluster, async |cluster| {
         cluster.workers[1].kill();
         eventually("streams wait", async || {
             (metric(cluster, "muster_steps_repeated_total") > 0.0).then_some(())
@@ -143,7 +145,7 @@ async fn streams_wait_for_experts_that_nobody_else_holds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_are_restarted_one_after_another_under_load() {
     let mut cluster = Cluster::start(replicated());
-    disturbed(&mut cluster, async |cluster| {
+    disturbed("rolling restart of three workers, replicas exist", &mut cluster, async |cluster| {
         for index in 0..3 {
             let others = async |count: f64| {
                 eventually("a worker came or went", async || {

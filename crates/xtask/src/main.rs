@@ -1,11 +1,15 @@
 //! `cargo xtask`: tools for working on Muster. Nothing that is served depends on this crate.
 //!
-//! `ab` measures a cluster beside what one would use instead; `model` writes the checkpoint that is measured. Runs the
+//! `ab` measures a cluster beside what one would use instead; `model` writes the checkpoint that is measured; `chaos` repeats
+//! the chaos tests. Runs the
 //! `muster` binary as anyone would; knows nothing of its insides.
 
 mod ab;
+mod chaos;
 mod model;
+mod page;
 mod probe;
+mod process;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,6 +27,8 @@ struct Cli {
 enum Command {
     /// Measure a Muster cluster side by side with llama.cpp and transformers.
     Ab(ab::Args),
+    /// Repeat the chaos tests and tell how long streams stood still.
+    Chaos(chaos::Args),
     /// Write the checkpoint that is measured: the shape of granite-3.1-1b-a400m, random weights, 2.7 GB.
     Model {
         /// The directory to write.
@@ -33,6 +39,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Ab(args) => ab::run(&args),
+        Command::Chaos(args) => chaos::run(&args),
         Command::Model { directory } => model::write(&directory),
     };
     match outcome {

@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::peers::{DECODE_PROMPT, DECODE_STEPS, PREFILL, REPEATS};
-use super::process::{collected, drain, on_cores, output, stop, tail};
 use super::rows::{Side, batch_of};
 use super::{Common, Run};
 use crate::note;
+use crate::process::{collected, drain, on_cores, output, stop, tail};
 
 const ASK: Duration = Duration::from_secs(120);
 const START: Duration = Duration::from_secs(300);

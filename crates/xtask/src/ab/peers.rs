@@ -9,10 +9,10 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use super::process::{on_cores, output, tail};
 use super::rows::{Side, batch_of};
 use super::{Common, Run};
 use crate::note;
+use crate::process::{on_cores, output, tail};
 
 /// How llama.cpp is built: for this machine, and with its RPC servers.
 const CMAKE_ARGS: &str = "-DGGML_NATIVE=ON -DGGML_RPC=ON";

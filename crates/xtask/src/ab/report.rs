@@ -3,23 +3,16 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::thread::available_parallelism;
-use std::time::Duration;
 
-use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use super::muster::{About, KV_BYTES};
 use super::peers::{DECODE_PROMPT, DECODE_STEPS, PREFILL, REPEATS};
-use super::process::output;
 use super::rows::{Limit, Row, Side, Unit};
 use super::{Args, Outcome};
+use crate::page;
 use crate::probe::Limits;
-
-const BEGIN: &str = "<!-- ab:begin -->";
-const END: &str = "<!-- ab:end -->";
-const ASK: Duration = Duration::from_secs(30);
 
 /// Everything that is told.
 #[derive(Serialize)]
@@ -81,8 +74,8 @@ impl Report {
             failures: outcome.failures.clone(),
         });
         Self {
-            commit: commit(root),
-            date: said(Command::new("date").args(["-u", "+%Y-%m-%d"])),
+            commit: page::commit(root),
+            date: page::date(),
             machine: machine(),
             threads: args.threads,
             rounds: args.rounds,
@@ -276,18 +269,6 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "/")
 }
 
-fn said(command: &mut Command) -> String {
-    let mut asked = Command::new(command.get_program());
-    asked.args(command.get_args());
-    output(asked, ASK).map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
-}
-
-fn commit(root: &Path) -> String {
-    let git = |arguments: &[&str]| said(Command::new("git").arg("-C").arg(root).args(arguments));
-    let changed = !git(&["status", "--porcelain", "--untracked-files=no"]).is_empty();
-    format!("{}{}", git(&["rev-parse", "--short=10", "HEAD"]), if changed { " with changes" } else { "" })
-}
-
 fn machine() -> String {
     let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
@@ -298,19 +279,6 @@ fn machine() -> String {
     let family = field("cpu family").map_or_else(String::new, |family| format!(" (family {family})"));
     let cores = available_parallelism().map_or(0, std::num::NonZero::get);
     format!("{name}{family}, {cores} cores")
-}
-
-/// Puts `page` between the markers of a document.
-pub(super) fn write_docs(path: &Path, page: &str) -> Result<()> {
-    let told = || format!("cannot put the tables into {}", path.display());
-    let document = fs::read_to_string(path).with_context(told)?;
-    fs::write(path, replaced(&document, page).with_context(told)?).with_context(told)
-}
-
-fn replaced(document: &str, page: &str) -> Result<String> {
-    let (before, rest) = document.split_once(BEGIN).with_context(|| format!("there is no {BEGIN}"))?;
-    let (_, after) = rest.split_once(END).with_context(|| format!("there is no {END}"))?;
-    Ok(format!("{before}{BEGIN}\n{page}\n{END}{after}"))
 }
 
 #[cfg(test)]
@@ -378,13 +346,6 @@ mod tests {
         assert!(page.contains("| not available: no flag |"), "{page}");
         let page = line(row("prefill", Side::PairsPartial), &outcomes, &limits(), &about()).markdown();
         assert!(page.contains("failed: no figure prefill"), "{page}");
-    }
-
-    #[test]
-    fn documents_keep_what_is_around_the_tables() {
-        let document = format!("a\n{BEGIN}\nold\n{END}\nb\n");
-        assert_eq!(replaced(&document, "new").unwrap(), format!("a\n{BEGIN}\nnew\n{END}\nb\n"));
-        assert!(replaced("nothing", "new").is_err());
     }
 
     #[test]
