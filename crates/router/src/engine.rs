@@ -131,7 +131,7 @@ impl Engine {
                 let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
                 let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
                 let split = self.compute(&step, lanes, &mut state);
-                let whole = self.emit(&step, &split, &state, &mut table, &mut scratch);
+                let whole = self.emit(&step, &split, &state, started, &mut table, &mut scratch);
                 let took = started.elapsed();
                 // What a step took that did not come to its end says nothing.
                 if whole && splits {
@@ -247,6 +247,7 @@ impl Engine {
         step: &Step,
         lanes: &[Vec<usize>; 2],
         state: &StepState,
+        started: Instant,
         table: &mut Table,
         scratch: &mut SampleScratch,
     ) -> bool {
@@ -264,7 +265,7 @@ impl Engine {
                     }
                     Err(error) => {
                         whole = false;
-                        self.set_back(item, &error, table);
+                        self.set_back(item, &error, started, table);
                     }
                 }
             }
@@ -272,11 +273,11 @@ impl Engine {
         whole
     }
 
-    /// What becomes of a sequence that got nothing from a step: where experts are missing that may come back, it stands
+    /// What becomes of a sequence that got nothing from a step that began at `started`: where experts are missing that may come back, it stands
     /// where it stood before and waits; else its request fails.
-    fn set_back(&mut self, item: &StepItem, error: &StepError, table: &mut Table) {
+    fn set_back(&mut self, item: &StepItem, error: &StepError, started: Instant, table: &mut Table) {
         let Some(active) = table.active.get_mut(&item.seq) else { return };
-        let since = *active.stalled.get_or_insert_with(Instant::now);
+        let since = *active.stalled.get_or_insert(started);
         let patient = since.elapsed() < self.expert_timeout;
         match error {
             StepError::Interrupted => self.scheduler.undo(item),
