@@ -297,8 +297,10 @@ impl Model<'_> {
             let lost = lost.iter().filter(|block| !held.contains(block)).count() as u32;
             let used: BTreeSet<_> = step.items.iter().flat_map(|item| &item.blocks).collect();
             let taken = used.iter().filter(|block| !held.contains(block)).count() as u32;
-            // Without the last preemption there would not have been enough.
-            prop_assert!(taken > self.blocks_free() - lost, "{taken} taken of {free} free");
+            // Without the last preemption there would not have been enough. Only a sequence whose step was undone may hold
+            // nothing but what others hold, too; it has nothing to lose and nothing to give.
+            let had_nothing = self.undone && lost == 0;
+            prop_assert!(had_nothing || taken > self.blocks_free() - lost, "{taken} taken of {free} free");
         }
         Ok(())
     }

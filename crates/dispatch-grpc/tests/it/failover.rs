@@ -4,27 +4,17 @@ use std::time::Duration;
 
 use crate::support::lying::{Lie, LyingWorker, rows};
 use crate::support::{
-    Fake, Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, connect_config, describe, eventually, expert,
-    server_config, share, soon,
+    Fake, Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, collect, connect_config, describe, eventually,
+    expert, once, server_config, share, soon,
 };
 use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::shard_error::Code;
 use muster_types::{Combine, Compute};
 
 fn connect(addresses: &[&str]) -> GrpcDispatch {
     GrpcDispatch::connect(connect_config(addresses, Compute::F32)).expect("the workers fit")
-}
-
-fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
-    let mut out = vec![0.0; HIDDEN];
-    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
-}
-
-fn once(dispatch: &mut GrpcDispatch, row: &OneRow) -> Result<Vec<f32>, DispatchError> {
-    let ticket = dispatch.submit(&row.batch())?;
-    collect(dispatch, ticket)
 }
 
 /// Two honest workers that hold everything between them, twice: `b` and `c` half each, and `d` all of it.

@@ -4,27 +4,17 @@ use std::time::{Duration, Instant};
 
 use crate::support::lying::{Lie, LyingWorker, rows};
 use crate::support::{
-    Fake, Gated, HIDDEN, OneRow, TestWorker, all, connect_config, describe, eventually, server_config,
-    socket, soon,
+    Fake, Gated, HIDDEN, OneRow, TestWorker, all, collect, connect_config, describe, eventually, once,
+    server_config, socket,
 };
 use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
-use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut, Ticket};
+use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::shard_error::Code;
 use muster_types::{Compute, Retry, WorkerId};
 
 fn connect(address: &str) -> GrpcDispatch {
     GrpcDispatch::connect(connect_config(&[address], Compute::F32)).expect("the worker fits")
-}
-
-fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
-    let mut out = vec![0.0; HIDDEN];
-    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
-}
-
-fn once(dispatch: &mut GrpcDispatch, row: &OneRow) -> Result<Vec<f32>, DispatchError> {
-    let ticket = dispatch.submit(&row.batch())?;
-    collect(dispatch, ticket)
 }
 
 fn worker() -> WorkerId {

@@ -13,9 +13,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{
-    Address, Bound, ComputeError, ConnectConfig, ExpertCompute, ExpertServer, ServerConfig, Start,
+    Address, Bound, ComputeError, ConnectConfig, ExpertCompute, ExpertServer, GrpcDispatch, ServerConfig,
+    Start,
 };
-use muster_engine::dispatch::{Choices, LayerBatch, Rows};
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_kernels::Cpu;
 use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
@@ -282,4 +283,16 @@ impl OneRow {
         }
         sum
     }
+}
+
+/// Takes home one row.
+pub fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
+    let mut out = vec![0.0; HIDDEN];
+    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
+}
+
+/// Sends one row off and takes it home.
+pub fn once(dispatch: &mut GrpcDispatch, row: &OneRow) -> Result<Vec<f32>, DispatchError> {
+    let ticket = dispatch.submit(&row.batch())?;
+    collect(dispatch, ticket)
 }
