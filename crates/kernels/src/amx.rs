@@ -247,7 +247,8 @@ mod software {
     //! The same in plain Rust.
 
     use super::{LANES, Tiles};
-    use crate::simd::flush::{add, fma};
+    use crate::simd::Arith;
+    use crate::simd::flush::ScalarFlush;
 
     /// Tile registers in memory.
     pub(crate) struct Software {
@@ -281,11 +282,11 @@ mod software {
                 for n in 0..LANES {
                     let (mut even, mut odd) = (0.0, 0.0);
                     for (&a, b) in self.tiles[A][r].iter().zip(&self.tiles[B]) {
-                        even = fma(low(a), low(b[n]), even);
-                        odd = fma(high(a), high(b[n]), odd);
+                        even = ScalarFlush.fma(low(a), low(b[n]), even);
+                        odd = ScalarFlush.fma(high(a), high(b[n]), odd);
                     }
                     let total = f32::from_bits(self.tiles[C][r][n]);
-                    self.tiles[C][r][n] = add(total, add(even, odd)).to_bits();
+                    self.tiles[C][r][n] = ScalarFlush.add(total, ScalarFlush.add(even, odd)).to_bits();
                 }
             }
         }

@@ -281,7 +281,8 @@ impl Engine {
         let patient = since.elapsed() < self.expert_timeout;
         match error {
             StepError::Interrupted => self.scheduler.undo(item),
-            StepError::Dispatch(error) if patient && error.retry() != Retry::Never && !is_closed(error) => {
+            StepError::Dispatch(DispatchError::Closed) => self.fail(item.seq, error, table),
+            StepError::Dispatch(error) if patient && error.retry() != Retry::Never => {
                 tracing::debug!(sequence = %item.seq, %error, "waiting for experts");
                 counter!("muster_steps_repeated_total").increment(1);
                 self.scheduler.undo(item);
@@ -427,10 +428,6 @@ impl Active {
         let cached_prompt_tokens = self.cached_prompt_tokens.min(self.prompt_tokens);
         Finished { choice, reason, output_tokens, cached_prompt_tokens, text }
     }
-}
-
-const fn is_closed(error: &DispatchError) -> bool {
-    matches!(error, DispatchError::Closed)
 }
 
 fn token_logprobs(logits: &[f32], token: TokenId, top: u32, tokenizer: Option<&Tokenizer>) -> TokenLogprobs {

@@ -8,47 +8,20 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use muster_engine::batcher::Rank;
 use muster_engine::dispatch::{DispatchError, Ticket};
-use muster_placement::{Placement, Shape, WorkerIx};
-use muster_proto::description::{Description, Phase};
+use muster_placement::Shape;
+use muster_proto::description::Description;
 use muster_proto::expert::v1;
-use muster_proto::handshake::LANES;
 use muster_proto::reply::{Fault, Timing};
-use muster_types::{Epoch, ExpertKey, WorkerId};
+use muster_types::{Epoch, WorkerId};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout_at;
 
 use super::config::LinkError;
-use super::handle::{WorkerHealth, WorkerState};
+use super::handle::WorkerHealth;
+use super::peer::{Lanes, LinkState, Peer};
+use super::routes::{Hop, Routes};
 use crate::address::Address;
 use crate::busy::BusyPoll;
-
-/// Who can be sent what, as of one moment.
-pub(super) struct Routes {
-    pub(super) placement: Arc<Placement>,
-    /// For every worker of the placement.
-    pub(super) hops: Vec<Hop>,
-    /// For every worker: whether another is to be asked first.
-    ranks: Vec<Rank>,
-}
-
-impl Routes {
-    pub(super) fn rank(&self, worker: WorkerIx) -> Rank {
-        self.ranks.get(worker.index()).copied().unwrap_or(Rank::Unusable)
-    }
-
-    pub(super) fn hop(&self, worker: WorkerIx) -> Option<(Hop, &WorkerId)> {
-        self.hops.get(worker.index()).copied().zip(self.placement.workers().get(worker.index()))
-    }
-}
-
-/// The way to a worker.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Hop {
-    peer: usize,
-    session: u64,
-    /// Epoch of the description that these routes were made from.
-    pub(super) epoch: Epoch,
-}
 
 /// The stream that a shard went down on. One that is opened later is another, even to the same worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,32 +113,6 @@ pub(super) enum Unsent {
     Full(WorkerId),
 }
 
-/// How long a worker that broke the protocol is left alone, the first time.
-const FIRST_BAN: Duration = Duration::from_secs(1);
-/// How often that time may double.
-const MOST_STRIKES: u32 = 6;
-/// After so long without another breach it begins anew.
-const GOOD_CONDUCT: Duration = Duration::from_secs(300);
-
-type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
-
-enum LinkState {
-    Up { session: u64, lanes: Lanes },
-    Down { since: Instant, error: Option<LinkError>, reason: String },
-}
-
-struct Peer {
-    address: Address,
-    announced: Option<Description>,
-    state: LinkState,
-    /// Shards that were late and are not answered yet. While there are any, others are asked first.
-    late: usize,
-    /// Until when it is not connected again, because it broke the protocol.
-    banned: Option<Instant>,
-    /// How often it broke it.
-    strikes: u32,
-}
-
 struct State {
     peers: Vec<Peer>,
     routes: Arc<Routes>,
@@ -202,12 +149,8 @@ pub(super) struct Board {
 
 impl Board {
     pub(super) fn new(shape: Shape, addresses: Vec<Address>) -> Result<Self, LinkError> {
-        let routes = Arc::new(route(Epoch::new(1), &shape, &[])?);
-        let down =
-            || LinkState::Down { since: Instant::now(), error: None, reason: "not connected yet".into() };
-        let peer =
-            |address| Peer { address, announced: None, state: down(), late: 0, banned: None, strikes: 0 };
-        let peers = addresses.into_iter().map(peer).collect();
+        let routes = Arc::new(Routes::new(Epoch::new(1), &shape, &[])?);
+        let peers = addresses.into_iter().map(Peer::new).collect();
         let state = State {
             peers,
             routes,
@@ -241,19 +184,7 @@ impl Board {
     }
 
     pub(super) fn health(&self) -> Vec<WorkerHealth> {
-        let health = |peer: &Peer| WorkerHealth {
-            worker: peer.announced.as_ref().map(|d| d.worker.clone()),
-            address: peer.address.to_string(),
-            state: match &peer.state {
-                LinkState::Down { since, reason, .. } => {
-                    WorkerState::Down { since: *since, reason: reason.clone() }
-                }
-                LinkState::Up { .. } if peer.is_serving() => WorkerState::Connected,
-                LinkState::Up { .. } => WorkerState::Draining,
-            },
-            experts: peer.announced.as_ref().map_or(0, |d| d.holdings.len()),
-        };
-        self.lock().peers.iter().map(health).collect()
+        self.lock().peers.iter().map(Peer::health).collect()
     }
 
     /// Waits until every worker is connected, one can never be, or `deadline` passes.
@@ -397,7 +328,7 @@ impl Board {
     pub(super) fn ban(&self, hop: Hop, reason: &str) {
         let mut state = self.lock();
         if let Some(peer) = state.peers.get_mut(hop.peer)
-            && matches!(peer.state, LinkState::Up { session, .. } if session == hop.session)
+            && peer.is_in(hop.session)
         {
             peer.strike();
             drop(state);
@@ -441,9 +372,7 @@ impl Board {
         state.sessions += 1;
         let session = state.sessions;
         if let Some(peer) = state.peers.get_mut(peer) {
-            peer.announced = Some(description);
-            peer.state = LinkState::Up { session, lanes };
-            peer.late = 0;
+            peer.up(description, session, lanes);
         }
         self.reroute(state)?;
         self.links.notify_all();
@@ -464,13 +393,8 @@ impl Board {
 
     /// A worker could not be connected.
     pub(super) fn unreachable(&self, peer: usize, error: LinkError) {
-        let mut state = self.lock();
-        if let Some(peer) = state.peers.get_mut(peer) {
-            let since = match peer.state {
-                LinkState::Down { since, .. } => since,
-                LinkState::Up { .. } => Instant::now(),
-            };
-            peer.state = LinkState::Down { since, reason: error.to_string(), error: Some(error) };
+        if let Some(peer) = self.lock().peers.get_mut(peer) {
+            peer.unreachable(error);
         }
         self.links.notify_all();
     }
@@ -484,10 +408,7 @@ impl Board {
             Ended::Bad(reason) => (Failure::Bad(reason.clone()), reason),
         };
         match state.peers.get_mut(peer) {
-            Some(peer) if matches!(peer.state, LinkState::Up { session: now, .. } if now == session) => {
-                peer.state = LinkState::Down { since: Instant::now(), error: None, reason };
-                peer.late = 0;
-            }
+            Some(peer) if peer.is_in(session) => peer.down(reason),
             // It was ended from this side before.
             _ => return,
         }
@@ -550,9 +471,7 @@ impl Board {
 
     /// How long a worker that broke the protocol is still to be left alone.
     pub(super) fn banned_for(&self, peer: usize) -> Duration {
-        let state = self.lock();
-        let until = state.peers.get(peer).and_then(|peer| peer.banned);
-        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+        self.lock().peers.get(peer).map_or(Duration::ZERO, Peer::banned_for)
     }
 
     /// A link ended because the worker broke the protocol.
@@ -571,36 +490,9 @@ impl Board {
     }
 }
 
-impl Peer {
-    const fn is_up(&self) -> bool {
-        matches!(self.state, LinkState::Up { .. })
-    }
-
-    fn is_serving(&self) -> bool {
-        self.is_up() && self.announced.as_ref().is_some_and(|d| d.phase == Phase::Serving)
-    }
-
-    /// Whether another is to be asked first.
-    const fn rank(&self) -> Rank {
-        if self.late > 0 { Rank::Poor } else { Rank::Good }
-    }
-
-    /// It broke the protocol: each time it is left alone for twice as long, unless it has behaved for long.
-    fn strike(&mut self) {
-        let now = Instant::now();
-        let long_ago = self.banned.is_none_or(|until| now.saturating_duration_since(until) > GOOD_CONDUCT);
-        self.strikes = if long_ago { 0 } else { (self.strikes + 1).min(MOST_STRIKES) };
-        self.banned = Some(now + FIRST_BAN * (1 << self.strikes));
-        metrics::counter!("muster_dispatch_workers_banned_total").increment(1);
-    }
-}
-
 impl State {
     fn sender(&self, hop: Hop, lane: usize) -> Option<&mpsc::Sender<v1::DispatchRequest>> {
-        match &self.peers.get(hop.peer)?.state {
-            LinkState::Up { session, lanes } if *session == hop.session => lanes.get(lane),
-            _ => None,
-        }
+        self.peers.get(hop.peer)?.lane(hop.session, lane)
     }
 
     fn count_late_reply(&mut self) {
@@ -611,38 +503,19 @@ impl State {
     /// Ranks the workers of the routes anew.
     fn rank(&mut self) {
         let rank = |hop: &Hop| self.peers.get(hop.peer).map_or(Rank::Unusable, Peer::rank);
-        let ranks: Vec<Rank> = self.routes.hops.iter().map(rank).collect();
-        if ranks != self.routes.ranks {
-            let Routes { placement, hops, .. } = &*self.routes;
-            self.routes = Arc::new(Routes { placement: Arc::clone(placement), hops: hops.clone(), ranks });
+        if let Some(ranked) = self.routes.ranked(rank) {
+            self.routes = Arc::new(ranked);
         }
     }
 
     /// Makes new routes from the workers that are there now.
     fn reroute(&mut self, shape: &Shape) -> Result<(), LinkError> {
-        let serving = self.peers.iter().enumerate().filter(|(_, peer)| peer.is_serving());
-        let live: Vec<(Hop, &Description)> = serving
-            .filter_map(|(at, peer)| match (&peer.state, &peer.announced) {
-                (LinkState::Up { session, .. }, Some(announced)) => {
-                    Some((Hop { peer: at, session: *session, epoch: announced.epoch }, announced))
-                }
-                _ => None,
-            })
-            .collect();
+        let live: Vec<(Hop, &Description)> =
+            self.peers.iter().enumerate().filter_map(|(at, peer)| peer.route(at)).collect();
         metrics::gauge!("muster_dispatch_workers").set(live.len() as f64);
-        let routes = route(self.routes.placement.epoch().next(), shape, &live)?;
+        let routes = Routes::new(self.routes.placement.epoch().next(), shape, &live)?;
         self.routes = Arc::new(routes);
         self.rank();
         Ok(())
     }
-}
-
-fn route(epoch: Epoch, shape: &Shape, live: &[(Hop, &Description)]) -> Result<Routes, LinkError> {
-    let holdings: Vec<(WorkerId, Vec<ExpertKey>)> =
-        live.iter().map(|(_, d)| (d.worker.clone(), d.holdings.clone())).collect();
-    let placement = Placement::from_holdings(epoch, shape, &holdings)
-        .map_err(|error| LinkError::Placement(error.to_string()))?;
-    let hops: Vec<Hop> = live.iter().map(|(hop, _)| *hop).collect();
-    let placement = Arc::new(placement);
-    Ok(Routes { placement, ranks: vec![Rank::Good; hops.len()], hops })
 }

@@ -15,7 +15,7 @@ use muster_types::{DType, ExpertId};
 
 use super::board::{Arrived, Failure, Unsent};
 use super::dispatch::GrpcDispatch;
-use super::flight::{Flight, NewPart, Part, Standing};
+use super::flight::{Flight, Part, Shard, Standing};
 use super::handle::Sample;
 use crate::busy::BusyPoll;
 
@@ -41,8 +41,8 @@ enum Unsound {
 }
 
 /// What a shard's time depends on: its outputs.
-fn size_of_shard(part: &Part) -> u32 {
-    u32::try_from(part.plan.indices.len()).unwrap_or(u32::MAX)
+fn size(shard: &Shard) -> u32 {
+    u32::try_from(shard.plan.indices.len()).unwrap_or(u32::MAX)
 }
 
 impl GrpcDispatch {
@@ -57,8 +57,8 @@ impl GrpcDispatch {
         let away = flight.sent.elapsed();
         let mut busy = BusyPoll::start(self.busy_poll);
         // Nobody drove the network for certain before, so this is where waiting begins.
-        flight.began = Instant::now();
-        let mut now = flight.began;
+        let mut now = Instant::now();
+        flight.begin(now, |shard| self.patience(shard));
         loop {
             if flight.standing() == Standing::Complete {
                 match self.finish(flight, now, away, out) {
@@ -75,13 +75,13 @@ impl GrpcDispatch {
             flight.look_again(self.board.version());
             self.replace(ticket, flight, now)?;
             if let Standing::Lost(part) = flight.standing() {
-                return Err(self.lost(flight, part));
+                return Err(lost(flight, part));
             }
             if now >= deadline {
                 metrics::counter!("muster_dispatch_deadlines_total").increment(1);
                 return Err(DispatchError::Deadline { layer: flight.layer });
             }
-            let until = self.next_late(flight).map_or(deadline, |late| late.min(deadline));
+            let until = flight.next_due().map_or(deadline, |due| due.min(deadline));
             let news = self.reins.drive(self.board.wait(ticket, flight.version, until, &mut busy));
             let news = news.unwrap_or(Err(DispatchError::Closed))?;
             now = Instant::now();
@@ -91,25 +91,17 @@ impl GrpcDispatch {
         }
     }
 
-    /// When a part becomes late.
-    fn late_at(&self, flight: &Flight, part: &Part) -> Instant {
-        let hedge = self.hedges.get(&part.worker);
-        let patience = hedge.map_or(HEDGE.unknown, |hedge| hedge.deadline(size_of_shard(part)));
-        part.sent.max(flight.began) + patience * if part.deferred { DEFERRED } else { 1 }
-    }
-
-    /// When the next part does.
-    fn next_late(&self, flight: &Flight) -> Option<Instant> {
-        flight.waiting().map(|part| self.late_at(flight, part)).min()
+    /// How long a shard may take before it is late.
+    fn patience(&self, shard: &Shard) -> Duration {
+        self.hedges.get(&shard.worker).map_or(HEDGE.unknown, |hedge| hedge.deadline(size(shard)))
     }
 
     /// Takes in what came of a part.
     fn take(&mut self, flight: &mut Flight, part: usize, outcome: Result<Arrived, Failure>) {
         match outcome {
             Ok(arrived) => {
-                let it = &flight.parts()[part];
-                let took = arrived.at.saturating_duration_since(it.sent.max(flight.began));
-                self.observe(it, took);
+                let Part { shard, since, .. } = &flight.parts()[part];
+                self.observe(shard, arrived.at.saturating_duration_since(*since));
                 let answers = flight.answers(part);
                 let checked = if arrived.rows as usize == answers {
                     frame::check_len(&arrived.data, answers, self.hidden, self.wire)
@@ -137,7 +129,7 @@ impl GrpcDispatch {
     /// A reply breaks the protocol: it is not used, nor is anything else that this worker says for a while.
     fn lied(&self, flight: &mut Flight, part: usize, reason: String) {
         metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
-        let Part { worker, hop, .. } = &flight.parts()[part];
+        let Shard { worker, hop, .. } = &flight.parts()[part].shard;
         tracing::warn!(%worker, reason, "bad reply");
         self.board.ban(*hop, &reason);
         flight.fail(part, Failure::Bad(reason));
@@ -145,19 +137,19 @@ impl GrpcDispatch {
 
     /// Sends what failed, and what is late, to other owners, as far as there are any.
     fn replace(&mut self, ticket: Ticket, flight: &mut Flight, now: Instant) -> Result<(), DispatchError> {
-        let due = flight.to_replace(|part| now >= self.late_at(flight, part));
-        for number in due {
+        for number in flight.to_replace(now) {
             if flight.is_final(number) {
                 flight.leave_alone(number);
                 continue;
             }
             if flight.is_waiting(number) {
-                let Part { id, worker, deferred, .. } = &flight.parts()[number];
-                tracing::debug!(%worker, layer = %flight.layer, "a shard is late");
-                self.board.is_late(*id);
+                let Part { shard, deferred, .. } = &flight.parts()[number];
+                tracing::debug!(worker = %shard.worker, layer = %flight.layer, "a shard is late");
+                self.board.is_late(shard.id);
                 // Where everything is late, asking twice makes it later.
                 if !deferred && !self.budget.take() {
-                    flight.defer(number);
+                    let more = self.patience(shard) * (DEFERRED - 1);
+                    flight.defer(number, more);
                     continue;
                 }
             }
@@ -175,19 +167,20 @@ impl GrpcDispatch {
             let planned = flight.plan_stand_ins(number, &routes.placement, &rank, &unreachable);
             let Some(stand_ins) = planned else { return Ok(()) };
             let first = self.board.issue(stand_ins.len());
-            let mut parts = Vec::with_capacity(stand_ins.len());
+            let mut shards = Vec::with_capacity(stand_ins.len());
             let mut places = Vec::with_capacity(stand_ins.len());
             for (id, stand_in) in (first..).zip(stand_ins) {
                 let Some((hop, worker)) = routes.hop(stand_in.plan.worker) else { continue };
                 let weights = flight.weights_of(number, &stand_in);
-                let data = self.pick(&flight.parts()[number].data, &stand_in.picked);
-                parts.push(NewPart { id, hop, worker: worker.clone(), plan: stand_in.plan, data, weights });
+                let data = self.pick(&flight.parts()[number].shard.data, &stand_in.picked);
+                shards.push(Shard { id, hop, worker: worker.clone(), plan: stand_in.plan, data, weights });
                 places.push(stand_in.places);
             }
-            match self.send(ticket, flight.layer, flight.lane, flight.parts().len(), &parts) {
+            match self.send(ticket, flight.layer, flight.lane, flight.parts().len(), &shards) {
                 Ok(()) => {
-                    metrics::counter!("muster_dispatch_resent_shards_total").increment(parts.len() as u64);
-                    flight.replace(number, parts.into_iter().zip(places).collect());
+                    metrics::counter!("muster_dispatch_resent_shards_total").increment(shards.len() as u64);
+                    let sent = shards.into_iter().zip(places).collect();
+                    flight.replace(number, sent, |shard| self.patience(shard));
                     return Ok(());
                 }
                 Err(Unsent::Closed) => return Err(DispatchError::Closed),
@@ -197,18 +190,18 @@ impl GrpcDispatch {
         }
     }
 
-    fn observe(&mut self, part: &Part, took: Duration) {
-        let rows = size_of_shard(part);
-        match self.hedges.get_mut(&part.worker) {
-            Some(hedge) => hedge.observe(rows, took),
+    /// A worker took so long for a shard, or at least.
+    fn observe(&mut self, shard: &Shard, took: Duration) {
+        // No more than the router has workers, but they may change their names.
+        if self.hedges.len() >= MOST_KNOWN && !self.hedges.contains_key(&shard.worker) {
+            self.hedges.clear();
+        }
+        match self.hedges.get_mut(&shard.worker) {
+            Some(hedge) => hedge.observe(size(shard), took),
             None => {
-                // No more than the router has workers, but they may change their names.
-                if self.hedges.len() >= MOST_KNOWN {
-                    self.hedges.clear();
-                }
                 let mut hedge = Hedge::new(HEDGE);
-                hedge.observe(rows, took);
-                self.hedges.insert(part.worker.clone(), hedge);
+                hedge.observe(size(shard), took);
+                self.hedges.insert(shard.worker.clone(), hedge);
             }
         }
         self.budget.sent();
@@ -217,14 +210,14 @@ impl GrpcDispatch {
     /// Takes note of what came of asking twice.
     fn learn(&mut self, flight: &Flight, now: Instant) {
         for (number, part) in flight.parts().iter().enumerate().filter(|(_, part)| part.hedged) {
-            let first = flight.arrived(number).is_some();
-            if !first {
-                // It took at least as long as it was waited for.
-                self.observe(part, now.saturating_duration_since(part.sent.max(flight.began)));
-            }
-            if let Some(hedge) = self.hedges.get_mut(&part.worker) {
-                let outcome = if first { Outcome::Wasted } else { Outcome::Won };
-                hedge.hedged(size_of_shard(part), outcome);
+            let outcome = if flight.arrived(number).is_some() {
+                Outcome::Wasted
+            } else {
+                self.observe(&part.shard, now.saturating_duration_since(part.since));
+                Outcome::Won
+            };
+            if let Some(hedge) = self.hedges.get_mut(&part.shard.worker) {
+                hedge.hedged(size(&part.shard), outcome);
             }
         }
     }
@@ -282,25 +275,24 @@ impl GrpcDispatch {
         self.samples.push(sample);
         Ok(())
     }
+}
 
-    /// What it means for the micro-batch that a part is lost.
-    fn lost(&self, flight: &mut Flight, part: usize) -> DispatchError {
-        let Some(failure) = flight.failure(part) else {
-            return DispatchError::Invalid(format!("part {part} has not failed"));
-        };
-        let Part { worker, plan, .. } = &flight.parts()[part];
-        let worker = worker.clone();
-        let fault = match failure {
-            Failure::Lost(reason) => return DispatchError::WorkerLost { worker, reason },
-            Failure::Bad(reason) => return DispatchError::BadReply { worker, reason },
-            Failure::Fault(fault) => fault,
-        };
-        let Fault { kind, message, expert } = fault;
-        let expert = plan.experts.iter().copied().find(|known| Some(known.get()) == expert);
-        match (kind, expert) {
-            (FaultKind::Deadline, _) => DispatchError::Deadline { layer: flight.layer },
-            (FaultKind::NonFinite, Some(expert)) => DispatchError::NonFinite { layer: flight.layer, expert },
-            _ => DispatchError::Refused { worker, reason: message, retry: kind.retry() },
-        }
+/// What it means for the micro-batch that a part is lost.
+fn lost(flight: &Flight, part: usize) -> DispatchError {
+    let Some(failure) = flight.failure(part) else {
+        return DispatchError::Invalid(format!("part {part} has not failed"));
+    };
+    let Shard { worker, plan, .. } = &flight.parts()[part].shard;
+    let worker = worker.clone();
+    let Fault { kind, message, expert } = match failure.clone() {
+        Failure::Lost(reason) => return DispatchError::WorkerLost { worker, reason },
+        Failure::Bad(reason) => return DispatchError::BadReply { worker, reason },
+        Failure::Fault(fault) => fault,
+    };
+    let expert = plan.experts.iter().copied().find(|known| Some(known.get()) == expert);
+    match (kind, expert) {
+        (FaultKind::Deadline, _) => DispatchError::Deadline { layer: flight.layer },
+        (FaultKind::NonFinite, Some(expert)) => DispatchError::NonFinite { layer: flight.layer, expert },
+        _ => DispatchError::Refused { worker, reason: message, retry: kind.retry() },
     }
 }

@@ -19,7 +19,7 @@ use muster_types::{Combine, DType, LayerId, NumericsClass, WorkerId};
 
 use super::board::{Board, Gathered, Outgoing, Unsent};
 use super::config::{ConnectConfig, ConnectError, Start};
-use super::flight::{self, Flight, NewPart};
+use super::flight::{self, Flight, Shard, answers};
 use super::handle::{HealthHandle, Samples, StatsHandle};
 use super::link::{self, LinkConfig};
 use crate::address::Address;
@@ -60,7 +60,8 @@ pub struct GrpcDispatch {
 
 impl GrpcDispatch {
     /// Connects to all workers, checks that they fit this router and each other, and starts the thread
-    /// that keeps them connected while this one has other things to do. Blocks for at most the configured time, plus a step in progress.
+    /// that keeps them connected while this one has other things to do. Blocks for at most the configured time, plus a
+    /// step in progress.
     ///
     /// # Errors
     /// See [`ConnectError`]. A worker that can never fit is an error whatever `config.start` says.
@@ -210,19 +211,19 @@ impl GrpcDispatch {
                 Combine::Partial => flight::weights(batch.choices, &plans, &slots),
             };
             let first = self.board.issue(plans.len());
-            let mut parts = Vec::with_capacity(plans.len());
+            let mut shards = Vec::with_capacity(plans.len());
             for (index, (id, plan)) in (first..).zip(plans).enumerate() {
                 let Some((hop, worker)) = routes.hop(plan.worker) else {
                     return Err(DispatchError::Invalid("a plan names no worker of the placement".into()));
                 };
                 let data = self.gather_rows(batch.rows, &plan.rows);
                 let weights = std::mem::take(&mut weights[index]);
-                parts.push(NewPart { id, hop, worker: worker.clone(), plan, data, weights });
+                shards.push(Shard { id, hop, worker: worker.clone(), plan, data, weights });
             }
-            match self.send(ticket, batch.layer, batch.lane, 0, &parts) {
+            match self.send(ticket, batch.layer, batch.lane, 0, &shards) {
                 Ok(()) => {
                     let version = routes.placement.epoch().get();
-                    let flight = Flight::new(batch, &slots, self.combine, parts, version, submitted);
+                    let flight = Flight::new(batch, &slots, self.combine, shards, version, submitted);
                     return Ok(flight);
                 }
                 Err(Unsent::Closed) => return Err(DispatchError::Closed),
@@ -233,20 +234,20 @@ impl GrpcDispatch {
         }
     }
 
-    /// Sends parts of a micro-batch, of which the first is number `number`.
+    /// Sends shards of a micro-batch; the first of them is part number `number`.
     pub(super) fn send(
         &self,
         ticket: Ticket,
         layer: LayerId,
         lane: usize,
         number: usize,
-        parts: &[NewPart],
+        shards: &[Shard],
     ) -> Result<(), Unsent> {
-        let outgoing = parts.iter().enumerate().map(|(index, part)| Outgoing {
-            part: number + index,
-            worker: part.worker.clone(),
-            hop: part.hop,
-            request: part.request(layer, self.deadline_ms),
+        let outgoing = (number..).zip(shards).map(|(part, shard)| Outgoing {
+            part,
+            worker: shard.worker.clone(),
+            hop: shard.hop,
+            request: shard.request(layer, self.deadline_ms),
         });
         let outgoing = outgoing.collect();
         let sent = self.reins.drive(async {
@@ -256,11 +257,8 @@ impl GrpcDispatch {
             Ok(())
         });
         sent.unwrap_or(Err(Unsent::Closed))?;
-        let outputs = |part: &NewPart| match self.combine {
-            Combine::Exact => part.plan.indices.len(),
-            Combine::Partial => part.plan.rows.len(),
-        };
-        let largest = parts.iter().map(|part| part.plan.rows.len().max(outputs(part))).max().unwrap_or(0);
+        let rows = |shard: &Shard| shard.plan.rows.len().max(answers(&shard.plan, self.combine));
+        let largest = shards.iter().map(rows).max().unwrap_or(0);
         if largest.saturating_mul(self.hidden * self.wire.size()) >= LARGE_BYTES {
             self.reins.lend();
         }

@@ -4,20 +4,21 @@
 //! other owners as further parts, its *stand-ins*; stand-ins can fail in turn. What always holds: a part counts as
 //! resolved when it has arrived itself or all its stand-ins are resolved, and only resolved parts are combined; every
 //! (row, expert) pair is taken from exactly one arrived part; no worker is asked twice for the same pair. It does not
-//! know how parts are sent, nor when they are late.
+//! know how parts are sent, nor how long they may take.
 
 use std::borrow::Cow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use muster_engine::batcher::{Rank, ShardPlan, Slot, StandIn, stand_ins};
 use muster_engine::dispatch::{Choices, LayerBatch};
-use muster_kernels::Term;
+use muster_kernels::{Term, terms_by_row};
 use muster_placement::{Placement, WorkerIx};
 use muster_proto::expert::v1;
 use muster_types::{Combine, ExpertId, LayerId, Retry, WorkerId};
 
-use super::board::{Arrived, Failure, Hop};
+use super::board::{Arrived, Failure};
+use super::routes::Hop;
 
 /// See the module.
 pub(super) struct Flight {
@@ -35,28 +36,34 @@ pub(super) struct Flight {
     pub(super) version: u64,
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
-    /// When waiting for it began.
-    pub(super) began: Instant,
 }
 
-/// One shard of a micro-batch.
-pub(super) struct Part {
+/// A shard to be sent.
+pub(super) struct Shard {
     pub(super) id: u64,
     pub(super) hop: Hop,
     pub(super) worker: WorkerId,
     pub(super) plan: ShardPlan,
-    /// The hidden rows, as they were sent.
+    /// The hidden rows.
     pub(super) data: Bytes,
     /// Weights of the outputs, where the worker adds them up.
-    weights: Vec<f32>,
-    pub(super) sent: Instant,
+    pub(super) weights: Vec<f32>,
+}
+
+/// A shard that was sent.
+pub(super) struct Part {
+    pub(super) shard: Shard,
+    /// When waiting for it began.
+    pub(super) since: Instant,
+    /// When it is late.
+    due: Instant,
     state: State,
     stand_ins: Vec<usize>,
     /// Nobody else can be asked.
     alone: bool,
     /// Others were asked because it was late.
     pub(super) hedged: bool,
-    /// It was late when no hedge could be afforded, and waits for longer.
+    /// It was late when no hedge could be afforded, and was given more time.
     pub(super) deferred: bool,
     /// The part that this one stands in for, and the places of its outputs there.
     of: Option<(usize, Vec<u32>)>,
@@ -66,16 +73,6 @@ enum State {
     Waiting,
     Arrived(Arrived),
     Failed(Failure),
-}
-
-/// What a part is made of.
-pub(super) struct NewPart {
-    pub(super) id: u64,
-    pub(super) hop: Hop,
-    pub(super) worker: WorkerId,
-    pub(super) plan: ShardPlan,
-    pub(super) data: Bytes,
-    pub(super) weights: Vec<f32>,
 }
 
 /// The sums that a flight's rows are.
@@ -99,12 +96,12 @@ pub(super) enum Standing {
 }
 
 impl Flight {
-    /// A micro-batch that leaves in these parts; `slots` says where each output will be.
+    /// A micro-batch that left in these shards; `slots` says where each output will be.
     pub(super) fn new(
         batch: &LayerBatch<'_>,
         slots: &[Slot],
         combine: Combine,
-        parts: Vec<NewPart>,
+        shards: Vec<Shard>,
         version: u64,
         submitted: Instant,
     ) -> Self {
@@ -114,21 +111,15 @@ impl Flight {
             Combine::Partial => (Vec::new(), Vec::new()),
         };
         let sent = Instant::now();
-        let parts: Vec<Part> = parts.into_iter().map(|part| Part::new(part, sent, None)).collect();
+        let parts: Vec<Part> = shards.into_iter().map(|shard| Part::new(shard, sent, sent, None)).collect();
         let (rows, first) = (choices.rows(), parts.len());
-        Self {
-            layer,
-            lane,
-            rows,
-            combine,
-            starts,
-            terms,
-            parts,
-            first,
-            version,
-            submitted,
-            sent,
-            began: sent,
+        Self { layer, lane, rows, combine, starts, terms, parts, first, version, submitted, sent }
+    }
+
+    /// Waiting for it begins.
+    pub(super) fn begin(&mut self, now: Instant, patience: impl Fn(&Shard) -> Duration) {
+        for part in &mut self.parts {
+            (part.since, part.due) = (now, now + patience(&part.shard));
         }
     }
 
@@ -138,7 +129,7 @@ impl Flight {
 
     /// Ids of all shards that were ever sent for it.
     pub(super) fn ids(&self) -> impl Iterator<Item = u64> {
-        self.parts.iter().map(|part| part.id)
+        self.parts.iter().map(|part| part.shard.id)
     }
 
     pub(super) fn arrive(&mut self, part: usize, arrived: Arrived) {
@@ -156,7 +147,7 @@ impl Flight {
 
     /// Whether a part failed in a way that nobody else can mend.
     pub(super) fn is_final(&self, part: usize) -> bool {
-        matches!(&self.parts[part].state, State::Failed(Failure::Fault(fault)) if fault.kind.retry() == Retry::Never)
+        matches!(self.failure(part), Some(Failure::Fault(fault)) if fault.kind.retry() == Retry::Never)
     }
 
     /// Workers came or went: who was alone may not be any more.
@@ -168,11 +159,7 @@ impl Flight {
 
     /// Output rows that a part must bring.
     pub(super) fn answers(&self, part: usize) -> usize {
-        let plan = &self.parts[part].plan;
-        match self.combine {
-            Combine::Exact => plan.indices.len(),
-            Combine::Partial => plan.rows.len(),
-        }
+        answers(&self.parts[part].shard.plan, self.combine)
     }
 
     /// How it stands.
@@ -189,11 +176,11 @@ impl Flight {
         if complete { Standing::Complete } else { Standing::Open }
     }
 
-    /// Why a part that is lost is.
-    pub(super) fn failure(&mut self, part: usize) -> Option<Failure> {
-        match std::mem::replace(&mut self.parts[part].state, State::Waiting) {
+    /// Why a part failed, if it has.
+    pub(super) fn failure(&self, part: usize) -> Option<&Failure> {
+        match &self.parts[part].state {
             State::Failed(failure) => Some(failure),
-            _ => None,
+            State::Waiting | State::Arrived(_) => None,
         }
     }
 
@@ -215,30 +202,24 @@ impl Flight {
         stand_ins.iter().find_map(|&other| self.lost(other))
     }
 
-    /// Parts whose place others should take now: those that failed, and those that `is_late`.
-    pub(super) fn to_replace(&self, is_late: impl Fn(&Part) -> bool) -> Vec<usize> {
-        let wanted = |&part: &usize| {
-            let it = &self.parts[part];
-            let due = match it.state {
-                State::Waiting => is_late(it),
-                State::Failed(_) => true,
-                State::Arrived(_) => false,
-            };
-            due && it.stand_ins.is_empty() && !it.alone && !self.is_settled(part)
-        };
-        (0..self.parts.len()).filter(wanted).collect()
+    /// Parts whose place others should take now: those that failed, and those that are late.
+    pub(super) fn to_replace(&self, now: Instant) -> Vec<usize> {
+        let is_due = |part: &usize| !self.is_waiting(*part) || now >= self.parts[*part].due;
+        self.open().filter(is_due).collect()
     }
 
-    /// Parts that might become late.
-    pub(super) fn waiting(&self) -> impl Iterator<Item = &Part> {
-        let open = |&part: &usize| {
-            let it = &self.parts[part];
-            matches!(it.state, State::Waiting)
-                && it.stand_ins.is_empty()
-                && !it.alone
-                && !self.is_settled(part)
-        };
-        (0..self.parts.len()).filter(open).map(|part| &self.parts[part])
+    /// When the next part becomes late whose place others could take.
+    pub(super) fn next_due(&self) -> Option<Instant> {
+        self.open().filter(|&part| self.is_waiting(part)).map(|part| self.parts[part].due).min()
+    }
+
+    /// Parts that are not there, that nobody stands in for, and that others might.
+    fn open(&self) -> impl Iterator<Item = usize> {
+        (0..self.parts.len()).filter(|&part| {
+            let Part { state, stand_ins, alone, .. } = &self.parts[part];
+            let is_there = matches!(state, State::Arrived(_));
+            !is_there && stand_ins.is_empty() && !alone && !self.is_settled(part)
+        })
     }
 
     /// Whether something that `part` stands in for is there without it.
@@ -253,8 +234,8 @@ impl Flight {
         false
     }
 
-    /// Plans stand-ins for a part, on workers that were not asked for its pairs yet and are not `unreachable`. `None`: there is nobody, and the part
-    /// is left to itself.
+    /// Plans stand-ins for a part, on workers that were not asked for its pairs yet and are not `unreachable`. `None`:
+    /// there is nobody, and the part is left to itself.
     pub(super) fn plan_stand_ins(
         &mut self,
         part: usize,
@@ -267,7 +248,7 @@ impl Flight {
             let known = placement.workers().get(worker.index());
             if known.is_none_or(|worker| asked.contains(&worker)) { Rank::Unusable } else { rank(worker) }
         };
-        let planned = stand_ins(self.layer, &self.parts[part].plan, placement, &of_others);
+        let planned = stand_ins(self.layer, &self.parts[part].shard.plan, placement, &of_others);
         self.parts[part].alone = planned.is_err();
         planned.ok()
     }
@@ -275,7 +256,7 @@ impl Flight {
     /// Workers that were asked for the pairs of `part`.
     fn asked(&self, part: usize) -> impl Iterator<Item = &WorkerId> {
         let next = |&at: &usize| self.parts[at].of.as_ref().map(|(of, _)| *of);
-        std::iter::successors(Some(part), next).map(|at| &self.parts[at].worker)
+        std::iter::successors(Some(part), next).map(|at| &self.parts[at].shard.worker)
     }
 
     /// The weights that a stand-in's outputs have, where workers add up.
@@ -283,25 +264,34 @@ impl Flight {
         match self.combine {
             Combine::Exact => Vec::new(),
             Combine::Partial => {
-                stand_in.places.iter().map(|&place| self.parts[part].weights[place as usize]).collect()
+                let weights = &self.parts[part].shard.weights;
+                stand_in.places.iter().map(|&place| weights[place as usize]).collect()
             }
         }
     }
 
     /// Takes note of stand-ins that were sent for `part`; the first of them is part number `parts().len()`.
-    pub(super) fn replace(&mut self, part: usize, sent: Vec<(NewPart, Vec<u32>)>) {
+    pub(super) fn replace(
+        &mut self,
+        part: usize,
+        sent: Vec<(Shard, Vec<u32>)>,
+        patience: impl Fn(&Shard) -> Duration,
+    ) {
         let now = Instant::now();
-        self.parts[part].hedged = matches!(self.parts[part].state, State::Waiting);
-        for (new, places) in sent {
+        self.parts[part].hedged = self.is_waiting(part);
+        for (shard, places) in sent {
             let number = self.parts.len();
             self.parts[part].stand_ins.push(number);
-            self.parts.push(Part::new(new, now, Some((part, places))));
+            let due = now + patience(&shard);
+            self.parts.push(Part::new(shard, now, due, Some((part, places))));
         }
     }
 
     /// A part that is late is given more time, once.
-    pub(super) fn defer(&mut self, part: usize) {
-        self.parts[part].deferred = true;
+    pub(super) fn defer(&mut self, part: usize, more: Duration) {
+        let part = &mut self.parts[part];
+        part.deferred = true;
+        part.due += more;
     }
 
     /// Nobody else can be asked for what is in `part`.
@@ -317,7 +307,8 @@ impl Flight {
         }
         match self.combine {
             Combine::Partial => {
-                let (starts, terms) = by_shard(self.rows, sources.iter().map(|&part| &self.parts[part].plan));
+                let (starts, terms) =
+                    by_shard(self.rows, sources.iter().map(|&part| &self.parts[part].shard.plan));
                 Sum { sources, starts: Cow::Owned(starts), terms: Cow::Owned(terms) }
             }
             Combine::Exact => {
@@ -333,7 +324,7 @@ impl Flight {
 
     /// The expert of an output row of a part; of a row that several experts are added up in, the first.
     pub(super) fn expert_of(&self, part: usize, row: u32) -> ExpertId {
-        let plan = &self.parts[part].plan;
+        let plan = &self.parts[part].shard.plan;
         let mut ends = plan.counts.iter().scan(0, |end, count| {
             *end += count;
             Some(*end)
@@ -366,9 +357,9 @@ impl Flight {
     fn redirect(&self, sources: &[usize], terms: &mut [Term]) {
         // For each of the first parts: source and row of each of its places.
         let mut found: Vec<Vec<(u32, u32)>> =
-            self.parts[..self.first].iter().map(|part| vec![(0, 0); part.plan.indices.len()]).collect();
+            self.parts[..self.first].iter().map(|part| vec![(0, 0); part.shard.plan.indices.len()]).collect();
         for (source, &part) in (0..).zip(sources) {
-            let mut places: Vec<u32> = (0..).take(self.parts[part].plan.indices.len()).collect();
+            let mut places: Vec<u32> = (0..).take(self.parts[part].shard.plan.indices.len()).collect();
             let mut at = part;
             while let Some((of, there)) = &self.parts[at].of {
                 places.iter_mut().for_each(|place| *place = there[*place as usize]);
@@ -385,19 +376,13 @@ impl Flight {
 }
 
 impl Part {
-    fn new(new: NewPart, sent: Instant, of: Option<(usize, Vec<u32>)>) -> Self {
-        let NewPart { id, hop, worker, plan, data, weights } = new;
-        let (state, stand_ins) = (State::Waiting, Vec::new());
+    fn new(shard: Shard, since: Instant, due: Instant, of: Option<(usize, Vec<u32>)>) -> Self {
         Self {
-            id,
-            hop,
-            worker,
-            plan,
-            data,
-            weights,
-            sent,
-            state,
-            stand_ins,
+            shard,
+            since,
+            due,
+            state: State::Waiting,
+            stand_ins: Vec::new(),
             alone: false,
             hedged: false,
             deferred: false,
@@ -406,7 +391,7 @@ impl Part {
     }
 }
 
-impl NewPart {
+impl Shard {
     /// The message that carries it.
     pub(super) fn request(&self, layer: LayerId, deadline_ms: u32) -> v1::LayerShard {
         v1::LayerShard {
@@ -436,24 +421,19 @@ fn by_pair(choices: &Choices, slots: &[Slot]) -> (Vec<u32>, Vec<Term>) {
 
 /// Partial combine: every shard with the row gives one term, in the order of the shards.
 fn by_shard<'a>(rows: usize, plans: impl Iterator<Item = &'a ShardPlan> + Clone) -> (Vec<u32>, Vec<Term>) {
-    let mut starts = vec![0u32; rows + 1];
-    for &row in plans.clone().flat_map(|plan| &plan.rows) {
-        starts[row as usize + 1] += 1;
+    let terms = (0..).zip(plans).flat_map(|(source, plan)| {
+        let term = move |(position, &row): (u32, &u32)| (row, Term { source, row: position, weight: 1.0 });
+        (0..).zip(&plan.rows).map(term)
+    });
+    terms_by_row(rows, terms)
+}
+
+/// Output rows that a shard brings.
+pub(super) fn answers(plan: &ShardPlan, combine: Combine) -> usize {
+    match combine {
+        Combine::Exact => plan.indices.len(),
+        Combine::Partial => plan.rows.len(),
     }
-    for row in 1..starts.len() {
-        starts[row] += starts[row - 1];
-    }
-    let mut next = starts.clone();
-    let count = starts.last().map_or(0, |&count| count as usize);
-    let mut terms = vec![Term { source: 0, row: 0, weight: 1.0 }; count];
-    for (source, plan) in (0..).zip(plans) {
-        for (position, &row) in (0..).zip(&plan.rows) {
-            let at = &mut next[row as usize];
-            terms[*at as usize] = Term { source, row: position, weight: 1.0 };
-            *at += 1;
-        }
-    }
-    (starts, terms)
 }
 
 /// The weights of each shard's outputs.

@@ -12,6 +12,8 @@ mod dispatch;
 mod flight;
 mod handle;
 mod link;
+mod peer;
+mod routes;
 
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
 pub use dispatch::GrpcDispatch;

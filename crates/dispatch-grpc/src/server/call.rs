@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use muster_engine::dispatch::Rows;
-use muster_kernels::{Cpu, NotFinite, Outputs, Precision, Term, combine_to_wire, to_wire};
+use muster_kernels::{Cpu, NotFinite, Outputs, Precision, Term, combine_to_wire, terms_by_row, to_wire};
 use muster_proto::frame::{FrameError, RowBuffer, byte_len};
 use muster_proto::reply::{Fault, FaultKind};
 use muster_proto::shard::{ShardRules, ShardView};
@@ -215,22 +215,11 @@ fn merge(members: &[(&ShardView, usize)]) -> (Vec<(ExpertId, Vec<u32>)>, Vec<Pla
 /// The terms of each row's sum, in ascending expert id.
 fn terms(view: &ShardView, places: &[Range<usize>], weights: &[f32]) -> (Vec<u32>, Vec<Term>) {
     let groups = view.groups();
-    let mut starts = vec![0u32; view.rows() + 1];
-    for &row in groups.iter().flat_map(|(_, rows)| *rows) {
-        starts[row as usize + 1] += 1;
-    }
-    for row in 1..starts.len() {
-        starts[row] += starts[row - 1];
-    }
-    let mut next = starts.clone();
-    let mut terms = vec![Term { source: 0, row: 0, weight: 0.0 }; view.outputs()];
     let outputs = groups.iter().zip(places).flat_map(|((_, rows), place)| rows.iter().zip(place.clone()));
-    for ((&row, output), &weight) in outputs.zip(weights) {
-        let at = &mut next[row as usize];
-        terms[*at as usize] = Term { source: 0, row: output as u32, weight };
-        *at += 1;
-    }
-    (starts, terms)
+    let term = |((&row, output), &weight): ((&u32, usize), &f32)| {
+        (row, Term { source: 0, row: output as u32, weight })
+    };
+    terms_by_row(view.rows(), outputs.zip(weights).map(term))
 }
 
 const fn precision(wire: DType) -> Precision {

@@ -4,12 +4,21 @@
 //! subnormal when it is below the least normal number after rounding to 24 bits with an unbounded exponent, so a
 //! result that only the coarser subnormal rounding lifts to the least normal number is flushed too.
 
-use super::portable::map2;
-use super::{Arith, LANES, Portable, Scalar, Simd};
+use super::portable::LaneByLane;
+use super::{Arith, Scalar};
 
 /// Sixteen lanes as an array, flushed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PortableFlush;
+
+/// One lane, flushed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ScalarFlush;
+
+impl LaneByLane for PortableFlush {
+    type One = ScalarFlush;
+    const ONE: ScalarFlush = ScalarFlush;
+}
 
 /// A power of two that lifts anything near the least normal number far above it.
 const LIFT: f32 = 18_446_744_073_709_551_616.0;
@@ -28,101 +37,55 @@ fn flushed(result: f32, lifted: impl FnOnce() -> f32) -> f32 {
     if tiny { result * 0.0 } else { result }
 }
 
-/// `a * b + c` rounded once, flushed.
-#[inline(always)]
-pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
-    let (a, b, c) = (zeroed(a), zeroed(b), zeroed(c));
-    flushed(a.mul_add(b, c), || {
-        // The smaller factor has room: the product is near the least normal number.
-        let (small, large) = if a.abs() < b.abs() { (a, b) } else { (b, a) };
-        (small * LIFT).mul_add(large, c * LIFT)
-    })
-}
-
-/// `a + b`, flushed.
-#[inline(always)]
-pub(crate) fn add(a: f32, b: f32) -> f32 {
-    // A sum near the least normal number is exact.
-    zeroed(zeroed(a) + zeroed(b))
-}
-
-#[inline(always)]
-fn mul(a: f32, b: f32) -> f32 {
-    let (a, b) = (zeroed(a), zeroed(b));
-    flushed(a * b, || if a.abs() < b.abs() { a * LIFT * b } else { b * LIFT * a })
-}
-
-#[inline(always)]
-fn div(a: f32, b: f32) -> f32 {
-    let (a, b) = (zeroed(a), zeroed(b));
-    flushed(a / b, || a * LIFT / b)
-}
-
-impl Arith for PortableFlush {
-    type V = [f32; LANES];
+impl Arith for ScalarFlush {
+    type V = f32;
     #[inline(always)]
-    fn splat(self, value: f32) -> Self::V {
-        [value; LANES]
+    fn splat(self, value: f32) -> f32 {
+        value
     }
     #[inline(always)]
-    fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, add)
+    fn add(self, a: f32, b: f32) -> f32 {
+        // A sum near the least normal number is exact.
+        zeroed(zeroed(a) + zeroed(b))
     }
     #[inline(always)]
-    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| zeroed(zeroed(a) - zeroed(b)))
+    fn sub(self, a: f32, b: f32) -> f32 {
+        zeroed(zeroed(a) - zeroed(b))
     }
     #[inline(always)]
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, mul)
+    fn mul(self, a: f32, b: f32) -> f32 {
+        let (a, b) = (zeroed(a), zeroed(b));
+        flushed(a * b, || if a.abs() < b.abs() { a * LIFT * b } else { b * LIFT * a })
     }
     #[inline(always)]
-    fn div(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, div)
+    fn div(self, a: f32, b: f32) -> f32 {
+        let (a, b) = (zeroed(a), zeroed(b));
+        flushed(a / b, || a * LIFT / b)
     }
     #[inline(always)]
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        std::array::from_fn(|i| fma(a[i], b[i], c[i]))
+    fn fma(self, a: f32, b: f32, c: f32) -> f32 {
+        let (a, b, c) = (zeroed(a), zeroed(b), zeroed(c));
+        flushed(a.mul_add(b, c), || {
+            // The smaller factor has room: the product is near the least normal number.
+            let (small, large) = if a.abs() < b.abs() { (a, b) } else { (b, a) };
+            (small * LIFT).mul_add(large, c * LIFT)
+        })
     }
     #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.min(zeroed(a), zeroed(b)))
+    fn min(self, a: f32, b: f32) -> f32 {
+        Scalar.min(zeroed(a), zeroed(b))
     }
     #[inline(always)]
-    fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.max(zeroed(a), zeroed(b)))
+    fn max(self, a: f32, b: f32) -> f32 {
+        Scalar.max(zeroed(a), zeroed(b))
     }
     #[inline(always)]
-    fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
-        std::array::from_fn(|i| Scalar.select_lt(zeroed(a[i]), zeroed(b[i]), yes[i], no[i]))
+    fn select_lt(self, a: f32, b: f32, yes: f32, no: f32) -> f32 {
+        Scalar.select_lt(zeroed(a), zeroed(b), yes, no)
     }
     #[inline(always)]
-    fn pow2(self, n: Self::V) -> Self::V {
-        Portable.pow2(n)
-    }
-}
-
-impl Simd for PortableFlush {
-    const REGISTERS: usize = Portable::REGISTERS;
-    #[inline(always)]
-    fn load(self, from: &[f32; LANES]) -> Self::V {
-        Portable.load(from)
-    }
-    #[inline(always)]
-    fn load_bf16(self, from: &[u16; LANES]) -> Self::V {
-        Portable.load_bf16(from)
-    }
-    #[inline(always)]
-    fn load_bf16_pairs(self, from: &[u32; LANES]) -> (Self::V, Self::V) {
-        Portable.load_bf16_pairs(from)
-    }
-    #[inline(always)]
-    fn store(self, v: Self::V, to: &mut [f32; LANES]) {
-        Portable.store(v, to);
-    }
-    #[inline(always)]
-    fn round_bf16(self, v: Self::V) -> Self::V {
-        Portable.round_bf16(v)
+    fn pow2(self, n: f32) -> f32 {
+        Scalar.pow2(n)
     }
 }
 

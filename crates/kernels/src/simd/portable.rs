@@ -56,13 +56,25 @@ impl Arith for Scalar {
     }
 }
 
+/// Sixteen lanes as an array, each computed by itself: the operations follow from those of one lane.
+pub(super) trait LaneByLane: Copy {
+    /// What one lane does.
+    type One: Arith<V = f32>;
+    const ONE: Self::One;
+}
+
+impl LaneByLane for Portable {
+    type One = Scalar;
+    const ONE: Scalar = Scalar;
+}
+
 /// `op` lane by lane.
 #[inline(always)]
-pub(super) fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+fn map2(a: [f32; LANES], b: [f32; LANES], op: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     std::array::from_fn(|i| op(a[i], b[i]))
 }
 
-impl Arith for Portable {
+impl<L: LaneByLane> Arith for L {
     type V = [f32; LANES];
     #[inline(always)]
     fn splat(self, value: f32) -> Self::V {
@@ -70,43 +82,43 @@ impl Arith for Portable {
     }
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.add(a, b))
+        map2(a, b, |a, b| L::ONE.add(a, b))
     }
     #[inline(always)]
     fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.sub(a, b))
+        map2(a, b, |a, b| L::ONE.sub(a, b))
     }
     #[inline(always)]
     fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.mul(a, b))
+        map2(a, b, |a, b| L::ONE.mul(a, b))
     }
     #[inline(always)]
     fn div(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.div(a, b))
+        map2(a, b, |a, b| L::ONE.div(a, b))
     }
     #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-        std::array::from_fn(|i| Scalar.fma(a[i], b[i], c[i]))
+        std::array::from_fn(|i| L::ONE.fma(a[i], b[i], c[i]))
     }
     #[inline(always)]
     fn min(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.min(a, b))
+        map2(a, b, |a, b| L::ONE.min(a, b))
     }
     #[inline(always)]
     fn max(self, a: Self::V, b: Self::V) -> Self::V {
-        map2(a, b, |a, b| Scalar.max(a, b))
+        map2(a, b, |a, b| L::ONE.max(a, b))
     }
     #[inline(always)]
     fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V {
-        std::array::from_fn(|i| Scalar.select_lt(a[i], b[i], yes[i], no[i]))
+        std::array::from_fn(|i| L::ONE.select_lt(a[i], b[i], yes[i], no[i]))
     }
     #[inline(always)]
     fn pow2(self, n: Self::V) -> Self::V {
-        n.map(|n| Scalar.pow2(n))
+        n.map(|n| L::ONE.pow2(n))
     }
 }
 
-impl Simd for Portable {
+impl<L: LaneByLane> Simd for L {
     // Not known here: the smaller tiles are chosen.
     const REGISTERS: usize = 8;
     #[inline(always)]

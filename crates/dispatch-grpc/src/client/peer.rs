@@ -1,0 +1,140 @@
+//! What a router knows of one worker: where it is, what it announces, and how it has behaved.
+//!
+//! Always holds: a worker is connected over the lanes of one session at a time. Knows nothing of shards' contents.
+
+use std::time::{Duration, Instant};
+
+use muster_engine::batcher::Rank;
+use muster_proto::description::{Description, Phase};
+use muster_proto::expert::v1;
+use muster_proto::handshake::LANES;
+use tokio::sync::mpsc;
+
+use super::config::LinkError;
+use super::handle::{WorkerHealth, WorkerState};
+use super::routes::Hop;
+use crate::address::Address;
+
+/// How long a worker that broke the protocol is left alone, the first time.
+const FIRST_BAN: Duration = Duration::from_secs(1);
+/// How often that time may double.
+const MOST_STRIKES: u32 = 6;
+/// After so long without another breach it begins anew.
+const GOOD_CONDUCT: Duration = Duration::from_secs(300);
+
+pub(super) type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
+
+/// A worker's link.
+pub(super) enum LinkState {
+    Up { session: u64, lanes: Lanes },
+    Down { since: Instant, error: Option<LinkError>, reason: String },
+}
+
+/// See the module.
+pub(super) struct Peer {
+    pub(super) address: Address,
+    pub(super) announced: Option<Description>,
+    pub(super) state: LinkState,
+    /// Shards that were late and are not answered yet. While there are any, others are asked first.
+    pub(super) late: usize,
+    /// Until when it is not connected again, because it broke the protocol.
+    banned: Option<Instant>,
+    /// How often it broke it.
+    strikes: u32,
+}
+
+impl Peer {
+    /// A worker that was not connected yet.
+    pub(super) fn new(address: Address) -> Self {
+        let state =
+            LinkState::Down { since: Instant::now(), error: None, reason: "not connected yet".into() };
+        Self { address, announced: None, state, late: 0, banned: None, strikes: 0 }
+    }
+
+    pub(super) const fn is_up(&self) -> bool {
+        matches!(self.state, LinkState::Up { .. })
+    }
+
+    /// Whether it is connected, and this is its session.
+    pub(super) fn is_in(&self, session: u64) -> bool {
+        matches!(self.state, LinkState::Up { session: now, .. } if now == session)
+    }
+
+    fn is_serving(&self) -> bool {
+        self.is_up() && self.announced.as_ref().is_some_and(|d| d.phase == Phase::Serving)
+    }
+
+    /// It is connected.
+    pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes) {
+        self.announced = Some(description);
+        self.state = LinkState::Up { session, lanes };
+        self.late = 0;
+    }
+
+    /// Its link ended.
+    pub(super) fn down(&mut self, reason: String) {
+        self.state = LinkState::Down { since: Instant::now(), error: None, reason };
+        self.late = 0;
+    }
+
+    /// It could not be connected.
+    pub(super) fn unreachable(&mut self, error: LinkError) {
+        let since = match self.state {
+            LinkState::Down { since, .. } => since,
+            LinkState::Up { .. } => Instant::now(),
+        };
+        self.state = LinkState::Down { since, reason: error.to_string(), error: Some(error) };
+    }
+
+    /// The way to it as peer number `at`, and what it announces; `None` when it takes no rows.
+    pub(super) fn route(&self, at: usize) -> Option<(Hop, &Description)> {
+        match (&self.state, &self.announced) {
+            (LinkState::Up { session, .. }, Some(announced)) if announced.phase == Phase::Serving => {
+                Some((Hop { peer: at, session: *session, epoch: announced.epoch }, announced))
+            }
+            _ => None,
+        }
+    }
+
+    /// A lane of its session.
+    pub(super) fn lane(&self, session: u64, lane: usize) -> Option<&mpsc::Sender<v1::DispatchRequest>> {
+        match &self.state {
+            LinkState::Up { session: now, lanes } if *now == session => lanes.get(lane),
+            _ => None,
+        }
+    }
+
+    pub(super) fn health(&self) -> WorkerHealth {
+        WorkerHealth {
+            worker: self.announced.as_ref().map(|d| d.worker.clone()),
+            address: self.address.to_string(),
+            state: match &self.state {
+                LinkState::Down { since, reason, .. } => {
+                    WorkerState::Down { since: *since, reason: reason.clone() }
+                }
+                LinkState::Up { .. } if self.is_serving() => WorkerState::Connected,
+                LinkState::Up { .. } => WorkerState::Draining,
+            },
+            experts: self.announced.as_ref().map_or(0, |d| d.holdings.len()),
+        }
+    }
+
+    /// Whether another is to be asked first.
+    pub(super) const fn rank(&self) -> Rank {
+        if self.late > 0 { Rank::Poor } else { Rank::Good }
+    }
+
+    /// It broke the protocol: each time it is left alone for twice as long, unless it has behaved for long.
+    pub(super) fn strike(&mut self) {
+        let now = Instant::now();
+        let long_ago = self.banned.is_none_or(|until| now.saturating_duration_since(until) > GOOD_CONDUCT);
+        self.strikes = if long_ago { 0 } else { (self.strikes + 1).min(MOST_STRIKES) };
+        self.banned = Some(now + FIRST_BAN * (1 << self.strikes));
+        metrics::counter!("muster_dispatch_workers_banned_total").increment(1);
+    }
+
+    /// How long it is still to be left alone.
+    pub(super) fn banned_for(&self) -> Duration {
+        self.banned.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+    }
+}
