@@ -3,7 +3,8 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 const ROOT: &str = "../../proto";
-const FILES: [&str; 2] = ["muster/expert/v1/expert.proto", "muster/v1/inference.proto"];
+const FILES: [&str; 3] =
+    ["muster/cluster/v1/cluster.proto", "muster/expert/v1/expert.proto", "muster/v1/inference.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");

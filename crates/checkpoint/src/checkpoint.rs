@@ -57,6 +57,17 @@ pub enum WeightData {
     Bf16(Vec<u16>),
 }
 
+impl WeightData {
+    /// Their type.
+    #[must_use]
+    pub const fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::Bf16(_) => DType::Bf16,
+        }
+    }
+}
+
 /// How one weight is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored<'a> {

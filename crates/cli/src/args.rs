@@ -240,9 +240,20 @@ pub(crate) struct RouterArgs {
     /// Name to serve the model under [default: that of its directory].
     #[arg(long, value_name = "NAME")]
     pub(crate) model_name: Option<String>,
-    /// A worker, as host:port or unix:/path; given once for each.
+    /// A worker, as host:port or unix:/path; given once for each. Others can join while it runs.
     #[arg(long = "worker", value_name = "ADDR")]
     pub(crate) workers: Vec<String>,
+    /// Whether routers tell workers which experts to hold, or workers keep those they start with: auto or static
+    /// [default: auto].
+    #[arg(long, value_name = "MODE")]
+    pub(crate) placement: Option<String>,
+    /// Copies of every expert on different workers, as far as their memory allows [default: 1].
+    #[arg(long, value_name = "N")]
+    pub(crate) replicas: Option<String>,
+    /// What becomes of rows whose experts no worker holds: none lets them wait, local has the router compute them from
+    /// the checkpoint, slowly [default: none].
+    #[arg(long, value_name = "MODE")]
+    pub(crate) fallback: Option<String>,
     /// Where OpenAI HTTP, probes and metrics listen [default: 127.0.0.1:8080].
     #[arg(long, value_name = "ADDR")]
     pub(crate) http: Option<String>,
@@ -308,8 +319,10 @@ pub(crate) struct RouterArgs {
 #[command(
     after_help = "Every setting can also stand in the [worker] table of the file given with --config, with \
                         underscores (drain_timeout = \"1m\"), and in the environment (MUSTER_WORKER_DRAIN_TIMEOUT).\n\n\
-                        SIGTERM ends it once rows under way are done; a second one ends it at once.\n\n\
-                        Example, two workers that share the experts:\n  \
+                        SIGTERM ends it once others hold what is needed of it; a second one ends it at once.\n\n\
+                        Example, one more worker for a running cluster:\n  \
+                        muster worker --join 127.0.0.1:50051 --listen 127.0.0.1:0\n\n\
+                        Example, two workers that share the experts and routers that are told of them:\n  \
                         muster worker --model demo --listen 127.0.0.1:7070 --share 0/2\n  \
                         muster worker --model demo --listen 127.0.0.1:7071 --share 1/2"
 )]
@@ -320,10 +333,29 @@ pub(crate) struct WorkerArgs {
     /// Where routers reach it, as host:port or unix:/path [default: 127.0.0.1:7070].
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Option<String>,
-    /// Which experts to load: all, or share I of N counted from 0, as in 0/2; 0/3x2 has every expert on two of
-    /// three workers [default: all].
+    /// gRPC address of a router to make itself known to; given once for each. Routers then tell it what to hold, and
+    /// without --model it fetches what it needs.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) join: Vec<String>,
+    /// Where others reach it, if that is not where it listens.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) advertise: Option<String>,
+    /// Which experts to start with: all, none, or share I of N counted from 0, as in 0/2; 0/3x2 has every expert on two
+    /// of three workers [default: all; none with --join].
     #[arg(long, value_name = "I/N")]
     pub(crate) share: Option<String>,
+    /// Memory for experts, as in 16GiB [default: most of what is free].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) memory: Option<String>,
+    /// How fast it is, compared with other workers: it is given as much of the load [default: its threads].
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) speed: Option<String>,
+    /// What it shares its fate with, such as a host or a rack: copies of an expert lie apart [default: the host].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) domain: Option<String>,
+    /// Bytes a second that other workers may fetch from it [default: 256MiB].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) fetch_rate: Option<String>,
     /// Name of this worker [default: made from where it listens].
     #[arg(long, value_name = "NAME")]
     pub(crate) id: Option<String>,
@@ -345,7 +377,7 @@ pub(crate) struct WorkerArgs {
     /// Streams open at once; a router needs three [default: 256].
     #[arg(long, value_name = "N")]
     pub(crate) max_streams: Option<String>,
-    /// How long rows under way may take after SIGTERM [default: 30s].
+    /// How long after SIGTERM it may go on serving what no other worker holds yet [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub(crate) drain_timeout: Option<String>,
     /// Microseconds to look for the next rows after an answer before sleeping; 0 sleeps at once [default: 50].

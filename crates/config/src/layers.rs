@@ -184,31 +184,18 @@ impl Reader {
         key: &'static str,
         parse: impl Fn(&str) -> Result<T, String>,
     ) -> Option<T> {
-        if self.is_missing(key) {
+        if !self.entries.contains_key(key) {
+            let role = self.role.0;
+            let variable = format!("MUSTER_{}_{}", role.to_uppercase(), key.to_uppercase());
+            let message = format!("is missing; give {}, {variable}, or {key} in [{role}]", flag_name(key));
+            self.problem(key, message);
             return None;
         }
         self.optional(key, parse)
     }
 
-    /// Whether no layer has the key, which is noted as a problem.
-    fn is_missing(&mut self, key: &'static str) -> bool {
-        let missing = !self.entries.contains_key(key);
-        if missing {
-            let role = self.role.0;
-            let variable = format!("MUSTER_{}_{}", role.to_uppercase(), key.to_uppercase());
-            self.problem(
-                key,
-                format!("is missing; give {}, {variable}, or {key} in [{role}]", flag_name(key)),
-            );
-        }
-        missing
-    }
-
-    /// All parsed values of a list, of which there must be one; a text is split at commas.
+    /// All parsed values of a list, of which there may be none; a text is split at commas.
     pub(crate) fn list<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
-        if self.is_missing(key) {
-            return Vec::new();
-        }
         let texts: Vec<String> = match self.entries.get(key).map(|entry| &entry.raw) {
             None => return Vec::new(),
             Some(Raw::One(text)) => text.split(',').map(|part| part.trim().to_owned()).collect(),

@@ -1,7 +1,8 @@
 //! The router's settings.
 
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::str::FromStr;
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
@@ -19,6 +20,9 @@ const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
     Key { name: "model_name", kind: ValueKind::Text, default: None },
     Key { name: "workers", kind: ValueKind::List, default: None },
+    Key { name: "placement", kind: ValueKind::Text, default: Some("auto") },
+    Key { name: "replicas", kind: ValueKind::Number, default: Some("1") },
+    Key { name: "fallback", kind: ValueKind::Text, default: Some("none") },
     Key { name: "http", kind: ValueKind::Text, default: Some("127.0.0.1:8080") },
     Key { name: "grpc", kind: ValueKind::Text, default: Some("127.0.0.1:50051") },
     Key { name: "id", kind: ValueKind::Text, default: Some("router") },
@@ -51,8 +55,14 @@ pub struct RouterSettings {
     pub model: String,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
-    /// Where the workers are; at least one, none twice.
+    /// Where the workers are, none twice; others may join.
     pub workers: Vec<Address>,
+    /// Whether this router may tell workers what to hold.
+    pub placement: PlacementMode,
+    /// Copies that each expert shall have, as far as memory allows.
+    pub replicas: NonZeroU32,
+    /// What becomes of rows whose experts no worker holds.
+    pub fallback: Fallback,
     /// Where OpenAI HTTP, probes and metrics listen.
     pub http: SocketAddr,
     /// Where gRPC listens.
@@ -93,6 +103,48 @@ pub struct RouterSettings {
     pub log: LogSettings,
 }
 
+/// Whether a router may tell workers what to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PlacementMode {
+    /// It may, when it leads.
+    Auto,
+    /// Workers hold what they start with.
+    Static,
+}
+
+impl FromStr for PlacementMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "static" => Ok(Self::Static),
+            _ => Err(format!("{text:?} is neither auto nor static")),
+        }
+    }
+}
+
+/// What becomes of rows whose experts no worker holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fallback {
+    /// They wait until one does.
+    None,
+    /// The router reads the expert from the checkpoint and computes it itself.
+    Local,
+}
+
+impl FromStr for Fallback {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "local" => Ok(Self::Local),
+            _ => Err(format!("{text:?} is neither none nor local")),
+        }
+    }
+}
+
 impl RouterSettings {
     /// Reads and checks all layers.
     ///
@@ -111,6 +163,10 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let model = reader.required("model", text);
     let model_name = reader.optional("model_name", model_name);
     let workers = workers(reader);
+    let placement = reader.required("placement", str::parse::<PlacementMode>);
+    let replicas = reader.required("replicas", |text| value::count(text, 1, 64));
+    let replicas = replicas.and_then(|count| u32::try_from(count).ok()).and_then(NonZeroU32::new);
+    let fallback = reader.required("fallback", str::parse::<Fallback>);
     let http = reader.required("http", parse_socket);
     let grpc = reader.required("grpc", parse_socket);
     let id = reader.required("id", name);
@@ -154,6 +210,9 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         model: model?,
         model_name,
         workers,
+        placement: placement?,
+        replicas: replicas?,
+        fallback: fallback?,
         http: http?,
         grpc: grpc?,
         id: id?,

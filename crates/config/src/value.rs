@@ -18,9 +18,11 @@ pub struct LogSettings {
     pub format: LogFormat,
 }
 
-/// Which experts a worker loads.
+/// Which experts a worker starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Share {
+    /// None; routers tell it what to load.
+    None,
     /// Every expert of the model.
     All,
     /// Share `index` of `of`, counted from 0.
@@ -38,13 +40,15 @@ impl FromStr for Share {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "all" {
-            return Ok(Self::All);
+        match text {
+            "all" => return Ok(Self::All),
+            "none" => return Ok(Self::None),
+            _ => {}
         }
         let wrong = || {
             format!(
                 "{text:?} is not a share; write I/N, as in 0/2 and 1/2 for two workers, I/NxR to have every expert on R \
-                 of them, or all"
+                 of them, all or none"
             )
         };
         let (index, rest) = text.split_once('/').ok_or_else(wrong)?;
@@ -70,6 +74,7 @@ impl FromStr for Share {
 impl fmt::Display for Share {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::None => f.write_str("none"),
             Self::All => f.write_str("all"),
             Self::Part { index, of, replicas: NonZeroU32::MIN } => write!(f, "{index}/{of}"),
             Self::Part { index, of, replicas } => write!(f, "{index}/{of}x{replicas}"),
@@ -105,6 +110,11 @@ pub(crate) fn threads(text: &str) -> Result<Option<NonZeroUsize>, String> {
         .and_then(NonZeroUsize::new)
         .map(Some)
         .ok_or_else(|| format!("{text:?} is neither 1 to 1024 nor auto"))
+}
+
+/// A size, or `auto`.
+pub(crate) fn size_or_auto(text: &str) -> Result<Option<u64>, String> {
+    if text == "auto" { Ok(None) } else { parse_size(text).map(Some) }
 }
 
 /// Splits a number from its unit and looks the unit up.
@@ -224,7 +234,7 @@ mod tests {
 
     #[test]
     fn shares() {
-        assert_eq!("all".parse(), Ok(Share::All));
+        assert_eq!(("all".parse(), "none".parse()), (Ok(Share::All), Ok(Share::None)));
         let part = |index, of, replicas| {
             let [of, replicas] = [of, replicas].map(|number| NonZeroU32::new(number).unwrap());
             Share::Part { index, of, replicas }

@@ -5,7 +5,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
-use muster_types::{Compute, WeightDType};
+use muster_types::{Compute, Speed, WeightDType};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
@@ -16,7 +16,13 @@ use crate::value::{self, LogSettings, Share, parse_compute, parse_duration, pars
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
     Key { name: "listen", kind: ValueKind::Text, default: Some("127.0.0.1:7070") },
-    Key { name: "share", kind: ValueKind::Text, default: Some("all") },
+    Key { name: "join", kind: ValueKind::List, default: None },
+    Key { name: "advertise", kind: ValueKind::Text, default: None },
+    Key { name: "share", kind: ValueKind::Text, default: None },
+    Key { name: "memory", kind: ValueKind::Text, default: Some("auto") },
+    Key { name: "speed", kind: ValueKind::NumberOrText, default: Some("auto") },
+    Key { name: "domain", kind: ValueKind::Text, default: None },
+    Key { name: "fetch_rate", kind: ValueKind::Text, default: Some("256MiB") },
     Key { name: "id", kind: ValueKind::Text, default: None },
     Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
     Key { name: "expert_dtype", kind: ValueKind::Text, default: Some("native") },
@@ -36,12 +42,24 @@ pub(crate) const ROLE: Role = ("worker", KEYS);
 /// What a worker is told.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkerSettings {
-    /// Directory or name of the model.
-    pub model: String,
+    /// Directory or name of the model; `None`, only where there is a router to join, has weights fetched.
+    pub model: Option<String>,
     /// Where it listens.
     pub listen: Address,
-    /// Which experts it loads.
+    /// Routers to make itself known to.
+    pub join: Vec<Address>,
+    /// Where routers and other workers reach it; `None`: where it listens.
+    pub advertise: Option<Address>,
+    /// Which experts it starts with.
     pub share: Share,
+    /// Bytes for experts; `None` takes most of what is free.
+    pub memory: Option<u64>,
+    /// How fast it is, compared with other workers; `None` counts threads.
+    pub speed: Option<Speed>,
+    /// What it shares its fate with; `None` is the host.
+    pub domain: Option<String>,
+    /// Bytes a second that other workers may fetch from it.
+    pub fetch_rate: NonZeroUsize,
     /// What it calls itself; `None` makes a name from where it listens.
     pub id: Option<String>,
     /// What activations are rounded to; `None` as the checkpoint says.
@@ -77,9 +95,21 @@ impl WorkerSettings {
 }
 
 fn read(reader: &mut Reader) -> Option<WorkerSettings> {
-    let model = reader.required("model", text);
-    let listen = reader.required("listen", |text| text.parse::<Address>().map_err(|error| error.to_string()));
-    let share = reader.required("share", str::parse::<Share>);
+    let address = |text: &str| text.parse::<Address>().map_err(|error| error.to_string());
+    let listen = reader.required("listen", address);
+    let join = reader.list("join", address);
+    let advertise = reader.optional("advertise", address);
+    // A worker that joins has its experts chosen and brought by the cluster.
+    let model = if join.is_empty() { reader.required("model", text) } else { reader.optional("model", text) };
+    let share = reader.optional("share", str::parse::<Share>);
+    let share = share.unwrap_or(if join.is_empty() { Share::All } else { Share::None });
+    if model.is_none() && share != Share::None {
+        reader.problem("share", "needs a --model to load from".to_owned());
+    }
+    let memory = reader.required("memory", value::size_or_auto);
+    let speed = reader.required("speed", speed);
+    let domain = reader.optional("domain", name);
+    let fetch_rate = reader.required("fetch_rate", value::parse_size);
     let id = reader.optional("id", name);
     let compute = reader.required("compute", parse_compute);
     let experts = reader.required("expert_dtype", parse_weight_dtype);
@@ -101,9 +131,15 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
         reader.problem("listen", off_loopback(&address.to_string()));
     }
     Some(WorkerSettings {
-        model: model?,
+        model,
         listen: listen?,
-        share: share?,
+        join,
+        advertise,
+        share,
+        memory: memory?,
+        speed: speed?,
+        domain,
+        fetch_rate: fetch_rate.and_then(|rate| usize::try_from(rate).ok()).and_then(NonZeroUsize::new)?,
         id,
         compute: compute?,
         experts: experts?,
@@ -115,6 +151,15 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
         busy_poll: busy_poll?,
         log: log?,
     })
+}
+
+/// A speed, or `auto`.
+fn speed(text: &str) -> Result<Option<Speed>, String> {
+    if text == "auto" {
+        return Ok(None);
+    }
+    let number: f64 = text.parse().map_err(|_| format!("{text:?} is neither a number nor auto"))?;
+    Speed::new(number).map(Some).map_err(|error| error.to_string())
 }
 
 /// Whether only this machine can reach it. A name may mean anything, so only `localhost` and loopback addresses count.

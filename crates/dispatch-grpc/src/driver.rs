@@ -87,6 +87,11 @@ impl Driver {
         self.core.handle.spawn(task)
     }
 
+    /// To run tasks on it from anywhere, as long as it is there.
+    pub(crate) fn handle(&self) -> Handle {
+        self.core.handle.clone()
+    }
+
     /// For the owner, of which there is one.
     pub(crate) fn reins(&self) -> Reins {
         Reins(Arc::downgrade(&self.core))

@@ -12,13 +12,18 @@ mod busy;
 pub mod client;
 mod compute;
 mod driver;
+mod fetch;
 pub mod server;
 mod transport;
 
 pub use address::{Address, AddressError};
 pub use client::{
-    ConnectConfig, ConnectError, DispatchStats, GrpcDispatch, HealthHandle, LinkError, Sample, Start,
+    ClusterHandle, ConnectConfig, ConnectError, DispatchStats, GrpcDispatch, HealthHandle, LinkError, Sample, Start,
     StatsHandle, WorkerHealth, WorkerState,
 };
 pub use compute::{ComputeError, ExpertCompute, Rows};
-pub use server::{BindError, Bound, ComputeQueue, ExpertServer, Network, ServeError, ServerConfig};
+pub use fetch::{FetchError, Fetcher};
+pub use server::{
+    BindError, Bound, ComputeQueue, Custody, ExpertServer, Held, Network, ServeError, ServerConfig, WeightSource,
+    WeightTerms, WeightsService,
+};

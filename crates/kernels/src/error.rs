@@ -48,6 +48,16 @@ pub enum KernelError {
         /// Elements given.
         found: usize,
     },
+    /// Bytes that are no packed weight of this shape.
+    #[error("{bytes} bytes are no packed weight of shape [{n}, {k}], or have a value that is not finite")]
+    Packed {
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Bytes given.
+        bytes: usize,
+    },
     /// A weight that is to be quantised has a NaN or an infinity.
     #[error("row {n} of the weight is not finite: it cannot be quantised")]
     NonFinite {

@@ -54,6 +54,12 @@ impl Expert {
         Ok(Self { gate, up, down })
     }
 
+    /// Gate, up and down projection.
+    #[must_use]
+    pub fn matrices(&self) -> [&Matrix; 3] {
+        [&self.gate, &self.up, &self.down]
+    }
+
     /// Features of an input and of an output row.
     #[must_use]
     pub fn hidden(&self) -> usize {

@@ -182,6 +182,11 @@ impl Matrix {
         Ok(Self { n, k, elements: Elements::Quantised(Quantised::pack(kind, n, k, widen)?) })
     }
 
+    /// From its elements, which are those of `[n, k]`.
+    pub(crate) fn of(n: usize, k: usize, elements: Elements) -> Self {
+        Self { n, k, elements }
+    }
+
     /// Output features.
     #[must_use]
     pub fn n(&self) -> usize {

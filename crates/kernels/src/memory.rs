@@ -21,17 +21,17 @@ const LARGE: usize = CHUNK / 4;
 /// Bytes of a cache line, and of sixteen f32 lanes.
 const ALIGN: usize = 64;
 
-/// Types for which memory of zeros is a value.
+/// Types for which any bytes are a value, zeros among them.
 ///
 /// # Safety
-/// All-zero bytes must be a valid value, there must be no drop glue, and the alignment must be at most 64.
+/// Any bytes must be a valid value, there must be no padding and no drop glue, and the alignment must be at most 64.
 pub(crate) unsafe trait Zeroed: Copy {}
 
-// SAFETY: zero bytes are the number zero.
+// SAFETY: any bytes are a number.
 unsafe impl Zeroed for u16 {}
-// SAFETY: zero bytes are the number zero.
+// SAFETY: any bytes are a number.
 unsafe impl Zeroed for u32 {}
-// SAFETY: zero bytes are the number zero.
+// SAFETY: any bytes are a number.
 unsafe impl Zeroed for f32 {}
 // SAFETY: an array is its elements.
 unsafe impl<T: Zeroed, const N: usize> Zeroed for [T; N] {}
@@ -57,6 +57,21 @@ impl<T: Zeroed> Buffer<T> {
         let start = if room >= LARGE { map(room) } else { heap().take(room) };
         let start = start.ok_or(KernelError::OutOfMemory { field, bytes })?.cast();
         Ok(Self { start, len })
+    }
+}
+
+impl<T: Zeroed> Buffer<T> {
+    /// The elements' bytes.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        // SAFETY: `start` owns that many bytes, all initialised, since `T` has no padding.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.bytes()) }
+    }
+
+    /// The elements' bytes, to be changed at will.
+    pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
+        let bytes = self.bytes();
+        // SAFETY: as for `as_bytes`; any bytes are elements, and the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), bytes) }
     }
 }
 

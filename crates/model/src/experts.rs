@@ -3,22 +3,99 @@
 //! Used by a worker for its share and by [`crate::local::Local`] for all of them. Knows nothing about who asks.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{ExpertRole, Role};
 use muster_engine::dispatch::Rows;
-use muster_kernels::{Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, from_bf16, grouped_ffn};
+pub use muster_kernels::Expert;
+use muster_kernels::{
+    Cpu, ExpertRows, FfnScratch, Isa, KernelError, Matrix, Packing, Precision, from_bf16, grouped_ffn,
+};
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
 
-use crate::weights::Loader;
+use crate::weights::{Loader, packing};
 use crate::{LoadProgress, ModelError};
+
+/// How the experts of a layer are packed: what their bytes mean in any process that computes alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertForm {
+    /// Width of a hidden row, elements.
+    pub hidden: usize,
+    /// Width between the linears, elements.
+    pub intermediate: usize,
+    /// Of gate, up and down projection.
+    pub packings: [Packing; 3],
+}
+
+impl ExpertForm {
+    /// That of each layer's experts; `None` for a dense layer. A layer's experts are all stored alike.
+    #[must_use]
+    pub fn of_layers(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Vec<Option<Self>> {
+        let spec = checkpoint.spec();
+        let form = |layer: u32| {
+            let moe = spec.moe(layer as usize)?;
+            let packing = |role| {
+                let stored = checkpoint.stored(Role::Expert(layer, 0, role))?;
+                Some(packing(stored.dtype, compute, dtype))
+            };
+            let packings =
+                [packing(ExpertRole::Gate)?, packing(ExpertRole::Up)?, packing(ExpertRole::Down)?];
+            Some(Self { hidden: spec.hidden, intermediate: moe.intermediate, packings })
+        };
+        (0..u32::try_from(spec.layers.len()).unwrap_or(u32::MAX)).map(form).collect()
+    }
+
+    /// Packing and shape of gate, up and down projection.
+    fn parts(&self) -> [(Packing, usize, usize); 3] {
+        let [gate, up, down] = self.packings;
+        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        [(gate, intermediate, hidden), (up, intermediate, hidden), (down, hidden, intermediate)]
+    }
+
+    /// Bytes of a packed expert; `None` when they cannot be counted.
+    #[must_use]
+    pub fn bytes(&self) -> Option<usize> {
+        self.parts().into_iter().try_fold(0_usize, |sum, (packing, n, k)| sum.checked_add(packing.bytes(n, k)?))
+    }
+
+    /// The expert's packed matrices, if it has this form.
+    #[must_use]
+    pub fn packed<'e>(&self, expert: &'e Expert) -> Option<[&'e [u8]; 3]> {
+        let matrices = expert.matrices();
+        let fits = |(matrix, part): (&&Matrix, (Packing, usize, usize))| {
+            (matrix.packing(), matrix.n(), matrix.k()) == part
+        };
+        matrices.iter().zip(self.parts()).all(fits).then(|| matrices.map(Matrix::packed))
+    }
+
+    /// The expert with these packed matrices, one behind the other.
+    ///
+    /// # Errors
+    /// When the bytes are too few or too many, or are no weights.
+    pub fn unpack(&self, bytes: &[u8]) -> Result<Expert, KernelError> {
+        let mut rest = bytes;
+        let mut matrix = |(packing, n, k): (Packing, usize, usize)| {
+            let own = packing.bytes(n, k).and_then(|own| rest.split_at_checked(own));
+            let Some((own, more)) = own else { return Err(KernelError::Packed { n, k, bytes: rest.len() }) };
+            rest = more;
+            Matrix::from_packed(packing, n, k, own)
+        };
+        let [gate, up, down] = self.parts();
+        let (gate, up, down) = (matrix(gate)?, matrix(up)?, matrix(down)?);
+        if !rest.is_empty() {
+            return Err(KernelError::Packed { n: down.n(), k: down.k(), bytes: down.bytes() + rest.len() });
+        }
+        Expert::new(gate, up, down)
+    }
+}
 
 /// Loaded experts.
 pub struct ExpertSet {
     compute: Compute,
     dtype: WeightDType,
     hidden: usize,
-    experts: BTreeMap<ExpertKey, Expert>,
+    experts: BTreeMap<ExpertKey, Arc<Expert>>,
     bytes: u64,
 }
 
@@ -41,11 +118,16 @@ pub enum ExpertError {
 }
 
 impl ExpertSet {
-    /// Reads, checks and packs the given experts, one matrix after another: beside what is packed, no more than one
-    /// matrix is ever held as it is stored.
+    /// Room for experts, and none yet.
+    #[must_use]
+    pub const fn new(hidden: usize, compute: Compute, dtype: WeightDType) -> Self {
+        Self { compute, dtype, hidden, experts: BTreeMap::new(), bytes: 0 }
+    }
+
+    /// Reads, checks and packs the given experts.
     ///
     /// # Errors
-    /// When an expert does not exist, or its bytes are unreadable or not finite.
+    /// As [`read`].
     pub fn load(
         checkpoint: &Checkpoint,
         keys: &[ExpertKey],
@@ -53,24 +135,32 @@ impl ExpertSet {
         dtype: WeightDType,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, ModelError> {
-        let spec = checkpoint.spec();
-        let roles = keys.iter().flat_map(|&key| expert_roles(key));
-        let mut loader = Loader::new(checkpoint, compute, roles, progress);
-        let mut experts = BTreeMap::new();
-        let mut bytes = 0;
-        for &key in keys {
-            let known = spec.moe(key.layer.index()).is_some_and(|moe| key.expert.get() < moe.experts);
-            if !known {
-                return Err(ModelError::NoSuchExpert(key));
-            }
-            let [gate, up, down] = expert_roles(key);
-            let mut matrix = |role| loader.matrix_as(role, dtype);
-            let expert = Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
-                .map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
-            bytes += expert.bytes() as u64;
-            experts.insert(key, expert);
+        let mut set = Self::new(checkpoint.spec().hidden, compute, dtype);
+        read(checkpoint, keys, compute, dtype, progress, &mut |key, expert| {
+            set.insert(key, expert);
+        })?;
+        Ok(set)
+    }
+
+    /// Takes an expert in.
+    pub fn insert(&mut self, key: ExpertKey, expert: Expert) {
+        self.bytes += expert.bytes() as u64;
+        if let Some(before) = self.experts.insert(key, Arc::new(expert)) {
+            self.bytes -= before.bytes() as u64;
         }
-        Ok(Self { compute, dtype, hidden: spec.hidden, experts, bytes })
+    }
+
+    /// Gives an expert up.
+    pub fn remove(&mut self, key: ExpertKey) -> Option<Arc<Expert>> {
+        let expert = self.experts.remove(&key)?;
+        self.bytes -= expert.bytes() as u64;
+        Some(expert)
+    }
+
+    /// An expert, if it is loaded.
+    #[must_use]
+    pub fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
+        self.experts.get(&key).cloned()
     }
 
     /// Every routed expert of the model, in ascending order.
@@ -169,6 +259,36 @@ impl ExpertSet {
     }
 }
 
+/// Reads, checks and packs the given experts and hands each over, one matrix after another: beside what is packed, no
+/// more than one matrix is ever held as it is stored.
+///
+/// # Errors
+/// When an expert does not exist, or its bytes are unreadable or not finite. Those before it were handed over.
+pub fn read(
+    checkpoint: &Checkpoint,
+    keys: &[ExpertKey],
+    compute: Compute,
+    dtype: WeightDType,
+    progress: &mut dyn FnMut(LoadProgress),
+    take: &mut dyn FnMut(ExpertKey, Expert),
+) -> Result<(), ModelError> {
+    let spec = checkpoint.spec();
+    let roles = keys.iter().flat_map(|&key| expert_roles(key));
+    let mut loader = Loader::new(checkpoint, compute, roles, progress);
+    for &key in keys {
+        let known = spec.moe(key.layer.index()).is_some_and(|moe| key.expert.get() < moe.experts);
+        if !known {
+            return Err(ModelError::NoSuchExpert(key));
+        }
+        let [gate, up, down] = expert_roles(key);
+        let mut matrix = |role| loader.matrix_as(role, dtype);
+        let expert = Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
+            .map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
+        take(key, expert);
+    }
+    Ok(())
+}
+
 /// What to tell the user where another mode would be faster.
 #[must_use]
 pub fn faster_mode(compute: Compute, isa: Isa) -> Option<&'static str> {
@@ -190,4 +310,51 @@ pub const fn precision(compute: Compute) -> Precision {
 fn expert_roles(key: ExpertKey) -> [Role; 3] {
     [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down]
         .map(|role| Role::Expert(key.layer.get(), key.expert.get(), role))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use muster_checkpoint::Source;
+
+    use super::*;
+
+    #[test]
+    fn an_expert_goes_through_its_bytes_unchanged() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
+        let checkpoint = Checkpoint::open(&Source::Directory(path)).unwrap();
+        let keys = ExpertSet::all_keys(&checkpoint);
+        for compute in [Compute::F32, Compute::Bf16] {
+            for dtype in [WeightDType::Native, WeightDType::Q8, WeightDType::Q4] {
+                let forms = ExpertForm::of_layers(&checkpoint, compute, dtype);
+                let set = ExpertSet::load(&checkpoint, &keys[..3], compute, dtype, &mut |_| {}).unwrap();
+                for &key in &keys[..3] {
+                    let form = forms[key.layer.index()].unwrap();
+                    let expert = set.get(key).unwrap();
+                    let bytes = form.packed(&expert).expect("it has the layer's form").concat();
+                    assert_eq!(form.bytes(), Some(bytes.len()));
+                    assert_eq!(expert.bytes(), bytes.len());
+                    let again = form.unpack(&bytes).unwrap();
+                    assert_eq!(form.packed(&again).unwrap().concat(), bytes);
+                    assert!(form.unpack(&bytes[1..]).is_err());
+                    assert!(form.unpack(&[&bytes[..], &[0]].concat()).is_err());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_given_up_is_gone_and_its_bytes_are_free() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
+        let checkpoint = Checkpoint::open(&Source::Directory(path)).unwrap();
+        let keys = ExpertSet::all_keys(&checkpoint);
+        let load = |keys| {
+            ExpertSet::load(&checkpoint, keys, Compute::F32, WeightDType::Native, &mut |_| {}).unwrap()
+        };
+        let (mut set, one) = (load(&keys[..2]), load(&keys[..1]));
+        assert!(set.remove(keys[1]).is_some());
+        assert!(set.remove(keys[1]).is_none());
+        assert_eq!((set.keys(), set.bytes()), (keys[..1].to_vec(), one.bytes()));
+    }
 }

@@ -2,8 +2,8 @@
 
 use muster_checkpoint::spec::Role;
 use muster_checkpoint::{Checkpoint, Weight, WeightData};
-use muster_kernels::{KernelError, Matrix, Quantisation, from_bf16, to_bf16};
-use muster_types::{Compute, WeightDType};
+use muster_kernels::{KernelError, Matrix, Packing, Quantisation, from_bf16, to_bf16};
+use muster_types::{Compute, DType, WeightDType};
 
 use crate::{LoadProgress, ModelError};
 
@@ -47,28 +47,22 @@ impl<'a> Loader<'a> {
 
     /// A matrix `[out, in]`. In bf16 an f32 checkpoint is rounded, as any bf16 engine would.
     pub(crate) fn matrix(&mut self, role: Role) -> Result<Matrix, ModelError> {
-        let compute = self.compute;
-        self.packed(role, |rows, cols, data| match (data, compute) {
-            (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
-            (WeightData::F32(values), Compute::F32) => Matrix::pack_f32(rows, cols, values),
-            (WeightData::F32(values), Compute::Bf16 | Compute::Bf16Pairs) => {
-                let mut bits = vec![0; values.len()];
-                to_bf16(values, &mut bits);
-                Matrix::pack_bf16(rows, cols, &bits)
-            }
-        })
+        self.matrix_as(role, WeightDType::Native)
     }
 
     /// A matrix held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute mode.
     pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
-        let kind = match dtype {
-            WeightDType::Native => return self.matrix(role),
-            WeightDType::Q8 => Quantisation::Q8,
-            WeightDType::Q4 => Quantisation::Q4,
-        };
-        self.packed(role, |rows, cols, data| match data {
-            WeightData::Bf16(bits) => Matrix::quantise_bf16(kind, rows, cols, bits),
-            WeightData::F32(values) => Matrix::quantise_f32(kind, rows, cols, values),
+        let compute = self.compute;
+        self.packed(role, |rows, cols, data| match (data, packing(data.dtype(), compute, dtype)) {
+            (WeightData::Bf16(bits), Packing::Quantised(kind)) => Matrix::quantise_bf16(kind, rows, cols, bits),
+            (WeightData::F32(values), Packing::Quantised(kind)) => Matrix::quantise_f32(kind, rows, cols, values),
+            (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
+            (WeightData::F32(values), Packing::F32) => Matrix::pack_f32(rows, cols, values),
+            (WeightData::F32(values), Packing::Bf16) => {
+                let mut bits = vec![0; values.len()];
+                to_bf16(values, &mut bits);
+                Matrix::pack_bf16(rows, cols, &bits)
+            }
         })
     }
 
@@ -94,6 +88,16 @@ impl<'a> Loader<'a> {
     /// A vector that not every model has.
     pub(crate) fn vector_if(&mut self, present: bool, role: Role) -> Result<Option<Vec<f32>>, ModelError> {
         present.then(|| self.vector(role)).transpose()
+    }
+}
+
+/// How [`Loader::matrix_as`] packs a matrix that is stored in `stored`.
+pub(crate) const fn packing(stored: DType, compute: Compute, dtype: WeightDType) -> Packing {
+    match (dtype, stored, compute) {
+        (WeightDType::Q8, ..) => Packing::Quantised(Quantisation::Q8),
+        (WeightDType::Q4, ..) => Packing::Quantised(Quantisation::Q4),
+        (WeightDType::Native, DType::F32, Compute::F32) => Packing::F32,
+        (WeightDType::Native, ..) => Packing::Bf16,
     }
 }
 

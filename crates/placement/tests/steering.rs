@@ -7,9 +7,9 @@ use std::num::NonZero;
 use std::time::Instant;
 
 use muster_placement::{
-    ExpertSizes, Goals, Holdings, Loads, Member, Present, Shape, Speed, Target, Transition, plan, transition,
+    ExpertSizes, Goals, Holdings, Loads, Member, Present, Shape, Target, Transition, plan, transition,
 };
-use muster_types::{ExpertId, ExpertKey, WorkerId};
+use muster_types::{ExpertId, ExpertKey, Speed, WorkerId};
 use proptest::prelude::*;
 
 const BYTES: u64 = 10;

@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use muster_types::{
-    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, WeightDType,
-    WorkerId,
+    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, Speed,
+    WeightDType, WorkerId,
 };
 
 use crate::PROTOCOL_VERSION;
@@ -20,12 +20,12 @@ use crate::handshake::fingerprint_from_wire;
 pub enum Phase {
     /// It does.
     Serving,
-    /// It finishes what it has and takes nothing new.
+    /// It was asked to stop: it serves what it holds until others do.
     Draining,
 }
 
 /// A worker, as it announces itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Description {
     /// Its name.
     pub worker: WorkerId,
@@ -47,20 +47,24 @@ pub struct Description {
     pub phase: Phase,
     /// Largest number of rows it takes in one shard.
     pub max_rows: NonZeroU32,
+    /// Bytes it has for experts; not below `resident_bytes`.
+    pub capacity: u64,
+    /// How fast it is.
+    pub speed: Speed,
+    /// What it shares its fate with.
+    pub domain: Option<String>,
+    /// Experts that it was told to hold and does not hold yet.
+    pub loading: u32,
 }
+
+/// Longest name of a failure domain, bytes.
+const LONGEST_DOMAIN: usize = 253;
 
 impl Description {
     /// As a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::WorkerDescription {
-        let mut held: Vec<v1::HeldExperts> = Vec::new();
-        for key in &self.holdings {
-            let layer = key.layer.get();
-            match held.last_mut().filter(|last| last.layer == layer) {
-                Some(last) => last.experts.push(key.expert.get()),
-                None => held.push(v1::HeldExperts { layer, experts: vec![key.expert.get()] }),
-            }
-        }
+        let held = holdings_to_wire(&self.holdings);
         v1::WorkerDescription {
             protocol_version: PROTOCOL_VERSION,
             worker_id: self.worker.as_str().to_owned(),
@@ -73,6 +77,10 @@ impl Description {
             max_rows: self.max_rows.get(),
             compute: compute_to_wire(self.compute).into(),
             expert_dtype: expert_dtype_to_wire(self.experts).into(),
+            capacity_bytes: self.capacity,
+            speed: self.speed.get(),
+            domain: self.domain.clone().unwrap_or_default(),
+            loading: self.loading,
         }
     }
 
@@ -92,12 +100,35 @@ impl Description {
             compute: compute_from_wire(message.compute)?,
             experts: expert_dtype_from_wire(message.expert_dtype)?,
             epoch: Epoch::new(message.epoch),
-            holdings: parse_holdings(&message.held, experts)?,
+            holdings: parse_holdings("held", &message.held, experts)?,
             resident_bytes: message.resident_bytes,
             phase: if message.draining { Phase::Draining } else { Phase::Serving },
             max_rows: NonZeroU32::new(message.max_rows).ok_or(WireError::Missing("max_rows"))?,
+            capacity: message.capacity_bytes.max(message.resident_bytes),
+            speed: parse_speed(message.speed)?,
+            domain: parse_domain(&message.domain)?,
+            loading: message.loading,
         })
     }
+}
+
+fn parse_speed(speed: f64) -> Result<Speed, WireError> {
+    if speed == 0.0 {
+        return Ok(Speed::ONE);
+    }
+    Speed::new(speed).map_err(|error| WireError::rule("speed", error.to_string()))
+}
+
+fn parse_domain(domain: &str) -> Result<Option<String>, WireError> {
+    let field = "domain";
+    if domain.len() > LONGEST_DOMAIN {
+        let reason = format!("{} bytes long; at most {LONGEST_DOMAIN} are allowed", domain.len());
+        return Err(WireError::Name { field, reason });
+    }
+    if let Some(bad) = domain.chars().find(|c| c.is_control() || c.is_whitespace()) {
+        return Err(WireError::Name { field, reason: format!("has the character {bad:?}") });
+    }
+    Ok((!domain.is_empty()).then(|| domain.to_owned()))
 }
 
 /// The layer with this number and how many routed experts it has.
@@ -107,23 +138,48 @@ pub(crate) fn layer_of(layer: u32, experts: &[u32]) -> Result<(LayerId, u32), Ou
     Ok((id, experts.get(id.index()).copied().unwrap_or(0)))
 }
 
-fn parse_holdings(held: &[v1::HeldExperts], experts: &[u32]) -> Result<Vec<ExpertKey>, WireError> {
+/// Keys, ascending, by layer.
+pub(crate) fn holdings_to_wire<'a>(keys: impl IntoIterator<Item = &'a ExpertKey>) -> Vec<v1::HeldExperts> {
+    let mut held: Vec<v1::HeldExperts> = Vec::new();
+    for key in keys {
+        let layer = key.layer.get();
+        match held.last_mut().filter(|last| last.layer == layer) {
+            Some(last) => last.experts.push(key.expert.get()),
+            None => held.push(v1::HeldExperts { layer, experts: vec![key.expert.get()] }),
+        }
+    }
+    held
+}
+
+/// An expert of a model with `experts[layer]` routed experts in each layer.
+pub(crate) fn key_of(
+    field: &'static str,
+    layer: u32,
+    expert: u32,
+    experts: &[u32],
+) -> Result<ExpertKey, WireError> {
+    let out_of_range = |source| WireError::OutOfRange { field, source };
+    let (layer, count) = layer_of(layer, experts).map_err(out_of_range)?;
+    let expert = ExpertId::new(expert, count).map_err(out_of_range)?;
+    Ok(ExpertKey { layer, expert })
+}
+
+/// Keys by layer, strictly ascending.
+pub(crate) fn parse_holdings(
+    field: &'static str,
+    held: &[v1::HeldExperts],
+    experts: &[u32],
+) -> Result<Vec<ExpertKey>, WireError> {
     let mut keys: Vec<ExpertKey> = Vec::new();
     for entry in held {
-        let (layer, count) = layer_of(entry.layer, experts)
-            .map_err(|source| WireError::OutOfRange { field: "held.layer", source })?;
         if entry.experts.is_empty() {
-            return Err(WireError::rule(
-                "held.experts",
-                format!("layer {layer} lists none; leave the layer out"),
-            ));
+            let reason = format!("layer {} lists none; leave the layer out", entry.layer);
+            return Err(WireError::rule(field, reason));
         }
         for &number in &entry.experts {
-            let expert = ExpertId::new(number, count)
-                .map_err(|source| WireError::OutOfRange { field: "held.experts", source })?;
-            let key = ExpertKey { layer, expert };
+            let key = key_of(field, entry.layer, number, experts)?;
             if keys.last().is_some_and(|last| *last >= key) {
-                return Err(WireError::rule("held", format!("{key} is listed twice or out of order")));
+                return Err(WireError::rule(field, format!("{key} is listed twice or out of order")));
             }
             keys.push(key);
         }
@@ -150,6 +206,10 @@ mod tests {
             resident_bytes: 1 << 40,
             phase: Phase::Draining,
             max_rows: NonZeroU32::MIN,
+            capacity: 1 << 41,
+            speed: Speed::new(2.5).unwrap(),
+            domain: Some("rack-7".into()),
+            loading: 3,
         }
     }
 
@@ -196,6 +256,28 @@ mod tests {
             assert!(Description::parse(&wire(held), &EXPERTS).is_err(), "{held:?}");
         }
         assert!(Description::parse(&wire(&[(0, &[0, 3]), (2, &[7])]), &EXPERTS).is_ok());
+    }
+
+    #[test]
+    fn speeds_and_domains_that_cannot_be_are_refused() {
+        let good = || wire(&[(0, &[0])]);
+        for bad in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
+            let message = v1::WorkerDescription { speed: bad, ..good() };
+            assert!(Description::parse(&message, &EXPERTS).is_err(), "{bad}");
+        }
+        for bad in ["x".repeat(254), "a b".into(), "a\nb".into()] {
+            let message = v1::WorkerDescription { domain: bad, ..good() };
+            assert!(Description::parse(&message, &EXPERTS).is_err());
+        }
+        let message = v1::WorkerDescription {
+            speed: 0.0,
+            domain: String::new(),
+            capacity_bytes: 0,
+            resident_bytes: 7,
+            ..good()
+        };
+        let parsed = Description::parse(&message, &EXPERTS).unwrap();
+        assert_eq!((parsed.speed, parsed.domain, parsed.capacity), (Speed::ONE, None, 7));
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! `.proto` comments promise before anything is allocated or indexed by a claimed size, names the field that is
 //! wrong, and never panics. Knows nothing about sockets, streams, threads or experts.
 
+pub mod card;
+pub mod control;
 pub mod convert;
 pub mod description;
 pub mod frame;
@@ -17,6 +19,15 @@ pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Encoded `FileDescriptorSet` of everything in `/proto`, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/muster.descriptors"));
+
+/// Who is in a cluster.
+pub mod cluster {
+    /// Version 1.
+    #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]
+    pub mod v1 {
+        tonic::include_proto!("muster.cluster.v1");
+    }
+}
 
 /// Between a router and an expert worker.
 pub mod expert {

@@ -42,6 +42,13 @@ impl MessageLimits {
     pub const fn description_bytes(experts: usize) -> usize {
         experts.saturating_mul(VARINT * 2).saturating_add(SLACK)
     }
+
+    /// Bytes of an order to a worker, for a model with this many routed experts in all: each with some peers that have
+    /// it, and as many peers as there may be.
+    #[must_use]
+    pub const fn assignment_bytes(experts: usize) -> usize {
+        experts.saturating_mul(VARINT * 12).saturating_add(1 << 20)
+    }
 }
 
 #[cfg(test)]

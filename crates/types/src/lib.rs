@@ -8,6 +8,7 @@ mod fingerprint;
 mod ids;
 mod limits;
 mod mode;
+mod speed;
 
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
 pub use ids::{Epoch, ExpertId, ExpertKey, InvalidWorkerId, LayerId, OutOfRange, SeqId, TokenId, WorkerId};
@@ -15,3 +16,4 @@ pub use limits::Limits;
 pub use mode::{
     Combine, Compute, DType, NumericsClass, ParseCombineError, ParseWeightDTypeError, Retry, WeightDType,
 };
+pub use speed::{Speed, SpeedError};

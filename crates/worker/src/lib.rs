@@ -1,16 +1,21 @@
-//! The expert worker: bind, load, announce, serve, drain.
+//! The expert worker: bind, load, announce, serve, change, drain.
 //!
 //! Owns the order of a worker's life. An address that cannot be had is reported before anything is loaded, and
-//! nothing is served before every expert of the share is read, checked and packed. Keeps nothing about a request
-//! after its reply. Knows nothing of routers beyond what [`muster_dispatch_grpc`] tells them, and nothing of signals,
-//! flags or files other than the model's.
+//! nothing is served before every expert of the share it starts with is read, checked and packed. From then on a leader
+//! among the routers says what it shall hold, and it serves meanwhile. Keeps nothing about a request after its reply.
+//! Knows nothing of routers beyond what [`muster_dispatch_grpc`] tells them, and nothing of signals, flags or files other
+//! than the model's.
 
 mod compute;
+mod holder;
 mod load;
+mod loader;
+mod memory;
 
 use std::future::Future;
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use muster_checkpoint::{CheckpointError, Source};
 use muster_dispatch_grpc::{Address, BindError, Bound, ExpertServer, ServeError, ServerConfig};
@@ -18,20 +23,29 @@ use muster_kernels::KernelError;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::SplitError;
 use muster_proto::description::{Description, Phase};
-use muster_types::{Compute, Epoch, NumericsClass, WeightDType, WorkerId};
+use muster_types::{Compute, Epoch, NumericsClass, Speed, WeightDType, WorkerId};
 use tokio::sync::oneshot;
 
 use compute::Experts;
+use holder::Holder;
 use load::Loaded;
+use loader::Loader;
 
 /// Longest time a router may ask for; longer deadlines are cut to it.
 const MAX_DEADLINE: Duration = Duration::from_secs(300);
 /// Time for streams to end, and for the experts' thread to finish its shard, once everything is answered.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Which of the model's experts a worker holds.
+/// How often a worker that drains looks whether it is needed.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// A worker that nobody leads is not needed when nobody asked it for so long.
+const QUIET: Duration = Duration::from_millis(500);
+
+/// Which of the model's experts a worker starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Share {
+    /// None: it waits to be told.
+    None,
     /// All of them.
     All,
     /// One of `count` equal shares.
@@ -54,8 +68,16 @@ pub struct WorkerConfig {
     pub worker_id: WorkerId,
     /// The model.
     pub source: Source,
-    /// Which of its experts to hold.
+    /// Which of its experts to start with.
     pub share: Share,
+    /// Bytes for experts; `None` takes most of what is free.
+    pub memory: Option<u64>,
+    /// How fast it is, compared with other workers; `None` counts threads.
+    pub speed: Option<Speed>,
+    /// What it shares its fate with, such as a host or a rack.
+    pub domain: Option<String>,
+    /// Bytes a second that other workers may fetch from it.
+    pub fetch_rate: NonZeroUsize,
     /// What activations are rounded to; `None` takes the checkpoint's dtype.
     pub compute: Option<Compute>,
     /// How the experts are held.
@@ -70,7 +92,7 @@ pub struct WorkerConfig {
     pub streams: NonZeroUsize,
     /// How long to look for the next shard after an answer before sleeping.
     pub busy_poll: Duration,
-    /// How long queued shards may take after a stop was asked for.
+    /// How long it may go on serving what nobody else holds after a stop was asked for.
     pub drain_timeout: Duration,
 }
 
@@ -123,6 +145,14 @@ pub enum WorkerError {
         /// Experts of the model.
         experts: u64,
     },
+    /// The share does not fit the memory.
+    #[error("the share takes {needed} bytes and there are {memory}; raise --memory or take a smaller --share")]
+    Memory {
+        /// Bytes of the share.
+        needed: u64,
+        /// Bytes there are.
+        memory: u64,
+    },
     /// A size of the model that the protocol cannot carry.
     #[error("the model's {what} is {value}; the protocol carries 1 to 4294967295")]
     Size {
@@ -153,7 +183,8 @@ pub enum WorkerError {
     Experts,
 }
 
-/// Runs a worker until `shutdown` resolves, then drains it: what is queued is computed, nothing new is taken.
+/// Runs a worker until `shutdown` resolves, then drains it: it serves on until what it holds is elsewhere or nobody asks
+/// for it, at most for the drain time.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
@@ -176,10 +207,18 @@ pub async fn run(
     };
     let description = describe(&config, &loaded);
     let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
-    let (server, queue) = ExpertServer::new(&server_config(&config, &loaded), description);
-    let (network, cpu) = (bound.network(), loaded.cpu.clone());
-    let mut computing =
-        on_thread("muster-experts", move || queue.run(&network, &cpu, &mut Experts::new(loaded)))?;
+    let server_config = server_config(&config, &loaded);
+    let Loaded { cpu, experts: set, sources, .. } = loaded;
+    let holder = Arc::new(Holder::new(set));
+    let (server, queue) = ExpertServer::new(&server_config, description, holder.clone());
+    let (network, held) = (bound.network(), holder.clone());
+    let mut computing = on_thread("muster-experts", move || {
+        let mut experts = Experts::new(cpu.clone(), held);
+        queue.run(&network, &cpu, &mut experts);
+    })?;
+    let runtime = tokio::runtime::Handle::current();
+    let loader = Loader { holder: holder.clone(), server: server.clone(), sources, runtime };
+    let mut loading = on_thread("muster-load", move || loader.run())?;
 
     let (stop, stopped) = oneshot::channel::<()>();
     let serving = server.clone();
@@ -196,6 +235,7 @@ pub async fn run(
     let outcome = tokio::select! {
         () = &mut shutdown => Ok(()),
         _ = &mut computing => Err(WorkerError::Experts),
+        _ = &mut loading => Err(WorkerError::Loading),
         ended = &mut serving => {
             server.close();
             return match ended {
@@ -204,7 +244,10 @@ pub async fn run(
             };
         }
     };
-    drain(&server, drain_timeout).await;
+    if outcome.is_ok() {
+        drain(&server, &holder, drain_timeout).await;
+    }
+    holder.stop();
     server.close();
     drop(stop);
     if tokio::time::timeout(CLOSE_TIMEOUT, &mut serving).await.is_err() {
@@ -216,18 +259,41 @@ pub async fn run(
     outcome
 }
 
-async fn drain(server: &ExpertServer, timeout: Duration) {
-    tracing::info!("draining: queued shards are computed, new ones refused");
+async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
+    tracing::info!("draining: serving on until nobody needs what is held here");
+    let deadline = Instant::now() + timeout;
     server.drain();
-    if tokio::time::timeout(timeout, server.idle()).await.is_err() {
-        tracing::warn!(?timeout, "shards were still queued when the drain time was up");
+    let (mut taken, mut since) = (server.shards_taken(), Instant::now());
+    loop {
+        let now = Instant::now();
+        if server.shards_taken() != taken {
+            (taken, since) = (server.shards_taken(), now);
+        }
+        if server.open_streams() == 0 || holder.is_empty() {
+            break;
+        }
+        // A leader sees to it that others hold what is needed.
+        if !server.is_led() && now - since >= QUIET {
+            break;
+        }
+        if now >= deadline {
+            let experts = holder.experts().keys().len();
+            tracing::warn!(?timeout, experts, "the drain time is up; others may have to wait for what was held here");
+            break;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
     }
+    server.refuse();
+    if tokio::time::timeout(CLOSE_TIMEOUT, server.idle()).await.is_err() {
+        tracing::warn!("shards are still being computed");
+    }
+    tracing::info!("safe to terminate");
 }
 
 fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
     Description {
         worker: config.worker_id.clone(),
-        fingerprint: loaded.fingerprint,
+        fingerprint: loaded.sources.fingerprint,
         numerics: NumericsClass::CpuCanonical,
         compute: loaded.experts.compute(),
         experts: loaded.experts.dtype(),
@@ -236,6 +302,10 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
         resident_bytes: loaded.experts.bytes(),
         phase: Phase::Serving,
         max_rows: config.max_rows,
+        capacity: loaded.sources.capacity,
+        speed: config.speed.unwrap_or_else(|| Speed::new(config.threads.get() as f64).unwrap_or(Speed::ONE)),
+        domain: config.domain.clone(),
+        loading: 0,
     }
 }
 
@@ -248,6 +318,7 @@ fn server_config(config: &WorkerConfig, loaded: &Loaded) -> ServerConfig {
         streams: config.streams,
         max_deadline: MAX_DEADLINE,
         busy_poll: config.busy_poll,
+        fetch_rate: config.fetch_rate,
     }
 }
 

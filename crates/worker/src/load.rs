@@ -1,4 +1,4 @@
-//! From a model on disk to the experts of one share, packed.
+//! From a model on disk to a worker that can serve: what the model is, and the experts it starts with.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -8,18 +8,19 @@ use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::ModelSpec;
 use muster_kernels::Cpu;
 use muster_model::LoadProgress;
-use muster_model::experts::{ExpertSet, faster_mode};
+use muster_model::experts::{ExpertForm, ExpertSet, faster_mode};
 use muster_placement::{Shape, split};
-use muster_types::{Compute, ExpertKey, Fingerprint};
+use muster_types::{Compute, ExpertKey};
 use tokio::sync::oneshot;
 
-use crate::{Share, WorkerConfig, WorkerError, on_thread};
+use crate::loader::Sources;
+use crate::{Share, WorkerConfig, WorkerError, memory, on_thread};
 
 /// All that serving needs of the model.
 pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) experts: ExpertSet,
-    pub(crate) fingerprint: Fingerprint,
+    pub(crate) sources: Sources,
     pub(crate) shape: Shape,
     pub(crate) hidden: NonZeroU32,
     pub(crate) top_k: NonZeroU32,
@@ -51,9 +52,29 @@ fn load(
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
+    let forms = ExpertForm::of_layers(&checkpoint, compute, config.experts);
+    let needed = bytes_of(&keys, &forms);
+    if config.memory.is_some_and(|memory| needed > memory) {
+        return Err(WorkerError::Memory { needed, memory: config.memory.unwrap_or(0) });
+    }
     let experts = ExpertSet::load(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
-    Ok(Loaded { cpu, experts, fingerprint: checkpoint.fingerprint(), shape, hidden, top_k })
+    let capacity = config.memory.unwrap_or_else(memory::for_experts).max(experts.bytes());
+    let sources = Sources {
+        fingerprint: checkpoint.fingerprint(),
+        checkpoint,
+        compute,
+        dtype: config.experts,
+        forms,
+        capacity,
+    };
+    Ok(Loaded { cpu, experts, sources, shape, hidden, top_k })
+}
+
+/// Bytes of these experts, packed.
+fn bytes_of(keys: &[ExpertKey], forms: &[Option<ExpertForm>]) -> u64 {
+    let form = |key: &ExpertKey| forms.get(key.layer.index()).copied().flatten();
+    keys.iter().filter_map(form).filter_map(|form| form.bytes()).map(|bytes| bytes as u64).sum()
 }
 
 fn shape(spec: &ModelSpec) -> Shape {
@@ -62,6 +83,7 @@ fn shape(spec: &ModelSpec) -> Shape {
 
 fn keys(shape: &Shape, share: Share) -> Result<Vec<ExpertKey>, WorkerError> {
     match share {
+        Share::None => Ok(Vec::new()),
         Share::All => Ok(shape.keys().collect()),
         Share::Part { index, count, replicas } => {
             let mut keys = split(shape, count, index)?;

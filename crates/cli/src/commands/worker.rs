@@ -46,7 +46,13 @@ fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
     let flags = Flags::new()
         .text("model", args.model.as_deref())
         .text("listen", args.listen.as_deref())
+        .list("join", &args.join)
+        .text("advertise", args.advertise.as_deref())
         .text("share", args.share.as_deref())
+        .text("memory", args.memory.as_deref())
+        .text("speed", args.speed.as_deref())
+        .text("domain", args.domain.as_deref())
+        .text("fetch_rate", args.fetch_rate.as_deref())
         .text("id", args.id.as_deref())
         .text("compute", args.compute.as_deref())
         .text("expert_dtype", args.expert_dtype.as_deref())
@@ -65,11 +71,18 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
     Ok(WorkerConfig {
         worker_id: WorkerId::new(&id).map_err(|error| Failure::input(format!("--id: {error}")))?,
         listen: settings.listen,
-        source: models::source(&settings.model)?,
+        source: settings.model.as_deref().map(models::source).transpose()?,
+        join: settings.join,
+        advertise: settings.advertise,
         share: match settings.share {
+            Share::None => muster_worker::Share::None,
             Share::All => muster_worker::Share::All,
             Share::Part { index, of, replicas } => muster_worker::Share::Part { index, count: of, replicas },
         },
+        memory: settings.memory,
+        speed: settings.speed,
+        domain: settings.domain.or_else(host),
+        fetch_rate: settings.fetch_rate,
         compute: settings.compute,
         experts: settings.experts,
         threads: settings.threads.unwrap_or(cores()),
@@ -95,6 +108,12 @@ fn name_of(address: &Address, process: u32) -> String {
     name[name.len().saturating_sub(LONGEST)..].to_owned()
 }
 
+/// The name of this machine, as far as it can be a failure domain's.
+fn host() -> Option<String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
+    WorkerId::new(name.trim()).ok().map(|name| name.as_str().to_owned())
+}
+
 fn failure(error: &WorkerError) -> Failure {
     match error {
         WorkerError::Bind(_) => Failure::input(format!("--listen: {error}")),
@@ -102,6 +121,7 @@ fn failure(error: &WorkerError) -> Failure {
         | WorkerError::Model(_)
         | WorkerError::Share(_)
         | WorkerError::EmptyShare { .. }
+        | WorkerError::Memory { .. }
         | WorkerError::Size { .. } => Failure::input(error),
         _ => Failure::runtime(error),
     }

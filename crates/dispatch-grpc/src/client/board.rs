@@ -1,6 +1,6 @@
 //! The state that the engine thread and the network's tasks share: links, shards in flight, tickets, routes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,15 +13,19 @@ use muster_proto::description::Description;
 use muster_proto::expert::v1;
 use muster_proto::reply::{Fault, Timing};
 use muster_types::{Epoch, WorkerId};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout_at;
 
 use super::config::LinkError;
+use super::cluster::{ConnectedWorker, Crowded};
 use super::handle::WorkerHealth;
-use super::peer::{Lanes, LinkState, Peer};
+use super::peer::{Control, Lanes, LinkState, Peer};
 use super::routes::{Hop, Routes};
 use crate::address::Address;
 use crate::busy::BusyPoll;
+
+/// Workers that a router knows at most.
+const MOST_PEERS: usize = 4096;
 
 /// The stream that a shard went down on. One that is opened later is another, even to the same worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,7 +118,9 @@ pub(super) enum Unsent {
 }
 
 struct State {
-    peers: Vec<Peer>,
+    /// By number, which none ever has again.
+    peers: BTreeMap<usize, Peer>,
+    next_peer: usize,
     routes: Arc<Routes>,
     shards: HashMap<u64, Pending>,
     tickets: HashMap<Ticket, Progress>,
@@ -140,6 +146,8 @@ pub(super) struct Board {
     shape: Shape,
     /// Epoch of the routes, to be read without the lock.
     version: AtomicU64,
+    /// The same, for those who wait for another.
+    versions: watch::Sender<u64>,
     state: Mutex<State>,
     /// A link came or went; for `gather`.
     links: Condvar,
@@ -150,8 +158,9 @@ pub(super) struct Board {
 impl Board {
     pub(super) fn new(shape: Shape, addresses: Vec<Address>) -> Result<Self, LinkError> {
         let routes = Arc::new(Routes::new(Epoch::new(1), &shape, &[])?);
-        let peers = addresses.into_iter().map(Peer::new).collect();
+        let peers: BTreeMap<usize, Peer> = addresses.into_iter().map(Peer::new).enumerate().collect();
         let state = State {
+            next_peer: peers.len(),
             peers,
             routes,
             shards: HashMap::new(),
@@ -162,7 +171,8 @@ impl Board {
             closed: false,
         };
         let (links, answered) = (Condvar::new(), Notify::new());
-        Ok(Self { shape, version: AtomicU64::new(1), state: Mutex::new(state), links, answered })
+        let (version, versions) = (AtomicU64::new(1), watch::Sender::new(1));
+        Ok(Self { shape, version, versions, state: Mutex::new(state), links, answered })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -184,7 +194,7 @@ impl Board {
     }
 
     pub(super) fn health(&self) -> Vec<WorkerHealth> {
-        self.lock().peers.iter().map(Peer::health).collect()
+        self.lock().peers.values().map(Peer::health).collect()
     }
 
     /// Waits until every worker is connected, one can never be, or `deadline` passes.
@@ -192,7 +202,7 @@ impl Board {
         let mut state = self.lock();
         loop {
             let mut missing = Vec::new();
-            for peer in &state.peers {
+            for peer in state.peers.values() {
                 match &peer.state {
                     LinkState::Up { .. } => {}
                     LinkState::Down { error: Some(error), .. } if error.is_fatal() => {
@@ -212,6 +222,67 @@ impl Board {
             };
             state = self.links.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Tells when the routes change.
+    pub(super) fn versions(&self) -> watch::Receiver<u64> {
+        self.versions.subscribe()
+    }
+
+    /// The workers that are connected now.
+    pub(super) fn members(&self) -> Vec<ConnectedWorker> {
+        self.lock().peers.values().filter_map(Peer::connected).collect()
+    }
+
+    /// Waits until every expert has a worker or `deadline` passes; false then.
+    pub(super) fn await_coverage(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.routes.placement.missing().is_empty() {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || state.closed {
+                return false;
+            }
+            state = self.links.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Somebody says that there is a worker. Gives the number of a peer that is new and is to be connected.
+    ///
+    /// # Errors
+    /// When there are as many as may be.
+    pub(super) fn join(&self, address: &Address) -> Result<Option<usize>, Crowded> {
+        let mut state = self.lock();
+        if let Some(peer) = state.peers.values_mut().find(|peer| peer.address == *address) {
+            peer.joined += 1;
+            return Ok(None);
+        }
+        if state.peers.len() >= MOST_PEERS {
+            return Err(Crowded);
+        }
+        let number = state.next_peer;
+        state.next_peer += 1;
+        state.peers.insert(number, Peer::joined(address.clone()));
+        Ok(Some(number))
+    }
+
+    /// Who said so is gone.
+    pub(super) fn leave(&self, address: &Address) {
+        if let Some(peer) = self.lock().peers.values_mut().find(|peer| peer.address == *address) {
+            peer.joined = peer.joined.saturating_sub(1);
+        }
+    }
+
+    /// Forgets a worker that is not connected, if nobody says any more that it is there.
+    pub(super) fn forget_peer(&self, number: usize) -> bool {
+        let mut state = self.lock();
+        let gone = state.closed || state.peers.get(&number).is_none_or(Peer::is_forgotten);
+        if gone {
+            state.peers.remove(&number);
+        }
+        gone
     }
 
     /// Ends all waiting; nothing is accepted afterwards.
@@ -316,7 +387,7 @@ impl Board {
         if let Some(progress) = pending.ticket.and_then(|ticket| state.tickets.get_mut(&ticket)) {
             progress.eager = true;
         }
-        if let Some(peer) = state.peers.get_mut(pending.stream.peer) {
+        if let Some(peer) = state.peers.get_mut(&pending.stream.peer) {
             peer.late += 1;
             if peer.late == 1 {
                 state.rank();
@@ -327,7 +398,7 @@ impl Board {
     /// A worker's answer was a lie: its link ends, and it is let in again only after a while.
     pub(super) fn ban(&self, hop: Hop, reason: &str) {
         let mut state = self.lock();
-        if let Some(peer) = state.peers.get_mut(hop.peer)
+        if let Some(peer) = state.peers.get_mut(&hop.peer)
             && peer.is_in(hop.session)
         {
             peer.strike();
@@ -353,26 +424,32 @@ impl Board {
 /// What the network's tasks do.
 impl Board {
     pub(super) fn address(&self, peer: usize) -> Option<Address> {
-        self.lock().peers.get(peer).map(|peer| peer.address.clone())
+        self.lock().peers.get(&peer).map(|peer| peer.address.clone())
     }
 
     /// A worker is connected. Gives the number of its session.
-    pub(super) fn up(&self, peer: usize, description: Description, lanes: Lanes) -> Result<u64, LinkError> {
+    pub(super) fn up(
+        &self,
+        peer: usize,
+        description: Description,
+        lanes: Lanes,
+        control: Control,
+    ) -> Result<u64, LinkError> {
         let mut state = self.lock();
         let state = &mut *state;
-        let same_name = |(at, other): &(usize, &Peer)| {
-            *at != peer
+        let same_name = |(at, other): &(&usize, &Peer)| {
+            **at != peer
                 && other.is_up()
                 && other.announced.as_ref().is_some_and(|d| d.worker == description.worker)
         };
-        if let Some((_, other)) = state.peers.iter().enumerate().find(same_name) {
+        if let Some((_, other)) = state.peers.iter().find(same_name) {
             let worker = description.worker.to_string();
             return Err(LinkError::SameName { worker, other: other.address.to_string() });
         }
         state.sessions += 1;
         let session = state.sessions;
-        if let Some(peer) = state.peers.get_mut(peer) {
-            peer.up(description, session, lanes);
+        if let Some(peer) = state.peers.get_mut(&peer) {
+            peer.up(description, session, lanes, control);
         }
         self.reroute(state)?;
         self.links.notify_all();
@@ -382,7 +459,7 @@ impl Board {
     /// A connected worker says something new about itself.
     pub(super) fn announce(&self, peer: usize, description: Description) -> Result<(), LinkError> {
         let mut state = self.lock();
-        if let Some(peer) = state.peers.get_mut(peer) {
+        if let Some(peer) = state.peers.get_mut(&peer) {
             if peer.announced.as_ref() == Some(&description) {
                 return Ok(());
             }
@@ -393,7 +470,7 @@ impl Board {
 
     /// A worker could not be connected.
     pub(super) fn unreachable(&self, peer: usize, error: LinkError) {
-        if let Some(peer) = self.lock().peers.get_mut(peer) {
+        if let Some(peer) = self.lock().peers.get_mut(&peer) {
             peer.unreachable(error);
         }
         self.links.notify_all();
@@ -407,7 +484,7 @@ impl Board {
             Ended::Lost(reason) => (Failure::Lost(reason.clone()), reason),
             Ended::Bad(reason) => (Failure::Bad(reason.clone()), reason),
         };
-        match state.peers.get_mut(peer) {
+        match state.peers.get_mut(&peer) {
             Some(peer) if peer.is_in(session) => peer.down(reason),
             // It was ended from this side before.
             _ => return,
@@ -450,7 +527,7 @@ impl Board {
         let state = &mut *state;
         let Some(pending) = state.shards.remove(&id) else { return Ok(()) };
         if pending.late
-            && let Some(peer) = state.peers.get_mut(pending.stream.peer)
+            && let Some(peer) = state.peers.get_mut(&pending.stream.peer)
         {
             peer.late = peer.late.saturating_sub(1);
             if peer.late == 0 {
@@ -471,12 +548,12 @@ impl Board {
 
     /// How long a worker that broke the protocol is still to be left alone.
     pub(super) fn banned_for(&self, peer: usize) -> Duration {
-        self.lock().peers.get(peer).map_or(Duration::ZERO, Peer::banned_for)
+        self.lock().peers.get(&peer).map_or(Duration::ZERO, Peer::banned_for)
     }
 
     /// A link ended because the worker broke the protocol.
     pub(super) fn strike(&self, peer: usize) {
-        if let Some(peer) = self.lock().peers.get_mut(peer) {
+        if let Some(peer) = self.lock().peers.get_mut(&peer) {
             peer.strike();
         }
     }
@@ -484,7 +561,10 @@ impl Board {
     /// Makes new routes from the workers that are there now.
     fn reroute(&self, state: &mut State) -> Result<(), LinkError> {
         state.reroute(&self.shape)?;
-        self.version.store(state.routes.placement.epoch().get(), Ordering::Release);
+        let version = state.routes.placement.epoch().get();
+        self.version.store(version, Ordering::Release);
+        self.versions.send_replace(version);
+        self.links.notify_all();
         self.answered.notify_one();
         Ok(())
     }
@@ -492,7 +572,7 @@ impl Board {
 
 impl State {
     fn sender(&self, hop: Hop, lane: usize) -> Option<&mpsc::Sender<v1::DispatchRequest>> {
-        self.peers.get(hop.peer)?.lane(hop.session, lane)
+        self.peers.get(&hop.peer)?.lane(hop.session, lane)
     }
 
     fn count_late_reply(&mut self) {
@@ -502,7 +582,7 @@ impl State {
 
     /// Ranks the workers of the routes anew.
     fn rank(&mut self) {
-        let rank = |hop: &Hop| self.peers.get(hop.peer).map_or(Rank::Unusable, Peer::rank);
+        let rank = |hop: &Hop| self.peers.get(&hop.peer).map_or(Rank::Unusable, Peer::rank);
         if let Some(ranked) = self.routes.ranked(rank) {
             self.routes = Arc::new(ranked);
         }
@@ -511,7 +591,7 @@ impl State {
     /// Makes new routes from the workers that are there now.
     fn reroute(&mut self, shape: &Shape) -> Result<(), LinkError> {
         let live: Vec<(Hop, &Description)> =
-            self.peers.iter().enumerate().filter_map(|(at, peer)| peer.route(at)).collect();
+            self.peers.iter().filter_map(|(&at, peer)| peer.route(at)).collect();
         metrics::gauge!("muster_dispatch_workers").set(live.len() as f64);
         let routes = Routes::new(self.routes.placement.epoch().next(), shape, &live)?;
         self.routes = Arc::new(routes);

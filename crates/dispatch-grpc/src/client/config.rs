@@ -15,6 +15,8 @@ use crate::address::AddressError;
 pub enum Start {
     /// Wait for every worker, and refuse when an expert is nowhere.
     Complete,
+    /// Wait for every worker; experts that are nowhere are given to workers later.
+    Assigned,
     /// Wait as long, then start with what is there. Rows for experts that are missing fail with `NoOwner`.
     Degraded,
 }
@@ -22,7 +24,7 @@ pub enum Start {
 /// How to reach the workers and what they must be.
 #[derive(Debug, Clone)]
 pub struct ConnectConfig {
-    /// `host:port` or `unix:/path` of every worker.
+    /// `host:port` or `unix:/path` of every worker that is known at the start. Without any, nothing is waited for.
     pub workers: Vec<String>,
     /// This router's name in the workers' logs.
     pub router_id: String,
@@ -57,9 +59,6 @@ pub struct ConnectConfig {
 /// Why there is no dispatch.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The list is empty.
-    #[error("no worker addresses are given; name at least one")]
-    NoWorkers,
     /// An address that cannot be one.
     #[error(transparent)]
     Address(#[from] AddressError),

@@ -18,6 +18,7 @@ use muster_proto::limits::MessageLimits;
 use muster_types::{Combine, DType, LayerId, NumericsClass, WorkerId};
 
 use super::board::{Board, Gathered, Outgoing, Unsent};
+use super::cluster::ClusterHandle;
 use super::config::{ConnectConfig, ConnectError, Start};
 use super::flight::{self, Flight, Shard, answers};
 use super::handle::{HealthHandle, Samples, StatsHandle};
@@ -51,6 +52,7 @@ pub struct GrpcDispatch {
     /// How long the answers of each worker take.
     pub(super) hedges: HashMap<WorkerId, Hedge>,
     pub(super) budget: Budget,
+    cluster: ClusterHandle,
     flights: HashMap<Ticket, Flight>,
     tickets: u64,
     pub(super) reins: Reins,
@@ -96,7 +98,9 @@ impl GrpcDispatch {
         for peer in 0..peers {
             drop(driver.spawn(link::keep(peer, board.clone(), link.clone())));
         }
+        let cluster = ClusterHandle { board: board.clone(), link, runtime: driver.handle() };
         let mut dispatch = Self {
+            cluster,
             experts,
             hidden: config.hidden,
             wire,
@@ -132,6 +136,12 @@ impl GrpcDispatch {
         HealthHandle(self.board.clone())
     }
 
+    /// Lets other threads change which workers there are, and what they hold.
+    #[must_use]
+    pub fn cluster(&self) -> ClusterHandle {
+        self.cluster.clone()
+    }
+
     /// Tells other threads where time goes.
     #[must_use]
     pub fn stats(&self) -> StatsHandle {
@@ -151,6 +161,9 @@ impl GrpcDispatch {
         }
         if let Some((address, source)) = missing.into_iter().next() {
             return Err(ConnectError::Worker { address: address.to_string(), source });
+        }
+        if start == Start::Assigned {
+            return Ok(());
         }
         match self.board.routes().placement.missing() {
             missing if missing.is_empty() => Ok(()),
@@ -351,5 +364,5 @@ fn parse_addresses(workers: &[String]) -> Result<Vec<Address>, ConnectError> {
         }
         addresses.push(address);
     }
-    if addresses.is_empty() { Err(ConnectError::NoWorkers) } else { Ok(addresses) }
+    Ok(addresses)
 }

@@ -19,6 +19,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::board::{Arrived, Board, Ended, StreamKey};
 use super::config::LinkError;
+use super::peer::Control;
 use crate::address::Address;
 use crate::transport;
 
@@ -46,7 +47,7 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
     loop {
         let opened = match open(&address, &config).await {
             Ok(link) => board
-                .up(peer, link.description, link.senders)
+                .up(peer, link.description, link.senders, link.control)
                 .map(|session| (session, link.inbound, link.watch)),
             Err(error) => Err(error),
         };
@@ -67,6 +68,10 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 board.unreachable(peer, error);
             }
         }
+        if board.forget_peer(peer) {
+            tracing::info!(%address, "worker left");
+            return;
+        }
         tokio::time::sleep(pause.max(board.banned_for(peer))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
@@ -77,6 +82,7 @@ struct Link {
     senders: [mpsc::Sender<v1::DispatchRequest>; LANES],
     inbound: [Streaming<v1::DispatchReply>; LANES],
     watch: Streaming<v1::WorkerDescription>,
+    control: Control,
 }
 
 async fn step<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<T, LinkError> {
@@ -90,6 +96,9 @@ async fn open(address: &Address, config: &LinkConfig) -> Result<Link, LinkError>
     })
     .await?;
     let experts = config.experts.iter().map(|&count| count as usize).sum();
+    let control = Control::new(channel.clone())
+        .max_decoding_message_size(MessageLimits::description_bytes(experts))
+        .max_encoding_message_size(MessageLimits::assignment_bytes(experts));
     let mut client = ExpertsClient::new(channel)
         .max_decoding_message_size(config.limits.reply_bytes.max(MessageLimits::description_bytes(experts)))
         .max_encoding_message_size(config.limits.request_bytes);
@@ -105,7 +114,8 @@ async fn open(address: &Address, config: &LinkConfig) -> Result<Link, LinkError>
         Ok(client.watch(v1::DescribeRequest {}).await.map_err(|status| refused(&status))?.into_inner())
     })
     .await?;
-    Ok(Link { description, senders: [first, second], inbound: [first_in, second_in], watch })
+    let (senders, inbound) = ([first, second], [first_in, second_in]);
+    Ok(Link { description, senders, inbound, watch, control })
 }
 
 /// Whether a worker that describes itself so can work with this router.

@@ -6,6 +6,7 @@
 //! with its answer, its link or its ticket, whichever ends first; so a reply that nobody waits for changes nothing.
 
 mod board;
+mod cluster;
 mod complete;
 mod config;
 mod dispatch;
@@ -15,6 +16,7 @@ mod link;
 mod peer;
 mod routes;
 
+pub use cluster::{ClusterHandle, ConnectedWorker, ControlError, Crowded, Joined};
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
 pub use dispatch::GrpcDispatch;
 pub use handle::{DispatchStats, HealthHandle, Sample, StatsHandle, WorkerHealth, WorkerState};

@@ -7,9 +7,12 @@ use std::time::{Duration, Instant};
 use muster_engine::batcher::Rank;
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
+use muster_proto::expert::v1::control_client::ControlClient;
 use muster_proto::handshake::LANES;
 use tokio::sync::mpsc;
+use tonic::transport::Channel;
 
+use super::cluster::ConnectedWorker;
 use super::config::LinkError;
 use super::handle::{WorkerHealth, WorkerState};
 use super::routes::Hop;
@@ -24,9 +27,12 @@ const GOOD_CONDUCT: Duration = Duration::from_secs(300);
 
 pub(super) type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
 
+/// For calls beside the lanes.
+pub(super) type Control = ControlClient<Channel>;
+
 /// A worker's link.
 pub(super) enum LinkState {
-    Up { session: u64, lanes: Lanes },
+    Up { session: u64, lanes: Lanes, control: Control },
     Down { since: Instant, error: Option<LinkError>, reason: String },
 }
 
@@ -37,6 +43,10 @@ pub(super) struct Peer {
     pub(super) state: LinkState,
     /// Shards that were late and are not answered yet. While there are any, others are asked first.
     pub(super) late: usize,
+    /// Whether it was configured, and stays known whether it is there or not.
+    configured: bool,
+    /// How many say that it is there.
+    pub(super) joined: usize,
     /// Until when it is not connected again, because it broke the protocol.
     banned: Option<Instant>,
     /// How often it broke it.
@@ -44,11 +54,30 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    /// A worker that was not connected yet.
+    /// A worker that joins.
+    pub(super) fn joined(address: Address) -> Self {
+        Self { configured: false, joined: 1, ..Self::new(address) }
+    }
+
+    /// Whether it is not connected, and nobody says any more that it is there.
+    pub(super) const fn is_forgotten(&self) -> bool {
+        !self.configured && self.joined == 0 && !self.is_up()
+    }
+
+    /// A configured worker that was not connected yet.
     pub(super) fn new(address: Address) -> Self {
         let state =
             LinkState::Down { since: Instant::now(), error: None, reason: "not connected yet".into() };
-        Self { address, announced: None, state, late: 0, banned: None, strikes: 0 }
+        Self {
+            address,
+            announced: None,
+            state,
+            late: 0,
+            configured: true,
+            joined: 0,
+            banned: None,
+            strikes: 0,
+        }
     }
 
     pub(super) const fn is_up(&self) -> bool {
@@ -65,9 +94,9 @@ impl Peer {
     }
 
     /// It is connected.
-    pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes) {
+    pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
         self.announced = Some(description);
-        self.state = LinkState::Up { session, lanes };
+        self.state = LinkState::Up { session, lanes, control };
         self.late = 0;
     }
 
@@ -86,10 +115,10 @@ impl Peer {
         self.state = LinkState::Down { since, reason: error.to_string(), error: Some(error) };
     }
 
-    /// The way to it as peer number `at`, and what it announces; `None` when it takes no rows.
+    /// The way to it as peer number `at`, and what it announces; `None` when it is not connected.
     pub(super) fn route(&self, at: usize) -> Option<(Hop, &Description)> {
         match (&self.state, &self.announced) {
-            (LinkState::Up { session, .. }, Some(announced)) if announced.phase == Phase::Serving => {
+            (LinkState::Up { session, .. }, Some(announced)) => {
                 Some((Hop { peer: at, session: *session, epoch: announced.epoch }, announced))
             }
             _ => None,
@@ -99,7 +128,7 @@ impl Peer {
     /// A lane of its session.
     pub(super) fn lane(&self, session: u64, lane: usize) -> Option<&mpsc::Sender<v1::DispatchRequest>> {
         match &self.state {
-            LinkState::Up { session: now, lanes } if *now == session => lanes.get(lane),
+            LinkState::Up { session: now, lanes, .. } if *now == session => lanes.get(lane),
             _ => None,
         }
     }
@@ -119,9 +148,22 @@ impl Peer {
         }
     }
 
-    /// Whether another is to be asked first.
-    pub(super) const fn rank(&self) -> Rank {
-        if self.late > 0 { Rank::Poor } else { Rank::Good }
+    /// Whether another is to be asked first: it is late, or is about to leave.
+    pub(super) fn rank(&self) -> Rank {
+        if self.late > 0 || !self.is_serving() { Rank::Poor } else { Rank::Good }
+    }
+
+    /// As a leader sees it; `None` when it is not connected.
+    pub(super) fn connected(&self) -> Option<ConnectedWorker> {
+        match (&self.state, &self.announced) {
+            (LinkState::Up { session, control, .. }, Some(announced)) => Some(ConnectedWorker {
+                address: self.address.to_string(),
+                session: *session,
+                description: announced.clone(),
+                control: control.clone(),
+            }),
+            _ => None,
+        }
     }
 
     /// It broke the protocol: each time it is left alone for twice as long, unless it has behaved for long.

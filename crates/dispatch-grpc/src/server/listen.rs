@@ -116,7 +116,10 @@ impl Bound {
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
         let Self { listener, address, driver } = self;
-        let router = transport::server().add_service(server.service());
+        let router = transport::server()
+            .add_service(server.service())
+            .add_service(server.control())
+            .add_service(server.weights());
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped = async {
             // Resolves also when the other half is gone.

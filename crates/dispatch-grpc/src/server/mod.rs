@@ -5,18 +5,25 @@
 //! every shard that was read gets exactly one answer as long as its stream lives.
 
 mod call;
+mod control;
 mod listen;
 mod queue;
 mod stream;
+mod weights;
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use muster_placement::Shape;
+use muster_proto::control::{Assignment, LeadAsk, rows_to_wire};
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
+use muster_proto::expert::v1::control_server::{Control, ControlServer};
 use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
+use muster_proto::expert::v1::weights_server::WeightsServer;
+use muster_proto::WireError;
 use muster_proto::handshake::{HandshakeError, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::shard::ShardRules;
@@ -25,10 +32,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+pub use control::{Custody, Held};
+use control::{Obedience, RowCounts};
 pub use listen::{BindError, Bound, ServeError};
 use queue::Jobs;
 pub use queue::{ComputeQueue, Network};
 pub use stream::Replies;
+pub use weights::{WeightSource, WeightTerms, WeightsService};
 
 /// Time a router has to say hello on a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -50,6 +60,8 @@ pub struct ServerConfig {
     pub max_deadline: Duration,
     /// How long the experts' thread looks for the next shard after an answer before it sleeps.
     pub busy_poll: Duration,
+    /// Bytes a second that other workers may fetch from this one.
+    pub fetch_rate: NonZeroUsize,
 }
 
 /// The gRPC service of a worker. Clones share one state.
@@ -68,13 +80,24 @@ struct Shared {
     in_flight: watch::Sender<usize>,
     streams: Arc<Semaphore>,
     capacity: usize,
+    custody: Arc<dyn Custody>,
+    obedience: Obedience,
+    rows: Arc<RowCounts>,
+    weights: WeightsService,
+    /// Nothing new is taken.
+    is_leaving: AtomicBool,
     stop: CancellationToken,
 }
 
 impl ExpertServer {
-    /// A server for a worker that describes itself so, and the queue its experts' thread must run.
+    /// A server for a worker that describes itself so and holds its experts there, and the queue its experts' thread must
+    /// run.
     #[must_use]
-    pub fn new(config: &ServerConfig, description: Description) -> (Self, ComputeQueue) {
+    pub fn new(
+        config: &ServerConfig,
+        description: Description,
+        custody: Arc<dyn Custody>,
+    ) -> (Self, ComputeQueue) {
         let wire = description.compute.wire_dtype();
         let terms = Terms {
             fingerprint: description.fingerprint,
@@ -94,8 +117,18 @@ impl ExpertServer {
         let most = config.shape.experts().iter().copied().max().unwrap_or(0);
         let limits = MessageLimits::new(rules.hidden, wire, rules.max_rows, rules.top_k, most);
         let capacity = config.streams.get().min(Semaphore::MAX_PERMITS);
-        let (jobs, queue) = ComputeQueue::new(config.queue, config.busy_poll, rules.clone());
+        let rows = Arc::new(RowCounts::new(config.shape.experts()));
+        let (jobs, queue) =
+            ComputeQueue::new(config.queue, config.busy_poll, rules.clone(), Arc::clone(&rows));
+        let weights = WeightTerms {
+            fingerprint: terms.fingerprint,
+            compute: terms.compute,
+            experts: terms.experts,
+            shape: config.shape.experts().to_vec(),
+            rate: config.fetch_rate,
+        };
         let shared = Shared {
+            weights: WeightsService::new(weights, custody.clone()),
             terms,
             rules,
             limits,
@@ -104,20 +137,59 @@ impl ExpertServer {
             in_flight: watch::Sender::new(0),
             streams: Arc::new(Semaphore::new(capacity)),
             capacity,
+            custody,
+            obedience: Obedience::new(),
+            rows,
+            is_leaving: AtomicBool::new(false),
             stop: CancellationToken::new(),
         };
         (Self { shared: Arc::new(shared) }, queue)
     }
 
-    /// Announces that this worker takes nothing new. Shards already queued are still computed.
+    /// Announces what is held now.
+    pub fn announce(&self) {
+        self.describe(|description| {
+            // Asked while the description is locked, so that what is announced last is what was last.
+            let Held { experts, resident_bytes, loading } = self.shared.custody.held();
+            let loading = u32::try_from(loading).unwrap_or(u32::MAX);
+            let changed = experts != description.holdings
+                || (resident_bytes, loading) != (description.resident_bytes, description.loading);
+            if changed {
+                description.holdings = experts;
+                description.resident_bytes = resident_bytes;
+                description.capacity = description.capacity.max(resident_bytes);
+                description.loading = loading;
+            }
+            changed
+        });
+    }
+
+    /// Announces that this worker is to stop. It serves what it holds as before.
     pub fn drain(&self) {
+        self.describe(|description| {
+            std::mem::replace(&mut description.phase, Phase::Draining) == Phase::Serving
+        });
+    }
+
+    /// Refuses all shards that come from now on.
+    pub fn refuse(&self) {
+        self.shared.is_leaving.store(true, Ordering::Release);
+    }
+
+    /// Whether a leader looks after this worker now.
+    #[must_use]
+    pub fn is_led(&self) -> bool {
+        self.shared.obedience.is_led()
+    }
+
+    /// Changes the description; `change` says whether it did.
+    fn describe(&self, change: impl FnOnce(&mut Description) -> bool) {
         self.shared.description.send_if_modified(|description| {
-            let serving = description.phase == Phase::Serving;
-            if serving {
-                description.phase = Phase::Draining;
+            let changed = change(description);
+            if changed {
                 description.epoch = description.epoch.next();
             }
-            serving
+            changed
         });
     }
 
@@ -125,6 +197,12 @@ impl ExpertServer {
     pub async fn idle(&self) {
         // Fails only when the sender is gone, and this holds it.
         let _ = self.shared.in_flight.subscribe().wait_for(|shards| *shards == 0).await;
+    }
+
+    /// Shards taken so far.
+    #[must_use]
+    pub fn shards_taken(&self) -> u64 {
+        self.shared.jobs.taken()
     }
 
     /// Dispatch and watch streams that are open.
@@ -143,6 +221,17 @@ impl ExpertServer {
         ExpertsServer::new(self.clone())
             .max_decoding_message_size(self.shared.limits.request_bytes)
             .max_encoding_message_size(self.shared.limits.reply_bytes.max(self.description_bytes()))
+    }
+
+    fn control(&self) -> ControlServer<Self> {
+        let experts = self.shared.rules.experts.iter().map(|&count| count as usize).sum();
+        ControlServer::new(self.clone())
+            .max_decoding_message_size(MessageLimits::assignment_bytes(experts))
+            .max_encoding_message_size(MessageLimits::description_bytes(experts))
+    }
+
+    fn weights(&self) -> WeightsServer<WeightsService> {
+        self.shared.weights.clone().into_service()
     }
 
     fn description_bytes(&self) -> usize {
@@ -208,6 +297,35 @@ impl Experts for ExpertServer {
         };
         Ok(Response::new(stream::open(self.shared.clone(), greeting, inbound, permit).await))
     }
+}
+
+#[tonic::async_trait]
+impl Control for ExpertServer {
+    async fn lead(&self, request: Request<v1::LeadRequest>) -> Result<Response<v1::LeadReply>, Status> {
+        let ask = LeadAsk::parse(request.get_ref()).map_err(|error| invalid(&error))?;
+        Ok(Response::new(self.shared.obedience.lead(&ask).to_wire()))
+    }
+
+    async fn assign(&self, request: Request<v1::AssignRequest>) -> Result<Response<v1::AssignReply>, Status> {
+        let assignment = Assignment::parse(request.get_ref(), &self.shared.rules.experts);
+        let assignment = assignment.map_err(|error| invalid(&error))?;
+        let disobeyed = |error: control::Disobeyed| Status::failed_precondition(error.to_string());
+        let carry = |assignment| self.shared.custody.assign(assignment);
+        self.shared.obedience.obey(assignment, carry).map_err(disobeyed)?;
+        self.announce();
+        Ok(Response::new(v1::AssignReply {}))
+    }
+
+    async fn count_rows(
+        &self,
+        _: Request<v1::CountRowsRequest>,
+    ) -> Result<Response<v1::CountRowsReply>, Status> {
+        Ok(Response::new(rows_to_wire(&self.shared.rows.snapshot())))
+    }
+}
+
+fn invalid(error: &WireError) -> Status {
+    Status::invalid_argument(error.to_string())
 }
 
 fn refusal(error: &HandshakeError) -> Status {

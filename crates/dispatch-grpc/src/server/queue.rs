@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::num::{NonZeroU64, NonZeroUsize};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tonic::Status;
 
 use super::call::Call;
+use super::control::RowCounts;
 use crate::busy::BusyPoll;
 use crate::compute::ExpertCompute;
 use crate::driver::Reins;
@@ -93,6 +95,7 @@ pub(super) struct Jobs {
     waiting: Mutex<Waiting>,
     arrived: Notify,
     depth: usize,
+    taken: AtomicU64,
 }
 
 #[derive(Default)]
@@ -127,8 +130,14 @@ impl Jobs {
         }
         waiting.jobs.push_back(job);
         drop(waiting);
+        self.taken.fetch_add(1, Ordering::Relaxed);
         self.arrived.notify_one();
         Ok(())
+    }
+
+    /// Shards taken so far.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// Lets the experts' thread end once nothing waits.
@@ -187,6 +196,7 @@ pub struct ComputeQueue {
     jobs: Arc<Jobs>,
     rules: ShardRules,
     busy_poll: Duration,
+    row_counts: Arc<RowCounts>,
     queue_seconds: Histogram,
     compute_seconds: Histogram,
     rows: Counter,
@@ -197,12 +207,19 @@ pub struct ComputeQueue {
 type Ready = (Answer, Result<(u32, Bytes), Fault>, Timing);
 
 impl ComputeQueue {
-    pub(super) fn new(depth: NonZeroUsize, busy_poll: Duration, rules: ShardRules) -> (Arc<Jobs>, Self) {
-        let jobs = Arc::new(Jobs { waiting: Mutex::default(), arrived: Notify::new(), depth: depth.get() });
+    pub(super) fn new(
+        depth: NonZeroUsize,
+        busy_poll: Duration,
+        rules: ShardRules,
+        row_counts: Arc<RowCounts>,
+    ) -> (Arc<Jobs>, Self) {
+        let (waiting, arrived, taken) = (Mutex::default(), Notify::new(), AtomicU64::new(0));
+        let jobs = Arc::new(Jobs { waiting, arrived, depth: depth.get(), taken });
         let queue = Self {
             jobs: Arc::clone(&jobs),
             rules,
             busy_poll,
+            row_counts,
             queue_seconds: metrics::histogram!("muster_worker_queue_seconds"),
             compute_seconds: metrics::histogram!("muster_worker_compute_seconds"),
             rows: metrics::counter!("muster_worker_rows_total"),
@@ -271,6 +288,9 @@ impl ComputeQueue {
         for ((view, answer, queue), (outcome, compute)) in members.into_iter().zip(outcomes) {
             if outcome.is_ok() {
                 self.rows.increment(view.outputs() as u64);
+                for (expert, rows) in view.groups() {
+                    self.row_counts.add(view.layer(), expert, rows.len());
+                }
                 self.compute_seconds.record(compute);
             }
             let outcome = outcome.map(|data| (view.answers(), data));

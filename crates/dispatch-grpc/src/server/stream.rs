@@ -2,10 +2,10 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use muster_proto::description::Phase;
 use muster_proto::expert::v1;
 use muster_proto::handshake::Greeting;
 use muster_proto::reply::{Fault, FaultKind, Reply};
@@ -102,13 +102,10 @@ fn accept(
     answer: Answer,
     replies: &mpsc::Sender<Item>,
 ) -> Result<(), (Answer, Fault)> {
-    let (phase, epoch) = {
-        let description = shared.description.borrow();
-        (description.phase, description.epoch)
-    };
-    if phase == Phase::Draining {
-        return Err((answer, Fault::new(FaultKind::Draining, "the worker is draining")));
+    if shared.is_leaving.load(Ordering::Acquire) {
+        return Err((answer, Fault::new(FaultKind::Draining, "the worker is about to stop")));
     }
+    let epoch = shared.description.borrow().epoch;
     let view = match ShardView::parse(shard, &shared.rules, combine, epoch) {
         Ok(view) => view,
         Err(fault) => return Err((answer, fault)),

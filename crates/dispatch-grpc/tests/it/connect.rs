@@ -32,7 +32,7 @@ fn free_address() -> String {
 #[test]
 fn a_configuration_that_cannot_work_is_refused_at_once() {
     let with = |workers: &[&str]| connect_config(workers, Compute::F32);
-    assert!(matches!(error(with(&[])), ConnectError::NoWorkers));
+    assert!(matches!(error(with(&[])), ConnectError::MissingExperts { .. }));
     assert!(matches!(error(with(&["nonsense"])), ConnectError::Address(_)));
     assert!(matches!(error(with(&["h:1", "h:1"])), ConnectError::DuplicateAddress(_)));
     let unnamed = ConnectConfig { router_id: "a\nb".into(), ..with(&["h:1"]) };
@@ -111,7 +111,7 @@ fn a_worker_that_announces_what_the_model_lacks_is_refused() {
     description.held[0].experts.push(8);
     let worker = LyingWorker::describing(description, Box::new(|_| None));
     let text = error(connect_config(&[&worker.address], Compute::F32)).to_string();
-    assert!(text.contains("held.experts: expert 8 is out of range"), "{text}");
+    assert!(text.contains("held: expert 8 is out of range"), "{text}");
 }
 
 #[test]

@@ -67,7 +67,18 @@ fn rows_go_to_a_replica_when_a_worker_is_gone_or_drains() {
     assert_eq!(health.missing(), []);
 
     workers[1].server.drain();
-    eventually("the last drains", || health.missing() == all());
+    eventually("the last drains", || health.workers()[2].state == WorkerState::Draining);
+    assert_eq!(health.missing(), [], "it serves what nobody else holds");
+    assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+
+    // The first of the two is about to stop: what it refuses goes to the other.
+    workers[0].server.refuse();
+    assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+
+    workers[1].ledger.held.lock().unwrap().clear();
+    workers[1].server.announce();
+    workers.remove(0).kill();
+    eventually("nobody is left", || health.missing() == all());
     assert!(matches!(dispatch.submit(&row.batch()), Err(DispatchError::NoOwner { .. })));
 }
 

@@ -4,6 +4,7 @@
 
 mod conformance;
 mod connect;
+mod control;
 mod failover;
 mod failure;
 mod server;

@@ -442,7 +442,7 @@ fn experts_that_fail_are_answered_for_even_when_they_panic() {
 }
 
 #[test]
-fn draining_is_announced_and_refuses_new_shards() {
+fn draining_is_announced_and_serves_on_until_it_refuses() {
     let worker = plain();
     runtime().block_on(async {
         let mut client = client(&worker).await;
@@ -455,8 +455,12 @@ fn draining_is_announced_and_refuses_new_shards() {
         let after = watch.message().await.unwrap().unwrap();
         assert_eq!((after.draining, after.epoch), (true, 2));
         raw.send(shard(1)).await;
+        let answer = raw.next().await.unwrap().unwrap();
+        assert!(matches!(answer.body, Some(v1::dispatch_reply::Body::Rows(_))), "{answer:?}");
+        worker.server.refuse();
+        raw.send(shard(2)).await;
         let (id, code, _) = raw.fault().await;
-        assert_eq!((id, code), (1, Fault::Draining));
+        assert_eq!((id, code), (2, Fault::Draining));
         assert_eq!(client.describe(v1::DescribeRequest {}).await.unwrap().into_inner(), after);
         worker.server.close();
         assert_eq!(raw.next().await.unwrap_err().code(), Code::Unavailable);

@@ -13,7 +13,7 @@ mod rows;
 
 pub(crate) use ffn::{Buffers, Stages};
 pub use pack::Quantisation;
-pub(crate) use pack::Quantised;
+pub(crate) use pack::{BLOCK_K as QUANTISED_BLOCK_K, Q4Block, Q8Block, Quantised};
 
 use crate::cpu::Cpu;
 use crate::linear::over_tasks;

@@ -49,7 +49,7 @@ pub(crate) struct Q4Block {
     scales: Scales,
 }
 
-// SAFETY: zero bytes are zeros; the alignment is 64.
+// SAFETY: bytes and 16-bit numbers, together a multiple of the alignment of 64, so that there is no padding.
 unsafe impl Zeroed for Q8Block {}
 // SAFETY: as above.
 unsafe impl Zeroed for Q4Block {}
@@ -86,6 +86,8 @@ pub(crate) type Lines = [[f32; LANES]; GROUP];
 fn in_line(k: usize, lane: usize) -> usize {
     4 * lane + k % 4
 }
+
+const _: () = assert!(size_of::<Q8Block>() == 17 * LINE && size_of::<Q4Block>() == 9 * LINE);
 
 impl Block for Q8Block {
     const ZERO: i32 = 128;
@@ -324,6 +326,18 @@ impl Quantised {
         match self {
             Self::Q8(panels) => panels.blocks.bytes(),
             Self::Q4(panels) => panels.blocks.bytes(),
+        }
+    }
+
+    /// Whether every scale is a number.
+    pub(crate) fn is_finite(&self) -> bool {
+        fn finite<B: Block>(panels: &Panels<B>) -> bool {
+            let scales = |block: &B| (0..GROUPS).all(|g| block.scales(g).iter().all(|s| s & 0x7f80 != 0x7f80));
+            panels.blocks.iter().all(scales)
+        }
+        match self {
+            Self::Q8(panels) => finite(panels),
+            Self::Q4(panels) => finite(panels),
         }
     }
 

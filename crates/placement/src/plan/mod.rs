@@ -19,9 +19,9 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
-use muster_types::{ExpertKey, WorkerId};
+use muster_types::{ExpertKey, Speed, WorkerId};
 
-use crate::{ExpertSizes, Loads, Shape, Speed};
+use crate::{ExpertSizes, Loads, Shape};
 use board::Board;
 
 /// Keys by worker.

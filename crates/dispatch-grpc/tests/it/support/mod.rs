@@ -4,25 +4,27 @@
 
 pub mod lying;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{
-    Address, Bound, ComputeError, ConnectConfig, ExpertCompute, ExpertServer, GrpcDispatch, ServerConfig,
-    Start,
+    Address, Bound, ComputeError, ConnectConfig, Custody, ExpertCompute, ExpertServer, GrpcDispatch, Held,
+    ServerConfig, Start, WeightSource,
 };
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
-use muster_kernels::Cpu;
+use muster_kernels::{Cpu, Expert};
 use muster_placement::{Shape, split};
+use muster_proto::control::Assignment;
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
-    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, WeightDType, WorkerId,
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed,
+    WeightDType, WorkerId,
 };
 use tokio::runtime::Runtime;
 
@@ -63,6 +65,38 @@ pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Descr
         resident_bytes: 1,
         phase: Phase::Serving,
         max_rows: NonZeroU32::new(MAX_ROWS).unwrap(),
+        capacity: 1,
+        speed: Speed::ONE,
+        domain: None,
+        loading: 0,
+    }
+}
+
+/// Holds what it is said to hold, and takes note of orders.
+#[derive(Default)]
+pub struct Ledger {
+    pub held: Mutex<Vec<ExpertKey>>,
+    pub orders: Mutex<Vec<Assignment>>,
+    pub experts: Mutex<BTreeMap<ExpertKey, Arc<Expert>>>,
+}
+
+impl Custody for Ledger {
+    fn assign(&self, assignment: Assignment) {
+        let mut held = self.held.lock().unwrap();
+        held.clone_from(&assignment.keep);
+        held.extend(assignment.load.iter().map(|load| load.key));
+        held.sort_unstable();
+        self.orders.lock().unwrap().push(assignment);
+    }
+
+    fn held(&self) -> Held {
+        Held { experts: self.held.lock().unwrap().clone(), resident_bytes: 1, loading: 0 }
+    }
+}
+
+impl WeightSource for Ledger {
+    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
+        self.experts.lock().unwrap().get(&key).cloned()
     }
 }
 
@@ -75,6 +109,7 @@ pub fn server_config() -> ServerConfig {
         streams: NonZeroUsize::new(64).unwrap(),
         max_deadline: Duration::from_secs(60),
         busy_poll: Duration::from_micros(50),
+        fetch_rate: NonZeroUsize::new(1 << 30).unwrap(),
     }
 }
 
@@ -178,6 +213,7 @@ impl ExpertCompute for Gated {
 pub struct TestWorker {
     pub address: String,
     pub server: ExpertServer,
+    pub ledger: Arc<Ledger>,
     runtime: Option<Runtime>,
     compute: Option<JoinHandle<()>>,
 }
@@ -198,11 +234,12 @@ impl TestWorker {
         let address: Address = listen.parse().unwrap();
         let bound = runtime.block_on(Bound::bind(&address)).expect("the address is free");
         let address = bound.address().to_string();
-        let (server, queue) = ExpertServer::new(config, description);
+        let ledger = Arc::new(Ledger { held: Mutex::new(description.holdings.clone()), ..Ledger::default() });
+        let (server, queue) = ExpertServer::new(config, description, ledger.clone());
         let (serving, network) = (server.clone(), bound.network());
         runtime.spawn(async move { bound.serve(&serving, std::future::pending()).await });
         let compute = std::thread::spawn(move || queue.run(&network, &cpu(), &mut experts));
-        Self { address, server, runtime: Some(runtime), compute: Some(compute) }
+        Self { address, server, ledger, runtime: Some(runtime), compute: Some(compute) }
     }
 
     /// As when the process dies: its sockets close, nobody says goodbye.

@@ -1,0 +1,163 @@
+//! Which workers there are, and calls to them beside the data plane: for whoever leads, and for workers that join.
+//!
+//! Every call has a deadline. Knows nothing of why something is asked.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use muster_proto::control::{Assignment, LeadAnswer, LeadAsk, rows_from_wire};
+use muster_proto::description::Description;
+use muster_proto::expert::v1;
+use muster_types::WorkerId;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tonic::{Code, Response, Status};
+
+use super::board::Board;
+use super::link::{self, LinkConfig};
+use super::peer::Control;
+use crate::address::Address;
+
+/// How long a worker may take to answer.
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// Other threads' way to the workers of a dispatch.
+#[derive(Clone)]
+pub struct ClusterHandle {
+    pub(super) board: Arc<Board>,
+    pub(super) link: Arc<LinkConfig>,
+    pub(super) runtime: Handle,
+}
+
+/// There are as many workers as a router knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this router knows as many workers as it may")]
+pub struct Crowded;
+
+/// A worker that made itself known. It is forgotten when this is dropped and it is not connected.
+pub struct Joined {
+    board: Arc<Board>,
+    address: Address,
+}
+
+impl Drop for Joined {
+    fn drop(&mut self) {
+        self.board.leave(&self.address);
+    }
+}
+
+/// A call that came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// It obeys somebody else.
+    #[error("it obeys another router: {0}")]
+    NotLeader(String),
+    /// It said nothing in time.
+    #[error("it gave no answer within {0:?}")]
+    Silent(Duration),
+    /// Anything else.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<Status> for ControlError {
+    fn from(status: Status) -> Self {
+        let text = status.message().to_owned();
+        match status.code() {
+            Code::FailedPrecondition => Self::NotLeader(text),
+            code => Self::Failed(format!("{code}: {text}")),
+        }
+    }
+}
+
+/// A worker that is connected.
+#[derive(Clone)]
+pub struct ConnectedWorker {
+    /// Where it is.
+    pub address: String,
+    /// Changes whenever it is connected anew.
+    pub session: u64,
+    /// What it announces.
+    pub description: Description,
+    pub(super) control: Control,
+}
+
+impl ConnectedWorker {
+    /// Its name.
+    #[must_use]
+    pub const fn name(&self) -> &WorkerId {
+        &self.description.worker
+    }
+
+    /// Asks it to obey this router.
+    ///
+    /// # Errors
+    /// When it does not answer as it should.
+    pub async fn lead(&self, ask: &LeadAsk, patience: Duration) -> Result<LeadAnswer, ControlError> {
+        let mut control = self.control.clone();
+        let reply = within(patience, control.lead(ask.to_wire())).await?;
+        LeadAnswer::parse(&reply).map_err(|error| ControlError::Failed(error.to_string()))
+    }
+
+    /// Tells it what to hold.
+    ///
+    /// # Errors
+    /// When it does not take that order.
+    pub async fn assign(&self, assignment: &Assignment) -> Result<(), ControlError> {
+        let mut control = self.control.clone();
+        within(ANSWER, control.assign(assignment.to_wire())).await?;
+        Ok(())
+    }
+
+    /// Rows that its experts got since it started, by layer and expert, for a model of that many experts in each layer.
+    ///
+    /// # Errors
+    /// When it does not answer as it should.
+    pub async fn count_rows(&self, experts: &[u32]) -> Result<Vec<Vec<u64>>, ControlError> {
+        let mut control = self.control.clone();
+        let reply = within(ANSWER, control.count_rows(v1::CountRowsRequest {})).await?;
+        rows_from_wire(&reply, experts).map_err(|error| ControlError::Failed(error.to_string()))
+    }
+}
+
+async fn within<T>(
+    patience: Duration,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, ControlError> {
+    match tokio::time::timeout(patience, call).await {
+        Ok(reply) => Ok(reply?.into_inner()),
+        Err(_) => Err(ControlError::Silent(patience)),
+    }
+}
+
+impl ClusterHandle {
+    /// The workers that are connected now.
+    #[must_use]
+    pub fn workers(&self) -> Vec<ConnectedWorker> {
+        self.board.members()
+    }
+
+    /// Tells whenever a worker comes, goes or announces something.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.board.versions()
+    }
+
+    /// Waits until every expert can be reached, at most until then; false when it cannot. Blocks.
+    #[must_use]
+    pub fn await_coverage(&self, deadline: Instant) -> bool {
+        self.board.await_coverage(deadline)
+    }
+
+    /// A worker is there. It is connected and kept connected, if it was not known.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub fn join(&self, address: Address) -> Result<Joined, Crowded> {
+        if let Some(peer) = self.board.join(&address)? {
+            tracing::info!(%address, "a worker joins");
+            drop(self.runtime.spawn(link::keep(peer, self.board.clone(), self.link.clone())));
+        }
+        Ok(Joined { board: self.board.clone(), address })
+    }
+}

@@ -1,0 +1,102 @@
+//! Fetching the weights of an expert from a process that has them.
+//!
+//! Always holds: what is handed over is as long as it must be and has the digest that its sender gave it.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use muster_proto::control::Fetch;
+use muster_proto::expert::v1::weights_client::WeightsClient;
+use sha2::{Digest, Sha256};
+use tonic::transport::Channel;
+
+use crate::address::Address;
+use crate::transport;
+
+/// How long the other side may say nothing.
+const SILENCE: Duration = Duration::from_secs(10);
+/// Connections that are kept.
+const CONNECTIONS: usize = 16;
+/// Largest message: one part of an expert.
+const MESSAGE: usize = 1 << 20;
+
+/// Weights that could not be fetched.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum FetchError {
+    /// The other side cannot be reached, or has not what was asked for.
+    #[error("{0}")]
+    Refused(String),
+    /// It says nothing.
+    #[error("no answer within {SILENCE:?}")]
+    Silent,
+    /// What it sent is not what it must be.
+    #[error("the weights were damaged on the way or are others: {0}")]
+    Damaged(String),
+}
+
+/// Fetches experts; keeps connections from one to the next.
+#[derive(Default)]
+pub struct Fetcher {
+    channels: HashMap<Address, Channel>,
+}
+
+impl Fetcher {
+    /// The packed weights of an expert, which are this many bytes.
+    ///
+    /// # Errors
+    /// See [`FetchError`]. Another process may have them.
+    pub async fn fetch(&mut self, from: &Address, what: &Fetch, bytes: usize) -> Result<Vec<u8>, FetchError> {
+        let fetched = self.receive(from, what, bytes).await;
+        if fetched.is_err() {
+            self.channels.remove(from);
+        }
+        fetched
+    }
+
+    async fn receive(&mut self, from: &Address, what: &Fetch, bytes: usize) -> Result<Vec<u8>, FetchError> {
+        let channel = match self.channels.get(from) {
+            Some(channel) => channel.clone(),
+            None => {
+                let unreachable = |error: tonic::transport::Error| FetchError::Refused(error.to_string());
+                let channel = patiently(transport::connect(from, SILENCE)).await?.map_err(unreachable)?;
+                if self.channels.len() >= CONNECTIONS {
+                    self.channels.clear();
+                }
+                self.channels.insert(from.clone(), channel.clone());
+                channel
+            }
+        };
+        let refused = |status: tonic::Status| FetchError::Refused(format!("{}: {}", status.code(), status.message()));
+        let mut client = WeightsClient::new(channel).max_decoding_message_size(MESSAGE);
+        let mut parts = patiently(client.fetch(what.to_wire())).await?.map_err(refused)?.into_inner();
+        let mut data = Vec::new();
+        let mut digest = Sha256::new();
+        loop {
+            let Some(part) = patiently(parts.message()).await?.map_err(refused)? else {
+                return Err(FetchError::Damaged(format!("it ended after {} of {bytes} bytes", data.len())));
+            };
+            if part.data.len() > bytes - data.len() {
+                return Err(FetchError::Damaged(format!("there are more than {bytes} bytes")));
+            }
+            if data.is_empty() {
+                // Only what a sender that has begun to send will fill.
+                data.reserve_exact(bytes);
+            }
+            digest.update(&part.data);
+            data.extend_from_slice(&part.data);
+            if !part.digest.is_empty() {
+                if data.len() != bytes {
+                    return Err(FetchError::Damaged(format!("{} bytes instead of {bytes}", data.len())));
+                }
+                if digest.finalize().as_slice() != part.digest.as_ref() {
+                    return Err(FetchError::Damaged("their digest is another".into()));
+                }
+                return Ok(data);
+            }
+        }
+    }
+}
+
+async fn patiently<T>(work: impl Future<Output = T>) -> Result<T, FetchError> {
+    tokio::time::timeout(SILENCE, work).await.map_err(|_| FetchError::Silent)
+}

@@ -1,0 +1,129 @@
+//! Handing out weights to processes that are to hold them too.
+//!
+//! Always holds: so many fetches at a time and so many bytes a second, so that serving does not suffer.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use muster_kernels::{Expert, Matrix};
+use muster_proto::control::Fetch;
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::weights_server::{Weights, WeightsServer};
+use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
+use sha2::{Digest, Sha256};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+/// Bytes of one message.
+const PART: usize = 256 << 10;
+/// Parts that were made and not yet sent.
+const PARTS_AHEAD: usize = 2;
+/// Experts sent at the same time.
+const FETCHES: usize = 2;
+
+/// Whoever has packed experts.
+pub trait WeightSource: Send + Sync {
+    /// An expert, if it is here. May take as long as reading it from a disk.
+    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>>;
+}
+
+/// What the weights are that a process has.
+#[derive(Debug, Clone)]
+pub struct WeightTerms {
+    /// The model.
+    pub fingerprint: Fingerprint,
+    /// What it rounds activations to.
+    pub compute: Compute,
+    /// How it holds experts.
+    pub experts: WeightDType,
+    /// Routed experts of every layer.
+    pub shape: Vec<u32>,
+    /// Bytes a second that are sent, all fetches together.
+    pub rate: NonZeroUsize,
+}
+
+/// The gRPC service of whoever has weights. Clones share one state.
+#[derive(Clone)]
+pub struct WeightsService {
+    terms: Arc<WeightTerms>,
+    source: Arc<dyn WeightSource>,
+    places: Arc<Semaphore>,
+}
+
+impl WeightsService {
+    /// Hands out what is there.
+    #[must_use]
+    pub fn new(terms: WeightTerms, source: Arc<dyn WeightSource>) -> Self {
+        Self { terms: Arc::new(terms), source, places: Arc::new(Semaphore::new(FETCHES)) }
+    }
+
+    /// For a gRPC server.
+    #[must_use]
+    pub fn into_service(self) -> WeightsServer<Self> {
+        WeightsServer::new(self)
+    }
+}
+
+#[tonic::async_trait]
+impl Weights for WeightsService {
+    type FetchStream = ReceiverStream<Result<v1::FetchReply, Status>>;
+
+    async fn fetch(
+        &self,
+        request: Request<v1::FetchRequest>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        let terms = &self.terms;
+        let fetch = Fetch::parse(request.get_ref(), &terms.shape);
+        let fetch = fetch.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let differs =
+            |what| Err(Status::failed_precondition(format!("{what} differs from what this process has")));
+        match () {
+            () if fetch.fingerprint != terms.fingerprint => return differs("the model"),
+            () if fetch.compute != terms.compute => return differs("the compute mode"),
+            () if fetch.experts != terms.experts => return differs("the experts' dtype"),
+            () => {}
+        }
+        let full =
+            |_| Status::resource_exhausted("as many experts as may are being fetched from here; try later");
+        let place = self.places.clone().try_acquire_owned().map_err(full)?;
+        let source = self.source.clone();
+        let found = tokio::task::spawn_blocking(move || source.get(fetch.key)).await;
+        let missing = || Status::not_found(format!("{} is not held here", fetch.key));
+        let expert = found.ok().flatten().ok_or_else(missing)?;
+        let rate = terms.rate.get().div_ceil(FETCHES);
+        Ok(Response::new(ReceiverStream::new(send(expert, rate, place))))
+    }
+}
+
+/// Sends an expert from a thread of its own, at so many bytes a second.
+fn send(
+    expert: Arc<Expert>,
+    rate: usize,
+    place: OwnedSemaphorePermit,
+) -> mpsc::Receiver<Result<v1::FetchReply, Status>> {
+    let (parts, receiver) = mpsc::channel(PARTS_AHEAD);
+    tokio::task::spawn_blocking(move || {
+        let _place = place;
+        let mut digest = Sha256::new();
+        let (started, mut sent) = (Instant::now(), 0_usize);
+        let matrices = expert.matrices().map(Matrix::packed);
+        for part in matrices.iter().flat_map(|matrix| matrix.chunks(PART)) {
+            digest.update(part);
+            let reply = v1::FetchReply { data: part.to_vec().into(), digest: bytes::Bytes::new() };
+            if parts.blocking_send(Ok(reply)).is_err() {
+                // Nobody wants it any more.
+                return;
+            }
+            sent += part.len();
+            let due = Duration::from_secs_f64(sent as f64 / rate as f64);
+            std::thread::sleep(due.saturating_sub(started.elapsed()));
+        }
+        let digest = digest.finalize().to_vec().into();
+        metrics::counter!("muster_experts_sent_total").increment(1);
+        // Nobody may want it any more.
+        let _ = parts.blocking_send(Ok(v1::FetchReply { data: bytes::Bytes::new(), digest }));
+    });
+    receiver
+}

@@ -1,0 +1,155 @@
+//! Beside the data plane: who leads, what a worker is told to hold, and weights from one worker to another.
+
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use muster_dispatch_grpc::{Address, FetchError, Fetcher, GrpcDispatch, ServerConfig, Start};
+use muster_engine::dispatch::ExpertDispatch;
+use muster_kernels::{Expert, Matrix};
+use muster_proto::control::{Assignment, Fetch, LeadAsk, Load};
+use muster_proto::convert::RouterName;
+use muster_types::{Compute, WeightDType};
+
+use crate::support::*;
+
+fn ask(router: &str, term: u64, ttl: u64) -> LeadAsk {
+    let term = NonZeroU64::new(term).unwrap();
+    LeadAsk { router: RouterName::new(router).unwrap(), term, ttl: Duration::from_secs(ttl) }
+}
+
+fn order(router: &str, term: u64, operation: u64) -> Assignment {
+    Assignment {
+        router: RouterName::new(router).unwrap(),
+        term: NonZeroU64::new(term).unwrap(),
+        operation: NonZeroU64::new(operation).unwrap(),
+        keep: vec![all()[0]],
+        load: vec![Load { key: all()[3], peers: vec![0] }],
+        peers: vec!["unix:/x".into()],
+    }
+}
+
+/// Asks until the worker, which trusts nobody right after its start, grants.
+async fn lead(worker: &muster_dispatch_grpc::client::ConnectedWorker, ask: &LeadAsk) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !worker.lead(ask, Duration::from_secs(5)).await.unwrap().granted {
+        assert!(Instant::now() < deadline, "never granted");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[test]
+fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
+    let worker = TestWorker::start("w0", all(), Compute::F32);
+    let dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    let cluster = dispatch.cluster();
+    let health = dispatch.health();
+    runtime().block_on(async {
+        let known = cluster.workers().remove(0);
+        assert_eq!((known.name().as_str(), known.description.holdings.len()), ("w0", all().len()));
+        assert!(known.assign(&order("a", 1, 1)).await.is_err(), "nobody leads");
+        lead(&known, &ask("a", 1, 30)).await;
+        let refused = known.lead(&ask("b", 2, 30), Duration::from_secs(5)).await.unwrap();
+        assert!(!refused.granted);
+        assert_eq!(refused.holder, Some(RouterName::new("a").unwrap()));
+        assert!(known.assign(&order("b", 2, 1)).await.is_err());
+        let mut changes = cluster.changes();
+        changes.mark_unchanged();
+        known.assign(&order("a", 1, 1)).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(20), changes.changed()).await.unwrap().unwrap();
+    });
+    assert_eq!(*worker.ledger.orders.lock().unwrap(), [order("a", 1, 1)]);
+    eventually("the router learns what is held", || health.missing_experts() == all().len() - 2);
+    assert_eq!(cluster.workers()[0].description.holdings, [all()[0], all()[3]]);
+}
+
+#[test]
+fn rows_are_counted_where_they_are_computed() {
+    let worker = TestWorker::start("w0", all(), Compute::F32);
+    let mut dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    for experts in [&[0, 1, 3][..], &[1], &[1, 2]] {
+        let row = OneRow::new(2, experts);
+        assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+    }
+    let cluster = dispatch.cluster();
+    let known = cluster.workers().remove(0);
+    let rows = runtime().block_on(known.count_rows(shape().experts())).unwrap();
+    assert_eq!(rows, [vec![0; 8], vec![], vec![1, 3, 1, 1], vec![0; 8]]);
+    assert!(runtime().block_on(known.count_rows(&[8, 0, 5, 8])).is_err(), "another model");
+}
+
+#[test]
+fn a_worker_that_joins_is_used_and_forgotten_when_it_is_gone() {
+    let config = muster_dispatch_grpc::ConnectConfig {
+        start: Start::Assigned,
+        ..connect_config(&[], Compute::F32)
+    };
+    let mut dispatch = GrpcDispatch::connect(config).expect("nobody is waited for");
+    let (cluster, health) = (dispatch.cluster(), dispatch.health());
+    let row = OneRow::new(0, &[5]);
+    assert!(dispatch.submit(&row.batch()).is_err());
+
+    let worker = TestWorker::start("w0", all(), Compute::F32);
+    let address: Address = worker.address.parse().unwrap();
+    let (first, second) = (cluster.join(address.clone()).unwrap(), cluster.join(address).unwrap());
+    assert!(cluster.await_coverage(soon()));
+    assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+    // Twice the same worker is one worker.
+    assert_eq!(health.workers().len(), 1);
+
+    drop(first);
+    worker.kill();
+    eventually("it is missed", || health.missing_experts() > 0);
+    assert_eq!(health.workers().len(), 1, "somebody says that it is there");
+    drop(second);
+    eventually("it is forgotten", || health.workers().is_empty());
+}
+
+fn some_expert() -> Arc<Expert> {
+    let pack = |n, k| Matrix::pack_f32(n, k, &vec![0.25; n * k]).unwrap();
+    Arc::new(Expert::new(pack(48, 32), pack(48, 32), pack(32, 48)).unwrap())
+}
+
+#[test]
+fn weights_are_fetched_whole_or_not_at_all() {
+    let config = ServerConfig { fetch_rate: NonZeroUsize::new(1 << 20).unwrap(), ..server_config() };
+    let description = describe("w0", all(), Compute::F32);
+    let experts = Fake::new(&all(), Compute::F32);
+    let worker = TestWorker::with("127.0.0.1:0", &config, description, experts);
+    let expert = some_expert();
+    let packed = expert.matrices().map(Matrix::packed).concat();
+    worker.ledger.experts.lock().unwrap().insert(all()[2], expert);
+    let address: Address = worker.address.parse().unwrap();
+    let fetch = Fetch {
+        fingerprint: FINGERPRINT,
+        compute: Compute::F32,
+        experts: WeightDType::Native,
+        key: all()[2],
+    };
+    runtime().block_on(async {
+        let mut fetcher = Fetcher::default();
+        for _ in 0..2 {
+            assert_eq!(fetcher.fetch(&address, &fetch, packed.len()).await.as_ref(), Ok(&packed));
+        }
+        for wrong in [packed.len() - 1, packed.len() + 1, 0] {
+            let outcome = fetcher.fetch(&address, &fetch, wrong).await;
+            assert!(matches!(outcome, Err(FetchError::Damaged(_))), "{outcome:?}");
+        }
+        let refused = |fetch: Fetch| {
+            let address = address.clone();
+            async move {
+                match Fetcher::default().fetch(&address, &fetch, 1).await {
+                    Err(FetchError::Refused(reason)) => reason,
+                    other => panic!("{other:?}"),
+                }
+            }
+        };
+        assert!(refused(Fetch { key: all()[1], ..fetch.clone() }).await.contains("not held"));
+        assert!(refused(Fetch { compute: Compute::Bf16, ..fetch.clone() }).await.contains("compute mode"));
+        assert!(refused(Fetch { experts: WeightDType::Q4, ..fetch.clone() }).await.contains("dtype"));
+        let other = muster_types::Fingerprint::new([1; 32]);
+        assert!(refused(Fetch { fingerprint: other, ..fetch.clone() }).await.contains("model"));
+        let nobody: Address = "127.0.0.1:1".parse().unwrap();
+        assert!(matches!(fetcher.fetch(&nobody, &fetch, 1).await, Err(FetchError::Refused(_))));
+    });
+}

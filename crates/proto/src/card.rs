@@ -1,0 +1,245 @@
+//! What a worker must know of a model to hold its experts, where it has no model of its own.
+
+use std::num::NonZeroU32;
+
+use muster_types::{Compute, Fingerprint, WeightDType};
+
+use crate::PROTOCOL_VERSION;
+use crate::cluster::v1;
+use crate::convert::{
+    WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
+};
+use crate::handshake::fingerprint_from_wire;
+
+/// Layers of a model at most.
+const MOST_LAYERS: usize = 4096;
+/// Experts of a layer at most.
+const MOST_EXPERTS: u32 = 1 << 16;
+/// Any width at most.
+const WIDEST: u32 = 1 << 20;
+/// Longest name of a model, bytes.
+const LONGEST_NAME: usize = 256;
+
+/// How the elements of a packed matrix are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PackedAs {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// 8 bits and scales.
+    Q8,
+    /// 4 bits and scales.
+    Q4,
+}
+
+/// The experts of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerCard {
+    /// How many there are.
+    pub experts: NonZeroU32,
+    /// Width between their linears.
+    pub intermediate: NonZeroU32,
+    /// Of gate, up and down projection.
+    pub packed: [PackedAs; 3],
+}
+
+/// A model, as its experts' holders see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelCard {
+    /// Which one it is.
+    pub fingerprint: Fingerprint,
+    /// Its name.
+    pub name: String,
+    /// Width of a hidden row in elements.
+    pub hidden: NonZeroU32,
+    /// Most experts that one row goes to.
+    pub top_k: NonZeroU32,
+    /// What activations are rounded to.
+    pub compute: Compute,
+    /// How experts are held.
+    pub experts: WeightDType,
+    /// Every layer; `None` for a dense one.
+    pub layers: Vec<Option<LayerCard>>,
+}
+
+impl ModelCard {
+    /// As a message.
+    #[must_use]
+    pub fn to_wire(&self) -> v1::ModelCard {
+        let layer = |layer: &Option<LayerCard>| match layer {
+            None => v1::LayerCard::default(),
+            Some(LayerCard { experts, intermediate, packed: [gate, up, down] }) => v1::LayerCard {
+                experts: experts.get(),
+                intermediate: intermediate.get(),
+                gate: packed_to_wire(*gate).into(),
+                up: packed_to_wire(*up).into(),
+                down: packed_to_wire(*down).into(),
+            },
+        };
+        v1::ModelCard {
+            fingerprint: self.fingerprint.as_bytes().to_vec().into(),
+            name: self.name.clone(),
+            hidden: self.hidden.get(),
+            top_k: self.top_k.get(),
+            compute: compute_to_wire(self.compute).into(),
+            expert_dtype: expert_dtype_to_wire(self.experts).into(),
+            layers: self.layers.iter().map(layer).collect(),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// The first field that breaks a rule.
+    pub fn parse(message: &v1::ModelCard) -> Result<Self, WireError> {
+        if message.layers.len() > MOST_LAYERS {
+            let reason = format!("{} of them; at most {MOST_LAYERS} are allowed", message.layers.len());
+            return Err(WireError::rule("layers", reason));
+        }
+        if message.name.len() > LONGEST_NAME || message.name.chars().any(char::is_control) {
+            let reason = format!("must be at most {LONGEST_NAME} bytes without control characters");
+            return Err(WireError::Name { field: "name", reason });
+        }
+        Ok(Self {
+            fingerprint: fingerprint_from_wire(&message.fingerprint)?,
+            name: message.name.clone(),
+            hidden: number("hidden", message.hidden, WIDEST)?,
+            top_k: number("top_k", message.top_k, MOST_EXPERTS)?,
+            compute: compute_from_wire(message.compute)?,
+            experts: expert_dtype_from_wire(message.expert_dtype)?,
+            layers: message.layers.iter().map(parse_layer).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Routed experts of every layer.
+    #[must_use]
+    pub fn shape(&self) -> Vec<u32> {
+        self.layers.iter().map(|layer| layer.map_or(0, |layer| layer.experts.get())).collect()
+    }
+}
+
+fn parse_layer(layer: &v1::LayerCard) -> Result<Option<LayerCard>, WireError> {
+    if layer.experts == 0 {
+        return Ok(None);
+    }
+    Ok(Some(LayerCard {
+        experts: number("layers.experts", layer.experts, MOST_EXPERTS)?,
+        intermediate: number("layers.intermediate", layer.intermediate, WIDEST)?,
+        packed: [
+            packed_from_wire("layers.gate", layer.gate)?,
+            packed_from_wire("layers.up", layer.up)?,
+            packed_from_wire("layers.down", layer.down)?,
+        ],
+    }))
+}
+
+fn number(field: &'static str, value: u32, most: u32) -> Result<NonZeroU32, WireError> {
+    if value > most {
+        return Err(WireError::rule(field, format!("is {value}; at most {most} is allowed")));
+    }
+    NonZeroU32::new(value).ok_or(WireError::Missing(field))
+}
+
+const fn packed_to_wire(packed: PackedAs) -> v1::Packing {
+    match packed {
+        PackedAs::F32 => v1::Packing::F32,
+        PackedAs::Bf16 => v1::Packing::Bf16,
+        PackedAs::Q8 => v1::Packing::Q8,
+        PackedAs::Q4 => v1::Packing::Q4,
+    }
+}
+
+fn packed_from_wire(field: &'static str, value: i32) -> Result<PackedAs, WireError> {
+    match v1::Packing::try_from(value) {
+        Ok(v1::Packing::F32) => Ok(PackedAs::F32),
+        Ok(v1::Packing::Bf16) => Ok(PackedAs::Bf16),
+        Ok(v1::Packing::Q8) => Ok(PackedAs::Q8),
+        Ok(v1::Packing::Q4) => Ok(PackedAs::Q4),
+        Ok(v1::Packing::Unspecified) => Err(WireError::Missing(field)),
+        Err(_) => Err(WireError::UnknownValue { field, value }),
+    }
+}
+
+/// Whether a process that joins speaks this version.
+///
+/// # Errors
+/// When it does not.
+pub fn check_version(theirs: u32) -> Result<(), WireError> {
+    if theirs == PROTOCOL_VERSION {
+        return Ok(());
+    }
+    let reason = format!("is {theirs}, this router's is {PROTOCOL_VERSION}; run the same version of muster");
+    Err(WireError::rule("protocol_version", reason))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn card() -> ModelCard {
+        let one = NonZeroU32::MIN;
+        let layer = |packed| Some(LayerCard { experts: one, intermediate: one, packed });
+        ModelCard {
+            fingerprint: Fingerprint::new([3; 32]),
+            name: "m".into(),
+            hidden: one,
+            top_k: one,
+            compute: Compute::Bf16,
+            experts: WeightDType::Q4,
+            layers: vec![
+                None,
+                layer([PackedAs::F32, PackedAs::Bf16, PackedAs::Q8]),
+                layer([PackedAs::Q4; 3]),
+            ],
+        }
+    }
+
+    #[test]
+    fn a_card_survives_the_round_trip() {
+        let parsed = ModelCard::parse(&card().to_wire()).unwrap();
+        assert_eq!(parsed, card());
+        assert_eq!(parsed.shape(), [0, 1, 1]);
+    }
+
+    #[test]
+    fn what_cannot_be_a_model_is_refused() {
+        let good = || card().to_wire();
+        let layer = |change: fn(&mut v1::LayerCard)| {
+            let mut card = good();
+            change(&mut card.layers[1]);
+            card
+        };
+        let bad = [
+            ("fingerprint", v1::ModelCard { fingerprint: Default::default(), ..good() }),
+            ("name", v1::ModelCard { name: "a\nb".into(), ..good() }),
+            ("hidden", v1::ModelCard { hidden: 0, ..good() }),
+            ("hidden", v1::ModelCard { hidden: WIDEST + 1, ..good() }),
+            ("top_k", v1::ModelCard { top_k: 0, ..good() }),
+            ("compute", v1::ModelCard { compute: 0, ..good() }),
+            ("expert_dtype", v1::ModelCard { expert_dtype: 77, ..good() }),
+            ("layers", v1::ModelCard { layers: vec![v1::LayerCard::default(); MOST_LAYERS + 1], ..good() }),
+            ("layers.experts", layer(|layer| layer.experts = u32::MAX)),
+            ("layers.intermediate", layer(|layer| layer.intermediate = 0)),
+            ("layers.gate", layer(|layer| layer.gate = 0)),
+            ("layers.down", layer(|layer| layer.down = 9)),
+        ];
+        for (field, message) in bad {
+            let error = ModelCard::parse(&message).unwrap_err().to_string();
+            assert!(error.contains(field), "{field}: {error}");
+        }
+        assert!(check_version(PROTOCOL_VERSION).is_ok());
+        assert!(check_version(PROTOCOL_VERSION + 1).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_parsed_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+            if let Ok(message) = <v1::ModelCard as prost::Message>::decode(bytes.as_slice()) {
+                let _ = ModelCard::parse(&message);
+            }
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! What a leader tells a worker: who leads, and what to hold.
+
+use std::collections::HashSet;
+use std::num::NonZeroU64;
+use std::time::Duration;
+
+use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
+
+use crate::PROTOCOL_VERSION;
+use crate::convert::{
+    RouterName, WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
+};
+use crate::description::{holdings_to_wire, key_of, parse_holdings};
+use crate::expert::v1;
+use crate::handshake::fingerprint_from_wire;
+
+/// Peers of one assignment.
+const MOST_PEERS: usize = 1024;
+/// Longest address of a peer, bytes.
+const LONGEST_ADDRESS: usize = 512;
+
+/// A router asks to be obeyed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeadAsk {
+    /// Its name.
+    pub router: RouterName,
+    /// Its term.
+    pub term: NonZeroU64,
+    /// For how long. Zero gives the lead up.
+    pub ttl: Duration,
+}
+
+impl LeadAsk {
+    /// As a message.
+    #[must_use]
+    pub fn to_wire(&self) -> v1::LeadRequest {
+        v1::LeadRequest {
+            router_id: self.router.as_str().to_owned(),
+            term: self.term.get(),
+            ttl_ms: millis(self.ttl),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// When the name cannot be one or there is no term.
+    pub fn parse(message: &v1::LeadRequest) -> Result<Self, WireError> {
+        Ok(Self {
+            router: RouterName::new(&message.router_id)?,
+            term: NonZeroU64::new(message.term).ok_or(WireError::Missing("term"))?,
+            ttl: Duration::from_millis(message.ttl_ms.into()),
+        })
+    }
+}
+
+/// What a worker says to that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeadAnswer {
+    /// Whether it obeys the router that asked.
+    pub granted: bool,
+    /// Whom it obeys, or obeyed last.
+    pub holder: Option<RouterName>,
+    /// At which term; 0 as long as it obeyed nobody.
+    pub term: u64,
+    /// For how long still.
+    pub left: Duration,
+}
+
+impl LeadAnswer {
+    /// As a message.
+    #[must_use]
+    pub fn to_wire(&self) -> v1::LeadReply {
+        v1::LeadReply {
+            granted: self.granted,
+            router_id: self.holder.as_ref().map_or_else(String::new, |holder| holder.as_str().to_owned()),
+            term: self.term,
+            left_ms: millis(self.left),
+        }
+    }
+
+    /// From a message.
+    ///
+    /// # Errors
+    /// When the holder's name cannot be one.
+    pub fn parse(message: &v1::LeadReply) -> Result<Self, WireError> {
+        let holder = if message.router_id.is_empty() { None } else { Some(RouterName::new(&message.router_id)?) };
+        let left = Duration::from_millis(message.left_ms.into());
+        Ok(Self { granted: message.granted, holder, term: message.term, left })
+    }
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// What a worker shall hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Assignment {
+    /// Who says so.
+    pub router: RouterName,
+    /// In which term.
+    pub term: NonZeroU64,
+    /// Grows with every assignment of the term.
+    pub operation: NonZeroU64,
+    /// What it goes on holding, strictly ascending.
+    pub keep: Vec<ExpertKey>,
+    /// What it loads, in this order; none of `keep` and none twice.
+    pub load: Vec<Load>,
+    /// Addresses of workers that hold some of it.
+    pub peers: Vec<String>,
+}
+
+/// An expert to be loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Load {
+    /// Which one.
+    pub key: ExpertKey,
+    /// Who holds it: indices into [`Assignment::peers`].
+    pub peers: Vec<u32>,
+}
+
+impl Assignment {
+    /// As a message.
+    #[must_use]
+    pub fn to_wire(&self) -> v1::AssignRequest {
+        let load = |load: &Load| v1::LoadExpert {
+            layer: load.key.layer.get(),
+            expert: load.key.expert.get(),
+            peers: load.peers.clone(),
+        };
+        v1::AssignRequest {
+            router_id: self.router.as_str().to_owned(),
+            term: self.term.get(),
+            operation_id: self.operation.get(),
+            keep: holdings_to_wire(&self.keep),
+            load: self.load.iter().map(load).collect(),
+            peers: self.peers.clone(),
+        }
+    }
+
+    /// From a message, for a model with `experts[layer]` routed experts in each layer.
+    ///
+    /// # Errors
+    /// The first field that breaks a rule.
+    pub fn parse(message: &v1::AssignRequest, experts: &[u32]) -> Result<Self, WireError> {
+        let router = RouterName::new(&message.router_id)?;
+        let term = NonZeroU64::new(message.term).ok_or(WireError::Missing("term"))?;
+        let operation = NonZeroU64::new(message.operation_id).ok_or(WireError::Missing("operation_id"))?;
+        let keep = parse_holdings("keep", &message.keep, experts)?;
+        if message.peers.len() > MOST_PEERS {
+            let reason = format!("{} of them; at most {MOST_PEERS} are allowed", message.peers.len());
+            return Err(WireError::rule("peers", reason));
+        }
+        if let Some(long) = message.peers.iter().find(|peer| peer.len() > LONGEST_ADDRESS) {
+            let reason = format!("an address of {} bytes; at most {LONGEST_ADDRESS} are allowed", long.len());
+            return Err(WireError::rule("peers", reason));
+        }
+        let mut seen = HashSet::new();
+        let mut load = Vec::new();
+        for entry in &message.load {
+            let key = key_of("load", entry.layer, entry.expert, experts)?;
+            if !seen.insert(key) || keep.binary_search(&key).is_ok() {
+                return Err(WireError::rule("load", format!("{key} is listed twice")));
+            }
+            if let Some(bad) = entry.peers.iter().find(|&&peer| peer as usize >= message.peers.len()) {
+                let reason = format!("{key} is said to be with peer {bad} of {}", message.peers.len());
+                return Err(WireError::rule("load.peers", reason));
+            }
+            load.push(Load { key, peers: entry.peers.clone() });
+        }
+        Ok(Self { router, term, operation, keep, load, peers: message.peers.clone() })
+    }
+}
+
+/// Rows that experts got, by layer and expert; as long as the model's shape.
+#[must_use]
+pub fn rows_to_wire(rows: &[Vec<u64>]) -> v1::CountRowsReply {
+    let layers = (0..).zip(rows).filter(|(_, rows)| rows.iter().any(|&count| count > 0));
+    v1::CountRowsReply {
+        layers: layers.map(|(layer, rows)| v1::LayerRows { layer, rows: rows.clone() }).collect(),
+    }
+}
+
+/// Rows that experts got, by layer and expert, of a model with `experts[layer]` routed experts in each layer.
+///
+/// # Errors
+/// When a layer is not one of the model, is told twice, or has another number of experts.
+pub fn rows_from_wire(message: &v1::CountRowsReply, experts: &[u32]) -> Result<Vec<Vec<u64>>, WireError> {
+    let mut rows: Vec<Vec<u64>> = experts.iter().map(|&count| vec![0; count as usize]).collect();
+    let mut before = None;
+    for layer in &message.layers {
+        if before.replace(layer.layer) >= Some(layer.layer) {
+            return Err(WireError::rule("layers", "layers are told twice or out of order"));
+        }
+        match rows.get_mut(layer.layer as usize) {
+            Some(known) if known.len() == layer.rows.len() => known.clone_from(&layer.rows),
+            _ => {
+                let reason = format!("layer {} does not have {} experts", layer.layer, layer.rows.len());
+                return Err(WireError::rule("layers", reason));
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// An expert that another process wants to have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fetch {
+    /// Of which model.
+    pub fingerprint: Fingerprint,
+    /// How it computes, which tells how experts are packed.
+    pub compute: Compute,
+    /// How experts are held.
+    pub experts: WeightDType,
+    /// Which one.
+    pub key: ExpertKey,
+}
+
+impl Fetch {
+    /// As a message.
+    #[must_use]
+    pub fn to_wire(&self) -> v1::FetchRequest {
+        v1::FetchRequest {
+            protocol_version: PROTOCOL_VERSION,
+            fingerprint: self.fingerprint.as_bytes().to_vec().into(),
+            compute: compute_to_wire(self.compute).into(),
+            expert_dtype: expert_dtype_to_wire(self.experts).into(),
+            layer: self.key.layer.get(),
+            expert: self.key.expert.get(),
+        }
+    }
+
+    /// From a message, for a model with `experts[layer]` routed experts in each layer.
+    ///
+    /// # Errors
+    /// The first field that breaks a rule. Whether the two processes fit is for the caller to see.
+    pub fn parse(message: &v1::FetchRequest, experts: &[u32]) -> Result<Self, WireError> {
+        if message.protocol_version != PROTOCOL_VERSION {
+            let reason = format!("is {}; this worker speaks {PROTOCOL_VERSION}", message.protocol_version);
+            return Err(WireError::rule("protocol_version", reason));
+        }
+        Ok(Self {
+            fingerprint: fingerprint_from_wire(&message.fingerprint)?,
+            compute: compute_from_wire(message.compute)?,
+            experts: expert_dtype_from_wire(message.expert_dtype)?,
+            key: key_of("expert", message.layer, message.expert, experts)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_types::{ExpertId, LayerId};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const EXPERTS: [u32; 3] = [4, 0, 8];
+
+    fn all_keys() -> Vec<ExpertKey> {
+        LayerId::all(3)
+            .zip(EXPERTS)
+            .flat_map(|(layer, n)| ExpertId::all(n).map(move |expert| ExpertKey { layer, expert }))
+            .collect()
+    }
+
+    fn one() -> NonZeroU64 {
+        NonZeroU64::MIN
+    }
+
+    fn assignment(keep: Vec<ExpertKey>, load: Vec<Load>) -> Assignment {
+        let router = RouterName::new("r0").unwrap();
+        let peers = vec!["a:1".into(), "unix:/b".into()];
+        Assignment { router, term: one(), operation: one(), keep, load, peers }
+    }
+
+    proptest! {
+        #[test]
+        fn any_assignment_survives_the_round_trip(
+            keys in prop::sample::subsequence(all_keys(), 0..=12),
+            split in any::<prop::sample::Index>(),
+            peers in prop::collection::vec(0u32..2, 0..2),
+        ) {
+            let keep = keys[..split.index(keys.len() + 1)].to_vec();
+            let load = keys[keep.len()..].iter().rev().map(|&key| Load { key, peers: peers.clone() });
+            let before = assignment(keep, load.collect());
+            prop_assert_eq!(Assignment::parse(&before.to_wire(), &EXPERTS).unwrap(), before);
+        }
+
+        #[test]
+        fn any_bytes_are_parsed_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
+            use prost::Message;
+            if let Ok(message) = v1::AssignRequest::decode(bytes.as_slice()) {
+                let _ = Assignment::parse(&message, &EXPERTS);
+            }
+            if let Ok(message) = v1::CountRowsReply::decode(bytes.as_slice()) {
+                let _ = rows_from_wire(&message, &EXPERTS);
+            }
+            if let Ok(message) = v1::FetchRequest::decode(bytes.as_slice()) {
+                let _ = Fetch::parse(&message, &EXPERTS);
+            }
+            if let Ok(message) = v1::LeadRequest::decode(bytes.as_slice()) {
+                let _ = LeadAsk::parse(&message);
+            }
+        }
+
+        #[test]
+        fn counts_survive_the_round_trip(rows in prop::collection::vec(any::<u64>(), 12)) {
+            let rows = vec![rows[..4].to_vec(), vec![], rows[4..].to_vec()];
+            prop_assert_eq!(rows_from_wire(&rows_to_wire(&rows), &EXPERTS).unwrap(), rows);
+        }
+    }
+
+    #[test]
+    fn assignments_that_contradict_themselves_are_refused() {
+        let keys = all_keys();
+        let load = |key| Load { key, peers: vec![] };
+        let good = assignment(vec![keys[0]], vec![load(keys[1])]).to_wire();
+        assert!(Assignment::parse(&good, &EXPERTS).is_ok());
+        let bad = [
+            ("load", assignment(vec![keys[0]], vec![load(keys[0])]).to_wire()),
+            ("load", assignment(vec![], vec![load(keys[0]), load(keys[0])]).to_wire()),
+            ("load.peers", assignment(vec![], vec![Load { key: keys[0], peers: vec![2] }]).to_wire()),
+            ("term", v1::AssignRequest { term: 0, ..good.clone() }),
+            ("operation_id", v1::AssignRequest { operation_id: 0, ..good.clone() }),
+            ("router_id", v1::AssignRequest { router_id: "a b".into(), ..good.clone() }),
+            ("peers", v1::AssignRequest { peers: vec!["x".repeat(513)], load: vec![], ..good.clone() }),
+            ("peers", v1::AssignRequest { peers: vec![String::new(); 1025], ..good.clone() }),
+        ];
+        for (field, message) in bad {
+            let error = Assignment::parse(&message, &EXPERTS).unwrap_err().to_string();
+            assert!(error.contains(field), "{field}: {error}");
+        }
+    }
+
+    #[test]
+    fn counts_of_another_model_are_refused() {
+        let layer = |layer, rows: usize| v1::LayerRows { layer, rows: vec![1; rows] };
+        for layers in [vec![layer(0, 3)], vec![layer(3, 1)], vec![layer(2, 8), layer(0, 4)], vec![layer(0, 4); 2]] {
+            assert!(rows_from_wire(&v1::CountRowsReply { layers }, &EXPERTS).is_err());
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Has the experts that are wanted loaded, one after the other, while the worker serves.
+//!
+//! An expert comes from a worker that holds it, if one is named and gives it, else from the checkpoint. Serving comes
+//! first: the thread asks the system for the smaller part of the processor.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use muster_checkpoint::Checkpoint;
+use muster_dispatch_grpc::{Address, ExpertServer, Fetcher};
+use muster_model::experts::{self, Expert, ExpertForm};
+use muster_proto::control::Fetch;
+use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
+use tokio::runtime::Handle;
+
+use crate::holder::{Holder, Task, Work};
+
+/// How much lower than others the thread's priority is.
+const NICE: i32 = 10;
+/// Pause after an expert that could not be had anywhere.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Experts that are loaded in less time are announced together.
+const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
+
+/// What weights are, and where they are.
+pub(crate) struct Sources {
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) compute: Compute,
+    pub(crate) dtype: WeightDType,
+    pub(crate) forms: Vec<Option<ExpertForm>>,
+    /// Bytes the worker has for experts.
+    pub(crate) capacity: u64,
+}
+
+/// See the module.
+pub(crate) struct Loader {
+    pub(crate) holder: Arc<Holder>,
+    pub(crate) server: ExpertServer,
+    pub(crate) sources: Sources,
+    pub(crate) runtime: Handle,
+}
+
+impl Loader {
+    /// Loads until the holder is stopped.
+    pub(crate) fn run(self) {
+        if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
+            tracing::debug!(%error, "the loader has the same priority as others");
+        }
+        let mut fetcher = Fetcher::default();
+        let mut announced = Instant::now();
+        loop {
+            let outcome = match self.holder.next() {
+                Work::Stop => return,
+                Work::Released => Ok(()),
+                Work::Load(task) => self.load(&mut fetcher, &task).inspect_err(|_| self.holder.defer(task.key)),
+            };
+            let is_done = self.holder.loading() == 0;
+            if is_done || outcome.is_err() || announced.elapsed() >= ANNOUNCE_EVERY {
+                self.server.announce();
+                announced = Instant::now();
+            }
+            if let Err(later) = outcome {
+                self.holder.pause(later);
+            }
+        }
+    }
+
+    /// Loads an expert, or says when to try again.
+    fn load(&self, fetcher: &mut Fetcher, task: &Task) -> Result<(), Instant> {
+        let later = Instant::now() + PAUSE;
+        let Some((form, bytes)) = self.form(task.key) else {
+            tracing::error!(expert = %task.key, "told to load an expert that the model does not have");
+            return Err(later);
+        };
+        if self.holder.bytes().saturating_add(bytes as u64) > self.sources.capacity {
+            return Err(self.holder.next_release().unwrap_or_else(|| {
+                tracing::warn!(expert = %task.key, bytes, "no memory left for an expert; raise --memory");
+                later
+            }));
+        }
+        let started = Instant::now();
+        let found = self.from_peers(fetcher, task, &form, bytes).or_else(|| self.from_checkpoint(task.key));
+        let (expert, source) = found.ok_or(later)?;
+        self.holder.take_in(task.key, expert);
+        metrics::counter!("muster_worker_experts_loaded_total", "source" => source).increment(1);
+        metrics::counter!("muster_worker_expert_bytes_loaded_total", "source" => source).increment(bytes as u64);
+        tracing::debug!(expert = %task.key, source, seconds = started.elapsed().as_secs_f64(), "loaded");
+        Ok(())
+    }
+
+    fn form(&self, key: ExpertKey) -> Option<(ExpertForm, usize)> {
+        let form = (*self.sources.forms.get(key.layer.index())?)?;
+        Some((form, form.bytes()?))
+    }
+
+    fn from_peers(
+        &self,
+        fetcher: &mut Fetcher,
+        task: &Task,
+        form: &ExpertForm,
+        bytes: usize,
+    ) -> Option<(Expert, &'static str)> {
+        let Sources { fingerprint, compute, dtype, .. } = self.sources;
+        let fetch = Fetch { fingerprint, compute, experts: dtype, key: task.key };
+        task.peers.iter().find_map(|peer| {
+            let address: Address = peer.parse().ok()?;
+            let fetched = self.runtime.block_on(fetcher.fetch(&address, &fetch, bytes));
+            let reason = match fetched.map(|packed| form.unpack(&packed)) {
+                Ok(Ok(expert)) => return Some((expert, "peer")),
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            };
+            tracing::debug!(expert = %task.key, %peer, reason, "not fetched");
+            None
+        })
+    }
+
+    fn from_checkpoint(&self, key: ExpertKey) -> Option<(Expert, &'static str)> {
+        let mut loaded = None;
+        let Sources { checkpoint, compute, dtype, .. } = &self.sources;
+        let take = &mut |_, expert| loaded = Some((expert, "checkpoint"));
+        if let Err(error) = experts::read(checkpoint, &[key], *compute, *dtype, &mut |_| {}, take) {
+            tracing::error!(expert = %key, %error, "an expert could not be loaded");
+            metrics::counter!("muster_worker_expert_load_errors_total").increment(1);
+        }
+        loaded
+    }
+}
