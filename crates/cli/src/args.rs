@@ -58,6 +58,8 @@ pub(crate) enum Command {
     Chat(ChatArgs),
     /// Continue one prompt and print the text.
     Generate(GenerateArgs),
+    /// Say how a running cluster is: who holds what, who leads, what is missing.
+    Status(StatusArgs),
     /// Say what a model is, how big its parts are, and whether it loads.
     CheckModel(CheckModelArgs),
     /// Write the logits and gate choices of every position, to compare with another implementation.
@@ -67,6 +69,17 @@ pub(crate) enum Command {
     /// Fetch a model from the Hugging Face hub (runs muster-pull).
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Pull(PullArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  muster status --grpc http://127.0.0.1:50051")]
+pub(crate) struct StatusArgs {
+    /// Where routers' gRPC listens; several separated by commas or each with a --grpc of its own.
+    #[arg(long, value_name = "URL", default_value = DEFAULT_GRPC, value_delimiter = ',')]
+    pub(crate) grpc: Vec<String>,
+    /// Print one line of JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// How tokens are picked.

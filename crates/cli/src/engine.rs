@@ -166,6 +166,7 @@ impl Loaded {
             dispatch,
             experts,
             health,
+            pulse: Arc::default(),
             workers,
             combine,
             model_name: None,

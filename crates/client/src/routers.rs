@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use muster_proto::cluster::v1::cluster_client::ClusterClient;
+use muster_proto::cluster::v1::{StatusReply, StatusRequest};
 use muster_proto::v1::inference_client::InferenceClient;
 use muster_proto::v1::{GenerateRequest, GetModelRequest, Model, TokenizeRequest};
 use tonic::transport::{Channel, Endpoint};
@@ -76,6 +78,25 @@ impl Client {
     /// When no router answers in time.
     pub async fn model(&self) -> Result<Model, ClientError> {
         self.call(|mut client| async move { client.get_model(GetModelRequest {}).await }).await
+    }
+
+    /// What each router knows of its cluster, or why it does not say; with its address.
+    pub async fn statuses(&self) -> Vec<(String, Result<StatusReply, ClientError>)> {
+        let mut statuses = Vec::new();
+        for router in &*self.routers {
+            let mut client = ClusterClient::new(router.channel.clone());
+            let asked = tokio::time::timeout(self.policy.answer, client.status(StatusRequest {})).await;
+            let status = match asked {
+                Ok(Ok(reply)) => Ok(reply.into_inner()),
+                Ok(Err(status)) => Err(ClientError::of(&status, &router.url)),
+                Err(_) => Err(ClientError::Unreachable {
+                    routers: router.url.clone(),
+                    reason: format!("no answer within {:?}", self.policy.answer),
+                }),
+            };
+            statuses.push((router.url.clone(), status));
+        }
+        statuses
     }
 
     /// Token ids of a text, as a router would use them for a prompt.

@@ -57,7 +57,8 @@ impl Fetcher {
         let channel = match self.channels.get(from) {
             Some(channel) => channel.clone(),
             None => {
-                let unreachable = |error: tonic::transport::Error| FetchError::Refused(error.to_string());
+                let unreachable =
+                    |error: tonic::transport::Error| FetchError::Refused(transport::root_cause(&error));
                 let channel = patiently(transport::connect(from, SILENCE)).await?.map_err(unreachable)?;
                 if self.channels.len() >= CONNECTIONS {
                     self.channels.clear();
@@ -66,7 +67,8 @@ impl Fetcher {
                 channel
             }
         };
-        let refused = |status: tonic::Status| FetchError::Refused(format!("{}: {}", status.code(), status.message()));
+        let refused =
+            |status: tonic::Status| FetchError::Refused(format!("{}: {}", status.code(), status.message()));
         let mut client = WeightsClient::new(channel).max_decoding_message_size(MESSAGE);
         let mut parts = patiently(client.fetch(what.to_wire())).await?.map_err(refused)?.into_inner();
         let mut data = Vec::new();

@@ -13,17 +13,19 @@ pub mod client;
 mod compute;
 mod driver;
 mod fetch;
+mod join;
 pub mod server;
 mod transport;
 
 pub use address::{Address, AddressError};
 pub use client::{
-    ClusterHandle, ConnectConfig, ConnectError, DispatchStats, GrpcDispatch, HealthHandle, LinkError, Sample, Start,
-    StatsHandle, WorkerHealth, WorkerState,
+    ClusterHandle, ConnectConfig, ConnectError, DispatchStats, GrpcDispatch, HealthHandle, LinkError, Sample,
+    Start, StatsHandle, WorkerHealth, WorkerState,
 };
 pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};
+pub use join::{JoinError, Membership, join, reached_at};
 pub use server::{
-    BindError, Bound, ComputeQueue, Custody, ExpertServer, Held, Network, ServeError, ServerConfig, WeightSource,
-    WeightTerms, WeightsService,
+    BindError, Bound, ComputeQueue, Custody, ExpertServer, Held, Network, ServeError, ServerConfig,
+    WeightSource, WeightTerms, WeightsService,
 };

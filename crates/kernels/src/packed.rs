@@ -90,7 +90,11 @@ impl Matrix {
             Elements::F32(panels) => panels.blocks.iter().flatten().flatten().all(|value| value.is_finite()),
             Elements::Quantised(weights) => weights.is_finite(),
         };
-        if finite { Ok(Self::of(n, k, elements)) } else { Err(KernelError::Packed { n, k, bytes: bytes.len() }) }
+        if finite {
+            Ok(Self::of(n, k, elements))
+        } else {
+            Err(KernelError::Packed { n, k, bytes: bytes.len() })
+        }
     }
 }
 

@@ -39,8 +39,7 @@ impl ExpertForm {
                 let stored = checkpoint.stored(Role::Expert(layer, 0, role))?;
                 Some(packing(stored.dtype, compute, dtype))
             };
-            let packings =
-                [packing(ExpertRole::Gate)?, packing(ExpertRole::Up)?, packing(ExpertRole::Down)?];
+            let packings = [packing(ExpertRole::Gate)?, packing(ExpertRole::Up)?, packing(ExpertRole::Down)?];
             Some(Self { hidden: spec.hidden, intermediate: moe.intermediate, packings })
         };
         (0..u32::try_from(spec.layers.len()).unwrap_or(u32::MAX)).map(form).collect()
@@ -56,7 +55,9 @@ impl ExpertForm {
     /// Bytes of a packed expert; `None` when they cannot be counted.
     #[must_use]
     pub fn bytes(&self) -> Option<usize> {
-        self.parts().into_iter().try_fold(0_usize, |sum, (packing, n, k)| sum.checked_add(packing.bytes(n, k)?))
+        self.parts()
+            .into_iter()
+            .try_fold(0_usize, |sum, (packing, n, k)| sum.checked_add(packing.bytes(n, k)?))
     }
 
     /// The expert's packed matrices, if it has this form.

@@ -54,8 +54,12 @@ impl<'a> Loader<'a> {
     pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
         let compute = self.compute;
         self.packed(role, |rows, cols, data| match (data, packing(data.dtype(), compute, dtype)) {
-            (WeightData::Bf16(bits), Packing::Quantised(kind)) => Matrix::quantise_bf16(kind, rows, cols, bits),
-            (WeightData::F32(values), Packing::Quantised(kind)) => Matrix::quantise_f32(kind, rows, cols, values),
+            (WeightData::Bf16(bits), Packing::Quantised(kind)) => {
+                Matrix::quantise_bf16(kind, rows, cols, bits)
+            }
+            (WeightData::F32(values), Packing::Quantised(kind)) => {
+                Matrix::quantise_f32(kind, rows, cols, values)
+            }
             (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
             (WeightData::F32(values), Packing::F32) => Matrix::pack_f32(rows, cols, values),
             (WeightData::F32(values), Packing::Bf16) => {

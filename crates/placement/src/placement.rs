@@ -1,6 +1,7 @@
 //! An immutable snapshot of who holds what.
 
 use std::collections::HashSet;
+use std::num::NonZero;
 
 use muster_types::{Epoch, ExpertKey, LayerId, WorkerId};
 
@@ -133,6 +134,13 @@ impl Placement {
     #[must_use]
     pub fn missing(&self) -> Vec<ExpertKey> {
         self.shape().keys().filter(|&key| self.owners(key).is_empty()).collect()
+    }
+
+    /// How many experts have fewer owners than that.
+    #[must_use]
+    pub fn fewer_copies_than(&self, copies: NonZero<u32>) -> usize {
+        let copies = copies.get() as usize;
+        self.owners.iter().flatten().filter(|owners| owners.len() < copies).count()
     }
 
     /// Whether every expert of the model has an owner.

@@ -84,7 +84,8 @@ impl LeadAnswer {
     /// # Errors
     /// When the holder's name cannot be one.
     pub fn parse(message: &v1::LeadReply) -> Result<Self, WireError> {
-        let holder = if message.router_id.is_empty() { None } else { Some(RouterName::new(&message.router_id)?) };
+        let holder =
+            if message.router_id.is_empty() { None } else { Some(RouterName::new(&message.router_id)?) };
         let left = Duration::from_millis(message.left_ms.into());
         Ok(Self { granted: message.granted, holder, term: message.term, left })
     }
@@ -337,7 +338,9 @@ mod tests {
     #[test]
     fn counts_of_another_model_are_refused() {
         let layer = |layer, rows: usize| v1::LayerRows { layer, rows: vec![1; rows] };
-        for layers in [vec![layer(0, 3)], vec![layer(3, 1)], vec![layer(2, 8), layer(0, 4)], vec![layer(0, 4); 2]] {
+        for layers in
+            [vec![layer(0, 3)], vec![layer(3, 1)], vec![layer(2, 8), layer(0, 4)], vec![layer(0, 4); 2]]
+        {
             assert!(rows_from_wire(&v1::CountRowsReply { layers }, &EXPERTS).is_err());
         }
     }

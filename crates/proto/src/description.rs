@@ -3,8 +3,8 @@
 use std::num::NonZeroU32;
 
 use muster_types::{
-    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, Speed,
-    WeightDType, WorkerId,
+    Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, Speed, WeightDType,
+    WorkerId,
 };
 
 use crate::PROTOCOL_VERSION;

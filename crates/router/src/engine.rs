@@ -23,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::lanes::{LaneChoice, Lanes};
 use crate::output::{End, Output, Taken};
 use crate::pace::Pace;
+use crate::pulse::Pulse;
 use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
 
 /// Rows of a step from which two lanes may pay: below, splitting only makes the messages smaller.
@@ -74,6 +75,8 @@ pub(crate) struct Engine {
     pub(crate) commands: mpsc::Receiver<Command>,
     /// Set when shutdown will wait no longer.
     pub(crate) abort: Arc<AtomicBool>,
+    /// Told of every token.
+    pub(crate) pulse: Arc<Pulse>,
 }
 
 /// A choice in the scheduler.
@@ -314,6 +317,7 @@ impl Engine {
         active.observe_latency();
         active.stalled = None;
         counter!("muster_tokens_generated_total").increment(1);
+        self.pulse.beat();
         active.cached_prompt_tokens = self.scheduler.cached_prompt_tokens(id);
         // Even of a token that ends it: what this step computed is then kept for others.
         let progress = self.scheduler.append(id, token);

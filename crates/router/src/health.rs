@@ -3,9 +3,14 @@
 /// State of the router as probes see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {
-    /// Every (layer, expert) has a live worker.
+    /// Every expert has a live worker and as many copies as wanted, and tokens come.
     Ready,
-    /// The router runs, but some experts have no live worker: requests fail until they do.
+    /// Requests are served, but something is missing.
+    Degraded {
+        /// What, in sentences without addresses.
+        reasons: Vec<String>,
+    },
+    /// The router runs, but requests wait or fail.
     NotReady {
         /// Why, in a sentence without addresses.
         reason: String,
@@ -16,6 +21,6 @@ impl Health {
     /// Whether requests can be served.
     #[must_use]
     pub const fn is_ready(&self) -> bool {
-        matches!(self, Self::Ready)
+        matches!(self, Self::Ready | Self::Degraded { .. })
     }
 }

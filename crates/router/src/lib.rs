@@ -4,6 +4,7 @@
 //! it one engine thread owns scheduler, trunk and KV cache, and reaches experts through a dispatch. The edges
 //! ([`grpc`], [`http`]) translate, and decide nothing.
 
+pub mod cluster;
 mod engine;
 #[cfg(test)]
 mod fake;
@@ -14,6 +15,7 @@ mod lanes;
 mod net;
 mod output;
 mod pace;
+mod pulse;
 pub mod request;
 mod resume;
 pub mod serve;

@@ -1,24 +1,31 @@
 //! The router process: bind, load, connect, serve, drain.
 
 use std::net::SocketAddr;
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
-use muster_dispatch_grpc::client::{ConnectConfig, ConnectError, GrpcDispatch, HealthHandle, Start};
+use muster_dispatch_grpc::{
+    ClusterHandle, ConnectConfig, ConnectError, GrpcDispatch, Start, WeightTerms, WeightsService,
+};
 use muster_kernels::{Cpu, KernelError};
 use muster_model::experts::faster_mode;
 use muster_model::trunk::Trunk;
 use muster_model::{LoadProgress, ModelError};
-use muster_placement::Shape;
+use muster_placement::{Shape, SizesError};
+use muster_proto::card::ModelCard;
+use muster_proto::convert::RouterName;
 use muster_types::{Combine, Compute, WeightDType};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::health::Health;
-use crate::start::{Ending, EngineSettings, Parts, StartError, start};
-use crate::{grpc, http};
+use crate::cluster::{CheckpointWeights, Cluster, Leader, LeaderConfig, card, expert_sizes};
+use crate::start::{Ending, EngineSettings, Parts, Pulse, StartError, start};
+use crate::{grpc, http, pulse};
+
+/// Bytes a second that workers without a model may read through a router.
+const HAND_OUT: NonZeroUsize = NonZeroUsize::new(256 << 20).expect("it is not zero");
 
 /// A router's settings, checked.
 pub struct RouterConfig {
@@ -28,8 +35,12 @@ pub struct RouterConfig {
     pub model_name: Option<String>,
     /// Name of this router in logs of workers.
     pub router_id: String,
-    /// Workers, as `host:port` or `unix:/path`.
+    /// Workers, as `host:port` or `unix:/path`. Others can join.
     pub workers: Vec<String>,
+    /// Whether this router may tell workers what to hold.
+    pub placement: Placement,
+    /// Copies that each expert shall have.
+    pub replicas: NonZeroU32,
     /// Where OpenAI HTTP, probes and metrics listen.
     pub http: SocketAddr,
     /// Where gRPC listens.
@@ -52,6 +63,15 @@ pub struct RouterConfig {
     pub busy_poll: Duration,
     /// Sizes of the engine.
     pub engine: EngineSettings,
+}
+
+/// Who decides what workers hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// The router that leads.
+    Led,
+    /// Nobody: they hold what they start with.
+    Static,
 }
 
 /// Where a router listens.
@@ -109,6 +129,12 @@ pub enum RouterError {
         /// Its reason.
         reason: String,
     },
+    /// The experts are too large for a placement.
+    #[error(transparent)]
+    Sizes(#[from] SizesError),
+    /// A size of the model is out of the protocol's range.
+    #[error("the model has a size that the protocol cannot carry")]
+    Card,
     /// The engine thread died.
     #[error("the engine stopped unexpectedly; see the log above")]
     Engine,
@@ -131,15 +157,42 @@ pub async fn run(
 
     tokio::pin!(shutdown);
     let assembled = tokio::task::spawn_blocking(move || assemble(config, progress));
-    let parts = tokio::select! {
+    let Assembled { parts, cluster, workers, leader, weights, wait } = tokio::select! {
         parts = assembled => parts.map_err(|_| RouterError::Engine)??,
         () = &mut shutdown => return Ok(()),
     };
-    let (service, mut engine) = start(parts)?;
-
     let stop = CancellationToken::new();
+    if let Some(leader) = leader {
+        let leader = Leader::new(workers.clone(), leader, cluster.leader.clone());
+        tokio::spawn(leader.run(stop.clone()));
+    }
+    if let Some(timeout) = wait {
+        let covering = workers.clone();
+        let covered = tokio::task::spawn_blocking(move || covering.await_coverage(Instant::now() + timeout));
+        let is_covered = tokio::select! {
+            covered = covered => covered.unwrap_or(false),
+            () = &mut shutdown => return Ok(()),
+        };
+        if !is_covered {
+            stop.cancel();
+            return Err(ConnectError::MissingExperts { missing: cluster.workers.missing() }.into());
+        }
+    }
+    let card = weights.card.clone();
+    let (service, mut engine) = start(parts)?;
+    let covered = cluster.clone();
+    tokio::spawn(pulse::keep(
+        service.clone(),
+        cluster.pulse.clone(),
+        move || covered.is_covered(),
+        stop.clone(),
+    ));
+    let beside = grpc::Workers {
+        cluster: grpc::cluster::Api { cluster, workers, card, stop: stop.clone() },
+        weights: weights.service,
+    };
     let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_listener, stop.clone()));
-    let mut grpc_server = tokio::spawn(grpc::serve(service, grpc_listener, stop.clone()));
+    let mut grpc_server = tokio::spawn(grpc::serve(service, Some(beside), grpc_listener, stop.clone()));
     tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
     ready(bound);
 
@@ -174,11 +227,29 @@ fn failed(what: &'static str, reason: Option<String>) -> RouterError {
     RouterError::Server { what, reason: reason.unwrap_or_else(|| "it ended by itself".into()) }
 }
 
+/// Everything a router is made of.
+struct Assembled {
+    parts: Parts,
+    cluster: Arc<Cluster>,
+    workers: ClusterHandle,
+    /// Of one that may lead.
+    leader: Option<LeaderConfig>,
+    weights: HandedOut,
+    /// How long to wait until every expert has a worker; `None`: not at all.
+    wait: Option<Duration>,
+}
+
+/// What workers that join without a model get.
+struct HandedOut {
+    card: Arc<ModelCard>,
+    service: WeightsService,
+}
+
 /// Everything slow: read and pack the trunk, connect to the workers.
 fn assemble(
     config: RouterConfig,
     mut progress: Box<dyn FnMut(LoadProgress) + Send>,
-) -> Result<Parts, RouterError> {
+) -> Result<Assembled, RouterError> {
     let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
     let spec = checkpoint.spec();
     let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
@@ -187,38 +258,78 @@ fn assemble(
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
+    let shape = expert_shape(&checkpoint);
+    let card = Arc::new(card(&checkpoint, compute, config.experts).ok_or(RouterError::Card)?);
+    // A name that no other process has: what was promised to another must not be taken for promised to this one.
+    let name = format!("{}/{}", config.router_id, &uuid::Uuid::new_v4().simple().to_string()[..12]);
+    let leader = match config.placement {
+        Placement::Static => None,
+        Placement::Led => Some(LeaderConfig {
+            name: RouterName::new(&name).map_err(ConnectError::RouterId)?,
+            sizes: expert_sizes(&checkpoint, &shape, compute, config.experts)?,
+            shape: shape.clone(),
+            replicas: config.replicas,
+        }),
+    };
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
+    let is_alone = config.workers.is_empty();
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
     let dispatch = GrpcDispatch::connect(ConnectConfig {
         workers: config.workers,
-        router_id: config.router_id,
+        router_id: config.router_id.clone(),
         fingerprint: checkpoint.fingerprint(),
         hidden: spec.hidden,
         compute,
         experts: config.experts,
-        shape: expert_shape(&checkpoint),
+        shape: shape.clone(),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: config.engine.step_tokens,
-        start: Start::Complete,
+        start: if is_alone || leader.is_some() { Start::Assigned } else { Start::Complete },
         connect_timeout: config.connect_timeout,
         shard_deadline: config.engine.expert_timeout,
         combine: config.combine,
         busy_poll: config.busy_poll,
         cpu: Arc::clone(&cpu),
     })?;
-    let health = dispatch.health();
-    Ok(Parts {
+    let pulse = Arc::new(Pulse::default());
+    let cluster = Arc::new(Cluster {
+        router: config.router_id,
+        workers: dispatch.health(),
+        leader: Arc::default(),
+        pulse: Arc::clone(&pulse),
+        experts: u32::try_from(shape.total()).unwrap_or(u32::MAX),
+        replicas: config.replicas,
+        has_fallback: false,
+    });
+    let handle = dispatch.cluster();
+    let terms = WeightTerms {
+        fingerprint: checkpoint.fingerprint(),
+        compute,
+        experts: config.experts,
+        shape: shape.experts().to_vec(),
+        rate: HAND_OUT,
+    };
+    let source = CheckpointWeights { checkpoint: checkpoint.clone(), compute, dtype: config.experts };
+    let probe = Arc::clone(&cluster);
+    let parts = Parts {
         checkpoint,
         trunk,
         cpu,
         dispatch: Box::new(dispatch),
         experts: config.experts,
-        health: Arc::new(move || reachable(&health)),
+        health: Arc::new(move || probe.health()),
+        pulse,
         workers,
         combine: config.combine,
         model_name: config.model_name,
         settings: config.engine,
-    })
+    };
+    if is_alone {
+        tracing::warn!("no workers yet: start some with `muster worker --join`, or name them with --worker");
+    }
+    let wait = (!is_alone && leader.is_some()).then_some(config.connect_timeout);
+    let weights = HandedOut { card, service: WeightsService::new(terms, Arc::new(source)) };
+    Ok(Assembled { parts, cluster, workers: handle, leader, weights, wait })
 }
 
 /// Routed experts of every layer, as placement counts them.
@@ -226,11 +337,4 @@ fn assemble(
 pub fn expert_shape(checkpoint: &Checkpoint) -> Shape {
     let spec = checkpoint.spec();
     Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
-}
-
-fn reachable(workers: &HealthHandle) -> Health {
-    match workers.missing_experts() {
-        0 => Health::Ready,
-        missing => Health::NotReady { reason: format!("{missing} experts have no live worker") },
-    }
 }

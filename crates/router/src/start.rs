@@ -20,6 +20,7 @@ use muster_types::{Combine, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Engine};
+pub use crate::pulse::Pulse;
 use crate::service::{HealthProbe, ModelInfo, Service};
 
 /// KV cache when nobody says how large: enough for every running sequence at full context, up to this.
@@ -39,6 +40,8 @@ pub struct Parts {
     pub experts: WeightDType,
     /// Whether they can be reached.
     pub health: HealthProbe,
+    /// Told of every token.
+    pub pulse: Arc<Pulse>,
     /// How many workers there are; 0 when the experts are in this process.
     pub workers: u32,
     /// Where experts' outputs are added.
@@ -145,8 +148,19 @@ impl EngineHandle {
 /// # Errors
 /// When the tokenizer is unusable or the sizes cannot work.
 pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
-    let Parts { checkpoint, trunk, cpu, dispatch, experts, health, workers, combine, model_name, settings } =
-        parts;
+    let Parts {
+        checkpoint,
+        trunk,
+        cpu,
+        dispatch,
+        experts,
+        health,
+        pulse,
+        workers,
+        combine,
+        model_name,
+        settings,
+    } = parts;
     let tokenizer = tokenizer(&checkpoint)?;
     let (blocks, context) = kv_size(&trunk, &settings)?;
     let kv = KvCache::new(Trunk::kv_shape(trunk.spec()), blocks as usize, precision(trunk.compute()))?;
@@ -177,6 +191,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         expert_timeout: settings.expert_timeout,
         commands,
         abort: Arc::clone(&abort),
+        pulse,
     };
     let (alive, ended) = oneshot::channel();
     std::thread::Builder::new()

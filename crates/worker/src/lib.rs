@@ -10,6 +10,7 @@ mod compute;
 mod holder;
 mod load;
 mod loader;
+mod membership;
 mod memory;
 
 use std::future::Future;
@@ -18,18 +19,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_checkpoint::{CheckpointError, Source};
-use muster_dispatch_grpc::{Address, BindError, Bound, ExpertServer, ServeError, ServerConfig};
+use muster_dispatch_grpc::{Address, BindError, Bound, ExpertServer, JoinError, ServeError, ServerConfig};
 use muster_kernels::KernelError;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::SplitError;
 use muster_proto::description::{Description, Phase};
 use muster_types::{Compute, Epoch, NumericsClass, Speed, WeightDType, WorkerId};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 
 use compute::Experts;
 use holder::Holder;
 use load::Loaded;
 use loader::Loader;
+use membership::Applicant;
+
+pub use memory::for_experts as free_memory;
 
 /// Longest time a router may ask for; longer deadlines are cut to it.
 const MAX_DEADLINE: Duration = Duration::from_secs(300);
@@ -66,8 +71,12 @@ pub struct WorkerConfig {
     pub listen: Address,
     /// The worker's name; no two workers of a cluster share one.
     pub worker_id: WorkerId,
-    /// The model.
-    pub source: Source,
+    /// The model; `None` takes that of a router to join, and its weights from there.
+    pub source: Option<Source>,
+    /// Routers to make itself known to.
+    pub join: Vec<Address>,
+    /// Where others reach it, if that is not where it listens.
+    pub advertise: Option<Address>,
     /// Which of its experts to start with.
     pub share: Share,
     /// Bytes for experts; `None` takes most of what is free.
@@ -145,8 +154,16 @@ pub enum WorkerError {
         /// Experts of the model.
         experts: u64,
     },
+    /// No router takes it.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// There is neither a model nor a router that has one.
+    #[error("there is no model: give --model, or --join a router that has one")]
+    NoModel,
     /// The share does not fit the memory.
-    #[error("the share takes {needed} bytes and there are {memory}; raise --memory or take a smaller --share")]
+    #[error(
+        "the share takes {needed} bytes and there are {memory}; raise --memory or take a smaller --share"
+    )]
     Memory {
         /// Bytes of the share.
         needed: u64,
@@ -200,11 +217,26 @@ pub async fn run(
     let Hooks { progress, ready } = hooks;
 
     tokio::pin!(shutdown);
-    let loading = load::start(config.clone(), progress)?;
+    let mut applicant = Applicant {
+        worker: config.worker_id.clone(),
+        listen: address.clone(),
+        advertise: config.advertise.clone(),
+        model: None,
+    };
+    let first = match &config.source {
+        None if !config.join.is_empty() => tokio::select! {
+            first = applicant.first(&config.join) => Some(first?),
+            () = &mut shutdown => return Ok(()),
+        },
+        _ => None,
+    };
+    let card = first.as_ref().map(|membership| membership.card.clone());
+    let loading = load::start(config.clone(), card, progress)?;
     let loaded = tokio::select! {
         loaded = loading => loaded.map_err(|_| WorkerError::Loading)??,
         () = &mut shutdown => return Ok(()),
     };
+    applicant.model = Some(loaded.sources.fingerprint);
     let description = describe(&config, &loaded);
     let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
     let server_config = server_config(&config, &loaded);
@@ -229,6 +261,13 @@ pub async fn run(
         };
         bound.serve(&serving, stopped).await
     });
+    // Ends with this function.
+    let mut memberships = JoinSet::new();
+    for router in &config.join {
+        memberships.spawn(applicant.clone().stay(router.clone()));
+    }
+    // Only now, so that a router that it was known to by this need not forget it in between.
+    drop(first);
     tracing::info!(worker = %config.worker_id, %address, experts, bytes, "serving experts");
     ready(Ready { address, experts, bytes });
 
@@ -278,7 +317,11 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
         }
         if now >= deadline {
             let experts = holder.experts().keys().len();
-            tracing::warn!(?timeout, experts, "the drain time is up; others may have to wait for what was held here");
+            tracing::warn!(
+                ?timeout,
+                experts,
+                "the drain time is up; others may have to wait for what was held here"
+            );
             break;
         }
         tokio::time::sleep(LOOK_EVERY).await;

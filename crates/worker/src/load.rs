@@ -4,12 +4,13 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
-use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::ModelSpec;
-use muster_kernels::Cpu;
+use muster_checkpoint::{Checkpoint, Source};
+use muster_kernels::{Cpu, Packing, Quantisation};
 use muster_model::LoadProgress;
 use muster_model::experts::{ExpertForm, ExpertSet, faster_mode};
 use muster_placement::{Shape, split};
+use muster_proto::card::{LayerCard, ModelCard, PackedAs};
 use muster_types::{Compute, ExpertKey};
 use tokio::sync::oneshot;
 
@@ -26,20 +27,64 @@ pub(crate) struct Loaded {
     pub(crate) top_k: NonZeroU32,
 }
 
-/// Loads on a thread of its own, which a process that is told to stop need not wait for.
+/// Loads on a thread of its own, which a process that is told to stop need not wait for. Without a model of its own a
+/// worker is what the card says, and holds nothing yet.
 pub(crate) fn start(
     config: WorkerConfig,
+    card: Option<ModelCard>,
     progress: Box<dyn FnMut(LoadProgress) + Send>,
 ) -> Result<oneshot::Receiver<Result<Loaded, WorkerError>>, WorkerError> {
-    on_thread("muster-load", move || load(&config, progress))
+    on_thread("muster-load", move || match (&config.source, card) {
+        (Some(source), _) => load(&config, source, progress),
+        (None, Some(card)) => take(&config, &card),
+        (None, None) => Err(WorkerError::NoModel),
+    })
+}
+
+/// Begins empty, with a model that others have.
+fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> {
+    let cpu = Arc::new(Cpu::new(config.threads)?);
+    tracing::info!(model = card.name, compute = %card.compute, dtype = %card.experts, isa = ?cpu.isa(), "taking the router's model");
+    let hidden = card.hidden.get() as usize;
+    let form = |layer: &LayerCard| ExpertForm {
+        hidden,
+        intermediate: layer.intermediate.get() as usize,
+        packings: layer.packed.map(packing),
+    };
+    Ok(Loaded {
+        cpu,
+        experts: ExpertSet::new(hidden, card.compute, card.experts),
+        sources: Sources {
+            checkpoint: None,
+            routers: config.join.clone(),
+            fingerprint: card.fingerprint,
+            compute: card.compute,
+            dtype: card.experts,
+            forms: card.layers.iter().map(|layer| layer.as_ref().map(form)).collect(),
+            capacity: config.memory.unwrap_or_else(memory::for_experts),
+        },
+        shape: Shape::new(card.shape()),
+        hidden: card.hidden,
+        top_k: card.top_k,
+    })
+}
+
+const fn packing(packed: PackedAs) -> Packing {
+    match packed {
+        PackedAs::F32 => Packing::F32,
+        PackedAs::Bf16 => Packing::Bf16,
+        PackedAs::Q8 => Packing::Quantised(Quantisation::Q8),
+        PackedAs::Q4 => Packing::Quantised(Quantisation::Q4),
+    }
 }
 
 fn load(
     config: &WorkerConfig,
+    source: &Source,
     mut progress: Box<dyn FnMut(LoadProgress) + Send>,
 ) -> Result<Loaded, WorkerError> {
     let started = Instant::now();
-    let checkpoint = Checkpoint::open(&config.source)?;
+    let checkpoint = Checkpoint::open(source)?;
     let spec = checkpoint.spec();
     let shape = shape(spec);
     let keys = keys(&shape, config.share)?;
@@ -54,15 +99,16 @@ fn load(
     }
     let forms = ExpertForm::of_layers(&checkpoint, compute, config.experts);
     let needed = bytes_of(&keys, &forms);
-    if config.memory.is_some_and(|memory| needed > memory) {
-        return Err(WorkerError::Memory { needed, memory: config.memory.unwrap_or(0) });
+    if let Some(memory) = config.memory.filter(|&memory| needed > memory) {
+        return Err(WorkerError::Memory { needed, memory });
     }
     let experts = ExpertSet::load(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
-    let capacity = config.memory.unwrap_or_else(memory::for_experts).max(experts.bytes());
+    let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory::for_experts()));
     let sources = Sources {
         fingerprint: checkpoint.fingerprint(),
-        checkpoint,
+        checkpoint: Some(checkpoint),
+        routers: Vec::new(),
         compute,
         dtype: config.experts,
         forms,

@@ -1,7 +1,7 @@
 //! Has the experts that are wanted loaded, one after the other, while the worker serves.
 //!
-//! An expert comes from a worker that holds it, if one is named and gives it, else from the checkpoint. Serving comes
-//! first: the thread asks the system for the smaller part of the processor.
+//! An expert comes from a worker that holds it, if one is named and gives it, else from the checkpoint, or from a router
+//! that has one. Serving comes first: the thread asks the system for the smaller part of the processor.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,7 +24,10 @@ const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
 
 /// What weights are, and where they are.
 pub(crate) struct Sources {
-    pub(crate) checkpoint: Checkpoint,
+    /// `None` where weights come from others alone.
+    pub(crate) checkpoint: Option<Checkpoint>,
+    /// Routers that read the checkpoint for workers that have none.
+    pub(crate) routers: Vec<Address>,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) compute: Compute,
     pub(crate) dtype: WeightDType,
@@ -53,7 +56,9 @@ impl Loader {
             let outcome = match self.holder.next() {
                 Work::Stop => return,
                 Work::Released => Ok(()),
-                Work::Load(task) => self.load(&mut fetcher, &task).inspect_err(|_| self.holder.defer(task.key)),
+                Work::Load(task) => {
+                    self.load(&mut fetcher, &task).inspect_err(|_| self.holder.defer(task.key))
+                }
             };
             let is_done = self.holder.loading() == 0;
             if is_done || outcome.is_err() || announced.elapsed() >= ANNOUNCE_EVERY {
@@ -80,11 +85,20 @@ impl Loader {
             }));
         }
         let started = Instant::now();
-        let found = self.from_peers(fetcher, task, &form, bytes).or_else(|| self.from_checkpoint(task.key));
+        let peers = task.peers.iter().filter_map(|peer| peer.parse().ok());
+        let fetched = self.fetch(fetcher, task.key, peers, &form, bytes).map(|expert| (expert, "peer"));
+        let found = fetched.or_else(|| match &self.sources.checkpoint {
+            Some(checkpoint) => self.read(checkpoint, task.key).map(|expert| (expert, "checkpoint")),
+            None => {
+                let routers = self.sources.routers.iter().cloned();
+                self.fetch(fetcher, task.key, routers, &form, bytes).map(|expert| (expert, "router"))
+            }
+        });
         let (expert, source) = found.ok_or(later)?;
         self.holder.take_in(task.key, expert);
         metrics::counter!("muster_worker_experts_loaded_total", "source" => source).increment(1);
-        metrics::counter!("muster_worker_expert_bytes_loaded_total", "source" => source).increment(bytes as u64);
+        metrics::counter!("muster_worker_expert_bytes_loaded_total", "source" => source)
+            .increment(bytes as u64);
         tracing::debug!(expert = %task.key, source, seconds = started.elapsed().as_secs_f64(), "loaded");
         Ok(())
     }
@@ -94,32 +108,33 @@ impl Loader {
         Some((form, form.bytes()?))
     }
 
-    fn from_peers(
+    /// From the first of these that gives it.
+    fn fetch(
         &self,
         fetcher: &mut Fetcher,
-        task: &Task,
+        key: ExpertKey,
+        mut from: impl Iterator<Item = Address>,
         form: &ExpertForm,
         bytes: usize,
-    ) -> Option<(Expert, &'static str)> {
+    ) -> Option<Expert> {
         let Sources { fingerprint, compute, dtype, .. } = self.sources;
-        let fetch = Fetch { fingerprint, compute, experts: dtype, key: task.key };
-        task.peers.iter().find_map(|peer| {
-            let address: Address = peer.parse().ok()?;
+        let fetch = Fetch { fingerprint, compute, experts: dtype, key };
+        from.find_map(|address| {
             let fetched = self.runtime.block_on(fetcher.fetch(&address, &fetch, bytes));
             let reason = match fetched.map(|packed| form.unpack(&packed)) {
-                Ok(Ok(expert)) => return Some((expert, "peer")),
+                Ok(Ok(expert)) => return Some(expert),
                 Ok(Err(error)) => error.to_string(),
                 Err(error) => error.to_string(),
             };
-            tracing::debug!(expert = %task.key, %peer, reason, "not fetched");
+            tracing::debug!(expert = %key, %address, reason, "not fetched");
             None
         })
     }
 
-    fn from_checkpoint(&self, key: ExpertKey) -> Option<(Expert, &'static str)> {
+    fn read(&self, checkpoint: &Checkpoint, key: ExpertKey) -> Option<Expert> {
         let mut loaded = None;
-        let Sources { checkpoint, compute, dtype, .. } = &self.sources;
-        let take = &mut |_, expert| loaded = Some((expert, "checkpoint"));
+        let Sources { compute, dtype, .. } = &self.sources;
+        let take = &mut |_, expert| loaded = Some(expert);
         if let Err(error) = experts::read(checkpoint, &[key], *compute, *dtype, &mut |_| {}, take) {
             tracing::error!(expert = %key, %error, "an expert could not be loaded");
             metrics::counter!("muster_worker_expert_load_errors_total").increment(1);

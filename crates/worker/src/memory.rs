@@ -6,7 +6,8 @@ use std::path::Path;
 const PART: u64 = 80;
 
 /// Bytes for experts: most of what the system, or the control group this process is in, has left now.
-pub(crate) fn for_experts() -> u64 {
+#[must_use]
+pub fn for_experts() -> u64 {
     let system = read("/proc/meminfo").and_then(|text| available(&text));
     // Version 2, then version 1.
     let limit = number("/sys/fs/cgroup/memory.max")

@@ -8,6 +8,7 @@ mod logits;
 mod pull;
 mod quality;
 mod router;
+mod status;
 mod target;
 mod token_file;
 mod up;
@@ -36,6 +37,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Up(args) => on_main_thread(up::run(&args, &log)),
         Command::Chat(args) => on_main_thread(chat::run(&args)),
         Command::Generate(args) => on_main_thread(generate::run(&args, &log)),
+        Command::Status(args) => on_main_thread(status::run(&args)),
         Command::CheckModel(args) => check_model::run(&args),
         Command::Logits(args) => on_main_thread(logits::run(&args, &log)),
         Command::Bench(args) => on_main_thread(bench::run(&args, &log)),

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use muster_config::{Environment, Flags, RouterSettings, Sources};
-use muster_router::serve::{Bound, Hooks, RouterConfig, RouterError, run as run_router};
+use muster_config::{Environment, Flags, PlacementMode, RouterSettings, Sources};
+use muster_router::serve::{Bound, Hooks, Placement, RouterConfig, RouterError, run as run_router};
 use muster_router::start::{EngineSettings, PrefixCache};
 use muster_types::Limits;
 
@@ -82,6 +82,11 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         model_name: settings.model_name,
         router_id: settings.id,
         workers: settings.workers.iter().map(ToString::to_string).collect(),
+        placement: match settings.placement {
+            PlacementMode::Auto => Placement::Led,
+            PlacementMode::Static => Placement::Static,
+        },
+        replicas: settings.replicas,
         http: settings.http,
         grpc: settings.grpc,
         compute: settings.compute,

@@ -138,6 +138,8 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
         args.compute.busy_poll_us.to_string().into(),
         "--trunk-dtype".into(),
         args.compute.trunk_dtype.to_string().into(),
+        "--replicas".into(),
+        args.replicas.to_string().into(),
     ];
     for address in workers.addresses() {
         arguments.extend(["--worker".into(), address.into()]);

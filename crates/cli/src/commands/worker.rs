@@ -122,6 +122,8 @@ fn failure(error: &WorkerError) -> Failure {
         | WorkerError::Share(_)
         | WorkerError::EmptyShare { .. }
         | WorkerError::Memory { .. }
+        | WorkerError::NoModel
+        | WorkerError::Join(_)
         | WorkerError::Size { .. } => Failure::input(error),
         _ => Failure::runtime(error),
     }

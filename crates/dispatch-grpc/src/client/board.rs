@@ -16,8 +16,8 @@ use muster_types::{Epoch, WorkerId};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout_at;
 
-use super::config::LinkError;
 use super::cluster::{ConnectedWorker, Crowded};
+use super::config::LinkError;
 use super::handle::WorkerHealth;
 use super::peer::{Control, Lanes, LinkState, Peer};
 use super::routes::{Hop, Routes};

@@ -1,10 +1,12 @@
 //! What others may see of the dispatch: which workers are there, and where its time goes.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use muster_types::{ExpertKey, LayerId, WorkerId};
+use muster_proto::description::Description;
+use muster_types::{ExpertKey, LayerId};
 
 use super::board::Board;
 
@@ -16,7 +18,7 @@ const SAMPLES: usize = 16 << 10;
 pub enum WorkerState {
     /// It can.
     Connected,
-    /// It finishes what it has and is sent nothing new.
+    /// It was asked to stop, and is sent only what no other holds.
     Draining,
     /// It cannot.
     Down {
@@ -28,16 +30,20 @@ pub enum WorkerState {
 }
 
 /// One of the workers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct WorkerHealth {
-    /// Its name, once it has told it.
-    pub worker: Option<WorkerId>,
     /// Where it is.
     pub address: String,
     /// Whether it can be sent rows.
     pub state: WorkerState,
-    /// Experts it announced last.
-    pub experts: usize,
+    /// Its connection, which has another number each time; `None` when there is none.
+    pub session: Option<u64>,
+    /// What it said of itself last.
+    pub announced: Option<Description>,
+    /// Shards that are overdue.
+    pub late_shards: usize,
+    /// For how long it is still left alone, because it broke the protocol.
+    pub banned: Duration,
 }
 
 /// One layer of one micro-batch, from `submit` to the end of `collect`.
@@ -90,6 +96,18 @@ impl HealthHandle {
     #[must_use]
     pub fn missing(&self) -> Vec<ExpertKey> {
         self.0.routes().placement.missing()
+    }
+
+    /// How many experts are on fewer connected workers than that.
+    #[must_use]
+    pub fn fewer_copies_than(&self, copies: NonZeroU32) -> usize {
+        self.0.routes().placement.fewer_copies_than(copies)
+    }
+
+    /// Changes with who holds what.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.0.version()
     }
 
     /// How many there are of [`Self::missing`].

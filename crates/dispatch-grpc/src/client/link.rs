@@ -91,7 +91,8 @@ async fn step<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<T, 
 
 async fn open(address: &Address, config: &LinkConfig) -> Result<Link, LinkError> {
     let channel = step(async {
-        let unreachable = |error: tonic::transport::Error| LinkError::Unreachable(root_cause(&error));
+        let unreachable =
+            |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
         transport::connect(address, STEP_TIMEOUT).await.map_err(unreachable)
     })
     .await?;
@@ -241,17 +242,8 @@ fn describe(status: &Status) -> String {
         text = format!("{}: {text}", status.message());
     }
     if let Some(source) = std::error::Error::source(status) {
-        text = format!("{text} ({})", root_cause(source));
+        text = format!("{text} ({})", transport::root_cause(source));
     }
     let printable = |c: char| if c.is_control() { ' ' } else { c };
     text.chars().take(256).map(printable).collect()
-}
-
-/// The innermost cause, which is where the system's own words are.
-fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

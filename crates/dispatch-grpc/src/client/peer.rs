@@ -134,17 +134,20 @@ impl Peer {
     }
 
     pub(super) fn health(&self) -> WorkerHealth {
+        let (state, session) = match &self.state {
+            LinkState::Down { since, reason, .. } => {
+                (WorkerState::Down { since: *since, reason: reason.clone() }, None)
+            }
+            LinkState::Up { session, .. } if self.is_serving() => (WorkerState::Connected, Some(*session)),
+            LinkState::Up { session, .. } => (WorkerState::Draining, Some(*session)),
+        };
         WorkerHealth {
-            worker: self.announced.as_ref().map(|d| d.worker.clone()),
             address: self.address.to_string(),
-            state: match &self.state {
-                LinkState::Down { since, reason, .. } => {
-                    WorkerState::Down { since: *since, reason: reason.clone() }
-                }
-                LinkState::Up { .. } if self.is_serving() => WorkerState::Connected,
-                LinkState::Up { .. } => WorkerState::Draining,
-            },
-            experts: self.announced.as_ref().map_or(0, |d| d.holdings.len()),
+            state,
+            session,
+            announced: self.announced.clone(),
+            late_shards: self.late,
+            banned: self.banned_for(),
         }
     }
 

@@ -123,7 +123,8 @@ impl RowCounts {
     }
 
     pub(super) fn snapshot(&self) -> Vec<Vec<u64>> {
-        let layer = |layer: &Vec<AtomicU64>| layer.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+        let layer =
+            |layer: &Vec<AtomicU64>| layer.iter().map(|count| count.load(Ordering::Relaxed)).collect();
         self.0.iter().map(layer).collect()
     }
 }

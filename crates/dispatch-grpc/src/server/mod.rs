@@ -17,13 +17,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use muster_placement::Shape;
+use muster_proto::WireError;
 use muster_proto::control::{Assignment, LeadAsk, rows_to_wire};
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::control_server::{Control, ControlServer};
 use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
 use muster_proto::expert::v1::weights_server::WeightsServer;
-use muster_proto::WireError;
 use muster_proto::handshake::{HandshakeError, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::shard::ShardRules;

@@ -70,10 +70,7 @@ impl WeightsService {
 impl Weights for WeightsService {
     type FetchStream = ReceiverStream<Result<v1::FetchReply, Status>>;
 
-    async fn fetch(
-        &self,
-        request: Request<v1::FetchRequest>,
-    ) -> Result<Response<Self::FetchStream>, Status> {
+    async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
         let terms = &self.terms;
         let fetch = Fetch::parse(request.get_ref(), &terms.shape);
         let fetch = fetch.map_err(|error| Status::invalid_argument(error.to_string()))?;

@@ -177,8 +177,9 @@ fn a_degraded_start_serves_what_is_there_and_says_what_is_not() {
     assert_eq!(health.missing(), share(1, 2));
     assert_eq!(health.missing_experts(), 10);
     let workers = health.workers();
-    assert_eq!((&workers[0].state, workers[0].experts), (&WorkerState::Connected, 10));
-    assert_eq!((workers[1].address.as_str(), workers[1].experts), (absent.as_str(), 0));
+    let held = |at: usize| workers[at].announced.as_ref().map(|d| d.holdings.len());
+    assert_eq!((&workers[0].state, held(0)), (&WorkerState::Connected, Some(10)));
+    assert_eq!((workers[1].address.as_str(), held(1)), (absent.as_str(), None));
     assert!(matches!(workers[1].state, WorkerState::Down { .. }));
 
     let there = OneRow::new(0, &[0, 2]);

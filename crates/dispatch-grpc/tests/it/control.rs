@@ -80,10 +80,8 @@ fn rows_are_counted_where_they_are_computed() {
 
 #[test]
 fn a_worker_that_joins_is_used_and_forgotten_when_it_is_gone() {
-    let config = muster_dispatch_grpc::ConnectConfig {
-        start: Start::Assigned,
-        ..connect_config(&[], Compute::F32)
-    };
+    let config =
+        muster_dispatch_grpc::ConnectConfig { start: Start::Assigned, ..connect_config(&[], Compute::F32) };
     let mut dispatch = GrpcDispatch::connect(config).expect("nobody is waited for");
     let (cluster, health) = (dispatch.cluster(), dispatch.health());
     let row = OneRow::new(0, &[5]);

@@ -332,7 +332,8 @@ impl Quantised {
     /// Whether every scale is a number.
     pub(crate) fn is_finite(&self) -> bool {
         fn finite<B: Block>(panels: &Panels<B>) -> bool {
-            let scales = |block: &B| (0..GROUPS).all(|g| block.scales(g).iter().all(|s| s & 0x7f80 != 0x7f80));
+            let scales =
+                |block: &B| (0..GROUPS).all(|g| block.scales(g).iter().all(|s| s & 0x7f80 != 0x7f80));
             panels.blocks.iter().all(scales)
         }
         match self {

@@ -1,9 +1,11 @@
-//! The gRPC edge: `muster.v1.Inference`, `grpc.health.v1.Health` and server reflection.
+//! The gRPC edge: `muster.v1.Inference`, `grpc.health.v1.Health` and server reflection; where there are workers, also what
+//! those need that join, and what people ask of the cluster.
 //!
 //! Messages, streams, connections and the time a peer may be silent are bounded; a client that goes away cancels
 //! its request. Decides nothing: messages become a [`GenerateRequest`](crate::request::GenerateRequest), events
 //! become messages.
 
+pub(crate) mod cluster;
 mod convert;
 mod inference;
 #[cfg(test)]
@@ -11,6 +13,9 @@ mod tests;
 
 use std::time::Duration;
 
+use muster_dispatch_grpc::WeightsService;
+use muster_proto::cluster::v1::cluster_server::{ClusterServer, SERVICE_NAME as CLUSTER};
+use muster_proto::expert::v1::weights_server::SERVICE_NAME as WEIGHTS;
 use muster_proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -69,12 +74,13 @@ pub enum GrpcError {
 /// When the server cannot be set up. Nothing a client does is an error here.
 pub async fn serve(
     service: Service,
+    workers: Option<Workers>,
     listener: TcpListener,
     shutdown: CancellationToken,
 ) -> Result<(), GrpcError> {
     let reporter = HealthReporter::new();
     report(&reporter, serving(&service)).await;
-    let routes = routes(&service, &reporter)?;
+    let routes = routes(&service, workers, &reporter)?;
     let health = follow_health(service, reporter, shutdown.clone());
     let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
     let server = Server::builder()
@@ -91,19 +97,36 @@ pub async fn serve(
     Ok(served?)
 }
 
-fn routes(service: &Service, reporter: &HealthReporter) -> Result<Routes, GrpcError> {
+/// What a router with workers serves beside inference.
+pub struct Workers {
+    pub(crate) cluster: cluster::Api,
+    pub(crate) weights: WeightsService,
+}
+
+fn routes(
+    service: &Service,
+    workers: Option<Workers>,
+    reporter: &HealthReporter,
+) -> Result<Routes, GrpcError> {
     let message_bytes = service.limits().body_bytes;
     let inference = InferenceServer::new(Api::new(service.clone())).max_decoding_message_size(message_bytes);
     let health = tonic_health::pb::health_server::HealthServer::new(
         tonic_health::server::HealthService::from_health_reporter(reporter.clone()),
     );
+    let mut listed = LISTED.to_vec();
+    if workers.is_some() {
+        listed.extend([CLUSTER, WEIGHTS]);
+    }
     let reflection = || {
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(muster_proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
-        LISTED.into_iter().fold(builder, tonic_reflection::server::Builder::with_service_name)
+        listed.iter().copied().fold(builder, tonic_reflection::server::Builder::with_service_name)
     };
     let mut routes = Routes::new(inference);
+    if let Some(Workers { cluster, weights }) = workers {
+        routes = routes.add_service(ClusterServer::new(cluster)).add_service(weights.into_service());
+    }
     routes = routes.add_service(health).add_service(reflection().build_v1()?);
     // Older tools ask for the version before it was final.
     Ok(routes.add_service(reflection().build_v1alpha()?))

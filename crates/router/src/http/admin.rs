@@ -16,15 +16,24 @@ struct Status {
     reason: Option<String>,
 }
 
+impl Status {
+    const fn of(status: &'static str) -> Self {
+        Self { status, reason: None }
+    }
+}
+
 /// The process answers; nothing more is claimed.
 pub(super) async fn healthz() -> Response {
-    Json(Status { status: "ok", reason: None }).into_response()
+    Json(Status::of("ok")).into_response()
 }
 
 /// 200 when requests can be served, else 503 with the reason.
 pub(super) async fn readyz(State(app): State<App>) -> Response {
     match app.service.health() {
-        Health::Ready => Json(Status { status: "ready", reason: None }).into_response(),
+        Health::Ready => Json(Status::of("ready")).into_response(),
+        Health::Degraded { reasons } => {
+            Json(Status { status: "degraded", reason: Some(reasons.join("; ")) }).into_response()
+        }
         Health::NotReady { reason } => {
             let status = Status { status: "not ready", reason: Some(reason) };
             (StatusCode::SERVICE_UNAVAILABLE, Json(status)).into_response()

@@ -23,8 +23,8 @@ use muster_proto::control::Assignment;
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
-    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed,
-    WeightDType, WorkerId,
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed, WeightDType,
+    WorkerId,
 };
 use tokio::runtime::Runtime;
 

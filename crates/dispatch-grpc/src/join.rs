@@ -1,0 +1,132 @@
+//! A worker's way into a cluster: it makes itself known to a router, and stays known as long as the stream lives.
+
+use std::net::{IpAddr, UdpSocket};
+use std::time::Duration;
+
+use muster_proto::PROTOCOL_VERSION;
+use muster_proto::card::ModelCard;
+use muster_proto::cluster::v1;
+use muster_proto::cluster::v1::cluster_client::ClusterClient;
+use muster_types::{Fingerprint, WorkerId};
+use tonic::{Code, Status, Streaming};
+
+use crate::address::Address;
+use crate::transport;
+
+/// How long a router may take to answer.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Why a router does not know this worker.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JoinError {
+    /// It cannot be reached now.
+    #[error(
+        "router at {address} cannot be reached: {reason}; check that it runs and that this is its gRPC address"
+    )]
+    Unreachable {
+        /// Where it should be.
+        address: Address,
+        /// What was seen.
+        reason: String,
+    },
+    /// It does not want this worker.
+    #[error("router at {address} refused this worker: {reason}")]
+    Refused {
+        /// Where it is.
+        address: Address,
+        /// In its words.
+        reason: String,
+    },
+}
+
+/// Being known to a router.
+pub struct Membership {
+    /// The router's model.
+    pub card: ModelCard,
+    stream: Streaming<v1::JoinReply>,
+}
+
+impl Membership {
+    /// Waits until the router is gone or lets go.
+    pub async fn ended(mut self) {
+        while let Ok(Some(_)) = self.stream.message().await {}
+    }
+}
+
+/// Makes a worker that others reach at `me` known to a router; `model` is its model's, if it has one.
+///
+/// # Errors
+/// See [`JoinError`].
+pub async fn join(
+    router: &Address,
+    worker: &WorkerId,
+    me: &Address,
+    model: Option<Fingerprint>,
+) -> Result<Membership, JoinError> {
+    let unreachable = |reason: String| JoinError::Unreachable { address: router.clone(), reason };
+    let refused = |reason: String| JoinError::Refused { address: router.clone(), reason };
+    let failed = |status: Status| match status.code() {
+        Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented | Code::PermissionDenied => {
+            refused(status.message().to_owned())
+        }
+        _ => unreachable(status.message().to_owned()),
+    };
+    let entering = async {
+        let channel = transport::connect(router, ANSWER)
+            .await
+            .map_err(|error| unreachable(transport::root_cause(&error)))?;
+        let request = v1::JoinRequest {
+            protocol_version: PROTOCOL_VERSION,
+            worker_id: worker.as_str().to_owned(),
+            address: me.to_string(),
+            fingerprint: model.map_or_else(Vec::new, |model| model.as_bytes().to_vec()).into(),
+        };
+        let mut stream = ClusterClient::new(channel).join(request).await.map_err(failed)?.into_inner();
+        let first = stream.message().await.map_err(failed)?;
+        let card = first.and_then(|reply| reply.model).ok_or_else(|| refused("it sent no model".into()))?;
+        let card = ModelCard::parse(&card).map_err(|error| refused(format!("its model: {error}")))?;
+        Ok(Membership { card, stream })
+    };
+    let silent = |_| unreachable(format!("no answer within {ANSWER:?}"));
+    tokio::time::timeout(ANSWER, entering).await.map_err(silent)?
+}
+
+/// Where `router` reaches a worker that listens at `listen`: one that listens on all addresses is reached at the one
+/// that this machine speaks to the router from.
+#[must_use]
+pub fn reached_at(listen: &Address, router: &Address) -> Address {
+    let (Address::Tcp { host, port }, Address::Tcp { host: far, port: far_port }) = (listen, router) else {
+        return listen.clone();
+    };
+    let ip: Option<IpAddr> = host.parse().ok();
+    if !ip.is_some_and(|ip| ip.is_unspecified()) {
+        return listen.clone();
+    }
+    let towards = || {
+        // Nothing is sent: the system only picks a way.
+        let any = if far.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+        let socket = UdpSocket::bind(any)?;
+        socket.connect((far.as_str(), *far_port))?;
+        socket.local_addr()
+    };
+    match towards() {
+        Ok(mine) => std::net::SocketAddr::new(mine.ip(), *port).into(),
+        Err(_) => listen.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_on_all_addresses_is_reached_where_it_speaks_from() {
+        let reached = |listen: &str, router: &str| {
+            reached_at(&listen.parse().unwrap(), &router.parse().unwrap()).to_string()
+        };
+        assert_eq!(reached("127.0.0.1:7", "127.0.0.1:9"), "127.0.0.1:7");
+        assert_eq!(reached("0.0.0.0:7", "127.0.0.1:9"), "127.0.0.1:7");
+        assert_eq!(reached("unix:/x", "127.0.0.1:9"), "unix:/x");
+        assert_eq!(reached("name:7", "127.0.0.1:9"), "name:7");
+    }
+}

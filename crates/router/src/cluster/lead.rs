@@ -1,0 +1,130 @@
+//! Whether this router leads: asks the workers, and remembers which of them answer.
+
+use std::collections::HashMap;
+use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
+
+use muster_dispatch_grpc::client::{ConnectedWorker, ControlError};
+use muster_placement::lease::{Ask, Campaign, Reply, Rhythm, Term, Verdict};
+use muster_proto::control::{LeadAnswer, LeadAsk};
+use muster_proto::convert::RouterName;
+use tokio::sync::mpsc;
+
+/// How long workers may take to answer before the round goes on without them.
+const PATIENCE: Duration = Duration::from_millis(400);
+/// A worker that says nothing for so long does not count.
+const SILENCE: Duration = Duration::from_millis(1200);
+
+/// See the module.
+pub(crate) struct Lead {
+    name: RouterName,
+    campaign: Campaign,
+    origin: Instant,
+    /// By session: since when the worker was asked and did not answer.
+    silent: HashMap<u64, Instant>,
+    round: u64,
+    answers: mpsc::Sender<Answered>,
+    answered: mpsc::Receiver<Answered>,
+}
+
+/// A worker's session, the round in which it was asked, and what came of it.
+type Answered = (u64, u64, Result<LeadAnswer, ControlError>);
+
+/// Answers that nobody has looked at yet.
+const ANSWERS: usize = 4096;
+
+impl Lead {
+    /// Of a router with a name that no other process ever has.
+    pub(crate) fn new(name: RouterName) -> Self {
+        let campaign = Campaign::new(name.as_str(), Rhythm::default());
+        let (answers, answered) = mpsc::channel(ANSWERS);
+        let (origin, silent) = (Instant::now(), HashMap::new());
+        Self { name, campaign, origin, silent, round: 0, answers, answered }
+    }
+
+    /// How often [`Self::campaign`] is to be called.
+    pub(crate) fn tick() -> Duration {
+        Rhythm::default().tick
+    }
+
+    pub(crate) const fn name(&self) -> &RouterName {
+        &self.name
+    }
+
+    /// The term this router leads, if it does.
+    pub(crate) fn term(&self) -> Option<Term> {
+        self.campaign.leads(self.origin.elapsed())
+    }
+
+    /// Of these workers, those that answer.
+    pub(crate) fn answering(&self, workers: Vec<ConnectedWorker>) -> Vec<ConnectedWorker> {
+        let answers = |worker: &ConnectedWorker| {
+            self.silent.get(&worker.session).is_none_or(|since| since.elapsed() < SILENCE)
+        };
+        workers.into_iter().filter(answers).collect()
+    }
+
+    /// Asks all workers for the lead, if it is time, and waits for those that answer.
+    pub(crate) async fn campaign(&mut self, workers: &[ConnectedWorker]) {
+        self.silent.retain(|session, _| workers.iter().any(|worker| worker.session == *session));
+        let sent = self.origin.elapsed();
+        if let Some(ask) = self.campaign.tick(sent) {
+            let known = self.answering(workers.to_vec()).len();
+            let replies = self.ask(ask, workers, known).await;
+            self.campaign.replies(sent, known, &replies);
+        }
+    }
+
+    /// Gives the lead up, so that another router has it at once.
+    pub(crate) async fn resign(&mut self, workers: &[ConnectedWorker]) {
+        if let Some(ask) = self.campaign.resign(self.origin.elapsed()) {
+            self.ask(ask, workers, workers.len()).await;
+        }
+    }
+
+    /// The answers to an ask, until those that are known to answer have or patience ends.
+    async fn ask(&mut self, ask: Ask, workers: &[ConnectedWorker], known: usize) -> Vec<Reply> {
+        let Some(term) = NonZeroU64::new(ask.term.get()) else { return Vec::new() };
+        let request = LeadAsk { router: self.name.clone(), term, ttl: ask.ttl };
+        self.round += 1;
+        let round = self.round;
+        for worker in workers {
+            self.silent.entry(worker.session).or_insert_with(Instant::now);
+            let (worker, request, answers) = (worker.clone(), request.clone(), self.answers.clone());
+            // Outlives this round where the worker is slow: its answer then only shows that it answers.
+            tokio::spawn(async move {
+                let answer = worker.lead(&request, SILENCE).await;
+                // When nobody looks any more, nobody leads.
+                let _ = answers.try_send((worker.session, round, answer));
+            });
+        }
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let mut replies = Vec::new();
+        let mut failed = 0;
+        while replies.len() + failed < known
+            && let Ok(Some((session, of, answer))) =
+                tokio::time::timeout_at(deadline, self.answered.recv()).await
+        {
+            if let Err(error) = &answer {
+                tracing::debug!(%error, "a worker did not say whom it obeys");
+            } else {
+                self.silent.remove(&session);
+            }
+            match answer {
+                Ok(answer) if of == round => replies.push(reply(answer)),
+                Err(_) if of == round => failed += 1,
+                _ => {}
+            }
+        }
+        replies
+    }
+}
+
+fn reply(answer: LeadAnswer) -> Reply {
+    Reply {
+        verdict: if answer.granted { Verdict::Granted } else { Verdict::Refused },
+        holder: answer.holder.map(|holder| holder.as_str().to_owned()),
+        term: Term::new(answer.term),
+        left: answer.left,
+    }
+}

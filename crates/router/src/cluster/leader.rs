@@ -1,0 +1,357 @@
+//! The placement leader: sees to it that workers hold what they ought to.
+//!
+//! Every router runs one; of those that share workers, one leads at a time. It keeps nothing but its plan: what workers
+//! announce says the rest, so that another router can go on at any moment. Orders are sent again until they are obeyed.
+//! The data path neither waits for it nor knows of it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::num::{NonZeroU32, NonZeroU64};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use muster_dispatch_grpc::ClusterHandle;
+use muster_dispatch_grpc::client::ConnectedWorker;
+use muster_placement::lease::Term;
+use muster_placement::{
+    ExpertSizes, Goals, Loads, Member, Orders, Present, Shape, Target, Transition, plan, transition,
+};
+use muster_proto::control::{Assignment, Load};
+use muster_proto::convert::RouterName;
+use muster_proto::description::Phase;
+use muster_types::{ExpertKey, Speed, WorkerId};
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::evidence::Evidence;
+use super::lead::Lead;
+use super::status::LeaderView;
+
+/// Announcements that come close together are answered together.
+const GATHER: Duration = Duration::from_millis(5);
+/// How often loads are counted, and moves considered.
+const REBALANCE: Duration = Duration::from_secs(10);
+/// A plan that was not reached after this long is made anew.
+const PLAN_AGE: Duration = Duration::from_secs(60);
+/// Orders that are not carried out yet are sent again after this long.
+const REPEAT: Duration = Duration::from_secs(5);
+/// Workers that an expert may be fetched from, in an order.
+const PEERS: usize = 3;
+
+/// What a leader needs to know.
+pub(crate) struct LeaderConfig {
+    pub(crate) name: RouterName,
+    pub(crate) shape: Shape,
+    pub(crate) sizes: ExpertSizes,
+    /// Copies that each expert shall have.
+    pub(crate) replicas: NonZeroU32,
+}
+
+/// See the module.
+pub(crate) struct Leader {
+    cluster: ClusterHandle,
+    shape: Shape,
+    sizes: ExpertSizes,
+    goals: Goals,
+    lead: Lead,
+    view: Arc<LeaderView>,
+    evidence: Evidence,
+    counted: Instant,
+    /// What is worked towards, as long as this router leads.
+    reign: Option<Reign>,
+}
+
+/// A time of leading.
+struct Reign {
+    term: Term,
+    operation: u64,
+    /// The workers that the plan was made for.
+    members: BTreeMap<WorkerId, Traits>,
+    target: Target,
+    planned: Instant,
+    /// By worker: what it was told last, in which session and when.
+    told: HashMap<WorkerId, Told>,
+}
+
+/// What a plan depends on, of a worker, beside what it holds.
+#[derive(Debug, Clone, PartialEq)]
+struct Traits {
+    session: u64,
+    capacity: u64,
+    speed: Speed,
+    domain: Option<String>,
+    is_draining: bool,
+}
+
+struct Told {
+    session: u64,
+    hold: BTreeSet<ExpertKey>,
+    at: Instant,
+}
+
+impl Leader {
+    pub(crate) fn new(cluster: ClusterHandle, config: LeaderConfig, view: Arc<LeaderView>) -> Self {
+        let LeaderConfig { name, shape, sizes, replicas } = config;
+        let goals = Goals { min_replicas: replicas, ..Goals::default() };
+        let (lead, evidence) = (Lead::new(name), Evidence::new(&shape));
+        Self { cluster, shape, sizes, goals, lead, view, evidence, counted: Instant::now(), reign: None }
+    }
+
+    /// Leads when it may, until stopped.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let mut changes = self.cluster.changes();
+        let mut ticks = tokio::time::interval(Lead::tick());
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = ticks.tick() => {
+                    let workers = self.cluster.workers();
+                    self.lead.campaign(&workers).await;
+                }
+                changed = changes.changed(), if self.reign.is_some() => {
+                    if changed.is_err() {
+                        break;
+                    }
+                    tokio::time::sleep(GATHER).await;
+                    changes.mark_unchanged();
+                }
+            }
+            self.steer().await;
+        }
+        let workers = self.cluster.workers();
+        self.lead.resign(&workers).await;
+        self.view.resigned();
+    }
+
+    /// Gives orders, if this router leads.
+    async fn steer(&mut self) {
+        let Some(term) = self.lead.term() else {
+            if self.reign.take().is_some() {
+                tracing::info!("another router leads the placement, or none");
+                self.view.resigned();
+            }
+            return;
+        };
+        let workers = self.lead.answering(self.cluster.workers());
+        let members: BTreeMap<WorkerId, Traits> =
+            workers.iter().map(|worker| (worker.name().clone(), traits(worker))).collect();
+        if self.reign.as_ref().is_none_or(|reign| reign.term != term) {
+            tracing::info!(%term, "leading the placement");
+            let told = HashMap::new();
+            let target = self.plan(&workers).await;
+            self.reign = Some(Reign {
+                term,
+                operation: 0,
+                members: members.clone(),
+                target,
+                planned: Instant::now(),
+                told,
+            });
+        }
+        let (changed, aged) = match &self.reign {
+            Some(reign) => (reign.members != members, reign.planned.elapsed() > PLAN_AGE),
+            None => return,
+        };
+        let mut step = self.transition(&workers);
+        let settled = |step: &Transition, reign: &Option<Reign>| {
+            reign.as_ref().is_some_and(|reign| step.is_settled(&reign.target.hold))
+        };
+        let due = self.counted.elapsed() >= REBALANCE;
+        if due {
+            self.count(&workers).await;
+        }
+        let is_settled = settled(&step, &self.reign);
+        if changed || (aged && !is_settled) || (due && is_settled && self.evidence.is_enough()) {
+            let target = self.plan(&workers).await;
+            if let Some(reign) = &mut self.reign {
+                report(&reign.target, &target);
+                (reign.target, reign.members, reign.planned) = (target, members, Instant::now());
+            }
+            step = self.transition(&workers);
+        }
+        self.view.leads(term.get(), self.reign.as_ref().map_or(0.0, |reign| reign.target.figures.imbalance));
+        self.order(&workers, step).await;
+    }
+
+    /// Who ought to hold what. Long for a large cluster, hence not on the threads that serve.
+    async fn plan(&self, workers: &[ConnectedWorker]) -> Target {
+        let (shape, sizes, goals) = (self.shape.clone(), self.sizes.clone(), self.goals);
+        // Few counts say little; then experts are taken to be asked alike.
+        let loads =
+            if self.evidence.is_enough() { self.evidence.loads().clone() } else { Loads::new(&shape) };
+        let members: BTreeMap<WorkerId, Member> =
+            workers.iter().map(|worker| (worker.name().clone(), member(worker))).collect();
+        let planned = members.clone();
+        let work = tokio::task::spawn_blocking(move || plan(&shape, &sizes, &planned, &loads, &goals));
+        match work.await {
+            Ok(target) => target,
+            // It panicked, which is in the log: everything stays where it is.
+            Err(_) => Target {
+                hold: members.into_iter().map(|(name, member)| (name, member.held)).collect(),
+                figures: muster_placement::Figures {
+                    imbalance: 1.0,
+                    layer_imbalance: 1.0,
+                    first_bytes: 0,
+                    moved_bytes: 0,
+                    uncovered: Vec::new(),
+                    under_replicated: Vec::new(),
+                },
+            },
+        }
+    }
+
+    fn transition(&self, workers: &[ConnectedWorker]) -> Transition {
+        let present = |worker: &ConnectedWorker| Present {
+            capacity: worker.description.capacity,
+            held: worker.description.holdings.iter().copied().collect(),
+        };
+        let present = workers.iter().map(|worker| (worker.name().clone(), present(worker))).collect();
+        let nothing = BTreeMap::new();
+        let target = self.reign.as_ref().map_or(&nothing, |reign| &reign.target.hold);
+        transition(&self.sizes, &present, target, self.evidence.loads(), self.goals.min_replicas)
+    }
+
+    async fn count(&mut self, workers: &[ConnectedWorker]) {
+        let mut asked = tokio::task::JoinSet::new();
+        for worker in workers {
+            let (worker, experts) = (worker.clone(), self.shape.experts().to_vec());
+            asked.spawn(async move { (worker.session, worker.count_rows(&experts).await) });
+        }
+        let mut counts = HashMap::new();
+        while let Some(answer) = asked.join_next().await {
+            if let Ok((session, Ok(rows))) = answer {
+                counts.insert(session, rows);
+            }
+        }
+        self.evidence.observe(self.counted.elapsed(), counts);
+        self.counted = Instant::now();
+        let rows = workers.iter().map(|worker| (worker.session, self.evidence.rows_of(worker.session)));
+        self.view.counted(rows.collect());
+    }
+
+    /// Tells each worker what it does not know yet.
+    async fn order(&mut self, workers: &[ConnectedWorker], step: Transition) {
+        let Some(reign) = &mut self.reign else { return };
+        let Transition { orders, forced, stuck } = step;
+        metrics::gauge!("muster_placement_stuck_experts").set(stuck.len() as f64);
+        for (worker, key) in forced {
+            tracing::warn!(%worker, expert = %key, "a copy goes early, to make room");
+        }
+        let mut sending = tokio::task::JoinSet::new();
+        for worker in workers {
+            let Some(Orders { keep, load }) = orders.get(worker.name()) else { continue };
+            let hold: BTreeSet<ExpertKey> = keep.iter().copied().chain(load.iter().copied()).collect();
+            let known = reign.told.get(worker.name()).is_some_and(|told| {
+                let again = !load.is_empty() && told.at.elapsed() > REPEAT;
+                told.session == worker.session && told.hold == hold && !again
+            });
+            if known {
+                continue;
+            }
+            reign.operation += 1;
+            let Some((term, operation)) =
+                NonZeroU64::new(reign.term.get()).zip(NonZeroU64::new(reign.operation))
+            else {
+                continue;
+            };
+            let (peers, load) = sources(load, worker, workers);
+            let assignment = Assignment {
+                router: self.lead.name().clone(),
+                term,
+                operation,
+                keep: keep.iter().copied().collect(),
+                load,
+                peers,
+            };
+            let worker = worker.clone();
+            sending.spawn(async move {
+                let outcome = worker.assign(&assignment).await;
+                (worker, hold, outcome)
+            });
+        }
+        while let Some(sent) = sending.join_next().await {
+            let Ok((worker, hold, outcome)) = sent else { continue };
+            match outcome {
+                Ok(()) => {
+                    metrics::counter!("muster_placement_orders_total").increment(1);
+                    let told = Told { session: worker.session, hold, at: Instant::now() };
+                    reign.told.insert(worker.name().clone(), told);
+                }
+                Err(error) => {
+                    reign.told.remove(worker.name());
+                    tracing::warn!(worker = %worker.name(), %error, "a worker did not take its orders");
+                }
+            }
+        }
+    }
+}
+
+fn traits(worker: &ConnectedWorker) -> Traits {
+    let description = &worker.description;
+    Traits {
+        session: worker.session,
+        capacity: description.capacity,
+        speed: description.speed,
+        domain: description.domain.clone(),
+        is_draining: description.phase == Phase::Draining,
+    }
+}
+
+fn member(worker: &ConnectedWorker) -> Member {
+    let Traits { capacity, speed, domain, is_draining, .. } = traits(worker);
+    let held = worker.description.holdings.iter().copied().collect();
+    Member { capacity, speed, domain, draining: is_draining, held }
+}
+
+/// Where a worker finds what it is to load: a few of those that hold each expert, not always the same.
+fn sources(
+    load: &[ExpertKey],
+    to: &ConnectedWorker,
+    workers: &[ConnectedWorker],
+) -> (Vec<String>, Vec<Load>) {
+    let others: Vec<&ConnectedWorker> =
+        workers.iter().filter(|worker| worker.session != to.session).collect();
+    let peers = others.iter().map(|worker| worker.address.clone()).collect();
+    let load = load
+        .iter()
+        .enumerate()
+        .map(|(nth, &key)| {
+            let holds = |(_, worker): &(usize, &&ConnectedWorker)| {
+                worker.description.holdings.binary_search(&key).is_ok()
+            };
+            let mut holders: Vec<u32> =
+                others.iter().enumerate().filter(holds).map(|(at, _)| at as u32).collect();
+            let turn = nth % holders.len().max(1);
+            holders.rotate_left(turn);
+            holders.truncate(PEERS);
+            Load { key, peers: holders }
+        })
+        .collect();
+    (peers, load)
+}
+
+/// Tells people of a new plan.
+fn report(before: &Target, now: &Target) {
+    let figures = &now.figures;
+    metrics::gauge!("muster_placement_imbalance").set(figures.imbalance);
+    metrics::gauge!("muster_placement_uncovered_experts").set(figures.uncovered.len() as f64);
+    metrics::gauge!("muster_placement_under_replicated_experts").set(figures.under_replicated.len() as f64);
+    if before.hold == now.hold {
+        return;
+    }
+    metrics::counter!("muster_placement_plans_total").increment(1);
+    metrics::counter!("muster_placement_bytes_planned_total")
+        .increment(figures.first_bytes.saturating_add(figures.moved_bytes));
+    tracing::info!(
+        imbalance = figures.imbalance,
+        first_bytes = figures.first_bytes,
+        moved_bytes = figures.moved_bytes,
+        uncovered = figures.uncovered.len(),
+        under_replicated = figures.under_replicated.len(),
+        "a new placement"
+    );
+    if let Some(first) = figures.uncovered.first() {
+        let count = figures.uncovered.len();
+        tracing::error!(count, %first, "no worker has memory for some experts; add workers or raise their --memory");
+    }
+}

@@ -1,0 +1,13 @@
+//! The workers of a router beside the data plane: who leads, what they shall hold, and how they come in.
+
+mod card;
+mod evidence;
+mod lead;
+mod leader;
+mod status;
+mod weights;
+
+pub use card::{card, expert_sizes};
+pub(crate) use leader::{Leader, LeaderConfig};
+pub(crate) use status::Cluster;
+pub(crate) use weights::CheckpointWeights;

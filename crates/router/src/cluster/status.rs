@@ -1,0 +1,147 @@
+//! What a router knows of its cluster, for probes and for people.
+
+use std::collections::HashMap;
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use muster_dispatch_grpc::{HealthHandle, WorkerHealth, WorkerState};
+use muster_proto::cluster::v1;
+use muster_proto::cluster::v1::status_reply::Health as WireHealth;
+use muster_proto::cluster::v1::worker_status::State as WireState;
+
+use crate::health::Health;
+use crate::pulse::Pulse;
+
+/// What the leader's task tells others.
+#[derive(Default)]
+pub(crate) struct LeaderView(Mutex<View>);
+
+#[derive(Default)]
+struct View {
+    /// The term this router leads, and how even its plan is.
+    leads: Option<(u64, f64)>,
+    /// Rows counted last, by session.
+    rows: HashMap<u64, u64>,
+}
+
+impl LeaderView {
+    fn lock(&self) -> MutexGuard<'_, View> {
+        // Nothing panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn leads(&self, term: u64, imbalance: f64) {
+        metrics::gauge!("muster_placement_leads").set(1.0);
+        self.lock().leads = Some((term, imbalance));
+    }
+
+    pub(crate) fn resigned(&self) {
+        metrics::gauge!("muster_placement_leads").set(0.0);
+        self.lock().leads = None;
+    }
+
+    pub(crate) fn counted(&self, rows: HashMap<u64, u64>) {
+        self.lock().rows = rows;
+    }
+}
+
+/// See the module.
+pub(crate) struct Cluster {
+    pub(crate) router: String,
+    pub(crate) workers: HealthHandle,
+    pub(crate) leader: Arc<LeaderView>,
+    pub(crate) pulse: Arc<Pulse>,
+    /// Routed experts of the model.
+    pub(crate) experts: u32,
+    /// Copies that each shall have.
+    pub(crate) replicas: NonZeroU32,
+    /// Whether rows of experts that no worker holds are computed here.
+    pub(crate) has_fallback: bool,
+}
+
+impl Cluster {
+    /// Whether every expert can be reached.
+    pub(crate) fn is_covered(&self) -> bool {
+        self.has_fallback || self.workers.missing_experts() == 0
+    }
+
+    pub(crate) fn health(&self) -> Health {
+        let missing = self.workers.missing_experts();
+        if missing > 0 && !self.has_fallback {
+            return Health::NotReady { reason: format!("{missing} experts have no live worker") };
+        }
+        if let Some(trouble) = self.pulse.trouble() {
+            return Health::NotReady { reason: format!("tokens do not come: {trouble}") };
+        }
+        let mut reasons = Vec::new();
+        if missing > 0 {
+            reasons.push(format!(
+                "{missing} experts have no live worker and are computed by the router, slowly"
+            ));
+        }
+        let under = self.workers.fewer_copies_than(self.replicas);
+        if under > missing {
+            reasons.push(format!("{} experts have fewer copies than {}", under - missing, self.replicas));
+        }
+        let of =
+            |is: fn(&WorkerState) -> bool| self.workers.workers().iter().filter(|w| is(&w.state)).count();
+        match of(|state| matches!(state, WorkerState::Down { .. })) {
+            0 => {}
+            down => reasons.push(format!("{down} workers cannot be reached")),
+        }
+        if reasons.is_empty() { Health::Ready } else { Health::Degraded { reasons } }
+    }
+
+    /// All of it.
+    pub(crate) fn status(&self) -> v1::StatusReply {
+        let (health, reasons) = match self.health() {
+            Health::Ready => (WireHealth::Ready, Vec::new()),
+            Health::Degraded { reasons } => (WireHealth::Degraded, reasons),
+            Health::NotReady { reason } => (WireHealth::NotReady, vec![reason]),
+        };
+        let (leads, rows) = {
+            let view = self.leader.lock();
+            (view.leads, view.rows.clone())
+        };
+        let (term, imbalance) = leads.unwrap_or_default();
+        v1::StatusReply {
+            router_id: self.router.clone(),
+            health: health.into(),
+            reasons,
+            epoch: self.workers.epoch(),
+            leads: leads.is_some(),
+            term,
+            experts: self.experts,
+            missing_experts: u32::try_from(self.workers.missing_experts()).unwrap_or(u32::MAX),
+            workers: self.workers.workers().iter().map(|worker| worker_status(worker, &rows)).collect(),
+            imbalance,
+        }
+    }
+}
+
+fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerStatus {
+    let announced = worker.announced.as_ref();
+    let (state, reason) = match &worker.state {
+        WorkerState::Connected => (WireState::Serving, String::new()),
+        WorkerState::Draining => (WireState::Draining, String::new()),
+        WorkerState::Down { reason, .. } => (WireState::Down, reason.clone()),
+    };
+    let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    v1::WorkerStatus {
+        worker_id: announced.map_or_else(String::new, |d| d.worker.as_str().to_owned()),
+        address: worker.address.clone(),
+        state: state.into(),
+        reason,
+        experts: announced.map_or(0, |d| u32::try_from(d.holdings.len()).unwrap_or(u32::MAX)),
+        loading: announced.map_or(0, |d| d.loading),
+        resident_bytes: announced.map_or(0, |d| d.resident_bytes),
+        capacity_bytes: announced.map_or(0, |d| d.capacity),
+        speed: announced.map_or(0.0, |d| d.speed.get()),
+        domain: announced.and_then(|d| d.domain.clone()).unwrap_or_default(),
+        epoch: announced.map_or(0, |d| d.epoch.get()),
+        late_shards: u32::try_from(worker.late_shards).unwrap_or(u32::MAX),
+        banned_ms: millis(worker.banned),
+        rows: worker.session.and_then(|session| rows.get(&session)).copied().unwrap_or(0),
+    }
+}

@@ -1,0 +1,86 @@
+//! `muster.cluster.v1.Cluster`: workers come in, and people ask how the cluster is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use muster_dispatch_grpc::client::Joined;
+use muster_dispatch_grpc::{Address, ClusterHandle};
+use muster_proto::card::{ModelCard, check_version};
+use muster_proto::cluster::v1;
+use muster_proto::cluster::v1::cluster_server::Cluster as ClusterApi;
+use muster_types::{Fingerprint, WorkerId};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::cluster::Cluster;
+
+/// Longest address of a worker, bytes.
+const LONGEST_ADDRESS: usize = 512;
+/// A worker that goes on at once, as one that is started again, keeps its place so long.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// The service.
+pub(crate) struct Api {
+    pub(crate) cluster: Arc<Cluster>,
+    pub(crate) workers: ClusterHandle,
+    pub(crate) card: Arc<ModelCard>,
+    pub(crate) stop: CancellationToken,
+}
+
+#[tonic::async_trait]
+impl ClusterApi for Api {
+    type JoinStream = ReceiverStream<Result<v1::JoinReply, Status>>;
+
+    async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<Self::JoinStream>, Status> {
+        let request = request.into_inner();
+        let invalid = |text: String| Status::invalid_argument(text);
+        check_version(request.protocol_version)
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        WorkerId::new(&request.worker_id).map_err(|error| invalid(format!("worker_id: {error}")))?;
+        if request.address.len() > LONGEST_ADDRESS {
+            return Err(invalid(format!("address: longer than {LONGEST_ADDRESS} bytes")));
+        }
+        let address: Address =
+            request.address.parse().map_err(|error| invalid(format!("address: {error}")))?;
+        if !request.fingerprint.is_empty() {
+            let theirs = Fingerprint::from_slice(&request.fingerprint)
+                .map_err(|error| invalid(format!("fingerprint: {error}")))?;
+            if theirs != self.card.fingerprint {
+                let text = format!(
+                    "the worker's model is {theirs}, this router's is {}; start both with the same model, or the worker \
+                     without one",
+                    self.card.fingerprint
+                );
+                return Err(Status::failed_precondition(text));
+            }
+        }
+        let joined =
+            self.workers.join(address).map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let (replies, stream) = mpsc::channel(1);
+        let first = v1::JoinReply { model: Some(self.card.to_wire()) };
+        // The channel is empty and its receiver is right here.
+        let _ = replies.send(Ok(first)).await;
+        tokio::spawn(stay(joined, replies, self.stop.clone()));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+        Ok(Response::new(self.cluster.status()))
+    }
+}
+
+/// Keeps a worker's place until its stream ends.
+async fn stay(joined: Joined, replies: mpsc::Sender<Result<v1::JoinReply, Status>>, stop: CancellationToken) {
+    tokio::select! {
+        () = replies.closed() => {}
+        () = stop.cancelled() => return,
+    }
+    drop(replies);
+    tokio::select! {
+        () = tokio::time::sleep(LINGER) => {}
+        () = stop.cancelled() => {}
+    }
+    drop(joined);
+}
