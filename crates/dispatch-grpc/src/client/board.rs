@@ -324,6 +324,18 @@ impl Board {
         }
     }
 
+    /// A shard is late and nobody else can be asked for it: its worker is to give a sign of life.
+    pub(super) fn needs(&self, id: u64) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if let Some(pending) = state.shards.get(&id)
+            && let Some(peer) = state.peers.get_mut(pending.stream.peer)
+        {
+            peer.doubted = true;
+            peer.doubt.notify_one();
+        }
+    }
+
     /// A worker's answer was a lie: its link ends, and it is let in again only after a while.
     pub(super) fn ban(&self, hop: Hop, reason: &str) {
         let mut state = self.lock();
@@ -454,6 +466,7 @@ impl Board {
         {
             peer.late = peer.late.saturating_sub(1);
             if peer.late == 0 {
+                peer.all_answered();
                 state.rank();
             }
         }
@@ -467,6 +480,18 @@ impl Board {
             None => state.count_late_reply(),
         }
         Ok(())
+    }
+
+    /// Waits until there is doubt whether a worker is there; false when its session is over.
+    pub(super) async fn doubt(&self, peer: usize, session: u64) -> bool {
+        loop {
+            let doubt = match self.lock().peers.get(peer) {
+                Some(peer) if peer.is_in(session) && peer.doubted => return true,
+                Some(peer) if peer.is_in(session) => peer.doubt.clone(),
+                _ => return false,
+            };
+            doubt.notified().await;
+        }
     }
 
     /// How long a worker that broke the protocol is still to be left alone.

@@ -2,13 +2,14 @@
 //!
 //! Always holds: a worker is connected over the lanes of one session at a time. Knows nothing of shards' contents.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_engine::batcher::Rank;
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::handshake::LANES;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::config::LinkError;
 use super::handle::{WorkerHealth, WorkerState};
@@ -37,6 +38,10 @@ pub(super) struct Peer {
     pub(super) state: LinkState,
     /// Shards that were late and are not answered yet. While there are any, others are asked first.
     pub(super) late: usize,
+    /// One of them nobody else can be asked for.
+    pub(super) doubted: bool,
+    /// Told when doubt begins.
+    pub(super) doubt: Arc<Notify>,
     /// Until when it is not connected again, because it broke the protocol.
     banned: Option<Instant>,
     /// How often it broke it.
@@ -48,7 +53,16 @@ impl Peer {
     pub(super) fn new(address: Address) -> Self {
         let state =
             LinkState::Down { since: Instant::now(), error: None, reason: "not connected yet".into() };
-        Self { address, announced: None, state, late: 0, banned: None, strikes: 0 }
+        Self {
+            address,
+            announced: None,
+            state,
+            late: 0,
+            doubted: false,
+            doubt: Arc::default(),
+            banned: None,
+            strikes: 0,
+        }
     }
 
     pub(super) const fn is_up(&self) -> bool {
@@ -68,13 +82,19 @@ impl Peer {
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes) {
         self.announced = Some(description);
         self.state = LinkState::Up { session, lanes };
-        self.late = 0;
+        self.all_answered();
     }
 
     /// Its link ended.
     pub(super) fn down(&mut self, reason: String) {
         self.state = LinkState::Down { since: Instant::now(), error: None, reason };
+        self.all_answered();
+    }
+
+    /// It has answered what was late, or nobody waits for that.
+    pub(super) const fn all_answered(&mut self) {
         self.late = 0;
+        self.doubted = false;
     }
 
     /// It could not be connected.
