@@ -26,8 +26,12 @@ use crate::transport;
 /// found soon, and so is a worker that is slow.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 const STEP_IN_PAUSES: u32 = 20;
-/// How long a worker may take to say anything, when a shard is late that nobody else can be asked for.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
+/// How long a worker may take to say anything, when a shard is late that nobody else can be asked for. Each time that a link
+/// ends soon it is given twice as long, so that one which is only slow gets something done.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(600);
+const LONGEST_SIGN: Duration = Duration::from_secs(5);
+/// A link that lasted so long did not end soon.
+const LASTED: Duration = Duration::from_secs(60);
 /// Shards written to a stream and not yet taken by the transport.
 const SEND_QUEUE: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -46,7 +50,7 @@ pub(super) struct LinkConfig {
 /// Keeps a worker connected, for as long as it is polled.
 pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>) {
     let Some(address) = board.address(peer) else { return };
-    let mut pause = FIRST_PAUSE;
+    let (mut pause, mut sign) = (FIRST_PAUSE, SIGN_OF_LIFE);
     loop {
         let opened = match open(&address, &config, (pause * STEP_IN_PAUSES).min(STEP_TIMEOUT)).await {
             Ok(link) => board
@@ -58,8 +62,9 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
             Ok((session, client, inbound, watch)) => {
                 tracing::info!(%address, "worker connected");
                 pause = FIRST_PAUSE;
+                let since = Instant::now();
                 let mut tasks = JoinSet::new();
-                tasks.spawn(ask_in_doubt(peer, session, client, board.clone()));
+                tasks.spawn(ask_in_doubt(peer, session, client, board.clone(), sign));
                 let ended = carry(peer, session, tasks, inbound, watch, &board, &config).await;
                 tracing::warn!(%address, ?ended, "worker lost");
                 metrics::counter!("muster_dispatch_links_lost_total").increment(1);
@@ -67,6 +72,7 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                     board.strike(peer);
                 }
                 board.down(peer, session, ended);
+                sign = if since.elapsed() < LASTED { (sign * 2).min(LONGEST_SIGN) } else { SIGN_OF_LIFE };
             }
             Err(error) => {
                 tracing::debug!(%address, %error, "worker not connected");
@@ -162,13 +168,14 @@ async fn ask_in_doubt(
     session: u64,
     mut client: ExpertsClient<Channel>,
     board: Arc<Board>,
+    patience: Duration,
 ) -> Ended {
     while board.doubt(peer, session).await {
         let asked = client.describe(v1::DescribeRequest {});
-        match tokio::time::timeout(SIGN_OF_LIFE, asked).await {
-            Ok(Ok(_)) => tokio::time::sleep(SIGN_OF_LIFE).await,
+        match tokio::time::timeout(patience, asked).await {
+            Ok(Ok(_)) => tokio::time::sleep(patience).await,
             Ok(Err(status)) => return Ended::Lost(describe(&status)),
-            Err(_) => return Ended::Lost(format!("gave no sign of life within {SIGN_OF_LIFE:?}")),
+            Err(_) => return Ended::Lost(format!("gave no sign of life within {patience:?}")),
         }
     }
     Ended::Lost("its session is over".into())
