@@ -83,24 +83,25 @@ impl Hedge {
     /// How long to wait for the answer to a shard of `rows` before another worker is asked too.
     #[must_use]
     pub fn deadline(&self, rows: u32) -> Duration {
-        let rules = &self.rules;
-        let own = class(rows);
-        let known = |at: usize| self.classes[at].known(rules);
-        let seconds = known(own).or_else(|| {
-            // What is large takes no less time than what is small, and no more than in proportion to its rows.
-            let smaller = (0..own).rev().find_map(|at| Some(known(at)? * PER_CLASS.powi((own - at) as i32)));
-            let larger = (own + 1..CLASSES).find_map(known);
-            match (smaller, larger) {
-                (Some(smaller), Some(larger)) => Some(smaller.min(larger)),
-                (Some(smaller), None) => Some(smaller),
-                (None, Some(larger)) => Some(larger.min(rules.unknown.as_secs_f64())),
-                (None, None) => None,
-            }
-        });
-        let seconds = seconds.map(|seconds| seconds * f64::from(self.classes[own].stretch));
+        let (rules, own) = (&self.rules, &self.classes[class(rows)]);
+        let seconds = own.known(rules).or_else(|| self.borrowed(class(rows)));
+        let seconds = seconds.unwrap_or(rules.unknown.as_secs_f64()) * f64::from(own.stretch);
         let cap = rules.cap.max(rules.floor);
-        let deadline = seconds.map_or(Ok(rules.unknown), Duration::try_from_secs_f64);
-        deadline.map_or(cap, |deadline| deadline.clamp(rules.floor, cap))
+        Duration::try_from_secs_f64(seconds).map_or(cap, |deadline| deadline.clamp(rules.floor, cap))
+    }
+
+    /// The deadline in seconds that other sizes speak for: what is large takes no less time than what is small, and no more
+    /// than in proportion to its rows.
+    fn borrowed(&self, own: usize) -> Option<f64> {
+        let known = |at: usize| self.classes[at].known(&self.rules);
+        let smaller = (0..own).rev().find_map(|at| Some(known(at)? * PER_CLASS.powi((own - at) as i32)));
+        let larger = (own + 1..CLASSES).find_map(known);
+        match (smaller, larger) {
+            (Some(smaller), Some(larger)) => Some(smaller.min(larger)),
+            (Some(smaller), None) => Some(smaller),
+            (None, Some(larger)) => Some(larger.min(self.rules.unknown.as_secs_f64())),
+            (None, None) => None,
+        }
     }
 }
 
@@ -297,7 +298,9 @@ mod tests {
 
     #[test]
     fn sizes_that_are_not_known_yet_are_judged_by_their_neighbours() {
-        let mut hedge = learned(vec![3000; 100]);
+        let rules = Rules { cap: us(5_000_000), ..Rules::default() };
+        let mut hedge = Hedge::new(rules);
+        (0..100).for_each(|_| hedge.observe(8, us(3000)));
         let known = hedge.deadline(8);
         assert_eq!(hedge.deadline(1), known, "a smaller one takes no longer");
         assert_eq!(hedge.deadline(17), known * 4, "a larger one not more than its size says");
@@ -307,9 +310,9 @@ mod tests {
         let before = hedge.deadline(17);
         hedge.hedged(17, Outcome::Wasted);
         assert!(hedge.deadline(17) > before && hedge.deadline(8) == known, "each has its own hedges");
-        let mut large = Hedge::new(Rules { cap: us(5_000_000), ..Rules::default() });
+        let mut large = Hedge::new(rules);
         (0..100).for_each(|_| large.observe(2000, us(900_000)));
-        assert_eq!(large.deadline(1), Rules::default().unknown, "a far larger one says little");
+        assert_eq!(large.deadline(1), rules.unknown, "a far larger one says little");
     }
 
     #[test]

@@ -269,8 +269,8 @@ impl Board {
         Ok(())
     }
 
-    /// Waits until all that is out for a ticket has come to something, or one part of it that others may wait for, and
-    /// takes it; nothing when `until` passes before that or the routes are no longer those of `version`.
+    /// Waits until all that is out for a ticket has come to something, or one part of it that others may wait for, until
+    /// `until` passes, or until the routes are no longer those of `version`; and takes what there is.
     pub(super) async fn wait(
         &self,
         ticket: Ticket,
@@ -279,11 +279,10 @@ impl Board {
         busy: &mut BusyPoll,
     ) -> Result<News, DispatchError> {
         loop {
-            if let Some(news) = self.news(ticket)? {
+            // Who has answered in time is not late because another is.
+            let over = Instant::now() >= until || self.version() != version;
+            if let Some(news) = self.news(ticket, over)? {
                 return Ok(news);
-            }
-            if Instant::now() >= until || self.version() != version {
-                return Ok(News::new());
             }
             if !busy.pause().await {
                 // Late or not is found out above.
@@ -292,13 +291,13 @@ impl Board {
         }
     }
 
-    fn news(&self, ticket: Ticket) -> Result<Option<News>, DispatchError> {
+    fn news(&self, ticket: Ticket, over: bool) -> Result<Option<News>, DispatchError> {
         let mut state = self.lock();
         if state.closed {
             return Err(DispatchError::Closed);
         }
         match state.tickets.get_mut(&ticket) {
-            Some(progress) if progress.is_news() => Ok(Some(std::mem::take(&mut progress.news))),
+            Some(progress) if over || progress.is_news() => Ok(Some(std::mem::take(&mut progress.news))),
             Some(_) => Ok(None),
             None => Err(DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get()))),
         }
