@@ -53,6 +53,7 @@ async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run 
 ///
 /// # Panics
 /// When a stream fails or is not what it was alone, and when the fault came too late.
+#[allow(clippy::print_stdout, reason = "this is what `cargo xtask chaos` reads")]
 pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
     let client = cluster.client().await;
     let mut undisturbed = Vec::new();
