@@ -1,12 +1,14 @@
 //! A router and its workers, as separate processes.
 
 use std::path::Path;
+use std::process::Command;
 
 use muster_proto::v1::inference_client::InferenceClient;
 use tempfile::TempDir;
 use tonic::transport::Channel;
 
-use crate::process::Process;
+use crate::network::Network;
+use crate::process::{Process, muster};
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -15,6 +17,8 @@ pub struct Setup {
     shares: Vec<String>,
     common: Vec<String>,
     router: Vec<String>,
+    /// Host that workers listen on, and the command that starts them there; `None` for Unix sockets.
+    tcp: Option<(String, Vec<String>)>,
 }
 
 impl Setup {
@@ -22,7 +26,7 @@ impl Setup {
     #[must_use]
     pub fn new(model: &Path) -> Self {
         let model = model.display().to_string();
-        let setup = Self { model, shares: Vec::new(), common: Vec::new(), router: Vec::new() };
+        let setup = Self { model, shares: Vec::new(), common: Vec::new(), router: Vec::new(), tcp: None };
         setup.workers(2)
     }
 
@@ -54,6 +58,20 @@ impl Setup {
         self
     }
 
+    /// Workers listen on free TCP ports of the loopback instead of Unix sockets.
+    #[must_use]
+    pub fn tcp(mut self) -> Self {
+        self.tcp = Some(("127.0.0.1".into(), Vec::new()));
+        self
+    }
+
+    /// Workers live in a network of their own and listen there.
+    #[must_use]
+    pub fn across(mut self, network: &Network) -> Self {
+        self.tcp = Some((network.far_host(), network.enter()));
+        self
+    }
+
     /// More flags for the router.
     #[must_use]
     pub fn router_args(mut self, args: &[&str]) -> Self {
@@ -70,7 +88,24 @@ impl Setup {
         // Names are told apart also where shares are not.
         args.extend(["--id".into(), format!("worker-{index}")]);
         args.extend(self.common.iter().cloned());
+        if self.tcp.is_some() {
+            args.push("--insecure-plaintext".into());
+        }
         args
+    }
+
+    fn start_worker(&self, index: usize, listen: &str) -> Process {
+        let args = self.worker_args(index, listen);
+        let enter = self.tcp.as_ref().map_or(&[][..], |(_, enter)| enter);
+        let mut command = match enter.split_first() {
+            None => Command::new(muster()),
+            Some((program, rest)) => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(muster());
+                command
+            }
+        };
+        Process::start_by(command.args(args)).expect("worker")
     }
 
     /// Arguments of a router over workers at these addresses.
@@ -105,16 +140,24 @@ impl Cluster {
     /// When one of them does not become ready.
     #[must_use]
     pub fn start(setup: Setup) -> Self {
-        let directory = tempfile::tempdir().expect("a temporary directory");
-        let sockets: Vec<String> = (0..setup.shares.len())
-            .map(|index| format!("unix:{}", directory.path().join(format!("worker-{index}.sock")).display()))
-            .collect();
-        let workers = sockets
-            .iter()
-            .enumerate()
-            .map(|(index, socket)| Process::start(&setup.worker_args(index, socket)).expect("worker"))
-            .collect();
-        let router = Process::start(&setup.router_command(&sockets)).expect("router");
+        let (workers, directory) = start_workers(&setup);
+        let addresses = addresses(&workers);
+        Self::routed(setup, workers, &addresses, directory)
+    }
+
+    /// Starts workers, then a router that is told other addresses: those of whatever is put between them.
+    ///
+    /// # Panics
+    /// When one of them does not become ready.
+    pub async fn start_through(setup: Setup, between: impl AsyncFnOnce(Vec<String>) -> Vec<String>) -> Self {
+        let (workers, directory) = start_workers(&setup);
+        let told = between(addresses(&workers)).await;
+        // Blocks until the router is ready, which it is not before what is in between has carried something.
+        tokio::task::block_in_place(|| Self::routed(setup, workers, &told, directory))
+    }
+
+    fn routed(setup: Setup, workers: Vec<Process>, addresses: &[String], directory: TempDir) -> Self {
+        let router = Process::start(&setup.router_command(addresses)).expect("router");
         Self { setup, workers, router, _directory: directory }
     }
 
@@ -124,7 +167,7 @@ impl Cluster {
     /// When it does not become ready.
     pub fn restart_worker(&mut self, index: usize) {
         let listen = self.workers[index].address("listen");
-        self.workers[index] = Process::start(&self.setup.worker_args(index, &listen)).expect("worker");
+        self.workers[index] = self.setup.start_worker(index, &listen);
     }
 
     /// `host:port` of the HTTP API.
@@ -147,4 +190,18 @@ impl Cluster {
         let url = format!("http://{}", self.grpc());
         InferenceClient::connect(url).await.expect("the router listens")
     }
+}
+
+fn addresses(workers: &[Process]) -> Vec<String> {
+    workers.iter().map(|worker| worker.address("listen")).collect()
+}
+
+fn start_workers(setup: &Setup) -> (Vec<Process>, TempDir) {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let listen = |index| match &setup.tcp {
+        Some((host, _)) => format!("{host}:0"),
+        None => format!("unix:{}", directory.path().join(format!("worker-{index}.sock")).display()),
+    };
+    let workers = (0..setup.shares.len()).map(|index| setup.start_worker(index, &listen(index))).collect();
+    (workers, directory)
 }

@@ -2,8 +2,11 @@
 
 pub mod client;
 pub mod cluster;
+pub mod disturbed;
 pub mod golden;
 pub mod http;
+pub mod liar;
+pub mod network;
 pub mod process;
 
 use std::path::{Path, PathBuf};

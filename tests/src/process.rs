@@ -89,11 +89,19 @@ impl Process {
     /// # Errors
     /// What it wrote to standard error, when it ended instead.
     pub fn start(args: &[String]) -> Result<Self, String> {
+        Self::start_by(Command::new(muster()).args(args))
+    }
+
+    /// The same with a command that becomes `muster`.
+    ///
+    /// # Errors
+    /// What it wrote to standard error, when it ended instead.
+    pub fn start_by(command: &mut Command) -> Result<Self, String> {
         let ready = |line: &str| {
             let line: Value = serde_json::from_str(line).ok()?;
             line.get("ready").cloned()
         };
-        Self::spawn(Command::new(muster()).args(args).arg("--announce"), ready)
+        Self::spawn(command.arg("--announce"), ready)
     }
 
     /// Starts `muster up` with these flags and waits until it has told the person what to do next.

@@ -1,96 +1,12 @@
 //! Faults under load: 32 streams run, something dies or stands still, and every stream gives the tokens of the
 //! undisturbed run. Every test proves that its fault happened.
 
-use std::time::{Duration, Instant};
+mod network;
 
-use muster_proto::v1::GenerateRequest;
-use muster_proto::v1::generate_event::Event;
-use muster_proto::v1::inference_client::InferenceClient;
-use muster_tests::client::{generate, greedy, sampled};
 use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::disturbed::{disturbed, metric, replicated};
 use muster_tests::process::eventually;
 use muster_tests::{demo_model, http};
-use tokio::task::JoinSet;
-use tonic::transport::Channel;
-
-const STREAMS: u32 = 32;
-const TOKENS: u32 = 160;
-
-/// Greedy and sampled requests of different lengths.
-fn requests() -> Vec<GenerateRequest> {
-    let request = |n: u32| {
-        let prompt: Vec<u32> = (0..4 + n % 13).map(|i| 6 + (n * 131 + i * 17) % 4000).collect();
-        if n.is_multiple_of(2) { greedy(&prompt, TOKENS) } else { sampled(&prompt, TOKENS, u64::from(n)) }
-    };
-    (0..STREAMS).map(request).collect()
-}
-
-/// The tokens of a stream, and the longest time between two of them.
-type Run = (Vec<u32>, Duration);
-
-async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run {
-    let mut stream = client.clone().generate(request).await.expect("it is taken").into_inner();
-    let (mut ids, mut longest, mut last) = (Vec::new(), Duration::ZERO, None::<Instant>);
-    let mut finished = 0;
-    while let Some(event) = stream.message().await.expect("the stream goes on") {
-        match event.event.expect("an event has a body") {
-            Event::Token(frame) => {
-                assert_eq!(frame.index as usize, ids.len(), "token indices have no gaps");
-                ids.push(frame.token_id);
-                let now = Instant::now();
-                longest = longest.max(last.replace(now).map_or(Duration::ZERO, |last| now - last));
-            }
-            Event::Finished(_) => finished += 1,
-            Event::Started(_) => {}
-        }
-    }
-    assert_eq!(finished, 1, "every stream ends once");
-    (ids, longest)
-}
-
-/// Runs all requests at once, `fault` while all of them are under way, and compares every stream with the lone run.
-/// Says how long each stream stood still at most, for `cargo xtask chaos`.
-async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
-    let client = cluster.client().await;
-    let mut undisturbed = Vec::new();
-    for request in requests() {
-        undisturbed.push(generate(&client, request).await.expect("undisturbed").remove(0).ids);
-    }
-    let mut running = JoinSet::new();
-    for (n, request) in requests().into_iter().enumerate() {
-        let client = client.clone();
-        running.spawn(async move { (n, run(client, request).await) });
-    }
-    let all_run = format!("muster_sequences_running {STREAMS}");
-    eventually("all streams run", async || {
-        http::get(&cluster.http(), "/metrics").text().contains(&all_run).then_some(())
-    })
-    .await;
-    fault(cluster).await;
-    let still = http::get(&cluster.http(), "/metrics").text();
-    assert!(!still.contains("muster_sequences_running 0\n"), "the fault came too late to disturb anybody");
-    let mut stalls = Vec::new();
-    while let Some(done) = running.join_next().await {
-        let (n, (ids, stall)) = done.expect("no stream fails");
-        assert_eq!(ids, undisturbed[n], "stream {n}");
-        stalls.push(stall);
-    }
-    let stalls: Vec<u128> = stalls.iter().map(Duration::as_millis).collect();
-    eprintln!("\nchaos {}", serde_json::json!({ "fault": what, "stalls_ms": stalls }));
-    let failed = metric(cluster, "muster_requests_failed_total");
-    assert_eq!(failed, 0.0);
-}
-
-fn metric(cluster: &Cluster, name: &str) -> f64 {
-    let text = http::get(&cluster.http(), "/metrics").text();
-    let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
-    text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
-}
-
-/// Three workers that each hold every expert.
-fn replicated() -> Setup {
-    Setup::new(&demo_model()).shares(&["all", "all", "all"])
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_with_replicas_is_not_noticed() {

@@ -1,7 +1,8 @@
 //! How long an answer may take before another replica is asked too.
 //!
 //! Owns what is known of a worker's latencies, and the budget of second shards. A deadline lies between its floor and
-//! its cap, and is a fixed one while too little is known. What is sent twice is bounded in number whatever happens, so
+//! its cap; while too little is known of shards of one size, those of the nearest sizes say what to expect, and while
+//! nothing is known it is a fixed one. What is sent twice is bounded in number whatever happens, so
 //! that hedging never makes an overload worse. Nothing here allocates once it is made, and every update takes the
 //! same few operations (on a rare few, all buckets of one table are scaled down).
 //!
@@ -50,6 +51,8 @@ pub enum Outcome {
 
 /// The classes of shard sizes, by rows: up to 4, 16, 64, 256, 1024, and more.
 const CLASSES: usize = 6;
+/// How many times larger the shards of one class are than those of the class before.
+const PER_CLASS: f64 = 4.0;
 
 /// What is known of one worker's latencies, by size of shards.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,7 +83,25 @@ impl Hedge {
     /// How long to wait for the answer to a shard of `rows` before another worker is asked too.
     #[must_use]
     pub fn deadline(&self, rows: u32) -> Duration {
-        self.classes[class(rows)].deadline(&self.rules)
+        let (rules, own) = (&self.rules, &self.classes[class(rows)]);
+        let seconds = own.known(rules).or_else(|| self.borrowed(class(rows)));
+        let seconds = seconds.unwrap_or(rules.unknown.as_secs_f64()) * f64::from(own.stretch);
+        let cap = rules.cap.max(rules.floor);
+        Duration::try_from_secs_f64(seconds).map_or(cap, |deadline| deadline.clamp(rules.floor, cap))
+    }
+
+    /// The deadline in seconds that other sizes speak for: what is large takes no less time than what is small, and no more
+    /// than in proportion to its rows.
+    fn borrowed(&self, own: usize) -> Option<f64> {
+        let known = |at: usize| self.classes[at].known(&self.rules);
+        let smaller = (0..own).rev().find_map(|at| Some(known(at)? * PER_CLASS.powi((own - at) as i32)));
+        let larger = (own + 1..CLASSES).find_map(known);
+        match (smaller, larger) {
+            (Some(smaller), Some(larger)) => Some(smaller.min(larger)),
+            (Some(smaller), None) => Some(smaller),
+            (None, Some(larger)) => Some(larger.min(self.rules.unknown.as_secs_f64())),
+            (None, None) => None,
+        }
     }
 }
 
@@ -152,13 +173,9 @@ impl Class {
         self.stretch = (self.stretch * change).clamp(1.0, Self::MOST);
     }
 
-    fn deadline(&self, rules: &Rules) -> Duration {
-        let cap = rules.cap.max(rules.floor);
-        if self.seen < Self::ENOUGH {
-            return rules.unknown.clamp(rules.floor, cap);
-        }
-        let seconds = self.quantile(rules.quantile).as_secs_f64() * rules.factor * f64::from(self.stretch);
-        Duration::try_from_secs_f64(seconds).map_or(cap, |deadline| deadline.clamp(rules.floor, cap))
+    /// The deadline in seconds that latencies alone would have, once enough of them are known.
+    fn known(&self, rules: &Rules) -> Option<f64> {
+        (self.seen >= Self::ENOUGH).then(|| self.quantile(rules.quantile).as_secs_f64() * rules.factor)
     }
 
     /// The end of the bucket that the quantile is in.
@@ -274,11 +291,28 @@ mod tests {
     fn the_cap_holds_until_enough_is_known() {
         let rules = Rules::default();
         let few = usize::from(Class::ENOUGH) - 1;
-        assert_eq!(learned(vec![3000; few]).deadline(8), rules.cap);
-        let known = learned(vec![3000; few + 1]);
-        assert!(known.deadline(8) < us(6000));
-        // Other sizes are not known by that.
-        assert_eq!((known.deadline(4), known.deadline(17)), (rules.cap, rules.cap));
+        let unknown = learned(vec![3000; few]);
+        assert_eq!([1, 8, 17, 5000].map(|rows| unknown.deadline(rows)), [rules.cap; 4]);
+        assert!(learned(vec![3000; few + 1]).deadline(8) < us(6000));
+    }
+
+    #[test]
+    fn sizes_that_are_not_known_yet_are_judged_by_their_neighbours() {
+        let rules = Rules { cap: us(5_000_000), ..Rules::default() };
+        let mut hedge = Hedge::new(rules);
+        (0..100).for_each(|_| hedge.observe(8, us(3000)));
+        let known = hedge.deadline(8);
+        assert_eq!(hedge.deadline(1), known, "a smaller one takes no longer");
+        assert_eq!(hedge.deadline(17), known * 4, "a larger one not more than its size says");
+        assert_eq!(hedge.deadline(65), known * 16);
+        (0..100).for_each(|_| hedge.observe(300, us(5000)));
+        assert_eq!(hedge.deadline(65), hedge.deadline(300), "nor longer than a still larger one");
+        let before = hedge.deadline(17);
+        hedge.hedged(17, Outcome::Wasted);
+        assert!(hedge.deadline(17) > before && hedge.deadline(8) == known, "each has its own hedges");
+        let mut large = Hedge::new(rules);
+        (0..100).for_each(|_| large.observe(2000, us(900_000)));
+        assert_eq!(large.deadline(1), rules.unknown, "a far larger one says little");
     }
 
     #[test]

@@ -39,10 +39,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let mut tests = Command::new("cargo");
         tests.args(["test", "--release", "--workspace", "--locked", "--test", "suite", "--"]);
         tests.args(["chaos::", "--nocapture", "--test-threads", "1"]);
-        // Their words are on both streams.
-        let mut shell = Command::new("sh");
-        shell.args(["-c", "exec \"$@\" 2>&1", "sh"]).arg(tests.get_program()).args(tests.get_args());
-        let text = output(shell, RUN).with_context(|| format!("round {round} of {}", args.repeats))?;
+        let text = output(tests, RUN).with_context(|| format!("round {round} of {}", args.repeats))?;
         let before = stalls.values().map(Vec::len).sum::<usize>();
         for said in said(&text)? {
             stalls.entry(said.fault).or_default().extend(said.stalls_ms);

@@ -340,8 +340,8 @@ impl Board {
         Ok(())
     }
 
-    /// Waits until all that is out for a ticket has come to something, or one part of it that others may wait for, and
-    /// takes it; nothing when `until` passes before that or the routes are no longer those of `version`.
+    /// Waits until all that is out for a ticket has come to something, or one part of it that others may wait for, until
+    /// `until` passes, or until the routes are no longer those of `version`; and takes what there is.
     pub(super) async fn wait(
         &self,
         ticket: Ticket,
@@ -350,11 +350,10 @@ impl Board {
         busy: &mut BusyPoll,
     ) -> Result<News, DispatchError> {
         loop {
-            if let Some(news) = self.news(ticket)? {
+            // Who has answered in time is not late because another is.
+            let over = Instant::now() >= until || self.version() != version;
+            if let Some(news) = self.news(ticket, over)? {
                 return Ok(news);
-            }
-            if Instant::now() >= until || self.version() != version {
-                return Ok(News::new());
             }
             if !busy.pause().await {
                 // Late or not is found out above.
@@ -363,13 +362,13 @@ impl Board {
         }
     }
 
-    fn news(&self, ticket: Ticket) -> Result<Option<News>, DispatchError> {
+    fn news(&self, ticket: Ticket, over: bool) -> Result<Option<News>, DispatchError> {
         let mut state = self.lock();
         if state.closed {
             return Err(DispatchError::Closed);
         }
         match state.tickets.get_mut(&ticket) {
-            Some(progress) if progress.is_news() => Ok(Some(std::mem::take(&mut progress.news))),
+            Some(progress) if over || progress.is_news() => Ok(Some(std::mem::take(&mut progress.news))),
             Some(_) => Ok(None),
             None => Err(DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get()))),
         }
@@ -392,6 +391,18 @@ impl Board {
             if peer.late == 1 {
                 state.rank();
             }
+        }
+    }
+
+    /// A shard is late and nobody else can be asked for it: its worker is to give a sign of life.
+    pub(super) fn needs(&self, id: u64) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if let Some(pending) = state.shards.get(&id)
+            && let Some(peer) = state.peers.get_mut(&pending.stream.peer)
+        {
+            peer.doubted = true;
+            peer.doubt.notify_one();
         }
     }
 
@@ -531,6 +542,7 @@ impl Board {
         {
             peer.late = peer.late.saturating_sub(1);
             if peer.late == 0 {
+                peer.all_answered();
                 state.rank();
             }
         }
@@ -544,6 +556,18 @@ impl Board {
             None => state.count_late_reply(),
         }
         Ok(())
+    }
+
+    /// Waits until there is doubt whether a worker is there; false when its session is over.
+    pub(super) async fn doubt(&self, peer: usize, session: u64) -> bool {
+        loop {
+            let doubt = match self.lock().peers.get(&peer) {
+                Some(peer) if peer.is_in(session) && peer.doubted => return true,
+                Some(peer) if peer.is_in(session) => peer.doubt.clone(),
+                _ => return false,
+            };
+            doubt.notified().await;
+        }
     }
 
     /// How long a worker that broke the protocol is still to be left alone.

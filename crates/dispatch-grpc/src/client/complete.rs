@@ -165,7 +165,12 @@ impl GrpcDispatch {
             let routes = self.board.routes();
             let rank = |worker| routes.rank(worker);
             let planned = flight.plan_stand_ins(number, &routes.placement, &rank, &unreachable);
-            let Some(stand_ins) = planned else { return Ok(()) };
+            let Some(stand_ins) = planned else {
+                if flight.is_waiting(number) {
+                    self.board.needs(flight.parts()[number].shard.id);
+                }
+                return Ok(());
+            };
             let first = self.board.issue(stand_ins.len());
             let mut shards = Vec::with_capacity(stand_ins.len());
             let mut places = Vec::with_capacity(stand_ins.len());

@@ -23,8 +23,16 @@ use super::peer::Control;
 use crate::address::Address;
 use crate::transport;
 
-/// How long each step of opening a link may take.
+/// How long each step of opening a link may take at most, and how long in terms of the pause before: a network that heals is
+/// found soon, and so is a worker that is slow.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
+const STEP_IN_PAUSES: u32 = 20;
+/// How long a worker may take to say anything, when a shard is late that nobody else can be asked for. Each time that a link
+/// ends soon it is given twice as long, so that one which is only slow gets something done.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(600);
+const LONGEST_SIGN: Duration = Duration::from_secs(5);
+/// A link that lasted so long did not end soon.
+const LASTED: Duration = Duration::from_secs(60);
 /// Shards written to a stream and not yet taken by the transport.
 const SEND_QUEUE: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -43,25 +51,29 @@ pub(super) struct LinkConfig {
 /// Keeps a worker connected, for as long as it is polled.
 pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>) {
     let Some(address) = board.address(peer) else { return };
-    let mut pause = FIRST_PAUSE;
+    let (mut pause, mut sign) = (FIRST_PAUSE, SIGN_OF_LIFE);
     loop {
-        let opened = match open(&address, &config).await {
+        let opened = match open(&address, &config, (pause * STEP_IN_PAUSES).min(STEP_TIMEOUT)).await {
             Ok(link) => board
                 .up(peer, link.description, link.senders, link.control)
-                .map(|session| (session, link.inbound, link.watch)),
+                .map(|session| (session, link.client, link.inbound, link.watch)),
             Err(error) => Err(error),
         };
         match opened {
-            Ok((session, inbound, watch)) => {
+            Ok((session, client, inbound, watch)) => {
                 tracing::info!(%address, "worker connected");
                 pause = FIRST_PAUSE;
-                let ended = carry(peer, session, inbound, watch, &board, &config).await;
+                let since = Instant::now();
+                let mut tasks = JoinSet::new();
+                tasks.spawn(ask_in_doubt(peer, session, client, board.clone(), sign));
+                let ended = carry(peer, session, tasks, inbound, watch, &board, &config).await;
                 tracing::warn!(%address, ?ended, "worker lost");
                 metrics::counter!("muster_dispatch_links_lost_total").increment(1);
                 if matches!(ended, Ended::Bad(_)) {
                     board.strike(peer);
                 }
                 board.down(peer, session, ended);
+                sign = if since.elapsed() < LASTED { (sign * 2).min(LONGEST_SIGN) } else { SIGN_OF_LIFE };
             }
             Err(error) => {
                 tracing::debug!(%address, %error, "worker not connected");
@@ -78,6 +90,7 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
 }
 
 struct Link {
+    client: ExpertsClient<Channel>,
     description: Description,
     senders: [mpsc::Sender<v1::DispatchRequest>; LANES],
     inbound: [Streaming<v1::DispatchReply>; LANES],
@@ -85,15 +98,17 @@ struct Link {
     control: Control,
 }
 
-async fn step<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<T, LinkError> {
-    tokio::time::timeout(STEP_TIMEOUT, work).await.unwrap_or(Err(LinkError::Silent(STEP_TIMEOUT)))
+async fn step<T>(
+    patience: Duration,
+    work: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
+    tokio::time::timeout(patience, work).await.unwrap_or(Err(LinkError::Silent(patience)))
 }
 
-async fn open(address: &Address, config: &LinkConfig) -> Result<Link, LinkError> {
-    let channel = step(async {
-        let unreachable =
-            |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
-        transport::connect(address, STEP_TIMEOUT).await.map_err(unreachable)
+async fn open(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
+    let channel = step(patience, async {
+        let unreachable = |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
+        transport::connect(address, patience).await.map_err(unreachable)
     })
     .await?;
     let experts = config.experts.iter().map(|&count| count as usize).sum();
@@ -103,20 +118,20 @@ async fn open(address: &Address, config: &LinkConfig) -> Result<Link, LinkError>
     let mut client = ExpertsClient::new(channel)
         .max_decoding_message_size(config.limits.reply_bytes.max(MessageLimits::description_bytes(experts)))
         .max_encoding_message_size(config.limits.request_bytes);
-    let described = step(async {
+    let described = step(patience, async {
         let reply = client.describe(v1::DescribeRequest {}).await.map_err(|status| refused(&status))?;
         Ok(reply.into_inner())
     })
     .await?;
     let description = check(&described, config)?;
-    let (first, first_in) = step(open_lane(&mut client, config, &description, 0)).await?;
-    let (second, second_in) = step(open_lane(&mut client, config, &description, 1)).await?;
-    let watch = step(async {
+    let (first, first_in) = step(patience, open_lane(&mut client, config, &description, 0)).await?;
+    let (second, second_in) = step(patience, open_lane(&mut client, config, &description, 1)).await?;
+    let watch = step(patience, async {
         Ok(client.watch(v1::DescribeRequest {}).await.map_err(|status| refused(&status))?.into_inner())
     })
     .await?;
     let (senders, inbound) = ([first, second], [first_in, second_in]);
-    Ok(Link { description, senders, inbound, watch, control })
+    Ok(Link { client, description, senders, inbound, watch, control })
 }
 
 /// Whether a worker that describes itself so can work with this router.
@@ -157,17 +172,36 @@ async fn open_lane(
     }
 }
 
-/// Carries replies and announcements to the board until one of the streams ends.
+/// Asks the worker for a sign of life whenever there is doubt, until there is none: its network may be gone without a word.
+async fn ask_in_doubt(
+    peer: usize,
+    session: u64,
+    mut client: ExpertsClient<Channel>,
+    board: Arc<Board>,
+    patience: Duration,
+) -> Ended {
+    while board.doubt(peer, session).await {
+        let asked = client.describe(v1::DescribeRequest {});
+        match tokio::time::timeout(patience, asked).await {
+            Ok(Ok(_)) => tokio::time::sleep(patience).await,
+            Ok(Err(status)) => return Ended::Lost(describe(&status)),
+            Err(_) => return Ended::Lost(format!("gave no sign of life within {patience:?}")),
+        }
+    }
+    Ended::Lost("its session is over".into())
+}
+
+/// Carries replies and announcements to the board until one of the streams, or of the `tasks` beside them, ends.
 async fn carry(
     peer: usize,
     session: u64,
+    mut tasks: JoinSet<Ended>,
     inbound: [Streaming<v1::DispatchReply>; LANES],
     mut watch: Streaming<v1::WorkerDescription>,
     board: &Arc<Board>,
     config: &Arc<LinkConfig>,
 ) -> Ended {
     // Dropping the set aborts its tasks, which resets the other streams.
-    let mut tasks = JoinSet::new();
     for (lane, inbound) in inbound.into_iter().enumerate() {
         tasks.spawn(receive(StreamKey { peer, session, lane }, inbound, board.clone()));
     }

@@ -2,6 +2,7 @@
 //!
 //! Always holds: a worker is connected over the lanes of one session at a time. Knows nothing of shards' contents.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_engine::batcher::Rank;
@@ -9,7 +10,7 @@ use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::control_client::ControlClient;
 use muster_proto::handshake::LANES;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
 
 use super::cluster::ConnectedWorker;
@@ -47,6 +48,10 @@ pub(super) struct Peer {
     configured: bool,
     /// How many say that it is there.
     pub(super) joined: usize,
+    /// One of them nobody else can be asked for.
+    pub(super) doubted: bool,
+    /// Told when doubt begins.
+    pub(super) doubt: Arc<Notify>,
     /// Until when it is not connected again, because it broke the protocol.
     banned: Option<Instant>,
     /// How often it broke it.
@@ -75,6 +80,8 @@ impl Peer {
             late: 0,
             configured: true,
             joined: 0,
+            doubted: false,
+            doubt: Arc::default(),
             banned: None,
             strikes: 0,
         }
@@ -97,13 +104,19 @@ impl Peer {
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
         self.announced = Some(description);
         self.state = LinkState::Up { session, lanes, control };
-        self.late = 0;
+        self.all_answered();
     }
 
     /// Its link ended.
     pub(super) fn down(&mut self, reason: String) {
         self.state = LinkState::Down { since: Instant::now(), error: None, reason };
+        self.all_answered();
+    }
+
+    /// It has answered what was late, or nobody waits for that.
+    pub(super) const fn all_answered(&mut self) {
         self.late = 0;
+        self.doubted = false;
     }
 
     /// It could not be connected.

@@ -195,7 +195,7 @@ impl Accept for TcpListener {
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
         let (stream, _) = ready!(Self::poll_accept(self, cx))?;
         // The server does this only for sockets that it accepts itself.
-        stream.set_nodelay(true)?;
+        transport::prepare(&stream)?;
         Poll::Ready(Ok(stream))
     }
 }

@@ -11,6 +11,7 @@ use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::shard_error::Code;
+use muster_testkit::proxy::{FaultProxy, Weather};
 use muster_types::{Combine, Compute};
 
 fn connect(addresses: &[&str]) -> GrpcDispatch {
@@ -139,6 +140,28 @@ fn a_late_worker_is_stood_in_for_and_asked_last_until_it_answers() {
 }
 
 #[test]
+fn who_has_answered_is_not_late_because_another_is() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
+    let quick = TestWorker::start("b", all(), Compute::F32);
+    let mut dispatch = connect(&[&slow.address, &quick.address]);
+    let stats = dispatch.stats();
+    let both = OneRow::new(0, &[0, 1]);
+    let ticket = dispatch.submit(&both.batch()).unwrap();
+    gate.wait();
+    assert_eq!(collect(&mut dispatch, ticket), Ok(both.sum()), "the other one answered for both");
+    gate.release();
+    eventually("the late reply is dropped", || stats.snapshot().late_replies == 1);
+    // Had the slow one been asked for the quick one's rows, it would have those first.
+    let row = OneRow::new(2, &[3]);
+    let ticket = dispatch.submit(&row.batch()).unwrap();
+    gate.wait();
+    gate.release();
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()));
+    gate.no_other();
+}
+
+#[test]
 fn the_one_that_is_late_may_still_be_the_first_to_answer() {
     let gated = |name| {
         let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
@@ -161,6 +184,48 @@ fn the_one_that_is_late_may_still_be_the_first_to_answer() {
     second.release();
     let stats = dispatch.stats();
     eventually("the stand-in's reply is dropped", || stats.snapshot().late_replies == 1);
+}
+
+#[test]
+fn a_sole_holder_whose_network_is_gone_is_found_by_its_silence() {
+    let runtime = crate::support::runtime();
+    let worker = TestWorker::start("a", all(), Compute::F32);
+    let proxy = runtime.block_on(FaultProxy::start(&worker.address)).unwrap();
+    let mut dispatch = connect(&[&proxy.address()]);
+    assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()));
+    proxy.set(Weather::BlackHole);
+    match once(&mut dispatch, &row()) {
+        Err(DispatchError::WorkerLost { reason, .. }) => {
+            // Not by keepalive, which takes far longer.
+            assert!(reason.contains("sign of life"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(proxy.counts().dropped_bytes > 0);
+    proxy.set(Weather::Fair);
+    let health = dispatch.health();
+    eventually("it is there again", || health.workers()[0].state == WorkerState::Connected);
+    assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()));
+}
+
+#[test]
+fn a_sole_holder_that_computes_for_long_is_left_alone() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
+    let runtime = crate::support::runtime();
+    let proxy = runtime.block_on(FaultProxy::start(&slow.address)).unwrap();
+    let mut dispatch = connect(&[&proxy.address()]);
+    let row = row();
+    let ticket = dispatch.submit(&row.batch()).unwrap();
+    gate.wait();
+    let released = std::thread::spawn(move || {
+        // Longer than the time for a sign of life.
+        std::thread::sleep(Duration::from_millis(1500));
+        gate.release();
+    });
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()));
+    released.join().unwrap();
+    assert_eq!(proxy.counts().connections, 1, "it was not connected anew");
 }
 
 #[test]

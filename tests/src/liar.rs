@@ -1,0 +1,192 @@
+//! A worker that cannot be told from an honest one until it lies: it passes everything on to a real worker, and spoils what
+//! comes back.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::dispatch_reply::Body;
+use muster_proto::expert::v1::experts_client::ExpertsClient;
+use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::transport::{Channel, Server};
+use tonic::{Request, Response, Status, Streaming};
+
+/// More than any message of the tests' models.
+const MESSAGE_BYTES: usize = 64 << 20;
+
+/// A way not to tell the truth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lie {
+    /// A value that is no number.
+    NotANumber,
+    /// A row is missing.
+    RowMissing,
+    /// There is a row more.
+    RowTooMany,
+    /// The id of a shard that was never sent.
+    IdOfNone,
+    /// The id of a shard that went to somebody else, or was answered before.
+    IdOfAnother,
+}
+
+impl Lie {
+    /// Every way.
+    pub const ALL: [Self; 5] =
+        [Self::NotANumber, Self::RowMissing, Self::RowTooMany, Self::IdOfNone, Self::IdOfAnother];
+
+    fn tell(self, reply: &mut v1::DispatchReply) {
+        let Some(Body::Rows(rows)) = &mut reply.body else { return };
+        let row = rows.data.len() / (rows.rows as usize).max(1);
+        let mut data = rows.data.to_vec();
+        match self {
+            // Of two values where they are of two bytes.
+            Self::NotANumber => data[..4].copy_from_slice(&f32::NAN.to_le_bytes()),
+            Self::RowMissing => {
+                rows.rows -= 1;
+                data.truncate(data.len() - row);
+            }
+            Self::RowTooMany => {
+                rows.rows += 1;
+                data.extend_from_within(..row);
+            }
+            Self::IdOfNone => reply.id += 1 << 32,
+            Self::IdOfAnother => reply.id -= 1,
+        }
+        rows.data = data.into();
+    }
+}
+
+/// See the module. Its connections end when it is dropped.
+pub struct Liar {
+    /// `host:port` where it listens.
+    pub address: String,
+    shared: Arc<Shared>,
+    serving: JoinHandle<()>,
+}
+
+struct Shared {
+    name: String,
+    honest: ExpertsClient<Channel>,
+    lies: AtomicBool,
+    /// The next of [`Lie::ALL`].
+    next: AtomicUsize,
+    told: [AtomicU64; Lie::ALL.len()],
+}
+
+impl Liar {
+    /// A worker of this name in front of the one at `host:port`, which will begin with this lie and go on with the others in
+    /// turn.
+    ///
+    /// # Errors
+    /// When it cannot listen, or nobody is there to pass anything on to.
+    pub async fn start(name: &str, honest: &str, first: Lie) -> io::Result<Self> {
+        let channel = ExpertsClient::connect(format!("http://{honest}")).await.map_err(io::Error::other)?;
+        let honest =
+            channel.max_decoding_message_size(MESSAGE_BYTES).max_encoding_message_size(MESSAGE_BYTES);
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?.to_string();
+        let first = Lie::ALL.iter().position(|lie| *lie == first).unwrap_or(0);
+        let shared = Arc::new(Shared {
+            name: name.to_owned(),
+            honest,
+            lies: AtomicBool::new(false),
+            next: AtomicUsize::new(first),
+            told: [const { AtomicU64::new(0) }; Lie::ALL.len()],
+        });
+        let service = ExpertsServer::new(Service(Arc::clone(&shared)))
+            .max_decoding_message_size(MESSAGE_BYTES)
+            .max_encoding_message_size(MESSAGE_BYTES);
+        let server =
+            Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener));
+        let serving = tokio::spawn(async {
+            let _ = server.await;
+        });
+        Ok(Self { address, shared, serving })
+    }
+
+    /// From now on no answer is true.
+    pub fn begin(&self) {
+        self.shared.lies.store(true, Ordering::Relaxed);
+    }
+
+    /// How often it told this lie.
+    #[must_use]
+    pub fn told(&self, lie: Lie) -> u64 {
+        self.shared.told[lie as usize].load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Liar {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+impl Shared {
+    fn spoil(&self, reply: &mut v1::DispatchReply) {
+        match &mut reply.body {
+            Some(Body::Ack(ack)) => ack.worker_id.clone_from(&self.name),
+            Some(Body::Rows(_)) if self.lies.load(Ordering::Relaxed) => {
+                let number = self.next.fetch_add(1, Ordering::Relaxed) % Lie::ALL.len();
+                Lie::ALL[number].tell(reply);
+                self.told[number].fetch_add(1, Ordering::Relaxed);
+            }
+            _ => {}
+        }
+    }
+
+    fn named(&self, mut description: v1::WorkerDescription) -> v1::WorkerDescription {
+        description.worker_id.clone_from(&self.name);
+        description
+    }
+}
+
+struct Service(Arc<Shared>);
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Experts for Service {
+    async fn describe(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::WorkerDescription>, Status> {
+        let described = self.0.honest.clone().describe(request.into_inner()).await?;
+        Ok(Response::new(self.0.named(described.into_inner())))
+    }
+
+    type WatchStream = Replies<v1::WorkerDescription>;
+
+    async fn watch(
+        &self,
+        request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let watched = self.0.honest.clone().watch(request.into_inner()).await?.into_inner();
+        let shared = Arc::clone(&self.0);
+        Ok(Response::new(Box::pin(watched.map(move |described| described.map(|d| shared.named(d))))))
+    }
+
+    type DispatchStream = Replies<v1::DispatchReply>;
+
+    async fn dispatch(
+        &self,
+        request: Request<Streaming<v1::DispatchRequest>>,
+    ) -> Result<Response<Self::DispatchStream>, Status> {
+        // A stream that breaks on the router's side ends on the other one.
+        let shards = request.into_inner().map_while(Result::ok);
+        let replies = self.0.honest.clone().dispatch(shards).await?.into_inner();
+        let shared = Arc::clone(&self.0);
+        Ok(Response::new(Box::pin(replies.map(move |reply| {
+            reply.map(|mut reply| {
+                shared.spoil(&mut reply);
+                reply
+            })
+        }))))
+    }
+}
