@@ -6,12 +6,14 @@
 //! - [`Loads`]: what was asked of each expert lately;
 //! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
-//! - [`hedge`]: how long an answer may take before another replica is asked too.
+//! - [`hedge`]: how long an answer may take before another replica is asked too;
+//! - [`lease`]: which router leads.
 //!
 //! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give
 //! the same answer everywhere: nothing here reads a clock, draws a number or knows of addresses and the network.
 
 pub mod hedge;
+pub mod lease;
 mod loads;
 mod placement;
 mod plan;
