@@ -6,8 +6,9 @@
 //! of that term which the announcement does not reflect lets it stay. Always holds: what counts, the worker holds, or
 //! has died.
 //!
-//! Orders are numbered, so that workers can tell which of two is newer, and a worker answers an order with the epoch of
-//! its holdings once those include no copy that it takes away. Knows no clock and no messages.
+//! Orders are numbered, so that workers can tell which of two is newer, and say which announcement they were made with:
+//! a worker gives up nothing that it announced later, since the leader may not know of another copy. It answers an order
+//! with the epoch of its holdings once those include no copy that it takes away. Knows no clock and no messages.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -23,13 +24,22 @@ pub struct Ledger {
     accounts: BTreeMap<WorkerId, Account>,
 }
 
+/// What goes with orders.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Stamp {
+    /// Greater than that of all orders to this worker before, in this term.
+    pub number: u64,
+    /// The last announcement that was known. What the worker announced after it, it keeps on these orders.
+    pub seen: Epoch,
+}
+
 #[derive(Debug, Clone, Default)]
 struct Account {
     /// Since when holdings count: their epoch when this term was granted.
     granted: Option<(Term, Epoch)>,
     announced: Option<(Epoch, BTreeSet<ExpertKey>)>,
-    /// The orders sent last, and their number.
-    last: Option<(u64, Orders)>,
+    /// The orders sent last.
+    last: Option<(Stamp, Orders)>,
     /// Orders that what is announced may not reflect: number, and all that they let it hold.
     open: VecDeque<(u64, BTreeSet<ExpertKey>)>,
     /// The last orders that were carried out, and the epoch that shows it.
@@ -78,22 +88,25 @@ impl Ledger {
         (account.granted, account.announced, account.obeyed) = (None, None, None);
     }
 
-    /// Takes note of orders that are about to be sent, and numbers them. The same orders again have the same number.
-    pub fn order(&mut self, worker: &WorkerId, orders: &Orders) -> u64 {
+    /// Takes note of orders that are about to be sent, and stamps them. The same orders, made with the same
+    /// announcement, have the same stamp.
+    pub fn order(&mut self, worker: &WorkerId, orders: &Orders) -> Stamp {
         let account = self.account(worker);
+        let seen = account.announced.as_ref().map_or(Epoch::default(), |&(epoch, _)| epoch);
         let number = match &account.last {
-            Some((number, last)) if last == orders => return *number,
-            Some((number, _)) => number + 1,
+            Some((stamp, last)) if last == orders && stamp.seen == seen => return *stamp,
+            Some((stamp, _)) => stamp.number + 1,
             None => 1,
         };
-        account.last = Some((number, orders.clone()));
+        let stamp = Stamp { number, seen };
+        account.last = Some((stamp, orders.clone()));
         account.open.push_back((number, orders.keep.iter().chain(&orders.load).copied().collect()));
         if account.open.len() > Self::MOST_OPEN
             && let (Some((_, older)), Some((_, newer))) = (account.open.pop_front(), account.open.front_mut())
         {
             newer.retain(|key| older.contains(key));
         }
-        number
+        stamp
     }
 
     /// A worker has carried out the orders of this number in `term`, which its holdings of `epoch` show.
@@ -165,6 +178,10 @@ mod tests {
         ledger
     }
 
+    fn number(ledger: &mut Ledger, keep: &[u32], load: &[u32]) -> u64 {
+        ledger.order(&worker(), &orders(keep, load)).number
+    }
+
     fn obeyed(ledger: &mut Ledger, number: u64, epoch: u64) {
         ledger.obeyed(&worker(), Term::new(1), number, Epoch::new(epoch));
     }
@@ -172,10 +189,10 @@ mod tests {
     #[test]
     fn what_is_ordered_away_counts_no_more() {
         let mut ledger = ledger(&[0, 1]);
-        assert_eq!(ledger.order(&worker(), &orders(&[0], &[2])), 1);
+        assert_eq!(number(&mut ledger, &[0], &[2]), 1);
         assert_eq!(ledger.held(&worker()), Some(keys(&[0])));
         // Told to hold it again: it may have gone meanwhile, and then has to be loaded.
-        assert_eq!(ledger.order(&worker(), &orders(&[0], &[1])), 2);
+        assert_eq!(number(&mut ledger, &[0], &[1]), 2);
         assert_eq!(ledger.held(&worker()), Some(keys(&[0])));
         ledger.announced(&worker(), Epoch::new(4), &keys(&[0, 1]));
         assert_eq!(
@@ -201,15 +218,16 @@ mod tests {
     }
 
     #[test]
-    fn the_same_orders_keep_their_number() {
+    fn the_same_orders_keep_their_stamp() {
         let mut ledger = ledger(&[0]);
-        let numbers: Vec<_> = [orders(&[0], &[]), orders(&[0], &[]), orders(&[], &[]), orders(&[0], &[])]
-            .iter()
-            .map(|orders| ledger.order(&worker(), orders))
-            .collect();
+        let numbers = [&[0][..], &[0], &[], &[0]].map(|keep| number(&mut ledger, keep, &[]));
         assert_eq!(numbers, [1, 1, 2, 3]);
+        // After another announcement they may take away what they did not before.
+        ledger.announced(&worker(), Epoch::new(4), &keys(&[0, 1]));
+        let stamp = ledger.order(&worker(), &orders(&[0], &[]));
+        assert_eq!(stamp, Stamp { number: 4, seen: Epoch::new(4) });
         ledger.lead(Term::new(2));
-        assert_eq!(ledger.order(&worker(), &orders(&[0], &[])), 1);
+        assert_eq!(number(&mut ledger, &[0], &[]), 1);
     }
 
     #[test]

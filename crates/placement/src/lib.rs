@@ -25,7 +25,7 @@ mod speed;
 mod split;
 mod transition;
 
-pub use ledger::Ledger;
+pub use ledger::{Ledger, Stamp};
 pub use loads::Loads;
 pub use placement::{Placement, PlacementError, WorkerIx};
 pub use plan::{Figures, Goals, Holdings, Member, Target, plan};
