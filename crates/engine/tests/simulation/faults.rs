@@ -286,6 +286,8 @@ impl World {
                     known.woke = now;
                     let inbox = known.process.take_inbox();
                     self.wake(inbox);
+                    // What was asked of it meanwhile.
+                    self.poke_later(router, MS);
                 }
             }
             Fault::Hot(key) => {
@@ -321,6 +323,10 @@ impl World {
             self.workers[worker].lies_until = 0;
             let life = self.workers[worker].process.life;
             self.suffer(Fault::WakeWorker(worker, life));
+            // What nobody else has the memory for keeps a worker from leaving; in the end it leaves all the same.
+            if self.workers[worker].process.alive && self.workers[worker].draining {
+                self.kill_worker(worker);
+            }
             self.suffer(Fault::StartWorker(worker));
         }
         for router in 0..self.routers.len() {

@@ -111,9 +111,11 @@ enum Failure {
 impl Router {
     pub(crate) fn new(number: usize, spec: &Spec, workers: usize, life: u64) -> Self {
         let process = Process { life, ..Process::default() };
+        // Another in every life.
+        let name = format!("r{number}.{life}");
         Self {
             process,
-            name: format!("r{number}"),
+            name: name.clone(),
             scheduler: Scheduler::new(spec.scheduler.clone()).unwrap(),
             cache: BTreeMap::new(),
             active: BTreeMap::new(),
@@ -132,7 +134,7 @@ impl Router {
             hedges: vec![Hedge::new(Rules::default()); workers],
             budget: Budget::default(),
             loads: Loads::new(&spec.shape),
-            leader: Leader::new(&format!("r{number}")),
+            leader: Leader::new(&name),
             woke: 0,
         }
     }
@@ -356,7 +358,7 @@ impl World {
         router.active.remove(&id).expect("a sequence is active until it is removed").request
     }
 
-    fn poke_later(&mut self, number: usize, delay: Time) {
+    pub(crate) fn poke_later(&mut self, number: usize, delay: Time) {
         let at = self.now + delay;
         if self.routers[number].poke_at.is_none_or(|planned| planned > at) {
             self.routers[number].poke_at = Some(at);

@@ -9,7 +9,7 @@ use muster_placement::{Speed, split};
 use muster_types::{Epoch, ExpertKey, WorkerId};
 
 use crate::toy::Toy;
-use crate::world::{Event, GRACE, MS, Order, Process, Shard, Time, ToRouter, ToWorker, WorkerTimer, World};
+use crate::world::{Event, MS, Order, Process, Shard, Time, ToRouter, ToWorker, WorkerTimer, World};
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -223,10 +223,10 @@ impl World {
         for &key in &gone {
             self.check_release(number, key, order);
         }
-        let (life, now) = (self.workers[number].process.life, self.now);
+        let (life, now, grace) = (self.workers[number].process.life, self.now, self.spec.grace);
         let worker = &mut self.workers[number];
         for &key in &gone {
-            worker.copies.insert(key, Copy::Withdrawn(now + GRACE));
+            worker.copies.insert(key, Copy::Withdrawn(now + grace));
         }
         for &key in &back {
             worker.copies.insert(key, Copy::Announced(worker.epoch + 1));
@@ -238,8 +238,8 @@ impl World {
         }
         worker.told_to_hold_nothing = desired.is_empty();
         for &key in &gone {
-            let timer = WorkerTimer::Released { key, at: now + GRACE };
-            self.after(GRACE, Event::WorkerTimer { worker: number, life, timer });
+            let timer = WorkerTimer::Released { key, at: now + grace };
+            self.after(grace, Event::WorkerTimer { worker: number, life, timer });
         }
         if !gone.is_empty() || !back.is_empty() {
             self.counts.withdrawn += gone.len() as u64;

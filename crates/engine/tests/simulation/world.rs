@@ -25,8 +25,6 @@ pub(crate) const QUIET: Time = 12 * SECOND;
 /// By then all must be well again.
 pub(crate) const END: Time = QUIET + 60 * SECOND;
 
-/// How long a worker keeps what it announced to hold no more.
-pub(crate) const GRACE: Time = 100 * MS;
 /// How long a sequence waits for its experts.
 pub(crate) const EXPERT_TIMEOUT: Time = 2 * SECOND;
 /// Between tries to connect.
@@ -180,6 +178,8 @@ pub(crate) struct Spec {
     pub(crate) scheduler: SchedulerConfig,
     /// Whether steps travel in two lanes.
     pub(crate) two_lanes: bool,
+    /// How long a worker keeps what it announced to hold no more.
+    pub(crate) grace: Time,
     /// How long attention takes.
     pub(crate) attention: Time,
     /// Whether a worker that starts holds its share at once.
@@ -243,6 +243,7 @@ impl World {
             min_replicas: NonZero::new(1 + rng.below(3) as u32).unwrap(),
             scheduler,
             two_lanes: rng.chance(50),
+            grace: rng.between(MS, 100 * MS),
             attention: rng.between(MS, 8 * MS),
             starts_with_share: rng.chance(50),
             shape,
