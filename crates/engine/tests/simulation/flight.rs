@@ -48,8 +48,8 @@ pub(crate) enum State {
 pub(crate) enum Standing {
     Complete,
     Open,
-    /// Neither this part nor a stand-in will come.
-    Lost(usize),
+    /// A part will not come, nor a stand-in.
+    Lost,
 }
 
 impl Flight {
@@ -74,8 +74,8 @@ impl Flight {
         for part in 0..self.first {
             if !self.is_resolved(part) {
                 complete = false;
-                if let Some(lost) = self.lost(part) {
-                    return Standing::Lost(lost);
+                if self.is_lost(part) {
+                    return Standing::Lost;
                 }
             }
         }
@@ -88,20 +88,10 @@ impl Flight {
             || (!stand_ins.is_empty() && stand_ins.iter().all(|&other| self.is_resolved(other)))
     }
 
-    fn lost(&self, part: usize) -> Option<usize> {
+    fn is_lost(&self, part: usize) -> bool {
         let Part { state, stand_ins, .. } = &self.parts[part];
-        match state {
-            State::Failed if stand_ins.is_empty() => Some(part),
-            State::Failed => stand_ins.iter().find_map(|&other| self.lost(other)),
-            State::Waiting | State::Arrived(_) => None,
-        }
-    }
-
-    /// Rows of the lane that cannot be had for want of `part`, or of anything that is not there.
-    pub(crate) fn rows_wanting(&self, part: Option<usize>) -> Vec<u32> {
-        let unresolved = (0..self.first).filter(|&part| !self.is_resolved(part));
-        let parts: Vec<usize> = part.map_or_else(|| unresolved.collect(), |part| vec![part]);
-        parts.into_iter().flat_map(|part| self.parts[part].plan.rows.iter().copied()).collect()
+        *state == State::Failed
+            && (stand_ins.is_empty() || stand_ins.iter().any(|&other| self.is_lost(other)))
     }
 
     pub(crate) fn look_again(&mut self, version: u64) {

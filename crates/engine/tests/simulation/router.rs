@@ -418,7 +418,7 @@ impl World {
         let block_tokens = self.spec.scheduler.block_tokens.get();
         let toy = self.spec.toy.clone();
         let Router { running, cache, .. } = &mut self.routers[number];
-        let Some(Running { step, lanes, started, .. }) = running else { return };
+        let Some(Running { step, lanes, .. }) = running else { return };
         let lane = &mut lanes[at];
         let layer = lane.layer;
         for (item, position, row) in &mut lane.rows {
@@ -433,9 +433,10 @@ impl World {
             *row = Toy::attend(*row, entries);
         }
         let chosen: Vec<_> = lane.rows.iter().flat_map(|&(_, _, row)| toy.choose(layer, row)).collect();
+        let items: Vec<usize> = lane.rows.iter().map(|row| row.0).collect();
         let weights = vec![1.0; chosen.len()];
         let choices = Choices::new(toy.k, chosen, weights).unwrap();
-        let deadline = *started + EXPERT_TIMEOUT;
+        let deadline = self.now + EXPERT_TIMEOUT;
         let router = &self.routers[number];
         let planned = group(toy.layer(layer), &choices, &router.placement, &|worker| router.rank(worker));
         match planned {
@@ -453,10 +454,10 @@ impl World {
                 self.advance(number, at);
             }
             Err(DispatchError::NoOwner { expert, .. }) => {
-                let rows = choices.experts().chunks(toy.k).zip(0_u32..);
-                let rows = rows.filter(|(experts, _)| experts.contains(&expert)).map(|(_, row)| row);
-                let rows = rows.collect();
-                self.fail_lane(number, at, rows);
+                let rows = choices.experts().chunks(toy.k).zip(items);
+                let wanting = rows.filter(|(experts, _)| experts.contains(&expert)).map(|(_, item)| item);
+                let wanting = wanting.collect();
+                self.fail_lane(number, at, Some(wanting));
             }
             Err(error) => panic!("{error}"),
         }
@@ -583,15 +584,13 @@ impl World {
             self.replace(number, lane, part);
         }
         let Some(flight) = self.flight(number, lane) else { return };
-        if let Standing::Lost(part) = flight.standing() {
-            let rows = flight.rows_wanting(Some(part));
+        if flight.standing() == Standing::Lost {
             self.counts.flights_lost += 1;
-            return self.fail_lane(number, lane, rows);
+            return self.fail_lane(number, lane, None);
         }
         if now >= flight.deadline {
-            let rows = flight.rows_wanting(None);
             self.counts.deadlines += 1;
-            return self.fail_lane(number, lane, rows);
+            return self.fail_lane(number, lane, None);
         }
         let until = flight.next_due().map_or(flight.deadline, |due| due.min(flight.deadline));
         let due = RouterTimer::Due { flight: flight.number, lane };
@@ -666,15 +665,14 @@ impl World {
         self.timer(number, at_time, RouterTimer::Attended { step, lane: at });
     }
 
-    /// A lane ends without results; `rows` are those whose own experts are missing.
-    fn fail_lane(&mut self, number: usize, at: usize, rows: Vec<u32>) {
+    /// A lane ends without results; `wanting` are the items whose own experts nobody holds, where that is why.
+    fn fail_lane(&mut self, number: usize, at: usize, wanting: Option<BTreeSet<usize>>) {
         self.close(number, at);
         let Some(running) = &mut self.routers[number].running else { return };
         let lane = &mut running.lanes[at];
-        let wanting: BTreeSet<usize> = rows.into_iter().map(|row| lane.rows[row as usize].0).collect();
-        let failure = |&item: &usize| {
-            (item, if wanting.contains(&item) { Failure::Experts } else { Failure::Interrupted })
-        };
+        let is_wanting = |item| wanting.as_ref().is_none_or(|wanting| wanting.contains(&item));
+        let failure =
+            |&item: &usize| (item, if is_wanting(item) { Failure::Experts } else { Failure::Interrupted });
         lane.failed = lane.items.iter().map(failure).collect();
         lane.done = true;
         self.emit_if_done(number);
@@ -730,7 +728,9 @@ impl World {
         let Some(active) = router.active.get_mut(&item.seq) else { return };
         let since = *active.stalled.get_or_insert(started);
         let stalled = now - since;
-        let bound = 2 * EXPERT_TIMEOUT + SLACK;
+        // It is looked at after a step of its own, which may have had to wait for one of others; and in a step every layer
+        // may take its time.
+        let bound = (1 + 2 * self.spec.toy.layers() as u64) * EXPERT_TIMEOUT + SLACK;
         assert!(
             stalled <= bound || router.woke >= since,
             "bounded-patience: {} waited {stalled} us",
