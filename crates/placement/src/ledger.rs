@@ -29,7 +29,7 @@ pub struct Ledger {
 pub struct Stamp {
     /// Greater than that of all orders to this worker before, in this term.
     pub number: u64,
-    /// The last announcement that was known. What the worker announced after it, it keeps on these orders.
+    /// The last announcement of which all counted. What the worker announced after it, it keeps on these orders.
     pub seen: Epoch,
 }
 
@@ -40,8 +40,8 @@ struct Account {
     announced: Option<(Epoch, BTreeSet<ExpertKey>)>,
     /// The orders sent last.
     last: Option<(Stamp, Orders)>,
-    /// Orders that what is announced may not reflect: number, and all that they let it hold.
-    open: VecDeque<(u64, BTreeSet<ExpertKey>)>,
+    /// Orders that what is announced may not reflect, and all that they let it hold.
+    open: VecDeque<(Stamp, BTreeSet<ExpertKey>)>,
     /// The last orders that were carried out, and the epoch that shows it.
     obeyed: Option<(u64, Epoch)>,
 }
@@ -86,13 +86,17 @@ impl Ledger {
     pub fn lost(&mut self, worker: &WorkerId) {
         let account = self.account(worker);
         (account.granted, account.announced, account.obeyed) = (None, None, None);
+        // Epochs of another life say nothing.
+        account.open.iter_mut().for_each(|(stamp, _)| stamp.seen = Epoch::default());
     }
 
     /// Takes note of orders that are about to be sent, and stamps them. The same orders, made with the same
     /// announcement, have the same stamp.
     pub fn order(&mut self, worker: &WorkerId, orders: &Orders) -> Stamp {
         let account = self.account(worker);
-        let seen = account.announced.as_ref().map_or(Epoch::default(), |&(epoch, _)| epoch);
+        // While orders are open, not all that was announced since counts; what did not count must not go.
+        let announced = account.announced.as_ref().map(|&(epoch, _)| epoch);
+        let seen = account.open.front().map(|(stamp, _)| stamp.seen).or(announced).unwrap_or_default();
         let number = match &account.last {
             Some((stamp, last)) if last == orders && stamp.seen == seen => return *stamp,
             Some((stamp, _)) => stamp.number + 1,
@@ -100,10 +104,12 @@ impl Ledger {
         };
         let stamp = Stamp { number, seen };
         account.last = Some((stamp, orders.clone()));
-        account.open.push_back((number, orders.keep.iter().chain(&orders.load).copied().collect()));
+        account.open.push_back((stamp, orders.keep.iter().chain(&orders.load).copied().collect()));
         if account.open.len() > Self::MOST_OPEN
-            && let (Some((_, older)), Some((_, newer))) = (account.open.pop_front(), account.open.front_mut())
+            && let (Some((first, older)), Some((stamp, newer))) =
+                (account.open.pop_front(), account.open.front_mut())
         {
+            stamp.seen = first.seen;
             newer.retain(|key| older.contains(key));
         }
         stamp
@@ -145,7 +151,7 @@ impl Account {
         if let (Some((obeyed, shown)), Some((epoch, _))) = (self.obeyed, &self.announced)
             && *epoch >= shown
         {
-            self.open.retain(|&(number, _)| number > obeyed);
+            self.open.retain(|(stamp, _)| stamp.number > obeyed);
         }
     }
 }
@@ -222,10 +228,13 @@ mod tests {
         let mut ledger = ledger(&[0]);
         let numbers = [&[0][..], &[0], &[], &[0]].map(|keep| number(&mut ledger, keep, &[]));
         assert_eq!(numbers, [1, 1, 2, 3]);
-        // After another announcement they may take away what they did not before.
-        ledger.announced(&worker(), Epoch::new(4), &keys(&[0, 1]));
+        // They may take away what was announced since only after it could be counted on.
+        ledger.announced(&worker(), Epoch::new(5), &keys(&[0, 1]));
         let stamp = ledger.order(&worker(), &orders(&[0], &[]));
-        assert_eq!(stamp, Stamp { number: 4, seen: Epoch::new(4) });
+        assert_eq!(stamp, Stamp { number: 3, seen: Epoch::new(3) });
+        obeyed(&mut ledger, 3, 5);
+        let stamp = ledger.order(&worker(), &orders(&[0], &[]));
+        assert_eq!(stamp, Stamp { number: 4, seen: Epoch::new(5) });
         ledger.lead(Term::new(2));
         assert_eq!(number(&mut ledger, &[0], &[]), 1);
     }
@@ -259,7 +268,8 @@ mod tests {
         ledger.granted(&worker(), Term::new(1), Epoch::new(1));
         ledger.announced(&worker(), Epoch::new(1), &keys(&[0, 1]));
         assert_eq!(ledger.held(&worker()), Some(keys(&[0])));
-        ledger.order(&worker(), &orders(&[0], &[1]));
+        let stamp = ledger.order(&worker(), &orders(&[0], &[1]));
+        assert_eq!(stamp, Stamp { number: 2, seen: Epoch::default() });
         obeyed(&mut ledger, 2, 1);
         assert_eq!(ledger.held(&worker()), Some(keys(&[0, 1])));
     }
