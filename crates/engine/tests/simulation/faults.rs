@@ -4,7 +4,7 @@ use muster_types::ExpertKey;
 
 use crate::world::{Event, MS, QUIET, SECOND, Time, World};
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     KillWorker(usize),
     StartWorker(usize),
@@ -34,153 +34,60 @@ pub(crate) enum Fault {
     Heal,
 }
 
-/// How often each thing happened. A run in which something never did shows nothing about it.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct Counts {
-    pub(crate) lost: u64,
-    pub(crate) killed_workers: u64,
-    pub(crate) stopped_workers: u64,
-    pub(crate) lies: u64,
-    pub(crate) drained: u64,
-    pub(crate) left: u64,
-    pub(crate) served_draining: u64,
-    pub(crate) broken_links: u64,
-    pub(crate) held_links: u64,
-    pub(crate) killed_routers: u64,
-    pub(crate) stopped_routers: u64,
-    pub(crate) stopped_leaders: u64,
-    pub(crate) hot: u64,
-    pub(crate) cancelled: u64,
-    pub(crate) leaders: u64,
-    pub(crate) plans: u64,
-    pub(crate) stale_orders: u64,
-    pub(crate) overtaken_orders: u64,
-    pub(crate) overtaken_announcements: u64,
-    pub(crate) loaded: u64,
-    pub(crate) withdrawn: u64,
-    pub(crate) not_held: u64,
-    pub(crate) late_replies: u64,
-    pub(crate) refused_replies: u64,
-    pub(crate) parts_lost: u64,
-    pub(crate) stand_ins: u64,
-    pub(crate) hedged: u64,
-    pub(crate) flights_lost: u64,
-    pub(crate) deadlines: u64,
-    pub(crate) parked: u64,
-    pub(crate) out_of_patience: u64,
-    pub(crate) preempted: u64,
-    pub(crate) refused: u64,
+macro_rules! counts {
+    ($($field:ident: $name:literal,)*) => {
+        /// How often each thing happened. A run in which something never did shows nothing about it.
+        #[derive(Debug, Default, Clone)]
+        pub(crate) struct Counts {
+            $(pub(crate) $field: u64,)*
+        }
+
+        impl Counts {
+            /// All of them, by name.
+            pub(crate) fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$(($name, self.$field)),*]
+            }
+
+            pub(crate) fn add(&mut self, other: &Self) {
+                $(self.$field += other.$field;)*
+            }
+        }
+    };
 }
 
-impl Counts {
-    /// All of them, by name.
-    pub(crate) fn all(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("messages lost", self.lost),
-            ("workers killed", self.killed_workers),
-            ("workers stopped", self.stopped_workers),
-            ("lies", self.lies),
-            ("workers drained", self.drained),
-            ("workers that left", self.left),
-            ("shards served while draining", self.served_draining),
-            ("links broken", self.broken_links),
-            ("links held", self.held_links),
-            ("routers killed", self.killed_routers),
-            ("routers stopped", self.stopped_routers),
-            ("leaders stopped with orders in hand", self.stopped_leaders),
-            ("experts become hot", self.hot),
-            ("requests cancelled", self.cancelled),
-            ("leads won", self.leaders),
-            ("plans made", self.plans),
-            ("orders of no leader", self.stale_orders),
-            ("orders overtaken", self.overtaken_orders),
-            ("announcements overtaken", self.overtaken_announcements),
-            ("experts loaded", self.loaded),
-            ("experts withdrawn", self.withdrawn),
-            ("shards for experts just released", self.not_held),
-            ("replies too late", self.late_replies),
-            ("replies refused", self.refused_replies),
-            ("shards lost with a link", self.parts_lost),
-            ("stand-ins", self.stand_ins),
-            ("hedges", self.hedged),
-            ("flights lost", self.flights_lost),
-            ("flights past the deadline", self.deadlines),
-            ("sequences parked", self.parked),
-            ("requests out of patience", self.out_of_patience),
-            ("sequences preempted", self.preempted),
-        ]
-    }
-
-    pub(crate) fn add(&mut self, other: &Self) {
-        let Self {
-            lost,
-            killed_workers,
-            stopped_workers,
-            lies,
-            drained,
-            left,
-            served_draining,
-            broken_links,
-            held_links,
-            killed_routers,
-            stopped_routers,
-            stopped_leaders,
-            hot,
-            cancelled,
-            leaders,
-            plans,
-            stale_orders,
-            overtaken_orders,
-            overtaken_announcements,
-            loaded,
-            withdrawn,
-            not_held,
-            late_replies,
-            refused_replies,
-            parts_lost,
-            stand_ins,
-            hedged,
-            flights_lost,
-            deadlines,
-            parked,
-            out_of_patience,
-            preempted,
-            refused,
-        } = other;
-        self.lost += lost;
-        self.killed_workers += killed_workers;
-        self.stopped_workers += stopped_workers;
-        self.lies += lies;
-        self.drained += drained;
-        self.left += left;
-        self.served_draining += served_draining;
-        self.broken_links += broken_links;
-        self.held_links += held_links;
-        self.killed_routers += killed_routers;
-        self.stopped_routers += stopped_routers;
-        self.stopped_leaders += stopped_leaders;
-        self.hot += hot;
-        self.cancelled += cancelled;
-        self.leaders += leaders;
-        self.plans += plans;
-        self.stale_orders += stale_orders;
-        self.overtaken_orders += overtaken_orders;
-        self.overtaken_announcements += overtaken_announcements;
-        self.loaded += loaded;
-        self.withdrawn += withdrawn;
-        self.not_held += not_held;
-        self.late_replies += late_replies;
-        self.refused_replies += refused_replies;
-        self.parts_lost += parts_lost;
-        self.stand_ins += stand_ins;
-        self.hedged += hedged;
-        self.flights_lost += flights_lost;
-        self.deadlines += deadlines;
-        self.parked += parked;
-        self.out_of_patience += out_of_patience;
-        self.preempted += preempted;
-        self.refused += refused;
-    }
+counts! {
+    lost: "messages lost",
+    killed_workers: "workers killed",
+    stopped_workers: "workers stopped",
+    lies: "lies",
+    drained: "workers drained",
+    left: "workers that left",
+    served_draining: "shards served while draining",
+    broken_links: "links broken",
+    held_links: "links held",
+    killed_routers: "routers killed",
+    stopped_routers: "routers stopped",
+    stopped_leaders: "leaders stopped with orders in hand",
+    hot: "experts become hot",
+    cancelled: "requests cancelled",
+    leaders: "leads won",
+    plans: "plans made",
+    stale_orders: "orders of no leader",
+    overtaken_orders: "orders overtaken",
+    overtaken_announcements: "announcements overtaken",
+    loaded: "experts loaded",
+    withdrawn: "experts withdrawn",
+    not_held: "shards for experts just released",
+    late_replies: "replies too late",
+    refused_replies: "replies refused",
+    parts_lost: "shards lost with a link",
+    stand_ins: "stand-ins",
+    hedged: "hedges",
+    flights_lost: "flights lost",
+    deadlines: "flights past the deadline",
+    parked: "sequences parked",
+    out_of_patience: "requests out of patience",
+    preempted: "sequences preempted",
 }
 
 /// Draws the faults of a world.

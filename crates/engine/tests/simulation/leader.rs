@@ -75,7 +75,7 @@ impl World {
             router.leader.round =
                 Round { number: round, sent: self.now, known: up.len(), replies: BTreeMap::new() };
             for (worker, session) in up {
-                self.to_worker(number, worker, session, ToWorker::Ask { round, ask });
+                self.send_to_worker(number, worker, session, ToWorker::Ask { round, ask });
             }
             let count = RouterTimer::Count { round };
             self.after(ROUND, Event::RouterTimer { router: number, life, timer: count });
@@ -197,7 +197,7 @@ impl World {
     pub(crate) fn send_orders(&mut self, number: usize, orders: Vec<(usize, Order)>) {
         for (worker, order) in orders {
             let session = self.routers[number].peers[worker].session;
-            self.to_worker(number, worker, session, ToWorker::Orders(order));
+            self.send_to_worker(number, worker, session, ToWorker::Orders(order));
         }
     }
 }

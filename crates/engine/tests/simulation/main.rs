@@ -3,7 +3,11 @@
 //!
 //! `MUSTER_SIM_SEED=7 cargo test --release -p muster-engine --test simulation -- one_seed --nocapture` runs seed 7 and
 //! prints its trace; `MUSTER_SIM_SEEDS=20000` runs so many in place of the usual number.
-#![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "the lints spare test functions, but not their helpers"
+)]
 
 mod faults;
 mod flight;

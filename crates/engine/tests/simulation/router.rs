@@ -204,10 +204,10 @@ impl World {
     pub(crate) fn at_router(&mut self, number: usize, worker: usize, message: ToRouter) {
         match message {
             ToRouter::Announce { epoch, held, draining } => {
-                self.take_announcement(number, worker, epoch, held, draining)
+                self.take_announcement(number, worker, epoch, &held, draining);
             }
             ToRouter::Outputs { id, flight, rows, finite } => {
-                self.take_outputs(number, worker, id, flight, rows, finite)
+                self.take_outputs(number, worker, id, flight, rows, finite);
             }
             ToRouter::NotHeld { id } => self.part_failed(number, id),
             ToRouter::Granted { round, reply, epoch } => self.take_grant(number, worker, round, reply, epoch),
@@ -251,7 +251,7 @@ impl World {
         number: usize,
         worker: usize,
         epoch: u64,
-        held: BTreeSet<ExpertKey>,
+        held: &BTreeSet<ExpertKey>,
         draining: bool,
     ) {
         let id = self.id(worker);
@@ -261,15 +261,15 @@ impl World {
             return;
         }
         (peer.epoch, peer.draining) = (epoch, draining);
-        peer.held.clone_from(&held);
+        peer.held.clone_from(held);
         let life = peer.life;
         let known = self.announced.get(&(worker, life, epoch));
         assert_eq!(
             known,
-            Some(&held),
+            Some(held),
             "epochs-monotone: worker {worker} did not announce this in epoch {epoch}"
         );
-        self.routers[number].leader.ledger.announced(&id, Epoch::new(epoch), &held);
+        self.routers[number].leader.ledger.announced(&id, Epoch::new(epoch), held);
         self.routes_changed(number);
     }
 
@@ -327,7 +327,6 @@ impl World {
         let id = SeqId::new(router.next_sequence);
         let new = NewSequence { id, prompt: prompt.clone(), max_tokens: *max_tokens };
         if router.scheduler.admit(new).is_err() {
-            self.counts.refused += 1;
             return false;
         }
         router.next_sequence += 1;
@@ -457,7 +456,7 @@ impl World {
                 let rows = choices.experts().chunks(toy.k).zip(items);
                 let wanting = rows.filter(|(experts, _)| experts.contains(&expert)).map(|(_, item)| item);
                 let wanting = wanting.collect();
-                self.fail_lane(number, at, Some(wanting));
+                self.fail_lane(number, at, Some(&wanting));
             }
             Err(error) => panic!("{error}"),
         }
@@ -515,7 +514,7 @@ impl World {
             flight.parts[of].stand_ins.push(part);
         }
         self.routers[number].calls.insert(id, (lane, part));
-        self.to_worker(number, worker, session, ToWorker::Shard(shard));
+        self.send_to_worker(number, worker, session, ToWorker::Shard(shard));
     }
 
     fn take_outputs(
@@ -666,11 +665,11 @@ impl World {
     }
 
     /// A lane ends without results; `wanting` are the items whose own experts nobody holds, where that is why.
-    fn fail_lane(&mut self, number: usize, at: usize, wanting: Option<BTreeSet<usize>>) {
+    fn fail_lane(&mut self, number: usize, at: usize, wanting: Option<&BTreeSet<usize>>) {
         self.close(number, at);
         let Some(running) = &mut self.routers[number].running else { return };
         let lane = &mut running.lanes[at];
-        let is_wanting = |item| wanting.as_ref().is_none_or(|wanting| wanting.contains(&item));
+        let is_wanting = |item| wanting.is_none_or(|wanting| wanting.contains(&item));
         let failure =
             |&item: &usize| (item, if is_wanting(item) { Failure::Experts } else { Failure::Interrupted });
         lane.failed = lane.items.iter().map(failure).collect();

@@ -123,7 +123,7 @@ impl World {
                 let worker = &mut self.workers[number];
                 let reply = worker.grant.ask(now, &name, ask);
                 let epoch = worker.epoch;
-                self.to_router(router, number, session, ToRouter::Granted { round, reply, epoch });
+                self.send_to_router(router, number, session, ToRouter::Granted { round, reply, epoch });
             }
             ToWorker::Orders(order) => self.obey(router, number, session, &order),
         }
@@ -139,7 +139,7 @@ impl World {
         let is_there = |&(_, key): &(u64, ExpertKey)| worker.copies.contains_key(&key);
         if !shard.pairs.iter().all(is_there) {
             self.counts.not_held += 1;
-            return self.to_router(router, number, session, ToRouter::NotHeld { id: shard.id });
+            return self.send_to_router(router, number, session, ToRouter::NotHeld { id: shard.id });
         }
         let experts: BTreeSet<_> = shard.pairs.iter().map(|&(_, key)| key).collect();
         let cost = (experts.len() as u64 * 900 + shard.pairs.len() as u64 * 60) / worker.speed + 100;
@@ -168,7 +168,7 @@ impl World {
     pub(crate) fn worker_timer(&mut self, number: usize, timer: WorkerTimer) {
         match timer {
             WorkerTimer::Computed { router, session, message } => {
-                self.to_router(router, number, session, message);
+                self.send_to_router(router, number, session, message);
             }
             WorkerTimer::Loaded { load } => {
                 let worker = &mut self.workers[number];
@@ -249,7 +249,7 @@ impl World {
         self.note("obeyed", number, term.get(), stamp.number);
         self.tell(|| format!("w{number} at epoch {epoch}: {orders:?}, seen {}", stamp.seen));
         let message = ToRouter::Obeyed { term: *term, number: stamp.number, epoch };
-        self.to_router(router, number, session, message);
+        self.send_to_router(router, number, session, message);
         self.load_next(number);
         self.leave_if_done(number);
     }
@@ -333,6 +333,6 @@ impl World {
         let Worker { epoch, draining, .. } = self.workers[number];
         let message = ToRouter::Announce { epoch, held: self.workers[number].held(), draining };
         let session = self.links[router][number].session;
-        self.to_router(router, number, session, message);
+        self.send_to_router(router, number, session, message);
     }
 }

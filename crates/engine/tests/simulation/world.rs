@@ -357,7 +357,7 @@ impl World {
     }
 
     /// Sends on the session that the router knows; lost when that is over.
-    pub(crate) fn to_worker(&mut self, router: usize, worker: usize, session: u64, message: ToWorker) {
+    pub(crate) fn send_to_worker(&mut self, router: usize, worker: usize, session: u64, message: ToWorker) {
         let link = &self.links[router][worker];
         if link.up && link.session == session {
             let at = self.arrival(router, worker);
@@ -367,7 +367,7 @@ impl World {
         }
     }
 
-    pub(crate) fn to_router(&mut self, router: usize, worker: usize, session: u64, message: ToRouter) {
+    pub(crate) fn send_to_router(&mut self, router: usize, worker: usize, session: u64, message: ToRouter) {
         let link = &self.links[router][worker];
         if link.up && link.session == session {
             let at = self.arrival(router, worker);
