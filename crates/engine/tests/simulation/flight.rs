@@ -138,18 +138,19 @@ impl Flight {
         names: &[usize],
         rank: &dyn Fn(WorkerIx) -> Rank,
     ) -> Option<Vec<StandIn>> {
-        let mut asked = Vec::new();
-        let mut at = Some(part);
-        while let Some(number) = at {
-            asked.push(self.parts[number].worker);
-            at = self.parts[number].of.as_ref().map(|(of, _)| *of);
-        }
+        let asked = self.asked(part);
         let of_others = |worker: WorkerIx| {
             if asked.contains(&names[worker.index()]) { Rank::Unusable } else { rank(worker) }
         };
         let planned = stand_ins(self.layer, &self.parts[part].plan, placement, &of_others);
         self.parts[part].alone = planned.is_err();
         planned.ok()
+    }
+
+    /// Workers that were asked for the pairs of a part.
+    pub(crate) fn asked(&self, part: usize) -> Vec<usize> {
+        let next = |&at: &usize| self.parts[at].of.as_ref().map(|(of, _)| *of);
+        std::iter::successors(Some(part), next).map(|at| self.parts[at].worker).collect()
     }
 
     /// The outputs of every row, in the order of its experts. Checks that each pair was computed by the part it is

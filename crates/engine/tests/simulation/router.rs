@@ -511,6 +511,8 @@ impl World {
             of,
         });
         if let Some(of) = stand_in {
+            let asked = flight.asked(of);
+            assert!(!asked.contains(&worker), "every-pair-once: worker {worker} is asked twice for the same");
             flight.parts[of].stand_ins.push(part);
         }
         self.routers[number].calls.insert(id, (lane, part));

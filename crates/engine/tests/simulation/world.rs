@@ -351,8 +351,13 @@ impl World {
         if self.rng.chance(2) { jitter + self.rng.between(5 * MS, 80 * MS) } else { jitter }
     }
 
-    fn arrival(&mut self, router: usize, worker: usize) -> Time {
+    /// Orders and announcements may take longer: whoever sends or reads them has other things to do.
+    fn control_delay(&mut self) -> Time {
         let delay = self.delay();
+        if self.rng.chance(15) { delay + self.rng.between(5 * MS, 500 * MS) } else { delay }
+    }
+
+    fn arrival(&mut self, router: usize, worker: usize, delay: Time) -> Time {
         self.now.max(self.links[router][worker].held) + delay
     }
 
@@ -360,7 +365,9 @@ impl World {
     pub(crate) fn send_to_worker(&mut self, router: usize, worker: usize, session: u64, message: ToWorker) {
         let link = &self.links[router][worker];
         if link.up && link.session == session {
-            let at = self.arrival(router, worker);
+            let is_control = matches!(message, ToWorker::Orders(_));
+            let delay = if is_control { self.control_delay() } else { self.delay() };
+            let at = self.arrival(router, worker, delay);
             self.at(at, Event::ToWorker { router, worker, session, message });
         } else {
             self.counts.lost += 1;
@@ -370,7 +377,9 @@ impl World {
     pub(crate) fn send_to_router(&mut self, router: usize, worker: usize, session: u64, message: ToRouter) {
         let link = &self.links[router][worker];
         if link.up && link.session == session {
-            let at = self.arrival(router, worker);
+            let is_control = matches!(message, ToRouter::Announce { .. } | ToRouter::Obeyed { .. });
+            let delay = if is_control { self.control_delay() } else { self.delay() };
+            let at = self.arrival(router, worker, delay);
             self.at(at, Event::ToRouter { router, worker, session, message });
         } else {
             self.counts.lost += 1;
