@@ -184,7 +184,8 @@ enum Stage {
 }
 
 impl Campaign {
-    /// A router of this name, which no other router may have.
+    /// A router of this name, which no other may have, nor this one in an earlier life: one that was started again cannot
+    /// know the term it led, and would be taken for the one that did.
     #[must_use]
     pub fn new(name: &str, rhythm: Rhythm) -> Self {
         Self {

@@ -7,13 +7,15 @@
 //! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
 //! - [`hedge`]: how long an answer may take before another replica is asked too;
-//! - [`lease`]: which router leads.
+//! - [`lease`]: which router leads;
+//! - [`Ledger`]: what a leader may count on while its orders are on their way.
 //!
 //! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give
 //! the same answer everywhere: nothing here reads a clock, draws a number or knows of addresses and the network.
 
 pub mod hedge;
 pub mod lease;
+mod ledger;
 mod loads;
 mod placement;
 mod plan;
@@ -22,6 +24,7 @@ mod sizes;
 mod split;
 mod transition;
 
+pub use ledger::{Ledger, Stamp};
 pub use loads::Loads;
 pub use placement::{Placement, PlacementError, WorkerIx};
 pub use plan::{Figures, Goals, Holdings, Member, Target, plan};

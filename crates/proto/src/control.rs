@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
+use muster_types::{Compute, Epoch, ExpertKey, Fingerprint, WeightDType};
 
 use crate::PROTOCOL_VERSION;
 use crate::convert::{
@@ -65,6 +65,8 @@ pub struct LeadAnswer {
     pub term: u64,
     /// For how long still.
     pub left: Duration,
+    /// Of the worker's description when it answered.
+    pub epoch: Epoch,
 }
 
 impl LeadAnswer {
@@ -76,6 +78,7 @@ impl LeadAnswer {
             router_id: self.holder.as_ref().map_or_else(String::new, |holder| holder.as_str().to_owned()),
             term: self.term,
             left_ms: millis(self.left),
+            epoch: self.epoch.get(),
         }
     }
 
@@ -87,7 +90,8 @@ impl LeadAnswer {
         let holder =
             if message.router_id.is_empty() { None } else { Some(RouterName::new(&message.router_id)?) };
         let left = Duration::from_millis(message.left_ms.into());
-        Ok(Self { granted: message.granted, holder, term: message.term, left })
+        let epoch = Epoch::new(message.epoch);
+        Ok(Self { granted: message.granted, holder, term: message.term, left, epoch })
     }
 }
 
@@ -104,6 +108,8 @@ pub struct Assignment {
     pub term: NonZeroU64,
     /// Grows with every assignment of the term.
     pub operation: NonZeroU64,
+    /// The last announcement that this was decided by.
+    pub seen: Epoch,
     /// What it goes on holding, strictly ascending.
     pub keep: Vec<ExpertKey>,
     /// What it loads, in this order; none of `keep` and none twice.
@@ -134,6 +140,7 @@ impl Assignment {
             router_id: self.router.as_str().to_owned(),
             term: self.term.get(),
             operation_id: self.operation.get(),
+            seen_epoch: self.seen.get(),
             keep: holdings_to_wire(&self.keep),
             load: self.load.iter().map(load).collect(),
             peers: self.peers.clone(),
@@ -170,7 +177,8 @@ impl Assignment {
             }
             load.push(Load { key, peers: entry.peers.clone() });
         }
-        Ok(Self { router, term, operation, keep, load, peers: message.peers.clone() })
+        let (seen, peers) = (Epoch::new(message.seen_epoch), message.peers.clone());
+        Ok(Self { router, term, operation, seen, keep, load, peers })
     }
 }
 
@@ -273,7 +281,7 @@ mod tests {
     fn assignment(keep: Vec<ExpertKey>, load: Vec<Load>) -> Assignment {
         let router = RouterName::new("r0").unwrap();
         let peers = vec!["a:1".into(), "unix:/b".into()];
-        Assignment { router, term: one(), operation: one(), keep, load, peers }
+        Assignment { router, term: one(), operation: one(), seen: Epoch::new(9), keep, load, peers }
     }
 
     proptest! {

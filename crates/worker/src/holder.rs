@@ -251,6 +251,7 @@ mod tests {
             router: RouterName::new("r").unwrap(),
             term: NonZeroU64::MIN,
             operation: NonZeroU64::MIN,
+            seen: muster_types::Epoch::new(1),
             keep: keep.iter().map(|&n| key(n)).collect(),
             load: load.iter().map(|&n| Load { key: key(n), peers: vec![1] }).collect(),
             peers: vec!["a:1".into(), "b:2".into()],

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use muster_proto::control::{Assignment, LeadAnswer, LeadAsk, rows_from_wire};
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
-use muster_types::WorkerId;
+use muster_types::{Epoch, WorkerId};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tonic::{Code, Response, Status};
@@ -99,14 +99,13 @@ impl ConnectedWorker {
         LeadAnswer::parse(&reply).map_err(|error| ControlError::Failed(error.to_string()))
     }
 
-    /// Tells it what to hold.
+    /// Tells it what to hold. Gives the epoch of the description that has nothing in it which the order takes away.
     ///
     /// # Errors
     /// When it does not take that order.
-    pub async fn assign(&self, assignment: &Assignment) -> Result<(), ControlError> {
+    pub async fn assign(&self, assignment: &Assignment) -> Result<Epoch, ControlError> {
         let mut control = self.control.clone();
-        within(ANSWER, control.assign(assignment.to_wire())).await?;
-        Ok(())
+        Ok(Epoch::new(within(ANSWER, control.assign(assignment.to_wire())).await?.epoch))
     }
 
     /// Rows that its experts got since it started, by layer and expert, for a model of that many experts in each layer.

@@ -107,7 +107,8 @@ async fn step<T>(
 
 async fn open(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
     let channel = step(patience, async {
-        let unreachable = |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
+        let unreachable =
+            |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
         transport::connect(address, patience).await.map_err(unreachable)
     })
     .await?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use muster_placement::lease::{Ask, Grant, Rhythm, Term, Verdict};
 use muster_proto::control::{Assignment, LeadAnswer, LeadAsk};
 use muster_proto::convert::RouterName;
-use muster_types::{ExpertId, ExpertKey, LayerId};
+use muster_types::{Epoch, ExpertId, ExpertKey, LayerId};
 
 use super::weights::WeightSource;
 
@@ -67,7 +67,8 @@ impl Obedience {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn lead(&self, ask: &LeadAsk) -> LeadAnswer {
+    /// `epoch` gives that of the description.
+    pub(super) fn lead(&self, ask: &LeadAsk, epoch: impl FnOnce() -> Epoch) -> LeadAnswer {
         let (now, mut state) = (self.origin.elapsed(), self.lock());
         let before = state.grant.term();
         let wanted = Ask { term: Term::new(ask.term.get()), ttl: ask.ttl };
@@ -80,6 +81,8 @@ impl Obedience {
             holder: reply.holder.and_then(|name| RouterName::new(&name).ok()),
             term: reply.term.get(),
             left: reply.left,
+            // Read while no order can be carried out, so that what is announced later was granted before.
+            epoch: epoch(),
         }
     }
 
@@ -146,6 +149,7 @@ mod tests {
             router: RouterName::new(router).unwrap(),
             term: NonZeroU64::new(term).unwrap(),
             operation: NonZeroU64::new(operation).unwrap(),
+            seen: Epoch::new(1),
             keep: vec![],
             load: vec![],
             peers: vec![],
@@ -156,24 +160,28 @@ mod tests {
         obedience.obey(order, |_| ())
     }
 
+    fn lead(obedience: &Obedience, ask: &LeadAsk) -> LeadAnswer {
+        obedience.lead(ask, || Epoch::new(1))
+    }
+
     #[test]
     fn orders_are_the_leader_s_and_never_older() {
         let mut obedience = Obedience::new();
         obedience.origin -= Duration::from_secs(10);
         assert!(!obedience.is_led());
         assert_eq!(take(&obedience, order("a", 1, 1)), Err(Disobeyed::NotLeader));
-        assert!(obedience.lead(&ask("a", 1)).granted);
+        assert!(lead(&obedience, &ask("a", 1)).granted);
         assert!(obedience.is_led());
         assert_eq!(take(&obedience, order("a", 1, 2)), Ok(()));
         assert_eq!(take(&obedience, order("a", 1, 2)), Ok(()), "again");
         assert_eq!(take(&obedience, order("a", 1, 1)), Err(Disobeyed::Older { given: 1, last: 2 }));
         assert_eq!(take(&obedience, order("a", 2, 9)), Err(Disobeyed::NotLeader));
         assert_eq!(take(&obedience, order("b", 1, 9)), Err(Disobeyed::NotLeader));
-        let refused = obedience.lead(&ask("b", 2));
+        let refused = lead(&obedience, &ask("b", 2));
         assert!(!refused.granted);
         assert_eq!(refused.holder.map(|name| name.to_string()).as_deref(), Some("a"));
         // A higher term of the same router begins to count anew.
-        assert!(obedience.lead(&ask("a", 3)).granted);
+        assert!(lead(&obedience, &ask("a", 3)).granted);
         assert_eq!(take(&obedience, order("a", 3, 1)), Ok(()));
     }
 

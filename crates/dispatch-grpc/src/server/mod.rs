@@ -11,9 +11,10 @@ mod queue;
 mod stream;
 mod weights;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use muster_placement::Shape;
@@ -27,6 +28,7 @@ use muster_proto::expert::v1::weights_server::WeightsServer;
 use muster_proto::handshake::{HandshakeError, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::shard::ShardRules;
+use muster_types::{Epoch, ExpertKey};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -76,6 +78,8 @@ struct Shared {
     rules: ShardRules,
     limits: MessageLimits,
     description: watch::Sender<Description>,
+    /// The epoch since which each expert of the description is announced.
+    since: Mutex<BTreeMap<ExpertKey, Epoch>>,
     jobs: Arc<Jobs>,
     in_flight: watch::Sender<usize>,
     streams: Arc<Semaphore>,
@@ -87,6 +91,31 @@ struct Shared {
     /// Nothing new is taken.
     is_leaving: AtomicBool,
     stop: CancellationToken,
+}
+
+impl Shared {
+    /// Brings the description up to date with what is held; says whether that changed it. The epoch after the
+    /// description's is that of the change.
+    fn update(&self, description: &mut Description) -> bool {
+        // Asked while the description is locked, so that what is announced last is what was last.
+        let Held { experts, resident_bytes, loading } = self.custody.held();
+        let loading = u32::try_from(loading).unwrap_or(u32::MAX);
+        let same = experts == description.holdings;
+        if same && (resident_bytes, loading) == (description.resident_bytes, description.loading) {
+            return false;
+        }
+        if !same {
+            let next = description.epoch.next();
+            let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
+            let before = std::mem::take(&mut *since);
+            *since = experts.iter().map(|key| (*key, before.get(key).copied().unwrap_or(next))).collect();
+            description.holdings = experts;
+        }
+        description.resident_bytes = resident_bytes;
+        description.capacity = description.capacity.max(resident_bytes);
+        description.loading = loading;
+        true
+    }
 }
 
 impl ExpertServer {
@@ -132,6 +161,7 @@ impl ExpertServer {
             terms,
             rules,
             limits,
+            since: Mutex::new(description.holdings.iter().map(|key| (*key, description.epoch)).collect()),
             description: watch::Sender::new(description),
             jobs,
             in_flight: watch::Sender::new(0),
@@ -148,20 +178,27 @@ impl ExpertServer {
 
     /// Announces what is held now.
     pub fn announce(&self) {
+        self.describe(|description| self.shared.update(description));
+    }
+
+    /// Has an order carried out. Gives the epoch of the description that shows it.
+    fn obey(&self, mut assignment: Assignment) -> Epoch {
         self.describe(|description| {
-            // Asked while the description is locked, so that what is announced last is what was last.
-            let Held { experts, resident_bytes, loading } = self.shared.custody.held();
-            let loading = u32::try_from(loading).unwrap_or(u32::MAX);
-            let changed = experts != description.holdings
-                || (resident_bytes, loading) != (description.resident_bytes, description.loading);
-            if changed {
-                description.holdings = experts;
-                description.resident_bytes = resident_bytes;
-                description.capacity = description.capacity.max(resident_bytes);
-                description.loading = loading;
-            }
-            changed
+            let since = self.shared.since.lock().unwrap_or_else(PoisonError::into_inner);
+            // The leader may not have known of these.
+            let asked: BTreeSet<ExpertKey> = assignment.load.iter().map(|load| load.key).collect();
+            let unknown = |(key, at): (&ExpertKey, &Epoch)| {
+                (*at > assignment.seen && !asked.contains(key)).then_some(*key)
+            };
+            let unknown: Vec<ExpertKey> = since.iter().filter_map(unknown).collect();
+            drop(since);
+            assignment.keep.extend(unknown);
+            assignment.keep.sort_unstable();
+            assignment.keep.dedup();
+            self.shared.custody.assign(assignment);
+            self.shared.update(description)
         });
+        self.shared.description.borrow().epoch
     }
 
     /// Announces that this worker is to stop. It serves what it holds as before.
@@ -303,17 +340,17 @@ impl Experts for ExpertServer {
 impl Control for ExpertServer {
     async fn lead(&self, request: Request<v1::LeadRequest>) -> Result<Response<v1::LeadReply>, Status> {
         let ask = LeadAsk::parse(request.get_ref()).map_err(|error| invalid(&error))?;
-        Ok(Response::new(self.shared.obedience.lead(&ask).to_wire()))
+        let epoch = || self.shared.description.borrow().epoch;
+        Ok(Response::new(self.shared.obedience.lead(&ask, epoch).to_wire()))
     }
 
     async fn assign(&self, request: Request<v1::AssignRequest>) -> Result<Response<v1::AssignReply>, Status> {
         let assignment = Assignment::parse(request.get_ref(), &self.shared.rules.experts);
         let assignment = assignment.map_err(|error| invalid(&error))?;
         let disobeyed = |error: control::Disobeyed| Status::failed_precondition(error.to_string());
-        let carry = |assignment| self.shared.custody.assign(assignment);
-        self.shared.obedience.obey(assignment, carry).map_err(disobeyed)?;
-        self.announce();
-        Ok(Response::new(v1::AssignReply {}))
+        let carry = |assignment| self.obey(assignment);
+        let epoch = self.shared.obedience.obey(assignment, carry).map_err(disobeyed)?;
+        Ok(Response::new(v1::AssignReply { epoch: epoch.get() }))
     }
 
     async fn count_rows(

@@ -9,7 +9,7 @@ use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::{Expert, Matrix};
 use muster_proto::control::{Assignment, Fetch, LeadAsk, Load};
 use muster_proto::convert::RouterName;
-use muster_types::{Compute, WeightDType};
+use muster_types::{Compute, Epoch, WeightDType};
 
 use crate::support::*;
 
@@ -23,6 +23,7 @@ fn order(router: &str, term: u64, operation: u64) -> Assignment {
         router: RouterName::new(router).unwrap(),
         term: NonZeroU64::new(term).unwrap(),
         operation: NonZeroU64::new(operation).unwrap(),
+        seen: Epoch::new(1),
         keep: vec![all()[0]],
         load: vec![Load { key: all()[3], peers: vec![0] }],
         peers: vec!["unix:/x".into()],
@@ -40,13 +41,15 @@ async fn lead(worker: &muster_dispatch_grpc::client::ConnectedWorker, ask: &Lead
 
 #[test]
 fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
-    let worker = TestWorker::start("w0", all(), Compute::F32);
-    let dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    let worker = TestWorker::start("w0", all()[..3].to_vec(), Compute::F32);
+    let config = connect_config(&[&worker.address], Compute::F32);
+    let config = muster_dispatch_grpc::ConnectConfig { start: Start::Assigned, ..config };
+    let dispatch = GrpcDispatch::connect(config).unwrap();
     let cluster = dispatch.cluster();
     let health = dispatch.health();
     runtime().block_on(async {
         let known = cluster.workers().remove(0);
-        assert_eq!((known.name().as_str(), known.description.holdings.len()), ("w0", all().len()));
+        assert_eq!((known.name().as_str(), known.description.holdings.len()), ("w0", 3));
         assert!(known.assign(&order("a", 1, 1)).await.is_err(), "nobody leads");
         lead(&known, &ask("a", 1, 30)).await;
         let refused = known.lead(&ask("b", 2, 30), Duration::from_secs(5)).await.unwrap();
@@ -55,12 +58,21 @@ fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
         assert!(known.assign(&order("b", 2, 1)).await.is_err());
         let mut changes = cluster.changes();
         changes.mark_unchanged();
-        known.assign(&order("a", 1, 1)).await.unwrap();
+        assert_eq!(known.assign(&order("a", 1, 1)).await, Ok(Epoch::new(2)));
         tokio::time::timeout(Duration::from_secs(20), changes.changed()).await.unwrap().unwrap();
     });
     assert_eq!(*worker.ledger.orders.lock().unwrap(), [order("a", 1, 1)]);
-    eventually("the router learns what is held", || health.missing_experts() == all().len() - 2);
-    assert_eq!(cluster.workers()[0].description.holdings, [all()[0], all()[3]]);
+    // What it announced after the announcement that an order was decided by stays.
+    runtime().block_on(async {
+        let known = cluster.workers().remove(0);
+        let empty = Assignment { keep: vec![], load: vec![], ..order("a", 1, 2) };
+        assert_eq!(known.assign(&empty).await, Ok(Epoch::new(3)));
+        let late = Assignment { operation: NonZeroU64::new(3).unwrap(), seen: Epoch::new(2), ..empty };
+        assert_eq!(known.assign(&late).await, Ok(Epoch::new(4)));
+    });
+    assert_eq!(worker.ledger.orders.lock().unwrap()[1].keep, [all()[3]], "announced in epoch 2");
+    assert_eq!(worker.ledger.orders.lock().unwrap()[2].keep, []);
+    eventually("the router learns what is held", || health.missing_experts() == all().len());
 }
 
 #[test]

@@ -8,6 +8,7 @@ use muster_dispatch_grpc::client::{ConnectedWorker, ControlError};
 use muster_placement::lease::{Ask, Campaign, Reply, Rhythm, Term, Verdict};
 use muster_proto::control::{LeadAnswer, LeadAsk};
 use muster_proto::convert::RouterName;
+use muster_types::Epoch;
 use tokio::sync::mpsc;
 
 /// How long workers may take to answer before the round goes on without them.
@@ -20,6 +21,8 @@ pub(crate) struct Lead {
     name: RouterName,
     campaign: Campaign,
     origin: Instant,
+    /// By session: the highest term that the worker granted, and its epoch then.
+    grants: HashMap<u64, (Term, Epoch)>,
     /// By session: since when the worker was asked and did not answer.
     silent: HashMap<u64, Instant>,
     round: u64,
@@ -39,7 +42,7 @@ impl Lead {
         let campaign = Campaign::new(name.as_str(), Rhythm::default());
         let (answers, answered) = mpsc::channel(ANSWERS);
         let (origin, silent) = (Instant::now(), HashMap::new());
-        Self { name, campaign, origin, silent, round: 0, answers, answered }
+        Self { name, campaign, origin, grants: HashMap::new(), silent, round: 0, answers, answered }
     }
 
     /// How often [`Self::campaign`] is to be called.
@@ -56,6 +59,11 @@ impl Lead {
         self.campaign.leads(self.origin.elapsed())
     }
 
+    /// The highest term that a worker granted, and its epoch then.
+    pub(crate) fn grant(&self, session: u64) -> Option<(Term, Epoch)> {
+        self.grants.get(&session).copied()
+    }
+
     /// Of these workers, those that answer.
     pub(crate) fn answering(&self, workers: Vec<ConnectedWorker>) -> Vec<ConnectedWorker> {
         let answers = |worker: &ConnectedWorker| {
@@ -66,7 +74,9 @@ impl Lead {
 
     /// Asks all workers for the lead, if it is time, and waits for those that answer.
     pub(crate) async fn campaign(&mut self, workers: &[ConnectedWorker]) {
-        self.silent.retain(|session, _| workers.iter().any(|worker| worker.session == *session));
+        let is_there = |session: u64| workers.iter().any(|worker| worker.session == session);
+        self.silent.retain(|session, _| is_there(*session));
+        self.grants.retain(|session, _| is_there(*session));
         let sent = self.origin.elapsed();
         if let Some(ask) = self.campaign.tick(sent) {
             let known = self.answering(workers.to_vec()).len();
@@ -109,6 +119,14 @@ impl Lead {
                 tracing::debug!(%error, "a worker did not say whom it obeys");
             } else {
                 self.silent.remove(&session);
+            }
+            if let Ok(answer) = &answer
+                && answer.granted
+            {
+                let grant = self.grants.entry(session).or_insert((Term::new(0), answer.epoch));
+                if grant.0 < Term::new(answer.term) {
+                    *grant = (Term::new(answer.term), answer.epoch);
+                }
             }
             match answer {
                 Ok(answer) if of == round => replies.push(reply(answer)),

@@ -13,7 +13,8 @@ use muster_dispatch_grpc::ClusterHandle;
 use muster_dispatch_grpc::client::ConnectedWorker;
 use muster_placement::lease::Term;
 use muster_placement::{
-    ExpertSizes, Goals, Loads, Member, Orders, Present, Shape, Target, Transition, plan, transition,
+    ExpertSizes, Goals, Ledger, Loads, Member, Orders, Present, Shape, Stamp, Target, Transition, plan,
+    transition,
 };
 use muster_proto::control::{Assignment, Load};
 use muster_proto::convert::RouterName;
@@ -56,6 +57,10 @@ pub(crate) struct Leader {
     view: Arc<LeaderView>,
     evidence: Evidence,
     counted: Instant,
+    /// What of the announcements counts.
+    ledger: Ledger,
+    /// By worker: the session that the ledger knows.
+    sessions: BTreeMap<WorkerId, u64>,
     /// What is worked towards, as long as this router leads.
     reign: Option<Reign>,
 }
@@ -63,13 +68,27 @@ pub(crate) struct Leader {
 /// A time of leading.
 struct Reign {
     term: Term,
-    operation: u64,
     /// The workers that the plan was made for.
     members: BTreeMap<WorkerId, Traits>,
-    target: Target,
+    /// `None` until there is a plan.
+    target: Option<Target>,
     planned: Instant,
     /// By worker: what it was told last, in which session and when.
     told: HashMap<WorkerId, Told>,
+}
+
+/// A worker that takes orders, and what it certainly holds.
+struct Subject {
+    worker: ConnectedWorker,
+    held: BTreeSet<ExpertKey>,
+}
+
+impl std::ops::Deref for Subject {
+    type Target = ConnectedWorker;
+
+    fn deref(&self) -> &ConnectedWorker {
+        &self.worker
+    }
 }
 
 /// What a plan depends on, of a worker, beside what it holds.
@@ -93,7 +112,19 @@ impl Leader {
         let LeaderConfig { name, shape, sizes, replicas } = config;
         let goals = Goals { min_replicas: replicas, ..Goals::default() };
         let (lead, evidence) = (Lead::new(name), Evidence::new(&shape));
-        Self { cluster, shape, sizes, goals, lead, view, evidence, counted: Instant::now(), reign: None }
+        Self {
+            cluster,
+            shape,
+            sizes,
+            goals,
+            lead,
+            view,
+            evidence,
+            counted: Instant::now(),
+            ledger: Ledger::default(),
+            sessions: BTreeMap::new(),
+            reign: None,
+        }
     }
 
     /// Leads when it may, until stopped.
@@ -132,49 +163,70 @@ impl Leader {
             }
             return;
         };
-        let workers = self.lead.answering(self.cluster.workers());
+        let workers = self.accounted(term);
         let members: BTreeMap<WorkerId, Traits> =
             workers.iter().map(|worker| (worker.name().clone(), traits(worker))).collect();
-        if self.reign.as_ref().is_none_or(|reign| reign.term != term) {
-            tracing::info!(%term, "leading the placement");
-            let told = HashMap::new();
-            let target = self.plan(&workers).await;
-            self.reign = Some(Reign {
-                term,
-                operation: 0,
-                members: members.clone(),
-                target,
-                planned: Instant::now(),
-                told,
-            });
+        let reign = match &mut self.reign {
+            Some(reign) if reign.term == term => reign,
+            reign => {
+                tracing::info!(%term, "leading the placement");
+                reign.insert(Reign::new(term, members.clone()))
+            }
+        };
+        let changed = std::mem::replace(&mut reign.members, members) != reign.members;
+        if reign.target.is_none() && changed {
+            // Workers come one by one to a new leader: none is to load what the next one holds.
+            return;
         }
-        let (changed, aged) = match &self.reign {
-            Some(reign) => (reign.members != members, reign.planned.elapsed() > PLAN_AGE),
-            None => return,
-        };
+        let aged = reign.planned.elapsed() > PLAN_AGE;
+        let is_first = reign.target.is_none();
         let mut step = self.transition(&workers);
-        let settled = |step: &Transition, reign: &Option<Reign>| {
-            reign.as_ref().is_some_and(|reign| step.is_settled(&reign.target.hold))
-        };
         let due = self.counted.elapsed() >= REBALANCE;
         if due {
             self.count(&workers).await;
         }
-        let is_settled = settled(&step, &self.reign);
-        if changed || (aged && !is_settled) || (due && is_settled && self.evidence.is_enough()) {
+        let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
+        let is_settled = target.is_some_and(|target| step.is_settled(&target.hold));
+        if is_first || changed || (aged && !is_settled) || (due && is_settled && self.evidence.is_enough()) {
             let target = self.plan(&workers).await;
             if let Some(reign) = &mut self.reign {
-                report(&reign.target, &target);
-                (reign.target, reign.members, reign.planned) = (target, members, Instant::now());
+                report(reign.target.as_ref(), &target);
+                (reign.target, reign.planned) = (Some(target), Instant::now());
             }
             step = self.transition(&workers);
         }
-        self.view.leads(term.get(), self.reign.as_ref().map_or(0.0, |reign| reign.target.figures.imbalance));
+        let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
+        self.view.leads(term.get(), target.map_or(0.0, |target| target.figures.imbalance));
         self.order(&workers, step).await;
     }
 
+    /// The workers that answer and that this router may give orders to, as far as what they announce counts.
+    fn accounted(&mut self, term: Term) -> Vec<Subject> {
+        let workers = self.lead.answering(self.cluster.workers());
+        self.ledger.lead(term);
+        let now: BTreeMap<WorkerId, u64> =
+            workers.iter().map(|worker| (worker.name().clone(), worker.session)).collect();
+        for (worker, session) in &self.sessions {
+            if now.get(worker) != Some(session) {
+                self.ledger.lost(worker);
+            }
+        }
+        self.sessions = now;
+        let mut subjects = Vec::new();
+        for worker in workers {
+            let (name, description) = (worker.name().clone(), &worker.description);
+            if let Some((term, epoch)) = self.lead.grant(worker.session) {
+                self.ledger.granted(&name, term, epoch);
+            }
+            let held = description.holdings.iter().copied().collect();
+            self.ledger.announced(&name, description.epoch, &held);
+            subjects.extend(self.ledger.held(&name).map(|held| Subject { worker, held }));
+        }
+        subjects
+    }
+
     /// Who ought to hold what. Long for a large cluster, hence not on the threads that serve.
-    async fn plan(&self, workers: &[ConnectedWorker]) -> Target {
+    async fn plan(&self, workers: &[Subject]) -> Target {
         let (shape, sizes, goals) = (self.shape.clone(), self.sizes.clone(), self.goals);
         // Few counts say little; then experts are taken to be asked alike.
         let loads =
@@ -200,21 +252,20 @@ impl Leader {
         }
     }
 
-    fn transition(&self, workers: &[ConnectedWorker]) -> Transition {
-        let present = |worker: &ConnectedWorker| Present {
-            capacity: worker.description.capacity,
-            held: worker.description.holdings.iter().copied().collect(),
-        };
+    fn transition(&self, workers: &[Subject]) -> Transition {
+        let present =
+            |worker: &Subject| Present { capacity: worker.description.capacity, held: worker.held.clone() };
         let present = workers.iter().map(|worker| (worker.name().clone(), present(worker))).collect();
         let nothing = BTreeMap::new();
-        let target = self.reign.as_ref().map_or(&nothing, |reign| &reign.target.hold);
+        let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
+        let target = target.map_or(&nothing, |target| &target.hold);
         transition(&self.sizes, &present, target, self.evidence.loads(), self.goals.min_replicas)
     }
 
-    async fn count(&mut self, workers: &[ConnectedWorker]) {
+    async fn count(&mut self, workers: &[Subject]) {
         let mut asked = tokio::task::JoinSet::new();
         for worker in workers {
-            let (worker, experts) = (worker.clone(), self.shape.experts().to_vec());
+            let (worker, experts) = (worker.worker.clone(), self.shape.experts().to_vec());
             asked.spawn(async move { (worker.session, worker.count_rows(&experts).await) });
         }
         let mut counts = HashMap::new();
@@ -230,7 +281,7 @@ impl Leader {
     }
 
     /// Tells each worker what it does not know yet.
-    async fn order(&mut self, workers: &[ConnectedWorker], step: Transition) {
+    async fn order(&mut self, workers: &[Subject], step: Transition) {
         let Some(reign) = &mut self.reign else { return };
         let Transition { orders, forced, stuck } = step;
         metrics::gauge!("muster_placement_stuck_experts").set(stuck.len() as f64);
@@ -239,8 +290,9 @@ impl Leader {
         }
         let mut sending = tokio::task::JoinSet::new();
         for worker in workers {
-            let Some(Orders { keep, load }) = orders.get(worker.name()) else { continue };
-            let hold: BTreeSet<ExpertKey> = keep.iter().copied().chain(load.iter().copied()).collect();
+            let Some(orders) = orders.get(worker.name()) else { continue };
+            let Orders { keep, load } = orders;
+            let hold: BTreeSet<ExpertKey> = keep.iter().chain(load).copied().collect();
             let known = reign.told.get(worker.name()).is_some_and(|told| {
                 let again = !load.is_empty() && told.at.elapsed() > REPEAT;
                 told.session == worker.session && told.hold == hold && !again
@@ -248,9 +300,8 @@ impl Leader {
             if known {
                 continue;
             }
-            reign.operation += 1;
-            let Some((term, operation)) =
-                NonZeroU64::new(reign.term.get()).zip(NonZeroU64::new(reign.operation))
+            let Stamp { number, seen } = self.ledger.order(worker.name(), orders);
+            let Some((term, operation)) = NonZeroU64::new(reign.term.get()).zip(NonZeroU64::new(number))
             else {
                 continue;
             };
@@ -259,21 +310,23 @@ impl Leader {
                 router: self.lead.name().clone(),
                 term,
                 operation,
+                seen,
                 keep: keep.iter().copied().collect(),
                 load,
                 peers,
             };
-            let worker = worker.clone();
+            let worker = worker.worker.clone();
             sending.spawn(async move {
                 let outcome = worker.assign(&assignment).await;
-                (worker, hold, outcome)
+                (worker, hold, number, outcome)
             });
         }
         while let Some(sent) = sending.join_next().await {
-            let Ok((worker, hold, outcome)) = sent else { continue };
+            let Ok((worker, hold, number, outcome)) = sent else { continue };
             match outcome {
-                Ok(()) => {
+                Ok(epoch) => {
                     metrics::counter!("muster_placement_orders_total").increment(1);
+                    self.ledger.obeyed(worker.name(), reign.term, number, epoch);
                     let told = Told { session: worker.session, hold, at: Instant::now() };
                     reign.told.insert(worker.name().clone(), told);
                 }
@@ -286,7 +339,15 @@ impl Leader {
     }
 }
 
-fn traits(worker: &ConnectedWorker) -> Traits {
+impl Reign {
+    fn new(term: Term, members: BTreeMap<WorkerId, Traits>) -> Self {
+        // As if they had just come, so that the first look at them is not the last.
+        let members = members.into_iter().map(|(name, of)| (name, Traits { session: 0, ..of })).collect();
+        Self { term, members, target: None, planned: Instant::now(), told: HashMap::new() }
+    }
+}
+
+fn traits(worker: &Subject) -> Traits {
     let description = &worker.description;
     Traits {
         session: worker.session,
@@ -297,28 +358,22 @@ fn traits(worker: &ConnectedWorker) -> Traits {
     }
 }
 
-fn member(worker: &ConnectedWorker) -> Member {
+fn member(worker: &Subject) -> Member {
     let Traits { capacity, speed, domain, is_draining, .. } = traits(worker);
-    let held = worker.description.holdings.iter().copied().collect();
+    let held = worker.held.clone();
     Member { capacity, speed, domain, draining: is_draining, held }
 }
 
 /// Where a worker finds what it is to load: a few of those that hold each expert, not always the same.
-fn sources(
-    load: &[ExpertKey],
-    to: &ConnectedWorker,
-    workers: &[ConnectedWorker],
-) -> (Vec<String>, Vec<Load>) {
-    let others: Vec<&ConnectedWorker> =
-        workers.iter().filter(|worker| worker.session != to.session).collect();
+fn sources(load: &[ExpertKey], to: &Subject, workers: &[Subject]) -> (Vec<String>, Vec<Load>) {
+    let others: Vec<&Subject> = workers.iter().filter(|worker| worker.session != to.session).collect();
     let peers = others.iter().map(|worker| worker.address.clone()).collect();
     let load = load
         .iter()
         .enumerate()
         .map(|(nth, &key)| {
-            let holds = |(_, worker): &(usize, &&ConnectedWorker)| {
-                worker.description.holdings.binary_search(&key).is_ok()
-            };
+            let holds =
+                |(_, worker): &(usize, &&Subject)| worker.description.holdings.binary_search(&key).is_ok();
             let mut holders: Vec<u32> =
                 others.iter().enumerate().filter(holds).map(|(at, _)| at as u32).collect();
             let turn = nth % holders.len().max(1);
@@ -331,12 +386,12 @@ fn sources(
 }
 
 /// Tells people of a new plan.
-fn report(before: &Target, now: &Target) {
+fn report(before: Option<&Target>, now: &Target) {
     let figures = &now.figures;
     metrics::gauge!("muster_placement_imbalance").set(figures.imbalance);
     metrics::gauge!("muster_placement_uncovered_experts").set(figures.uncovered.len() as f64);
     metrics::gauge!("muster_placement_under_replicated_experts").set(figures.under_replicated.len() as f64);
-    if before.hold == now.hold {
+    if before.is_some_and(|before| before.hold == now.hold) {
         return;
     }
     metrics::counter!("muster_placement_plans_total").increment(1);
