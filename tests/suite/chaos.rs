@@ -43,7 +43,8 @@ async fn a_worker_that_stands_still_is_stood_in_for_and_its_late_replies_dropped
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_wait_for_experts_that_nobody_else_holds() {
-    let mut cluster = Cluster::start(Setup::new(&demo_model()));
+    let setup = Setup::new(&demo_model()).router_args(&["--placement", "static"]);
+    let mut cluster = Cluster::start(setup);
     disturbed("SIGKILL of the only holder, started again", &mut cluster, async |cluster| {
         cluster.workers[1].kill();
         eventually("streams wait", async || {
@@ -59,8 +60,29 @@ async fn streams_wait_for_experts_that_nobody_else_holds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_router_that_may_computes_what_no_worker_holds() {
+    let flags = ["--placement", "static", "--fallback", "local"];
+    let mut cluster = Cluster::start(Setup::new(&demo_model()).router_args(&flags));
+    assert_eq!(metric(&cluster, "muster_dispatch_fallback_shards_total"), 0.0, "workers come first");
+    disturbed("SIGKILL of the only holder, the router computes", &mut cluster, async |cluster| {
+        cluster.workers[1].kill();
+        eventually("the router computes", async || {
+            (metric(cluster, "muster_dispatch_fallback_shards_total") > 0.0).then_some(())
+        })
+        .await;
+    })
+    .await;
+    let ready = http::get(&cluster.http(), "/readyz");
+    assert_eq!(ready.status, 200);
+    assert_eq!(ready.json()["status"], "degraded");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn workers_are_restarted_one_after_another_under_load() {
     let mut cluster = Cluster::start(replicated());
+    // Without one a worker that is to stop has to find out by itself that nobody asks it any more.
+    eventually("a router leads", async || (metric(&cluster, "muster_placement_leads") == 1.0).then_some(()))
+        .await;
     disturbed("rolling restart of three workers, replicas exist", &mut cluster, async |cluster| {
         for index in 0..3 {
             let others = async |count: f64| {

@@ -10,7 +10,12 @@ use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_dead_for_too_long_fails_requests_retryably_and_its_return_heals() {
-    let mut cluster = Cluster::start(Setup::new(&demo_model()).router_args(&["--expert-timeout", "1s"]));
+    let mut cluster = Cluster::start(Setup::new(&demo_model()).router_args(&[
+        "--expert-timeout",
+        "1s",
+        "--placement",
+        "static",
+    ]));
     let client = cluster.client().await;
     let expected = generate(&client, greedy(&[1, 844, 624], 32)).await.unwrap();
     let mut running = JoinSet::new();
@@ -73,8 +78,17 @@ fn a_worker_of_another_model_is_refused_by_fingerprint() {
 #[test]
 fn missing_experts_are_named() {
     let only = worker(&golden_model("mixtral"), "0/2");
-    let error = router_error(&golden_model("mixtral"), &[only.address("listen")]);
+    let setup = Setup::new(&golden_model("mixtral")).router_args(&["--placement", "static"]);
+    let error = Process::start(&setup.router_command(&[only.address("listen")])).err().expect("refused");
     assert!(error.contains("layer 0 expert"), "{error}");
+}
+
+#[test]
+fn experts_that_are_missing_at_the_start_are_loaded_by_who_is_there() {
+    let only = worker(&golden_model("mixtral"), "0/2");
+    let setup = Setup::new(&golden_model("mixtral"));
+    let router = Process::start(&setup.router_command(&[only.address("listen")])).expect("it leads");
+    assert_eq!(http::get(&router.address("http"), "/readyz").status, 200);
 }
 
 #[test]

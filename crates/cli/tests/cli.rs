@@ -170,7 +170,6 @@ fn servers_report_every_problem_of_their_configuration_before_they_listen() {
         "error: environment variable MUSTER_ROUTER_THREADS: threads: \"many\"",
         "error: flag --http: http: 0.0.0.0:0 can be reached from other machines",
         "error: model: is missing; give --model, MUSTER_ROUTER_MODEL, or model in [router]\n",
-        "error: workers: is missing; give --worker",
     ] {
         refused(&output, reason);
     }

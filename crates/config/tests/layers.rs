@@ -138,12 +138,50 @@ fn byte_order_marks_line_ends_and_emptiness_do_not_matter() {
 }
 
 #[test]
+fn a_worker_that_joins_needs_no_model_and_begins_empty() {
+    let load = |flags: &Flags| {
+        WorkerSettings::load(&Sources { file: None, environment: &Environment::default(), flags })
+    };
+    let joins = Flags::new().list("join", &["127.0.0.1:1".to_owned()]);
+    let settings = load(&joins).unwrap().settings;
+    assert_eq!((settings.model, settings.share, settings.memory), (None, Share::None, None));
+    let error = load(&joins.clone().text("share", Some("0/2"))).unwrap_err().to_string();
+    assert!(error.contains("needs a --model"), "{error}");
+    let settings = load(&joins.text("model", Some("demo")).text("share", Some("0/2"))).unwrap().settings;
+    assert!(matches!(settings.share, Share::Part { .. }));
+    assert!(load(&Flags::new()).unwrap_err().to_string().contains("model: is missing"));
+    let alone = Flags::new().text("model", Some("demo"));
+    assert_eq!(load(&alone).unwrap().settings.share, Share::All);
+    for (key, value, reason) in [
+        ("memory", "12", "is not a size"),
+        ("speed", "fast", "neither a number nor auto"),
+        ("speed", "-1", "out of range"),
+        ("speed", "NaN", "out of range"),
+        ("domain", "a b", "domain"),
+        ("fetch_rate", "0B", "is not a size"),
+        ("join", "nowhere", "is not an address"),
+        ("advertise", "nowhere", "is not an address"),
+    ] {
+        let error = load(&alone.clone().text(key, Some(value))).unwrap_err().to_string();
+        assert!(error.contains(reason), "{key}: {error}");
+    }
+    let router = |key, value| router("", &[], &minimal().text(key, Some(value)));
+    for (key, value, reason) in [
+        ("placement", "maybe", "neither auto nor static"),
+        ("replicas", "0", "from 1 to 64"),
+        ("fallback", "yes", "neither none nor local"),
+    ] {
+        let error = router(key, value).unwrap_err().to_string();
+        assert!(error.contains(reason), "{key}: {error}");
+    }
+}
+
+#[test]
 fn what_is_missing_is_named_with_every_way_to_give_it() {
     let error = router("", &[], &Flags::new()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "model: is missing; give --model, MUSTER_ROUTER_MODEL, or model in [router]\n\
-         workers: is missing; give --worker, MUSTER_ROUTER_WORKERS, or workers in [router]"
+        "model: is missing; give --model, MUSTER_ROUTER_MODEL, or model in [router]"
     );
 }
 

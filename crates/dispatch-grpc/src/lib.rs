@@ -19,8 +19,8 @@ mod transport;
 
 pub use address::{Address, AddressError};
 pub use client::{
-    ClusterHandle, ConnectConfig, ConnectError, DispatchStats, GrpcDispatch, HealthHandle, LinkError, Sample,
-    Start, StatsHandle, WorkerHealth, WorkerState,
+    ClusterHandle, ConnectConfig, ConnectError, DispatchStats, Fallback, GrpcDispatch, HealthHandle,
+    LinkError, Sample, Start, StatsHandle, WorkerHealth, WorkerState,
 };
 pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};

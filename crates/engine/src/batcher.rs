@@ -53,6 +53,8 @@ pub enum Rank {
     Good,
     /// It is late, or about to go: asked only for what no better one holds.
     Poor,
+    /// Asked only for what nobody else can be asked for.
+    Last,
     /// Not to be asked at all.
     Unusable,
 }

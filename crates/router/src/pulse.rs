@@ -66,6 +66,15 @@ impl Pulse {
     }
 }
 
+/// Asks for a token and takes note of what comes of it.
+pub(crate) async fn take(service: &Service, pulse: &Pulse) {
+    let outcome = match tokio::time::timeout(PATIENCE, token(service)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(format!("none within {PATIENCE:?}")),
+    };
+    pulse.tried(outcome);
+}
+
 /// Asks for a token whenever none came for a while and `may` says that one can; until `stop`.
 pub(crate) async fn keep(
     service: Service,
@@ -87,12 +96,8 @@ pub(crate) async fn keep(
         if since.is_some_and(|since| since < QUIET) || Instant::now() < next || !may() {
             continue;
         }
-        let outcome = match tokio::time::timeout(PATIENCE, token(&service)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(format!("none within {PATIENCE:?}")),
-        };
+        take(&service, &pulse).await;
         next = Instant::now() + AGAIN;
-        pulse.tried(outcome);
     }
 }
 

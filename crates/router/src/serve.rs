@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
 use muster_dispatch_grpc::{
-    ClusterHandle, ConnectConfig, ConnectError, GrpcDispatch, Start, WeightTerms, WeightsService,
+    ClusterHandle, ConnectConfig, ConnectError, Fallback, GrpcDispatch, Start, WeightTerms, WeightsService,
 };
 use muster_kernels::{Cpu, KernelError};
 use muster_model::experts::faster_mode;
@@ -20,7 +20,7 @@ use muster_types::{Combine, Compute, WeightDType};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{CheckpointWeights, Cluster, Leader, LeaderConfig, card, expert_sizes};
+use crate::cluster::{CheckpointWeights, Cluster, ColdExperts, Leader, LeaderConfig, card, expert_sizes};
 use crate::start::{Ending, EngineSettings, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
 
@@ -41,6 +41,8 @@ pub struct RouterConfig {
     pub placement: Placement,
     /// Copies that each expert shall have.
     pub replicas: NonZeroU32,
+    /// Whether it computes itself what no worker can be asked for.
+    pub fallback: bool,
     /// Where OpenAI HTTP, probes and metrics listen.
     pub http: SocketAddr,
     /// Where gRPC listens.
@@ -180,6 +182,10 @@ pub async fn run(
     }
     let card = weights.card.clone();
     let (service, mut engine) = start(parts)?;
+    if cluster.is_covered() {
+        // Whoever is told that it is ready finds it so.
+        pulse::take(&service, &cluster.pulse).await;
+    }
     let covered = cluster.clone();
     tokio::spawn(pulse::keep(
         service.clone(),
@@ -274,7 +280,16 @@ fn assemble(
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
     let is_alone = config.workers.is_empty();
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
-    let dispatch = GrpcDispatch::connect(ConnectConfig {
+    let fallback = match config.fallback {
+        false => None,
+        true => {
+            let cpu = Arc::new(Cpu::new(config.threads)?);
+            let experts = ColdExperts::new(checkpoint.clone(), cpu.clone(), compute, config.experts);
+            Some(Fallback { experts: Box::new(experts), cpu })
+        }
+    };
+    let has_fallback = fallback.is_some();
+    let connect = ConnectConfig {
         workers: config.workers,
         router_id: config.router_id.clone(),
         fingerprint: checkpoint.fingerprint(),
@@ -284,13 +299,14 @@ fn assemble(
         shape: shape.clone(),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: config.engine.step_tokens,
-        start: if is_alone || leader.is_some() { Start::Assigned } else { Start::Complete },
+        start: if is_alone || has_fallback || leader.is_some() { Start::Assigned } else { Start::Complete },
         connect_timeout: config.connect_timeout,
         shard_deadline: config.engine.expert_timeout,
         combine: config.combine,
         busy_poll: config.busy_poll,
         cpu: Arc::clone(&cpu),
-    })?;
+    };
+    let dispatch = GrpcDispatch::connect_with(connect, fallback)?;
     let pulse = Arc::new(Pulse::default());
     let cluster = Arc::new(Cluster {
         router: config.router_id,
@@ -299,7 +315,7 @@ fn assemble(
         pulse: Arc::clone(&pulse),
         experts: u32::try_from(shape.total()).unwrap_or(u32::MAX),
         replicas: config.replicas,
-        has_fallback: false,
+        has_fallback,
     });
     let handle = dispatch.cluster();
     let terms = WeightTerms {
@@ -327,7 +343,7 @@ fn assemble(
     if is_alone {
         tracing::warn!("no workers yet: start some with `muster worker --join`, or name them with --worker");
     }
-    let wait = (!is_alone && leader.is_some()).then_some(config.connect_timeout);
+    let wait = (!is_alone && !has_fallback && leader.is_some()).then_some(config.connect_timeout);
     let weights = HandedOut { card, service: WeightsService::new(terms, Arc::new(source)) };
     Ok(Assembled { parts, cluster, workers: handle, leader, weights, wait })
 }

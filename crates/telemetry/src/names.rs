@@ -58,11 +58,26 @@ metric_names! {
     describe_counter DISPATCH_RESENT = "muster_dispatch_resent_shards_total", Count, "Shards sent to stand in for one that failed or was late.";
     describe_counter DISPATCH_BANNED = "muster_dispatch_workers_banned_total", Count, "Workers cut off for a while because they broke the protocol.";
     describe_counter DISPATCH_LINKS_LOST = "muster_dispatch_links_lost_total", Count, "Connections to workers that broke.";
+    describe_counter DISPATCH_FALLBACK_SHARDS = "muster_dispatch_fallback_shards_total", Count, "Shards computed by the router itself, for lack of a worker.";
+    describe_counter CANARY_FAILURES = "muster_canary_failures_total", Count, "Test tokens that did not come.";
+    // Router: placement.
+    describe_gauge PLACEMENT_LEADS = "muster_placement_leads", Count, "1 while this router leads the placement.";
+    describe_counter PLACEMENT_PLANS = "muster_placement_plans_total", Count, "Plans that change who ought to hold what.";
+    describe_counter PLACEMENT_BYTES_PLANNED = "muster_placement_bytes_planned_total", Bytes, "Weights that plans have workers load.";
+    describe_counter PLACEMENT_ORDERS = "muster_placement_orders_total", Count, "Orders that workers took.";
+    describe_gauge PLACEMENT_IMBALANCE = "muster_placement_imbalance", Count, "Load over speed of the busiest worker in the last plan, in terms of the mean.";
+    describe_gauge PLACEMENT_UNCOVERED = "muster_placement_uncovered_experts", Count, "Experts that no worker has the memory for.";
+    describe_gauge PLACEMENT_UNDER_REPLICATED = "muster_placement_under_replicated_experts", Count, "Experts that the plan gives fewer copies, or fewer failure domains, than asked for.";
+    describe_gauge PLACEMENT_STUCK = "muster_placement_stuck_experts", Count, "Experts that wait for memory which only the last copy of another could give.";
     // Worker.
     describe_counter WORKER_SHARDS = "muster_worker_shards_total", Count, "Shards answered, by outcome.";
     describe_counter WORKER_SHARDS_ABANDONED = "muster_worker_shards_abandoned_total", Count, "Shards dropped because their router went away.";
     describe_counter WORKER_SHARDS_MERGED = "muster_worker_shards_merged_total", Count, "Shards computed together with others of their layer.";
     describe_counter WORKER_ROWS = "muster_worker_rows_total", Count, "Expert output rows computed.";
+    describe_counter WORKER_EXPERTS_LOADED = "muster_worker_experts_loaded_total", Count, "Experts loaded on orders, by source: peer, checkpoint or router.";
+    describe_counter WORKER_EXPERT_BYTES_LOADED = "muster_worker_expert_bytes_loaded_total", Bytes, "Bytes of these, packed.";
+    describe_counter WORKER_EXPERT_LOAD_ERRORS = "muster_worker_expert_load_errors_total", Count, "Experts that the checkpoint did not give.";
+    describe_counter EXPERTS_SENT = "muster_experts_sent_total", Count, "Experts whose weights were sent to another process.";
     describe_counter WORKER_HANDSHAKES_REFUSED = "muster_worker_handshakes_refused_total", Count, "Routers refused at the handshake.";
     describe_counter WORKER_ACCEPT_ERRORS = "muster_worker_accept_errors_total", Count, "Connections that a worker could not accept.";
     describe_histogram WORKER_QUEUE_SECONDS = "muster_worker_queue_seconds", Seconds, "Between the arrival of a shard and the start of its computation.";

@@ -77,10 +77,9 @@ impl Holder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether nothing is held, and nothing shall be.
-    pub(crate) fn is_empty(&self) -> bool {
-        let state = self.state();
-        state.wanted.is_empty() && state.released.is_empty()
+    /// Whether nothing shall be held.
+    pub(crate) fn is_unwanted(&self) -> bool {
+        self.state().wanted.is_empty()
     }
 
     /// Experts that are yet to be loaded.
@@ -284,9 +283,9 @@ mod tests {
         assert!(holder.get(key(2)).is_none());
         assert_eq!((holder.bytes(), holder.next_release()), (before / 3 * 2, None));
         holder.assign(orders(&[], &[]));
-        assert!(!holder.is_empty(), "not before it is given up");
+        assert!(holder.is_unwanted() && holder.get(key(0)).is_some());
         assert!(matches!(holder.next(), Work::Released));
-        assert!(holder.is_empty());
+        assert_eq!(holder.bytes(), 0);
     }
 
     #[test]
@@ -312,7 +311,7 @@ mod tests {
     #[test]
     fn a_stop_ends_the_loader_whatever_there_is_to_do() {
         let holder = holder(&[]);
-        assert!(holder.is_empty());
+        assert!(holder.is_unwanted());
         holder.assign(orders(&[], &[1]));
         holder.stop();
         assert!(matches!(holder.next(), Work::Stop));

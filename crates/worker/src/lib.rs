@@ -44,7 +44,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a worker that drains looks whether it is needed.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A worker that nobody leads is not needed when nobody asked it for so long.
-const QUIET: Duration = Duration::from_millis(500);
+const QUIET: Duration = Duration::from_millis(150);
 
 /// Which of the model's experts a worker starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -308,7 +308,7 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
         if server.shards_taken() != taken {
             (taken, since) = (server.shards_taken(), now);
         }
-        if server.open_streams() == 0 || holder.is_empty() {
+        if server.open_streams() == 0 || holder.is_unwanted() {
             break;
         }
         // A leader sees to it that others hold what is needed.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use muster_config::{Environment, Flags, PlacementMode, RouterSettings, Sources};
+use muster_config::{Environment, Fallback, Flags, PlacementMode, RouterSettings, Sources};
 use muster_router::serve::{Bound, Hooks, Placement, RouterConfig, RouterError, run as run_router};
 use muster_router::start::{EngineSettings, PrefixCache};
 use muster_types::Limits;
@@ -87,6 +87,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             PlacementMode::Static => Placement::Static,
         },
         replicas: settings.replicas,
+        fallback: settings.fallback == Fallback::Local,
         http: settings.http,
         grpc: settings.grpc,
         compute: settings.compute,

@@ -12,7 +12,7 @@ use muster_placement::Shape;
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
 use muster_proto::reply::{Fault, Timing};
-use muster_types::{Epoch, WorkerId};
+use muster_types::{Epoch, ExpertKey, WorkerId};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout_at;
 
@@ -157,7 +157,7 @@ pub(super) struct Board {
 
 impl Board {
     pub(super) fn new(shape: Shape, addresses: Vec<Address>) -> Result<Self, LinkError> {
-        let routes = Arc::new(Routes::new(Epoch::new(1), &shape, &[])?);
+        let routes = Arc::new(Routes::new(Epoch::new(1), &shape, &[], None)?);
         let peers: BTreeMap<usize, Peer> = addresses.into_iter().map(Peer::new).enumerate().collect();
         let state = State {
             next_peer: peers.len(),
@@ -184,6 +184,11 @@ impl Board {
         self.lock().routes.clone()
     }
 
+    /// Every expert of the model, ascending.
+    pub(super) fn keys(&self) -> Vec<ExpertKey> {
+        self.shape.keys().collect()
+    }
+
     /// Changes with the routes.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
@@ -194,7 +199,7 @@ impl Board {
     }
 
     pub(super) fn health(&self) -> Vec<WorkerHealth> {
-        self.lock().peers.values().map(Peer::health).collect()
+        self.lock().peers.values().filter(|peer| !peer.is_here()).map(Peer::health).collect()
     }
 
     /// Waits until every worker is connected, one can never be, or `deadline` passes.
@@ -238,7 +243,7 @@ impl Board {
     pub(super) fn await_coverage(&self, deadline: Instant) -> bool {
         let mut state = self.lock();
         loop {
-            if state.routes.placement.missing().is_empty() {
+            if state.routes.elsewhere.missing().is_empty() {
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -268,6 +273,16 @@ impl Board {
         Ok(Some(number))
     }
 
+    /// This process computes as well, for what nobody else can be asked for. Gives its number and session.
+    pub(super) fn here(&self, description: Description, lanes: Lanes) -> Result<(usize, u64), LinkError> {
+        let mut state = self.lock();
+        let (number, session) = (state.next_peer, state.sessions + 1);
+        (state.next_peer, state.sessions) = (number + 1, session);
+        state.peers.insert(number, Peer::here(description, session, lanes));
+        self.reroute(&mut state)?;
+        Ok((number, session))
+    }
+
     /// Who said so is gone.
     pub(super) fn leave(&self, address: &Address) {
         if let Some(peer) = self.lock().peers.values_mut().find(|peer| peer.address == *address) {
@@ -289,6 +304,7 @@ impl Board {
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
+        state.peers.retain(|_, peer| !peer.is_here());
         state.shards.clear();
         state.tickets.clear();
         self.links.notify_all();
@@ -614,10 +630,15 @@ impl State {
 
     /// Makes new routes from the workers that are there now.
     fn reroute(&mut self, shape: &Shape) -> Result<(), LinkError> {
-        let live: Vec<(Hop, &Description)> =
-            self.peers.iter().filter_map(|(&at, peer)| peer.route(at)).collect();
+        let (mut live, mut here) = (Vec::new(), None);
+        for (&at, peer) in &self.peers {
+            match peer.route(at) {
+                Some(route) if peer.is_here() => here = Some(route),
+                route => live.extend(route),
+            }
+        }
         metrics::gauge!("muster_dispatch_workers").set(live.len() as f64);
-        let routes = Routes::new(self.routes.placement.epoch().next(), shape, &live)?;
+        let routes = Routes::new(self.routes.placement.epoch().next(), shape, &live, here)?;
         self.routes = Arc::new(routes);
         self.rank();
         Ok(())

@@ -12,16 +12,19 @@ use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Rows, R
 use muster_kernels::Cpu;
 use muster_placement::hedge::{Budget, Hedge};
 use muster_proto::convert::RouterName;
+use muster_proto::description::{Description, Phase};
 use muster_proto::frame;
 use muster_proto::handshake::{LANES, Terms};
 use muster_proto::limits::MessageLimits;
-use muster_types::{Combine, DType, LayerId, NumericsClass, WorkerId};
+use muster_proto::shard::ShardRules;
+use muster_types::{Combine, DType, Epoch, LayerId, NumericsClass, Speed, WorkerId};
 
 use super::board::{Board, Gathered, Outgoing, Unsent};
 use super::cluster::ClusterHandle;
 use super::config::{ConnectConfig, ConnectError, Start};
 use super::flight::{self, Flight, Shard, answers};
 use super::handle::{HealthHandle, Samples, StatsHandle};
+use super::here::{self, Fallback};
 use super::link::{self, LinkConfig};
 use crate::address::Address;
 use crate::driver::{Driver, Reins};
@@ -31,6 +34,8 @@ const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
 /// sockets' buffers, and the engine thread may have something else to compute meanwhile.
 const LARGE_BYTES: usize = 256 << 10;
+/// What this process is called where it computes itself. Characters that no other worker's name has.
+const HERE: &str = "-/router/-";
 /// How often a micro-batch is planned again because a link broke before it was sent.
 const SEND_TRIES: u32 = 3;
 
@@ -68,6 +73,15 @@ impl GrpcDispatch {
     /// # Errors
     /// See [`ConnectError`]. A worker that can never fit is an error whatever `config.start` says.
     pub fn connect(config: ConnectConfig) -> Result<Self, ConnectError> {
+        Self::connect_with(config, None)
+    }
+
+    /// The same, with something that computes here what no worker can be asked for. Experts that are nowhere else are
+    /// missing all the same.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub fn connect_with(config: ConnectConfig, fallback: Option<Fallback>) -> Result<Self, ConnectError> {
         let addresses = parse_addresses(&config.workers)?;
         let peers = addresses.len();
         let router = RouterName::new(&config.router_id).map_err(ConnectError::RouterId)?;
@@ -97,6 +111,34 @@ impl GrpcDispatch {
         let (driver, link) = (Driver::start("muster-dispatch")?, Arc::new(link));
         for peer in 0..peers {
             drop(driver.spawn(link::keep(peer, board.clone(), link.clone())));
+        }
+        if let Some(fallback) = fallback {
+            let rules = ShardRules {
+                hidden: hidden.get(),
+                wire,
+                experts: experts.clone().into(),
+                top_k: top_k.get(),
+                max_rows,
+                max_deadline: LONGEST_TIMEOUT,
+            };
+            let name = WorkerId::new(HERE).map_err(|error| std::io::Error::other(error.to_string()))?;
+            let description = Description {
+                worker: name,
+                fingerprint: config.fingerprint,
+                numerics: NumericsClass::CpuCanonical,
+                compute: config.compute,
+                experts: config.experts,
+                epoch: Epoch::new(1),
+                holdings: board.keys(),
+                resident_bytes: 0,
+                phase: Phase::Serving,
+                max_rows,
+                capacity: 0,
+                speed: Speed::ONE,
+                domain: None,
+                loading: 0,
+            };
+            here::start(&board, description, fallback, rules, config.combine)?;
         }
         let cluster = ClusterHandle { board: board.clone(), link, runtime: driver.handle() };
         let mut dispatch = Self {
@@ -165,7 +207,7 @@ impl GrpcDispatch {
         if start == Start::Assigned {
             return Ok(());
         }
-        match self.board.routes().placement.missing() {
+        match self.board.routes().elsewhere.missing() {
             missing if missing.is_empty() => Ok(()),
             missing => Err(ConnectError::MissingExperts { missing }),
         }

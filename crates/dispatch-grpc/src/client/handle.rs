@@ -95,13 +95,13 @@ impl HealthHandle {
     /// The experts that no connected worker holds, ascending. Empty: every row can be dispatched.
     #[must_use]
     pub fn missing(&self) -> Vec<ExpertKey> {
-        self.0.routes().placement.missing()
+        self.0.routes().elsewhere.missing()
     }
 
     /// How many experts are on fewer connected workers than that.
     #[must_use]
     pub fn fewer_copies_than(&self, copies: NonZeroU32) -> usize {
-        self.0.routes().placement.fewer_copies_than(copies)
+        self.0.routes().elsewhere.fewer_copies_than(copies)
     }
 
     /// Changes with who holds what.

@@ -12,6 +12,7 @@ mod config;
 mod dispatch;
 mod flight;
 mod handle;
+mod here;
 mod link;
 mod peer;
 mod routes;
@@ -20,3 +21,4 @@ pub use cluster::{ClusterHandle, ConnectedWorker, ControlError, Crowded, Joined}
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
 pub use dispatch::GrpcDispatch;
 pub use handle::{DispatchStats, HealthHandle, Sample, StatsHandle, WorkerHealth, WorkerState};
+pub use here::Fallback;

@@ -33,8 +33,28 @@ pub(super) type Control = ControlClient<Channel>;
 
 /// A worker's link.
 pub(super) enum LinkState {
-    Up { session: u64, lanes: Lanes, control: Control },
-    Down { since: Instant, error: Option<LinkError>, reason: String },
+    /// Without `control`: in this process.
+    Up {
+        session: u64,
+        lanes: Lanes,
+        control: Option<Control>,
+    },
+    Down {
+        since: Instant,
+        error: Option<LinkError>,
+        reason: String,
+    },
+}
+
+/// How a worker came to be known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// It was configured, and stays known whether it is there or not.
+    Configured,
+    /// It made itself known, and is forgotten when it is gone.
+    Joined,
+    /// It is this process, for what nobody else can be asked for.
+    Here,
 }
 
 /// See the module.
@@ -44,8 +64,8 @@ pub(super) struct Peer {
     pub(super) state: LinkState,
     /// Shards that were late and are not answered yet. While there are any, others are asked first.
     pub(super) late: usize,
-    /// Whether it was configured, and stays known whether it is there or not.
-    configured: bool,
+    /// How it came to be known.
+    origin: Origin,
     /// How many say that it is there.
     pub(super) joined: usize,
     /// One of them nobody else can be asked for.
@@ -61,12 +81,26 @@ pub(super) struct Peer {
 impl Peer {
     /// A worker that joins.
     pub(super) fn joined(address: Address) -> Self {
-        Self { configured: false, joined: 1, ..Self::new(address) }
+        Self { origin: Origin::Joined, joined: 1, ..Self::new(address) }
+    }
+
+    /// This process.
+    pub(super) fn here(description: Description, session: u64, lanes: Lanes) -> Self {
+        // Nobody connects to it.
+        let mut here = Self { origin: Origin::Here, ..Self::new(Address::Unix("/".into())) };
+        here.announced = Some(description);
+        here.state = LinkState::Up { session, lanes, control: None };
+        here
+    }
+
+    /// Whether it is this process.
+    pub(super) fn is_here(&self) -> bool {
+        self.origin == Origin::Here
     }
 
     /// Whether it is not connected, and nobody says any more that it is there.
-    pub(super) const fn is_forgotten(&self) -> bool {
-        !self.configured && self.joined == 0 && !self.is_up()
+    pub(super) fn is_forgotten(&self) -> bool {
+        self.origin == Origin::Joined && self.joined == 0 && !self.is_up()
     }
 
     /// A configured worker that was not connected yet.
@@ -78,7 +112,7 @@ impl Peer {
             announced: None,
             state,
             late: 0,
-            configured: true,
+            origin: Origin::Configured,
             joined: 0,
             doubted: false,
             doubt: Arc::default(),
@@ -103,7 +137,7 @@ impl Peer {
     /// It is connected.
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
         self.announced = Some(description);
-        self.state = LinkState::Up { session, lanes, control };
+        self.state = LinkState::Up { session, lanes, control: Some(control) };
         self.all_answered();
     }
 
@@ -166,18 +200,24 @@ impl Peer {
 
     /// Whether another is to be asked first: it is late, or is about to leave.
     pub(super) fn rank(&self) -> Rank {
-        if self.late > 0 || !self.is_serving() { Rank::Poor } else { Rank::Good }
+        match () {
+            () if self.is_here() => Rank::Last,
+            () if self.late > 0 || !self.is_serving() => Rank::Poor,
+            () => Rank::Good,
+        }
     }
 
     /// As a leader sees it; `None` when it is not connected.
     pub(super) fn connected(&self) -> Option<ConnectedWorker> {
         match (&self.state, &self.announced) {
-            (LinkState::Up { session, control, .. }, Some(announced)) => Some(ConnectedWorker {
-                address: self.address.to_string(),
-                session: *session,
-                description: announced.clone(),
-                control: control.clone(),
-            }),
+            (LinkState::Up { session, control: Some(control), .. }, Some(announced)) => {
+                Some(ConnectedWorker {
+                    address: self.address.to_string(),
+                    session: *session,
+                    description: announced.clone(),
+                    control: control.clone(),
+                })
+            }
             _ => None,
         }
     }

@@ -14,6 +14,8 @@ use super::config::LinkError;
 /// See the module.
 pub(super) struct Routes {
     pub(super) placement: Arc<Placement>,
+    /// The same without this process.
+    pub(super) elsewhere: Arc<Placement>,
     /// For every worker of the placement.
     hops: Vec<Hop>,
     /// For every worker: whether another is to be asked first.
@@ -21,25 +23,46 @@ pub(super) struct Routes {
 }
 
 impl Routes {
-    /// Routes to workers that announce themselves so, all as good as each other.
+    /// Routes to workers that announce themselves so, all as good as each other; and to this process, if it computes as
+    /// well.
     ///
     /// # Errors
     /// When their holdings make no placement.
-    pub(super) fn new(epoch: Epoch, shape: &Shape, live: &[(Hop, &Description)]) -> Result<Self, LinkError> {
-        let holdings: Vec<(WorkerId, Vec<ExpertKey>)> =
+    pub(super) fn new(
+        epoch: Epoch,
+        shape: &Shape,
+        live: &[(Hop, &Description)],
+        here: Option<(Hop, &Description)>,
+    ) -> Result<Self, LinkError> {
+        let place = |held: &[(WorkerId, Vec<ExpertKey>)]| {
+            let placement = Placement::from_holdings(epoch, shape, held);
+            placement.map(Arc::new).map_err(|error| LinkError::Placement(error.to_string()))
+        };
+        let mut held: Vec<(WorkerId, Vec<ExpertKey>)> =
             live.iter().map(|(_, d)| (d.worker.clone(), d.holdings.clone())).collect();
-        let placement = Placement::from_holdings(epoch, shape, &holdings)
-            .map_err(|error| LinkError::Placement(error.to_string()))?;
-        let hops: Vec<Hop> = live.iter().map(|(hop, _)| *hop).collect();
-        let placement = Arc::new(placement);
-        Ok(Self { placement, ranks: vec![Rank::Good; hops.len()], hops })
+        let mut hops: Vec<Hop> = live.iter().map(|(hop, _)| *hop).collect();
+        let elsewhere = place(&held)?;
+        let placement = match here {
+            None => Arc::clone(&elsewhere),
+            Some((hop, description)) => {
+                held.push((description.worker.clone(), description.holdings.clone()));
+                hops.push(hop);
+                place(&held)?
+            }
+        };
+        Ok(Self { placement, elsewhere, ranks: vec![Rank::Good; hops.len()], hops })
     }
 
     /// The same routes, ranked anew; `None` when that changes nothing.
     pub(super) fn ranked(&self, rank: impl Fn(&Hop) -> Rank) -> Option<Self> {
         let ranks: Vec<Rank> = self.hops.iter().map(rank).collect();
-        let Self { placement, hops, .. } = self;
-        (ranks != self.ranks).then(|| Self { placement: Arc::clone(placement), hops: hops.clone(), ranks })
+        let Self { placement, elsewhere, hops, .. } = self;
+        (ranks != self.ranks).then(|| Self {
+            placement: Arc::clone(placement),
+            elsewhere: Arc::clone(elsewhere),
+            hops: hops.clone(),
+            ranks,
+        })
     }
 
     pub(super) fn rank(&self, worker: WorkerIx) -> Rank {

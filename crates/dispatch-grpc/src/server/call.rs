@@ -15,11 +15,11 @@ use muster_types::{DType, ExpertId, ExpertKey};
 use crate::compute::{ComputeError, ExpertCompute};
 
 /// What a shard gets, and how long the experts took.
-pub(super) type Outcome = (Result<Bytes, Fault>, Duration);
+pub(crate) type Outcome = (Result<Bytes, Fault>, Duration);
 
 /// Buffers of a call, kept from one to the next.
 #[derive(Default)]
-pub(super) struct Call {
+pub(crate) struct Call {
     input: RowBuffer,
     output: Vec<f32>,
 }
@@ -28,12 +28,12 @@ pub(super) struct Call {
 type Places = Vec<Range<usize>>;
 
 impl Call {
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.input.clear();
     }
 
     /// Takes in a shard's rows, behind those of the shards before it.
-    pub(super) fn admit(
+    pub(crate) fn admit(
         &mut self,
         view: &ShardView,
         waited: Duration,
@@ -49,7 +49,7 @@ impl Call {
 
     /// Computes the shards that were admitted; all are of one layer. When the experts fail for several at once, each is
     /// tried alone, so that a shard fails only for reasons of its own.
-    pub(super) fn run(
+    pub(crate) fn run(
         &mut self,
         views: &[&ShardView],
         cpu: &Cpu,

@@ -34,6 +34,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
+pub(crate) use call::Call;
 pub use control::{Custody, Held};
 use control::{Obedience, RowCounts};
 pub use listen::{BindError, Bound, ServeError};

@@ -1,9 +1,9 @@
 //! The dispatch conformance kit over real sockets.
 
 use crate::support::{
-    Fake, HIDDEN, TOP_K, TestWorker, all, connect_config, describe, server_config, shape, share, socket,
+    Fake, HIDDEN, TOP_K, TestWorker, all, connect_config, cpu, describe, server_config, shape, share, socket,
 };
-use muster_dispatch_grpc::{ConnectConfig, GrpcDispatch};
+use muster_dispatch_grpc::{ConnectConfig, Fallback, GrpcDispatch, Start};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake;
@@ -64,6 +64,32 @@ fn partial(count: u32, compute: Compute) -> Harness<Cluster> {
 
 fn shares(count: u32, compute: Compute) -> Vec<TestWorker> {
     (0..count).map(|n| TestWorker::start(&format!("w{n}"), share(n, count), compute)).collect()
+}
+
+/// With experts in the router's own process beside these workers.
+fn with_fallback(workers: Vec<TestWorker>, compute: Compute) -> Harness<Cluster> {
+    let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
+    let config = ConnectConfig { start: Start::Assigned, ..connect_config(&addresses, compute) };
+    let fallback = Fallback { experts: Box::new(Fake::new(&all(), compute)), cpu: cpu() };
+    let dispatch = GrpcDispatch::connect_with(config, Some(fallback)).expect("workers fit");
+    let held: usize = shape()
+        .keys()
+        .filter(|key| workers.iter().any(|w| w.ledger.held.lock().unwrap().contains(key)))
+        .count();
+    assert_eq!(dispatch.health().missing_experts(), all().len() - held, "the router's own do not count");
+    assert_eq!(dispatch.health().workers().len(), workers.len());
+    let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
+    let experts = shape().experts().to_vec();
+    let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle, sums: Sums::Exact };
+    Harness { dispatch: Cluster { dispatch, _workers: workers }, model }
+}
+
+#[test]
+fn the_router_s_own_experts_stand_in_for_workers_that_are_not_there() {
+    for compute in [Compute::F32, Compute::Bf16] {
+        conformance::run(|| with_fallback(Vec::new(), compute));
+        conformance::run(|| with_fallback(vec![TestWorker::start("w0", share(0, 2), compute)], compute));
+    }
 }
 
 #[test]

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use crate::support::lying::{Lie, LyingWorker, rows};
 use crate::support::{
-    Fake, Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, collect, connect_config, describe, eventually,
+    Fake, Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, collect, connect_config, cpu, describe, eventually,
     expert, once, server_config, share, soon,
 };
-use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
+use muster_dispatch_grpc::{Fallback, GrpcDispatch, WorkerState};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::shard_error::Code;
@@ -315,4 +315,21 @@ fn rows_of_a_large_batch_are_each_counted_once_whoever_fails() {
             }
         }
     }
+}
+
+#[test]
+fn what_dies_with_its_rows_is_computed_here_where_that_is_allowed() {
+    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let description = describe("w0", all(), Compute::F32);
+    let only = TestWorker::with("127.0.0.1:0", &server_config(), description, experts);
+    let fallback = Fallback { experts: Box::new(Fake::new(&all(), Compute::F32)), cpu: cpu() };
+    let config = connect_config(&[&only.address], Compute::F32);
+    let mut dispatch = GrpcDispatch::connect_with(config, Some(fallback)).unwrap();
+    let row = OneRow::new(0, &[1, 5]);
+    let ticket = dispatch.submit(&row.batch()).unwrap();
+    gate.wait();
+    drop(gate);
+    only.kill();
+    assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()));
+    assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
 }

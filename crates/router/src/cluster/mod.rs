@@ -2,12 +2,14 @@
 
 mod card;
 mod evidence;
+mod fallback;
 mod lead;
 mod leader;
 mod status;
 mod weights;
 
 pub use card::{card, expert_sizes};
+pub(crate) use fallback::ColdExperts;
 pub(crate) use leader::{Leader, LeaderConfig};
 pub(crate) use status::Cluster;
 pub(crate) use weights::CheckpointWeights;

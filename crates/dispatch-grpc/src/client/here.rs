@@ -1,0 +1,97 @@
+//! Experts in the router itself, for rows that no worker can take: slow, but never gone.
+//!
+//! To the board they are one more worker, which is asked last. Their shards go to a thread instead of a stream, are
+//! checked and computed by the code that workers run, and come back as a worker's answers do, so that their bits are
+//! the same.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use muster_kernels::Cpu;
+use muster_proto::description::Description;
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::dispatch_request::Body;
+use muster_proto::handshake::LANES;
+use muster_proto::reply::{Fault, FaultKind, Timing};
+use muster_proto::shard::{ShardRules, ShardView};
+use muster_types::Combine;
+use tokio::sync::mpsc;
+
+use super::board::{Arrived, Board, StreamKey};
+use super::config::LinkError;
+use crate::compute::ExpertCompute;
+use crate::server::Call;
+
+/// Shards of one lane that wait.
+const WAITING: usize = 16;
+
+/// What computes in the router.
+pub struct Fallback {
+    /// Every expert of the model.
+    pub experts: Box<dyn ExpertCompute>,
+    /// Where it computes; not where the engine thread does.
+    pub cpu: Arc<Cpu>,
+}
+
+/// Puts them on the board and starts their thread, which ends with the board.
+pub(super) fn start(
+    board: &Arc<Board>,
+    description: Description,
+    fallback: Fallback,
+    rules: ShardRules,
+    combine: Combine,
+) -> Result<(), std::io::Error> {
+    let (lanes, mut shards): (Vec<_>, Vec<_>) = (0..LANES).map(|_| mpsc::channel(WAITING)).unzip();
+    let Ok(lanes) = lanes.try_into() else { return Err(std::io::Error::other("lanes were miscounted")) };
+    let epoch = description.epoch;
+    let (peer, session) =
+        board.here(description, lanes).map_err(|error: LinkError| std::io::Error::other(error))?;
+    // Holding the board would keep it, and with it the lanes, for good.
+    let board = Arc::downgrade(board);
+    let run = move || {
+        let Fallback { mut experts, cpu } = fallback;
+        let mut call = Call::default();
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let Ok(runtime) = runtime else { return };
+        loop {
+            let next = runtime.block_on(async {
+                let [first, second] = shards.as_mut_slice() else { return None };
+                tokio::select! {
+                    shard = first.recv() => shard.map(|shard| (0, shard)),
+                    shard = second.recv() => shard.map(|shard| (1, shard)),
+                }
+            });
+            let Some((lane, v1::DispatchRequest { body: Some(Body::Shard(shard)) })) = next else { return };
+            let Some(board) = board.upgrade() else { return };
+            metrics::counter!("muster_dispatch_fallback_shards_total").increment(1);
+            let (id, at) = (shard.id, Instant::now());
+            let outcome = ShardView::parse(shard, &rules, combine, epoch)
+                .and_then(|view| compute(&view, &mut call, &cpu, &rules, experts.as_mut()))
+                .map(|(rows, data, compute)| {
+                    let timing = Timing { queue: at.elapsed().saturating_sub(compute), compute };
+                    Arrived { rows, data, timing, at: Instant::now() }
+                });
+            // It was sent on this very lane.
+            let _ = board.deliver(StreamKey { peer, session, lane }, id, outcome);
+        }
+    };
+    std::thread::Builder::new().name("muster-fallback".into()).spawn(run)?;
+    Ok(())
+}
+
+type Computed = (u32, bytes::Bytes, std::time::Duration);
+
+fn compute(
+    view: &ShardView,
+    call: &mut Call,
+    cpu: &Cpu,
+    rules: &ShardRules,
+    experts: &mut dyn ExpertCompute,
+) -> Result<Computed, Fault> {
+    call.clear();
+    call.admit(view, std::time::Duration::ZERO, rules)?;
+    let outcome = call.run(&[view], cpu, rules, experts).pop();
+    let missing = || Fault::new(FaultKind::Internal, "the experts gave nothing");
+    let (data, compute) = outcome.ok_or_else(missing)?;
+    Ok((view.answers(), data?, compute))
+}
