@@ -2,13 +2,15 @@
 //!
 //! Owns both sides: [`Grant`], what a worker has promised, and [`Campaign`], a router's way to the lead. Always holds:
 //!
-//! - a worker's promise to one router holds until it runs out or is given back, and the terms it grants only grow, so a
-//!   worker obeys one router at a time, and never again one that was followed by another;
+//! - a worker's promise to one router holds until it runs out, is given back or the worker dies, and the terms it grants
+//!   only grow, so a worker obeys one router at a time, and never again one that was followed by another;
 //! - a router counts its lease from when it asked, so of routers that know the same workers at most one leads, as long
-//!   as their clocks run equally fast.
+//!   as their clocks run equally fast and no worker starts again.
 //!
-//! Routers that know different workers may lead at the same time; then each leads those that granted it the lease, and
-//! should count on what these hold alone. Times are since any origin that the caller keeps to; between processes only
+//! Routers that know different workers may lead at the same time, and so may two for as long as a lease lasts when a
+//! worker that starts again has forgotten the one it promised: to wait that out would leave a cluster without a leader
+//! whenever most of its workers are restarted. Each then leads those that granted it the lease, and counts on what these
+//! hold alone, as [`Ledger`](crate::Ledger) does. Times are since any origin that the caller keeps to; between processes only
 //! spans travel. Knows nothing of orders, messages or who is alive.
 
 use std::time::Duration;
@@ -74,8 +76,8 @@ pub struct Reply {
     pub left: Duration,
 }
 
-/// What a worker has promised.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What a worker has promised since it started: nothing at first.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Grant {
     holder: Option<String>,
     term: Term,
@@ -85,13 +87,6 @@ pub struct Grant {
 impl Grant {
     /// Longest lease that is granted, whatever is asked.
     pub const LONGEST: Duration = Duration::from_secs(60);
-
-    /// A worker that starts. It may have promised something before and does not know, so it refuses everybody for
-    /// `rest`: as long as leases last here, or zero where a worker that starts anew has a new name.
-    #[must_use]
-    pub const fn new(now: Duration, rest: Duration) -> Self {
-        Self { holder: None, term: Term(0), until: now.saturating_add(rest) }
-    }
 
     /// A router asks. It gets the lease if nobody else has it now, for a term above all granted before, or if it has it
     /// already, for that term or a higher one.

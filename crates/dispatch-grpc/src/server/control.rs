@@ -6,9 +6,9 @@
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use muster_placement::lease::{Ask, Grant, Rhythm, Term, Verdict};
+use muster_placement::lease::{Ask, Grant, Term, Verdict};
 use muster_proto::control::{Assignment, LeadAnswer, LeadAsk};
 use muster_proto::convert::RouterName;
 use muster_types::{Epoch, ExpertId, ExpertKey, LayerId};
@@ -58,8 +58,7 @@ pub(super) enum Disobeyed {
 
 impl Obedience {
     pub(super) fn new() -> Self {
-        let grant = Grant::new(Duration::ZERO, Rhythm::default().ttl);
-        Self { origin: Instant::now(), state: Mutex::new(State { grant, operation: None }) }
+        Self { origin: Instant::now(), state: Mutex::new(State { grant: Grant::default(), operation: None }) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -166,8 +165,7 @@ mod tests {
 
     #[test]
     fn orders_are_the_leader_s_and_never_older() {
-        let mut obedience = Obedience::new();
-        obedience.origin -= Duration::from_secs(10);
+        let obedience = Obedience::new();
         assert!(!obedience.is_led());
         assert_eq!(take(&obedience, order("a", 1, 1)), Err(Disobeyed::NotLeader));
         assert!(lead(&obedience, &ask("a", 1)).granted);

@@ -2,7 +2,7 @@
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use muster_dispatch_grpc::{Address, FetchError, Fetcher, GrpcDispatch, ServerConfig, Start};
 use muster_engine::dispatch::ExpertDispatch;
@@ -30,15 +30,6 @@ fn order(router: &str, term: u64, operation: u64) -> Assignment {
     }
 }
 
-/// Asks until the worker, which trusts nobody right after its start, grants.
-async fn lead(worker: &muster_dispatch_grpc::client::ConnectedWorker, ask: &LeadAsk) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !worker.lead(ask, Duration::from_secs(5)).await.unwrap().granted {
-        assert!(Instant::now() < deadline, "never granted");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 #[test]
 fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
     let worker = TestWorker::start("w0", all()[..3].to_vec(), Compute::F32);
@@ -51,7 +42,7 @@ fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
         let known = cluster.workers().remove(0);
         assert_eq!((known.name().as_str(), known.description.holdings.len()), ("w0", 3));
         assert!(known.assign(&order("a", 1, 1)).await.is_err(), "nobody leads");
-        lead(&known, &ask("a", 1, 30)).await;
+        assert!(known.lead(&ask("a", 1, 30), Duration::from_secs(5)).await.unwrap().granted);
         let refused = known.lead(&ask("b", 2, 30), Duration::from_secs(5)).await.unwrap();
         assert!(!refused.granted);
         assert_eq!(refused.holder, Some(RouterName::new("a").unwrap()));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::num::NonZero;
 use std::time::Duration;
 
-use muster_placement::lease::{Grant, Rhythm, Term};
+use muster_placement::lease::{Grant, Term};
 use muster_placement::split;
 use muster_types::{Epoch, ExpertKey, Speed, WorkerId};
 
@@ -63,7 +63,7 @@ impl Worker {
             loading: None,
             loads: 0,
             to_load: VecDeque::new(),
-            grant: Grant::new(Duration::ZERO, Duration::ZERO),
+            grant: Grant::default(),
             last: None,
             draining: false,
             told_to_hold_nothing: false,
@@ -87,11 +87,10 @@ impl Worker {
 
 impl World {
     pub(crate) fn start_worker(&mut self, number: usize) {
-        let rest = if self.now == 0 { Duration::ZERO } else { Rhythm::default().ttl };
         let all = NonZero::new(self.workers.len() as u32).unwrap();
         let worker = &mut self.workers[number];
         let life = worker.process.start();
-        worker.grant = Grant::new(Duration::from_micros(self.now), rest);
+        worker.grant = Grant::default();
         (worker.epoch, worker.last, worker.draining, worker.told_to_hold_nothing) = (1, None, false, false);
         (worker.busy_until, worker.lies_until, worker.loading) = (self.now, 0, None);
         worker.to_load.clear();
