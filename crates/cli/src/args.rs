@@ -550,6 +550,10 @@ pub(crate) struct BenchArgs {
     /// The router's HTTP address, to read dispatch times from its metrics; needs --grpc.
     #[arg(long, value_name = "URL", requires = "grpc")]
     pub(crate) metrics: Option<String>,
+    /// Injure a cluster of one's own instead (demo, unless --model is given) while streams run, and tell how long they
+    /// stood still.
+    #[arg(long, conflicts_with_all = ["grpc", "against", "metrics"])]
+    pub(crate) chaos: bool,
     /// Print this run's rates and times as multiples of those in a file that --json wrote.
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub(crate) against: Option<PathBuf>,

@@ -158,6 +158,18 @@ impl Running {
         }
     }
 
+    /// Its process id; `None` once it has ended.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Ends the child without a word, and waits until it is gone.
+    pub(crate) async fn kill(&mut self) {
+        if let Err(error) = self.child.kill().await {
+            tracing::warn!(%error, child = self.name, "kill");
+        }
+    }
+
     /// Asks the child to end, waits, and kills it when that takes too long.
     pub(crate) async fn stop(mut self, grace: Duration) {
         if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
@@ -166,9 +178,7 @@ impl Running {
         }
         if tokio::time::timeout(grace, self.exited()).await.is_err() {
             tracing::warn!(child = self.name, ?grace, "did not end in time and is killed");
-            if let Err(error) = self.child.kill().await {
-                tracing::warn!(%error, child = self.name, "kill");
-            }
+            self.kill().await;
         }
     }
 }

@@ -4,6 +4,8 @@ use std::ffi::OsString;
 use std::fs::Permissions;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use muster_types::{Compute, WeightDType};
@@ -42,7 +44,10 @@ pub(crate) struct WorkersSpec<'a> {
 
 /// Running workers. Lives on the main thread.
 pub(crate) struct Workers {
+    count: NonZeroU32,
     addresses: Vec<String>,
+    /// Of the process that each is now; 0 while it is none.
+    pids: Vec<Arc<AtomicU32>>,
     stop: CancellationToken,
     tasks: JoinSet<()>,
     _directory: TempDir,
@@ -83,7 +88,9 @@ impl Workers {
             .tempdir()
             .map_err(|error| Failure::runtime(format!("cannot make a directory for sockets: {error}")))?;
         let mut workers = Self {
+            count: spec.count,
             addresses: Vec::new(),
+            pids: Vec::new(),
             stop: CancellationToken::new(),
             tasks: JoinSet::new(),
             _directory: directory,
@@ -92,8 +99,10 @@ impl Workers {
         for index in 0..spec.count.get() {
             let address =
                 format!("unix:{}", workers._directory.path().join(format!("{index}.sock")).display());
-            let worker =
-                Worker { name: format!("worker {index}"), arguments: arguments(spec, index, &address) };
+            let pid = Arc::new(AtomicU32::new(0));
+            let name = format!("worker {index}");
+            let worker = Worker { name, arguments: arguments(spec, index, &address), pid: pid.clone() };
+            workers.pids.push(pid);
             let (ready, is_ready) = oneshot::channel();
             let bar = bars.bar(worker.name.clone());
             workers.tasks.spawn(worker.keep(bar, ready, workers.stop.clone()));
@@ -109,6 +118,16 @@ impl Workers {
             }
         }
         Ok(workers)
+    }
+
+    /// How many there are.
+    pub(crate) const fn count(&self) -> NonZeroU32 {
+        self.count
+    }
+
+    /// The process that a worker is now; 0 while it is none.
+    pub(crate) fn pid(&self, index: usize) -> u32 {
+        self.pids.get(index).map_or(0, |pid| pid.load(Ordering::Relaxed))
     }
 
     /// Where they listen.
@@ -152,6 +171,7 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
 struct Worker {
     name: String,
     arguments: Vec<OsString>,
+    pid: Arc<AtomicU32>,
 }
 
 impl Worker {
@@ -205,6 +225,7 @@ impl Worker {
         let mut running = children::spawn(&self.name, &self.arguments)?;
         running.ready(|progress| bar.update(progress)).await?;
         bar.finish();
+        self.pid.store(running.pid().unwrap_or(0), Ordering::Relaxed);
         Ok(running)
     }
 }

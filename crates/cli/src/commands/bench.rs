@@ -78,6 +78,9 @@ impl Spread {
 }
 
 pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {
+    if args.chaos {
+        return super::bench_chaos::run(args, log).await;
+    }
     with_backend(&args.target, args.compute, log, |backend, stats| measure(args, backend, stats)).await
 }
 

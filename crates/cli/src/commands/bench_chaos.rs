@@ -1,0 +1,342 @@
+//! `muster bench --chaos`: injures a cluster of one's own while streams run, and tells how long they stood still.
+//!
+//! Every stream is compared with what it gave undisturbed, token by token.
+
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::num::NonZeroU32;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use muster_client::Client;
+use muster_proto::cluster::v1::status_reply::Health;
+use serde::Serialize;
+use tokio::task::{JoinSet, LocalSet};
+
+use crate::args::{BenchArgs, LogArgs, SamplingArgs};
+use crate::backend::{self, Ask, Backend, Piece};
+use crate::children;
+use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
+use crate::failure::Failure;
+use crate::models::DEMO;
+use crate::progress::Bars;
+use crate::signals::Signals;
+use crate::stats::quantile;
+use crate::{models, out, text};
+
+/// Workers when nobody says how many.
+const WORKERS: NonZeroU32 = NonZeroU32::new(3).expect("it is not zero");
+/// On how many of them every expert is.
+const REPLICAS: NonZeroU32 = NonZeroU32::new(2).expect("it is not zero");
+/// Streams at a time when nobody says how many.
+const STREAMS: u32 = 32;
+const PROMPT: u32 = 16;
+/// Tokens of every stream, if the context has room for them.
+const OUTPUT: u32 = 400;
+/// How long a cluster may take to be whole again.
+const RECOVERY: Duration = Duration::from_secs(60);
+/// How often it is looked whether it is.
+const LOOK: Duration = Duration::from_millis(20);
+/// How long a worker that is stopped stands still.
+const STILL: Duration = Duration::from_secs(5);
+
+/// What is done to the cluster.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    KillWorker,
+    StopWorker,
+    RestartWorkers,
+    KillRouter,
+}
+
+impl Fault {
+    const ALL: [Self; 4] = [Self::KillWorker, Self::StopWorker, Self::RestartWorkers, Self::KillRouter];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::KillWorker => "a worker gets SIGKILL",
+            Self::StopWorker => "a worker stands still for 5 s (SIGSTOP)",
+            Self::RestartWorkers => "all workers are restarted in turn (SIGTERM)",
+            Self::KillRouter => "the router gets SIGKILL and is started again, clients resume",
+        }
+    }
+}
+
+/// What came of a fault.
+#[derive(Serialize)]
+struct Outcome {
+    fault: &'static str,
+    streams: usize,
+    /// Streams that had not ended when the fault was over.
+    disturbed: usize,
+    failed: usize,
+    different: usize,
+    /// Longest pause of each stream, milliseconds.
+    pauses_ms: Vec<u64>,
+}
+
+/// The tokens of a stream, and its longest pause.
+type Run = Result<(Vec<u32>, Duration), Failure>;
+
+pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {
+    // What workers say of their deaths is no news here.
+    let log = &LogArgs { log: Some(log.log.clone().unwrap_or_else(|| "error".to_owned())), ..log.clone() };
+    let model = args.target.model.as_deref().unwrap_or(DEMO);
+    drop(models::open(model)?);
+    let count = args.target.workers.unwrap_or(WORKERS);
+    if count < REPLICAS {
+        return Err(Failure::input("--workers: with fewer than 2 there is nobody to stand in for a worker"));
+    }
+    let streams =
+        args.concurrency.iter().copied().max().filter(|_| args.concurrency != [1, 8]).unwrap_or(STREAMS);
+    let mut signals = Signals::listen()?;
+    let bars = Bars::new();
+    let spec = WorkersSpec {
+        model,
+        count,
+        replicas: REPLICAS,
+        compute: args.compute.compute.get(),
+        experts: args.compute.expert_dtype,
+        threads: args.compute.threads,
+        busy_poll_us: args.compute.busy_poll_us,
+        log,
+    };
+    let workers = signals.unless(Workers::start(&spec, &bars)).await?;
+    let outcome =
+        LocalSet::new().run_until(signals.unless(with_router(args, log, model, streams, &workers))).await;
+    workers.stop().await;
+    outcome
+}
+
+async fn with_router(
+    args: &BenchArgs,
+    log: &LogArgs,
+    model: &str,
+    streams: u32,
+    workers: &Workers,
+) -> Result<(), Failure> {
+    let start = |grpc: String| {
+        let mut arguments: Vec<OsString> =
+            ["router", "--model", model, "--http", "127.0.0.1:0", "--grpc", &grpc].map(Into::into).into();
+        arguments.extend(["--replicas".into(), REPLICAS.to_string().into()]);
+        let threads = args.compute.threads.unwrap_or(shares_of_cores(workers.count()).0);
+        arguments.extend(["--threads".into(), threads.to_string().into()]);
+        arguments.extend(["--trunk-dtype".into(), args.compute.trunk_dtype.to_string().into()]);
+        arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
+        arguments.extend(workers.addresses().iter().flat_map(|address| ["--worker".into(), address.into()]));
+        arguments.extend(log_flags(log));
+        children::spawn("the router", &arguments)
+    };
+    let mut router = start("127.0.0.1:0".to_owned())?;
+    let listening = router.ready(|_| {}).await?;
+    let grpc = listening.grpc.ok_or_else(|| Failure::runtime("the router did not say where it listens"))?;
+    let client = backend::connect(&[grpc.to_string()]).await?;
+    whole(&client, workers).await?;
+    let mut backend = Backend::Router(client.clone());
+    let about = backend.about().await?;
+    let tokens = about.context.saturating_sub(PROMPT).clamp(1, OUTPUT);
+    let load = Load { backend, streams, tokens, vocabulary: about.vocabulary };
+    let mut undisturbed = Vec::new();
+    for run in load.run(async |_| Ok(())).await?.0 {
+        undisturbed.push(run?.0);
+    }
+    let mut outcomes = Vec::new();
+    for fault in Fault::ALL {
+        let (runs, disturbed) = load
+            .run(async |()| match fault {
+                Fault::KillWorker => {
+                    let before = workers.pid(1);
+                    signal(before, libc::SIGKILL);
+                    changed(workers, 1, before).await
+                }
+                Fault::StopWorker => {
+                    let pid = workers.pid(1);
+                    signal(pid, libc::SIGSTOP);
+                    tokio::time::sleep(STILL).await;
+                    signal(pid, libc::SIGCONT);
+                    Ok(())
+                }
+                Fault::RestartWorkers => {
+                    for index in 0..workers.count().get() as usize {
+                        whole(&client, workers).await?;
+                        let before = workers.pid(index);
+                        signal(before, libc::SIGTERM);
+                        changed(workers, index, before).await?;
+                    }
+                    Ok(())
+                }
+                Fault::KillRouter => {
+                    router.kill().await;
+                    router = start(grpc.to_string())?;
+                    router.ready(|_| {}).await.map(drop)
+                }
+            })
+            .await?;
+        outcomes.push(Outcome::of(fault, disturbed, runs, &undisturbed));
+        out::note(&format!("done: {}", fault.name()));
+        whole(&client, workers).await?;
+    }
+    router.stop(GRACE).await;
+    if args.json {
+        let json = serde_json::to_string(&outcomes).map_err(Failure::runtime)?;
+        out::line(&json)?;
+    } else {
+        out::line(&table(&about.name, workers, tokens, &outcomes))?;
+    }
+    let bad: usize = outcomes.iter().map(|outcome| outcome.failed + outcome.different).sum();
+    if bad > 0 {
+        return Err(Failure::runtime(format!("{bad} streams failed or gave other tokens than undisturbed")));
+    }
+    Ok(())
+}
+
+/// Streams that all run at once.
+struct Load {
+    backend: Backend,
+    streams: u32,
+    tokens: u32,
+    vocabulary: u32,
+}
+
+impl Load {
+    /// Runs all streams, and `fault` once each has a token. Also says how many had not ended when it was over.
+    async fn run(
+        &self,
+        fault: impl AsyncFnOnce(()) -> Result<(), Failure>,
+    ) -> Result<(Vec<Run>, usize), Failure> {
+        let (begun, ended) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+        let mut running = JoinSet::new();
+        for n in 0..self.streams {
+            let (begun, ended) = (Rc::clone(&begun), Rc::clone(&ended));
+            let stream = self.stream(n, begun);
+            running.spawn_local(async move {
+                let run = stream.await;
+                ended.set(ended.get() + 1);
+                (n, run)
+            });
+        }
+        let deadline = Instant::now() + RECOVERY;
+        while begun.get() < self.streams && ended.get() < self.streams && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let until = fault(()).await;
+        let disturbed = self.streams - ended.get();
+        let mut runs = Vec::new();
+        while let Some(run) = running.join_next().await {
+            runs.push(run.map_err(Failure::runtime)?);
+        }
+        until?;
+        runs.sort_by_key(|(n, _)| *n);
+        Ok((runs.into_iter().map(|(_, run)| run).collect(), disturbed as usize))
+    }
+
+    /// Half of them are sampled, each with a seed of its own.
+    fn stream(&self, n: u32, begun: Rc<Cell<u32>>) -> impl Future<Output = Run> + use<> {
+        let mut backend = self.backend.clone();
+        let token =
+            |i: u32| (n.wrapping_mul(131).wrapping_add(i.wrapping_mul(17)).wrapping_add(7)) % self.vocabulary;
+        let (prompt, tokens) = ((0..PROMPT).map(token).collect(), self.tokens);
+        let sampling = SamplingArgs {
+            temperature: if n.is_multiple_of(2) { 0.0 } else { 0.8 },
+            seed: Some(n.into()),
+            ignore_eos: true,
+            ..SamplingArgs::greedy()
+        };
+        async move {
+            let mut pieces = backend.generate(Ask::Tokens(prompt), Some(tokens), &sampling).await?;
+            let (mut ids, mut longest, mut last) = (Vec::new(), Duration::ZERO, None::<Instant>);
+            while let Some(piece) = pieces.next().await? {
+                if let Piece::Token { id, .. } = piece {
+                    let now = Instant::now();
+                    longest = longest.max(last.replace(now).map_or(Duration::ZERO, |last| now - last));
+                    if ids.is_empty() {
+                        begun.set(begun.get() + 1);
+                    }
+                    ids.push(id);
+                }
+            }
+            Ok((ids, longest))
+        }
+    }
+}
+
+impl Outcome {
+    fn of(fault: Fault, disturbed: usize, runs: Vec<Run>, undisturbed: &[Vec<u32>]) -> Self {
+        let (mut failed, mut different, mut pauses_ms) = (0, 0, Vec::new());
+        let streams = runs.len();
+        for (run, expected) in runs.into_iter().zip(undisturbed) {
+            match run {
+                Err(failure) => {
+                    out::note(&format!("a stream failed: {failure:?}"));
+                    failed += 1;
+                }
+                Ok((ids, _)) if ids != *expected => different += 1,
+                Ok((_, pause)) => pauses_ms.push(u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
+            }
+        }
+        Self { fault: fault.name(), streams, disturbed, failed, different, pauses_ms }
+    }
+}
+
+/// Waits until all workers serve and every expert is on as many as it shall be.
+async fn whole(client: &Client, workers: &Workers) -> Result<(), Failure> {
+    let deadline = Instant::now() + RECOVERY;
+    let mut seen = "the router says nothing".to_owned();
+    while Instant::now() < deadline {
+        if let Some((_, Ok(status))) = client.statuses().await.pop() {
+            if status.health() == Health::Ready && status.workers.len() == workers.count().get() as usize {
+                return Ok(());
+            }
+            seen = status.reasons.join("; ");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Err(Failure::runtime(format!("the cluster is not whole again after {RECOVERY:?}: {seen}")))
+}
+
+/// Waits until a worker is another process.
+async fn changed(workers: &Workers, index: usize, before: u32) -> Result<(), Failure> {
+    let deadline = Instant::now() + RECOVERY;
+    while workers.pid(index) == before {
+        if Instant::now() > deadline {
+            return Err(Failure::runtime(format!("worker {index} did not come back within {RECOVERY:?}")));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
+fn signal(pid: u32, signal: i32) {
+    if let Ok(pid @ 1..) = i32::try_from(pid) {
+        // SAFETY: kill takes two integers. The pid is that of a worker of this process's own, which is still being waited
+        // for.
+        unsafe { libc::kill(pid, signal) };
+    }
+}
+
+fn table(model: &str, workers: &Workers, tokens: u32, outcomes: &[Outcome]) -> String {
+    let rows: Vec<Vec<String>> = outcomes
+        .iter()
+        .map(|outcome| {
+            let mut pauses: Vec<Duration> =
+                outcome.pauses_ms.iter().map(|&pause| Duration::from_millis(pause)).collect();
+            let mut at = |q| quantile(&mut pauses, q).map_or_else(|| "-".to_owned(), text::span);
+            vec![
+                outcome.fault.to_owned(),
+                outcome.streams.to_string(),
+                outcome.disturbed.to_string(),
+                outcome.failed.to_string(),
+                outcome.different.to_string(),
+                at(0.5),
+                at(0.99),
+                at(1.0),
+            ]
+        })
+        .collect();
+    let header = ["fault", "streams", "running after", "failed", "different", "pause p50", "p99", "most"];
+    format!(
+        "{model}, {} workers, every expert on {REPLICAS} of them, streams of {tokens} tokens, compared with the undisturbed run\n\n{}",
+        workers.count(),
+        text::table(&header, &rows)
+    )
+}
