@@ -2,6 +2,7 @@
 //! undisturbed run. Every test proves that its fault happened.
 
 mod network;
+mod placement;
 
 use muster_tests::cluster::{Cluster, Setup};
 use muster_tests::disturbed::{disturbed, metric, replicated};

@@ -1,0 +1,238 @@
+//! Workers come, go and die, routers die or stand still, and what workers hold changes meanwhile. Workers here know a
+//! router's address and no model, unless a test says otherwise.
+
+use std::time::{Duration, Instant};
+
+use muster_proto::expert::v1::AssignRequest;
+use muster_tests::demo_model;
+use muster_tests::disturbed::say;
+use muster_tests::elastic::{Elastic, Observer, copies, serving};
+use muster_tests::load::{Load, Work};
+use muster_tests::process::eventually;
+use tonic::Code;
+
+fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap()
+}
+
+/// Looks at a router's status all the time, until it is dropped or asked.
+struct Watch(tokio::task::JoinHandle<()>);
+
+impl Watch {
+    /// Expects that every expert is always held.
+    fn covered(observer: Observer) -> Self {
+        Self(tokio::spawn(async move {
+            loop {
+                let status = observer.status().await;
+                assert_eq!(status.missing_experts, 0, "{:?}", status.workers);
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }))
+    }
+
+    /// It was so until now.
+    fn was_so(self) {
+        assert!(!self.0.is_finished(), "see above");
+        self.0.abort();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn experts_of_a_dead_sole_holder_are_held_by_others_soon() {
+    let work = Work::long().await;
+    let mut cluster = Elastic::start(&demo_model(), 1, &[]);
+    for _ in 0..3 {
+        cluster.join(&[]);
+    }
+    let before = cluster.settled(3).await;
+    let load = Load::start(&work, &cluster.grpc()).await;
+    let observer = cluster.observer(0).await;
+    let of_the_dead =
+        observer.status().await.workers.iter().find(|w| w.worker_id == "worker-1").unwrap().experts;
+    assert!(copies(&before) < before.experts + of_the_dead, "some of its experts nobody else holds");
+
+    let killed = Instant::now();
+    cluster.workers[1].kill();
+    // In between, experts are missing; that may be over before anybody looks.
+    held_by_others(&observer, 2).await;
+    let served_again = millis(killed);
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    assert_eq!(outcome.resumed, 0, "the router let go of a stream");
+    assert!(cluster.metric(0, "muster_steps_repeated_total") > 0.0, "somebody had to wait");
+    assert_eq!(cluster.metric(0, "muster_requests_failed_total"), 0.0);
+    say(
+        "SIGKILL of the only holder, memory elsewhere, not started again",
+        &outcome.pauses,
+        &[("served_again_ms", served_again)],
+    );
+}
+
+/// Two routers over three workers, and which of them leads.
+async fn two_routers() -> (Elastic, usize, usize) {
+    let mut cluster = Elastic::start(&demo_model(), 2, &[]);
+    for _ in 0..3 {
+        cluster.join(&[]);
+    }
+    cluster.settled(3).await;
+    let leader = cluster.leader().await;
+    let other = 1 - leader;
+    let observer = cluster.observer(other).await;
+    eventually("the other one knows all workers too", async || {
+        let status = observer.status().await;
+        (serving(&status) == 3 && status.missing_experts == 0).then_some(())
+    })
+    .await;
+    (cluster, leader, other)
+}
+
+async fn leads(observer: &Observer) {
+    eventually("it leads", async || observer.status().await.leads.then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_leader_is_followed_by_another_and_streams_do_not_notice() {
+    let work = Work::long().await;
+    let (mut cluster, leader, other) = two_routers().await;
+    let observer = cluster.observer(other).await;
+    let load = Load::start(&work, &cluster.grpc()[other..=other]).await;
+    let covered = Watch::covered(observer.clone());
+    let before = cluster.status(leader).await;
+    assert!(before.leads && !observer.status().await.leads);
+
+    let killed = Instant::now();
+    cluster.routers[leader].kill();
+    leads(&observer).await;
+    let led_again = millis(killed);
+    assert!(observer.status().await.term > before.term);
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    covered.was_so();
+    assert_eq!(outcome.resumed, 0, "the other router let go of a stream");
+    assert_eq!(cluster.metric(other, "muster_requests_failed_total"), 0.0);
+    let led_again = [("led_again_ms", led_again)];
+    say("SIGKILL of the leading router, streams at another", &outcome.pauses, &led_again);
+    does_as_leaders_do(&mut cluster, &observer).await;
+}
+
+/// Whoever leads has what a dead worker held loaded by others.
+async fn does_as_leaders_do(cluster: &mut Elastic, observer: &Observer) {
+    cluster.workers[0].kill();
+    held_by_others(observer, 2).await;
+}
+
+async fn held_by_others(observer: &Observer, others: usize) {
+    eventually("every expert is held by the others", async || {
+        let status = observer.status().await;
+        (serving(&status) == others && status.missing_experts == 0).then_some(())
+    })
+    .await;
+}
+
+/// What the leader of this name last told a worker to do, sent again: who obeys another one refuses it.
+async fn refuse_orders_of(cluster: &Elastic, name: &str, term: u64) {
+    for worker in 0..cluster.workers.len() {
+        let stale = AssignRequest {
+            router_id: name.to_owned(),
+            term,
+            operation_id: u64::MAX,
+            seen_epoch: u64::MAX,
+            ..AssignRequest::default()
+        };
+        let refused = cluster.control(worker).await.assign(stale).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        assert!(refused.message().contains("obeys another router"), "{refused}");
+    }
+}
+
+/// The name and term of the router that a worker began to obey last, from its log.
+fn obeyed(log: &str) -> (String, u64) {
+    let line = log.lines().rfind(|line| line.contains("obeying a new leader")).expect("it obeys somebody");
+    let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)).unwrap();
+    (field("router=").to_owned(), field("term=").parse().unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_stood_still_is_not_obeyed_any_more() {
+    let work = Work::long().await;
+    let (mut cluster, leader, other) = two_routers().await;
+    let observer = cluster.observer(other).await;
+    let load = Load::start(&work, &cluster.grpc()[other..=other]).await;
+    let covered = Watch::covered(observer.clone());
+    let (name, term) = obeyed(&cluster.workers[0].log());
+    assert!(name.starts_with(&format!("router-{leader}/")), "{name}");
+
+    let stopped = Instant::now();
+    cluster.routers[leader].signal(libc::SIGSTOP);
+    eventually("it stands still", async || (cluster.routers[leader].state() == 'T').then_some(())).await;
+    leads(&observer).await;
+    let led_again = millis(stopped);
+    assert_eq!(cluster.routers[leader].state(), 'T', "it stood still all the time");
+    assert!(observer.status().await.term > term);
+    refuse_orders_of(&cluster, &name, term).await;
+
+    cluster.routers[leader].signal(libc::SIGCONT);
+    eventually("it knows that it does not lead any more", async || {
+        cluster.routers[leader].log().contains("another router leads the placement, or none").then_some(())
+    })
+    .await;
+    refuse_orders_of(&cluster, &name, term).await;
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    covered.was_so();
+    assert!(!cluster.status(leader).await.leads && observer.status().await.leads);
+    assert_eq!(outcome.resumed, 0, "the other router let go of a stream");
+    assert_eq!(cluster.metric(other, "muster_requests_failed_total"), 0.0);
+    let led_again = [("led_again_ms", led_again)];
+    say("SIGSTOP of the leading router until another leads, streams there", &outcome.pauses, &led_again);
+    does_as_leaders_do(&mut cluster, &observer).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_of_a_dead_router_go_on_at_another() {
+    let work = Work::long().await;
+    let (mut cluster, leader, other) = two_routers().await;
+    let load = Load::start(&work, &cluster.grpc()).await;
+    let taken = cluster.metric(leader, "muster_sequences_running");
+    assert!(taken > 0.0, "the fault hits nobody");
+    cluster.routers[leader].kill();
+    load.goes_on(64).await;
+    let outcome = load.finish().await;
+    assert!(outcome.resumed > 0, "the fault hit nobody");
+    assert!(cluster.metric(other, "muster_requests_resumed_total") >= outcome.resumed as f64);
+    assert_eq!(cluster.metric(other, "muster_requests_failed_total"), 0.0);
+    let resumed = [("resumed", outcome.resumed)];
+    say("SIGKILL of the leading router, half of the streams there", &outcome.pauses, &resumed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_come_and_go_and_every_expert_is_always_held() {
+    let work = Work::long().await;
+    let mut cluster = Elastic::start(&demo_model(), 1, &[]);
+    cluster.join(&[]);
+    cluster.settled(1).await;
+    let load = Load::start(&work, &cluster.grpc()).await;
+    let covered = Watch::covered(cluster.observer(0).await);
+    for workers in 2..=4 {
+        cluster.join(&[]);
+        cluster.settled(workers).await;
+    }
+    load.goes_on(32).await;
+    // Also the one that all others have their experts from.
+    for (gone, stay) in [(0, 3), (2, 2)] {
+        cluster.leave(gone);
+        cluster.settled(stay).await;
+    }
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    covered.was_so();
+    assert_eq!(outcome.resumed, 0, "the router let go of a stream");
+    assert_eq!(cluster.metric(0, "muster_steps_repeated_total"), 0.0, "a step had to be made again");
+    assert_eq!(cluster.metric(0, "muster_requests_failed_total"), 0.0);
+    let longest = outcome.pauses.iter().max().unwrap().as_millis();
+    say(
+        "1, 2, 3, 4, 3, 2 workers, by joining and SIGTERM",
+        &outcome.pauses,
+        &[("longest_pause_ms", u64::try_from(longest).unwrap())],
+    );
+}
