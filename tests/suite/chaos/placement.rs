@@ -3,12 +3,15 @@
 
 use std::time::{Duration, Instant};
 
+use muster_proto::cluster::v1::status_reply::Health;
+use muster_proto::cluster::v1::{StatusReply, WorkerStatus};
 use muster_proto::expert::v1::AssignRequest;
 use muster_tests::demo_model;
 use muster_tests::disturbed::say;
 use muster_tests::elastic::{Elastic, Observer, copies, serving};
 use muster_tests::load::{Load, Work};
-use muster_tests::process::eventually;
+use muster_tests::process::{eventually, run};
+use serde_json::Value;
 use tonic::Code;
 
 fn millis(since: Instant) -> u64 {
@@ -235,4 +238,139 @@ async fn workers_come_and_go_and_every_expert_is_always_held() {
         &outcome.pauses,
         &[("longest_pause_ms", u64::try_from(longest).unwrap())],
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_process_is_restarted_in_turn_and_no_request_fails() {
+    let work = Work::short().await;
+    let mut cluster = Elastic::start(&demo_model(), 2, &[]);
+    for _ in 0..3 {
+        cluster.join(&[]);
+    }
+    cluster.settled(3).await;
+    let load = Load::start(&work, &cluster.grpc()).await;
+    for worker in 0..3 {
+        let before = cluster.workers[worker].pid();
+        cluster.leave(worker);
+        cluster.restart_worker(worker);
+        assert_ne!(cluster.workers[worker].pid(), before);
+        cluster.settled(3).await;
+    }
+    for router in 0..2 {
+        let before = cluster.routers[router].pid();
+        cluster.routers[router].signal(libc::SIGTERM);
+        assert!(cluster.routers[router].wait().expect("it ends").success());
+        cluster.restart_router(router);
+        assert_ne!(cluster.routers[router].pid(), before);
+        let observer = cluster.observer(router).await;
+        eventually("workers are back at the router", async || {
+            let status = observer.status().await;
+            (serving(&status) == 3 && status.missing_experts == 0).then_some(())
+        })
+        .await;
+    }
+    load.goes_on(2000_u64.saturating_sub(load.ended())).await;
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    assert!(outcome.requests >= 2000);
+    let figures = [("requests", outcome.requests), ("resumed", outcome.resumed)];
+    say("SIGTERM and start of each of three workers and two routers", &outcome.pauses, &figures);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_without_a_model_has_it_from_others() {
+    let work = Work::long().await;
+    let mut cluster = Elastic::start(&demo_model(), 1, &[]);
+    let model = demo_model().display().to_string();
+    // From its own files, then from the router alone, then from another worker.
+    cluster.join(&["--model", &model, "--share", "all"]);
+    let all = cluster.settled(1).await;
+    let bytes = all.workers[0].resident_bytes;
+    let load = Load::start(&work, &cluster.grpc()).await;
+    cluster.join(&["--log", "info,muster_worker=debug"]);
+    cluster.settled(2).await;
+    cluster.leave(0);
+    let alone = cluster.settled(1).await;
+    let other = alone.workers.iter().find(|worker| worker.worker_id == "worker-1").unwrap();
+    assert_eq!((other.experts, other.resident_bytes), (all.experts, bytes));
+    let loaded = |from: &str| {
+        let source = format!("source=\"{from}\"");
+        let log = cluster.workers[1].log();
+        log.lines().filter(|line| line.contains("loaded") && line.contains(&source)).count() as u64
+    };
+    assert!(loaded("peer") + loaded("router") >= u64::from(all.experts), "{}", cluster.workers[1].log());
+    assert!(loaded("peer") > 0);
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    assert_eq!(cluster.metric(0, "muster_requests_failed_total"), 0.0);
+    let size = bytes / u64::from(all.experts);
+    let figures =
+        [("bytes_from_peers", loaded("peer") * size), ("bytes_from_routers", loaded("router") * size)];
+    say("the only worker leaves, after one without a model has joined", &outcome.pauses, &figures);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_a_limit_and_what_does_not_fit_is_told() {
+    let work = Work::long().await;
+    let mut cluster = Elastic::start(&demo_model(), 1, &[]);
+    let expert = expert_bytes();
+    let half = expert * 24;
+    assert!(half.is_multiple_of(1024));
+    let memory = format!("{}KiB", half / 1024);
+    for _ in 0..2 {
+        cluster.join(&["--memory", &memory]);
+    }
+    let full = cluster.settled(2).await;
+    let within = |status: &StatusReply| {
+        let fits = |worker: &WorkerStatus| {
+            worker.resident_bytes <= half && worker.capacity_bytes == half && worker.experts <= 24
+        };
+        assert!(status.workers.iter().all(fits), "{:?}", status.workers);
+    };
+    within(&full);
+    assert_eq!(copies(&full), full.experts, "no expert twice: all memory is used");
+    let load = Load::start(&work, &cluster.grpc()).await;
+
+    let observer = cluster.observer(0).await;
+    let (told, repeated) = (cluster.routers[0].log().len(), cluster.metric(0, "muster_steps_repeated_total"));
+    cluster.workers[0].kill();
+    let missing = eventually("it says what is missing", async || {
+        let status = observer.status().await;
+        within(&status);
+        (status.missing_experts > 0).then_some(status)
+    })
+    .await;
+    assert_eq!((missing.missing_experts, missing.health()), (24, Health::NotReady));
+    assert!(missing.reasons[0].contains("24 experts have no live worker"), "{:?}", missing.reasons);
+    eventually("the leader names the remedy", async || {
+        let log = cluster.routers[0].log().split_off(told);
+        log.contains("no worker has memory for some experts; add workers or raise their --memory")
+            .then_some(())
+    })
+    .await;
+    eventually("streams wait", async || {
+        (cluster.metric(0, "muster_steps_repeated_total") > repeated).then_some(())
+    })
+    .await;
+    let joins = Instant::now();
+    cluster.join(&["--memory", &memory]);
+    let again = cluster.settled(2).await;
+    let served_again = millis(joins);
+    within(&again);
+    load.goes_on(32).await;
+    let outcome = load.finish().await;
+    assert_eq!(cluster.metric(0, "muster_requests_failed_total"), 0.0);
+    let figures = [("served_again_after_join_ms", served_again)];
+    say(
+        "SIGKILL of one of two holders with no memory to spare, until another joins",
+        &outcome.pauses,
+        &figures,
+    );
+}
+
+/// Packed bytes of one expert of the demo model: all have the same.
+fn expert_bytes() -> u64 {
+    let output = run(&["check-model", &demo_model().display().to_string(), "--json"]);
+    let model: Value = serde_json::from_slice(&output.stdout).unwrap();
+    model["layers"][0]["expert_bytes"].as_u64().unwrap()
 }
