@@ -10,6 +10,7 @@ pub mod liar;
 pub mod load;
 pub mod network;
 pub mod process;
+pub mod skewed;
 
 use std::path::{Path, PathBuf};
 

@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 use muster_proto::cluster::v1::status_reply::Health;
 use muster_proto::cluster::v1::{StatusReply, WorkerStatus};
 use muster_proto::expert::v1::AssignRequest;
+use muster_tests::client::greedy;
+use muster_tests::cluster::{Cluster, Setup};
 use muster_tests::demo_model;
 use muster_tests::disturbed::say;
 use muster_tests::elastic::{Elastic, Observer, copies, serving};
 use muster_tests::load::{Load, Work};
 use muster_tests::process::{eventually, run};
+use muster_tests::skewed::{HOT, skewed_model};
 use serde_json::Value;
 use tonic::Code;
 
@@ -373,4 +376,74 @@ fn expert_bytes() -> u64 {
     let output = run(&["check-model", &demo_model().display().to_string(), "--json"]);
     let model: Value = serde_json::from_slice(&output.stdout).unwrap();
     model["layers"][0]["expert_bytes"].as_u64().unwrap()
+}
+
+/// Rows that each worker got of layer 0, and of these the rows of the hot expert.
+async fn rows(cluster: &Elastic) -> Vec<(u64, u64)> {
+    let mut rows = Vec::new();
+    for worker in 0..cluster.workers.len() {
+        let experts = cluster.rows(worker, 0).await;
+        rows.push((experts.iter().sum(), experts.get(HOT).copied().unwrap_or(0)));
+    }
+    rows
+}
+
+/// The busiest worker's rows between two counts, in hundredths of the mean, and in hundredths the part of the hot expert.
+fn uneven(before: &[(u64, u64)], after: &[(u64, u64)]) -> (u64, u64) {
+    let more: Vec<(u64, u64)> = before.iter().zip(after).map(|(b, a)| (a.0 - b.0, a.1 - b.1)).collect();
+    let all: u64 = more.iter().map(|(rows, _)| rows).sum();
+    let hot: u64 = more.iter().map(|(_, hot)| hot).sum();
+    let most = more.iter().map(|(rows, _)| *rows).max().unwrap();
+    (most * 100 * more.len() as u64 / all, hot * 100 / all)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expert_that_gets_half_of_all_rows_is_spread_over_workers() {
+    let model = skewed_model();
+    // Prompts are most of the work: that is where rows are many.
+    let request =
+        |n: u32| greedy(&(0..500).map(|i| 3 + (n * 131 + i * (17 + n)) % 300).collect::<Vec<_>>(), 1);
+    let work = Work::alone(&Cluster::start(Setup::new(model.path())), (0..32).map(request).collect()).await;
+    let mut cluster = Elastic::start(model.path(), 1, &["--prefix-cache", "false"]);
+    for _ in 0..3 {
+        cluster.join(&[]);
+    }
+    let first = cluster.settled(3).await;
+    let planned = |what: &str| cluster.metric(0, &format!("muster_placement_{what}_total"));
+    let (plans, bytes) = (planned("plans"), planned("bytes_planned"));
+
+    let load = Load::start(&work, &cluster.grpc()).await;
+    let begin = rows(&cluster).await;
+    load.goes_on(64).await;
+    let (uneven_before, hot) = uneven(&begin, &rows(&cluster).await);
+    assert!((45..=55).contains(&hot), "it gets {hot} % of all rows");
+    assert_eq!(planned("plans"), plans, "nothing was known yet");
+    eventually("there is a plan by what was counted", async || (planned("plans") > plans).then_some(()))
+        .await;
+    eventually("it is carried out", async || {
+        let status = cluster.settled(3).await;
+        (copies(&status) > copies(&first)).then_some(())
+    })
+    .await;
+    let then = cluster.settled(3).await;
+    let begin = rows(&cluster).await;
+    load.goes_on(96).await;
+    let (uneven_after, hot) = uneven(&begin, &rows(&cluster).await);
+    let outcome = load.finish().await;
+    assert!((45..=55).contains(&hot), "it gets {hot} % of all rows");
+    assert!(uneven_before >= 130, "{uneven_before} %: this would be even enough as it is");
+    assert!(uneven_after <= 115, "{uneven_before} % of the mean before, {uneven_after} % after");
+    let resident =
+        |status: &StatusReply| status.workers.iter().map(|worker| worker.resident_bytes).sum::<u64>();
+    let moved = resident(&then).saturating_sub(resident(&first));
+    assert!(0 < moved && moved as f64 <= planned("bytes_planned") - bytes, "{moved} bytes");
+    say(
+        "one expert gets half of all rows",
+        &outcome.pauses,
+        &[
+            ("busiest_of_mean_before_percent", uneven_before),
+            ("busiest_of_mean_after_percent", uneven_after),
+            ("moved_bytes", moved),
+        ],
+    );
 }
