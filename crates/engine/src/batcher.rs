@@ -2,8 +2,8 @@
 //!
 //! Owns the choice of a replica and the layout of shards, also of those that take the place of one that failed.
 //! Every (row, expert) is in exactly one shard, and a worker gets a row at most once, however many of its experts want it.
-//! All rows of an expert are in the same shard, unless they are so many that [`crate::spread`] divides them. Knows nothing of row contents or transports, and of the
-//! workers' health only the [`Rank`] that it is told.
+//! All rows of an expert are in the same shard, unless they are so many that `spread` divides them. Knows nothing
+//! of row contents or transports, and of the workers' health only the [`Rank`] that it is told.
 
 use std::cmp::Reverse;
 
