@@ -43,7 +43,7 @@ fn skew(from: &Path, to: &Path) {
             let width = shape.last().copied().unwrap_or(1);
             match name.as_str() {
                 "model.embed_tokens.weight" => {
-                    values.iter_mut().step_by(width).for_each(|first| *first = 1.0)
+                    values.iter_mut().step_by(width).for_each(|first| *first = 1.0);
                 }
                 "model.layers.0.post_attention_layernorm.weight" => values[0] = 1.0,
                 "model.layers.0.block_sparse_moe.gate.weight" => {
