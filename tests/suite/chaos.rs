@@ -5,7 +5,8 @@ mod network;
 mod placement;
 
 use muster_tests::cluster::{Cluster, Setup};
-use muster_tests::disturbed::{disturbed, metric, replicated};
+use muster_tests::disturbed::{disturbed, metric, replicated, say};
+use muster_tests::load::{Load, Work};
 use muster_tests::process::eventually;
 use muster_tests::{demo_model, http};
 
@@ -61,20 +62,23 @@ async fn streams_wait_for_experts_that_nobody_else_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_are_restarted_one_after_another_under_load() {
+    let work = Work::long().await;
     let mut cluster = Cluster::start(replicated());
-    disturbed("rolling restart of three workers, replicas exist", &mut cluster, async |cluster| {
-        for index in 0..3 {
-            let others = async |count: f64| {
-                eventually("a worker came or went", async || {
-                    (metric(cluster, "muster_dispatch_workers") == count).then_some(())
-                })
-                .await;
-            };
-            others(3.0).await;
-            cluster.workers[index].signal(libc::SIGTERM);
-            assert!(cluster.workers[index].wait().expect("it ends").success());
-            cluster.restart_worker(index);
-        }
-    })
-    .await;
+    let load = Load::start(&work, &[cluster.grpc()]).await;
+    for index in 0..3 {
+        let others = async |count: f64| {
+            eventually("a worker came or went", async || {
+                (metric(&cluster, "muster_dispatch_workers") == count).then_some(())
+            })
+            .await;
+        };
+        others(3.0).await;
+        cluster.workers[index].signal(libc::SIGTERM);
+        assert!(cluster.workers[index].wait().expect("it ends").success());
+        cluster.restart_worker(index);
+    }
+    let outcome = load.finish().await;
+    assert_eq!(outcome.resumed, 0, "the router let go of a stream");
+    assert_eq!(metric(&cluster, "muster_requests_failed_total"), 0.0);
+    say("rolling restart of three workers, replicas exist", &outcome.pauses, &[]);
 }
