@@ -13,11 +13,11 @@ use crate::cluster::{Cluster, Setup};
 use crate::process::eventually;
 use crate::{demo_model, http};
 
-const STREAMS: u32 = 32;
+pub(crate) const STREAMS: u32 = 32;
 const TOKENS: u32 = 160;
 
 /// Greedy and sampled requests of different lengths.
-fn requests() -> Vec<GenerateRequest> {
+pub(crate) fn requests() -> Vec<GenerateRequest> {
     let request = |n: u32| {
         let prompt: Vec<u32> = (0..4 + n % 13).map(|i| 6 + (n * 131 + i * 17) % 4000).collect();
         if n.is_multiple_of(2) { greedy(&prompt, TOKENS) } else { sampled(&prompt, TOKENS, u64::from(n)) }
@@ -49,11 +49,10 @@ async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run 
 }
 
 /// Runs all requests at once, `fault` while all of them are under way, and compares every stream with the lone run.
-/// Says how long each stream stood still at most, for `cargo xtask chaos`.
+/// Says how long each stream stood still at most.
 ///
 /// # Panics
 /// When a stream fails or is not what it was alone, and when the fault came too late.
-#[allow(clippy::print_stdout, reason = "this is what `cargo xtask chaos` reads")]
 pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
     let client = cluster.client().await;
     let mut undisturbed = Vec::new();
@@ -79,18 +78,26 @@ pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnc
         assert_eq!(ids, undisturbed[n], "stream {n}");
         stalls.push(stall);
     }
-    let stalls: Vec<u128> = stalls.iter().map(Duration::as_millis).collect();
-    println!("\nchaos {}", serde_json::json!({ "fault": what, "stalls_ms": stalls }));
+    say(what, &stalls, &[]);
     let failed = metric(cluster, "muster_requests_failed_total");
     assert_eq!(failed, 0.0);
+}
+
+/// Says how long each stream stood still at most, and other figures, for `cargo xtask chaos`.
+#[allow(clippy::print_stdout, reason = "this is what `cargo xtask chaos` reads")]
+pub fn say(what: &str, stalls: &[Duration], others: &[(&str, u64)]) {
+    let stalls: Vec<u128> = stalls.iter().map(Duration::as_millis).collect();
+    let mut said = serde_json::json!({ "fault": what, "stalls_ms": stalls });
+    for &(name, value) in others {
+        said[name] = value.into();
+    }
+    println!("\nchaos {said}");
 }
 
 /// The sum of a metric's values over its labels.
 #[must_use]
 pub fn metric(cluster: &Cluster, name: &str) -> f64 {
-    let text = http::get(&cluster.http(), "/metrics").text();
-    let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
-    text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    http::metric(&cluster.http(), name)
 }
 
 /// Three workers that each hold every expert.

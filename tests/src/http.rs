@@ -53,6 +53,14 @@ pub fn get(address: &str, path: &str) -> Response {
     raw(address, format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())
 }
 
+/// The sum of a metric's values over its labels, of the server at this address.
+#[must_use]
+pub fn metric(address: &str, name: &str) -> f64 {
+    let text = get(address, "/metrics").text();
+    let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
+    text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
 /// POST of JSON.
 #[must_use]
 pub fn post(address: &str, path: &str, body: &Value) -> Response {

@@ -3,11 +3,14 @@
 pub mod client;
 pub mod cluster;
 pub mod disturbed;
+pub mod elastic;
 pub mod golden;
 pub mod http;
 pub mod liar;
+pub mod load;
 pub mod network;
 pub mod process;
+pub mod skewed;
 
 use std::path::{Path, PathBuf};
 

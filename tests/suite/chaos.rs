@@ -2,9 +2,11 @@
 //! undisturbed run. Every test proves that its fault happened.
 
 mod network;
+mod placement;
 
 use muster_tests::cluster::{Cluster, Setup};
-use muster_tests::disturbed::{disturbed, metric, replicated};
+use muster_tests::disturbed::{disturbed, metric, replicated, say};
+use muster_tests::load::{Load, Work};
 use muster_tests::process::eventually;
 use muster_tests::{demo_model, http};
 
@@ -79,23 +81,23 @@ async fn a_router_that_may_computes_what_no_worker_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_are_restarted_one_after_another_under_load() {
+    let work = Work::long().await;
     let mut cluster = Cluster::start(replicated());
-    // Without one a worker that is to stop has to find out by itself that nobody asks it any more.
-    eventually("a router leads", async || (metric(&cluster, "muster_placement_leads") == 1.0).then_some(()))
-        .await;
-    disturbed("rolling restart of three workers, replicas exist", &mut cluster, async |cluster| {
-        for index in 0..3 {
-            let others = async |count: f64| {
-                eventually("a worker came or went", async || {
-                    (metric(cluster, "muster_dispatch_workers") == count).then_some(())
-                })
-                .await;
-            };
-            others(3.0).await;
-            cluster.workers[index].signal(libc::SIGTERM);
-            assert!(cluster.workers[index].wait().expect("it ends").success());
-            cluster.restart_worker(index);
-        }
-    })
-    .await;
+    let load = Load::start(&work, &[cluster.grpc()]).await;
+    for index in 0..3 {
+        let others = async |count: f64| {
+            eventually("a worker came or went", async || {
+                (metric(&cluster, "muster_dispatch_workers") == count).then_some(())
+            })
+            .await;
+        };
+        others(3.0).await;
+        cluster.workers[index].signal(libc::SIGTERM);
+        assert!(cluster.workers[index].wait().expect("it ends").success());
+        cluster.restart_worker(index);
+    }
+    let outcome = load.finish().await;
+    assert_eq!(outcome.resumed, 0, "the router let go of a stream");
+    assert_eq!(metric(&cluster, "muster_requests_failed_total"), 0.0);
+    say("rolling restart of three workers, replicas exist", &outcome.pauses, &[]);
 }

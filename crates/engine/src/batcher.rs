@@ -1,9 +1,9 @@
 //! Groups the rows of a micro-batch by the workers that will compute them.
 //!
 //! Owns the choice of a replica and the layout of shards, also of those that take the place of one that failed.
-//! Every (row, expert) is in exactly one shard, all rows of an expert are in the same one, and a worker gets a row
-//! at most once, however many of its experts want it. Knows nothing of row contents or transports, and of the
-//! workers' health only the [`Rank`] that it is told.
+//! Every (row, expert) is in exactly one shard, and a worker gets a row at most once, however many of its experts want it.
+//! All rows of an expert are in the same shard, unless they are so many that `spread` divides them. Knows nothing
+//! of row contents or transports, and of the workers' health only the [`Rank`] that it is told.
 
 use std::cmp::Reverse;
 
@@ -11,6 +11,7 @@ use muster_placement::{Placement, WorkerIx};
 use muster_types::{ExpertId, ExpertKey, LayerId};
 
 use crate::dispatch::{Choices, DispatchError};
+use crate::spread::{Part, spread};
 
 /// What one worker computes for a micro-batch at one layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,10 +62,10 @@ pub enum Rank {
 
 /// Plans the dispatch of a micro-batch at `layer`.
 ///
-/// Of several owners one is chosen per expert, for all its rows: one of the best rank there is, of these the one with
+/// Of several owners one is chosen per expert: one of the best rank there is, of these the one with
 /// the fewest experts to run so far, then the fewest rows, then the lowest index. With few rows per expert a worker's time goes into
 /// reading weights, hence experts before rows. Experts with the fewest owners choose first, then those with the
-/// most rows.
+/// most rows. Where a worker then has far more rows than others, owners as good take some of an expert's.
 ///
 /// # Errors
 /// `NoOwner` when no usable worker holds a chosen expert, `Invalid` when there are more (row, expert) pairs than 32
@@ -77,14 +78,30 @@ pub fn group(
 ) -> Result<BatchPlan, DispatchError> {
     let active = count_rows(layer, choices, placement)?;
     let owners = choose_owners(layer, &active, placement, rank)?;
-    let (mut shards, mut routes) = lay_out(&active, &owners, placement.experts(layer));
+    let one = |(expert, (active, &worker)): (usize, (&Active, &WorkerIx))| Part {
+        expert,
+        worker,
+        rows: active.rows,
+    };
+    let mut parts: Vec<Part> = active.iter().zip(&owners).enumerate().map(one).collect();
+    spread(&mut parts, placement.workers().len(), |at| {
+        let key = ExpertKey { layer, expert: active[at].expert };
+        let best = rank(owners[at]);
+        placement.owners(key).iter().copied().filter(move |&owner| rank(owner) == best)
+    });
+    let (mut shards, mut routes, mut firsts) = lay_out(&active, &parts, placement.experts(layer));
 
     let mut slots = Vec::with_capacity(choices.experts().len());
     // Row by row, so that rows are ascending in each shard and, per expert, in its indices.
     for (row, experts) in (0..).zip(choices.experts().chunks_exact(choices.k())) {
         for expert in experts {
-            let Slot { shard, position } = routes[expert.index()];
-            routes[expert.index()].position += 1;
+            let route = &mut routes[firsts[expert.index()]];
+            let Slot { shard, position } = route.slot;
+            route.slot.position += 1;
+            route.left -= 1;
+            if route.left == 0 {
+                firsts[expert.index()] += 1;
+            }
             let plan = &mut shards[shard as usize];
             if plan.rows.last() != Some(&row) {
                 plan.rows.push(row);
@@ -205,9 +222,16 @@ fn choose_owners(
     Ok(chosen.into_iter().map(|(_, owner)| owner).collect())
 }
 
-/// One shard per worker, complete but for its rows, and for each expert of the layer the slot of its first row.
-fn lay_out(active: &[Active], owners: &[WorkerIx], experts: usize) -> (Vec<ShardPlan>, Vec<Slot>) {
-    let mut workers = owners.to_vec();
+/// Where the next row of a part goes, and how many are to come.
+struct Route {
+    slot: Slot,
+    left: u32,
+}
+
+/// One shard per worker, complete but for its rows; where the rows of each part go; and for each expert of the layer the
+/// first of its parts, which are next to each other.
+fn lay_out(active: &[Active], parts: &[Part], experts: usize) -> (Vec<ShardPlan>, Vec<Route>, Vec<usize>) {
+    let mut workers: Vec<WorkerIx> = parts.iter().map(|part| part.worker).collect();
     workers.sort_unstable();
     workers.dedup();
     let empty = |&worker| ShardPlan {
@@ -218,17 +242,22 @@ fn lay_out(active: &[Active], owners: &[WorkerIx], experts: usize) -> (Vec<Shard
         indices: Vec::new(),
     };
     let mut shards: Vec<_> = workers.iter().map(empty).collect();
-    // Experts that were not chosen keep this slot, and nobody looks it up.
-    let mut routes = vec![Slot { shard: u32::MAX, position: u32::MAX }; experts];
-    for (&Active { expert, rows }, owner) in active.iter().zip(owners) {
-        let shard = workers.partition_point(|worker| worker < owner);
+    let mut routes = Vec::with_capacity(parts.len());
+    // Experts that were not chosen keep this, and nobody looks it up.
+    let mut firsts = vec![usize::MAX; experts];
+    for &Part { expert, worker, rows } in parts {
+        let shard = workers.partition_point(|&before| before < worker);
         let plan = &mut shards[shard];
-        routes[expert.index()] = Slot { shard: shard as u32, position: plan.indices.len() as u32 };
+        let slot = Slot { shard: shard as u32, position: plan.indices.len() as u32 };
+        let expert = active[expert].expert;
+        let first = &mut firsts[expert.index()];
+        *first = (*first).min(routes.len());
+        routes.push(Route { slot, left: rows });
         plan.experts.push(expert);
         plan.counts.push(rows);
         plan.indices.resize(plan.indices.len() + rows as usize, 0);
     }
-    (shards, routes)
+    (shards, routes, firsts)
 }
 
 #[cfg(test)]
@@ -346,7 +375,7 @@ mod tests {
             let k = 1..=experts.min(4) as usize;
             let rows = k.prop_flat_map(move |k| {
                 let row = prop::sample::subsequence((0..experts).collect::<Vec<_>>(), k);
-                (Just(k), prop::collection::vec(row, 0..24))
+                (Just(k), prop::collection::vec(row, 0..200))
             });
             (held, rows)
                 .prop_map(move |(held, (k, rows))| (placement(experts, &held), choices(k, &rows.concat())))
@@ -375,7 +404,7 @@ mod tests {
                 let mut position = 0;
                 for (&expert, &count) in shard.experts.iter().zip(&shard.counts) {
                     prop_assert!(count > 0);
-                    prop_assert!(experts_seen.insert(expert), "one worker per expert");
+                    prop_assert!(experts_seen.insert((shard.worker, expert)), "one part per worker");
                     let key = ExpertKey { layer: layer(), expert };
                     prop_assert!(placement.owners(key).contains(&shard.worker));
                     let (mine, rest) = indices.split_at(count as usize);

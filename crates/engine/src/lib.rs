@@ -14,6 +14,7 @@ pub mod microbatch;
 mod prefix;
 pub mod scheduler;
 mod sequence;
+mod spread;
 
 pub use batcher::{BatchPlan, ShardPlan, Slot};
 pub use scheduler::{

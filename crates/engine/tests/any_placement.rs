@@ -50,7 +50,9 @@ fn placements() -> impl Strategy<Value = Placement> {
 }
 
 fn batches() -> impl Strategy<Value = (Choices, Vec<f32>)> {
-    (1_usize..5, 0_usize..20).prop_flat_map(|(k, rows)| {
+    // Few rows of an expert stay together, many are divided.
+    let rows = prop_oneof![3 => 0_usize..20, 1 => 100_usize..200];
+    (1_usize..5, rows).prop_flat_map(|(k, rows)| {
         let chosen = prop::sample::subsequence(ExpertId::all(EXPERTS).collect::<Vec<_>>(), k);
         let weights = prop::collection::vec(0.0_f32..1.0, rows * k);
         let values = prop::collection::vec(-3.0_f32..3.0, rows * HIDDEN);

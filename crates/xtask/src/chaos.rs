@@ -31,31 +31,50 @@ pub(crate) struct Args {
 struct Said {
     fault: String,
     stalls_ms: Vec<u64>,
+    /// Other figures, by name.
+    #[serde(flatten)]
+    others: BTreeMap<String, u64>,
+}
+
+/// What was said of one fault, all rounds together.
+#[derive(Debug, Default)]
+struct Heard {
+    stalls_ms: Vec<u64>,
+    others: BTreeMap<String, Vec<u64>>,
+}
+
+impl Heard {
+    fn take(&mut self, said: Said) {
+        self.stalls_ms.extend(said.stalls_ms);
+        for (name, value) in said.others {
+            self.others.entry(name).or_default().push(value);
+        }
+    }
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut stalls: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    let mut heard: BTreeMap<String, Heard> = BTreeMap::new();
     for round in 1..=args.repeats {
         let mut tests = Command::new("cargo");
         tests.args(["test", "--release", "--workspace", "--locked", "--test", "suite", "--"]);
         tests.args(["chaos::", "--nocapture", "--test-threads", "1"]);
         let text = output(tests, RUN).with_context(|| format!("round {round} of {}", args.repeats))?;
-        let before = stalls.values().map(Vec::len).sum::<usize>();
-        for said in said(&text)? {
-            stalls.entry(said.fault).or_default().extend(said.stalls_ms);
-        }
-        if stalls.values().map(Vec::len).sum::<usize>() == before {
+        let said = said(&text)?;
+        if said.is_empty() {
             bail!("the chaos tests said nothing; were they left out?");
+        }
+        for said in said {
+            heard.entry(said.fault.clone()).or_default().take(said);
         }
         note(&format!("round {round}/{}: every stream as undisturbed", args.repeats));
     }
-    let table = table(args.repeats, &mut stalls);
+    let table = table(args.repeats, &mut heard);
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let page = format!(
         "Commit {}, {}, {} faults, {} repeats, 32 streams each.\n\n{table}",
         page::commit(&root),
         page::date(),
-        stalls.len(),
+        heard.len(),
         args.repeats
     );
     print(&page);
@@ -71,23 +90,34 @@ fn said(text: &str) -> Result<Vec<Said>> {
     objects.map(|object| serde_json::from_str(object).with_context(|| format!("chaos {object}"))).collect()
 }
 
-fn table(repeats: u32, stalls: &mut BTreeMap<String, Vec<u64>>) -> String {
-    let mut table =
-        "| fault | runs | streams | failed or different | longest pause of a stream: p50 | p99 | most |\n\
-                     |---|---|---|---|---|---|---|"
-            .to_owned();
-    for (fault, stalls) in stalls {
-        stalls.sort_unstable();
-        let at = |part: usize| stalls[(stalls.len() * part / 100).min(stalls.len() - 1)];
+fn table(repeats: u32, heard: &mut BTreeMap<String, Heard>) -> String {
+    let mut table = "| fault | runs | streams | failed or different | longest pause of a stream: p50 | p99 | most | other \
+                     figures: median (most) |\n\
+                     |---|---|---|---|---|---|---|---|"
+        .to_owned();
+    for (fault, Heard { stalls_ms, others }) in heard {
+        let streams = stalls_ms.len();
+        let stalls = [50, 99, 100].map(|part| at(stalls_ms, part));
+        let other = |(name, values): (&String, &mut Vec<u64>)| {
+            format!("{}: {} ({})", name.replace('_', " "), at(values, 50), at(values, 100))
+        };
+        let others: Vec<String> = others.iter_mut().map(other).collect();
         table += &format!(
-            "\n| {fault} | {repeats} | {} | 0 | {} ms | {} ms | {} ms |",
-            stalls.len(),
-            at(50),
-            at(99),
-            at(100)
+            "\n| {fault} | {repeats} | {streams} | 0 | {} ms | {} ms | {} ms | {} |",
+            stalls[0],
+            stalls[1],
+            stalls[2],
+            others.join("; ")
         );
     }
     table
+}
+
+/// The value below which so many of a hundred are; 0 when there is none.
+fn at(values: &mut [u64], part: usize) -> u64 {
+    values.sort_unstable();
+    let last = values.len().saturating_sub(1);
+    values.get((values.len() * part / 100).min(last)).copied().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -96,13 +126,13 @@ mod tests {
 
     #[test]
     fn what_tests_say_is_added_up() {
-        let text = "running 2 tests\nchaos {\"fault\":\"a\",\"stalls_ms\":[3,1,200]}\ntest x ... ok\n";
-        let mut stalls = BTreeMap::new();
-        for said in said(text).unwrap() {
-            stalls.insert(said.fault, said.stalls_ms);
+        let text = "running 2 tests\nchaos {\"fault\":\"a\",\"stalls_ms\":[3,1,200],\"again_ms\":7}\ntest x ... ok\n";
+        let mut heard: BTreeMap<String, Heard> = BTreeMap::new();
+        for said in said(text).unwrap().into_iter().chain(said(&text.replace('7', "5")).unwrap()) {
+            heard.entry(said.fault.clone()).or_default().take(said);
         }
-        let table = table(1, &mut stalls);
-        assert!(table.ends_with("| a | 1 | 3 | 0 | 3 ms | 200 ms | 200 ms |"), "{table}");
+        let table = table(2, &mut heard);
+        assert!(table.ends_with("| a | 2 | 6 | 0 | 3 ms | 200 ms | 200 ms | again ms: 7 (7) |"), "{table}");
         assert!(said("chaos nonsense").is_err());
     }
 }

@@ -18,8 +18,8 @@ use super::link::{self, LinkConfig};
 use super::peer::Control;
 use crate::address::Address;
 
-/// How long a worker may take to answer.
-const ANSWER: Duration = Duration::from_secs(2);
+/// How long a worker may take to answer. A leader that waits for one that stands still must not lose its lease over it.
+const ANSWER: Duration = Duration::from_millis(400);
 
 /// Other threads' way to the workers of a dispatch.
 #[derive(Clone)]

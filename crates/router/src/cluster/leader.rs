@@ -181,7 +181,8 @@ impl Leader {
         let aged = reign.planned.elapsed() > PLAN_AGE;
         let is_first = reign.target.is_none();
         let mut step = self.transition(&workers);
-        let due = self.counted.elapsed() >= REBALANCE;
+        // The first count is what later ones are compared with.
+        let due = is_first || self.counted.elapsed() >= REBALANCE;
         if due {
             self.count(&workers).await;
         }
