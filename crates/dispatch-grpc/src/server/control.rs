@@ -139,7 +139,7 @@ mod tests {
         LeadAsk {
             router: RouterName::new(router).unwrap(),
             term: NonZeroU64::new(term).unwrap(),
-            ttl: Duration::from_secs(60),
+            ttl: std::time::Duration::from_secs(60),
         }
     }
 
