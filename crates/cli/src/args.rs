@@ -53,7 +53,7 @@ pub(crate) enum Command {
     /// Run a router: requests, attention, KV cache and gates; its experts are in workers.
     Router(Box<RouterArgs>),
     /// Run an expert worker.
-    Worker(WorkerArgs),
+    Worker(Box<WorkerArgs>),
     /// Talk to the model of a running router.
     Chat(ChatArgs),
     /// Continue one prompt and print the text.
