@@ -59,6 +59,7 @@ metric_names! {
     describe_counter DISPATCH_BANNED = "muster_dispatch_workers_banned_total", Count, "Workers cut off for a while because they broke the protocol.";
     describe_counter DISPATCH_LINKS_LOST = "muster_dispatch_links_lost_total", Count, "Connections to workers that broke.";
     describe_counter DISPATCH_FALLBACK_SHARDS = "muster_dispatch_fallback_shards_total", Count, "Shards computed by the router itself, for lack of a worker.";
+    describe_gauge ROUTER_HEALTH = "muster_router_health", Count, "2 ready, 1 degraded, 0 not ready.";
     describe_counter CANARY_FAILURES = "muster_canary_failures_total", Count, "Test tokens that did not come.";
     // Router: placement.
     describe_gauge PLACEMENT_LEADS = "muster_placement_leads", Count, "1 while this router leads the placement.";

@@ -25,6 +25,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
 use self::inference::Api;
+use crate::health::Health;
 use crate::net::{Acceptor, Patience};
 use crate::service::Service;
 
@@ -133,7 +134,13 @@ fn routes(
 }
 
 fn serving(service: &Service) -> ServingStatus {
-    if service.health().is_ready() { ServingStatus::Serving } else { ServingStatus::NotServing }
+    let health = service.health();
+    metrics::gauge!("muster_router_health").set(match health {
+        Health::Ready => 2.0,
+        Health::Degraded { .. } => 1.0,
+        Health::NotReady { .. } => 0.0,
+    });
+    if health.is_ready() { ServingStatus::Serving } else { ServingStatus::NotServing }
 }
 
 async fn report(reporter: &HealthReporter, status: ServingStatus) {

@@ -24,7 +24,6 @@ use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse
 
 use super::*;
 use crate::fake;
-use crate::health::Health;
 
 const SOON: Duration = Duration::from_secs(10);
 
