@@ -8,8 +8,9 @@ use muster_proto::v1::inference_client::InferenceClient;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
-use crate::client::{generate, greedy, sampled};
+use crate::client::{greedy, sampled};
 use crate::cluster::{Cluster, Setup};
+use crate::load::Work;
 use crate::process::eventually;
 use crate::{demo_model, http};
 
@@ -54,14 +55,11 @@ async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run 
 /// # Panics
 /// When a stream fails or is not what it was alone, and when the fault came too late.
 pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
+    let Work(work) = Work::alone(cluster, requests()).await;
     let client = cluster.client().await;
-    let mut undisturbed = Vec::new();
-    for request in requests() {
-        undisturbed.push(generate(&client, request).await.expect("undisturbed").remove(0).ids);
-    }
     let mut running = JoinSet::new();
-    for (n, request) in requests().into_iter().enumerate() {
-        let client = client.clone();
+    for (n, (request, _)) in work.iter().enumerate() {
+        let (client, request) = (client.clone(), request.clone());
         running.spawn(async move { (n, run(client, request).await) });
     }
     let all_run = format!("muster_sequences_running {STREAMS}");
@@ -75,7 +73,7 @@ pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnc
     let mut stalls = Vec::new();
     while let Some(done) = running.join_next().await {
         let (n, (ids, stall)) = done.expect("no stream fails");
-        assert_eq!(ids, undisturbed[n], "stream {n}");
+        assert_eq!(ids, work[n].1, "stream {n}");
         stalls.push(stall);
     }
     say(what, &stalls, &[]);

@@ -21,7 +21,7 @@ const UNDER_WAY: usize = 10;
 
 /// Requests, and what comes of each when it runs alone.
 #[derive(Clone)]
-pub struct Work(Arc<Vec<(GenerateRequest, Vec<u32>)>>);
+pub struct Work(pub(crate) Arc<Vec<(GenerateRequest, Vec<u32>)>>);
 
 impl Work {
     /// What `cluster` makes of each of these requests alone.

@@ -541,8 +541,8 @@ pub(crate) struct BenchArgs {
     /// Tokens generated for every prompt; 1 measures prefill alone.
     #[arg(long, default_value = "64", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(crate) output_tokens: u32,
-    /// Requests at a time, several values separated by commas.
-    #[arg(long, default_value = "1,8", value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
+    /// Requests at a time, several values separated by commas [default: 1,8; with --chaos 32].
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) concurrency: Vec<u32>,
     /// How often each is measured; rates are medians, latencies are over all.
     #[arg(long, default_value = "3", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]

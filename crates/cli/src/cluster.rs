@@ -157,7 +157,7 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         "--threads".into(),
         threads.to_string().into(),
         "--memory".into(),
-        format!("{}B", (muster_worker::free_memory() / u64::from(spec.count.get())).max(1)).into(),
+        format!("{}B", (muster_worker::memory_for_experts() / u64::from(spec.count.get())).max(1)).into(),
         "--max-rows".into(),
         MOST_ROWS.to_string().into(),
         "--busy-poll-us".into(),

@@ -290,6 +290,21 @@ pub fn read(
     Ok(())
 }
 
+/// Reads, checks and packs one expert.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_one(
+    checkpoint: &Checkpoint,
+    key: ExpertKey,
+    compute: Compute,
+    dtype: WeightDType,
+) -> Result<Expert, ModelError> {
+    let mut found = None;
+    read(checkpoint, &[key], compute, dtype, &mut |_| {}, &mut |_, expert| found = Some(expert))?;
+    found.ok_or(ModelError::NoSuchExpert(key))
+}
+
 /// What to tell the user where another mode would be faster.
 #[must_use]
 pub fn faster_mode(compute: Compute, isa: Isa) -> Option<&'static str> {

@@ -134,13 +134,18 @@ impl ShardView {
         if self.weights.is_some() { self.rows } else { self.indices.len() as u32 }
     }
 
+    /// Each expert with the number of rows it gets.
+    pub fn row_counts(&self) -> impl Iterator<Item = (ExpertId, usize)> {
+        self.experts.iter().copied().zip(self.counts.iter().map(|&count| count as usize))
+    }
+
     /// Each expert with the rows it gets. Experts strictly ascending, rows strictly ascending and in range.
     #[must_use]
     pub fn groups(&self) -> Vec<(ExpertId, &[u32])> {
         let mut rest = self.indices.as_slice();
         let mut groups = Vec::with_capacity(self.experts.len());
-        for (&expert, &count) in self.experts.iter().zip(&self.counts) {
-            let (rows, tail) = rest.split_at_checked(count as usize).unwrap_or((rest, &[]));
+        for (expert, count) in self.row_counts() {
+            let (rows, tail) = rest.split_at_checked(count).unwrap_or((rest, &[]));
             groups.push((expert, rows));
             rest = tail;
         }

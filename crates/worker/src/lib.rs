@@ -34,7 +34,7 @@ use load::Loaded;
 use loader::Loader;
 use membership::Applicant;
 
-pub use memory::for_experts as free_memory;
+pub use memory::memory_for_experts;
 
 /// Longest time a router may ask for; longer deadlines are cut to it.
 const MAX_DEADLINE: Duration = Duration::from_secs(300);

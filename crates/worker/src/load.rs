@@ -15,7 +15,7 @@ use muster_types::{Compute, ExpertKey};
 use tokio::sync::oneshot;
 
 use crate::loader::Sources;
-use crate::{Share, WorkerConfig, WorkerError, memory, on_thread};
+use crate::{Share, WorkerConfig, WorkerError, memory_for_experts, on_thread};
 
 /// All that serving needs of the model.
 pub(crate) struct Loaded {
@@ -61,7 +61,7 @@ fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> 
             compute: card.compute,
             dtype: card.experts,
             forms: card.layers.iter().map(|layer| layer.as_ref().map(form)).collect(),
-            capacity: config.memory.unwrap_or_else(memory::for_experts),
+            capacity: config.memory.unwrap_or_else(memory_for_experts),
         },
         shape: Shape::new(card.shape()),
         hidden: card.hidden,
@@ -104,7 +104,7 @@ fn load(
     }
     let experts = ExpertSet::load(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
-    let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory::for_experts()));
+    let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory_for_experts()));
     let sources = Sources {
         fingerprint: checkpoint.fingerprint(),
         checkpoint: Some(checkpoint),

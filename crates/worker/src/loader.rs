@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use muster_checkpoint::Checkpoint;
 use muster_dispatch_grpc::{Address, ExpertServer, Fetcher};
+use muster_model::ModelError;
 use muster_model::experts::{self, Expert, ExpertForm};
 use muster_proto::control::Fetch;
 use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
@@ -132,13 +133,11 @@ impl Loader {
     }
 
     fn read(&self, checkpoint: &Checkpoint, key: ExpertKey) -> Option<Expert> {
-        let mut loaded = None;
-        let Sources { compute, dtype, .. } = &self.sources;
-        let take = &mut |_, expert| loaded = Some(expert);
-        if let Err(error) = experts::read(checkpoint, &[key], *compute, *dtype, &mut |_| {}, take) {
+        let Sources { compute, dtype, .. } = self.sources;
+        let failed = |error: &ModelError| {
             tracing::error!(expert = %key, %error, "an expert could not be loaded");
             metrics::counter!("muster_worker_expert_load_errors_total").increment(1);
-        }
-        loaded
+        };
+        experts::read_one(checkpoint, key, compute, dtype).inspect_err(failed).ok()
     }
 }

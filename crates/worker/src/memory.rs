@@ -7,7 +7,7 @@ const PART: u64 = 80;
 
 /// Bytes for experts: most of what the system, or the control group this process is in, has left now.
 #[must_use]
-pub fn for_experts() -> u64 {
+pub fn memory_for_experts() -> u64 {
     let system = read("/proc/meminfo").and_then(|text| available(&text));
     // Version 2, then version 1.
     let limit = number("/sys/fs/cgroup/memory.max")
@@ -48,6 +48,6 @@ mod tests {
         assert_eq!(available(text), Some(20_480_000 << 10));
         assert_eq!(available("MemTotal: 5 kB"), None);
         assert_eq!(available("MemAvailable: lots"), None);
-        assert!(for_experts() > 0);
+        assert!(memory_for_experts() > 0);
     }
 }

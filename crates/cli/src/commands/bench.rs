@@ -25,6 +25,8 @@ use crate::scrape::Metrics;
 use crate::stats::{median, quantile};
 use crate::{out, text};
 
+/// Requests at a time when nobody says how many.
+const CONCURRENCY: [u32; 2] = [1, 8];
 /// Longest saved run that is read.
 const MOST_SAVED: u64 = 1 << 20;
 
@@ -103,7 +105,8 @@ async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHand
     // Weights are touched and connections made before anything counts.
     drop(round(&backend, &mut prompts, 1, args.prompt_tokens, 2, &Clock::None).await?);
     let mut results = Vec::new();
-    for &concurrency in &args.concurrency {
+    let concurrencies = if args.concurrency.is_empty() { &CONCURRENCY[..] } else { &args.concurrency };
+    for &concurrency in concurrencies {
         results.push(at(args, &backend, &clock, &mut prompts, concurrency).await?);
     }
     let About { name: model, compute, experts: expert_dtype, trunk: trunk_dtype, workers, .. } = about;

@@ -87,8 +87,7 @@ pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> 
     if count < REPLICAS {
         return Err(Failure::input("--workers: with fewer than 2 there is nobody to stand in for a worker"));
     }
-    let streams =
-        args.concurrency.iter().copied().max().filter(|_| args.concurrency != [1, 8]).unwrap_or(STREAMS);
+    let streams = args.concurrency.iter().copied().max().unwrap_or(STREAMS);
     let mut signals = Signals::listen()?;
     let bars = Bars::new();
     let spec = WorkersSpec {

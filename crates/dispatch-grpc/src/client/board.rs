@@ -146,8 +146,8 @@ pub(super) struct Board {
     shape: Shape,
     /// Epoch of the routes, to be read without the lock.
     version: AtomicU64,
-    /// The same, for those who wait for another.
-    versions: watch::Sender<u64>,
+    /// Tells those who wait for another.
+    versions: watch::Sender<()>,
     state: Mutex<State>,
     /// A link came or went; for `gather`.
     links: Condvar,
@@ -171,7 +171,7 @@ impl Board {
             closed: false,
         };
         let (links, answered) = (Condvar::new(), Notify::new());
-        let (version, versions) = (AtomicU64::new(1), watch::Sender::new(1));
+        let (version, versions) = (AtomicU64::new(1), watch::Sender::new(()));
         Ok(Self { shape, version, versions, state: Mutex::new(state), links, answered })
     }
 
@@ -230,7 +230,7 @@ impl Board {
     }
 
     /// Tells when the routes change.
-    pub(super) fn versions(&self) -> watch::Receiver<u64> {
+    pub(super) fn versions(&self) -> watch::Receiver<()> {
         self.versions.subscribe()
     }
 
@@ -243,7 +243,7 @@ impl Board {
     pub(super) fn await_coverage(&self, deadline: Instant) -> bool {
         let mut state = self.lock();
         loop {
-            if state.routes.elsewhere.missing().is_empty() {
+            if state.routes.elsewhere.is_complete() {
                 return true;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -479,7 +479,6 @@ impl Board {
             peer.up(description, session, lanes, control);
         }
         self.reroute(state)?;
-        self.links.notify_all();
         Ok(session)
     }
 
@@ -487,10 +486,10 @@ impl Board {
     pub(super) fn announce(&self, peer: usize, description: Description) -> Result<(), LinkError> {
         let mut state = self.lock();
         if let Some(peer) = state.peers.get_mut(&peer) {
-            if peer.announced.as_ref() == Some(&description) {
+            if peer.announced.as_deref() == Some(&description) {
                 return Ok(());
             }
-            peer.announced = Some(description);
+            peer.announced = Some(Arc::new(description));
         }
         self.reroute(&mut state)
     }
@@ -601,9 +600,8 @@ impl Board {
     /// Makes new routes from the workers that are there now.
     fn reroute(&self, state: &mut State) -> Result<(), LinkError> {
         state.reroute(&self.shape)?;
-        let version = state.routes.placement.epoch().get();
-        self.version.store(version, Ordering::Release);
-        self.versions.send_replace(version);
+        self.version.store(state.routes.placement.epoch().get(), Ordering::Release);
+        self.versions.send_replace(());
         self.links.notify_all();
         self.answered.notify_one();
         Ok(())

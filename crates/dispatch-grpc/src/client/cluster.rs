@@ -78,14 +78,14 @@ pub struct ConnectedWorker {
     /// Changes whenever it is connected anew.
     pub session: u64,
     /// What it announces.
-    pub description: Description,
+    pub description: Arc<Description>,
     pub(super) control: Control,
 }
 
 impl ConnectedWorker {
     /// Its name.
     #[must_use]
-    pub const fn name(&self) -> &WorkerId {
+    pub fn name(&self) -> &WorkerId {
         &self.description.worker
     }
 
@@ -138,7 +138,7 @@ impl ClusterHandle {
 
     /// Tells whenever a worker comes, goes or announces something.
     #[must_use]
-    pub fn changes(&self) -> watch::Receiver<u64> {
+    pub fn changes(&self) -> watch::Receiver<()> {
         self.board.versions()
     }
 

@@ -12,12 +12,11 @@ use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Rows, R
 use muster_kernels::Cpu;
 use muster_placement::hedge::{Budget, Hedge};
 use muster_proto::convert::RouterName;
-use muster_proto::description::{Description, Phase};
 use muster_proto::frame;
 use muster_proto::handshake::{LANES, Terms};
 use muster_proto::limits::MessageLimits;
 use muster_proto::shard::ShardRules;
-use muster_types::{Combine, DType, Epoch, LayerId, NumericsClass, Speed, WorkerId};
+use muster_types::{Combine, DType, LayerId, NumericsClass, WorkerId};
 
 use super::board::{Board, Gathered, Outgoing, Unsent};
 use super::cluster::ClusterHandle;
@@ -34,8 +33,6 @@ const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
 /// sockets' buffers, and the engine thread may have something else to compute meanwhile.
 const LARGE_BYTES: usize = 256 << 10;
-/// What this process is called where it computes itself. Characters that no other worker's name has.
-const HERE: &str = "-/router/-";
 /// How often a micro-batch is planned again because a link broke before it was sent.
 const SEND_TRIES: u32 = 3;
 
@@ -121,24 +118,7 @@ impl GrpcDispatch {
                 max_rows,
                 max_deadline: LONGEST_TIMEOUT,
             };
-            let name = WorkerId::new(HERE).map_err(|error| std::io::Error::other(error.to_string()))?;
-            let description = Description {
-                worker: name,
-                fingerprint: config.fingerprint,
-                numerics: NumericsClass::CpuCanonical,
-                compute: config.compute,
-                experts: config.experts,
-                epoch: Epoch::new(1),
-                holdings: board.keys(),
-                resident_bytes: 0,
-                phase: Phase::Serving,
-                max_rows,
-                capacity: 0,
-                speed: Speed::ONE,
-                domain: None,
-                loading: 0,
-            };
-            here::start(&board, description, fallback, rules, config.combine)?;
+            here::start(&board, &link.terms, fallback, rules, config.combine)?;
         }
         let cluster = ClusterHandle { board: board.clone(), link, runtime: driver.handle() };
         let mut dispatch = Self {

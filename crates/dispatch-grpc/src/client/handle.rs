@@ -39,7 +39,7 @@ pub struct WorkerHealth {
     /// Its connection, which has another number each time; `None` when there is none.
     pub session: Option<u64>,
     /// What it said of itself last.
-    pub announced: Option<Description>,
+    pub announced: Option<Arc<Description>>,
     /// Shards that are overdue.
     pub late_shards: usize,
     /// For how long it is still left alone, because it broke the protocol.
@@ -113,7 +113,7 @@ impl HealthHandle {
     /// How many there are of [`Self::missing`].
     #[must_use]
     pub fn missing_experts(&self) -> usize {
-        self.missing().len()
+        self.fewer_copies_than(NonZeroU32::MIN)
     }
 }
 

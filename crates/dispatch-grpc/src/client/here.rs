@@ -4,24 +4,26 @@
 //! checked and computed by the code that workers run, and come back as a worker's answers do, so that their bits are
 //! the same.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use muster_kernels::Cpu;
-use muster_proto::description::Description;
+use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_request::Body;
-use muster_proto::handshake::LANES;
+use muster_proto::handshake::{LANES, Terms};
 use muster_proto::reply::{Fault, FaultKind, Timing};
 use muster_proto::shard::{ShardRules, ShardView};
-use muster_types::Combine;
+use muster_types::{Combine, Epoch, InvalidWorkerId, Speed, WorkerId};
 use tokio::sync::mpsc;
 
 use super::board::{Arrived, Board, StreamKey};
-use super::config::LinkError;
 use crate::compute::ExpertCompute;
 use crate::server::Call;
 
+/// What this process is called beside the workers. One that calls itself so, too, is refused as any double name is.
+const NAME: &str = "-/router/-";
 /// Shards of one lane that wait.
 const WAITING: usize = 16;
 
@@ -36,16 +38,16 @@ pub struct Fallback {
 /// Puts them on the board and starts their thread, which ends with the board.
 pub(super) fn start(
     board: &Arc<Board>,
-    description: Description,
+    terms: &Terms,
     fallback: Fallback,
     rules: ShardRules,
     combine: Combine,
 ) -> Result<(), std::io::Error> {
     let (lanes, mut shards): (Vec<_>, Vec<_>) = (0..LANES).map(|_| mpsc::channel(WAITING)).unzip();
     let Ok(lanes) = lanes.try_into() else { return Err(std::io::Error::other("lanes were miscounted")) };
+    let description = describe(board, terms, rules.max_rows).map_err(std::io::Error::other)?;
     let epoch = description.epoch;
-    let (peer, session) =
-        board.here(description, lanes).map_err(|error: LinkError| std::io::Error::other(error))?;
+    let (peer, session) = board.here(description, lanes).map_err(std::io::Error::other)?;
     // Holding the board would keep it, and with it the lanes, for good.
     let board = Arc::downgrade(board);
     let run = move || {
@@ -79,7 +81,27 @@ pub(super) fn start(
     Ok(())
 }
 
-type Computed = (u32, bytes::Bytes, std::time::Duration);
+/// This process, as one more worker that holds everything.
+fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Description, InvalidWorkerId> {
+    Ok(Description {
+        worker: WorkerId::new(NAME)?,
+        fingerprint: terms.fingerprint,
+        numerics: terms.numerics,
+        compute: terms.compute,
+        experts: terms.experts,
+        epoch: Epoch::new(1),
+        holdings: board.keys(),
+        resident_bytes: 0,
+        phase: Phase::Serving,
+        max_rows,
+        capacity: 0,
+        speed: Speed::ONE,
+        domain: None,
+        loading: 0,
+    })
+}
+
+type Computed = (u32, bytes::Bytes, Duration);
 
 fn compute(
     view: &ShardView,
@@ -89,7 +111,7 @@ fn compute(
     experts: &mut dyn ExpertCompute,
 ) -> Result<Computed, Fault> {
     call.clear();
-    call.admit(view, std::time::Duration::ZERO, rules)?;
+    call.admit(view, Duration::ZERO, rules)?;
     let outcome = call.run(&[view], cpu, rules, experts).pop();
     let missing = || Fault::new(FaultKind::Internal, "the experts gave nothing");
     let (data, compute) = outcome.ok_or_else(missing)?;

@@ -60,7 +60,7 @@ enum Origin {
 /// See the module.
 pub(super) struct Peer {
     pub(super) address: Address,
-    pub(super) announced: Option<Description>,
+    pub(super) announced: Option<Arc<Description>>,
     pub(super) state: LinkState,
     /// Shards that were late and are not answered yet. While there are any, others are asked first.
     pub(super) late: usize,
@@ -88,7 +88,7 @@ impl Peer {
     pub(super) fn here(description: Description, session: u64, lanes: Lanes) -> Self {
         // Nobody connects to it.
         let mut here = Self { origin: Origin::Here, ..Self::new(Address::Unix("/".into())) };
-        here.announced = Some(description);
+        here.announced = Some(Arc::new(description));
         here.state = LinkState::Up { session, lanes, control: None };
         here
     }
@@ -136,7 +136,7 @@ impl Peer {
 
     /// It is connected.
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
-        self.announced = Some(description);
+        self.announced = Some(Arc::new(description));
         self.state = LinkState::Up { session, lanes, control: Some(control) };
         self.all_answered();
     }

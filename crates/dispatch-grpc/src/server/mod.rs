@@ -262,19 +262,22 @@ impl ExpertServer {
     }
 
     fn control(&self) -> ControlServer<Self> {
-        let experts = self.shared.rules.experts.iter().map(|&count| count as usize).sum();
         ControlServer::new(self.clone())
-            .max_decoding_message_size(MessageLimits::assignment_bytes(experts))
-            .max_encoding_message_size(MessageLimits::description_bytes(experts))
+            .max_decoding_message_size(MessageLimits::assignment_bytes(self.experts()))
+            .max_encoding_message_size(self.description_bytes())
     }
 
     fn weights(&self) -> WeightsServer<WeightsService> {
         self.shared.weights.clone().into_service()
     }
 
+    /// Routed experts of the model.
+    fn experts(&self) -> usize {
+        self.shared.rules.experts.iter().map(|&count| count as usize).sum()
+    }
+
     fn description_bytes(&self) -> usize {
-        let experts = self.shared.rules.experts.iter().map(|&count| count as usize).sum();
-        MessageLimits::description_bytes(experts)
+        MessageLimits::description_bytes(self.experts())
     }
 
     fn stream_permit(&self) -> Result<tokio::sync::OwnedSemaphorePermit, Status> {

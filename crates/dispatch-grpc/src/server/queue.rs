@@ -288,8 +288,8 @@ impl ComputeQueue {
         for ((view, answer, queue), (outcome, compute)) in members.into_iter().zip(outcomes) {
             if outcome.is_ok() {
                 self.rows.increment(view.outputs() as u64);
-                for (expert, rows) in view.groups() {
-                    self.row_counts.add(view.layer(), expert, rows.len());
+                for (expert, rows) in view.row_counts() {
+                    self.row_counts.add(view.layer(), expert, rows);
                 }
                 self.compute_seconds.record(compute);
             }

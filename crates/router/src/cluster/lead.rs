@@ -64,12 +64,9 @@ impl Lead {
         self.grants.get(&session).copied()
     }
 
-    /// Of these workers, those that answer.
-    pub(crate) fn answering(&self, workers: Vec<ConnectedWorker>) -> Vec<ConnectedWorker> {
-        let answers = |worker: &ConnectedWorker| {
-            self.silent.get(&worker.session).is_none_or(|since| since.elapsed() < SILENCE)
-        };
-        workers.into_iter().filter(answers).collect()
+    /// Whether a worker answers, for all that is known.
+    pub(crate) fn answers(&self, worker: &ConnectedWorker) -> bool {
+        self.silent.get(&worker.session).is_none_or(|since| since.elapsed() < SILENCE)
     }
 
     /// Asks all workers for the lead, if it is time, and waits for those that answer.
@@ -79,7 +76,7 @@ impl Lead {
         self.grants.retain(|session, _| is_there(*session));
         let sent = self.origin.elapsed();
         if let Some(ask) = self.campaign.tick(sent) {
-            let known = self.answering(workers.to_vec()).len();
+            let known = workers.iter().filter(|worker| self.answers(worker)).count();
             let replies = self.ask(ask, workers, known).await;
             self.campaign.replies(sent, known, &replies);
         }

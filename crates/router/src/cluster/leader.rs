@@ -203,7 +203,8 @@ impl Leader {
 
     /// The workers that answer and that this router may give orders to, as far as what they announce counts.
     fn accounted(&mut self, term: Term) -> Vec<Subject> {
-        let workers = self.lead.answering(self.cluster.workers());
+        let workers: Vec<_> =
+            self.cluster.workers().into_iter().filter(|worker| self.lead.answers(worker)).collect();
         self.ledger.lead(term);
         let now: BTreeMap<WorkerId, u64> =
             workers.iter().map(|worker| (worker.name().clone(), worker.session)).collect();

@@ -121,7 +121,7 @@ impl Cluster {
 }
 
 fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerStatus {
-    let announced = worker.announced.as_ref();
+    let announced = worker.announced.as_deref();
     let (state, reason) = match &worker.state {
         WorkerState::Connected => (WireState::Serving, String::new()),
         WorkerState::Draining => (WireState::Draining, String::new()),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
 use muster_dispatch_grpc::WeightSource;
+use muster_model::ModelError;
 use muster_model::experts::{self, Expert};
 use muster_types::{Compute, ExpertKey, WeightDType};
 
@@ -16,13 +17,10 @@ pub(crate) struct CheckpointWeights {
 
 impl WeightSource for CheckpointWeights {
     fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
-        let mut found = None;
-        let take = &mut |_, expert| found = Some(Arc::new(expert));
-        if let Err(error) =
-            experts::read(&self.checkpoint, &[key], self.compute, self.dtype, &mut |_| {}, take)
-        {
+        let failed = |error: &ModelError| {
             tracing::error!(expert = %key, %error, "a worker asked for an expert that cannot be read");
-        }
-        found
+        };
+        let read = experts::read_one(&self.checkpoint, key, self.compute, self.dtype);
+        read.inspect_err(failed).ok().map(Arc::new)
     }
 }
