@@ -9,12 +9,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use muster_config::{parse_size, parse_socket, parse_weight_dtype};
+use muster_config::{Flags, parse_duration, parse_size, parse_socket, parse_weight_dtype};
 use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType};
 
 use crate::backend::DEFAULT_GRPC;
 use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
+use crate::plain_http::DEFAULT_ADMIN;
 
 /// Serves Mixture-of-Experts language models with their experts spread over many processes.
 #[derive(Debug, Parser)]
@@ -66,6 +67,16 @@ pub(crate) enum Command {
     Logits(LogitsArgs),
     /// Measure throughput and latency.
     Bench(BenchArgs),
+    /// Make certificates for a cluster.
+    #[command(subcommand)]
+    Certs(CertsCommand),
+    /// Make API keys.
+    #[command(subcommand)]
+    Keys(KeysCommand),
+    /// Have a router or worker of this host drain, and wait until it is safe to end it.
+    Drain(DrainArgs),
+    /// Ask a router or worker of this host whether it is ready.
+    Probe(ProbeArgs),
     /// Fetch a model from the Hugging Face hub (runs muster-pull).
     #[command(disable_help_flag = true, disable_version_flag = true)]
     Pull(PullArgs),
@@ -80,6 +91,56 @@ pub(crate) struct StatusArgs {
     /// Print one line of JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) credentials: CredentialArgs,
+}
+
+/// Certificates, and what the machine around a process asks.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RoleTlsArgs {
+    /// This process's certificate, PEM, with its role as URI name; read again when it changes. `muster certs init` makes
+    /// one.
+    #[arg(long, value_name = "FILE", help_heading = "Security")]
+    pub(crate) tls_cert: Option<String>,
+    /// Its private key, PEM.
+    #[arg(long, value_name = "FILE", help_heading = "Security")]
+    pub(crate) tls_key: Option<String>,
+    /// The cluster's authority, PEM: other processes must have certificates of it.
+    #[arg(long, value_name = "FILE", help_heading = "Security")]
+    pub(crate) tls_ca: Option<String>,
+    /// Where /healthz, /readyz and /metrics are answered in plain HTTP, for a kubelet and a collector, and POST /drain for
+    /// this host [default: nowhere].
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) admin: Option<String>,
+}
+
+impl RoleTlsArgs {
+    /// As settings.
+    pub(crate) fn flags(&self, flags: Flags) -> Flags {
+        flags
+            .text("tls_cert", self.tls_cert.as_deref())
+            .text("tls_key", self.tls_key.as_deref())
+            .text("tls_ca", self.tls_ca.as_deref())
+            .text("admin", self.admin.as_deref())
+    }
+}
+
+/// What a client shows to a router, and whom it takes for one.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Security")]
+pub(crate) struct CredentialArgs {
+    /// For https: the authority that the router's certificate must be of, PEM [default: those that browsers trust].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca: Option<PathBuf>,
+    /// For https: this client's certificate, PEM, instead of an API key.
+    #[arg(long, value_name = "FILE", requires = "key")]
+    pub(crate) cert: Option<PathBuf>,
+    /// Its private key, PEM.
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    pub(crate) key: Option<PathBuf>,
+    /// A file with an API key [default: the environment variable MUSTER_API_KEY, if it is set].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
 }
 
 /// How tokens are picked.
@@ -154,6 +215,9 @@ pub(crate) struct UpArgs {
     /// Allow addresses that other machines can reach, without TLS.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
+    /// Let everybody ask who reaches it, on addresses that other machines can reach.
+    #[arg(long)]
+    pub(crate) insecure_no_keys: bool,
     #[command(flatten)]
     pub(crate) compute: ComputeArgs,
     /// Memory for the KV cache, as in 512MiB or 4GiB [default: as needed, at most 512MiB].
@@ -321,9 +385,22 @@ pub(crate) struct RouterArgs {
     /// Microseconds to look for an answer of the workers before sleeping; 0 sleeps at once [default: 50].
     #[arg(long, value_name = "N")]
     pub(crate) busy_poll_us: Option<String>,
+    /// How long requests are still taken after SIGTERM, while the router says that it is not ready: time for whoever sends
+    /// them to learn of it [default: 0s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) leave_after: Option<String>,
+    /// API keys that are good, a line each as `muster keys new` prints it; read again when it changes. Without, TLS takes
+    /// clients' certificates.
+    #[arg(long, value_name = "FILE", help_heading = "Security")]
+    pub(crate) api_keys: Option<String>,
+    #[command(flatten)]
+    pub(crate) tls: RoleTlsArgs,
     /// Allow addresses that other machines can reach, without TLS.
-    #[arg(long)]
+    #[arg(long, help_heading = "Security")]
     pub(crate) insecure_plaintext: bool,
+    /// Let everybody ask who reaches it, on addresses that other machines can reach.
+    #[arg(long, help_heading = "Security")]
+    pub(crate) insecure_no_keys: bool,
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
 }
@@ -396,8 +473,10 @@ pub(crate) struct WorkerArgs {
     /// Microseconds to look for the next rows after an answer before sleeping; 0 sleeps at once [default: 50].
     #[arg(long, value_name = "N")]
     pub(crate) busy_poll_us: Option<String>,
+    #[command(flatten)]
+    pub(crate) tls: RoleTlsArgs,
     /// Allow an address that other machines can reach, without TLS.
-    #[arg(long)]
+    #[arg(long, help_heading = "Security")]
     pub(crate) insecure_plaintext: bool,
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
@@ -417,6 +496,8 @@ pub(crate) struct ChatArgs {
     /// Tokens of one answer at most [default: what the context leaves].
     #[arg(long, value_name = "N")]
     pub(crate) max_tokens: Option<u32>,
+    #[command(flatten)]
+    pub(crate) credentials: CredentialArgs,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
 }
@@ -463,6 +544,8 @@ pub(crate) struct TargetArgs {
     /// With --model: put the experts into this many worker processes [default: all in this process].
     #[arg(long, value_name = "N", requires = "model", value_parser = worker_count)]
     pub(crate) workers: Option<NonZeroU32>,
+    #[command(flatten)]
+    pub(crate) credentials: CredentialArgs,
 }
 
 #[derive(Debug, Args)]
@@ -562,6 +645,96 @@ pub(crate) struct BenchArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CertsCommand {
+    /// Make an authority, and a certificate of it for each role: router, worker, client.
+    Init(CertsInitArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Writes ca.crt and ca.key, and in router/, worker/ and client/ each tls.crt, tls.key and ca.crt. Every router \
+                        and worker takes its directory's three files; keep ca.key to yourself. Run again, it renews what ends \
+                        within 30 days and leaves the rest alone.\n\n\
+                        Example:\n  muster certs init certs --name muster.example.org --name 10.0.0.5\n  \
+                        muster router --grpc 10.0.0.5:50051 --tls-cert certs/router/tls.crt --tls-key certs/router/tls.key \
+                        --tls-ca certs/router/ca.crt ..."
+)]
+pub(crate) struct CertsInitArgs {
+    /// Where to write them.
+    #[arg(
+        value_name = "DIR",
+        required_unless_present = "kubernetes_secrets",
+        conflicts_with = "kubernetes_secrets"
+    )]
+    pub(crate) dir: Option<PathBuf>,
+    /// Write Kubernetes Secrets instead: PREFIX-ca, PREFIX-router, PREFIX-worker, PREFIX-client.
+    #[arg(long, value_name = "PREFIX")]
+    pub(crate) kubernetes_secrets: Option<String>,
+    /// Of the Secrets [default: this pod's, or the current context's].
+    #[arg(long, value_name = "NAME", requires = "kubernetes_secrets")]
+    pub(crate) namespace: Option<String>,
+    /// The cluster's name in certificates.
+    #[arg(long, value_name = "NAME", default_value = "muster")]
+    pub(crate) trust_domain: String,
+    /// A DNS name or IP address by which clients reach the routers; may be given several times. localhost, 127.0.0.1 and
+    /// ::1 are always there.
+    #[arg(long = "name", value_name = "NAME")]
+    pub(crate) names: Vec<String>,
+    /// How many days certificates are good.
+    #[arg(long, value_name = "N", default_value = "365", value_parser = clap::value_parser!(u32).range(1..=3650))]
+    pub(crate) days: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeysCommand {
+    /// Make a key: it is printed on standard output once, and its line for --api-keys is added to a file.
+    New(KeysNewArgs),
+    /// Print the line for --api-keys of a key that is read from standard input.
+    Hash(KeysHashArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example:\n  muster keys new alice --file api-keys\n\nTake a line out of the file to revoke its key."
+)]
+pub(crate) struct KeysNewArgs {
+    /// Whose it is.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// The file to add its line to; without, the line is printed on standard error.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct KeysHashArgs {
+    /// Whose it is.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainArgs {
+    /// Its --admin address.
+    #[arg(long, value_name = "URL", default_value = DEFAULT_ADMIN)]
+    pub(crate) admin: String,
+    /// How long to wait at most.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Exit code: 0 when it is ready, 1 when it is not; standard output says why.")]
+pub(crate) struct ProbeArgs {
+    /// Its --admin address.
+    #[arg(long, value_name = "URL", default_value = DEFAULT_ADMIN)]
+    pub(crate) admin: String,
+    /// How long to wait for an answer.
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Debug, Args)]

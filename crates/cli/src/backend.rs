@@ -1,8 +1,9 @@
 //! Whoever generates tokens: a running router, or an engine in this process. Both look the same from here on.
 
+use std::path::PathBuf;
 use std::pin::Pin;
 
-use muster_client::{Client, ClientError, Event as ClientEvent, Policy};
+use muster_client::{Client, ClientError, Credentials, Event as ClientEvent, Policy};
 use muster_model::sampler::RawSampling;
 use muster_proto::v1;
 use muster_proto::v1::finished::Reason;
@@ -12,11 +13,14 @@ use muster_router::service::{Generation, Service};
 use muster_text::{ChatMessage, Special};
 use tokio_stream::Stream;
 
-use crate::args::SamplingArgs;
+use crate::args::{CredentialArgs, SamplingArgs};
 use crate::failure::Failure;
 
 /// Where a router listens when nobody says otherwise.
 pub(crate) const DEFAULT_GRPC: &str = "http://127.0.0.1:50051";
+
+/// An API key, where no file has one.
+const API_KEY: &str = "MUSTER_API_KEY";
 
 /// Tokens to generate when nobody says how many.
 const DEFAULT_TOKENS: u32 = 64;
@@ -70,8 +74,24 @@ pub(crate) struct About {
 }
 
 /// A client of the routers at these addresses.
-pub(crate) async fn connect(addresses: &[String]) -> Result<Client, Failure> {
-    Client::connect(addresses, Policy::default()).await.map_err(failed)
+pub(crate) async fn connect(addresses: &[String], shown: &CredentialArgs) -> Result<Client, Failure> {
+    let credentials = credentials(shown)?;
+    Client::connect_as(&credentials, addresses, Policy::default()).await.map_err(failed)
+}
+
+fn credentials(args: &CredentialArgs) -> Result<Credentials, Failure> {
+    let read = |path: &PathBuf| {
+        std::fs::read_to_string(path).map_err(|error| Failure::input(format!("{}: {error}", path.display())))
+    };
+    let identity = match (&args.cert, &args.key) {
+        (Some(cert), Some(key)) => Some((read(cert)?, read(key)?)),
+        _ => None,
+    };
+    let api_key = match &args.api_key_file {
+        Some(file) => Some(read(file)?.trim().to_owned()),
+        None => std::env::var(API_KEY).ok().filter(|key| !key.is_empty()),
+    };
+    Ok(Credentials { ca: args.ca.as_ref().map(read).transpose()?, identity, api_key })
 }
 
 impl Backend {

@@ -46,6 +46,9 @@ pub(crate) struct Listening {
     /// A router's gRPC address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) grpc: Option<SocketAddr>,
+    /// Where probes and metrics are answered, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) admin: Option<SocketAddr>,
     /// A worker's address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) listen: Option<String>,

@@ -6,7 +6,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::{ConnectConfig, GrpcDispatch, Start, StatsHandle};
+use muster_dispatch_grpc::{ConnectConfig, Dialer, GrpcDispatch, Start, StatsHandle};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
@@ -151,6 +151,7 @@ fn connect(
         combine,
         busy_poll,
         cpu: Arc::clone(cpu),
+        dialer: Dialer::default(),
     })
     .map_err(Failure::runtime)
 }

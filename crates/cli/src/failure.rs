@@ -12,6 +12,8 @@ pub(crate) enum Failure {
     Input(String),
     /// It could be, but did not work out.
     Runtime(String),
+    /// It did not, and standard output says why.
+    Quiet,
     /// Whoever read standard output has gone away, which is not an error.
     OutputClosed,
     /// A signal asked for the end before the work was done.
@@ -32,6 +34,7 @@ impl Failure {
         let (message, code) = match self {
             Self::Input(message) => (message, 2),
             Self::Runtime(message) => (message, 1),
+            Self::Quiet => return ExitCode::from(1),
             Self::OutputClosed => return ExitCode::SUCCESS,
             // As shells count a process ended by SIGINT.
             Self::Interrupted => return ExitCode::from(130),

@@ -16,6 +16,7 @@ mod models;
 mod numbers;
 mod out;
 mod outlet;
+mod plain_http;
 mod progress;
 mod scrape;
 mod signals;

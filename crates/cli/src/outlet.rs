@@ -7,6 +7,7 @@ use crate::children::{Announcement, Listening, announce};
 use crate::progress::Bar;
 
 /// Who is told.
+#[derive(Clone)]
 pub(crate) enum Outlet {
     /// A person.
     Person(Bar),
@@ -38,8 +39,9 @@ impl Outlet {
     }
 
     /// To be called when all is ready.
-    pub(crate) fn ready(self) -> impl FnOnce(Listening) + Send {
-        move |listening| match self {
+    pub(crate) fn ready(&self) -> impl FnOnce(Listening) + Send + use<> {
+        let outlet = self.clone();
+        move |listening| match outlet {
             Self::Person(bar) => bar.finish(),
             Self::Script | Self::Parent => announce(&Announcement::Ready(listening)),
         }

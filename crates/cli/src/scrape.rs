@@ -3,14 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-
 use crate::failure::Failure;
+use crate::plain_http;
 
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Longest page that is read.
-const MOST_BYTES: u64 = 4 << 20;
 
 /// A process's metrics page.
 pub(crate) struct Metrics {
@@ -21,11 +17,8 @@ pub(crate) struct Metrics {
 impl Metrics {
     /// `url` is `http://host:port` or `host:port`.
     pub(crate) fn at(url: &str) -> Result<Self, Failure> {
-        let authority = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/');
-        if authority.is_empty() || !authority.contains(':') || authority.contains(['/', ' ', '\r', '\n']) {
-            return Err(Failure::input(format!("--metrics: {url:?} is no address; write http://host:port")));
-        }
-        Ok(Self { authority: authority.to_owned() })
+        let wrong = || Failure::input(format!("--metrics: {url:?} is no address; write http://host:port"));
+        Ok(Self { authority: plain_http::authority(url).ok_or_else(wrong)?.to_owned() })
     }
 
     /// The histogram `name`, all its series added up; empty when nothing was recorded yet.
@@ -33,28 +26,12 @@ impl Metrics {
         let failed = |reason: String| {
             Failure::runtime(format!("the metrics at http://{}/metrics: {reason}", self.authority))
         };
-        let page = tokio::time::timeout(DEADLINE, self.page())
-            .await
-            .map_err(|_| failed(format!("no answer within {DEADLINE:?}")))?
-            .map_err(|error| failed(error.to_string()))?;
-        let Some((head, body)) = page.split_once("\r\n\r\n") else {
-            return Err(failed("the answer is not HTTP".to_owned()));
-        };
-        let status = head.lines().next().unwrap_or_default();
-        if status.split(' ').nth(1) != Some("200") {
-            return Err(failed(format!("the answer is {status:?}")));
+        let (status, body) =
+            plain_http::ask(&self.authority, "GET", "/metrics", DEADLINE).await.map_err(failed)?;
+        if status != 200 {
+            return Err(failed(format!("the answer has status {status}")));
         }
-        Ok(Histogram::parse(name, body))
-    }
-
-    async fn page(&self) -> std::io::Result<String> {
-        let mut stream = TcpStream::connect(&self.authority).await?;
-        // HTTP/1.0: the body is neither chunked nor followed by anything.
-        let request = format!("GET /metrics HTTP/1.0\r\nHost: {}\r\n\r\n", self.authority);
-        stream.write_all(request.as_bytes()).await?;
-        let mut page = String::new();
-        stream.take(MOST_BYTES).read_to_string(&mut page).await?;
-        Ok(page)
+        Ok(Histogram::parse(name, &body))
     }
 }
 

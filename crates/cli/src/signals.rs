@@ -3,6 +3,7 @@
 use std::future::Future;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::failure::Failure;
 
@@ -40,13 +41,17 @@ impl Signals {
         }
     }
 
-    /// For a server: resolves at the first signal. The second one ends the process at once, whatever still runs.
-    pub(crate) async fn drain_then_exit(mut self) {
-        self.next().await;
+    /// For a server: cancelled at the first signal. The second one ends the process at once, whatever still runs.
+    pub(crate) fn drain_then_exit(mut self) -> CancellationToken {
+        let stop = CancellationToken::new();
+        let first = stop.clone();
         tokio::spawn(async move {
+            self.next().await;
+            first.cancel();
             self.next().await;
             tracing::warn!("second signal: ending without waiting");
             std::process::exit(130);
         });
+        stop
     }
 }

@@ -9,13 +9,16 @@ use tonic::{Code, Status};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ClientError {
     /// An address cannot be used.
-    #[error("{address:?}: {reason}; write http://host:port")]
+    #[error("{address:?}: {reason}; write http://host:port or https://host:port")]
     Address {
         /// As it was given.
         address: String,
         /// What is wrong with it.
         reason: String,
     },
+    /// The API key cannot be sent.
+    #[error("the API key has characters that no key has; is there a line break in it?")]
+    Key,
     /// There is no connection.
     #[error("no router answers at {routers} ({reason})")]
     Unreachable {
@@ -75,6 +78,7 @@ impl ClientError {
         match self {
             Self::Unreachable { .. } | Self::Lost { .. } | Self::Deadline { .. } => Retry::Later,
             Self::Address { .. }
+            | Self::Key
             | Self::Refused { .. }
             | Self::NotMuster { .. }
             | Self::Failed { .. }
@@ -85,9 +89,11 @@ impl ClientError {
     /// A status that no further attempt will change.
     pub(crate) fn of(status: &Status, router: &str) -> Self {
         match status.code() {
-            Code::InvalidArgument | Code::NotFound | Code::OutOfRange => {
-                Self::Refused { message: status.message().to_owned() }
-            }
+            Code::InvalidArgument
+            | Code::NotFound
+            | Code::OutOfRange
+            | Code::Unauthenticated
+            | Code::PermissionDenied => Self::Refused { message: status.message().to_owned() },
             Code::Unimplemented => Self::NotMuster { router: router.to_owned() },
             code => Self::Failed { code: format!("{code:?}"), message: status.message().to_owned() },
         }

@@ -9,6 +9,7 @@
 //! token of it is handed out. Knows nothing of models, prompts or text.
 
 mod attempts;
+mod credentials;
 mod error;
 mod generation;
 mod policy;
@@ -16,6 +17,7 @@ mod progress;
 mod routers;
 mod trouble;
 
+pub use credentials::Credentials;
 pub use error::ClientError;
 pub use generation::Generation;
 pub use policy::Policy;

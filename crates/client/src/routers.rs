@@ -11,10 +11,12 @@ use muster_proto::cluster::v1::cluster_client::ClusterClient;
 use muster_proto::cluster::v1::{StatusReply, StatusRequest};
 use muster_proto::v1::inference_client::InferenceClient;
 use muster_proto::v1::{GenerateRequest, GetModelRequest, Model, TokenizeRequest};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 
 use crate::attempts::Attempts;
+use crate::credentials::{Bearer, Credentials};
 use crate::error::ClientError;
 use crate::generation::Generation;
 use crate::policy::Policy;
@@ -36,8 +38,11 @@ pub struct Client {
 #[derive(Debug)]
 struct Router {
     url: String,
-    channel: Channel,
+    wire: Wire,
 }
+
+/// A connection that shows what this client shows.
+pub(crate) type Wire = InterceptedService<Channel, Bearer>;
 
 impl Client {
     /// A client of the routers at these addresses (`host:port` or `http://host:port`), in order of preference. At least
@@ -46,18 +51,34 @@ impl Client {
     /// # Errors
     /// When an address cannot be used, or nobody answers.
     pub async fn connect(addresses: &[String], policy: Policy) -> Result<Self, ClientError> {
-        let endpoints: Vec<(String, Endpoint)> =
-            addresses.iter().map(|address| endpoint(address, &policy)).collect::<Result<_, _>>()?;
+        Self::connect_as(&Credentials::default(), addresses, policy).await
+    }
+
+    /// As [`Self::connect`], for routers that take only who they know.
+    ///
+    /// # Errors
+    /// When an address cannot be used, or nobody answers.
+    pub async fn connect_as(
+        credentials: &Credentials,
+        addresses: &[String],
+        policy: Policy,
+    ) -> Result<Self, ClientError> {
+        let bearer = credentials.bearer()?;
+        let endpoints: Vec<(String, Endpoint)> = addresses
+            .iter()
+            .map(|address| endpoint(address, credentials, &policy))
+            .collect::<Result<_, _>>()?;
         let mut routers: Vec<Router> = Vec::with_capacity(endpoints.len());
         for (url, endpoint) in &endpoints {
-            routers.push(Router { url: url.clone(), channel: endpoint.connect_lazy() });
+            let wire = InterceptedService::new(endpoint.connect_lazy(), bearer.clone());
+            routers.push(Router { url: url.clone(), wire });
         }
         let mut reason = "none is named".to_owned();
         for (at, (url, endpoint)) in endpoints.iter().enumerate() {
             match endpoint.connect().await {
                 Ok(channel) => {
                     if let Some(router) = routers.get_mut(at) {
-                        router.channel = channel;
+                        router.wire = InterceptedService::new(channel, bearer);
                     }
                     let preferred = Arc::new(AtomicUsize::new(at));
                     return Ok(Self { routers: routers.into(), preferred, policy });
@@ -84,7 +105,7 @@ impl Client {
     pub async fn statuses(&self) -> Vec<(String, Result<StatusReply, ClientError>)> {
         let mut statuses = Vec::new();
         for router in &*self.routers {
-            let mut client = ClusterClient::new(router.channel.clone());
+            let mut client = ClusterClient::new(router.wire.clone());
             let asked = tokio::time::timeout(self.policy.answer, client.status(StatusRequest {})).await;
             let status = match asked {
                 Ok(Ok(reply)) => Ok(reply.into_inner()),
@@ -105,7 +126,7 @@ impl Client {
     /// When the text is refused, or no router answers in time.
     pub async fn tokenize(&self, text: &str) -> Result<Vec<u32>, ClientError> {
         let request = TokenizeRequest { text: text.to_owned(), without_special: false };
-        let tokenize = |mut client: InferenceClient<Channel>| {
+        let tokenize = |mut client: InferenceClient<Wire>| {
             let request = request.clone();
             async move { client.tokenize(request).await }
         };
@@ -121,7 +142,7 @@ impl Client {
     }
 
     /// Asks one router after the other.
-    async fn call<T, F>(&self, ask: impl Fn(InferenceClient<Channel>) -> F) -> Result<T, ClientError>
+    async fn call<T, F>(&self, ask: impl Fn(InferenceClient<Wire>) -> F) -> Result<T, ClientError>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
@@ -179,8 +200,8 @@ impl Client {
         &self.router(at).url
     }
 
-    pub(crate) fn inference(&self, at: usize) -> InferenceClient<Channel> {
-        InferenceClient::new(self.router(at).channel.clone())
+    pub(crate) fn inference(&self, at: usize) -> InferenceClient<Wire> {
+        InferenceClient::new(self.router(at).wire.clone())
     }
 
     fn router(&self, at: usize) -> &Router {
@@ -189,13 +210,21 @@ impl Client {
     }
 }
 
-fn endpoint(address: &str, policy: &Policy) -> Result<(String, Endpoint), ClientError> {
+fn endpoint(
+    address: &str,
+    credentials: &Credentials,
+    policy: &Policy,
+) -> Result<(String, Endpoint), ClientError> {
     let url = if address.contains("://") { address.to_owned() } else { format!("http://{address}") };
     let refused = |reason: String| ClientError::Address { address: address.to_owned(), reason };
-    if !url.starts_with("http://") {
-        return Err(refused("this build speaks plain http:// only".into()));
-    }
     let endpoint = Endpoint::from_shared(url.clone()).map_err(|error| refused(error.to_string()))?;
+    let endpoint = match endpoint.uri().scheme_str() {
+        Some("http") => endpoint,
+        Some("https") => {
+            endpoint.tls_config(credentials.tls()).map_err(|error| refused(root_cause(&error)))?
+        }
+        _ => return Err(refused("this is neither http:// nor https://".into())),
+    };
     let endpoint = endpoint
         .connect_timeout(policy.connect)
         .tcp_nodelay(true)

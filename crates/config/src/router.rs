@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
+use muster_identity::TlsFiles;
 use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType, WorkerId};
 
@@ -41,7 +43,14 @@ const KEYS: &[Key] = &[
     Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
     Key { name: "combine", kind: ValueKind::Text, default: Some("exact") },
     Key { name: "busy_poll_us", kind: ValueKind::Number, default: Some("50") },
+    Key { name: "tls_cert", kind: ValueKind::Text, default: None },
+    Key { name: "tls_key", kind: ValueKind::Text, default: None },
+    Key { name: "tls_ca", kind: ValueKind::Text, default: None },
+    Key { name: "admin", kind: ValueKind::Text, default: None },
+    Key { name: "api_keys", kind: ValueKind::Text, default: None },
+    Key { name: "leave_after", kind: ValueKind::Text, default: Some("0s") },
     Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
+    Key { name: "insecure_no_keys", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "log", kind: ValueKind::Text, default: Some("info") },
     Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
 ];
@@ -99,8 +108,27 @@ pub struct RouterSettings {
     pub combine: Combine,
     /// How long to look for an answer before sleeping; zero sleeps at once.
     pub busy_poll: Duration,
+    /// Certificates; `None` speaks plaintext.
+    pub tls: Option<TlsFiles>,
+    /// Who may ask.
+    pub access: AccessMode,
+    /// Where probes and metrics are answered without TLS and keys, beside `http`.
+    pub admin: Option<SocketAddr>,
+    /// How long requests are still taken after a stop was asked for.
+    pub leave_after: Duration,
     /// What is logged.
     pub log: LogSettings,
+}
+
+/// Who may ask a router.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessMode {
+    /// Everybody who reaches it.
+    Open,
+    /// Who has a client's certificate.
+    Certificates,
+    /// Who has a key in this file, or such a certificate.
+    Keys(PathBuf),
 }
 
 /// Whether a router may tell workers what to hold.
@@ -194,15 +222,28 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         reader.problem("prefill_chunk", format!("is {chunk}, more than step_tokens, which is {step}"));
     }
     let prefix_cache = reader.switch("prefix_cache");
-    let plaintext = reader.switch("insecure_plaintext");
+    let tls = tls(reader);
+    let admin = reader.optional("admin", parse_socket);
+    let leave_after = reader.required("leave_after", pause);
+    let api_keys = reader.optional("api_keys", text).map(PathBuf::from);
+    let (plaintext, no_keys) = (reader.switch("insecure_plaintext"), reader.switch("insecure_no_keys"));
     for (key, address) in [("http", http), ("grpc", grpc)] {
-        if let Some(address) = address
-            && !plaintext
-            && !address.ip().is_loopback()
-        {
+        let Some(address) = address.filter(|address| !address.ip().is_loopback()) else { continue };
+        if tls.is_none() && !plaintext {
             reader.problem(key, off_loopback(&address.to_string()));
+        } else if tls.is_none() && api_keys.is_none() && !no_keys {
+            reader.problem(key, without_keys(&address.to_string()));
         }
     }
+    if no_keys && api_keys.is_some() {
+        let problem = "is given although there are api_keys; leave one of them out".to_owned();
+        reader.problem("insecure_no_keys", problem);
+    }
+    let access = match api_keys {
+        Some(file) => AccessMode::Keys(file),
+        None if tls.is_some() && !no_keys => AccessMode::Certificates,
+        None => AccessMode::Open,
+    };
     if http.is_some_and(|http| http.port() != 0) && http == grpc {
         reader.problem("grpc", "is the same address as http; give each a port of its own".to_owned());
     }
@@ -231,6 +272,10 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         drain_timeout: drain_timeout?,
         combine: combine?,
         busy_poll: busy_poll?,
+        tls,
+        access,
+        admin,
+        leave_after: leave_after?,
         log: log?,
     })
 }
@@ -271,9 +316,36 @@ fn model_name(text: &str) -> Result<String, String> {
         .ok_or_else(|| "must be at most 256 bytes without control characters".to_owned())
 }
 
+/// Certificates: all three files or none.
+pub(crate) fn tls(reader: &mut Reader) -> Option<TlsFiles> {
+    let mut file = |key| reader.optional(key, text).map(PathBuf::from);
+    let files = [("tls_cert", file("tls_cert")), ("tls_key", file("tls_key")), ("tls_ca", file("tls_ca"))];
+    let has_any = files.iter().any(|(_, file)| file.is_some());
+    for (key, file) in &files {
+        if has_any && file.is_none() {
+            reader.problem(key, "is missing; TLS takes tls_cert, tls_key and tls_ca".to_owned());
+        }
+    }
+    let [(_, cert), (_, key), (_, ca)] = files;
+    Some(TlsFiles { cert: cert?, key: key?, ca: ca? })
+}
+
+/// A duration that may be none.
+fn pause(text: &str) -> Result<Duration, String> {
+    if text == "0s" { Ok(Duration::ZERO) } else { parse_duration(text) }
+}
+
 pub(crate) fn off_loopback(address: &str) -> String {
     format!(
-        "{address} can be reached from other machines and there is no TLS; listen on a loopback address, or ask for \
-         plaintext by name with --insecure-plaintext"
+        "{address} can be reached from other machines and there is no TLS; give --tls-cert, --tls-key and --tls-ca \
+         (`muster certs init` makes them), listen on a loopback address, or ask for plaintext by name with \
+         --insecure-plaintext"
+    )
+}
+
+fn without_keys(address: &str) -> String {
+    format!(
+        "{address} can be reached from other machines and everybody may ask; give --api-keys (`muster keys new` makes \
+         one), or ask for that by name with --insecure-no-keys"
     )
 }

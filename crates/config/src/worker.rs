@@ -1,17 +1,20 @@
 //! The worker's settings.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
+use muster_identity::TlsFiles;
 use muster_types::{Compute, Speed, WeightDType};
 
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
 use crate::problem::ConfigError;
-use crate::router::{log, name, off_loopback, text};
-use crate::value::{self, LogSettings, Share, parse_compute, parse_duration, parse_weight_dtype};
+use crate::router::{log, name, off_loopback, text, tls};
+use crate::value::{
+    self, LogSettings, Share, parse_compute, parse_duration, parse_socket, parse_weight_dtype,
+};
 
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
@@ -32,6 +35,10 @@ const KEYS: &[Key] = &[
     Key { name: "max_streams", kind: ValueKind::Number, default: Some("256") },
     Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
     Key { name: "busy_poll_us", kind: ValueKind::Number, default: Some("50") },
+    Key { name: "tls_cert", kind: ValueKind::Text, default: None },
+    Key { name: "tls_key", kind: ValueKind::Text, default: None },
+    Key { name: "tls_ca", kind: ValueKind::Text, default: None },
+    Key { name: "admin", kind: ValueKind::Text, default: None },
     Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "log", kind: ValueKind::Text, default: Some("info") },
     Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
@@ -78,6 +85,10 @@ pub struct WorkerSettings {
     pub drain_timeout: Duration,
     /// How long to look for the next message after an answer before sleeping; zero sleeps at once.
     pub busy_poll: Duration,
+    /// Certificates; `None` speaks plaintext.
+    pub tls: Option<TlsFiles>,
+    /// Where probes and metrics are answered without TLS.
+    pub admin: Option<SocketAddr>,
     /// What is logged.
     pub log: LogSettings,
 }
@@ -123,8 +134,11 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let drain_timeout = reader.required("drain_timeout", parse_duration);
     let busy_poll = reader.required("busy_poll_us", value::busy_poll);
     let log = log(reader);
+    let tls = tls(reader);
+    let admin = reader.optional("admin", parse_socket);
     let plaintext = reader.switch("insecure_plaintext");
     if let Some(address) = &listen
+        && tls.is_none()
         && !plaintext
         && !is_local(address)
     {
@@ -149,6 +163,8 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
         max_streams: NonZeroUsize::try_from(max_streams?).ok()?,
         drain_timeout: drain_timeout?,
         busy_poll: busy_poll?,
+        tls,
+        admin,
         log: log?,
     })
 }

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use tonic::transport::Channel;
 
 use crate::address::Address;
-use crate::transport;
+use crate::transport::{self, Dialer};
 
 /// How long the other side may say nothing.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -35,12 +35,18 @@ pub enum FetchError {
 }
 
 /// Fetches experts; keeps connections from one to the next.
-#[derive(Default)]
 pub struct Fetcher {
+    dialer: Dialer,
     channels: HashMap<Address, Channel>,
 }
 
 impl Fetcher {
+    /// One that has no connections yet.
+    #[must_use]
+    pub fn new(dialer: Dialer) -> Self {
+        Self { dialer, channels: HashMap::new() }
+    }
+
     /// The packed weights of an expert, which are this many bytes.
     ///
     /// # Errors
@@ -59,7 +65,7 @@ impl Fetcher {
             None => {
                 let unreachable =
                     |error: tonic::transport::Error| FetchError::Refused(transport::root_cause(&error));
-                let channel = patiently(transport::connect(from, SILENCE)).await?.map_err(unreachable)?;
+                let channel = patiently(self.dialer.connect(from, SILENCE)).await?.map_err(unreachable)?;
                 if self.channels.len() >= CONNECTIONS {
                     self.channels.clear();
                 }

@@ -3,15 +3,15 @@
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
-use muster_proto::PROTOCOL_VERSION;
 use muster_proto::card::ModelCard;
 use muster_proto::cluster::v1;
 use muster_proto::cluster::v1::cluster_client::ClusterClient;
+use muster_proto::version::OURS;
 use muster_types::{Fingerprint, WorkerId};
 use tonic::{Code, Status, Streaming};
 
 use crate::address::Address;
-use crate::transport;
+use crate::transport::{self, Dialer};
 
 /// How long a router may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -58,6 +58,7 @@ impl Membership {
 /// # Errors
 /// See [`JoinError`].
 pub async fn join(
+    dialer: &Dialer,
     router: &Address,
     worker: &WorkerId,
     me: &Address,
@@ -66,17 +67,22 @@ pub async fn join(
     let unreachable = |reason: String| JoinError::Unreachable { address: router.clone(), reason };
     let refused = |reason: String| JoinError::Refused { address: router.clone(), reason };
     let failed = |status: Status| match status.code() {
-        Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented | Code::PermissionDenied => {
-            refused(status.message().to_owned())
-        }
+        Code::InvalidArgument
+        | Code::FailedPrecondition
+        | Code::Unimplemented
+        | Code::PermissionDenied
+        | Code::Unauthenticated => refused(status.message().to_owned()),
         _ => unreachable(status.message().to_owned()),
     };
     let entering = async {
-        let channel = transport::connect(router, ANSWER)
+        let channel = dialer
+            .connect(router, ANSWER)
             .await
             .map_err(|error| unreachable(transport::root_cause(&error)))?;
+        let (protocol_version, newest_protocol_version) = OURS.to_wire();
         let request = v1::JoinRequest {
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version,
+            newest_protocol_version,
             worker_id: worker.as_str().to_owned(),
             address: me.to_string(),
             fingerprint: model.map_or_else(Vec::new, |model| model.as_bytes().to_vec()).into(),

@@ -14,6 +14,7 @@ mod compute;
 mod driver;
 mod fetch;
 mod join;
+pub mod secured;
 pub mod server;
 mod transport;
 
@@ -26,6 +27,7 @@ pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};
 pub use join::{JoinError, Membership, join, reached_at};
 pub use server::{
-    BindError, Bound, ComputeQueue, Custody, ExpertServer, Held, Network, ServeError, ServerConfig,
-    WeightSource, WeightTerms, WeightsService,
+    BindError, Bound, ComputeQueue, Custody, ExpertServer, Held, Network, Pressure, ServeError, ServerConfig,
+    Smoothed, WeightSource, WeightTerms, WeightsService,
 };
+pub use transport::Dialer;

@@ -1,14 +1,20 @@
-//! How sockets are set up, on both sides: windows, frames, keepalive, delays.
+//! How sockets are set up, on both sides: TLS, windows, frames, keepalive, delays.
 //!
 //! The numbers are measured: 1 MiB frames are what matters on loopback, 32/64 MiB windows once there is a round
 //! trip to fill. Both sides ping, so that a silent peer is noticed when no deadline is running. Packets that are lost are
 //! sent again after milliseconds, where the system can be told so.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
+use muster_identity::{Identity, IdentityError, Role};
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_util::either::Either;
 use tonic::transport::{Channel, Endpoint, Server, Uri};
 
 use crate::address::Address;
@@ -21,44 +27,65 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// A router opens two dispatch streams, one watch and short calls on each connection.
 const STREAMS_PER_CONNECTION: u32 = 32;
 
-/// Opens a connection. The only place that knows how.
-pub(crate) async fn connect(
-    address: &Address,
-    timeout: Duration,
-) -> Result<Channel, tonic::transport::Error> {
-    let uri = match address {
-        Address::Tcp { .. } => format!("http://{address}"),
-        // Only the authority of requests; the connector has the path.
-        Address::Unix(_) => "http://localhost".to_owned(),
-    };
-    let endpoint = Endpoint::from_shared(uri)?
-        .connect_timeout(timeout)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(FRAME)
-        .http2_keep_alive_interval(PING_EVERY)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true);
-    match address {
-        Address::Tcp { host, port } => {
-            let (host, port) = (host.clone(), *port);
-            let connector = tower::service_fn(move |_: Uri| {
-                let host = host.clone();
-                async move {
-                    let stream = TcpStream::connect((host, port)).await?;
-                    prepare(&stream)?;
-                    Ok::<_, io::Error>(TokioIo::new(stream))
-                }
-            });
-            endpoint.connect_with_connector(connector).await
-        }
-        Address::Unix(path) => {
-            let path = path.clone();
-            let connector = tower::service_fn(move |_: Uri| {
+/// Opens connections to processes of one's own cluster. The only place that knows how.
+///
+/// With an identity every connection is TLS to a peer of the wanted roles, but for Unix sockets, which the system guards.
+#[derive(Debug, Clone, Default)]
+pub struct Dialer {
+    tls: Option<Arc<ClientConfig>>,
+}
+
+impl Dialer {
+    /// To peers with one of these roles.
+    ///
+    /// # Errors
+    /// When TLS cannot be set up.
+    pub fn new(identity: Option<&Identity>, roles: &'static [Role]) -> Result<Self, IdentityError> {
+        Ok(Self { tls: identity.map(|identity| identity.client(roles)).transpose()? })
+    }
+
+    pub(crate) async fn connect(
+        &self,
+        address: &Address,
+        timeout: Duration,
+    ) -> Result<Channel, tonic::transport::Error> {
+        let uri = match address {
+            Address::Tcp { .. } => format!("http://{address}"),
+            // Only the authority of requests; the connector has the path.
+            Address::Unix(_) => "http://localhost".to_owned(),
+        };
+        let endpoint = Endpoint::from_shared(uri)?
+            .connect_timeout(timeout)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_frame_size(FRAME)
+            .http2_keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .keep_alive_while_idle(true);
+        match address {
+            Address::Tcp { host, port } => {
+                let (host, port, tls) = (host.clone(), *port, self.tls.clone());
+                let connector = tower::service_fn(move |_: Uri| {
+                    let (host, tls) = (host.clone(), tls.clone());
+                    async move {
+                        let stream = TcpStream::connect((host, port)).await?;
+                        prepare(&stream)?;
+                        let Some(tls) = tls else { return Ok(TokioIo::new(Either::Left(stream))) };
+                        let peer = ServerName::IpAddress(stream.peer_addr()?.ip().into());
+                        let stream = TlsConnector::from(tls).connect(peer, stream).await?;
+                        Ok::<_, io::Error>(TokioIo::new(Either::Right(stream)))
+                    }
+                });
+                endpoint.connect_with_connector(connector).await
+            }
+            Address::Unix(path) => {
                 let path = path.clone();
-                async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-            });
-            endpoint.connect_with_connector(connector).await
+                let connector = tower::service_fn(move |_: Uri| {
+                    let path = path.clone();
+                    async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
+                });
+                endpoint.connect_with_connector(connector).await
+            }
         }
     }
 }

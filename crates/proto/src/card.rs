@@ -4,7 +4,6 @@ use std::num::NonZeroU32;
 
 use muster_types::{Compute, Fingerprint, WeightDType};
 
-use crate::PROTOCOL_VERSION;
 use crate::cluster::v1;
 use crate::convert::{
     WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
@@ -161,18 +160,6 @@ fn packed_from_wire(field: &'static str, value: i32) -> Result<PackedAs, WireErr
     }
 }
 
-/// Whether a process that joins speaks this version.
-///
-/// # Errors
-/// When it does not.
-pub fn check_version(theirs: u32) -> Result<(), WireError> {
-    if theirs == PROTOCOL_VERSION {
-        return Ok(());
-    }
-    let reason = format!("is {theirs}, this router's is {PROTOCOL_VERSION}; run the same version of muster");
-    Err(WireError::rule("protocol_version", reason))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -230,8 +217,6 @@ mod tests {
             let error = ModelCard::parse(&message).unwrap_err().to_string();
             assert!(error.contains(field), "{field}: {error}");
         }
-        assert!(check_version(PROTOCOL_VERSION).is_ok());
-        assert!(check_version(PROTOCOL_VERSION + 1).is_err());
     }
 
     proptest! {

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use muster_types::{Compute, Epoch, ExpertKey, Fingerprint, WeightDType};
 
-use crate::PROTOCOL_VERSION;
 use crate::convert::{
     RouterName, WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
 };
 use crate::description::{holdings_to_wire, key_of, parse_holdings};
 use crate::expert::v1;
-use crate::handshake::fingerprint_from_wire;
+use crate::handshake::{agree, fingerprint_from_wire};
+use crate::version::OURS;
 
 /// Peers of one assignment.
 const MOST_PEERS: usize = 1024;
@@ -230,8 +230,10 @@ impl Fetch {
     /// As a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::FetchRequest {
+        let (protocol_version, newest_protocol_version) = OURS.to_wire();
         v1::FetchRequest {
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version,
+            newest_protocol_version,
             fingerprint: self.fingerprint.as_bytes().to_vec().into(),
             compute: compute_to_wire(self.compute).into(),
             expert_dtype: expert_dtype_to_wire(self.experts).into(),
@@ -245,10 +247,8 @@ impl Fetch {
     /// # Errors
     /// The first field that breaks a rule. Whether the two processes fit is for the caller to see.
     pub fn parse(message: &v1::FetchRequest, experts: &[u32]) -> Result<Self, WireError> {
-        if message.protocol_version != PROTOCOL_VERSION {
-            let reason = format!("is {}; this worker speaks {PROTOCOL_VERSION}", message.protocol_version);
-            return Err(WireError::rule("protocol_version", reason));
-        }
+        agree(message.protocol_version, message.newest_protocol_version)
+            .map_err(|error| WireError::rule("protocol_version", error.to_string()))?;
         Ok(Self {
             fingerprint: fingerprint_from_wire(&message.fingerprint)?,
             compute: compute_from_wire(message.compute)?,

@@ -1,19 +1,20 @@
 //! What a worker says about itself.
 
 use std::num::NonZeroU32;
+use std::time::Duration;
 
 use muster_types::{
     Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, Speed, WeightDType,
     WorkerId,
 };
 
-use crate::PROTOCOL_VERSION;
 use crate::convert::{
     WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
     numerics_from_wire, numerics_to_wire, worker_id_error,
 };
 use crate::expert::v1;
 use crate::handshake::fingerprint_from_wire;
+use crate::version::OURS;
 
 /// Whether a worker takes shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,6 +56,10 @@ pub struct Description {
     pub domain: Option<String>,
     /// Experts that it was told to hold and does not hold yet.
     pub loading: u32,
+    /// From its start until it held its first expert.
+    pub useful: Option<Duration>,
+    /// From its start until it held all that it was told to hold first.
+    pub full: Option<Duration>,
 }
 
 /// Longest name of a failure domain, bytes.
@@ -65,8 +70,10 @@ impl Description {
     #[must_use]
     pub fn to_wire(&self) -> v1::WorkerDescription {
         let held = holdings_to_wire(&self.holdings);
+        let (protocol_version, newest_protocol_version) = OURS.to_wire();
         v1::WorkerDescription {
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version,
+            newest_protocol_version,
             worker_id: self.worker.as_str().to_owned(),
             fingerprint: self.fingerprint.as_bytes().to_vec().into(),
             numerics: numerics_to_wire(self.numerics).into(),
@@ -81,6 +88,8 @@ impl Description {
             speed: self.speed.get(),
             domain: self.domain.clone().unwrap_or_default(),
             loading: self.loading,
+            useful_ms: millis_to_wire(self.useful),
+            full_ms: millis_to_wire(self.full),
         }
     }
 
@@ -108,8 +117,19 @@ impl Description {
             speed: parse_speed(message.speed)?,
             domain: parse_domain(&message.domain)?,
             loading: message.loading,
+            useful: millis_from_wire(message.useful_ms),
+            full: millis_from_wire(message.full_ms),
         })
     }
+}
+
+/// At least 1, for 0 is none.
+fn millis_to_wire(time: Option<Duration>) -> u64 {
+    time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1))
+}
+
+fn millis_from_wire(millis: u64) -> Option<Duration> {
+    (millis > 0).then(|| Duration::from_millis(millis))
 }
 
 fn parse_speed(speed: f64) -> Result<Speed, WireError> {
@@ -210,6 +230,8 @@ mod tests {
             speed: Speed::new(2.5).unwrap(),
             domain: Some("rack-7".into()),
             loading: 3,
+            useful: Some(Duration::from_millis(40)),
+            full: None,
         }
     }
 

@@ -4,13 +4,13 @@ use std::fmt;
 
 use muster_types::{Combine, Compute, Fingerprint, NumericsClass, WeightDType};
 
-use crate::PROTOCOL_VERSION;
 use crate::convert::{
     RouterName, WireError, combine_from_wire, combine_to_wire, compute_from_wire, compute_to_wire,
     dtype_from_wire, dtype_to_wire, expert_dtype_from_wire, expert_dtype_to_wire, numerics_from_wire,
     numerics_to_wire,
 };
 use crate::expert::v1;
+use crate::version::{OURS, Versions};
 
 /// Micro-batch lanes between one router and one worker; each has a stream of its own.
 pub const LANES: usize = 2;
@@ -95,8 +95,10 @@ impl Terms {
     /// The greeting that opens a stream on these terms. The router says how outputs are to come back.
     #[must_use]
     pub fn to_hello(&self, router: &RouterName, lane: u32, combine: Combine) -> v1::Hello {
+        let (protocol_version, newest_protocol_version) = OURS.to_wire();
         v1::Hello {
-            protocol_version: PROTOCOL_VERSION,
+            protocol_version,
+            newest_protocol_version,
             fingerprint: self.fingerprint.as_bytes().to_vec().into(),
             router_id: router.as_str().to_owned(),
             lane,
@@ -115,7 +117,7 @@ impl Terms {
     /// The first field that is malformed or differs. The version comes first: the rest of another version's
     /// message need not mean what it means here.
     pub fn admit(&self, hello: &v1::Hello) -> Result<Greeting, HandshakeError> {
-        check_version(hello.protocol_version)?;
+        agree(hello.protocol_version, hello.newest_protocol_version)?;
         let router = RouterName::new(&hello.router_id)?;
         if hello.lane as usize >= LANES {
             return Err(WireError::rule("lane", format!("{} is not one of 0 and 1", hello.lane)).into());
@@ -147,7 +149,7 @@ impl Terms {
     /// # Errors
     /// The first field that is malformed or differs.
     pub fn check_worker(&self, described: &v1::WorkerDescription) -> Result<(), HandshakeError> {
-        check_version(described.protocol_version)?;
+        agree(described.protocol_version, described.newest_protocol_version)?;
         let fingerprint = fingerprint_from_wire(&described.fingerprint)?;
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
         same(Term::Compute, &self.compute, &compute_from_wire(described.compute)?)?;
@@ -157,11 +159,15 @@ impl Terms {
     }
 }
 
-fn check_version(theirs: u32) -> Result<(), HandshakeError> {
-    if theirs == 0 {
-        return Err(WireError::Missing("protocol_version").into());
-    }
-    Ok(same(Term::Version, &PROTOCOL_VERSION, &theirs)?)
+/// The version that is spoken with a peer whose message has these two fields.
+///
+/// # Errors
+/// When there is none.
+pub fn agree(oldest: u32, newest: u32) -> Result<u32, HandshakeError> {
+    let theirs = Versions::parse(oldest, newest)?;
+    let disagreement =
+        || Disagreement { term: Term::Version, ours: OURS.to_string(), theirs: theirs.to_string() };
+    Ok(OURS.common(theirs).ok_or_else(disagreement)?)
 }
 
 pub(crate) fn fingerprint_from_wire(bytes: &[u8]) -> Result<Fingerprint, WireError> {
@@ -207,6 +213,18 @@ mod tests {
     }
 
     #[test]
+    fn routers_of_neighbouring_versions_are_admitted() {
+        // From before ranges were told, of this version and of the next one.
+        for (oldest, newest) in [(1, 0), (1, 2), (2, 3)] {
+            let hello = v1::Hello { protocol_version: oldest, newest_protocol_version: newest, ..hello() };
+            assert!(terms().admit(&hello).is_ok(), "{oldest} to {newest}");
+        }
+        let later = v1::Hello { protocol_version: 3, newest_protocol_version: 4, ..hello() };
+        let text = terms().admit(&later).unwrap_err().to_string();
+        assert_eq!(text, "protocol version differs: ours is 1 to 2, the peer's is 3 to 4");
+    }
+
+    #[test]
     fn each_absent_field_is_named() {
         let cases: [(&str, v1::Hello); 9] = [
             ("protocol_version", v1::Hello { protocol_version: 0, ..hello() }),
@@ -229,7 +247,10 @@ mod tests {
     #[test]
     fn each_difference_names_both_values() {
         let cases: [(Term, v1::Hello); 6] = [
-            (Term::Version, v1::Hello { protocol_version: 2, combine: 99, ..hello() }),
+            (
+                Term::Version,
+                v1::Hello { protocol_version: 3, newest_protocol_version: 4, combine: 99, ..hello() },
+            ),
             (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),
             (Term::Compute, v1::Hello { compute: v1::ComputeMode::F32.into(), ..hello() }),

@@ -13,9 +13,7 @@ pub mod handshake;
 pub mod limits;
 pub mod reply;
 pub mod shard;
-
-/// Version of the data plane's protocol. Both sides must speak the same one.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub mod version;
 
 /// Encoded `FileDescriptorSet` of everything in `/proto`, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/muster.descriptors"));

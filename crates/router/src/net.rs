@@ -10,6 +10,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use muster_identity::Access;
+use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -33,6 +35,21 @@ pub(crate) struct Patience {
     pub(crate) stall: Duration,
     /// Without sending a byte. `None` where the protocol has its own timers.
     pub(crate) silence: Option<Duration>,
+}
+
+/// A public listener, how its connections are secured, and who is let in.
+pub(crate) struct Door {
+    pub(crate) listener: TcpListener,
+    pub(crate) tls: Option<Arc<ServerConfig>>,
+    pub(crate) access: Access,
+}
+
+impl Door {
+    /// Open to everybody, without TLS.
+    #[cfg(test)]
+    pub(crate) const fn open(listener: TcpListener) -> Self {
+        Self { listener, tls: None, access: Access::Open }
+    }
 }
 
 /// A listener that hands out [`Socket`]s.
@@ -174,12 +191,6 @@ impl AsyncWrite for Socket {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
-}
-
-impl tonic::transport::server::Connected for Socket {
-    type ConnectInfo = ();
-
-    fn connect_info(&self) {}
 }
 
 /// Runs while one direction makes no progress.

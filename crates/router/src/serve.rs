@@ -3,12 +3,17 @@
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use muster_admin::{Admin, Readiness};
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
+use muster_dispatch_grpc::secured::Only;
 use muster_dispatch_grpc::{
-    ClusterHandle, ConnectConfig, ConnectError, Fallback, GrpcDispatch, Start, WeightTerms, WeightsService,
+    ClusterHandle, ConnectConfig, ConnectError, Dialer, Fallback, GrpcDispatch, Start, WeightTerms,
+    WeightsService,
 };
+use muster_identity::{Access, Clients, Identity, IdentityError, Role};
 use muster_kernels::{Cpu, KernelError};
 use muster_model::experts::faster_mode;
 use muster_model::trunk::Trunk;
@@ -18,9 +23,13 @@ use muster_proto::card::ModelCard;
 use muster_proto::convert::RouterName;
 use muster_types::{Combine, Compute, WeightDType};
 use tokio::net::TcpListener;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::{CheckpointWeights, Cluster, ColdExperts, Leader, LeaderConfig, card, expert_sizes};
+use crate::health::Health;
+use crate::net::Door;
+use crate::service::Service;
 use crate::start::{Ending, EngineSettings, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
 
@@ -65,6 +74,12 @@ pub struct RouterConfig {
     pub busy_poll: Duration,
     /// Sizes of the engine.
     pub engine: EngineSettings,
+    /// Who it is; `None` speaks plaintext.
+    pub identity: Option<Identity>,
+    /// Who may ask it.
+    pub access: Access,
+    /// How long requests are still taken after a stop was asked for, so that whoever sends them learns of it.
+    pub leave_after: Duration,
 }
 
 /// Who decides what workers hold.
@@ -93,6 +108,8 @@ pub struct Hooks {
     pub ready: Box<dyn FnOnce(Bound) + Send>,
     /// Renders metrics in the Prometheus text format.
     pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    /// What the machine around it asks.
+    pub admin: Admin,
 }
 
 /// Why a router could not run.
@@ -108,6 +125,9 @@ pub enum RouterError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// TLS.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The model's files.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -142,7 +162,8 @@ pub enum RouterError {
     Engine,
 }
 
-/// Runs a router until `shutdown` resolves, then drains it.
+/// Runs a router until `shutdown` resolves, then drains it. A drain that [`Hooks::admin`] is asked for is the same, but the
+/// process goes on until `shutdown`.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
@@ -154,8 +175,18 @@ pub async fn run(
     let http_listener = bind("http", config.http).await?;
     let grpc_listener = bind("grpc", config.grpc).await?;
     let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
-    let drain = config.drain_timeout;
-    let Hooks { progress, ready, metrics } = hooks;
+    let (drain, leave_after) = (config.drain_timeout, config.leave_after);
+    let (identity, access) = (config.identity.clone(), config.access.clone());
+    let tls =
+        |protocol| identity.as_ref().map(|identity| identity.server(Clients::Any, protocol)).transpose();
+    let (http_tls, grpc_tls) = (tls("http/1.1")?, tls("h2")?);
+    let Hooks { progress, ready, metrics, admin } = hooks;
+    // Ends with this function.
+    let mut beside = JoinSet::new();
+    if let Some(identity) = &identity {
+        beside.spawn(identity.clone().keep_fresh());
+    }
+    beside.spawn(access.clone().keep_fresh());
 
     tokio::pin!(shutdown);
     let assembled = tokio::task::spawn_blocking(move || assemble(config, progress));
@@ -193,17 +224,34 @@ pub async fn run(
         move || covered.is_covered(),
         stop.clone(),
     ));
-    let beside = grpc::Workers {
-        cluster: grpc::cluster::Api { cluster, workers, card, stop: stop.clone() },
-        weights: weights.service,
+    let api = grpc::cluster::Api {
+        cluster: cluster.clone(),
+        workers,
+        card,
+        stop: stop.clone(),
+        workers_only: Only(identity.is_some().then_some(&[Role::Worker])),
+        access: access.clone(),
     };
-    let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_listener, stop.clone()));
-    let mut grpc_server = tokio::spawn(grpc::serve(service, Some(beside), grpc_listener, stop.clone()));
+    let with_workers = grpc::Workers {
+        cluster: api,
+        weights: weights.service,
+        weights_only: Only(identity.is_some().then_some(&[Role::Worker, Role::Router])),
+    };
+    let http_door = Door { listener: http_listener, tls: http_tls, access: access.clone() };
+    let grpc_door = Door { listener: grpc_listener, tls: grpc_tls, access };
+    admin.ask(readiness(service.clone()));
+    let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_door, stop.clone()));
+    let mut grpc_server = tokio::spawn(grpc::serve(service, Some(with_workers), grpc_door, stop.clone()));
     tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
     ready(bound);
 
+    let mut is_told = false;
     let outcome = tokio::select! {
-        () = &mut shutdown => Ok(()),
+        () = &mut shutdown => {
+            is_told = true;
+            Ok(())
+        }
+        () = admin.drain_asked() => Ok(()),
         () = engine.ended() => return Err(RouterError::Engine),
         ended = &mut http_server => Err(failed("http", ended.err().map(|error| error.to_string()))),
         ended = &mut grpc_server => Err(failed("grpc", match ended {
@@ -212,13 +260,34 @@ pub async fn run(
             Err(error) => Some(error.to_string()),
         })),
     };
+    if outcome.is_ok() && !leave_after.is_zero() {
+        tracing::info!(?leave_after, "leaving: not ready any more, new requests are taken for a while");
+        cluster.leave();
+        tokio::time::sleep(leave_after).await;
+    }
     tracing::info!("draining: no new requests, running ones may finish");
+    admin.not_ready("it drains");
     stop.cancel();
     // The servers hold the service until their last request is answered; then the engine ends by itself.
     if engine.stop(drain).await == Ending::CutOff {
         tracing::warn!(?drain, "requests were still running when the drain time was up");
     }
+    tracing::info!("safe to terminate");
+    admin.drained();
+    if outcome.is_ok() && !is_told {
+        // Whoever asked ends the process.
+        shutdown.await;
+    }
     outcome
+}
+
+/// What probes are told: what health says.
+fn readiness(service: Service) -> impl Fn() -> Readiness {
+    move || match service.health() {
+        Health::Ready => Readiness::Ready,
+        Health::Degraded { reasons } => Readiness::Degraded(reasons.join("; ")),
+        Health::NotReady { reason } => Readiness::NotReady(reason),
+    }
 }
 
 async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
@@ -305,6 +374,7 @@ fn assemble(
         combine: config.combine,
         busy_poll: config.busy_poll,
         cpu: Arc::clone(&cpu),
+        dialer: Dialer::new(config.identity.as_ref(), &[Role::Worker])?,
     };
     let dispatch = GrpcDispatch::connect_with(connect, fallback)?;
     let pulse = Arc::new(Pulse::default());
@@ -316,6 +386,7 @@ fn assemble(
         experts: u32::try_from(shape.total()).unwrap_or(u32::MAX),
         replicas: config.replicas,
         has_fallback,
+        is_leaving: AtomicBool::new(false),
     });
     let handle = dispatch.cluster();
     let terms = WeightTerms {

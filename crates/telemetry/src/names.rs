@@ -27,6 +27,11 @@ metric_names! {
     describe_counter GRPC_REQUESTS = "muster_grpc_requests_total", Count, "gRPC calls answered, by method and status code.";
     describe_counter ACCEPT_ERRORS = "muster_accept_errors_total", Count, "Connections that could not be accepted, for lack of file descriptors or the like.";
     describe_counter CONNECTIONS_EVICTED = "muster_connections_evicted_total", Count, "Connections closed because their peer made no progress.";
+    // Certificates and keys.
+    describe_gauge CERTIFICATE_END = "muster_certificate_end_seconds", Seconds, "When this process's certificate ends, since 1970.";
+    describe_gauge API_KEYS = "muster_api_keys", Count, "API keys that are good.";
+    describe_counter RELOAD_FAILURES = "muster_reload_failures_total", Count, "Changed files that could not be taken into use.";
+    describe_counter ACCESS_DENIED = "muster_access_denied_total", Count, "Calls refused because of who asked, and TLS handshakes that failed.";
     // Router: requests.
     describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full.";
     describe_counter REQUESTS_RESUMED = "muster_requests_resumed_total", Count, "Requests that went on with a stream that had broken off.";
@@ -75,6 +80,12 @@ metric_names! {
     describe_counter WORKER_SHARDS_ABANDONED = "muster_worker_shards_abandoned_total", Count, "Shards dropped because their router went away.";
     describe_counter WORKER_SHARDS_MERGED = "muster_worker_shards_merged_total", Count, "Shards computed together with others of their layer.";
     describe_counter WORKER_ROWS = "muster_worker_rows_total", Count, "Expert output rows computed.";
+    describe_gauge WORKER_PRESSURE = "muster_worker_pressure", Count, "Part of the time, from 0 to 1 and over about 15 s, in which the experts' thread computed.";
+    describe_gauge WORKER_EXPERTS = "muster_worker_experts", Count, "Experts that a worker serves.";
+    describe_gauge WORKER_LOADING_EXPERTS = "muster_worker_loading_experts", Count, "Experts that a worker was told to hold and does not hold yet.";
+    describe_gauge WORKER_RESIDENT_BYTES = "muster_worker_resident_bytes", Bytes, "Experts' weights in a worker's memory.";
+    describe_gauge WORKER_CAPACITY_BYTES = "muster_worker_capacity_bytes", Bytes, "Memory that a worker has for experts.";
+    describe_gauge WORKER_START_SECONDS = "muster_worker_start_seconds", Seconds, "From a worker's start until it was useful (first expert) and full (all that it was told to hold first).";
     describe_counter WORKER_EXPERTS_LOADED = "muster_worker_experts_loaded_total", Count, "Experts loaded on orders, by source: peer, checkpoint or router.";
     describe_counter WORKER_EXPERT_BYTES_LOADED = "muster_worker_expert_bytes_loaded_total", Bytes, "Bytes of these, packed.";
     describe_counter WORKER_EXPERT_LOAD_ERRORS = "muster_worker_expert_load_errors_total", Count, "Experts that the checkpoint did not give.";

@@ -40,6 +40,8 @@ pub(crate) struct Holder {
     experts: RwLock<ExpertSet>,
     state: Mutex<State>,
     changed: Condvar,
+    /// When the process began to be a worker.
+    started: Instant,
 }
 
 struct State {
@@ -51,19 +53,38 @@ struct State {
     stopped: bool,
     /// Counts orders.
     orders: u64,
+    /// How long after the start the first expert was there, and all that were to be there first.
+    useful: Option<Duration>,
+    full: Option<Duration>,
+}
+
+impl State {
+    /// Something is held, for the first time or not.
+    fn note(&mut self, started: Instant) {
+        let since = started.elapsed();
+        self.useful.get_or_insert(since);
+        if self.tasks.is_empty() {
+            self.full.get_or_insert(since);
+        }
+    }
 }
 
 impl Holder {
-    /// Of experts that are loaded and wanted.
-    pub(crate) fn new(experts: ExpertSet) -> Self {
-        let state = State {
+    /// Of experts that are loaded and wanted, in a worker that was started then.
+    pub(crate) fn new(experts: ExpertSet, started: Instant) -> Self {
+        let mut state = State {
             wanted: experts.keys().into_iter().collect(),
             tasks: VecDeque::new(),
             released: BTreeMap::new(),
             stopped: false,
             orders: 0,
+            useful: None,
+            full: None,
         };
-        Self { experts: RwLock::new(experts), state: Mutex::new(state), changed: Condvar::new() }
+        if !state.wanted.is_empty() {
+            state.note(started);
+        }
+        Self { experts: RwLock::new(experts), state: Mutex::new(state), changed: Condvar::new(), started }
     }
 
     /// To compute with.
@@ -144,6 +165,7 @@ impl Holder {
         state.tasks.retain(|task| task.key != key);
         if state.wanted.contains(&key) {
             self.experts.write().unwrap_or_else(PoisonError::into_inner).insert(key, expert);
+            state.note(self.started);
         }
     }
 
@@ -207,7 +229,13 @@ impl Custody for Holder {
         let state = self.state();
         let set = self.experts();
         let experts = set.keys().into_iter().filter(|key| state.wanted.contains(key)).collect();
-        Held { experts, resident_bytes: set.bytes(), loading: state.tasks.len() }
+        Held {
+            experts,
+            resident_bytes: set.bytes(),
+            loading: state.tasks.len(),
+            useful: state.useful,
+            full: state.full,
+        }
     }
 }
 
@@ -242,7 +270,7 @@ mod tests {
         for &n in held {
             set.insert(key(n), expert());
         }
-        Holder::new(set)
+        Holder::new(set, Instant::now())
     }
 
     fn orders(keep: &[u32], load: &[u32]) -> Assignment {

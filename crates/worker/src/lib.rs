@@ -12,14 +12,20 @@ mod load;
 mod loader;
 mod membership;
 mod memory;
+mod report;
 
 use std::future::Future;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::{Duration, Instant};
 
+use muster_admin::Admin;
 use muster_checkpoint::{CheckpointError, Source};
-use muster_dispatch_grpc::{Address, BindError, Bound, ExpertServer, JoinError, ServeError, ServerConfig};
+use muster_dispatch_grpc::{
+    Address, BindError, Bound, Custody, Dialer, ExpertServer, Held, JoinError, ServeError, ServerConfig,
+};
+use muster_identity::{Identity, IdentityError, Role};
 use muster_kernels::KernelError;
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::SplitError;
@@ -33,6 +39,7 @@ use holder::Holder;
 use load::Loaded;
 use loader::Loader;
 use membership::Applicant;
+use report::Standing;
 
 pub use memory::memory_for_experts;
 
@@ -103,6 +110,8 @@ pub struct WorkerConfig {
     pub busy_poll: Duration,
     /// How long it may go on serving what nobody else holds after a stop was asked for.
     pub drain_timeout: Duration,
+    /// Who it is; `None` speaks plaintext.
+    pub identity: Option<Identity>,
 }
 
 /// A worker that can be used.
@@ -122,6 +131,8 @@ pub struct Hooks {
     pub progress: Box<dyn FnMut(LoadProgress) + Send>,
     /// Called once, when rows are taken.
     pub ready: Box<dyn FnOnce(Ready) + Send>,
+    /// What the machine around it asks.
+    pub admin: Admin,
 }
 
 /// Why a worker could not run.
@@ -154,6 +165,9 @@ pub enum WorkerError {
         /// Experts of the model.
         experts: u64,
     },
+    /// TLS.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// No router takes it.
     #[error(transparent)]
     Join(#[from] JoinError),
@@ -201,7 +215,8 @@ pub enum WorkerError {
 }
 
 /// Runs a worker until `shutdown` resolves, then drains it: it serves on until what it holds is elsewhere or nobody asks
-/// for it, at most for the drain time.
+/// for it, at most for the drain time. A drain that [`Hooks::admin`] is asked for is the same, but the process goes on until
+/// `shutdown`.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
@@ -210,11 +225,18 @@ pub async fn run(
     hooks: Hooks,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), WorkerError> {
+    let started = Instant::now();
     // First, so that a mistaken address is known before minutes of loading.
     let bound = Bound::bind(&config.listen).await?;
     let address = bound.address().clone();
     let drain_timeout = config.drain_timeout;
-    let Hooks { progress, ready } = hooks;
+    let Hooks { progress, ready, admin } = hooks;
+    let identity = config.identity.clone();
+    // Ends with this function.
+    let mut beside = JoinSet::new();
+    if let Some(identity) = &identity {
+        beside.spawn(identity.clone().keep_fresh());
+    }
 
     tokio::pin!(shutdown);
     let mut applicant = Applicant {
@@ -222,6 +244,8 @@ pub async fn run(
         listen: address.clone(),
         advertise: config.advertise.clone(),
         model: None,
+        dialer: Dialer::new(identity.as_ref(), &[Role::Router])?,
+        known: Arc::new(AtomicUsize::new(0)),
     };
     let first = match &config.source {
         None if !config.join.is_empty() => tokio::select! {
@@ -237,19 +261,23 @@ pub async fn run(
         () = &mut shutdown => return Ok(()),
     };
     applicant.model = Some(loaded.sources.fingerprint);
-    let description = describe(&config, &loaded);
+    let mut description = describe(&config, &loaded);
     let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
     let server_config = server_config(&config, &loaded);
     let Loaded { cpu, experts: set, sources, .. } = loaded;
-    let holder = Arc::new(Holder::new(set));
+    let holder = Arc::new(Holder::new(set, started));
+    let Held { useful, full, .. } = holder.held();
+    (description.useful, description.full) = (useful, full);
     let (server, queue) = ExpertServer::new(&server_config, description, holder.clone());
+    beside.spawn(report::measure(holder.clone(), sources.capacity, queue.pressure()));
     let (network, held) = (bound.network(), holder.clone());
     let mut computing = on_thread("muster-experts", move || {
         let mut experts = Experts::new(cpu.clone(), held);
         queue.run(&network, &cpu, &mut experts);
     })?;
     let runtime = tokio::runtime::Handle::current();
-    let loader = Loader { holder: holder.clone(), server: server.clone(), sources, runtime };
+    let dialer = Dialer::new(identity.as_ref(), &[Role::Router, Role::Worker])?;
+    let loader = Loader { holder: holder.clone(), server: server.clone(), sources, runtime, dialer };
     let mut loading = on_thread("muster-load", move || loader.run())?;
 
     let (stop, stopped) = oneshot::channel::<()>();
@@ -259,20 +287,26 @@ pub async fn run(
             // Resolves also when the other half is gone.
             let _ = stopped.await;
         };
-        bound.serve(&serving, stopped).await
+        bound.serve(&serving, identity.as_ref(), stopped).await
     });
-    // Ends with this function.
-    let mut memberships = JoinSet::new();
     for router in &config.join {
-        memberships.spawn(applicant.clone().stay(router.clone()));
+        beside.spawn(applicant.clone().stay(router.clone()));
     }
     // Only now, so that a router that it was known to by this need not forget it in between.
     drop(first);
     tracing::info!(worker = %config.worker_id, %address, experts, bytes, "serving experts");
+    let standing =
+        Standing { holder: holder.clone(), known: applicant.known, joins: !config.join.is_empty() };
+    admin.ask(move || standing.readiness());
     ready(Ready { address, experts, bytes });
 
+    let mut is_told = false;
     let outcome = tokio::select! {
-        () = &mut shutdown => Ok(()),
+        () = &mut shutdown => {
+            is_told = true;
+            Ok(())
+        }
+        () = admin.drain_asked() => Ok(()),
         _ = &mut computing => Err(WorkerError::Experts),
         _ = &mut loading => Err(WorkerError::Loading),
         ended = &mut serving => {
@@ -284,7 +318,13 @@ pub async fn run(
         }
     };
     if outcome.is_ok() {
+        admin.not_ready("it drains");
         drain(&server, &holder, drain_timeout).await;
+        admin.drained();
+        if !is_told {
+            // Whoever asked ends the process.
+            shutdown.await;
+        }
     }
     holder.stop();
     server.close();
@@ -349,6 +389,8 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
         speed: config.speed.unwrap_or_else(|| Speed::new(config.threads.get() as f64).unwrap_or(Speed::ONE)),
         domain: config.domain.clone(),
         loading: 0,
+        useful: None,
+        full: None,
     }
 }
 

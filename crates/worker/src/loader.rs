@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::{Address, ExpertServer, Fetcher};
+use muster_dispatch_grpc::{Address, Dialer, ExpertServer, Fetcher};
 use muster_model::ModelError;
 use muster_model::experts::{self, Expert, ExpertForm};
 use muster_proto::control::Fetch;
@@ -43,6 +43,8 @@ pub(crate) struct Loader {
     pub(crate) server: ExpertServer,
     pub(crate) sources: Sources,
     pub(crate) runtime: Handle,
+    /// To workers and routers.
+    pub(crate) dialer: Dialer,
 }
 
 impl Loader {
@@ -51,7 +53,7 @@ impl Loader {
         if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
             tracing::debug!(%error, "the loader has the same priority as others");
         }
-        let mut fetcher = Fetcher::default();
+        let mut fetcher = Fetcher::new(self.dialer.clone());
         let mut announced = Instant::now();
         loop {
             let outcome = match self.holder.next() {

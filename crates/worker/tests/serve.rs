@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use muster_admin::Admin;
 use muster_checkpoint::{Checkpoint, Source};
-use muster_dispatch_grpc::{Address, ConnectConfig, GrpcDispatch, Rows, Start, WorkerState};
+use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, GrpcDispatch, Rows, Start, WorkerState};
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::Local;
@@ -27,6 +28,7 @@ fn fixture(name: &str) -> PathBuf {
 
 fn config(model: &str, share: Share) -> WorkerConfig {
     WorkerConfig {
+        identity: None,
         listen: "127.0.0.1:0".parse().unwrap(),
         worker_id: WorkerId::new("w0").unwrap(),
         source: Some(Source::Directory(fixture(model))),
@@ -66,6 +68,7 @@ impl Running {
         let (end, ended) = mpsc::channel();
         std::thread::spawn(move || {
             let hooks = Hooks {
+                admin: Admin::new(String::new),
                 progress: Box::new(|_| {}),
                 ready: Box::new(move |now| ready.send(now).expect("the test waits for it")),
             };
@@ -127,6 +130,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         out.into_iter().map(|y| round(compute, y)).collect()
     });
     let connect = ConnectConfig {
+        dialer: Dialer::default(),
         workers: Vec::new(),
         router_id: "test".into(),
         fingerprint: checkpoint.fingerprint(),
@@ -220,8 +224,11 @@ fn a_worker_that_is_told_to_stop_says_so_and_ends() {
 
 /// What `run` says when it cannot start.
 fn refusal(config: WorkerConfig) -> String {
-    let hooks =
-        Hooks { progress: Box::new(|_| {}), ready: Box::new(|ready| panic!("it must not start: {ready:?}")) };
+    let hooks = Hooks {
+        progress: Box::new(|_| {}),
+        ready: Box::new(|ready| panic!("it must not start: {ready:?}")),
+        admin: Admin::new(String::new),
+    };
     let outcome = runtime().block_on(run(config, hooks, std::future::pending()));
     outcome.expect_err("it must be refused").to_string()
 }
@@ -243,7 +250,7 @@ fn what_cannot_start_says_why() {
 
 #[test]
 fn a_stop_while_loading_is_obeyed() {
-    let hooks = Hooks { progress: Box::new(|_| {}), ready: Box::new(|_| {}) };
+    let hooks = Hooks { progress: Box::new(|_| {}), ready: Box::new(|_| {}), admin: Admin::new(String::new) };
     let outcome = runtime().block_on(run(config("mixtral", Share::All), hooks, std::future::ready(())));
     assert!(outcome.is_ok(), "{outcome:?}");
 }

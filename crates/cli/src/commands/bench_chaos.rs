@@ -13,7 +13,7 @@ use muster_proto::cluster::v1::status_reply::Health;
 use serde::Serialize;
 use tokio::task::{JoinSet, LocalSet};
 
-use crate::args::{BenchArgs, LogArgs, SamplingArgs};
+use crate::args::{BenchArgs, CredentialArgs, LogArgs, SamplingArgs};
 use crate::backend::{self, Ask, Backend, Piece};
 use crate::children;
 use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
@@ -129,7 +129,7 @@ async fn with_router(
     let mut router = start("127.0.0.1:0".to_owned())?;
     let listening = router.ready(|_| {}).await?;
     let grpc = listening.grpc.ok_or_else(|| Failure::runtime("the router did not say where it listens"))?;
-    let client = backend::connect(&[grpc.to_string()]).await?;
+    let client = backend::connect(&[grpc.to_string()], &CredentialArgs::default()).await?;
     whole(&client, workers).await?;
     let mut backend = Backend::Router(client.clone());
     let about = backend.about().await?;

@@ -11,7 +11,7 @@ use crate::failure::Failure;
 use crate::out;
 
 pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
-    let client = backend::connect(&args.grpc).await?;
+    let client = backend::connect(&args.grpc, &args.credentials).await?;
     let model = client.model().await.map_err(backend::failed)?;
     if !model.has_chat_template {
         let message =

@@ -1,10 +1,13 @@
 //! The subcommands, a file each.
 
+mod admin;
 mod bench;
 mod bench_chaos;
+mod certs;
 mod chat;
 mod check_model;
 mod generate;
+mod keys;
 mod logits;
 mod pull;
 mod quality;
@@ -16,13 +19,20 @@ mod up;
 mod worker;
 
 use std::future::Future;
+use std::time::Duration;
 
+use muster_admin::Admin;
 use muster_config::{Flags, LogSettings};
+use muster_identity::{Identity, TlsFiles};
 use muster_telemetry::init_logs;
 use tokio::runtime::{Builder, Runtime};
+use tokio_util::sync::CancellationToken;
 
 use crate::args::{Cli, Command, LogArgs};
 use crate::failure::Failure;
+
+/// How often it is tried again to start what lacked something.
+const MENDED: Duration = Duration::from_secs(3);
 
 /// Runs what was asked for.
 pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
@@ -44,6 +54,10 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::CheckModel(args) => check_model::run(&args),
         Command::Logits(args) => on_main_thread(logits::run(&args, &log)),
         Command::Bench(args) => on_main_thread(bench::run(&args, &log)),
+        Command::Certs(command) => on_main_thread(certs::run(&command)),
+        Command::Keys(command) => keys::run(&command),
+        Command::Drain(args) => on_main_thread(admin::drain(&args)),
+        Command::Probe(args) => on_main_thread(admin::probe(&args)),
         Command::Pull(args) => Err(pull::run(&args)),
         Command::Router(_) | Command::Worker(_) => Ok(()),
     }
@@ -80,6 +94,38 @@ fn serve(log: &LogSettings, work: impl Future<Output = Result<(), Failure>>) -> 
     let outcome = runtime.block_on(work);
     runtime.shutdown_background();
     outcome
+}
+
+/// Runs a server until `stop`. Where the machine around it can ask how it is, files that are missing or wrong are waited for,
+/// with the reason for whoever asks: starting the process again and again would help nobody.
+async fn persist(
+    admin: &Admin,
+    is_asked: bool,
+    stop: &CancellationToken,
+    mut attempt: impl AsyncFnMut() -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut said = String::new();
+    loop {
+        let reason = match attempt().await {
+            Err(Failure::Input(reason)) if is_asked => reason,
+            outcome => return outcome,
+        };
+        if reason != said {
+            tracing::error!(reason, "cannot start; trying again until it is mended");
+            admin.not_ready(reason.clone());
+            said = reason;
+        }
+        tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            () = tokio::time::sleep(MENDED) => {}
+        }
+    }
+}
+
+/// Who this process is.
+fn identity(files: Option<TlsFiles>) -> Result<Option<Identity>, Failure> {
+    let load = |files| Identity::load(files).map_err(|error| Failure::input(format!("TLS: {error}")));
+    files.map(load).transpose()
 }
 
 /// Blocking work, off the thread that keeps children and signals going.

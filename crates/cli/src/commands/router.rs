@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
-use muster_config::{Environment, Fallback, Flags, PlacementMode, RouterSettings, Sources};
+use muster_admin::Admin;
+use muster_config::{AccessMode, Environment, Fallback, Flags, PlacementMode, RouterSettings, Sources};
+use muster_identity::Access;
 use muster_router::serve::{Bound, Hooks, Placement, RouterConfig, RouterError, run as run_router};
 use muster_router::start::{EngineSettings, PrefixCache};
 use muster_types::Limits;
 
-use super::{log_settings, serve};
+use super::{identity, log_settings, persist, serve};
 use crate::args::{LogArgs, RouterArgs};
 use crate::children::{Listening, exit_with_parent};
 use crate::engine::cores;
@@ -33,16 +35,29 @@ pub(crate) fn run(args: &RouterArgs, log: &LogArgs) -> Result<(), Failure> {
     serve(&log, async move {
         let signals = Signals::listen()?;
         let metrics = muster_telemetry::install_metrics().map_err(Failure::runtime)?;
-        let config = config(settings)?;
-        let (progress, ready) = (outlet.progress(), outlet.ready());
-        let hooks = Hooks {
-            progress,
-            ready: Box::new(move |bound: Bound| {
-                ready(Listening { http: Some(bound.http), grpc: Some(bound.grpc), ..Listening::default() });
-            }),
-            metrics: Arc::new(move || metrics.render()),
+        let stop = signals.drain_then_exit();
+        let rendered = metrics.clone();
+        let admin = Admin::new(move || rendered.render());
+        let address = match settings.admin {
+            Some(address) => Some(admin.listen(address).await.map_err(Failure::input)?),
+            None => None,
         };
-        run_router(config, hooks, signals.drain_then_exit()).await.map_err(|error| failure(&error))
+        persist(&admin, address.is_some(), &stop, async || {
+            let (progress, ready) = (outlet.progress(), outlet.ready());
+            let metrics = metrics.clone();
+            let hooks = Hooks {
+                progress,
+                ready: Box::new(move |Bound { http, grpc }| {
+                    let (http, grpc) = (Some(http), Some(grpc));
+                    ready(Listening { http, grpc, admin: address, ..Listening::default() });
+                }),
+                metrics: Arc::new(move || metrics.render()),
+                admin: admin.clone(),
+            };
+            let config = config(settings.clone())?;
+            run_router(config, hooks, stop.clone().cancelled_owned()).await.map_err(|error| failure(&error))
+        })
+        .await
     })
 }
 
@@ -72,7 +87,11 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("drain_timeout", args.drain_timeout.as_deref())
         .text("combine", args.combine.as_deref())
         .text("busy_poll_us", args.busy_poll_us.as_deref());
+    let flags =
+        flags.text("leave_after", args.leave_after.as_deref()).text("api_keys", args.api_keys.as_deref());
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
+    let flags = if args.insecure_no_keys { flags.on("insecure_no_keys") } else { flags };
+    let flags = args.tls.flags(flags);
     log_settings(flags, log)
 }
 
@@ -96,6 +115,15 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         threads: settings.threads.unwrap_or(cores()),
         connect_timeout: settings.connect_timeout,
         drain_timeout: settings.drain_timeout,
+        identity: identity(settings.tls)?,
+        access: match settings.access {
+            AccessMode::Open => Access::Open,
+            AccessMode::Certificates => Access::Known(None),
+            AccessMode::Keys(file) => {
+                Access::by_keys(file).map_err(|error| Failure::input(format!("--api-keys: {error}")))?
+            }
+        },
+        leave_after: settings.leave_after,
         combine: settings.combine,
         busy_poll: settings.busy_poll,
         engine: EngineSettings {
@@ -112,6 +140,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
 fn failure(error: &RouterError) -> Failure {
     match error {
         RouterError::Bind { .. }
+        | RouterError::Identity(_)
         | RouterError::Checkpoint(_)
         | RouterError::Model(_)
         | RouterError::Start(_) => Failure::input(error),

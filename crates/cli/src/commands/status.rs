@@ -44,10 +44,14 @@ struct Worker {
     late_shards: u32,
     banned_ms: u32,
     rows: u64,
+    /// Milliseconds from its start until it held its first expert; 0: not yet.
+    useful_ms: u64,
+    /// Milliseconds from its start until it held all that it was told to hold first; 0: not yet.
+    full_ms: u64,
 }
 
 pub(crate) async fn run(args: &StatusArgs) -> Result<(), Failure> {
-    let client: Client = backend::connect(&args.grpc).await?;
+    let client: Client = backend::connect(&args.grpc, &args.credentials).await?;
     let mut reports = Vec::new();
     for (address, status) in client.statuses().await {
         match status {
@@ -114,6 +118,8 @@ fn worker(worker: WorkerStatus) -> Worker {
         late_shards: worker.late_shards,
         banned_ms: worker.banned_ms,
         rows: worker.rows,
+        useful_ms: worker.useful_ms,
+        full_ms: worker.full_ms,
     }
 }
 
@@ -142,18 +148,32 @@ fn page(report: &Report) -> String {
                 text::bytes(worker.resident_bytes),
                 text::bytes(worker.capacity_bytes),
                 worker.rows.to_string(),
+                after(worker.useful_ms),
+                after(worker.full_ms),
                 if worker.domain.is_empty() { "-".to_owned() } else { worker.domain.clone() },
                 worker.address.clone(),
             ]
         })
         .collect();
-    let header = ["worker", "state", "experts", "loading", "memory", "of", "rows", "domain", "address"];
+    let header = [
+        "worker", "state", "experts", "loading", "memory", "of", "rows", "useful", "full", "domain",
+        "address",
+    ];
     page += &text::table(&header, &rows);
     page.push('\n');
     for worker in report.workers.iter().filter(|worker| !worker.reason.is_empty()) {
         page += &format!("  {}: {}\n", worker.address, worker.reason);
     }
     page
+}
+
+/// How long after its start.
+fn after(millis: u64) -> String {
+    match millis {
+        0 => "-".to_owned(),
+        1..10_000 => format!("{:.1} s", millis as f64 / 1e3),
+        _ => format!("{} s", millis / 1000),
+    }
 }
 
 #[cfg(test)]
@@ -165,7 +185,7 @@ mod tests {
         let status = StatusReply {
             router_id: "r".into(),
             health: Health::Degraded.into(),
-            reasons: vec!["1 workers cannot be reached".into()],
+            reasons: vec!["a worker cannot be reached".into()],
             leads: true,
             term: 4,
             imbalance: 1.04,
@@ -194,7 +214,7 @@ mod tests {
         let page = page(&report("http://x".into(), status));
         for part in [
             "r at http://x: degraded; 30 of 32 experts held; leads the placement (term 4, imbalance 1.04)",
-            "1 workers cannot be reached",
+            "a worker cannot be reached",
             "loading",
             "b:2: refused",
         ] {

@@ -36,7 +36,9 @@ where
     let Some(model) = &target.model else {
         let default = [DEFAULT_GRPC.to_owned()];
         let addresses = if target.grpc.is_empty() { &default[..] } else { &target.grpc };
-        let work = async { work(Backend::Router(backend::connect(addresses).await?), None).await };
+        let work = async {
+            work(Backend::Router(backend::connect(addresses, &target.credentials).await?), None).await
+        };
         return signals.unless(work).await;
     };
     let checkpoint = Arc::new(models::open(model)?);

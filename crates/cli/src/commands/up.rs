@@ -9,7 +9,7 @@ use muster_kernels::Isa;
 use muster_model::experts::faster_mode;
 
 use super::generate::{Output, Prompt, answer};
-use crate::args::{LogArgs, UpArgs};
+use crate::args::{CredentialArgs, LogArgs, UpArgs};
 use crate::backend::{self, Backend};
 use crate::children::{self, Announcement, Running, announce};
 use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
@@ -62,10 +62,12 @@ impl Addresses {
         let addresses =
             Self { http: args.http.unwrap_or(local(8080)), grpc: args.grpc.unwrap_or(local(50051)) };
         for (flag, address) in [("--http", addresses.http), ("--grpc", addresses.grpc)] {
-            if !address.ip().is_loopback() && !args.insecure_plaintext {
+            let asked = args.insecure_plaintext && args.insecure_no_keys;
+            if !address.ip().is_loopback() && !asked {
                 return Err(Failure::input(format!(
-                    "{flag}: {address} can be reached from other machines and there is no TLS; use a loopback \
-                     address, or ask for plaintext by name with --insecure-plaintext"
+                    "{flag}: {address} can be reached from other machines, and `muster up` has neither TLS nor keys; use \
+                     a loopback address, `muster router` and `muster worker` with --tls-cert and --api-keys, or ask for \
+                     it by name with --insecure-plaintext --insecure-no-keys"
                 )));
             }
         }
@@ -102,7 +104,8 @@ async fn serve(
         return Err(Failure::runtime("the router did not say where it listens"));
     };
     if let Some(prompt) = &args.prompt {
-        let backend = Backend::Router(backend::connect(&[grpc.to_string()]).await?);
+        let backend =
+            Backend::Router(backend::connect(&[grpc.to_string()], &CredentialArgs::default()).await?);
         let prompt = Prompt::Text(prompt.clone());
         let answered = answer(backend, prompt, args.max_tokens, &args.sampling, Output::Text);
         return tokio::select! {
@@ -149,6 +152,9 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
     }
     if args.insecure_plaintext {
         arguments.push("--insecure-plaintext".into());
+    }
+    if args.insecure_no_keys {
+        arguments.push("--insecure-no-keys".into());
     }
     arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
     arguments.extend(log_flags(log));

@@ -1,11 +1,12 @@
 //! `muster worker`: settings to a running worker.
 
+use muster_admin::Admin;
 use muster_config::{Environment, Flags, Share, Sources, WorkerSettings};
 use muster_dispatch_grpc::Address;
 use muster_types::WorkerId;
 use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run as run_worker};
 
-use super::{log_settings, serve};
+use super::{identity, log_settings, persist, serve};
 use crate::args::{LogArgs, WorkerArgs};
 use crate::children::{Listening, exit_with_parent};
 use crate::engine::cores;
@@ -30,15 +31,27 @@ pub(crate) fn run(args: &WorkerArgs, log: &LogArgs) -> Result<(), Failure> {
     let outlet = Outlet::of(&args.config, "worker");
     serve(&log, async move {
         let signals = Signals::listen()?;
-        let config = config(settings)?;
-        let (progress, ready) = (outlet.progress(), outlet.ready());
-        let hooks = Hooks {
-            progress,
-            ready: Box::new(move |state: Ready| {
-                ready(Listening { listen: Some(state.address.to_string()), ..Listening::default() });
-            }),
+        let stop = signals.drain_then_exit();
+        let metrics = muster_telemetry::install_metrics().map_err(Failure::runtime)?;
+        let admin = Admin::new(move || metrics.render());
+        let address = match settings.admin {
+            Some(address) => Some(admin.listen(address).await.map_err(Failure::input)?),
+            None => None,
         };
-        run_worker(config, hooks, signals.drain_then_exit()).await.map_err(|error| failure(&error))
+        persist(&admin, address.is_some(), &stop, async || {
+            let (progress, ready) = (outlet.progress(), outlet.ready());
+            let hooks = Hooks {
+                progress,
+                ready: Box::new(move |state: Ready| {
+                    let listen = Some(state.address.to_string());
+                    ready(Listening { listen, admin: address, ..Listening::default() });
+                }),
+                admin: admin.clone(),
+            };
+            let config = config(settings.clone())?;
+            run_worker(config, hooks, stop.clone().cancelled_owned()).await.map_err(|error| failure(&error))
+        })
+        .await
     })
 }
 
@@ -63,6 +76,7 @@ fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
         .text("drain_timeout", args.drain_timeout.as_deref())
         .text("busy_poll_us", args.busy_poll_us.as_deref());
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
+    let flags = args.tls.flags(flags);
     log_settings(flags, log)
 }
 
@@ -91,6 +105,7 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
         streams: settings.max_streams,
         drain_timeout: settings.drain_timeout,
         busy_poll: settings.busy_poll,
+        identity: identity(settings.tls)?,
     })
 }
 

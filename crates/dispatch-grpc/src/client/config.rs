@@ -9,6 +9,7 @@ use muster_proto::handshake::{HandshakeError, Term};
 use muster_types::{Combine, Compute, ExpertKey, Fingerprint, WeightDType};
 
 use crate::address::AddressError;
+use crate::transport::Dialer;
 
 /// Whether to start without some of the experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +55,8 @@ pub struct ConnectConfig {
     pub busy_poll: Duration,
     /// Where the engine thread adds outputs.
     pub cpu: Arc<Cpu>,
+    /// How workers are reached.
+    pub dialer: Dialer,
 }
 
 /// Why there is no dispatch.

@@ -101,6 +101,7 @@ impl GrpcDispatch {
             limits: MessageLimits::new(hidden.get(), wire, max_rows, top_k.get(), most),
             experts: experts.clone(),
             combine: config.combine,
+            dialer: config.dialer,
         };
         let board = Board::new(config.shape, addresses)
             .map_err(|source| ConnectError::Worker { address: "none".into(), source })?;

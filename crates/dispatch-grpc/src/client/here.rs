@@ -98,6 +98,8 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         speed: Speed::ONE,
         domain: None,
         loading: 0,
+        useful: None,
+        full: None,
     })
 }
 

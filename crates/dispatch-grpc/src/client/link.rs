@@ -21,7 +21,7 @@ use super::board::{Arrived, Board, Ended, StreamKey};
 use super::config::LinkError;
 use super::peer::Control;
 use crate::address::Address;
-use crate::transport;
+use crate::transport::{self, Dialer};
 
 /// How long each step of opening a link may take at most, and how long in terms of the pause before: a network that heals is
 /// found soon, and so is a worker that is slow.
@@ -46,6 +46,7 @@ pub(super) struct LinkConfig {
     pub(super) experts: Vec<u32>,
     pub(super) limits: MessageLimits,
     pub(super) combine: Combine,
+    pub(super) dialer: Dialer,
 }
 
 /// Keeps a worker connected, for as long as it is polled.
@@ -109,7 +110,7 @@ async fn open(address: &Address, config: &LinkConfig, patience: Duration) -> Res
     let channel = step(patience, async {
         let unreachable =
             |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
-        transport::connect(address, patience).await.map_err(unreachable)
+        config.dialer.connect(address, patience).await.map_err(unreachable)
     })
     .await?;
     let experts = config.experts.iter().map(|&count| count as usize).sum();

@@ -6,7 +6,7 @@
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use muster_placement::lease::{Ask, Grant, Term, Verdict};
 use muster_proto::control::{Assignment, LeadAnswer, LeadAsk};
@@ -33,6 +33,10 @@ pub struct Held {
     pub resident_bytes: u64,
     /// Experts that are to be loaded and are not.
     pub loading: usize,
+    /// From the start until the first was there.
+    pub useful: Option<Duration>,
+    /// From the start until all were there that were to be there first.
+    pub full: Option<Duration>,
 }
 
 /// The state of a worker's obedience.
@@ -139,7 +143,7 @@ mod tests {
         LeadAsk {
             router: RouterName::new(router).unwrap(),
             term: NonZeroU64::new(term).unwrap(),
-            ttl: std::time::Duration::from_secs(60),
+            ttl: Duration::from_secs(60),
         }
     }
 

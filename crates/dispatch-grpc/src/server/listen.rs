@@ -8,14 +8,17 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use muster_identity::{Clients, Identity, Role};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::oneshot;
 use tokio::time::Sleep;
 use tokio_stream::Stream;
+use tonic::service::interceptor::InterceptedService;
 
 use super::{ExpertServer, Network};
 use crate::address::Address;
 use crate::driver::Driver;
+use crate::secured::{Only, secured};
 use crate::transport;
 
 /// Pause after an accept that failed for lack of something, such as file descriptors.
@@ -106,20 +109,28 @@ impl Bound {
     }
 
     /// Serves until `shutdown` completes and every stream has ended; [`ExpertServer::close`] ends them. Dropped before
-    /// that, it closes every connection at once.
+    /// that, it closes every connection at once. With an identity, only routers of its cluster are served, and other
+    /// workers as far as weights go.
     ///
     /// # Errors
     /// When the transport fails as a whole; one connection's failure is not that.
     pub async fn serve(
         self,
         server: &ExpertServer,
+        identity: Option<&Identity>,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
         let Self { listener, address, driver } = self;
+        let failed = |source| ServeError { address: address.clone(), source };
+        // A Unix socket is guarded by the system.
+        let identity = identity.filter(|_| matches!(listener, Listener::Tcp(_)));
+        let tls = identity.map(|identity| identity.server(Clients::WithCertificate, "h2"));
+        let tls = tls.transpose().map_err(|error| failed(error.into()))?;
+        let only = |roles| Only(tls.is_some().then_some(roles));
         let router = transport::server()
-            .add_service(server.service())
-            .add_service(server.control())
-            .add_service(server.weights());
+            .add_service(InterceptedService::new(server.service(), only(&[Role::Router])))
+            .add_service(InterceptedService::new(server.control(), only(&[Role::Router])))
+            .add_service(InterceptedService::new(server.weights(), only(&[Role::Router, Role::Worker])));
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped = async {
             // Resolves also when the other half is gone.
@@ -128,10 +139,12 @@ impl Bound {
         let mut serving = driver.spawn(async move {
             match listener {
                 Listener::Tcp(listener) => {
-                    router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, stopped).await
+                    let incoming = secured(Incoming { listener, pause: None }, tls);
+                    router.serve_with_incoming_shutdown(incoming, stopped).await
                 }
                 Listener::Unix(listener, _file) => {
-                    router.serve_with_incoming_shutdown(Incoming { listener, pause: None }, stopped).await
+                    let incoming = secured(Incoming { listener, pause: None }, None);
+                    router.serve_with_incoming_shutdown(incoming, stopped).await
                 }
             }
         });
@@ -145,8 +158,8 @@ impl Bound {
         };
         match served {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(source)) => Err(ServeError { address, source: source.into() }),
-            Err(source) => Err(ServeError { address, source: source.into() }),
+            Ok(Err(source)) => Err(failed(source.into())),
+            Err(source) => Err(failed(source.into())),
         }
     }
 }

@@ -7,6 +7,7 @@
 mod call;
 mod control;
 mod listen;
+mod pressure;
 mod queue;
 mod stream;
 mod weights;
@@ -38,6 +39,7 @@ pub(crate) use call::Call;
 pub use control::{Custody, Held};
 use control::{Obedience, RowCounts};
 pub use listen::{BindError, Bound, ServeError};
+pub use pressure::{Pressure, Smoothed};
 use queue::Jobs;
 pub use queue::{ComputeQueue, Network};
 pub use stream::Replies;
@@ -99,10 +101,12 @@ impl Shared {
     /// description's is that of the change.
     fn update(&self, description: &mut Description) -> bool {
         // Asked while the description is locked, so that what is announced last is what was last.
-        let Held { experts, resident_bytes, loading } = self.custody.held();
+        let Held { experts, resident_bytes, loading, useful, full } = self.custody.held();
         let loading = u32::try_from(loading).unwrap_or(u32::MAX);
         let same = experts == description.holdings;
-        if same && (resident_bytes, loading) == (description.resident_bytes, description.loading) {
+        let figures = (resident_bytes, loading, useful, full);
+        let before = (description.resident_bytes, description.loading, description.useful, description.full);
+        if same && figures == before {
             return false;
         }
         if !same {
@@ -115,6 +119,7 @@ impl Shared {
         description.resident_bytes = resident_bytes;
         description.capacity = description.capacity.max(resident_bytes);
         description.loading = loading;
+        (description.useful, description.full) = (useful, full);
         true
     }
 }

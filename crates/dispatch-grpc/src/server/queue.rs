@@ -20,6 +20,7 @@ use tonic::Status;
 
 use super::call::Call;
 use super::control::RowCounts;
+use super::pressure::Pressure;
 use crate::busy::BusyPoll;
 use crate::compute::ExpertCompute;
 use crate::driver::Reins;
@@ -201,6 +202,7 @@ pub struct ComputeQueue {
     compute_seconds: Histogram,
     rows: Counter,
     merged: Counter,
+    pressure: Arc<Pressure>,
 }
 
 /// An answer that is ready to be sent.
@@ -224,8 +226,15 @@ impl ComputeQueue {
             compute_seconds: metrics::histogram!("muster_worker_compute_seconds"),
             rows: metrics::counter!("muster_worker_rows_total"),
             merged: metrics::counter!("muster_worker_shards_merged_total"),
+            pressure: Arc::default(),
         };
         (jobs, queue)
+    }
+
+    /// How busy the experts' thread is.
+    #[must_use]
+    pub fn pressure(&self) -> Arc<Pressure> {
+        Arc::clone(&self.pressure)
     }
 
     /// Computes shards, first come first served, until the server is closed or no longer serves; `network` is that of the
@@ -253,7 +262,9 @@ impl ComputeQueue {
             if large {
                 network.0.lend();
             }
+            let began = Instant::now();
             self.compute(jobs, cpu, experts, &mut call, &mut ready);
+            self.pressure.worked(began.elapsed());
         }
     }
 

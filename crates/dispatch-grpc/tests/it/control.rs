@@ -4,7 +4,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::time::Duration;
 
-use muster_dispatch_grpc::{Address, FetchError, Fetcher, GrpcDispatch, ServerConfig, Start};
+use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, GrpcDispatch, ServerConfig, Start};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::{Expert, Matrix};
 use muster_proto::control::{Assignment, Fetch, LeadAsk, Load};
@@ -128,7 +128,7 @@ fn weights_are_fetched_whole_or_not_at_all() {
         key: all()[2],
     };
     runtime().block_on(async {
-        let mut fetcher = Fetcher::default();
+        let mut fetcher = Fetcher::new(Dialer::default());
         for _ in 0..2 {
             assert_eq!(fetcher.fetch(&address, &fetch, packed.len()).await.as_ref(), Ok(&packed));
         }
@@ -139,7 +139,7 @@ fn weights_are_fetched_whole_or_not_at_all() {
         let refused = |fetch: Fetch| {
             let address = address.clone();
             async move {
-                match Fetcher::default().fetch(&address, &fetch, 1).await {
+                match Fetcher::new(Dialer::default()).fetch(&address, &fetch, 1).await {
                     Err(FetchError::Refused(reason)) => reason,
                     other => panic!("{other:?}"),
                 }

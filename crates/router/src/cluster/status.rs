@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ pub(crate) struct Cluster {
     pub(crate) replicas: NonZeroU32,
     /// Whether rows of experts that no worker holds are computed here.
     pub(crate) has_fallback: bool,
+    /// Whether it is about to end.
+    pub(crate) is_leaving: AtomicBool,
 }
 
 impl Cluster {
@@ -66,7 +69,15 @@ impl Cluster {
         self.has_fallback || self.workers.missing_experts() == 0
     }
 
+    /// It is about to end: nobody is to send it anything new.
+    pub(crate) fn leave(&self) {
+        self.is_leaving.store(true, Ordering::Relaxed);
+    }
+
     pub(crate) fn health(&self) -> Health {
+        if self.is_leaving.load(Ordering::Relaxed) {
+            return Health::NotReady { reason: "this router is about to end".to_owned() };
+        }
         let missing = self.workers.missing_experts();
         if missing > 0 && !self.has_fallback {
             return Health::NotReady { reason: format!("{missing} experts have no live worker") };
@@ -88,6 +99,7 @@ impl Cluster {
             |is: fn(&WorkerState) -> bool| self.workers.workers().iter().filter(|w| is(&w.state)).count();
         match of(|state| matches!(state, WorkerState::Down { .. })) {
             0 => {}
+            1 => reasons.push("a worker cannot be reached".to_owned()),
             down => reasons.push(format!("{down} workers cannot be reached")),
         }
         if reasons.is_empty() { Health::Ready } else { Health::Degraded { reasons } }
@@ -127,7 +139,8 @@ fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerS
         WorkerState::Draining => (WireState::Draining, String::new()),
         WorkerState::Down { reason, .. } => (WireState::Down, reason.clone()),
     };
-    let millis = |time: Duration| u32::try_from(time.as_millis()).unwrap_or(u32::MAX);
+    let millis =
+        |time: Option<Duration>| time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
     v1::WorkerStatus {
         worker_id: announced.map_or_else(String::new, |d| d.worker.as_str().to_owned()),
         address: worker.address.clone(),
@@ -141,7 +154,9 @@ fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerS
         domain: announced.and_then(|d| d.domain.clone()).unwrap_or_default(),
         epoch: announced.map_or(0, |d| d.epoch.get()),
         late_shards: u32::try_from(worker.late_shards).unwrap_or(u32::MAX),
-        banned_ms: millis(worker.banned),
+        banned_ms: u32::try_from(worker.banned.as_millis()).unwrap_or(u32::MAX),
+        useful_ms: millis(announced.and_then(|d| d.useful)),
+        full_ms: millis(announced.and_then(|d| d.full)),
         rows: worker.session.and_then(|session| rows.get(&session)).copied().unwrap_or(0),
     }
 }

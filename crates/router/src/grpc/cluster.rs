@@ -4,16 +4,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_dispatch_grpc::client::Joined;
+use muster_dispatch_grpc::secured::Only;
 use muster_dispatch_grpc::{Address, ClusterHandle};
-use muster_proto::card::{ModelCard, check_version};
+use muster_identity::Access;
+use muster_proto::card::ModelCard;
 use muster_proto::cluster::v1;
 use muster_proto::cluster::v1::cluster_server::Cluster as ClusterApi;
+use muster_proto::handshake::agree;
 use muster_types::{Fingerprint, WorkerId};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use super::access::let_in;
 use crate::cluster::Cluster;
 
 /// Longest address of a worker, bytes.
@@ -27,6 +31,10 @@ pub(crate) struct Api {
     pub(crate) workers: ClusterHandle,
     pub(crate) card: Arc<ModelCard>,
     pub(crate) stop: CancellationToken,
+    /// Who may join.
+    pub(crate) workers_only: Only,
+    /// Who may ask for the status.
+    pub(crate) access: Access,
 }
 
 #[tonic::async_trait]
@@ -34,9 +42,10 @@ impl ClusterApi for Api {
     type JoinStream = ReceiverStream<Result<v1::JoinReply, Status>>;
 
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<Self::JoinStream>, Status> {
+        self.workers_only.check(request.extensions())?;
         let request = request.into_inner();
         let invalid = |text: String| Status::invalid_argument(text);
-        check_version(request.protocol_version)
+        agree(request.protocol_version, request.newest_protocol_version)
             .map_err(|error| Status::failed_precondition(error.to_string()))?;
         WorkerId::new(&request.worker_id).map_err(|error| invalid(format!("worker_id: {error}")))?;
         if request.address.len() > LONGEST_ADDRESS {
@@ -66,7 +75,8 @@ impl ClusterApi for Api {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+    async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusReply>, Status> {
+        let_in(&self.access, request.metadata(), request.extensions())?;
         Ok(Response::new(self.cluster.status()))
     }
 }

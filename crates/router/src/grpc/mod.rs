@@ -5,6 +5,7 @@
 //! its request. Decides nothing: messages become a [`GenerateRequest`](crate::request::GenerateRequest), events
 //! become messages.
 
+mod access;
 pub(crate) mod cluster;
 mod convert;
 mod inference;
@@ -14,19 +15,22 @@ mod tests;
 use std::time::Duration;
 
 use muster_dispatch_grpc::WeightsService;
+use muster_dispatch_grpc::secured::{Only, secured};
+use muster_identity::Access;
 use muster_proto::cluster::v1::cluster_server::{ClusterServer, SERVICE_NAME as CLUSTER};
 use muster_proto::expert::v1::weights_server::SERVICE_NAME as WEIGHTS;
 use muster_proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use self::access::ClientsOnly;
 use self::inference::Api;
 use crate::health::Health;
-use crate::net::{Acceptor, Patience};
+use crate::net::{Acceptor, Door, Patience};
 use crate::service::Service;
 
 /// What reflection lists: the services that are here, not all that are described.
@@ -73,17 +77,18 @@ pub enum GrpcError {
 ///
 /// # Errors
 /// When the server cannot be set up. Nothing a client does is an error here.
-pub async fn serve(
+pub(crate) async fn serve(
     service: Service,
     workers: Option<Workers>,
-    listener: TcpListener,
+    door: Door,
     shutdown: CancellationToken,
 ) -> Result<(), GrpcError> {
     let reporter = HealthReporter::new();
     report(&reporter, serving(&service)).await;
-    let routes = routes(&service, workers, &reporter)?;
+    let Door { listener, tls, access } = door;
+    let routes = routes(&service, workers, &reporter, &access)?;
     let health = follow_health(service, reporter, shutdown.clone());
-    let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
+    let sockets = secured(Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone()), tls);
     let server = Server::builder()
         .timeout(REQUEST_TIMEOUT)
         .max_concurrent_streams(STREAMS)
@@ -102,13 +107,17 @@ pub async fn serve(
 pub struct Workers {
     pub(crate) cluster: cluster::Api,
     pub(crate) weights: WeightsService,
+    /// Who may fetch them.
+    pub(crate) weights_only: Only,
 }
 
 fn routes(
     service: &Service,
     workers: Option<Workers>,
     reporter: &HealthReporter,
+    access: &Access,
 ) -> Result<Routes, GrpcError> {
+    let clients_only = ClientsOnly(access.clone());
     let message_bytes = service.limits().body_bytes;
     let inference = InferenceServer::new(Api::new(service.clone())).max_decoding_message_size(message_bytes);
     let health = tonic_health::pb::health_server::HealthServer::new(
@@ -124,13 +133,17 @@ fn routes(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
         listed.iter().copied().fold(builder, tonic_reflection::server::Builder::with_service_name)
     };
-    let mut routes = Routes::new(inference);
-    if let Some(Workers { cluster, weights }) = workers {
-        routes = routes.add_service(ClusterServer::new(cluster)).add_service(weights.into_service());
+    let mut routes = Routes::new(InterceptedService::new(inference, clients_only.clone()));
+    if let Some(Workers { cluster, weights, weights_only }) = workers {
+        let weights = InterceptedService::new(weights.into_service(), weights_only);
+        // Its methods are for different callers, and look by themselves.
+        routes = routes.add_service(ClusterServer::new(cluster)).add_service(weights);
     }
-    routes = routes.add_service(health).add_service(reflection().build_v1()?);
+    // Health is open: it is how others find out whether this router lives.
+    routes = routes.add_service(health);
+    routes = routes.add_service(InterceptedService::new(reflection().build_v1()?, clients_only.clone()));
     // Older tools ask for the version before it was final.
-    Ok(routes.add_service(reflection().build_v1alpha()?))
+    Ok(routes.add_service(InterceptedService::new(reflection().build_v1alpha()?, clients_only)))
 }
 
 fn serving(service: &Service) -> ServingStatus {

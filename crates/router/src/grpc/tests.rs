@@ -34,10 +34,10 @@ struct Running {
 }
 
 async fn start(service: Service) -> Running {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let shutdown = CancellationToken::new();
-    let task = tokio::spawn(serve(service, None, listener, shutdown.clone()));
+    let task = tokio::spawn(serve(service, None, Door::open(listener), shutdown.clone()));
     let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
     Running { channel, shutdown, task }
 }

@@ -8,6 +8,7 @@ use std::fmt::Display;
 use axum::Json;
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use muster_identity::Denied;
 use muster_types::Retry;
 use serde::Serialize;
 
@@ -79,6 +80,16 @@ impl ApiError {
         Self::new(status, Retry::Never, message)
     }
 
+    /// Somebody who may not ask this.
+    pub(super) fn denied(denied: &Denied) -> Self {
+        match denied {
+            Denied::Nothing | Denied::Key => {
+                Self::status(StatusCode::UNAUTHORIZED, denied).with_code("invalid_api_key")
+            }
+            Denied::Role { .. } => Self::status(StatusCode::FORBIDDEN, denied).with_code("permission_denied"),
+        }
+    }
+
     /// The router has no room now.
     pub(super) fn busy(message: impl Display) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, Retry::Later, message).with_code("overloaded")
@@ -130,6 +141,9 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.envelope())).into_response();
         let headers = response.headers_mut();
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             headers.insert(header::RETRY_AFTER, RETRY_AFTER);
         } else if self.status.is_server_error() && self.retry == Retry::Never {

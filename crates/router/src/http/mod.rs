@@ -14,22 +14,24 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::{MatchedPath, Request};
-use axum::http::StatusCode;
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
+use muster_dispatch_grpc::secured::{Caller, Connection, secured};
+use muster_identity::Access;
 use tokio::task::JoinSet;
+use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
 use self::body::Large;
 use self::error::ApiError;
-use crate::net::{Acceptor, Patience, Socket};
+use crate::net::{Acceptor, Door, Patience, Socket};
 use crate::service::Service;
 
 /// A request's head has to be complete within this time, and an idle connection is closed after it.
@@ -37,6 +39,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Bytes of a request's head; more is answered 431.
 const HEAD_BYTES: usize = 64 << 10;
+
+/// Whether the process lives.
+const ALIVE: &str = "/healthz";
 
 const PATIENCE: Patience = Patience { stall: Duration::from_secs(30), silence: None };
 
@@ -46,42 +51,48 @@ struct App {
     service: Service,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
     large: Large,
+    access: Access,
 }
 
 /// Serves until `shutdown`, then finishes the requests under way and returns. `metrics` renders Prometheus text.
 ///
 /// Requests under way end with their generations; a caller that will not wait for them drops the future, which
 /// closes every connection.
-pub async fn serve(
+pub(crate) async fn serve(
     service: Service,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
-    listener: TcpListener,
+    door: Door,
     shutdown: CancellationToken,
 ) {
-    let routes = routes(App { service, metrics, large: Large::new() });
+    let Door { listener, tls, access } = door;
+    let routes = routes(App { service, metrics, large: Large::new(), access });
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
-    let mut acceptor = Acceptor::new(listener, PATIENCE);
+    // Ends with `shutdown`, when the handshakes under way are done.
+    let mut accepted = secured(Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone()), tls);
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            () = shutdown.cancelled() => break,
-            socket = acceptor.next() => {
-                connections.spawn(connection(builder.clone(), socket, routes.clone(), shutdown.clone()));
-            }
+            socket = accepted.next() => match socket {
+                Some(Ok(socket)) => {
+                    connections.spawn(connection(builder.clone(), socket, routes.clone(), shutdown.clone()));
+                }
+                Some(Err(_)) => {}
+                None => break,
+            },
             Some(_) = connections.join_next() => {}
         }
     }
-    drop(acceptor);
     while connections.join_next().await.is_some() {}
 }
 
 async fn connection(
     builder: Builder<TokioExecutor>,
-    socket: Socket,
+    socket: Connection<Socket>,
     routes: Router,
     shutdown: CancellationToken,
 ) {
+    let routes = routes.layer(Extension(socket.caller()));
     let serving = builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(routes));
     let mut serving = std::pin::pin!(serving);
     let result = tokio::select! {
@@ -102,11 +113,12 @@ fn routes(app: App) -> Router {
         .route("/v1/models/{*id}", get(openai::model))
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat))
-        .route("/healthz", get(admin::healthz))
+        .route(ALIVE, get(admin::healthz))
         .route("/readyz", get(admin::readyz))
         .route("/metrics", get(admin::metrics))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(app.clone(), let_in))
         .layer(middleware::from_fn(count))
         .with_state(app)
 }
@@ -117,6 +129,22 @@ async fn not_found() -> ApiError {
 
 async fn method_not_allowed() -> ApiError {
     ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method")
+}
+
+/// Everything but whether the process lives takes a key or a certificate, where anything does.
+async fn let_in(State(app): State<App>, request: Request, next: Next) -> Response {
+    if request.uri().path() == ALIVE {
+        return next.run(request).await;
+    }
+    let caller = request.extensions().get::<Caller>().and_then(|caller| caller.0.as_ref());
+    let shown = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
+    match app.access.client(caller, shown) {
+        Ok(()) => next.run(request).await,
+        Err(denied) => {
+            metrics::counter!("muster_access_denied_total", "what" => "http").increment(1);
+            ApiError::denied(&denied).into_response()
+        }
+    }
 }
 
 /// Counts answers by route template and status, both from small fixed sets.

@@ -29,7 +29,8 @@ impl Server {
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let metrics = Arc::new(|| "muster_up 1\n".to_owned());
-        let task = tokio::spawn(super::serve(service, metrics, listener, shutdown.clone()));
+        let task =
+            tokio::spawn(super::serve(service, metrics, crate::net::Door::open(listener), shutdown.clone()));
         Self { address, shutdown, task }
     }
 

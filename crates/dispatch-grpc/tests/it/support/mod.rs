@@ -13,8 +13,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{
-    Address, Bound, ComputeError, ConnectConfig, Custody, ExpertCompute, ExpertServer, GrpcDispatch, Held,
-    ServerConfig, Start, WeightSource,
+    Address, Bound, ComputeError, ConnectConfig, Custody, Dialer, ExpertCompute, ExpertServer, GrpcDispatch,
+    Held, ServerConfig, Start, WeightSource,
 };
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_kernels::{Cpu, Expert};
@@ -69,6 +69,8 @@ pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Descr
         speed: Speed::ONE,
         domain: None,
         loading: 0,
+        useful: None,
+        full: None,
     }
 }
 
@@ -90,7 +92,13 @@ impl Custody for Ledger {
     }
 
     fn held(&self) -> Held {
-        Held { experts: self.held.lock().unwrap().clone(), resident_bytes: 1, loading: 0 }
+        Held {
+            experts: self.held.lock().unwrap().clone(),
+            resident_bytes: 1,
+            loading: 0,
+            useful: None,
+            full: None,
+        }
     }
 }
 
@@ -115,6 +123,7 @@ pub fn server_config() -> ServerConfig {
 
 pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
     ConnectConfig {
+        dialer: Dialer::default(),
         workers: workers.iter().map(ToString::to_string).collect(),
         router_id: "test-router".into(),
         fingerprint: FINGERPRINT,
@@ -237,7 +246,7 @@ impl TestWorker {
         let ledger = Arc::new(Ledger { held: Mutex::new(description.holdings.clone()), ..Ledger::default() });
         let (server, queue) = ExpertServer::new(config, description, ledger.clone());
         let (serving, network) = (server.clone(), bound.network());
-        runtime.spawn(async move { bound.serve(&serving, std::future::pending()).await });
+        runtime.spawn(async move { bound.serve(&serving, None, std::future::pending()).await });
         let compute = std::thread::spawn(move || queue.run(&network, &cpu(), &mut experts));
         Self { address, server, ledger, runtime: Some(runtime), compute: Some(compute) }
     }

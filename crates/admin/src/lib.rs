@@ -1,0 +1,249 @@
+//! What the machine around a process asks of it: whether it lives, whether it is ready, how it does, and to drain.
+//!
+//! Plain HTTP for a kubelet and a collector of metrics, on an address of its own. It takes no input but paths, answers
+//! before anything is loaded, and lets nobody but this host ask for a drain. Knows nothing of what the process does.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Router};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// Connections at once.
+const CONNECTIONS: usize = 64;
+/// A request's head has to be complete within this time, and an idle connection is closed after it.
+const HEAD: Duration = Duration::from_secs(10);
+/// Bytes of a request's head.
+const HEAD_BYTES: usize = 16 << 10;
+/// A connection lives no longer.
+const LONGEST: Duration = Duration::from_secs(3600);
+/// Pause after an accept that failed for lack of something.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Whether the process is ready; why it is not, or not quite, in a sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Readiness {
+    /// It is.
+    Ready,
+    /// It does its work, but something is missing.
+    Degraded(String),
+    /// It is not.
+    NotReady(String),
+}
+
+/// The address cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} for probes and metrics: {source}; choose another with --admin")]
+pub struct BindError {
+    address: SocketAddr,
+    source: io::Error,
+}
+
+type Probe = dyn Fn() -> Readiness + Send + Sync;
+type Render = dyn Fn() -> String + Send + Sync;
+
+/// What the outside is told, and what it asked for. Clones share one state.
+#[derive(Clone)]
+pub struct Admin {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    readiness: RwLock<Arc<Probe>>,
+    metrics: Box<Render>,
+    drain: CancellationToken,
+    drained: CancellationToken,
+}
+
+impl Admin {
+    /// Of a process that is starting; `metrics` renders Prometheus text.
+    pub fn new(metrics: impl Fn() -> String + Send + Sync + 'static) -> Self {
+        let starting: Arc<Probe> = Arc::new(|| Readiness::NotReady("it is starting".to_owned()));
+        Self {
+            shared: Arc::new(Shared {
+                readiness: RwLock::new(starting),
+                metrics: Box::new(metrics),
+                drain: CancellationToken::new(),
+                drained: CancellationToken::new(),
+            }),
+        }
+    }
+
+    /// Sets who is asked whether the process is ready.
+    pub fn ask(&self, probe: impl Fn() -> Readiness + Send + Sync + 'static) {
+        *self.shared.readiness.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(probe);
+    }
+
+    /// It is not ready, for this reason.
+    pub fn not_ready(&self, reason: impl Into<String>) {
+        let reason = reason.into();
+        self.ask(move || Readiness::NotReady(reason.clone()));
+    }
+
+    /// Whether the process is ready.
+    #[must_use]
+    pub fn readiness(&self) -> Readiness {
+        let probe = self.shared.readiness.read().unwrap_or_else(PoisonError::into_inner).clone();
+        probe()
+    }
+
+    /// Waits until somebody asks the process to drain.
+    pub async fn drain_asked(&self) {
+        self.shared.drain.cancelled().await;
+    }
+
+    /// Whether somebody did.
+    #[must_use]
+    pub fn is_drain_asked(&self) -> bool {
+        self.shared.drain.is_cancelled()
+    }
+
+    /// Tells whoever asked that the process can be ended.
+    pub fn drained(&self) {
+        self.shared.drained.cancel();
+    }
+
+    /// Listens there and answers from now on, in a task of its own. Gives the address.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn listen(&self, address: SocketAddr) -> Result<SocketAddr, BindError> {
+        let failed = |source| BindError { address, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        tokio::spawn(serve(listener, self.shared.clone()));
+        Ok(bound)
+    }
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let routes = Router::new()
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/drain", post(drain))
+        .with_state(shared);
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let routes = routes.clone().layer(Extension(Peer(peer)));
+                tokio::spawn(async move {
+                    let _ = tokio::time::timeout(LONGEST, connection(stream, routes)).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::debug!(%error, "accept failed");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, routes: Router) {
+    let mut builder = Builder::new(TokioExecutor::new()).http1_only();
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
+    let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    if let Err(error) = serving.await {
+        tracing::debug!(error, "a connection for probes ended early");
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Peer(SocketAddr);
+
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+    let admin = Admin { shared };
+    match admin.readiness() {
+        Readiness::Ready => "ready\n".into_response(),
+        Readiness::Degraded(reason) => format!("degraded: {reason}\n").into_response(),
+        Readiness::NotReady(reason) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response()
+        }
+    }
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let media = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, media)], (shared.metrics)()).into_response()
+}
+
+async fn drain(State(shared): State<Arc<Shared>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
+    if !peer.ip().to_canonical().is_loopback() {
+        return (StatusCode::FORBIDDEN, "a drain can only be asked for on this host\n").into_response();
+    }
+    shared.drain.cancel();
+    shared.drained.cancelled().await;
+    "safe to terminate\n".into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    async fn ask(address: SocketAddr, line: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn it_answers_while_the_process_starts_and_tells_why_it_is_not_ready() {
+        let admin = Admin::new(|| "muster_x 1\n".to_owned());
+        let address = admin.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        assert!(ask(address, "GET /healthz").await.starts_with("HTTP/1.1 200"));
+        let answer = ask(address, "GET /readyz").await;
+        assert!(
+            answer.starts_with("HTTP/1.1 503") && answer.ends_with("not ready: it is starting\n"),
+            "{answer}"
+        );
+        admin.not_ready("there is no model");
+        assert!(ask(address, "GET /readyz").await.ends_with("not ready: there is no model\n"));
+        admin.ask(|| Readiness::Degraded("two copies are missing".into()));
+        let answer = ask(address, "GET /readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("degraded: two copies are missing\n"));
+        admin.ask(|| Readiness::Ready);
+        assert!(ask(address, "GET /readyz").await.ends_with("\r\n\r\nready\n"));
+        assert!(ask(address, "GET /metrics").await.ends_with("muster_x 1\n"));
+        assert!(ask(address, "GET /drain").await.starts_with("HTTP/1.1 405"));
+        assert!(ask(address, "GET /v1/models").await.starts_with("HTTP/1.1 404"));
+        assert!(!admin.is_drain_asked());
+        let error = admin.listen(address).await.unwrap_err();
+        assert!(error.to_string().contains("--admin"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_drain_is_answered_when_it_is_done() {
+        let admin = Admin::new(String::new);
+        let address = admin.listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let asking = tokio::spawn(async move { ask(address, "POST /drain").await });
+        admin.drain_asked().await;
+        assert!(!asking.is_finished());
+        admin.drained();
+        assert!(asking.await.unwrap().ends_with("safe to terminate\n"));
+        // Who asks later is told at once.
+        assert!(ask(address, "POST /drain").await.starts_with("HTTP/1.1 200"));
+    }
+}

@@ -1,0 +1,36 @@
+//! `muster drain` and `muster probe`: what the machine around a router or worker asks of it, where there is no shell.
+
+use crate::args::{DrainArgs, ProbeArgs};
+use crate::failure::Failure;
+use crate::{out, plain_http};
+
+pub(crate) async fn drain(args: &DrainArgs) -> Result<(), Failure> {
+    let authority = authority(&args.admin)?;
+    match plain_http::ask(authority, "POST", "/drain", args.timeout).await {
+        Ok((200, body)) => out::write(&body),
+        Ok((status, body)) => Err(Failure::runtime(format!("{}: {status}: {}", args.admin, body.trim_end()))),
+        Err(reason) => Err(unanswered(&args.admin, &reason)),
+    }
+}
+
+pub(crate) async fn probe(args: &ProbeArgs) -> Result<(), Failure> {
+    let authority = authority(&args.admin)?;
+    match plain_http::ask(authority, "GET", "/readyz", args.timeout).await {
+        Ok((200, body)) => out::write(&body),
+        Ok((_, body)) => {
+            // A kubelet puts standard output into the pod's events.
+            out::write(&body)?;
+            Err(Failure::Quiet)
+        }
+        Err(reason) => Err(unanswered(&args.admin, &reason)),
+    }
+}
+
+fn authority(url: &str) -> Result<&str, Failure> {
+    plain_http::authority(url)
+        .ok_or_else(|| Failure::input(format!("--admin: {url:?} is no address; write http://host:port")))
+}
+
+fn unanswered(url: &str, reason: &str) -> Failure {
+    Failure::runtime(format!("{url}: {reason}; was it started with --admin?"))
+}

@@ -1,0 +1,34 @@
+//! Who is let in to what clients ask for.
+
+use muster_dispatch_grpc::secured::Caller;
+use muster_identity::{Access, Denied};
+use tonic::metadata::MetadataMap;
+use tonic::service::Interceptor;
+use tonic::{Extensions, Request, Status};
+
+/// Looks at what a caller shows.
+///
+/// # Errors
+/// `UNAUTHENTICATED` or `PERMISSION_DENIED` when that is not enough.
+pub(super) fn let_in(access: &Access, metadata: &MetadataMap, extensions: &Extensions) -> Result<(), Status> {
+    let peer = extensions.get::<Caller>().and_then(|caller| caller.0.as_ref());
+    let shown = metadata.get("authorization").map(|value| value.as_bytes());
+    access.client(peer, shown).map_err(|denied| {
+        metrics::counter!("muster_access_denied_total", "what" => "grpc").increment(1);
+        match denied {
+            Denied::Nothing | Denied::Key => Status::unauthenticated(denied.to_string()),
+            Denied::Role { .. } => Status::permission_denied(denied.to_string()),
+        }
+    })
+}
+
+/// Does so before every call of a service.
+#[derive(Debug, Clone)]
+pub(super) struct ClientsOnly(pub(super) Access);
+
+impl Interceptor for ClientsOnly {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        let_in(&self.0, request.metadata(), request.extensions())?;
+        Ok(request)
+    }
+}
