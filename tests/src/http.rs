@@ -2,7 +2,11 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
 
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::Value;
 
 use crate::process::PATIENCE;
@@ -85,8 +89,35 @@ pub fn post_bytes(address: &str, path: &str, content_type: &str, body: &[u8]) ->
 /// When nothing that looks like HTTP comes back in time.
 #[must_use]
 pub fn raw(address: &str, request: &[u8]) -> Response {
-    let mut stream = TcpStream::connect(address).expect("the server listens");
+    exchange(connect(address), request)
+}
+
+/// As [`raw`], over TLS to a server that is `localhost` to this authority (PEM).
+///
+/// # Panics
+/// When nothing that looks like HTTP comes back in time.
+#[must_use]
+pub fn secure(address: &str, authority: &str, request: &[u8]) -> Response {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).expect("PEM")).expect("an authority");
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .expect("the version is known")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = ServerName::try_from("localhost").expect("a name");
+    let session = ClientConnection::new(Arc::new(config), name).expect("a session");
+    exchange(StreamOwned::new(session, connect(address)), request)
+}
+
+fn connect(address: &str) -> TcpStream {
+    let stream = TcpStream::connect(address).expect("the server listens");
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+    stream
+}
+
+fn exchange(mut stream: impl Read + Write, request: &[u8]) -> Response {
     // A server may answer and close before it has read everything; its answer is what counts.
     let _ = stream.write_all(request);
     let mut bytes = Vec::new();

@@ -14,3 +14,4 @@ mod main_job;
 mod model_input;
 mod python_clients;
 mod resume;
+mod security;

@@ -637,6 +637,10 @@ pub(crate) struct BenchArgs {
     /// stood still.
     #[arg(long, conflicts_with_all = ["grpc", "against", "metrics"])]
     pub(crate) chaos: bool,
+    /// Run streams against the running cluster for so long (--concurrency at a time, 16 by default), and compare each with
+    /// what it gave at first; SIGTERM ends it sooner.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with_all = ["chaos", "model", "against", "metrics"])]
+    pub(crate) soak: Option<Duration>,
     /// Print this run's rates and times as multiples of those in a file that --json wrote.
     #[arg(long, value_name = "FILE", conflicts_with = "json")]
     pub(crate) against: Option<PathBuf>,

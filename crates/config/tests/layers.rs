@@ -7,7 +7,7 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use muster_config::{
-    ConfigError, Environment, Flags, Loaded, RouterSettings, Share, Sources, WorkerSettings,
+    AccessMode, ConfigError, Environment, Flags, Loaded, RouterSettings, Share, Sources, WorkerSettings,
 };
 use muster_types::WeightDType;
 use proptest::prelude::*;
@@ -191,8 +191,25 @@ fn leaving_loopback_must_be_asked_for_by_name() {
     let error = router("", &[], &flags()).unwrap_err();
     assert_eq!(error.problems.len(), 2);
     assert!(error.to_string().contains("flag --http: http: 0.0.0.0:8080 can be reached from other machines"));
-    assert!(router("", &[], &flags().on("insecure_plaintext")).is_ok());
-    assert!(router("", &[("MUSTER_ROUTER_INSECURE_PLAINTEXT", "true")], &flags()).is_ok());
+    // Without TLS and without keys are two things.
+    let error = router("", &[], &flags().on("insecure_plaintext")).unwrap_err();
+    assert_eq!(error.problems.len(), 2);
+    assert!(error.to_string().contains("everybody may ask; give --api-keys"), "{error}");
+    let settings =
+        router("", &[], &flags().on("insecure_plaintext").on("insecure_no_keys")).unwrap().settings;
+    assert_eq!((settings.tls, settings.access), (None, AccessMode::Open));
+    let keys = flags().on("insecure_plaintext").text("api_keys", Some("k"));
+    assert_eq!(router("", &[], &keys).unwrap().settings.access, AccessMode::Keys("k".into()));
+    assert!(router("", &[], &keys.on("insecure_no_keys")).is_err());
+    let tls = flags().text("tls_cert", Some("c")).text("tls_key", Some("k")).text("tls_ca", Some("a"));
+    assert_eq!(router("", &[], &tls).unwrap().settings.access, AccessMode::Certificates);
+    assert_eq!(router("", &[], &tls.on("insecure_no_keys")).unwrap().settings.access, AccessMode::Open);
+    let error = router("", &[], &minimal().text("tls_cert", Some("c"))).unwrap_err();
+    assert_eq!(error.problems.len(), 2, "{error}");
+    assert_eq!(router("", &[], &minimal()).unwrap().settings.access, AccessMode::Open);
+    let environment =
+        [("MUSTER_ROUTER_INSECURE_PLAINTEXT", "true"), ("MUSTER_ROUTER_INSECURE_NO_KEYS", "true")];
+    assert!(router("", &environment, &flags()).is_ok());
     assert!(router("", &[("MUSTER_ROUTER_INSECURE_PLAINTEXT", "yes")], &flags()).is_err());
     let worker = |listen: &str, more: Flags| {
         let flags = more.text("model", Some("demo")).text("listen", Some(listen));

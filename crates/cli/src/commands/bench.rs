@@ -80,6 +80,9 @@ impl Spread {
 }
 
 pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {
+    if let Some(time) = args.soak {
+        return super::bench_soak::run(args, time).await;
+    }
     if args.chaos {
         return super::bench_chaos::run(args, log).await;
     }

@@ -13,8 +13,9 @@ use muster_proto::cluster::v1::status_reply::Health;
 use serde::Serialize;
 use tokio::task::{JoinSet, LocalSet};
 
-use crate::args::{BenchArgs, CredentialArgs, LogArgs, SamplingArgs};
-use crate::backend::{self, Ask, Backend, Piece};
+use super::bench_streams::{Run, Streams};
+use crate::args::{BenchArgs, CredentialArgs, LogArgs};
+use crate::backend::{self, Backend};
 use crate::children;
 use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
 use crate::failure::Failure;
@@ -30,9 +31,6 @@ const WORKERS: NonZeroU32 = NonZeroU32::new(3).expect("it is not zero");
 const REPLICAS: NonZeroU32 = NonZeroU32::new(2).expect("it is not zero");
 /// Streams at a time when nobody says how many.
 const STREAMS: u32 = 32;
-const PROMPT: u32 = 16;
-/// Tokens of every stream, if the context has room for them.
-const OUTPUT: u32 = 400;
 /// How long a cluster may take to be whole again.
 const RECOVERY: Duration = Duration::from_secs(60);
 /// How often it is looked whether it is.
@@ -74,9 +72,6 @@ struct Outcome {
     /// Longest pause of each stream, milliseconds.
     pauses_ms: Vec<u64>,
 }
-
-/// The tokens of a stream, and its longest pause.
-type Run = Result<(Vec<u32>, Duration), Failure>;
 
 pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {
     // What workers say of their deaths is no news here.
@@ -133,8 +128,8 @@ async fn with_router(
     whole(&client, workers).await?;
     let mut backend = Backend::Router(client.clone());
     let about = backend.about().await?;
-    let tokens = about.context.saturating_sub(PROMPT).clamp(1, OUTPUT);
-    let load = Load { backend, streams, tokens, vocabulary: about.vocabulary };
+    let kind = Streams::new(about.context, about.vocabulary);
+    let load = Load { backend, streams, kind };
     let mut undisturbed = Vec::new();
     for run in load.run(async |_| Ok(())).await?.0 {
         undisturbed.push(run?.0);
@@ -180,7 +175,7 @@ async fn with_router(
         let json = serde_json::to_string(&outcomes).map_err(Failure::runtime)?;
         out::line(&json)?;
     } else {
-        out::line(&table(&about.name, workers, tokens, &outcomes))?;
+        out::line(&table(&about.name, workers, kind.tokens, &outcomes))?;
     }
     let bad: usize = outcomes.iter().map(|outcome| outcome.failed + outcome.different).sum();
     if bad > 0 {
@@ -193,8 +188,7 @@ async fn with_router(
 struct Load {
     backend: Backend,
     streams: u32,
-    tokens: u32,
-    vocabulary: u32,
+    kind: Streams,
 }
 
 impl Load {
@@ -207,7 +201,12 @@ impl Load {
         let mut running = JoinSet::new();
         for n in 0..self.streams {
             let (begun, ended) = (Rc::clone(&begun), Rc::clone(&ended));
-            let stream = self.stream(n, begun);
+            let mut has_begun = false;
+            let stream = self.kind.run(n, self.backend.clone(), move |_| {
+                if !std::mem::replace(&mut has_begun, true) {
+                    begun.set(begun.get() + 1);
+                }
+            });
             running.spawn_local(async move {
                 let run = stream.await;
                 ended.set(ended.get() + 1);
@@ -227,35 +226,6 @@ impl Load {
         until?;
         runs.sort_by_key(|(n, _)| *n);
         Ok((runs.into_iter().map(|(_, run)| run).collect(), disturbed as usize))
-    }
-
-    /// Half of them are sampled, each with a seed of its own.
-    fn stream(&self, n: u32, begun: Rc<Cell<u32>>) -> impl Future<Output = Run> + use<> {
-        let mut backend = self.backend.clone();
-        let token =
-            |i: u32| (n.wrapping_mul(131).wrapping_add(i.wrapping_mul(17)).wrapping_add(7)) % self.vocabulary;
-        let (prompt, tokens) = ((0..PROMPT).map(token).collect(), self.tokens);
-        let sampling = SamplingArgs {
-            temperature: if n.is_multiple_of(2) { 0.0 } else { 0.8 },
-            seed: Some(n.into()),
-            ignore_eos: true,
-            ..SamplingArgs::greedy()
-        };
-        async move {
-            let mut pieces = backend.generate(Ask::Tokens(prompt), Some(tokens), &sampling).await?;
-            let (mut ids, mut longest, mut last) = (Vec::new(), Duration::ZERO, None::<Instant>);
-            while let Some(piece) = pieces.next().await? {
-                if let Piece::Token { id, .. } = piece {
-                    let now = Instant::now();
-                    longest = longest.max(last.replace(now).map_or(Duration::ZERO, |last| now - last));
-                    if ids.is_empty() {
-                        begun.set(begun.get() + 1);
-                    }
-                    ids.push(id);
-                }
-            }
-            Ok((ids, longest))
-        }
     }
 }
 

@@ -3,6 +3,8 @@
 mod admin;
 mod bench;
 mod bench_chaos;
+mod bench_soak;
+mod bench_streams;
 mod certs;
 mod chat;
 mod check_model;

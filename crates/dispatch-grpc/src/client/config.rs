@@ -162,7 +162,7 @@ impl LinkError {
             Self::Silent(_) => "it may still be loading; check its log, or allow more time to connect",
             Self::NotAWorker(_) => "check the address: another program listens there",
             Self::Handshake(HandshakeError::Disagreement(difference)) => match difference.term {
-                Term::Version => "run the same version of muster on both sides",
+                Term::Version => "run versions of muster that are at most one apart, on both sides",
                 Term::Fingerprint | Term::Hidden => "start both with the same model directory",
                 Term::Compute => "start both in the same compute mode",
                 Term::Experts => "start both with the same --expert-dtype",
