@@ -101,7 +101,9 @@ pub enum ApiError {
     #[error("the API server gave no answer within {0:?}; what was known is kept")]
     Silent(Duration),
     /// It does not know who asks.
-    #[error("the API server does not accept the credentials of this process; check the ServiceAccount and its token")]
+    #[error(
+        "the API server does not accept the credentials of this process; check the ServiceAccount and its token"
+    )]
     Unauthorized(String),
     /// It knows, and says no.
     #[error(

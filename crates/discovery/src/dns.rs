@@ -95,7 +95,8 @@ impl Memory {
                 self.known.extend(addresses.into_iter().take(MOST).map(|address| (address, now)));
                 self.known.retain(|_, last| now - *last <= ABSENT);
                 while self.known.len() > MOST {
-                    let oldest = self.known.iter().min_by_key(|(_, last)| **last).map(|(address, _)| *address);
+                    let oldest =
+                        self.known.iter().min_by_key(|(_, last)| **last).map(|(address, _)| *address);
                     oldest.map(|address| self.known.remove(&address));
                 }
                 more.then(|| format!("the name has more than {MOST} addresses; the rest is left out"))

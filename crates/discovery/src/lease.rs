@@ -225,7 +225,8 @@ impl Candidate {
             Some(_) => {
                 let version = lease.metadata.resource_version.clone().unwrap_or_default();
                 let promised = lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
-                let promised = promised.and_then(|seconds| u64::try_from(seconds).ok()).map(Duration::from_secs);
+                let promised =
+                    promised.and_then(|seconds| u64::try_from(seconds).ok()).map(Duration::from_secs);
                 let promised = promised.unwrap_or(self.times.duration).min(LONGEST);
                 match &self.others {
                     Some((seen, since)) if *seen == version && now - *since >= promised => Move::Take,

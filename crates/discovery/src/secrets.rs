@@ -26,7 +26,8 @@ pub async fn read(
 ) -> Result<Option<BTreeMap<String, Vec<u8>>>, ApiError> {
     let (secrets, access) = secrets(api, namespace).await?;
     let secret = found(PATIENCE, &access, secrets.get(name)).await?;
-    let entries = |secret: Secret| secret.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0));
+    let entries =
+        |secret: Secret| secret.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0));
     Ok(secret.map(|secret| entries(secret).collect()))
 }
 
@@ -59,7 +60,9 @@ pub async fn write(
                 let secret = Secret { data: new.data.clone(), ..old };
                 if secret.type_.as_deref() != Some(TLS) {
                     let kind = secret.type_.as_deref().unwrap_or("Opaque");
-                    let message = format!("Secret {name} is of type {kind}, not {TLS}; delete it or choose another name");
+                    let message = format!(
+                        "Secret {name} is of type {kind}, not {TLS}; delete it or choose another name"
+                    );
                     return Err(ApiError::Status { code: 422, message });
                 }
                 within(PATIENCE, &access, secrets.replace(name, &params, &secret)).await.map(drop)

@@ -92,7 +92,8 @@ struct Port {
 impl Slice {
     fn port(&self) -> Option<u16> {
         let tcp = |port: &&Port| port.protocol.as_deref().is_none_or(|protocol| protocol == "TCP");
-        let number = |port: &Port| port.port.and_then(|port| u16::try_from(port).ok()).filter(|&port| port != 0);
+        let number =
+            |port: &Port| port.port.and_then(|port| u16::try_from(port).ok()).filter(|&port| port != 0);
         let mut ports = self.ports.iter().flatten().filter(tcp).filter(|port| number(port).is_some());
         let first = ports.clone().next();
         ports.find(|port| port.name.as_deref() == Some(PORT)).or(first).and_then(number)
@@ -102,7 +103,8 @@ impl Slice {
 impl Endpoint {
     fn place(&self) -> Place {
         let topology = |key: &str| self.topology.as_ref().and_then(|topology| topology.get(key));
-        let known = |names: [Option<&String>; 3]| names.into_iter().flatten().find(|name| is_name(name)).cloned();
+        let known =
+            |names: [Option<&String>; 3]| names.into_iter().flatten().find(|name| is_name(name)).cloned();
         Place {
             zone: known([
                 self.zone.as_ref(),
@@ -142,7 +144,8 @@ pub(crate) fn workers(slices: &BTreeMap<String, Slice>) -> (BTreeMap<SocketAddr,
                 }
                 let pod = endpoint.target_ref.as_ref().and_then(|pod| pod.uid.as_deref());
                 let address = SocketAddr::new(ip, port);
-                let is_known = workers.contains_key(&address) || pod.is_some_and(|pod| pods.contains(&(pod, port)));
+                let is_known =
+                    workers.contains_key(&address) || pod.is_some_and(|pod| pods.contains(&(pod, port)));
                 if is_known {
                     continue;
                 }
@@ -248,9 +251,18 @@ mod tests {
             read(&[slice])
         };
         let port = |ports: Value| with(ports).0.keys().map(SocketAddr::port).collect::<Vec<_>>();
-        assert_eq!(port(json!([{"name": "x", "port": 1}, {"name": "grpc", "port": 2, "protocol": "TCP"}])), [2]);
-        assert_eq!(port(json!([{"port": 5, "protocol": "UDP"}, {"name": "", "port": 6, "protocol": "TCP"}])), [6]);
-        assert_eq!(port(json!([{"name": "grpc", "port": null}, {"port": 70000}, {"port": 0}, {"port": 9}])), [9]);
+        assert_eq!(
+            port(json!([{"name": "x", "port": 1}, {"name": "grpc", "port": 2, "protocol": "TCP"}])),
+            [2]
+        );
+        assert_eq!(
+            port(json!([{"port": 5, "protocol": "UDP"}, {"name": "", "port": 6, "protocol": "TCP"}])),
+            [6]
+        );
+        assert_eq!(
+            port(json!([{"name": "grpc", "port": null}, {"port": 70000}, {"port": 0}, {"port": 9}])),
+            [9]
+        );
         for none in [json!(null), json!([]), json!([{"name": "grpc"}]), json!([{"port": -1}])] {
             let (workers, problem) = with(none);
             assert!(workers.is_empty() && problem.unwrap().contains("named grpc"));
@@ -271,7 +283,8 @@ mod tests {
 
     #[test]
     fn no_service_is_too_large() {
-        let endpoint = |n: usize| json!({"addresses": [format!("10.{}.{}.{}", n >> 16, n >> 8 & 255, n & 255)]});
+        let endpoint =
+            |n: usize| json!({"addresses": [format!("10.{}.{}.{}", n >> 16, n >> 8 & 255, n & 255)]});
         let endpoints: Vec<_> = (0..MOST + 10).map(endpoint).collect();
         let (workers, problem) = read(&[v1("s", &json!(endpoints))]);
         assert_eq!(workers.len(), MOST);

@@ -132,7 +132,9 @@ mod tests {
 
     #[test]
     fn good_sources_survive_the_round_trip() {
-        for text in ["kubernetes:workers", "kubernetes:ns-1/demo-workers", "dns:workers.ns.svc:7070", "dns:h:1"] {
+        for text in
+            ["kubernetes:workers", "kubernetes:ns-1/demo-workers", "dns:workers.ns.svc:7070", "dns:h:1"]
+        {
             assert_eq!(text.parse::<Source>().map(|source| source.to_string()).as_deref(), Ok(text));
         }
         for text in ["kubernetes:leader", "kubernetes:ns/a.b-c"] {
@@ -144,10 +146,31 @@ mod tests {
     fn bad_sources_are_refused() {
         let long = format!("kubernetes:{}", "x".repeat(64));
         for text in [
-            "", "workers", "kubernetes:", "kubernetes:/", "kubernetes:a/", "kubernetes:/a", "kubernetes:a/b/c",
-            "kubernetes:A", "kubernetes:-a", "kubernetes:a-", "kubernetes:a.b", "kubernetes:../x", "kubernetes:a b",
-            &long, "dns:", "dns:host", "dns::1", "dns:h:", "dns:h:0", "dns:h:65536", "dns:h:+1x", "dns:a/b:1",
-            "dns:[::1]:1", "DNS:h:1", "http://h:1",
+            "",
+            "workers",
+            "kubernetes:",
+            "kubernetes:/",
+            "kubernetes:a/",
+            "kubernetes:/a",
+            "kubernetes:a/b/c",
+            "kubernetes:A",
+            "kubernetes:-a",
+            "kubernetes:a-",
+            "kubernetes:a.b",
+            "kubernetes:../x",
+            "kubernetes:a b",
+            &long,
+            "dns:",
+            "dns:host",
+            "dns::1",
+            "dns:h:",
+            "dns:h:0",
+            "dns:h:65536",
+            "dns:h:+1x",
+            "dns:a/b:1",
+            "dns:[::1]:1",
+            "DNS:h:1",
+            "http://h:1",
         ] {
             let error = text.parse::<Source>().expect_err(text).to_string();
             assert!(error.contains("write kubernetes:SERVICE"), "{error}");

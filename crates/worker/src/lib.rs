@@ -32,7 +32,7 @@ use compute::Experts;
 use holder::Holder;
 use load::Loaded;
 use loader::Loader;
-use membership::Applicant;
+use membership::{Applicant, Routers};
 
 pub use memory::memory_for_experts;
 
@@ -73,7 +73,7 @@ pub struct WorkerConfig {
     pub worker_id: WorkerId,
     /// The model; `None` takes that of a router to join, and its weights from there.
     pub source: Option<Source>,
-    /// Routers to make itself known to.
+    /// Routers to make itself known to; a name stands for those at all its addresses.
     pub join: Vec<Address>,
     /// Where others reach it, if that is not where it listens.
     pub advertise: Option<Address>,
@@ -223,9 +223,10 @@ pub async fn run(
         advertise: config.advertise.clone(),
         model: None,
     };
+    let routers: Vec<Routers> = config.join.iter().map(Routers::of).collect();
     let first = match &config.source {
-        None if !config.join.is_empty() => tokio::select! {
-            first = applicant.first(&config.join) => Some(first?),
+        None if !routers.is_empty() => tokio::select! {
+            first = applicant.first(&routers) => Some(first?),
             () = &mut shutdown => return Ok(()),
         },
         _ => None,
@@ -263,8 +264,8 @@ pub async fn run(
     });
     // Ends with this function.
     let mut memberships = JoinSet::new();
-    for router in &config.join {
-        memberships.spawn(applicant.clone().stay(router.clone()));
+    for routers in routers {
+        memberships.spawn(applicant.clone().stay_with(routers));
     }
     // Only now, so that a router that it was known to by this need not forget it in between.
     drop(first);

@@ -165,7 +165,10 @@ async fn a_watch_that_reaches_its_end_goes_on_from_where_it_was() {
     let second = events(&server).await;
     let asked = server.lock().unwrap().asked.clone();
     assert_eq!(asked.len(), 3, "{asked:?}");
-    assert!(asked[1].contains("resourceVersion=100") && asked[2].contains("resourceVersion=555"), "{asked:?}");
+    assert!(
+        asked[1].contains("resourceVersion=100") && asked[2].contains("resourceVersion=555"),
+        "{asked:?}"
+    );
     second.send(event("ADDED", &slice("b", &["10.0.0.2"]))).await.unwrap();
     until(&mut seen, |seen| seen.workers.len() == 2).await;
 }
@@ -184,7 +187,8 @@ async fn after_gone_a_break_and_nonsense_it_is_listed_again() {
         let open = events(&server).await;
         server.lock().unwrap().slices = vec![slice("b", &["10.0.0.2"])];
         open.send(event()).await.unwrap();
-        until(&mut seen, |seen| seen.workers.keys().any(|worker| worker.ip().to_string() == "10.0.0.2")).await;
+        until(&mut seen, |seen| seen.workers.keys().any(|worker| worker.ip().to_string() == "10.0.0.2"))
+            .await;
         assert_eq!((ips(&seen), seen.borrow().problem.clone()), (vec!["10.0.0.2".to_owned()], None));
     }
 }
@@ -202,8 +206,7 @@ async fn a_watch_that_is_dead_is_noticed() {
 #[tokio::test(start_paused = true)]
 async fn denied_at_first_and_mended_later() {
     let message = "endpointslices is forbidden: User \"system:serviceaccount:ns:router\" cannot list";
-    let (server, mut seen) =
-        start_with(&["v1"], vec![slice("a", &["10.0.0.1"])], Mood::Fails(403, message));
+    let (server, mut seen) = start_with(&["v1"], vec![slice("a", &["10.0.0.1"])], Mood::Fails(403, message));
     until(&mut seen, |seen| {
         seen.problem.as_ref().is_some_and(|problem| {
             problem.contains("ServiceAccount ns/router may not use endpointslices in namespace ns")
@@ -266,7 +269,10 @@ async fn no_more_slices_are_kept_than_may_be() {
     until(&mut seen, is_well).await;
     let events = events(&server).await;
     for n in 0..MOST_SLICES + 10 {
-        events.send(event("ADDED", &slice(&format!("s{n}"), &[&format!("10.0.{}.{}", n >> 8, n & 255)]))).await.unwrap();
+        events
+            .send(event("ADDED", &slice(&format!("s{n}"), &[&format!("10.0.{}.{}", n >> 8, n & 255)])))
+            .await
+            .unwrap();
     }
     until(&mut seen, |seen| seen.problem.as_ref().is_some_and(|text| text.contains("left out"))).await;
     assert!(seen.borrow().workers.len() <= MOST_SLICES);
