@@ -257,7 +257,7 @@ impl Candidate {
             lease_transitions: Some(old.lease_transitions.unwrap_or(0).saturating_add(i32::from(taken))),
             ..LeaseSpec::default()
         };
-        Lease { metadata, spec: Some(spec), ..Lease::default() }
+        Lease { metadata, spec: Some(spec) }
     }
 
     /// Has the Lease name no holder, if it is this process's.
