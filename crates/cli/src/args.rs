@@ -320,6 +320,12 @@ pub(crate) struct RouterArgs {
     /// A worker, as host:port or unix:/path; given once for each. Others can join while it runs.
     #[arg(long = "worker", value_name = "ADDR")]
     pub(crate) workers: Vec<String>,
+    /// Where to look for workers: kubernetes:SERVICE, kubernetes:NAMESPACE/SERVICE or dns:HOST:PORT; given once for each.
+    #[arg(long = "discover", value_name = "SOURCE")]
+    pub(crate) discover: Vec<String>,
+    /// A Lease of Kubernetes, as kubernetes:NAME or kubernetes:NAMESPACE/NAME: only who holds it leads the placement.
+    #[arg(long, value_name = "LEASE")]
+    pub(crate) lease: Option<String>,
     /// Whether routers tell workers which experts to hold, or workers keep those they start with: auto or static
     /// [default: auto].
     #[arg(long, value_name = "MODE")]

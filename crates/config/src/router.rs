@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use muster_discovery::{ObjectName, Source};
 use muster_dispatch_grpc::Address;
 use muster_identity::TlsFiles;
 use muster_telemetry::LogFormat;
@@ -22,6 +23,8 @@ const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
     Key { name: "model_name", kind: ValueKind::Text, default: None },
     Key { name: "workers", kind: ValueKind::List, default: None },
+    Key { name: "discover", kind: ValueKind::List, default: None },
+    Key { name: "lease", kind: ValueKind::Text, default: None },
     Key { name: "placement", kind: ValueKind::Text, default: Some("auto") },
     Key { name: "replicas", kind: ValueKind::Number, default: Some("1") },
     Key { name: "fallback", kind: ValueKind::Text, default: Some("none") },
@@ -66,6 +69,10 @@ pub struct RouterSettings {
     pub model_name: Option<String>,
     /// Where the workers are, none twice; others may join.
     pub workers: Vec<Address>,
+    /// Where to look for more, none twice.
+    pub discover: Vec<Source>,
+    /// What this router has to hold to be let to lead.
+    pub lease: Option<ObjectName>,
     /// Whether this router may tell workers what to hold.
     pub placement: PlacementMode,
     /// Copies that each expert shall have, as far as memory allows.
@@ -191,7 +198,14 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let model = reader.required("model", text);
     let model_name = reader.optional("model_name", model_name);
     let workers = workers(reader);
+    let (discover, lease) = (discover(reader), reader.optional("lease", parsed));
     let placement = reader.required("placement", str::parse::<PlacementMode>);
+    if lease.is_some() && placement == Some(PlacementMode::Static) {
+        reader.problem(
+            "lease",
+            "says who leads, but with placement = static nobody does; remove one".to_owned(),
+        );
+    }
     let replicas = reader.required("replicas", |text| value::count(text, 1, 64));
     let replicas = replicas.and_then(|count| u32::try_from(count).ok()).and_then(NonZeroU32::new);
     let fallback = reader.required("fallback", str::parse::<Fallback>);
@@ -251,6 +265,8 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         model: model?,
         model_name,
         workers,
+        discover,
+        lease,
         placement: placement?,
         replicas: replicas?,
         fallback: fallback?,
@@ -292,6 +308,21 @@ fn workers(reader: &mut Reader) -> Vec<Address> {
         reader.problem("workers", "port 0 is nowhere; give the port the worker listens on".to_owned());
     }
     workers
+}
+
+fn discover(reader: &mut Reader) -> Vec<Source> {
+    let sources: Vec<Source> = reader.list("discover", parsed);
+    let mut seen = std::collections::HashSet::new();
+    for source in &sources {
+        if !seen.insert(source) {
+            reader.problem("discover", format!("{source} is listed twice; remove one"));
+        }
+    }
+    sources
+}
+
+fn parsed<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: T::Err| error.to_string())
 }
 
 pub(crate) fn log(reader: &mut Reader) -> Option<LogSettings> {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use muster_admin::{Admin, Readiness};
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
+use muster_discovery::{Api as KubernetesApi, ObjectName, Source as WorkerSource};
 use muster_dispatch_grpc::secured::Only;
 use muster_dispatch_grpc::{
     ClusterHandle, ConnectConfig, ConnectError, Dialer, Fallback, GrpcDispatch, Start, WeightTerms,
@@ -26,7 +27,9 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{CheckpointWeights, Cluster, ColdExperts, Leader, LeaderConfig, card, expert_sizes};
+use crate::cluster::{
+    CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig, card, expert_sizes,
+};
 use crate::health::Health;
 use crate::net::Door;
 use crate::service::Service;
@@ -35,6 +38,9 @@ use crate::{grpc, http, pulse};
 
 /// Bytes a second that workers without a model may read through a router.
 const HAND_OUT: NonZeroUsize = NonZeroUsize::new(256 << 20).expect("it is not zero");
+
+/// Giving the lead back takes at most so long.
+const RESIGN: Duration = Duration::from_secs(3);
 
 /// A router's settings, checked.
 pub struct RouterConfig {
@@ -46,6 +52,10 @@ pub struct RouterConfig {
     pub router_id: String,
     /// Workers, as `host:port` or `unix:/path`. Others can join.
     pub workers: Vec<String>,
+    /// Where to look for more.
+    pub discover: Vec<WorkerSource>,
+    /// What to hold to be let to lead.
+    pub lease: Option<ObjectName>,
     /// Whether this router may tell workers what to hold.
     pub placement: Placement,
     /// Copies that each expert shall have.
@@ -195,10 +205,10 @@ pub async fn run(
         () = &mut shutdown => return Ok(()),
     };
     let stop = CancellationToken::new();
-    if let Some(leader) = leader {
+    let leading = leader.map(|leader| {
         let leader = Leader::new(workers.clone(), leader, cluster.leader.clone());
-        tokio::spawn(leader.run(stop.clone()));
-    }
+        tokio::spawn(leader.run(stop.clone()))
+    });
     if let Some(timeout) = wait {
         let covering = workers.clone();
         let covered = tokio::task::spawn_blocking(move || covering.await_coverage(Instant::now() + timeout));
@@ -272,6 +282,10 @@ pub async fn run(
     if engine.stop(drain).await == Ending::CutOff {
         tracing::warn!(?drain, "requests were still running when the drain time was up");
     }
+    if let Some(leading) = leading {
+        // It gives the lead back, which takes no longer.
+        let _ = tokio::time::timeout(RESIGN, leading).await;
+    }
     tracing::info!("safe to terminate");
     admin.drained();
     if outcome.is_ok() && !is_told {
@@ -337,6 +351,7 @@ fn assemble(
     let card = Arc::new(card(&checkpoint, compute, config.experts).ok_or(RouterError::Card)?);
     // A name that no other process has: what was promised to another must not be taken for promised to this one.
     let name = format!("{}/{}", config.router_id, &uuid::Uuid::new_v4().simple().to_string()[..12]);
+    let kubernetes = KubernetesApi::infer();
     let leader = match config.placement {
         Placement::Static => None,
         Placement::Led => Some(LeaderConfig {
@@ -344,10 +359,12 @@ fn assemble(
             sizes: expert_sizes(&checkpoint, &shape, compute, config.experts)?,
             shape: shape.clone(),
             replicas: config.replicas,
+            lease: config.lease.map(|lease| (kubernetes.clone(), lease)),
         }),
     };
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
     let is_alone = config.workers.is_empty();
+    let is_told = !config.discover.is_empty();
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
     let fallback = match config.fallback {
         false => None,
@@ -378,17 +395,18 @@ fn assemble(
     };
     let dispatch = GrpcDispatch::connect_with(connect, fallback)?;
     let pulse = Arc::new(Pulse::default());
+    let handle = dispatch.cluster();
     let cluster = Arc::new(Cluster {
         router: config.router_id,
         workers: dispatch.health(),
         leader: Arc::default(),
         pulse: Arc::clone(&pulse),
+        discovery: Discovery::start(config.discover, &kubernetes, &handle),
         experts: u32::try_from(shape.total()).unwrap_or(u32::MAX),
         replicas: config.replicas,
         has_fallback,
         is_leaving: AtomicBool::new(false),
     });
-    let handle = dispatch.cluster();
     let terms = WeightTerms {
         fingerprint: checkpoint.fingerprint(),
         compute,
@@ -411,7 +429,7 @@ fn assemble(
         model_name: config.model_name,
         settings: config.engine,
     };
-    if is_alone {
+    if is_alone && !is_told {
         tracing::warn!("no workers yet: start some with `muster worker --join`, or name them with --worker");
     }
     let wait = (!is_alone && !has_fallback && leader.is_some()).then_some(config.connect_timeout);

@@ -38,7 +38,7 @@ use compute::Experts;
 use holder::Holder;
 use load::Loaded;
 use loader::Loader;
-use membership::Applicant;
+use membership::{Applicant, Routers};
 use report::Standing;
 
 pub use memory::memory_for_experts;
@@ -80,7 +80,7 @@ pub struct WorkerConfig {
     pub worker_id: WorkerId,
     /// The model; `None` takes that of a router to join, and its weights from there.
     pub source: Option<Source>,
-    /// Routers to make itself known to.
+    /// Routers to make itself known to; a name stands for those at all its addresses.
     pub join: Vec<Address>,
     /// Where others reach it, if that is not where it listens.
     pub advertise: Option<Address>,
@@ -247,9 +247,10 @@ pub async fn run(
         dialer: Dialer::new(identity.as_ref(), &[Role::Router])?,
         known: Arc::new(AtomicUsize::new(0)),
     };
+    let routers: Vec<Routers> = config.join.iter().map(Routers::of).collect();
     let first = match &config.source {
-        None if !config.join.is_empty() => tokio::select! {
-            first = applicant.first(&config.join) => Some(first?),
+        None if !routers.is_empty() => tokio::select! {
+            first = applicant.first(&routers) => Some(first?),
             () = &mut shutdown => return Ok(()),
         },
         _ => None,
@@ -289,8 +290,8 @@ pub async fn run(
         };
         bound.serve(&serving, identity.as_ref(), stopped).await
     });
-    for router in &config.join {
-        beside.spawn(applicant.clone().stay(router.clone()));
+    for routers in routers {
+        beside.spawn(applicant.clone().stay_with(routers));
     }
     // Only now, so that a router that it was known to by this need not forget it in between.
     drop(first);

@@ -1,14 +1,78 @@
 //! Being known to routers: asks until it is, and again whenever one lets go.
+//!
+//! A name stands for all routers at its addresses, which are asked for again and again: the worker is known to each of them,
+//! and lets go of those that the name has no more.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use muster_discovery::Seen;
 use muster_dispatch_grpc::{Address, Dialer, JoinError, Membership, join, reached_at};
 use muster_types::{Fingerprint, WorkerId};
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinSet};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Where routers are.
+#[derive(Clone)]
+pub(crate) enum Routers {
+    /// One of them.
+    At(Address),
+    /// As many as the name has addresses.
+    Named {
+        /// For logs.
+        name: Address,
+        seen: watch::Receiver<Seen>,
+    },
+}
+
+impl Routers {
+    /// Those that an address means. A name is asked for from now on.
+    pub(crate) fn of(address: &Address) -> Self {
+        match address {
+            // What every machine calls itself is one address to connect to, of whichever family answers.
+            Address::Tcp { host, port } if host.parse::<IpAddr>().is_err() && host != "localhost" => {
+                Self::Named { name: address.clone(), seen: muster_discovery::watch_name(host, *port) }
+            }
+            address => Self::At(address.clone()),
+        }
+    }
+
+    /// Those that are known now.
+    fn now(&self) -> Vec<Address> {
+        match self {
+            Self::At(address) => vec![address.clone()],
+            Self::Named { name, seen } => {
+                let seen = seen.borrow();
+                if let Some(problem) = seen.problem.as_ref().filter(|_| seen.workers.is_empty()) {
+                    tracing::info!(%name, %problem, "waiting for a router");
+                }
+                seen.workers.keys().copied().map(Address::from).collect()
+            }
+        }
+    }
+}
+
+/// Counts a router that knows this worker, for as long as it exists.
+struct Known(Arc<AtomicUsize>);
+
+impl Known {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// A worker that makes itself known.
 #[derive(Clone)]
@@ -34,11 +98,11 @@ impl Applicant {
     ///
     /// # Errors
     /// When one refuses it: something is set up wrongly.
-    pub(crate) async fn first(&self, routers: &[Address]) -> Result<Membership, JoinError> {
+    pub(crate) async fn first(&self, routers: &[Routers]) -> Result<Membership, JoinError> {
         let mut pause = FIRST_PAUSE;
         loop {
-            for router in routers {
-                match self.ask(router).await {
+            for router in routers.iter().flat_map(Routers::now) {
+                match self.ask(&router).await {
                     Err(error @ JoinError::Unreachable { .. }) => {
                         tracing::info!(%error, "waiting for a router");
                     }
@@ -50,8 +114,41 @@ impl Applicant {
         }
     }
 
+    /// Keeps it known to routers, for as long as it is polled.
+    pub(crate) async fn stay_with(self, routers: Routers) {
+        match routers {
+            Routers::At(router) => self.stay(router).await,
+            Routers::Named { name, seen } => self.follow(&name, seen).await,
+        }
+    }
+
+    async fn follow(self, name: &Address, mut seen: watch::Receiver<Seen>) {
+        // All of them end with this future.
+        let mut tasks = JoinSet::new();
+        let mut members: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
+        loop {
+            let now: BTreeSet<SocketAddr> = seen.borrow_and_update().workers.keys().copied().collect();
+            members.retain(|router, membership| {
+                let stays = now.contains(router);
+                if !stays {
+                    tracing::info!(%name, %router, "the name no longer has this router; letting go");
+                    membership.abort();
+                }
+                stays
+            });
+            for router in now {
+                members.entry(router).or_insert_with(|| tasks.spawn(self.clone().stay(router.into())));
+            }
+            while tasks.try_join_next().is_some() {}
+            if seen.changed().await.is_err() {
+                // Whoever asked for the name panicked, which is in the log.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Keeps it known to a router, for as long as it is polled.
-    pub(crate) async fn stay(self, router: Address) {
+    async fn stay(self, router: Address) {
         let mut pause = FIRST_PAUSE;
         let mut complained = false;
         loop {
@@ -59,9 +156,9 @@ impl Applicant {
                 Ok(membership) => {
                     tracing::info!(%router, "joined");
                     (pause, complained) = (FIRST_PAUSE, false);
-                    self.known.fetch_add(1, Ordering::Relaxed);
+                    let known = Known::new(&self.known);
                     membership.ended().await;
-                    self.known.fetch_sub(1, Ordering::Relaxed);
+                    drop(known);
                     tracing::info!(%router, "the router let go");
                 }
                 Err(error) if complained => tracing::debug!(%error, "not joined"),
@@ -72,6 +169,22 @@ impl Applicant {
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn names_stand_for_all_their_addresses_and_addresses_for_themselves() {
+        let is_name = |text: &str| matches!(Routers::of(&text.parse().unwrap()), Routers::Named { .. });
+        for name in ["demo-routers:50051", "routers.ns.svc.cluster.local:1"] {
+            assert!(is_name(name), "{name}");
+        }
+        for address in ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/run/x.sock"] {
+            assert!(!is_name(address), "{address}");
         }
     }
 }

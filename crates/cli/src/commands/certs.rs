@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use muster_discovery::{Api, secrets};
 use muster_identity::{Authority, Issued, Role, is_ending};
 
 use crate::args::{CertsCommand, CertsInitArgs};
@@ -38,7 +39,15 @@ pub(crate) async fn run(command: &CertsCommand) -> Result<(), Failure> {
     let CertsCommand::Init(args) = command;
     match &args.dir {
         Some(directory) => init(args, &Directory(directory.clone())).await,
-        None => Err(Failure::input("--kubernetes-secrets: not built yet")),
+        None => {
+            let api = Api::infer();
+            let namespace = match &args.namespace {
+                Some(namespace) => namespace.clone(),
+                None => api.namespace().await.map_err(Failure::runtime)?,
+            };
+            let prefix = args.kubernetes_secrets.clone().unwrap_or_default();
+            init(args, &Secrets { api, namespace, prefix }).await
+        }
     }
 }
 
@@ -135,6 +144,40 @@ impl Store for Directory {
 
     fn name(&self, set: &str) -> String {
         self.path(set, CERT).parent().unwrap_or(&self.0).display().to_string()
+    }
+}
+
+/// Secrets of Kubernetes, one for each set.
+struct Secrets {
+    api: Api,
+    namespace: String,
+    prefix: String,
+}
+
+impl Secrets {
+    fn secret(&self, set: &str) -> String {
+        format!("{}-{set}", self.prefix)
+    }
+}
+
+impl Store for Secrets {
+    async fn read(&self, set: &str, names: &[&'static str]) -> Result<Option<Files>, Failure> {
+        let found = secrets::read(&self.api, Some(&self.namespace), &self.secret(set))
+            .await
+            .map_err(Failure::runtime)?;
+        let Some(mut found) = found else { return Ok(None) };
+        Ok(names.iter().map(|&name| Some((name, found.remove(name)?))).collect())
+    }
+
+    async fn write(&self, set: &str, files: &Files) -> Result<(), Failure> {
+        let entries = files.iter().map(|(&name, content)| (name.to_owned(), content.clone())).collect();
+        secrets::write(&self.api, Some(&self.namespace), &self.secret(set), &entries)
+            .await
+            .map_err(Failure::runtime)
+    }
+
+    fn name(&self, set: &str) -> String {
+        format!("secret {}/{}", self.namespace, self.secret(set))
     }
 }
 

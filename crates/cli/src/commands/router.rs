@@ -66,6 +66,8 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("model", args.model.as_deref())
         .text("model_name", args.model_name.as_deref())
         .list("workers", &args.workers)
+        .list("discover", &args.discover)
+        .text("lease", args.lease.as_deref())
         .text("placement", args.placement.as_deref())
         .text("replicas", args.replicas.as_deref())
         .text("fallback", args.fallback.as_deref())
@@ -101,6 +103,8 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         model_name: settings.model_name,
         router_id: settings.id,
         workers: settings.workers.iter().map(ToString::to_string).collect(),
+        discover: settings.discover,
+        lease: settings.lease,
         placement: match settings.placement {
             PlacementMode::Auto => Placement::Led,
             PlacementMode::Static => Placement::Static,

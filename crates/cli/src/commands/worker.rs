@@ -95,7 +95,7 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
         },
         memory: settings.memory,
         speed: settings.speed,
-        domain: settings.domain.or_else(host),
+        domain: settings.domain.or_else(|| if in_pod() { None } else { host() }),
         fetch_rate: settings.fetch_rate,
         compute: settings.compute,
         experts: settings.experts,
@@ -121,6 +121,11 @@ fn name_of(address: &Address, process: u32) -> String {
     let name: String = text.chars().map(allowed).collect();
     // All characters are one byte long now. The end of a path tells more than its beginning.
     name[name.len().saturating_sub(LONGEST)..].to_owned()
+}
+
+/// Whether this is a pod, whose host name is its own: its routers know better what it shares its fate with.
+fn in_pod() -> bool {
+    std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
 }
 
 /// The name of this machine, as far as it can be a failure domain's.

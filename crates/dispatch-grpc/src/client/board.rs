@@ -254,14 +254,19 @@ impl Board {
         }
     }
 
-    /// Somebody says that there is a worker. Gives the number of a peer that is new and is to be connected.
+    /// Somebody says that there is a worker, and in which failure domain, if that is known. Gives the number of a peer that
+    /// is new and is to be connected.
     ///
     /// # Errors
     /// When there are as many as may be.
-    pub(super) fn join(&self, address: &Address) -> Result<Option<usize>, Crowded> {
+    pub(super) fn join(&self, address: &Address, domain: Option<String>) -> Result<Option<usize>, Crowded> {
         let mut state = self.lock();
         if let Some(peer) = state.peers.values_mut().find(|peer| peer.address == *address) {
             peer.joined += 1;
+            if domain.is_some() && peer.place != domain {
+                peer.place = domain;
+                self.versions.send_replace(());
+            }
             return Ok(None);
         }
         if state.peers.len() >= MOST_PEERS {
@@ -269,7 +274,7 @@ impl Board {
         }
         let number = state.next_peer;
         state.next_peer += 1;
-        state.peers.insert(number, Peer::joined(address.clone()));
+        state.peers.insert(number, Peer::joined(address.clone(), domain));
         Ok(Some(number))
     }
 

@@ -79,6 +79,8 @@ pub struct ConnectedWorker {
     pub session: u64,
     /// What it announces.
     pub description: Arc<Description>,
+    /// What it shares its fate with: as it announces, else as whoever made it known says.
+    pub domain: Option<String>,
     pub(super) control: Control,
 }
 
@@ -153,7 +155,15 @@ impl ClusterHandle {
     /// # Errors
     /// When there are too many.
     pub fn join(&self, address: Address) -> Result<Joined, Crowded> {
-        if let Some(peer) = self.board.join(&address)? {
+        self.join_in(address, None)
+    }
+
+    /// As [`Self::join`], of a worker that shares its fate with `domain` if it announces nothing else.
+    ///
+    /// # Errors
+    /// When there are too many.
+    pub fn join_in(&self, address: Address, domain: Option<String>) -> Result<Joined, Crowded> {
+        if let Some(peer) = self.board.join(&address, domain)? {
             tracing::info!(%address, "a worker joins");
             drop(self.runtime.spawn(link::keep(peer, self.board.clone(), self.link.clone())));
         }

@@ -40,6 +40,8 @@ pub struct WorkerHealth {
     pub session: Option<u64>,
     /// What it said of itself last.
     pub announced: Option<Arc<Description>>,
+    /// What it shares its fate with: as it announces, else as whoever made it known says.
+    pub domain: Option<String>,
     /// Shards that are overdue.
     pub late_shards: usize,
     /// For how long it is still left alone, because it broke the protocol.

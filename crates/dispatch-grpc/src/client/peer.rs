@@ -61,6 +61,8 @@ enum Origin {
 pub(super) struct Peer {
     pub(super) address: Address,
     pub(super) announced: Option<Arc<Description>>,
+    /// Its failure domain, as whoever made it known says.
+    pub(super) place: Option<String>,
     pub(super) state: LinkState,
     /// Shards that were late and are not answered yet. While there are any, others are asked first.
     pub(super) late: usize,
@@ -80,8 +82,8 @@ pub(super) struct Peer {
 
 impl Peer {
     /// A worker that joins.
-    pub(super) fn joined(address: Address) -> Self {
-        Self { origin: Origin::Joined, joined: 1, ..Self::new(address) }
+    pub(super) fn joined(address: Address, place: Option<String>) -> Self {
+        Self { origin: Origin::Joined, joined: 1, place, ..Self::new(address) }
     }
 
     /// This process.
@@ -110,6 +112,7 @@ impl Peer {
         Self {
             address,
             announced: None,
+            place: None,
             state,
             late: 0,
             origin: Origin::Configured,
@@ -180,6 +183,10 @@ impl Peer {
         }
     }
 
+    fn domain(&self) -> Option<String> {
+        self.announced.as_ref().and_then(|announced| announced.domain.clone()).or_else(|| self.place.clone())
+    }
+
     pub(super) fn health(&self) -> WorkerHealth {
         let (state, session) = match &self.state {
             LinkState::Down { since, reason, .. } => {
@@ -193,6 +200,7 @@ impl Peer {
             state,
             session,
             announced: self.announced.clone(),
+            domain: self.domain(),
             late_shards: self.late,
             banned: self.banned_for(),
         }
@@ -215,6 +223,7 @@ impl Peer {
                     address: self.address.to_string(),
                     session: *session,
                     description: announced.clone(),
+                    domain: self.domain(),
                     control: control.clone(),
                 })
             }

@@ -92,8 +92,14 @@ fn a_worker_that_joins_is_used_and_forgotten_when_it_is_gone() {
 
     let worker = TestWorker::start("w0", all(), Compute::F32);
     let address: Address = worker.address.parse().unwrap();
-    let (first, second) = (cluster.join(address.clone()).unwrap(), cluster.join(address).unwrap());
+    let (first, second) = (cluster.join(address.clone()).unwrap(), cluster.join(address.clone()).unwrap());
     assert!(cluster.await_coverage(soon()));
+    // Where it is may be told later, and is not forgotten by one who does not know.
+    assert_eq!(health.workers()[0].domain, None);
+    drop(cluster.join_in(address.clone(), Some("zone/node".to_owned())).unwrap());
+    drop(cluster.join(address).unwrap());
+    assert_eq!(health.workers()[0].domain.as_deref(), Some("zone/node"));
+    assert_eq!(cluster.workers()[0].domain.as_deref(), Some("zone/node"));
     assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
     // Twice the same worker is one worker.
     assert_eq!(health.workers().len(), 1);

@@ -72,13 +72,35 @@ pub(super) struct Layer {
     busy: Vec<f64>,
 }
 
+/// Something of a zone and of a machine in it. Of a name without a `/` both are the same.
+pub(super) type Domains<T> = [T; 2];
+
+/// How near a worker is to the copies of an expert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Nearness {
+    /// None is in its zone.
+    OtherZone,
+    /// One is in its zone, none on its machine.
+    SameZone,
+    /// One is on its machine.
+    SameMachine,
+}
+
+/// Copies of an expert, and the failure domains they are on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Spread {
+    copies: usize,
+    domains: Domains<usize>,
+}
+
 /// One worker that stays.
 #[derive(Debug)]
 pub(super) struct Bin<'a> {
     pub(super) capacity: u64,
     pub(super) used: u64,
     pub(super) speed: f64,
-    pub(super) domain: usize,
+    /// Its failure domains, the widest first.
+    pub(super) domains: Domains<usize>,
     pub(super) keys: BTreeSet<ExpertKey>,
     held: &'a BTreeSet<ExpertKey>,
 }
@@ -103,8 +125,8 @@ pub(super) struct Board<'a> {
     pub(super) bins: Vec<Bin<'a>>,
     pub(super) hysteresis: f64,
     min_replicas: usize,
-    /// Failure domains of all bins.
-    domains: usize,
+    /// How many failure domains the bins have.
+    domains: Domains<usize>,
     /// Speed of all bins.
     speed: f64,
     first_bytes: u64,
@@ -128,7 +150,7 @@ impl<'a> Board<'a> {
             experts: experts(shape, layer, loads),
             busy: vec![0.0; bins.len()],
         });
-        let domains = bins.iter().map(|bin| bin.domain + 1).max().unwrap_or(0);
+        let domains = [0, 1].map(|level| bins.iter().map(|bin| bin.domains[level] + 1).max().unwrap_or(0));
         let hysteresis = if goals.hysteresis.is_nan() { 0.0 } else { goals.hysteresis.clamp(0.0, 1.0) };
         let mut board = Self {
             layers: layers.collect(),
@@ -203,23 +225,36 @@ impl<'a> Board<'a> {
     // Copies.
 
     /// Copies of an expert and the failure domains they are on, with the copy on `without` left out.
-    fn spread(&self, key: ExpertKey, without: Option<usize>) -> (usize, usize) {
-        let (mut copies, mut domains) = (0, 0);
+    fn spread(&self, key: ExpertKey, without: Option<usize>) -> Spread {
+        let mut spread = Spread { copies: 0, domains: [0, 0] };
         let owners = &self.expert(key).copies;
         let counted = |copy: &Replica| Some(copy.worker) != without;
         for (n, copy) in owners.iter().enumerate().filter(|(_, copy)| counted(copy)) {
-            let domain = self.bins[copy.worker].domain;
-            copies += 1;
-            let seen = |other: &Replica| counted(other) && self.bins[other.worker].domain == domain;
-            domains += usize::from(!owners[..n].iter().any(seen));
+            spread.copies += 1;
+            for (level, domains) in spread.domains.iter_mut().enumerate() {
+                let domain = self.bins[copy.worker].domains[level];
+                let seen =
+                    |other: &Replica| counted(other) && self.bins[other.worker].domains[level] == domain;
+                *domains += usize::from(!owners[..n].iter().any(seen));
+            }
         }
-        (copies, domains)
+        spread
+    }
+
+    /// Whether copies are on as many domains of each kind as asked, and as there are.
+    fn is_spread(&self, domains: Domains<usize>) -> bool {
+        self.at_least(domains, self.domains)
+    }
+
+    /// Whether there are as many domains of each kind as before, or as asked.
+    fn at_least(&self, after: Domains<usize>, before: Domains<usize>) -> bool {
+        after.iter().zip(before).all(|(&after, before)| after >= self.min_replicas.min(before))
     }
 
     /// Whether an expert has the copies that were asked for, as far as there are workers for them.
     pub(super) fn is_replicated(&self, key: ExpertKey) -> bool {
-        let (copies, domains) = self.spread(key, None);
-        copies >= self.min_replicas.min(self.bins.len()) && domains >= self.min_replicas.min(self.domains)
+        let Spread { copies, domains } = self.spread(key, None);
+        copies >= self.min_replicas.min(self.bins.len()) && self.is_spread(domains)
     }
 
     /// Whether another copy would help the goals only on a failure domain of its own.
@@ -229,12 +264,27 @@ impl<'a> Board<'a> {
 
     /// Whether a copy on this worker would bring an expert nearer to what was asked for.
     pub(super) fn is_asked_for(&self, key: ExpertKey, worker: usize) -> bool {
-        !self.is_replicated(key) && (!self.needs_domain(key) || !self.shares_domain(key, worker))
+        if !self.needs_domain(key) {
+            return !self.is_replicated(key);
+        }
+        let domains = self.spread(key, None).domains;
+        (0..domains.len()).any(|level| {
+            domains[level] < self.min_replicas.min(self.domains[level]) && !self.shares(key, worker, level)
+        })
     }
 
-    pub(super) fn shares_domain(&self, key: ExpertKey, worker: usize) -> bool {
-        let domain = self.bins[worker].domain;
-        self.expert(key).copies.iter().any(|copy| self.bins[copy.worker].domain == domain)
+    /// Whether a copy is on this worker's domain of that level.
+    fn shares(&self, key: ExpertKey, worker: usize, level: usize) -> bool {
+        let domain = self.bins[worker].domains[level];
+        self.expert(key).copies.iter().any(|copy| self.bins[copy.worker].domains[level] == domain)
+    }
+
+    pub(super) fn nearness(&self, key: ExpertKey, worker: usize) -> Nearness {
+        match () {
+            () if self.shares(key, worker, 1) => Nearness::SameMachine,
+            () if self.shares(key, worker, 0) => Nearness::SameZone,
+            () => Nearness::OtherZone,
+        }
     }
 
     /// Whether the goals do without this worker's copy. It may stand for a domain only if that is not missed.
@@ -242,18 +292,18 @@ impl<'a> Board<'a> {
         if self.expert(key).copies.len() <= self.min_replicas {
             return false;
         }
-        let before = self.spread(key, None).1;
-        self.spread(key, Some(worker)).1 >= self.min_replicas.min(before)
+        self.at_least(self.spread(key, Some(worker)).domains, self.spread(key, None).domains)
     }
 
     /// Whether a copy may go from one worker to another without fewer failure domains than asked for or before.
     pub(super) fn can_move(&self, key: ExpertKey, from: usize, to: usize) -> bool {
-        let before = self.spread(key, None).1;
-        let domain = self.bins[to].domain;
-        let mut others = self.expert(key).copies.iter().filter(|copy| copy.worker != from);
-        let fresh = others.all(|copy| self.bins[copy.worker].domain != domain);
-        let after = self.spread(key, Some(from)).1 + usize::from(fresh);
-        after >= self.min_replicas.min(before)
+        let mut after = self.spread(key, Some(from)).domains;
+        for (level, domains) in after.iter_mut().enumerate() {
+            let domain = self.bins[to].domains[level];
+            let mut others = self.expert(key).copies.iter().filter(|copy| copy.worker != from);
+            *domains += usize::from(others.all(|copy| self.bins[copy.worker].domains[level] != domain));
+        }
+        self.at_least(after, self.spread(key, None).domains)
     }
 
     /// Gives a worker a copy and a part of the expert's load.
@@ -497,8 +547,8 @@ impl<'a> Board<'a> {
         let peak = (0..self.bins.len()).map(sum).fold(0.0, f64::max);
         let in_means = |peak: f64| if mean > 0.0 { peak / mean } else { 1.0 };
         let is_short = |expert: &&Expert| {
-            let (copies, domains) = self.spread(expert.key, None);
-            copies > 0 && (copies < self.min_replicas || domains < self.min_replicas.min(self.domains))
+            let Spread { copies, domains } = self.spread(expert.key, None);
+            copies > 0 && (copies < self.min_replicas || !self.is_spread(domains))
         };
         Figures {
             imbalance: in_means(peak),
@@ -521,18 +571,20 @@ impl<'a> Board<'a> {
 const SWEEPS: usize = 64;
 
 fn bins<'a>(members: &'a BTreeMap<WorkerId, Member>) -> Vec<Bin<'a>> {
-    let mut names = BTreeMap::new();
-    let mut domains = 0;
+    let mut names = [BTreeMap::new(), BTreeMap::new()];
+    let mut counts = [0, 0];
     let staying = members.values().filter(|member| !member.draining);
     let bin = |member: &'a Member| {
         let Member { capacity, speed, domain, held, .. } = member;
-        let fresh = domains;
-        let domain = match domain {
-            Some(name) => *names.entry(name).or_insert(fresh),
-            None => fresh,
+        let zone = domain.as_deref().map(|name| name.split_once('/').map_or(name, |(zone, _)| zone));
+        let mut number = |level: usize, name: Option<&'a str>| {
+            let fresh = counts[level];
+            let domain = name.map_or(fresh, |name| *names[level].entry(name).or_insert(fresh));
+            counts[level] += usize::from(domain == fresh);
+            domain
         };
-        domains += usize::from(domain == fresh);
-        Bin { capacity: *capacity, used: 0, speed: speed.get(), domain, keys: BTreeSet::new(), held }
+        let domains = [number(0, zone), number(1, domain.as_deref())];
+        Bin { capacity: *capacity, used: 0, speed: speed.get(), domains, keys: BTreeSet::new(), held }
     };
     staying.map(bin).collect()
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use muster_types::ExpertKey;
 
-use super::board::{Board, Give, Origin};
+use super::board::{Board, Give, Nearness, Origin};
 
 /// Gives every expert without a copy its first, and returns those that nobody has the memory for, ascending.
 ///
@@ -40,8 +40,9 @@ pub(super) fn cover(board: &mut Board<'_>, on_leave: &BTreeSet<ExpertKey>) -> Ve
     left
 }
 
-/// Gives experts the further copies that the goals ask for: those with the fewest first, then the hottest. Copies on
-/// another failure domain are preferred, and are all that helps an expert that has copies enough.
+/// Gives experts the further copies that the goals ask for: those with the fewest first, then the hottest. Copies in
+/// another zone are preferred, then those on another machine; for an expert that has copies enough, only those help that
+/// are on a failure domain of the kind that it lacks.
 pub(super) fn replicate(board: &mut Board<'_>, budget: u64) {
     let lacking = board.keys().filter(|expert| !expert.copies.is_empty() && !board.is_replicated(expert.key));
     let mut keys: Vec<_> = lacking.map(|expert| (expert.copies.len(), expert.load, expert.key)).collect();
@@ -52,11 +53,15 @@ pub(super) fn replicate(board: &mut Board<'_>, budget: u64) {
         while !board.is_replicated(key) && board.moved_bytes().saturating_add(board.bytes(key)) <= budget {
             let copies = board.expert(key).copies.len();
             let share = load / (copies + 1) as f64;
-            let others = (0..board.bins.len()).filter(|&worker| board.expert(key).on(worker).is_none());
-            let (near, far): (Vec<_>, Vec<_>) = others.partition(|&worker| board.shares_domain(key, worker));
-            let near = if board.needs_domain(key) { Vec::new() } else { near };
-            let place = find_place(board, key, share, far, &[Give::Surplus], &mut full)
-                .or_else(|| find_place(board, key, share, near, &[Give::Surplus], &mut full));
+            let others: Vec<_> = (0..board.bins.len())
+                .filter(|&worker| board.expert(key).on(worker).is_none() && board.is_asked_for(key, worker))
+                .map(|worker| (worker, board.nearness(key, worker)))
+                .collect();
+            let mut tiers = [Nearness::OtherZone, Nearness::SameZone, Nearness::SameMachine].into_iter();
+            let place = tiers.find_map(|tier| {
+                let tier = others.iter().filter(|(_, nearness)| *nearness == tier).map(|(worker, _)| *worker);
+                find_place(board, key, share, tier.collect(), &[Give::Surplus], &mut full)
+            });
             let Some(worker) = place else { break };
             board.add(key, worker, Origin::Moved);
             // Of more copies than needed, those on a shared domain can be spared now.

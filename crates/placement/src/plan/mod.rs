@@ -34,7 +34,8 @@ pub struct Member {
     pub capacity: u64,
     /// How fast it is.
     pub speed: Speed,
-    /// What it shares its fate with, such as a host or a rack. Without one, it shares it with nobody.
+    /// What it shares its fate with, such as a host or a rack; `zone/host` where hosts share theirs with a zone. Without
+    /// one, it shares it with nobody.
     pub domain: Option<String>,
     /// Whether it is about to leave, and shall hold nothing.
     pub draining: bool,

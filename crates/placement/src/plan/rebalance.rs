@@ -11,7 +11,7 @@
 
 use muster_types::ExpertKey;
 
-use super::board::{Board, Give, Origin};
+use super::board::{Board, Give, Nearness, Origin};
 
 /// Workers that are considered for an exchange with a busy one, the least busy first.
 const PARTNERS: usize = 4;
@@ -134,7 +134,11 @@ fn best_addition(board: &Board<'_>, layer: usize, source: usize, full: &Full) ->
             // Better to use spare memory than to make others give way, and to spread over failure domains.
             let worth = gain
                 * if room { 1.0 } else { 0.8 }
-                * if board.shares_domain(expert.key, to) { 0.95 } else { 1.0 };
+                * match board.nearness(expert.key, to) {
+                    Nearness::OtherZone => 1.0,
+                    Nearness::SameZone => 0.98,
+                    Nearness::SameMachine => 0.95,
+                };
             if gain >= least && best.as_ref().is_none_or(|best| worth > best.worth) {
                 best = Some(Addition { worth, key: expert.key, to });
             }

@@ -216,6 +216,41 @@ fn replicas_are_on_distinct_domains_where_there_are_such() {
 }
 
 #[test]
+fn another_zone_comes_before_another_machine() {
+    let shape = Shape::new(vec![8]);
+    let sizes = sizes_of(&shape);
+    let on = |domain: &str| Member { domain: Some(domain.into()), ..member(80) };
+    let zones = |target: &Target, members: &BTreeMap<WorkerId, Member>, expert: u32, level: usize| {
+        let part = |id: &WorkerId| {
+            let name = members[id].domain.clone().unwrap();
+            if level == 0 { name.split('/').next().unwrap().to_owned() } else { name }
+        };
+        holders(&target.hold, key(0, expert)).into_iter().map(part).collect::<BTreeSet<_>>().len()
+    };
+    // Two machines with two workers each in one zone, one worker in another.
+    let cluster = members([on("a/1"), on("a/1"), on("a/2"), on("a/2"), on("b/1")]);
+    let target = plan(&shape, &sizes, &cluster, &Loads::new(&shape), &goals(2, u64::MAX, 0.5));
+    assert!(target.figures.under_replicated.is_empty());
+    assert!((0..8).all(|expert| zones(&target, &cluster, expert, 0) == 2));
+    // Of three copies, two are on two machines of one zone.
+    let target = plan(&shape, &sizes, &cluster, &Loads::new(&shape), &goals(3, u64::MAX, 0.5));
+    assert!(target.figures.under_replicated.is_empty());
+    assert!((0..8).all(|expert| zones(&target, &cluster, expert, 0) == 2));
+    assert!((0..8).all(|expert| zones(&target, &cluster, expert, 1) == 3));
+    // Without another zone, another machine.
+    let cluster = members([on("a/1"), on("a/1"), on("a/2")]);
+    let target = plan(&shape, &sizes, &cluster, &Loads::new(&shape), &goals(2, u64::MAX, 0.5));
+    assert_eq!(target.hold[&id(2)].len(), 8);
+    // Copies enough, but in one zone: one more in the other.
+    let all: BTreeSet<_> = shape.keys().collect();
+    let held = |domain: &str| Member { held: all.clone(), ..on(domain) };
+    let cluster = members([held("a/1"), held("a/2"), on("b/1")]);
+    let target = plan(&shape, &sizes, &cluster, &Loads::new(&shape), &goals(2, u64::MAX, 0.5));
+    assert!(target.figures.under_replicated.is_empty());
+    assert_eq!(target.hold[&id(2)].len(), 8);
+}
+
+#[test]
 fn an_exchange_keeps_copies_apart() {
     let shape = Shape::new(vec![2]);
     let sizes = sizes_of(&shape);
@@ -390,7 +425,8 @@ impl Problem {
 
 fn a_member(keys: &[ExpertKey]) -> impl Strategy<Value = Member> + use<> {
     let held = prop::sample::subsequence(keys.to_vec(), 0..=keys.len());
-    let domain = prop_oneof![Just(None), Just(Some("a".to_owned())), Just(Some("b".to_owned()))];
+    let names = ["a", "b", "a/1", "a/2", "b/1", "c/1", "c/2"].map(str::to_owned);
+    let domain = prop::option::of(prop::sample::select(names.to_vec()));
     let draining = prop::bool::weighted(0.1);
     (0_u64..200, 0.2..4.0, domain, draining, held).prop_map(|(capacity, speed, domain, draining, held)| {
         Member {
@@ -429,15 +465,18 @@ fn problems(bytes: impl Strategy<Value = u64> + Clone + 'static) -> impl Strateg
     })
 }
 
-/// Copies and failure domains of a key.
-fn spread(problem: &Problem, hold: &Holdings, key: ExpertKey) -> (usize, usize) {
+/// Copies of a key, and their zones and machines.
+fn spread(problem: &Problem, hold: &Holdings, key: ExpertKey) -> (usize, [usize; 2]) {
     let holders = holders(hold, key);
-    let domains: BTreeSet<_> = holders.iter().map(|&id| domain(problem, id)).collect();
-    (holders.len(), domains.len())
+    (holders.len(), domains(problem, holders.iter().copied()))
 }
 
-fn domain(problem: &Problem, id: &WorkerId) -> String {
-    problem.members[id].domain.clone().unwrap_or_else(|| id.to_string())
+/// Zones and machines of workers.
+fn domains<'a>(problem: &Problem, ids: impl Iterator<Item = &'a WorkerId>) -> [usize; 2] {
+    let machine = |id: &WorkerId| problem.members[id].domain.clone().unwrap_or_else(|| id.to_string());
+    let machines: BTreeSet<_> = ids.map(machine).collect();
+    let zones: BTreeSet<_> = machines.iter().map(|machine| machine.split('/').next()).collect();
+    [zones.len(), machines.len()]
 }
 
 proptest! {
@@ -446,8 +485,7 @@ proptest! {
         let Target { hold, figures } = problem.plan();
         prop_assert!(hold.keys().eq(problem.members.keys()));
         let staying = |id: &WorkerId| !problem.members[id].draining;
-        let domains: BTreeSet<_> =
-            problem.members.keys().filter(|id| staying(id)).map(|id| domain(&problem, id)).collect();
+        let most = domains(&problem, problem.members.keys().filter(|id| staying(id)));
 
         let mut loaded = 0;
         for (id, keys) in &hold {
@@ -468,7 +506,7 @@ proptest! {
             let (copies, on) = spread(&problem, &hold, key);
             if copies == 0 {
                 uncovered.push(key);
-            } else if copies < least || on < least.min(domains.len()) {
+            } else if copies < least || (0..2).any(|level| on[level] < least.min(most[level])) {
                 short.push(key);
             }
         }

@@ -9,6 +9,7 @@ use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use muster_discovery::{Api, Held, LeaseTimes, ObjectName, Tenure};
 use muster_dispatch_grpc::ClusterHandle;
 use muster_dispatch_grpc::client::ConnectedWorker;
 use muster_placement::lease::Term;
@@ -20,6 +21,7 @@ use muster_proto::control::{Assignment, Load};
 use muster_proto::convert::RouterName;
 use muster_proto::description::Phase;
 use muster_types::{ExpertKey, Speed, WorkerId};
+use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +47,8 @@ pub(crate) struct LeaderConfig {
     pub(crate) sizes: ExpertSizes,
     /// Copies that each expert shall have.
     pub(crate) replicas: NonZeroU32,
+    /// What to hold to be let to ask workers for the lead.
+    pub(crate) lease: Option<(Api, ObjectName)>,
 }
 
 /// See the module.
@@ -54,6 +58,8 @@ pub(crate) struct Leader {
     sizes: ExpertSizes,
     goals: Goals,
     lead: Lead,
+    /// To be held to be let to ask workers for the lead.
+    lease: Option<(Api, ObjectName)>,
     view: Arc<LeaderView>,
     evidence: Evidence,
     counted: Instant,
@@ -109,7 +115,7 @@ struct Told {
 
 impl Leader {
     pub(crate) fn new(cluster: ClusterHandle, config: LeaderConfig, view: Arc<LeaderView>) -> Self {
-        let LeaderConfig { name, shape, sizes, replicas } = config;
+        let LeaderConfig { name, shape, sizes, replicas, lease } = config;
         let goals = Goals { min_replicas: replicas, ..Goals::default() };
         let (lead, evidence) = (Lead::new(name), Evidence::new(&shape));
         Self {
@@ -118,6 +124,7 @@ impl Leader {
             sizes,
             goals,
             lead,
+            lease,
             view,
             evidence,
             counted: Instant::now(),
@@ -129,6 +136,10 @@ impl Leader {
 
     /// Leads when it may, until stopped.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
+        let name = self.lead.name().as_str().to_owned();
+        let tenure =
+            self.lease.take().map(|(api, lease)| Tenure::start(api, lease, name, LeaseTimes::default()));
+        let mut gate = Gate(tenure.as_ref().map(Tenure::held));
         let mut changes = self.cluster.changes();
         let mut ticks = tokio::time::interval(Lead::tick());
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -137,7 +148,16 @@ impl Leader {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
                     let workers = self.cluster.workers();
-                    self.lead.campaign(&workers).await;
+                    self.view.barred(gate.problem());
+                    if gate.is_open() {
+                        self.lead.campaign(&workers).await;
+                    } else {
+                        self.lead.resign(&workers).await;
+                    }
+                }
+                () = gate.closed(), if self.reign.is_some() => {
+                    let workers = self.cluster.workers();
+                    self.lead.resign(&workers).await;
                 }
                 changed = changes.changed(), if self.reign.is_some() => {
                     if changed.is_err() {
@@ -147,16 +167,19 @@ impl Leader {
                     changes.mark_unchanged();
                 }
             }
-            self.steer().await;
+            self.steer(&gate).await;
         }
         let workers = self.cluster.workers();
         self.lead.resign(&workers).await;
         self.view.resigned();
+        if let Some(tenure) = tenure {
+            tenure.release().await;
+        }
     }
 
     /// Gives orders, if this router leads.
-    async fn steer(&mut self) {
-        let Some(term) = self.lead.term() else {
+    async fn steer(&mut self, gate: &Gate) {
+        let Some(term) = self.lead.term().filter(|_| gate.is_open()) else {
             if self.reign.take().is_some() {
                 tracing::info!("another router leads the placement, or none");
                 self.view.resigned();
@@ -198,7 +221,10 @@ impl Leader {
         }
         let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
         self.view.leads(term.get(), target.map_or(0.0, |target| target.figures.imbalance));
-        self.order(&workers, step).await;
+        // Planning takes its time.
+        if gate.is_open() {
+            self.order(&workers, step).await;
+        }
     }
 
     /// The workers that answer and that this router may give orders to, as far as what they announce counts.
@@ -341,6 +367,40 @@ impl Leader {
     }
 }
 
+/// Whether this router may ask for the lead: always, or as long as it holds a Lease.
+struct Gate(Option<watch::Receiver<Held>>);
+
+impl Gate {
+    fn is_open(&self) -> bool {
+        self.0.as_ref().is_none_or(|held| held.borrow().is_held())
+    }
+
+    fn problem(&self) -> Option<String> {
+        self.0.as_ref().and_then(|held| held.borrow().problem.clone())
+    }
+
+    /// Resolves when it is closed.
+    async fn closed(&mut self) {
+        let Some(held) = &mut self.0 else { return std::future::pending().await };
+        loop {
+            let until = match held.borrow_and_update().until() {
+                Some(until) if tokio::time::Instant::now() < until => until,
+                _ => return,
+            };
+            // An end of its task is not an end of what was granted.
+            let changed = async {
+                if held.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep_until(until) => {}
+                () = changed => {}
+            }
+        }
+    }
+}
+
 impl Reign {
     fn new(term: Term, members: BTreeMap<WorkerId, Traits>) -> Self {
         // As if they had just come, so that the first look at them is not the last.
@@ -355,7 +415,7 @@ fn traits(worker: &Subject) -> Traits {
         session: worker.session,
         capacity: description.capacity,
         speed: description.speed,
-        domain: description.domain.clone(),
+        domain: worker.domain.clone(),
         is_draining: description.phase == Phase::Draining,
     }
 }

@@ -1,6 +1,7 @@
 //! The workers of a router beside the data plane: who leads, what they shall hold, and how they come in.
 
 mod card;
+mod discovery;
 mod evidence;
 mod fallback;
 mod lead;
@@ -9,6 +10,7 @@ mod status;
 mod weights;
 
 pub use card::{card, expert_sizes};
+pub(crate) use discovery::Discovery;
 pub(crate) use fallback::ColdExperts;
 pub(crate) use leader::{Leader, LeaderConfig};
 pub(crate) use status::Cluster;

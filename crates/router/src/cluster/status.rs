@@ -11,6 +11,7 @@ use muster_proto::cluster::v1;
 use muster_proto::cluster::v1::status_reply::Health as WireHealth;
 use muster_proto::cluster::v1::worker_status::State as WireState;
 
+use super::discovery::Discovery;
 use crate::health::Health;
 use crate::pulse::Pulse;
 
@@ -24,6 +25,8 @@ struct View {
     leads: Option<(u64, f64)>,
     /// Rows counted last, by session.
     rows: HashMap<u64, u64>,
+    /// Why this router may not be let to lead.
+    barred: Option<String>,
 }
 
 impl LeaderView {
@@ -42,6 +45,15 @@ impl LeaderView {
         self.lock().leads = None;
     }
 
+    fn bar(&self) -> Option<String> {
+        self.lock().barred.as_ref().map(|by| format!("this router cannot lead the placement: {by}"))
+    }
+
+    /// Whether something keeps this router from leading, and what.
+    pub(crate) fn barred(&self, by: Option<String>) {
+        self.lock().barred = by;
+    }
+
     pub(crate) fn counted(&self, rows: HashMap<u64, u64>) {
         self.lock().rows = rows;
     }
@@ -53,6 +65,7 @@ pub(crate) struct Cluster {
     pub(crate) workers: HealthHandle,
     pub(crate) leader: Arc<LeaderView>,
     pub(crate) pulse: Arc<Pulse>,
+    pub(crate) discovery: Discovery,
     /// Routed experts of the model.
     pub(crate) experts: u32,
     /// Copies that each shall have.
@@ -80,7 +93,10 @@ impl Cluster {
         }
         let missing = self.workers.missing_experts();
         if missing > 0 && !self.has_fallback {
-            return Health::NotReady { reason: format!("{missing} experts have no live worker") };
+            let mut reasons = vec![format!("{missing} experts have no live worker")];
+            reasons.extend(self.discovery.findings());
+            reasons.extend(self.leader.bar());
+            return Health::NotReady { reason: reasons.join("; ") };
         }
         if let Some(trouble) = self.pulse.trouble() {
             return Health::NotReady { reason: format!("tokens do not come: {trouble}") };
@@ -102,6 +118,8 @@ impl Cluster {
             1 => reasons.push("a worker cannot be reached".to_owned()),
             down => reasons.push(format!("{down} workers cannot be reached")),
         }
+        reasons.extend(self.discovery.problems());
+        reasons.extend(self.leader.bar());
         if reasons.is_empty() { Health::Ready } else { Health::Degraded { reasons } }
     }
 
@@ -151,7 +169,7 @@ fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerS
         resident_bytes: announced.map_or(0, |d| d.resident_bytes),
         capacity_bytes: announced.map_or(0, |d| d.capacity),
         speed: announced.map_or(0.0, |d| d.speed.get()),
-        domain: announced.and_then(|d| d.domain.clone()).unwrap_or_default(),
+        domain: worker.domain.clone().unwrap_or_default(),
         epoch: announced.map_or(0, |d| d.epoch.get()),
         late_shards: u32::try_from(worker.late_shards).unwrap_or(u32::MAX),
         banned_ms: u32::try_from(worker.banned.as_millis()).unwrap_or(u32::MAX),
