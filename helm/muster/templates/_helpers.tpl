@@ -191,13 +191,11 @@ tls_ca: /etc/muster/tls/ca.crt
 {{/* Spread constraints, those without a selector with one: (dict "constraints" LIST "selector" DICT). */}}
 {{- define "muster.spread" -}}
 {{- $selector := .selector -}}
-{{- range .constraints }}
-{{- $constraint := deepCopy . -}}
-{{- if not (hasKey $constraint "labelSelector") -}}
-{{- $_ := set $constraint "labelSelector" (dict "matchLabels" $selector) -}}
-{{- end }}
-- {{ toYaml $constraint | nindent 2 | trim }}
-{{- end }}
+{{- $constraints := list -}}
+{{- range .constraints -}}
+{{- $constraints = append $constraints (hasKey . "labelSelector" | ternary . (set (deepCopy .) "labelSelector" (dict "matchLabels" $selector))) -}}
+{{- end -}}
+{{- toYaml $constraints -}}
 {{- end -}}
 
 {{/* A quantity, of Kubernetes or of Muster, in bytes; nothing when it is written in a way that is not understood here. */}}
@@ -222,7 +220,7 @@ autoscaling/{{ if .Capabilities.APIVersions.Has "autoscaling/v2" }}v2{{ else }}v
 {{- end -}}
 
 {{/* A container of the test pod: (dict "context" $ "secure" BOOL "key" BOOL "args" LIST). */}}
-{{- define "muster.testContainer" }}
+{{- define "muster.testContainer" -}}
 image: {{ include "muster.image" .context }}
 imagePullPolicy: {{ .context.Values.image.pullPolicy }}
 args:
