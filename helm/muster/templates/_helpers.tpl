@@ -219,6 +219,17 @@ policy/{{ if .Capabilities.APIVersions.Has "policy/v1" }}v1{{ else }}v1beta1{{ e
 autoscaling/{{ if .Capabilities.APIVersions.Has "autoscaling/v2" }}v2{{ else }}v2beta2{{ end }}
 {{- end -}}
 
+{{/* Whether there is a test pod: whether it is wanted, and has something that routers take for a key. */}}
+{{- define "muster.hasTest" -}}
+{{- if .Values.tests.enabled -}}
+{{- if ne .Values.tls.mode "off" -}}
+{{- include "muster.tlsSecret" (dict "context" . "role" "client") -}}
+{{- else if has .Values.apiKeys.mode (list "generated" "off") -}}
+yes
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* A container of the test pod: (dict "context" $ "secure" BOOL "key" BOOL "args" LIST). */}}
 {{- define "muster.testContainer" -}}
 image: {{ include "muster.image" .context }}
