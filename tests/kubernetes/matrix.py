@@ -31,22 +31,6 @@ EXTENSIONS = {
 }
 # Files of values that need a version.
 NEEDS = {"image-volume": 31}
-# What the chart is ahead of the code by; to be emptied.
-PENDING = {
-    "router": {"admin", "api_keys", "discover", "insecure_no_keys", "lease", "leave_after", "tls_ca", "tls_cert", "tls_key"},
-    "worker": {"admin", "tls_ca", "tls_cert", "tls_key"},
-    "metrics": {
-        "muster_worker_capacity_bytes",
-        "muster_worker_experts",
-        "muster_worker_fetched_bytes_total",
-        "muster_worker_full_seconds",
-        "muster_worker_loading_experts",
-        "muster_worker_pressure",
-        "muster_worker_resident_bytes",
-        "muster_worker_useful_seconds",
-    },
-}
-
 # A schema file is read once, not once for every object.
 utils.schema_contents = functools.cache(utils.schema_contents)
 utils.all_versions = functools.cache(utils.all_versions)
@@ -87,9 +71,6 @@ class Matrix:
 
     def metrics(self):
         known = set(re.findall(r'"(muster_\w+)"', (self.root / "crates/telemetry/src/names.rs").read_text()))
-        for name in sorted(known & PENDING["metrics"]):
-            print(f"note: {name} is there; take it off PENDING")
-        known |= PENDING["metrics"]
         for path in ("rules/muster.yaml", "dashboards/muster.json"):
             used = set(re.findall(r"\bmuster_\w+", (self.chart / path).read_text()))
             for name in sorted(used):
@@ -160,10 +141,7 @@ def main():
         if len(sys.argv) > 3:
             (pathlib.Path(sys.argv[3]) / values.name).write_text(text)
     for role, keys in matrix.unknown.items():
-        matrix.problems += [f"[{role}]: no such key: {key}" for key in sorted(keys - PENDING[role])]
-    for role, keys in matrix.keys.items():
-        for key in sorted(keys & PENDING[role]):
-            print(f"note: [{role}] {key} is there; take it off PENDING")
+        matrix.problems += [f"[{role}]: no such key: {key}" for key in sorted(keys)]
     for problem in matrix.problems:
         print(problem, file=sys.stderr)
     extensions = ", ".join(f"{kind} {n}" for kind, n in sorted(matrix.extensions.items()))

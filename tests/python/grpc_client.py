@@ -1,6 +1,10 @@
-"""Stubs generated from proto/ against a running router. usage: grpc_client.py HOST:PORT DEMO_MODEL_DIR"""
+"""Stubs generated from proto/ against a running router. usage: grpc_client.py HOST:PORT DEMO_MODEL_DIR
+
+Over TLS where the authority is in SSL_CERT_FILE; the key is in OPENAI_API_KEY then.
+"""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -11,7 +15,13 @@ from muster.v1 import inference_pb2_grpc
 
 address, model_dir = sys.argv[1], pathlib.Path(sys.argv[2])
 golden = json.loads((model_dir / "golden.json").read_text())
-channel = grpc.insecure_channel(address)
+if "SSL_CERT_FILE" in os.environ:
+    authority = pathlib.Path(os.environ["SSL_CERT_FILE"]).read_bytes()
+    key = grpc.access_token_call_credentials(os.environ["OPENAI_API_KEY"])
+    credentials = grpc.composite_channel_credentials(grpc.ssl_channel_credentials(authority), key)
+    channel = grpc.secure_channel(address, credentials)
+else:
+    channel = grpc.insecure_channel(address)
 stub = inference_pb2_grpc.InferenceStub(channel)
 
 for service in ("", "muster.v1.Inference"):

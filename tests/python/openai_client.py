@@ -1,6 +1,10 @@
-"""The `openai` package against a running router. usage: openai_client.py HOST:PORT DEMO_MODEL_DIR"""
+"""The `openai` package against a running router. usage: openai_client.py HOST:PORT DEMO_MODEL_DIR
+
+With https://HOST:PORT the key is in OPENAI_API_KEY and the authority in SSL_CERT_FILE.
+"""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -9,7 +13,9 @@ import openai
 address, model_dir = sys.argv[1], pathlib.Path(sys.argv[2])
 golden = json.loads((model_dir / "golden.json").read_text())
 story = golden["prompts"][0]
-client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="unused", max_retries=0, timeout=60)
+url = address if "://" in address else f"http://{address}"
+key = os.environ.get("OPENAI_API_KEY", "unused")
+client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
 
 models = client.models.list().data
 assert [m.id for m in models] == ["demo"], models

@@ -12,6 +12,7 @@ mod grpc_api;
 mod http_api;
 mod main_job;
 mod model_input;
+mod operations;
 mod python_clients;
 mod resume;
 mod security;

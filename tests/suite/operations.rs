@@ -1,0 +1,179 @@
+//! What the machine around a process asks of it: whether it is ready and why not, to drain, how it started.
+
+use std::path::Path;
+
+use muster_tests::process::{Process, eventually, run};
+use muster_tests::{demo_model, http};
+
+fn start(args: &[&str]) -> Process {
+    Process::start(&args.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap()
+}
+
+fn router(more: &[&str]) -> Process {
+    let model = demo_model().display().to_string();
+    let args = [
+        "router",
+        "--model",
+        &model,
+        "--http",
+        "127.0.0.1:0",
+        "--grpc",
+        "127.0.0.1:0",
+        "--admin",
+        "127.0.0.1:0",
+    ];
+    start(&[&args, more].concat())
+}
+
+fn worker(router: &Process, more: &[&str]) -> Process {
+    let grpc = router.address("grpc");
+    let args = ["worker", "--join", &grpc, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"];
+    start(&[&args, more].concat())
+}
+
+/// What `muster probe` prints, and whether it is content.
+fn probe(address: &str) -> (bool, String) {
+    let probed = run(&["probe", "--admin", address]);
+    (probed.status.success(), String::from_utf8(probed.stdout).unwrap())
+}
+
+async fn ready(process: &Process) {
+    let address = process.address("admin");
+    eventually("ready", async || probe(&address).0.then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_that_is_asked_for_ends_when_it_is_safe_and_the_process_waits() {
+    let mut router = router(&["--leave-after", "250ms"]);
+    let mut leaving = worker(&router, &[]);
+    ready(&router).await;
+    let staying = worker(&router, &[]);
+    eventually("both hold something", async || {
+        (http::metric(&staying.address("admin"), "muster_worker_experts") > 0.0).then_some(())
+    })
+    .await;
+
+    let drained = run(&["drain", "--admin", &leaving.address("admin")]);
+    assert_eq!(String::from_utf8_lossy(&drained.stdout), "safe to terminate\n");
+    assert_eq!(probe(&leaving.address("admin")), (false, "not ready: it drains\n".to_owned()));
+    assert_eq!(http::metric(&staying.address("admin"), "muster_worker_experts"), 48.0, "the other holds all");
+    assert!(probe(&router.address("admin")).0, "nothing is missing");
+    assert_eq!(leaving.state(), 'S', "it waits for its end");
+    leaving.signal(libc::SIGTERM);
+    assert!(leaving.wait().is_some_and(|status| status.success()));
+
+    // A router that leaves says so at once, and still takes a request.
+    let (admin, serving) = (router.address("admin"), router.address("http"));
+    let draining = {
+        let admin = admin.clone();
+        tokio::task::spawn_blocking(move || run(&["drain", "--admin", &admin]))
+    };
+    eventually("it leaves", async || {
+        let (is_ready, said) = probe(&admin);
+        assert!(is_ready || said.starts_with("not ready: "), "{said}");
+        (!is_ready).then_some(())
+    })
+    .await;
+    assert_eq!(String::from_utf8_lossy(&draining.await.unwrap().stdout), "safe to terminate\n");
+    assert!(std::net::TcpStream::connect(&serving).is_err(), "it takes no connections any more");
+    router.signal(libc::SIGTERM);
+    assert!(router.wait().is_some_and(|status| status.success()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_worker_reads_what_it_needs_and_no_more_from_workers_where_it_can() {
+    let router = router(&["--replicas", "2"]);
+    let first = worker(&router, &["--domain", "a"]);
+    ready(&router).await;
+    let second = worker(&router, &["--domain", "b"]);
+    let (one, other) = (first.address("admin"), second.address("admin"));
+    eventually("it holds a copy of everything", async || {
+        (http::metric(&other, "muster_worker_experts") == 48.0).then_some(())
+    })
+    .await;
+    for (address, source) in [(&one, "router"), (&other, "peer")] {
+        let resident = http::metric(address, "muster_worker_resident_bytes");
+        let loaded = http::metric(address, "muster_worker_expert_bytes_loaded_total");
+        let page = http::get(address, "/metrics").text();
+        assert_eq!(loaded, resident, "bytes read are bytes needed");
+        assert!(
+            page.contains(&format!("muster_worker_expert_bytes_loaded_total{{source=\"{source}\"}}")),
+            "{page}"
+        );
+        let after = |until: &str| -> f64 {
+            let line = format!("muster_worker_start_seconds{{until=\"{until}\"}} ");
+            page.lines().find_map(|found| found.strip_prefix(&line)).unwrap().parse().unwrap()
+        };
+        assert!(0.0 < after("useful") && after("useful") <= after("full"), "{page}");
+    }
+    let status = run(&["status", "--json", "--grpc", &format!("http://{}", router.address("grpc"))]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    for worker in status[0]["workers"].as_array().unwrap() {
+        assert!(0 < worker["useful_ms"].as_u64().unwrap(), "{worker}");
+        assert!(worker["useful_ms"].as_u64() <= worker["full_ms"].as_u64(), "{worker}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_missing_is_told_and_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let model = directory.path().join("model");
+    let mut command = std::process::Command::new(muster_tests::process::muster());
+    command
+        .args(["router", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--fallback", "local", "--model"])
+        .arg(&model)
+        .args(["--admin", "127.0.0.1:0", "--log-format", "json"]);
+    let (mut child, admin) = starting(&mut command);
+    let said = eventually("it says what is missing", async || {
+        let (is_ready, said) = probe(&admin);
+        assert!(!is_ready);
+        said.contains(&model.display().to_string()).then_some(said)
+    })
+    .await;
+    assert!(said.starts_with("not ready: "), "{said}");
+    assert!(http::get(&admin, "/healthz").status == 200);
+    std::os::unix::fs::symlink(demo_model(), &model).unwrap();
+    eventually("it goes on by itself", async || probe(&admin).0.then_some(())).await;
+    assert!(child.try_wait().unwrap().is_none());
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    // Without anybody who asks, it ends and says why.
+    let absent = Path::new("/absent/model").display().to_string();
+    let ended = run(&["router", "--model", &absent, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
+    assert_eq!(ended.status.code(), Some(2));
+}
+
+/// A process that is not ready yet, and where it answers probes: on the port that the system picks, found in /proc.
+fn starting(command: &mut std::process::Command) -> (std::process::Child, String) {
+    let child =
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let deadline = std::time::Instant::now() + muster_tests::process::PATIENCE;
+    loop {
+        for port in listening(child.id()) {
+            let address = format!("127.0.0.1:{port}");
+            if std::net::TcpStream::connect(&address).is_ok() && probe(&address).1.starts_with("not ready") {
+                return (child, address);
+            }
+        }
+        assert!(std::time::Instant::now() < deadline, "it listens nowhere");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// TCP ports of the loopback that a process listens on.
+fn listening(pid: u32) -> Vec<u16> {
+    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let links = descriptors.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
+    let sockets: Vec<String> = links
+        .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
+        .collect();
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    let port = |line: &str| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_ours = fields.get(3) == Some(&"0A")
+            && sockets.iter().any(|socket| fields.get(9) == Some(&socket.as_str()));
+        is_ours.then(|| u16::from_str_radix(fields.get(1)?.rsplit(':').next()?, 16).ok()).flatten()
+    };
+    table.lines().skip(1).filter_map(port).collect()
+}
