@@ -112,8 +112,7 @@ impl Elastic {
     /// # Panics
     /// When it does not answer.
     pub async fn observer(&self, router: usize) -> Observer {
-        let client = Client::connect(&[self.routers[router].address("grpc")], Policy::default()).await;
-        Observer(client.expect("the router listens"))
+        Observer::of(&self.routers[router]).await
     }
 
     /// What a router knows.
@@ -183,6 +182,15 @@ impl Elastic {
 pub struct Observer(Client);
 
 impl Observer {
+    /// To ask this router.
+    ///
+    /// # Panics
+    /// When it does not answer.
+    pub async fn of(router: &Process) -> Self {
+        let client = Client::connect(&[router.address("grpc")], Policy::default()).await;
+        Self(client.expect("the router listens"))
+    }
+
     /// What it knows now.
     ///
     /// # Panics

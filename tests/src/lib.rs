@@ -6,6 +6,7 @@ pub mod disturbed;
 pub mod elastic;
 pub mod golden;
 pub mod http;
+pub mod kubernetes;
 pub mod liar;
 pub mod load;
 pub mod network;

@@ -7,6 +7,7 @@ mod chaos;
 mod concurrency;
 mod conformance;
 mod determinism;
+mod discovery;
 mod faults;
 mod grpc_api;
 mod http_api;

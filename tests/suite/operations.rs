@@ -1,5 +1,6 @@
 //! What the machine around a process asks of it: whether it is ready and why not, to drain, how it started.
 
+use std::net::TcpListener;
 use std::path::Path;
 
 use muster_tests::process::{Process, eventually, run};
@@ -118,12 +119,22 @@ async fn a_new_worker_reads_what_it_needs_and_no_more_from_workers_where_it_can(
 async fn what_is_missing_is_told_and_waited_for() {
     let directory = tempfile::tempdir().unwrap();
     let model = directory.path().join("model");
-    let mut command = std::process::Command::new(muster_tests::process::muster());
-    command
-        .args(["router", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0", "--fallback", "local", "--model"])
-        .arg(&model)
-        .args(["--admin", "127.0.0.1:0", "--log-format", "json"]);
-    let (mut child, admin) = starting(&mut command);
+    // The port has to be known before the process says it; nobody else takes one that was free a moment ago.
+    let admin = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let args = [
+        "router",
+        "--http",
+        "127.0.0.1:0",
+        "--grpc",
+        "127.0.0.1:0",
+        "--fallback",
+        "local",
+        "--admin",
+        &admin,
+    ];
+    let args: Vec<String> =
+        args.iter().map(ToString::to_string).chain(["--model".into(), model.display().to_string()]).collect();
+    let starting = tokio::task::spawn_blocking(move || Process::start(&args).unwrap());
     let said = eventually("it says what is missing", async || {
         let (is_ready, said) = probe(&admin);
         assert!(!is_ready);
@@ -134,46 +145,11 @@ async fn what_is_missing_is_told_and_waited_for() {
     assert!(http::get(&admin, "/healthz").status == 200);
     std::os::unix::fs::symlink(demo_model(), &model).unwrap();
     eventually("it goes on by itself", async || probe(&admin).0.then_some(())).await;
-    assert!(child.try_wait().unwrap().is_none());
-    child.kill().unwrap();
-    child.wait().unwrap();
+    let log = starting.await.unwrap().log();
+    assert_eq!(log.matches("trying again until it is mended").count(), 1, "{log}");
 
     // Without anybody who asks, it ends and says why.
     let absent = Path::new("/absent/model").display().to_string();
     let ended = run(&["router", "--model", &absent, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
     assert_eq!(ended.status.code(), Some(2));
-}
-
-/// A process that is not ready yet, and where it answers probes: on the port that the system picks, found in /proc.
-fn starting(command: &mut std::process::Command) -> (std::process::Child, String) {
-    let child =
-        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
-    let deadline = std::time::Instant::now() + muster_tests::process::PATIENCE;
-    loop {
-        for port in listening(child.id()) {
-            let address = format!("127.0.0.1:{port}");
-            if std::net::TcpStream::connect(&address).is_ok() && probe(&address).1.starts_with("not ready") {
-                return (child, address);
-            }
-        }
-        assert!(std::time::Instant::now() < deadline, "it listens nowhere");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-}
-
-/// TCP ports of the loopback that a process listens on.
-fn listening(pid: u32) -> Vec<u16> {
-    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let links = descriptors.filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok());
-    let sockets: Vec<String> = links
-        .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.to_owned()))
-        .collect();
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap_or_default();
-    let port = |line: &str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let is_ours = fields.get(3) == Some(&"0A")
-            && sockets.iter().any(|socket| fields.get(9) == Some(&socket.as_str()));
-        is_ours.then(|| u16::from_str_radix(fields.get(1)?.rsplit(':').next()?, 16).ok()).flatten()
-    };
-    table.lines().skip(1).filter_map(port).collect()
 }

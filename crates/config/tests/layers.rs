@@ -47,6 +47,29 @@ fn problems(text: &str) -> Vec<String> {
 }
 
 #[test]
+fn sources_of_workers_and_a_lease_are_checked() {
+    let text = "[router]\ndiscover = [\"kubernetes:ns/workers\", \"dns:workers:7070\"]\nlease = \"kubernetes:leader\"\n";
+    let settings = router(text, &[], &minimal()).unwrap().settings;
+    let sources: Vec<_> = settings.discover.iter().map(ToString::to_string).collect();
+    assert_eq!(sources, ["kubernetes:ns/workers", "dns:workers:7070"]);
+    assert_eq!(settings.lease.unwrap().to_string(), "kubernetes:leader");
+    let bad = "[router]\ndiscover = [\"workers\", \"dns:h:1\", \"dns:h:1\"]\nlease = \"leader\"\n";
+    let problems = problems(bad);
+    assert_eq!(problems.len(), 3, "{problems:?}");
+    assert!(
+        problems[0].contains("discover: \"workers\" is no source of workers; write kubernetes:SERVICE"),
+        "{problems:?}"
+    );
+    assert!(problems[1].contains("dns:h:1 is listed twice"), "{problems:?}");
+    assert!(
+        problems[2].contains("lease: \"leader\" names no object of a cluster; write kubernetes:NAME"),
+        "{problems:?}"
+    );
+    let idle = "[router]\nplacement = \"static\"\nlease = \"kubernetes:leader\"\n";
+    assert!(self::problems(idle)[0].contains("with placement = static nobody does"));
+}
+
+#[test]
 fn flags_win_over_environment_over_file_over_defaults() {
     let text = "[router]\nthreads = 3\nstep_tokens = 100\nprefill_chunk = 50\nhttp = \"127.0.0.1:1\"\n";
     let variables = [("MUSTER_ROUTER_THREADS", "4"), ("MUSTER_ROUTER_HTTP", "127.0.0.1:2"), ("OTHER", "x")];

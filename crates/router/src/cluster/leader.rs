@@ -151,7 +151,7 @@ impl Leader {
                     self.view.barred(gate.problem());
                     if gate.is_open() {
                         self.lead.campaign(&workers).await;
-                    } else {
+                    } else if self.lead.term().is_some() {
                         self.lead.resign(&workers).await;
                     }
                 }

@@ -1,0 +1,129 @@
+//! Routers that find their workers in EndpointSlices, and lead only while they hold a Lease.
+
+use std::process::Command;
+
+use muster_proto::cluster::v1::StatusReply;
+use muster_proto::cluster::v1::worker_status::State;
+use muster_tests::elastic::{Observer, serving};
+use muster_tests::kubernetes::ApiServer;
+use muster_tests::process::{Process, eventually, muster};
+use muster_tests::{demo_model, http};
+
+/// As in a pod.
+fn start(api: &ApiServer, role: &str, args: &[&str]) -> Process {
+    let model = demo_model().display().to_string();
+    let mut command = Command::new(muster());
+    command.args([role, "--model", &model]).args(args);
+    command.env("KUBECONFIG", api.kubeconfig()).env("KUBERNETES_SERVICE_HOST", "127.0.0.1");
+    Process::start_by(&mut command).unwrap()
+}
+
+fn router(api: &ApiServer, id: &str, args: &[&str]) -> Process {
+    let args = [&["--id", id, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"], args].concat();
+    start(api, "router", &args)
+}
+
+fn worker(api: &ApiServer, id: &str) -> Process {
+    start(api, "worker", &["--id", id, "--share", "none", "--listen", "127.0.0.1:0"])
+}
+
+fn readyz(router: &Process) -> String {
+    http::get(&router.address("http"), "/readyz").text()
+}
+
+async fn status(observer: &Observer, what: &str, is: impl Fn(&StatusReply) -> bool) -> StatusReply {
+    eventually(what, async || Some(observer.status().await).filter(&is)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_come_and_go_with_their_endpoints() {
+    let api = ApiServer::start();
+    api.denies(true);
+    let router = router(&api, "router", &["--discover", "kubernetes:workers"]);
+    eventually("it says what it lacks", async || {
+        let reason = readyz(&router);
+        let (what, remedy) =
+            ("ServiceAccount ns/router may not use endpointslices", "the verbs list and watch");
+        (reason.contains(what) && reason.contains(remedy)).then_some(())
+    })
+    .await;
+    let mut workers = [worker(&api, "w0"), worker(&api, "w1")];
+    api.add(&workers[0].address("listen"), "node-0");
+    api.denies(false);
+    let observer = Observer::of(&router).await;
+    let is_full = |status: &StatusReply, workers| status.missing_experts == 0 && serving(status) == workers;
+    let one = status(&observer, "the first has everything", |status| is_full(status, 1)).await;
+    assert_eq!(one.workers[0].domain, "zone/node-0");
+
+    api.add(&workers[1].address("listen"), "node-1");
+    let two = status(&observer, "both have something", |status| {
+        is_full(status, 2) && status.workers.iter().all(|worker| worker.experts > 0 && worker.loading == 0)
+    })
+    .await;
+    assert!(two.workers.iter().any(|worker| worker.domain == "zone/node-1"));
+
+    // Its endpoint goes first, as that of a pod that is deleted does: it is used for as long as it is there.
+    api.remove(&workers[1].address("listen"));
+    eventually("it is no longer named", async || {
+        (http::metric(&router.address("http"), "muster_discovery_workers") == 1.0).then_some(())
+    })
+    .await;
+    assert_eq!(serving(&observer.status().await), 2);
+    workers[1].kill();
+    status(&observer, "it is forgotten", |status| status.workers.len() == 1 && is_full(status, 1)).await;
+    // One whose endpoint is still there is missed.
+    workers[0].kill();
+    status(&observer, "it is missed", |status| {
+        status.workers.len() == 1 && status.workers[0].state() == State::Down && status.missing_experts > 0
+    })
+    .await;
+    assert!(readyz(&router).contains("discovery by kubernetes:workers: it names 1 workers"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_who_holds_the_lease_leads() {
+    let api = ApiServer::start();
+    let worker = worker(&api, "w0");
+    api.add(&worker.address("listen"), "node-0");
+    let args = ["--discover", "kubernetes:workers", "--lease", "kubernetes:leader"];
+    let mut routers = [router(&api, "r0", &args), router(&api, "r1", &args)];
+    let observers = [Observer::of(&routers[0]).await, Observer::of(&routers[1]).await];
+    let leads = async |n: usize| observers[n].status().await.leads;
+    let first = eventually("the holder leads", async || {
+        let holder = api.holder()?;
+        let n = usize::from(holder.starts_with("r1/"));
+        leads(n).await.then_some(n)
+    })
+    .await;
+    for _ in 0..100 {
+        assert!(!leads(1 - first).await, "it leads without the Lease");
+    }
+
+    // Given to somebody else: who led stops, and the other, whom workers would obey, does not begin.
+    api.give("somebody");
+    eventually("it stops leading", async || (!leads(first).await).then_some(())).await;
+    assert_eq!(api.holder().as_deref(), Some("somebody"));
+    assert!(!leads(0).await && !leads(1).await);
+    api.give("");
+    let second = eventually("one leads again", async || {
+        let n = usize::from(api.holder()?.starts_with("r1/"));
+        leads(n).await.then_some(n)
+    })
+    .await;
+
+    // Who ends gives it back.
+    let left = 1 - second;
+    routers[second].signal(libc::SIGTERM);
+    assert!(routers[second].wait().unwrap().success());
+    let log = routers[second].log();
+    assert!(log.contains("given back"), "{log}");
+    eventually("the other leads", async || leads(left).await.then_some(())).await;
+    assert!(api.holder().unwrap().starts_with(&format!("r{left}/")));
+
+    // Denied: what was granted runs out, and nobody leads; it says why.
+    api.denies(true);
+    eventually("it stops leading when it may not renew", async || (!leads(left).await).then_some(())).await;
+    assert!(readyz(&routers[left]).contains("may not use leases"), "{}", readyz(&routers[left]));
+    api.denies(false);
+    eventually("it leads when that is mended", async || leads(left).await.then_some(())).await;
+}
