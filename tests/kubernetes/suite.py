@@ -204,7 +204,7 @@ class Suite:
 
         def probe():
             report = self.status()
-            serving = [w for w in report["workers"] if w["state"] == "serving"]
+            serving = [w for w in report["workers"] if w["state"] == "serving" and w["experts"] > 0]
             return report["health"] == "ready" and len(serving) == workers == len(report["workers"]) and report
 
         report = eventually(f"{workers} workers hold everything", probe, timeout, 1)
@@ -235,7 +235,7 @@ class Suite:
     def install(self):
         command("kubectl", "create", "namespace", NAMESPACE, check=False)
         began = time.monotonic()
-        self.helm("install", RELEASE, ROOT / "helm/muster", "--wait", "--timeout=4m")
+        self.helm("upgrade", "--install", RELEASE, ROOT / "helm/muster", "--wait", "--timeout=4m")
         took = time.monotonic() - began
         test = command("helm", "--namespace", NAMESPACE, "test", RELEASE, timeout=300)
         if "Phase:          Succeeded" not in test.stdout and "Succeeded" not in test.stdout:
@@ -266,8 +266,6 @@ class Suite:
         kubectl("scale", target, "--replicas=4")
         report = self.settled(4)
         held = sorted(w["experts"] for w in report["workers"])
-        if held[0] == 0:
-            raise Failed(f"a worker holds nothing: {held}")
         kubectl("scale", target, "--replicas=2")
         eventually("two pods are gone", lambda: len(pods("worker")) == 2)
         self.settled(2)
@@ -390,9 +388,9 @@ class Suite:
         """A pod without a certificate can neither call a worker nor pose as one."""
         worker_ip = pods("worker")[0]["status"]["podIP"]
         cases = {
-            "joins without a certificate": (["worker", f"--join={RELEASE}-routers:50051", "--listen=0.0.0.0:7070", "--insecure-plaintext"], None, "not joined|waiting for a router"),
+            "joins without a certificate": (["worker", f"--join={RELEASE}-routers:50051", "--listen=0.0.0.0:7070", "--insecure-plaintext"], None, "both or neither use TLS"),
             "joins as a client": (["worker", f"--join={RELEASE}-routers:50051", "--listen=0.0.0.0:7070", *FILES], "client", "it takes a certificate of a worker"),
-            "asks a worker without a certificate": (["router", "--model=demo", f"--worker={worker_ip}:7070", "--http=127.0.0.1:0", "--grpc=127.0.0.1:0", "--connect-timeout=5s"], None, "cannot be reached|timed out|no answer|reset|closed|transport|broken"),
+            "asks a worker without a certificate": (["router", "--model=demo", f"--worker={worker_ip}:7070", "--http=127.0.0.1:0", "--grpc=127.0.0.1:0", "--connect-timeout=5s"], None, "TLS is on one side only"),
             "asks a worker as a client": (["router", "--model=demo", f"--worker={worker_ip}:7070", "--http=127.0.0.1:0", "--grpc=127.0.0.1:0", "--connect-timeout=5s", *FILES], "client", "it takes a certificate of a router"),
             "asks a router without a key": (["status", f"--grpc=https://{RELEASE}-router:50051", "--ca=/tls/ca.crt"], "client", "this needs an API key"),
         }

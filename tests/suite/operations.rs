@@ -57,7 +57,11 @@ async fn a_drain_that_is_asked_for_ends_when_it_is_safe_and_the_process_waits() 
     let drained = run(&["drain", "--admin", &leaving.address("admin")]);
     assert_eq!(String::from_utf8_lossy(&drained.stdout), "safe to terminate\n");
     assert_eq!(probe(&leaving.address("admin")), (false, "not ready: it drains\n".to_owned()));
-    assert_eq!(http::metric(&staying.address("admin"), "muster_worker_experts"), 48.0, "the other holds all");
+    // Told once a second.
+    eventually("the other holds all", async || {
+        (http::metric(&staying.address("admin"), "muster_worker_experts") == 48.0).then_some(())
+    })
+    .await;
     assert!(probe(&router.address("admin")).0, "nothing is missing");
     assert_eq!(leaving.state(), 'S', "it waits for its end");
     leaving.signal(libc::SIGTERM);

@@ -46,10 +46,10 @@ pub struct LeaseTimes {
 impl Default for LeaseTimes {
     fn default() -> Self {
         Self {
-            duration: Duration::from_secs(10),
-            hold: Duration::from_secs(8),
-            renew: Duration::from_secs(2),
-            patience: Duration::from_secs(2),
+            duration: Duration::from_secs(6),
+            hold: Duration::from_secs(5),
+            renew: Duration::from_millis(1500),
+            patience: Duration::from_millis(1500),
         }
     }
 }

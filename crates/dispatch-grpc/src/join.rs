@@ -21,7 +21,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 pub enum JoinError {
     /// It cannot be reached now.
     #[error(
-        "router at {address} cannot be reached: {reason}; check that it runs and that this is its gRPC address"
+        "router at {address} cannot be reached: {reason}; check that it runs, that this is its gRPC address, and that both or neither use TLS"
     )]
     Unreachable {
         /// Where it should be.

@@ -16,8 +16,13 @@ pub struct Versions {
     newest: u32,
 }
 
-/// What this build speaks. 2: workers tell how long they took to be useful and to be full.
-pub const OURS: Versions = Versions { oldest: 1, newest: 2 };
+/// The newest version. 2: workers tell how long they took to be useful and to be full.
+///
+/// Built with `MUSTER_NEXT_VERSION` in the environment it is one ahead, for trying a rolling upgrade before there is anything new.
+const NEWEST: u32 = if option_env!("MUSTER_NEXT_VERSION").is_some() { 3 } else { 2 };
+
+/// What this build speaks.
+pub const OURS: Versions = Versions { oldest: NEWEST - 1, newest: NEWEST };
 
 impl Versions {
     /// As the two fields of a message.

@@ -250,7 +250,7 @@ pub async fn run(
     let routers: Vec<Routers> = config.join.iter().map(Routers::of).collect();
     let first = match &config.source {
         None if !routers.is_empty() => tokio::select! {
-            first = applicant.first(&routers) => Some(first?),
+            first = applicant.first(&routers, |reason| admin.not_ready(format!("waiting for a router: {reason}"))) => Some(first?),
             () = &mut shutdown => return Ok(()),
         },
         _ => None,

@@ -43,16 +43,20 @@ impl Routers {
         }
     }
 
-    /// Those that are known now.
-    fn now(&self) -> Vec<Address> {
+    /// Those that are known now, or why there are none.
+    fn now(&self) -> Result<Vec<Address>, String> {
         match self {
-            Self::At(address) => vec![address.clone()],
+            Self::At(address) => Ok(vec![address.clone()]),
             Self::Named { name, seen } => {
                 let seen = seen.borrow();
-                if let Some(problem) = seen.problem.as_ref().filter(|_| seen.workers.is_empty()) {
-                    tracing::info!(%name, %problem, "waiting for a router");
+                if seen.workers.is_empty() {
+                    let problem = seen
+                        .problem
+                        .as_ref()
+                        .map_or_else(|| "it has no addresses".into(), ToString::to_string);
+                    return Err(format!("{name}: {problem}"));
                 }
-                seen.workers.keys().copied().map(Address::from).collect()
+                Ok(seen.workers.keys().copied().map(Address::from).collect())
             }
         }
     }
@@ -94,20 +98,37 @@ impl Applicant {
         join(&self.dialer, router, &self.worker, &me, self.model).await
     }
 
-    /// The first of these routers that takes it. Asks for as long as none does.
+    /// The first of these routers that takes it. Asks for as long as none does, and says why whenever that is another
+    /// reason.
     ///
     /// # Errors
     /// When one refuses it: something is set up wrongly.
-    pub(crate) async fn first(&self, routers: &[Routers]) -> Result<Membership, JoinError> {
-        let mut pause = FIRST_PAUSE;
+    pub(crate) async fn first(
+        &self,
+        routers: &[Routers],
+        waiting: impl Fn(&str),
+    ) -> Result<Membership, JoinError> {
+        let (mut pause, mut said) = (FIRST_PAUSE, String::new());
         loop {
-            for router in routers.iter().flat_map(Routers::now) {
-                match self.ask(&router).await {
-                    Err(error @ JoinError::Unreachable { .. }) => {
-                        tracing::info!(%error, "waiting for a router");
+            let mut reasons = Vec::new();
+            for routers in routers {
+                match routers.now() {
+                    Err(reason) => reasons.push(reason),
+                    Ok(addresses) => {
+                        for router in addresses {
+                            match self.ask(&router).await {
+                                Err(error @ JoinError::Unreachable { .. }) => reasons.push(error.to_string()),
+                                outcome => return outcome,
+                            }
+                        }
                     }
-                    outcome => return outcome,
                 }
+            }
+            let reason = reasons.join("; ");
+            if reason != said {
+                tracing::info!(reason, "waiting for a router");
+                waiting(&reason);
+                said = reason;
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);

@@ -160,7 +160,9 @@ impl LinkError {
         match self {
             Self::Unreachable(_) => "check that the worker runs and that the address is right",
             Self::Silent(_) => "it may still be loading; check its log, or allow more time to connect",
-            Self::NotAWorker(_) => "check the address: another program listens there",
+            Self::NotAWorker(_) => {
+                "check the address: another program listens there, or TLS is on one side only"
+            }
             Self::Handshake(HandshakeError::Disagreement(difference)) => match difference.term {
                 Term::Version => "run versions of muster that are at most one apart, on both sides",
                 Term::Fingerprint | Term::Hidden => "start both with the same model directory",
