@@ -80,7 +80,6 @@ impl Sandbox {
                 verbs: texts(verbs),
                 ..PolicyRule::default()
             }]),
-            ..Role::default()
         };
         let binding = RoleBinding {
             metadata: named(resource),
