@@ -80,6 +80,29 @@ async fn workers_come_and_go_with_their_endpoints() {
     assert!(readyz(&router).contains("discovery by kubernetes:workers: it names 1 workers"));
 }
 
+/// A name, as far as this program is concerned, that every resolver knows without a network.
+const NAME: &str = "127.1";
+
+fn by_name(address: &str) -> String {
+    format!("{NAME}:{}", address.rsplit_once(':').unwrap().1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_are_resolved_by_both_sides() {
+    let api = ApiServer::start();
+    let asked = worker(&api, "asked");
+    let router =
+        router(&api, "router", &["--discover", &format!("dns:{}", by_name(&asked.address("listen")))]);
+    let observer = Observer::of(&router).await;
+    let is_full = |status: &StatusReply, workers| status.missing_experts == 0 && serving(status) == workers;
+    status(&observer, "the router finds the worker", |status| is_full(status, 1)).await;
+    let args =
+        ["worker", "--id", "asks", "--listen", "127.0.0.1:0", "--join", &by_name(&router.address("grpc"))];
+    let asks = Process::start(&args.map(str::to_owned)).unwrap();
+    status(&observer, "the worker finds the router", |status| is_full(status, 2)).await;
+    assert!(asks.log().contains("joined"), "{}", asks.log());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_who_holds_the_lease_leads() {
     let api = ApiServer::start();

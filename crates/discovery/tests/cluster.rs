@@ -2,6 +2,8 @@
 //!
 //! They need an administrator's rights, work in a namespace of their own, and remove it.
 
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on has failed")]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -78,7 +80,6 @@ impl Sandbox {
                 verbs: texts(verbs),
                 ..PolicyRule::default()
             }]),
-            ..Role::default()
         };
         let binding = RoleBinding {
             metadata: named(resource),

@@ -196,7 +196,69 @@ impl Applicant {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use muster_discovery::Place;
+
     use super::*;
+
+    /// Somebody who listens and says nothing, and how often it was called.
+    async fn listener() -> (SocketAddr, Arc<AtomicUsize>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, calls) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+        let count = calls.clone();
+        tokio::spawn(async move {
+            while listener.accept().await.is_ok() {
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        (address, calls)
+    }
+
+    async fn called(calls: &AtomicUsize, times: usize) {
+        let enough = calls.load(Ordering::SeqCst) + times;
+        tokio::time::timeout(Duration::from_secs(60), async {
+            while calls.load(Ordering::SeqCst) < enough {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .expect("it is called");
+    }
+
+    #[tokio::test]
+    async fn it_is_known_to_those_that_a_name_has_and_to_no_others() {
+        let ((a, calls_a), (b, calls_b)) = (listener().await, listener().await);
+        let seen = |routers: &[SocketAddr]| Seen {
+            workers: routers.iter().map(|router| (*router, Place::default())).collect(),
+            problem: None,
+        };
+        let (sender, receiver) = watch::channel(seen(&[a]));
+        let applicant = Applicant {
+            worker: WorkerId::new("w").unwrap(),
+            listen: "127.0.0.1:1".parse().unwrap(),
+            advertise: None,
+            model: None,
+        };
+        let routers = Routers::Named { name: "routers:1".parse().unwrap(), seen: receiver };
+        assert_eq!(routers.now(), [Address::from(a)]);
+        let staying = tokio::spawn(applicant.stay_with(routers.clone()));
+        called(&calls_a, 2).await;
+        assert_eq!(calls_b.load(Ordering::SeqCst), 0);
+        sender.send(seen(&[a, b])).unwrap();
+        called(&calls_b, 1).await;
+        called(&calls_a, 1).await;
+        sender.send(seen(&[b])).unwrap();
+        called(&calls_b, 1).await;
+        let before = calls_a.load(Ordering::SeqCst);
+        called(&calls_b, 3).await;
+        assert_eq!(calls_a.load(Ordering::SeqCst), before, "it is still asked");
+        // What ended does not come back, and nothing is left behind.
+        staying.abort();
+        assert!(staying.await.unwrap_err().is_cancelled());
+        assert_eq!(routers.now(), [Address::from(b)]);
+    }
 
     #[tokio::test]
     async fn names_stand_for_all_their_addresses_and_addresses_for_themselves() {
