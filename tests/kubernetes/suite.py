@@ -509,11 +509,29 @@ class Suite:
             total = self.soak.last
             self.soak.stop()
             say(f"streams in all: {json.dumps(total)}")
+        if self.args.table:
+            self.table(self.args.table)
         say(f"{len(self.results)} stages in {round(time.monotonic() - began)} s: " + ", ".join(f"{n} {t} s" for n, _, _, t in self.results))
         if not self.args.keep:
             command("helm", "--namespace", NAMESPACE, "uninstall", RELEASE, "--wait", timeout=300, check=False)
             command("kubectl", "delete", "namespace", NAMESPACE, "--timeout=120s", check=False, timeout=150)
         return 1 if failed else 0
+
+    def table(self, file):
+        """The stages as a table of Markdown."""
+        lines = ["| stage | seconds | streams | failed | different | longest pause | beside |", "|---|---|---|---|---|---|---|"]
+        for name, outcome, result, took in self.results:
+            parts = [result] if isinstance(result, dict) else [{}]
+            if isinstance(result, dict) and any(isinstance(value, dict) for value in result.values()):
+                parts = [value for value in result.values() if isinstance(value, dict)]
+            streams = sum(part.get("streams", 0) for part in parts)
+            pause = max((part.get("longest pause, ms", 0) for part in parts), default=0)
+            known = ("streams", "tokens", "failed", "different", "longest pause, ms")
+            beside = result.items() if isinstance(result, dict) else [("outcome", outcome)]
+            beside = "; ".join(f"{key}: {value}" for key, value in beside if key not in known and not isinstance(value, dict))
+            figures = f"{streams} | 0 | 0 | {pause} ms" if streams else " | | | "
+            lines.append(f"| {name} | {took} | {figures} | {beside} |")
+        pathlib.Path(file).write_text("\n".join(lines) + "\n")
 
     def explain(self):
         say(kubectl("get", "pods", "--output=wide", check=False))
@@ -596,6 +614,7 @@ def main():
     parser.add_argument("--heal")
     parser.add_argument("--metrics-host")
     parser.add_argument("--only", default="")
+    parser.add_argument("--table")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()

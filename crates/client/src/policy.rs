@@ -22,7 +22,8 @@ impl Default for Policy {
         Self {
             connect: Duration::from_secs(5),
             answer: Duration::from_secs(35),
-            patience: Duration::from_secs(30),
+            // A cluster may take 40 s to notice that a machine is gone, and send clients there until then.
+            patience: Duration::from_secs(60),
             attempts: 100,
             generation: None,
         }
