@@ -211,6 +211,20 @@ class Suite:
         eventually("routers are ready", lambda: len([p for p in pods("router") if is_ready(p)]) == 2, timeout)
         return report
 
+    def spread(self):
+        """Sees to it that routers and workers are on more nodes than one, as whoever loses a node wishes."""
+        for component in ("router", "worker"):
+            on = {p["spec"]["nodeName"] for p in pods(component)}
+            if len(on) > 1:
+                continue
+            node = on.pop()
+            command("kubectl", "cordon", node)
+            try:
+                kubectl("delete", "pod", pods(component)[0]["metadata"]["name"])
+                self.settled(2)
+            finally:
+                command("kubectl", "uncordon", node)
+
     @contextlib.contextmanager
     def forward(self):
         """Ports of this machine that lead to the routers' Service: (http, grpc)."""
@@ -284,6 +298,7 @@ class Suite:
 
     def drain_node(self):
         """kubectl drain, within the disruption budgets."""
+        self.spread()
         before = self.soak.begin()
         node = self.nodes[-1]
         moved = [p["metadata"]["name"] for p in pods("worker") + pods("router") if p["spec"]["nodeName"] == node]
@@ -296,21 +311,14 @@ class Suite:
             self.settled(2)
         finally:
             command("kubectl", "uncordon", node)
-        result = self.soak.end(before) | {"moved": len(moved)}
-        # Back to both nodes, for what comes.
-        kubectl("delete", "pod", f"{RELEASE}-worker-1")
-        self.settled(2)
-        kubectl("delete", "pod", next(p["metadata"]["name"] for p in pods("router")))
-        self.settled(2)
-        return result
+        return self.soak.end(before) | {"moved": len(moved)}
 
     def cut_node(self):
         """A node is cut off the network, and healed."""
         if not self.args.cut:
             return "left out: no --cut"
         node = self.nodes[-1]
-        if not any(p["spec"]["nodeName"] == node for p in pods("worker")):
-            raise Failed(f"no worker is on {node}")
+        self.spread()
         before = self.soak.begin()
         command(*shlex.split(self.args.cut))
         try:
@@ -469,7 +477,8 @@ class Suite:
             good = get("secret", "broken-tls-worker")["data"]
             other = get("secret", f"{RELEASE}-tls-worker")["data"]
             kubectl("patch", "secret", "broken-tls-worker", "--type=merge", f"--patch={json.dumps({'data': {'tls.key': other['tls.key']}})}")
-            kubectl("delete", "pod", "broken-worker-0")
+            # Nobody could take over what it holds.
+            kubectl("delete", "pod", "broken-worker-0", "--grace-period=0", "--force")
             eventually("a wrong key is named", lambda: "is not that of the certificate" in kubectl("logs", "broken-worker-0") and "is not that of the certificate" in kubectl("get", "events"), 120)
             kubectl("patch", "secret", "broken-tls-worker", "--type=merge", f"--patch={json.dumps({'data': {'tls.key': good['tls.key']}})}")
             eventually("it takes the right one", lambda: is_ready(get("pod", "broken-worker-0")), 180)
@@ -540,6 +549,7 @@ class Suite:
             say(logs(component)[-6000:])
 
 
+METRICS_ROLE = "muster-test-external-metrics"
 FILES = ["--tls-cert=/tls/tls.crt", "--tls-key=/tls/tls.key", "--tls-ca=/tls/ca.crt"]
 
 
@@ -593,6 +603,12 @@ class MetricsApi:
         apply(
             {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "metrics"}, "spec": {"ports": [{"port": 443, "targetPort": port, "protocol": "TCP"}]}},
             {"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "metrics"}, "subsets": [{"addresses": [{"ip": self.host}], "ports": [{"port": port, "protocol": "TCP"}]}]},
+            # What an adapter brings along: the autoscaler may ask.
+            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": METRICS_ROLE},
+             "rules": [{"apiGroups": ["external.metrics.k8s.io"], "resources": ["*"], "verbs": ["get", "list"]}]},
+            {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": METRICS_ROLE},
+             "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": METRICS_ROLE},
+             "subjects": [{"kind": "ServiceAccount", "name": "horizontal-pod-autoscaler", "namespace": "kube-system"}]},
             {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService", "metadata": {"name": "v1beta1.external.metrics.k8s.io"},
              "spec": {"group": "external.metrics.k8s.io", "version": "v1beta1", "groupPriorityMinimum": 100, "versionPriority": 100,
                       "insecureSkipTLSVerify": True, "service": {"name": "metrics", "namespace": NAMESPACE}}},
@@ -602,6 +618,7 @@ class MetricsApi:
 
     def __exit__(self, *_):
         command("kubectl", "delete", "apiservice", "v1beta1.external.metrics.k8s.io", check=False)
+        command("kubectl", "delete", "clusterrole,clusterrolebinding", METRICS_ROLE, check=False)
         self.server.shutdown()
         self.directory.cleanup()
 

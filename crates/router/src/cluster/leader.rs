@@ -139,7 +139,7 @@ impl Leader {
         let name = self.lead.name().as_str().to_owned();
         let tenure =
             self.lease.take().map(|(api, lease)| Tenure::start(api, lease, name, LeaseTimes::default()));
-        let mut gate = Gate(tenure.as_ref().map(Tenure::held));
+        let mut permit = Permit(tenure.as_ref().map(Tenure::held));
         let mut changes = self.cluster.changes();
         let mut ticks = tokio::time::interval(Lead::tick());
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -148,14 +148,14 @@ impl Leader {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
                     let workers = self.cluster.workers();
-                    self.view.barred(gate.problem());
-                    if gate.is_open() {
+                    self.view.barred(permit.problem());
+                    if permit.is_open() {
                         self.lead.campaign(&workers).await;
                     } else if self.lead.term().is_some() {
                         self.lead.resign(&workers).await;
                     }
                 }
-                () = gate.closed(), if self.reign.is_some() => {
+                () = permit.closed(), if self.reign.is_some() => {
                     let workers = self.cluster.workers();
                     self.lead.resign(&workers).await;
                 }
@@ -167,7 +167,7 @@ impl Leader {
                     changes.mark_unchanged();
                 }
             }
-            self.steer(&gate).await;
+            self.steer(&permit).await;
         }
         let workers = self.cluster.workers();
         self.lead.resign(&workers).await;
@@ -178,8 +178,8 @@ impl Leader {
     }
 
     /// Gives orders, if this router leads.
-    async fn steer(&mut self, gate: &Gate) {
-        let Some(term) = self.lead.term().filter(|_| gate.is_open()) else {
+    async fn steer(&mut self, permit: &Permit) {
+        let Some(term) = self.lead.term().filter(|_| permit.is_open()) else {
             if self.reign.take().is_some() {
                 tracing::info!("another router leads the placement, or none");
                 self.view.resigned();
@@ -222,7 +222,7 @@ impl Leader {
         let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
         self.view.leads(term.get(), target.map_or(0.0, |target| target.figures.imbalance));
         // Planning takes its time.
-        if gate.is_open() {
+        if permit.is_open() {
             self.order(&workers, step).await;
         }
     }
@@ -368,9 +368,9 @@ impl Leader {
 }
 
 /// Whether this router may ask for the lead: always, or as long as it holds a Lease.
-struct Gate(Option<watch::Receiver<Held>>);
+struct Permit(Option<watch::Receiver<Held>>);
 
-impl Gate {
+impl Permit {
     fn is_open(&self) -> bool {
         self.0.as_ref().is_none_or(|held| held.borrow().is_held())
     }
