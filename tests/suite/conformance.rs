@@ -8,7 +8,18 @@ use muster_tests::golden_model;
 use muster_tests::process::run;
 use serde_json::Value;
 
-const FAMILIES: [&str; 6] = ["mixtral", "mixtral_bf16", "mixtral_top1", "qwen3_moe", "olmoe", "granitemoe"];
+const FAMILIES: [&str; 10] = [
+    "mixtral",
+    "mixtral_bf16",
+    "mixtral_top1",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "glm4_moe",
+];
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()

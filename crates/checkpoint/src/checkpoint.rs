@@ -102,7 +102,7 @@ impl Checkpoint {
         let mut spec = family.spec(&config, dtype).map_err(in_config)?;
         let mut plan = PlanBuilder::new(&catalog, dtype);
         family.plan(&spec, &mut plan)?;
-        let plan = plan.finish(spec.family)?;
+        let plan = plan.finish(&spec)?;
         add_generation_eos(&files, &mut spec)?;
         Ok(Self { name, spec, fingerprint: identity.finish(), files, catalog, plan })
     }

@@ -113,6 +113,11 @@ impl Config {
         }
     }
 
+    /// A whole number from 0 to `most`; `default` when the key is absent or null.
+    pub(crate) fn count(&self, key: &str, default: usize, most: usize) -> Result<usize, ConfigError> {
+        Ok(self.optional_size(key, 0..=most)?.unwrap_or(default))
+    }
+
     /// A finite number above zero; `None` when the key is absent or null.
     pub(crate) fn optional_positive(&self, key: &str) -> Result<Option<f64>, ConfigError> {
         let Some(value) = self.get(key) else { return Ok(None) };

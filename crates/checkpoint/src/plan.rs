@@ -11,7 +11,7 @@ use muster_types::DType;
 use crate::catalog::{Catalog, Tensor};
 use crate::error::CheckpointError;
 use crate::header::Element;
-use crate::spec::Role;
+use crate::spec::{ModelSpec, Role};
 
 /// Where one weight lies.
 #[derive(Debug, Clone, Copy)]
@@ -92,6 +92,29 @@ impl<'a> PlanBuilder<'a> {
         Ok(())
     }
 
+    /// A whole tensor `[1, length]` that is a vector.
+    pub(crate) fn row(&mut self, role: Role, name: &str, length: usize) -> Result<(), CheckpointError> {
+        let (tensor, dtype) = self.take(role, name, &[1, length], Kind::Vector)?;
+        let offset = self.catalog.tensors[tensor].offset;
+        self.slices.insert(role, Slice { tensor, offset, rows: length, cols: 1, kind: Kind::Vector, dtype });
+        Ok(())
+    }
+
+    /// Some rows of a whole tensor of `shape` `[rows, cols]`.
+    pub(crate) fn rows(
+        &mut self,
+        role: Role,
+        name: &str,
+        shape: [usize; 2],
+        [first_row, rows]: [usize; 2],
+    ) -> Result<(), CheckpointError> {
+        let (tensor, dtype) = self.take(role, name, &shape, Kind::Matrix)?;
+        let skipped = first_row as u64 * shape[1] as u64 * dtype.size() as u64;
+        let offset = self.catalog.tensors[tensor].offset + skipped;
+        self.slices.insert(role, Slice { tensor, offset, rows, cols: shape[1], kind: Kind::Matrix, dtype });
+        Ok(())
+    }
+
     /// Some rows of one matrix of a tensor of `shape` `[matrices, rows, cols]`.
     pub(crate) fn part(
         &mut self,
@@ -137,14 +160,15 @@ impl<'a> PlanBuilder<'a> {
     }
 
     /// The plan, if no tensor is left over that matters.
-    pub(crate) fn finish(self, family: &'static str) -> Result<Plan, CheckpointError> {
-        let tied = !self.slices.contains_key(&Role::Head);
+    pub(crate) fn finish(self, spec: &ModelSpec) -> Result<Plan, CheckpointError> {
+        let unused = |name: &str| spec.unused.iter().any(|prefix| name.starts_with(prefix));
         let left = self.catalog.tensors.iter().zip(&self.used).filter(|(_, used)| !**used);
-        match left.map(|(tensor, _)| tensor).find(|tensor| matters(&tensor.name, tied)) {
+        let mut left = left.map(|(tensor, _)| tensor).filter(|tensor| !unused(&tensor.name));
+        match left.find(|tensor| matters(&tensor.name, spec.tied_head)) {
             None => Ok(self.slices),
             Some(tensor) => {
                 let (file, tensor) = (self.catalog.shard_name(tensor).to_owned(), tensor.name.clone());
-                Err(CheckpointError::UnplannedTensor { file, tensor, family })
+                Err(CheckpointError::UnplannedTensor { file, tensor, family: spec.family })
             }
         }
     }

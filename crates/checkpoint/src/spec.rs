@@ -32,6 +32,8 @@ pub struct ModelSpec {
     pub logits_divisor: f32,
     /// The head is the embedding; there is no head tensor.
     pub tied_head: bool,
+    /// Prefixes of stored tensors that no output needs, such as layers that predict more tokens ahead.
+    pub unused: Vec<String>,
     /// Begin-of-text token, if the configuration names one.
     pub bos: Option<u32>,
     /// End-of-text tokens; generation stops at any of them. May be empty.
@@ -83,11 +85,24 @@ pub enum QkNorm {
     FullWidth,
 }
 
-/// Rotary position embedding: element `i` of a head is paired with element `i + head_dim / 2`.
+/// Rotary position embedding of a head's first elements; the rest of the head stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RopeSpec {
     /// Base of the frequencies.
     pub theta: f64,
+    /// Elements that are rotated; even, at least 2, at most `head_dim`.
+    pub dim: usize,
+    /// Which of them are pairs.
+    pub pairs: RopePairs,
+}
+
+/// Which elements turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopePairs {
+    /// `i` and `i + dim / 2`.
+    Halves,
+    /// `2i` and `2i + 1`.
+    Neighbours,
 }
 
 /// The part of a layer after attention.
@@ -113,15 +128,42 @@ pub struct MoeSpec {
     pub intermediate: usize,
     /// How experts are picked and weighted.
     pub gate: GateRecipe,
+    /// What every token gets beside its routed experts. Kept in the router.
+    pub shared: SharedSpec,
+}
+
+/// A gated MLP whose output is added to that of the routed experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SharedSpec {
+    /// There is none.
+    None,
+    /// Added as it is.
+    Add {
+        /// Its width.
+        intermediate: usize,
+    },
+    /// Added times the sigmoid of a linear layer with one output.
+    SigmoidGated {
+        /// Its width.
+        intermediate: usize,
+    },
 }
 
 /// How a gate turns logits into experts and weights. Equal scores: the lowest expert id wins.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GateRecipe {
+    /// The gate's linear layer has a bias.
+    pub bias: bool,
     /// What scores are made of.
     pub score: Score,
+    /// Experts are selected by score plus a bias of their own; their weights come from the score alone.
+    pub selection_bias: bool,
+    /// Only experts of the best groups are selected.
+    pub groups: Option<ExpertGroups>,
     /// What is done to the weights of the selected experts.
     pub renormalise: Renormalise,
+    /// Factor on the weights, last; 1 where the family has none.
+    pub scale: f32,
 }
 
 /// Scores, from gate logits in f32.
@@ -129,17 +171,72 @@ pub struct GateRecipe {
 pub enum Score {
     /// Softmax over all experts, then top-k.
     SoftmaxThenTopK,
+    /// Sigmoid of each expert's logit, then top-k.
+    SigmoidThenTopK,
     /// Top-k of the logits, then softmax over those selected.
     TopKThenSoftmax,
 }
 
-/// Renormalisation of selected weights.
+/// Experts in groups of neighbours, of which some take part. What groups and experts are ranked by includes the
+/// selection bias. Equal groups: the lowest number wins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertGroups {
+    /// Groups; divides the number of experts.
+    pub groups: u32,
+    /// Groups that take part; they have at least `top_k` experts.
+    pub kept: u32,
+    /// What a group is worth.
+    pub worth: GroupWorth,
+}
+
+/// What a group of experts is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupWorth {
+    /// As much as its best expert.
+    Best,
+    /// As much as its two best experts together; it has at least two.
+    BestTwo,
+}
+
+/// Renormalisation of selected weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Renormalise {
     /// As they are.
     None,
+    /// Divided by their sum plus this, which may be 0.
+    Sum {
+        /// Not negative.
+        plus: f32,
+    },
+    /// Divided by their sum, or by this where the sum is less.
+    SumAtLeast {
+        /// Above 0.
+        floor: f32,
+    },
+}
+
+impl GateRecipe {
+    /// A gate with neither biases nor groups nor a scale.
+    #[must_use]
+    pub const fn plain(score: Score, renormalise: Renormalise) -> Self {
+        Self { bias: false, score, selection_bias: false, groups: None, renormalise, scale: 1.0 }
+    }
+}
+
+impl Renormalise {
     /// Divided by their sum.
-    Sum,
+    pub const SUM: Self = Self::Sum { plus: 0.0 };
+}
+
+impl SharedSpec {
+    /// Its width; `None` where there is none.
+    #[must_use]
+    pub const fn intermediate(&self) -> Option<usize> {
+        match *self {
+            Self::None => None,
+            Self::Add { intermediate } | Self::SigmoidGated { intermediate } => Some(intermediate),
+        }
+    }
 }
 
 impl ModelSpec {
@@ -205,12 +302,24 @@ pub enum LayerRole {
     MlpNorm,
     /// `[experts, hidden]`.
     Gate,
+    /// `[experts]`, added to the gate's logits.
+    GateBias,
+    /// `[experts]`, added to scores to select by.
+    SelectionBias,
     /// `[intermediate, hidden]` of a dense layer.
     DenseGate,
     /// `[intermediate, hidden]` of a dense layer.
     DenseUp,
     /// `[hidden, intermediate]` of a dense layer.
     DenseDown,
+    /// `[intermediate, hidden]` of a layer's shared expert.
+    SharedGate,
+    /// `[intermediate, hidden]` of a layer's shared expert.
+    SharedUp,
+    /// `[hidden, intermediate]` of a layer's shared expert.
+    SharedDown,
+    /// `[1, hidden]`: how much of the shared expert's output is added.
+    SharedScale,
 }
 
 /// Weights of a routed expert.
@@ -252,9 +361,15 @@ impl fmt::Display for LayerRole {
             Self::KNorm => "key norm",
             Self::MlpNorm => "MLP norm",
             Self::Gate => "gate",
+            Self::GateBias => "gate bias",
+            Self::SelectionBias => "selection bias",
             Self::DenseGate => "dense gate projection",
             Self::DenseUp => "dense up projection",
             Self::DenseDown => "dense down projection",
+            Self::SharedGate => "shared expert gate projection",
+            Self::SharedUp => "shared expert up projection",
+            Self::SharedDown => "shared expert down projection",
+            Self::SharedScale => "shared expert scale",
         })
     }
 }

@@ -1,4 +1,4 @@
-//! Rotary position embedding in the halves layout: element i turns with element i + dim/2.
+//! Rotary position embedding: pairs of elements of a head turn by an angle that grows with the position.
 //!
 //! What must hold: the angle is the f32 product of position and inverse frequency, as the reference implementation
 //! (transformers' rotary embedding) has it; its sine and cosine are those of exactly that f32, taken in f64 and
@@ -6,10 +6,21 @@
 
 use crate::error::KernelError;
 
+/// Which elements turn together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum RopePairs {
+    /// `i` and `i + dim / 2`.
+    #[default]
+    Halves,
+    /// `2i` and `2i + 1`.
+    Neighbours,
+}
+
 /// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     inverse_frequencies: Vec<f32>,
+    pairs: RopePairs,
 }
 
 impl Rope {
@@ -18,7 +29,7 @@ impl Rope {
     /// # Errors
     /// [`KernelError::Theta`] unless `theta` is finite and above zero; [`KernelError::Size`] unless `dim` is even and
     /// above zero.
-    pub fn new(theta: f64, dim: usize) -> Result<Self, KernelError> {
+    pub fn new(theta: f64, dim: usize, pairs: RopePairs) -> Result<Self, KernelError> {
         if !(theta.is_finite() && theta > 0.0) {
             return Err(KernelError::Theta { theta });
         }
@@ -34,7 +45,7 @@ impl Rope {
             let exponent = (2 * i) as f32 / dim as f32;
             1.0 / libm::pow(f64::from(theta as f32), f64::from(exponent)) as f32
         };
-        Ok(Self { inverse_frequencies: (0..dim / 2).map(frequency).collect() })
+        Ok(Self { inverse_frequencies: (0..dim / 2).map(frequency).collect(), pairs })
     }
 
     /// Elements of a head that are turned.
@@ -47,6 +58,7 @@ impl Rope {
     /// and heads of a step.
     pub fn angles(&self, positions: &[u32], out: &mut Angles) {
         out.half = self.inverse_frequencies.len();
+        out.pairs = self.pairs;
         out.cos.clear();
         out.sin.clear();
         for &position in positions {
@@ -64,6 +76,7 @@ impl Rope {
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Angles {
     half: usize,
+    pairs: RopePairs,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
@@ -103,15 +116,28 @@ pub fn rotate(angles: &Angles, x: &mut [f32], head_dim: usize) {
     if width == 0 {
         return;
     }
+    let pairs = angles.pairs;
     let angles = angles.cos.chunks_exact(half).zip(angles.sin.chunks_exact(half));
     for (row, (cos, sin)) in x.chunks_exact_mut(width).zip(angles) {
         for head in row.chunks_exact_mut(head_dim) {
-            let (low, high) = head[..2 * half].split_at_mut(half);
-            for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                let (a, b) = (*low, *high);
-                *low = a * cos - b * sin;
-                *high = b * cos + a * sin;
+            let turned = &mut head[..2 * half];
+            match pairs {
+                RopePairs::Halves => {
+                    let (low, high) = turned.split_at_mut(half);
+                    for (((low, high), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                        (*low, *high) = turn(*low, *high, *cos, *sin);
+                    }
+                }
+                RopePairs::Neighbours => {
+                    for (([low, high], cos), sin) in turned.as_chunks_mut().0.iter_mut().zip(cos).zip(sin) {
+                        (*low, *high) = turn(*low, *high, *cos, *sin);
+                    }
+                }
             }
         }
     }
+}
+
+fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+    (a * cos - b * sin, b * cos + a * sin)
 }

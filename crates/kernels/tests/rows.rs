@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Numbers, assert_same, cpu, cpus, tree_sum};
-use muster_kernels::{Angles, Isa, KernelError, Rope, rms_norm, rms_norm_in_place, rotate};
+use muster_kernels::{Angles, Isa, KernelError, Rope, RopePairs, rms_norm, rms_norm_in_place, rotate};
 
 fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut lanes = [0.0_f32; 16];
@@ -53,7 +53,7 @@ fn norm_threads_do_not_show_and_the_result_has_unit_mean_square() {
 
 #[test]
 fn angles_are_those_of_the_f32_product() {
-    let rope = Rope::new(10_000.0, 8).unwrap();
+    let rope = Rope::new(10_000.0, 8, RopePairs::Halves).unwrap();
     let mut angles = Angles::default();
     rope.angles(&[0, 1, 70_001], &mut angles);
     // theta^(-2i/8) for theta = 10,000 is a power of ten; its f32 is the nearest or a neighbour of it.
@@ -72,30 +72,36 @@ fn angles_are_those_of_the_f32_product() {
 }
 
 #[test]
-fn rotation_turns_halves_and_leaves_the_rest() {
+fn rotation_turns_pairs_and_leaves_the_rest() {
     let mut numbers = Numbers(33);
     for (dim, head_dim, heads) in [(8, 8, 3), (4, 10, 2), (64, 64, 1)] {
-        let mut angles = Angles::default();
-        Rope::new(1e6, dim).unwrap().angles(&[3, 900], &mut angles);
-        let x = numbers.vec(2 * heads * head_dim);
-        let mut turned = x.clone();
-        rotate(&angles, &mut turned, head_dim);
-        for (index, (x, turned)) in x.chunks(head_dim).zip(turned.chunks(head_dim)).enumerate() {
-            let row = index / heads;
-            for i in 0..dim / 2 {
-                let (cos, sin) = (angles.cos()[row * dim / 2 + i], angles.sin()[row * dim / 2 + i]);
-                let (a, b) = (x[i], x[i + dim / 2]);
-                assert_eq!(turned[i].to_bits(), (a * cos - b * sin).to_bits());
-                assert_eq!(turned[i + dim / 2].to_bits(), (b * cos + a * sin).to_bits());
+        for pairs in [RopePairs::Halves, RopePairs::Neighbours] {
+            let mut angles = Angles::default();
+            Rope::new(1e6, dim, pairs).unwrap().angles(&[3, 900], &mut angles);
+            let x = numbers.vec(2 * heads * head_dim);
+            let mut turned = x.clone();
+            rotate(&angles, &mut turned, head_dim);
+            for (index, (x, turned)) in x.chunks(head_dim).zip(turned.chunks(head_dim)).enumerate() {
+                let row = index / heads;
+                for i in 0..dim / 2 {
+                    let (cos, sin) = (angles.cos()[row * dim / 2 + i], angles.sin()[row * dim / 2 + i]);
+                    let [first, second] = match pairs {
+                        RopePairs::Halves => [i, i + dim / 2],
+                        RopePairs::Neighbours => [2 * i, 2 * i + 1],
+                    };
+                    let (a, b) = (x[first], x[second]);
+                    assert_eq!(turned[first].to_bits(), (a * cos - b * sin).to_bits());
+                    assert_eq!(turned[second].to_bits(), (b * cos + a * sin).to_bits());
+                }
+                assert_eq!(turned[dim..], x[dim..]);
             }
-            assert_eq!(turned[dim..], x[dim..]);
         }
     }
 }
 
 #[test]
 fn position_zero_turns_nothing_and_memory_is_reused() {
-    let rope = Rope::new(5e5, 6).unwrap();
+    let rope = Rope::new(5e5, 6, RopePairs::Halves).unwrap();
     let mut angles = Angles::default();
     rope.angles(&[9, 9, 9], &mut angles);
     rope.angles(&[0], &mut angles);
@@ -108,10 +114,13 @@ fn position_zero_turns_nothing_and_memory_is_reused() {
 
 #[test]
 fn unusable_embeddings_are_refused() {
-    assert!(matches!(Rope::new(0.0, 8), Err(KernelError::Theta { .. })));
-    assert!(matches!(Rope::new(f64::NAN, 8), Err(KernelError::Theta { .. })));
+    assert!(matches!(Rope::new(0.0, 8, RopePairs::Halves), Err(KernelError::Theta { .. })));
+    assert!(matches!(Rope::new(f64::NAN, 8, RopePairs::Halves), Err(KernelError::Theta { .. })));
     for dim in [0, 7, 65_536] {
-        assert!(matches!(Rope::new(1e4, dim), Err(KernelError::Size { field: "dim", .. })));
+        assert!(matches!(
+            Rope::new(1e4, dim, RopePairs::Halves),
+            Err(KernelError::Size { field: "dim", .. })
+        ));
     }
 }
 
@@ -119,6 +128,6 @@ fn unusable_embeddings_are_refused() {
 #[should_panic(expected = "head_dim: 4 is below the dimension of the angles, 8")]
 fn a_head_below_the_angles_is_refused() {
     let mut angles = Angles::default();
-    Rope::new(1e4, 8).unwrap().angles(&[1], &mut angles);
+    Rope::new(1e4, 8, RopePairs::Halves).unwrap().angles(&[1], &mut angles);
     rotate(&angles, &mut [0.0; 8], 4);
 }

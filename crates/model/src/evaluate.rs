@@ -8,7 +8,7 @@ use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::{BLOCK_TOKENS, Cpu};
 use muster_types::TokenId;
 
-use crate::trunk::{GateView, SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
+use crate::trunk::{GateView, SeqInput, StepContext, StepError, StepState, Trunk, View, WantLogits};
 use crate::{ModelError, reference::LayerChoices};
 
 /// What came out.
@@ -17,6 +17,8 @@ pub struct Evaluation {
     pub logits: Vec<f32>,
     /// Per MoE layer: its number and the choices of every token.
     pub choices: Vec<(u32, LayerChoices)>,
+    /// Per layer: the residual stream behind it, `[tokens, hidden]`.
+    pub hidden: Vec<Vec<f32>>,
 }
 
 /// An evaluation that failed.
@@ -47,13 +49,17 @@ pub fn evaluate(
     let mut kv = trunk.new_kv(blocks).map_err(ModelError::from)?;
     let table: Vec<u32> = (0..).take(blocks).collect();
     let mut state = StepState::default();
-    let mut out = Evaluation { logits: Vec::new(), choices: Vec::new() };
+    let mut out =
+        Evaluation { logits: Vec::new(), choices: Vec::new(), hidden: vec![Vec::new(); spec.layers.len()] };
     for (index, part) in tokens.chunks(chunk.get()).enumerate() {
         // In range: the sequence is no longer than the context, which is counted in u32.
         let start = (index * chunk.get()) as u32;
         let input = SeqInput { start, tokens: part, blocks: &table, logits: WantLogits::All };
-        let choices = &mut out.choices;
-        let mut observe = |view: GateView<'_>| record(choices, &view);
+        let Evaluation { choices, hidden, .. } = &mut out;
+        let mut observe = |view: View<'_>| match view {
+            View::Gate(view) => record(choices, &view),
+            View::Hidden { layer, rows } => hidden[layer.index()].extend_from_slice(rows),
+        };
         let mut ctx = StepContext {
             cpu,
             kv: &mut kv,

@@ -1,12 +1,13 @@
 //! From gate logits to experts and weights, by recipe.
 //!
-//! Pure functions of one token's logits, in f32. Equal scores: the lowest expert id wins. Output is in ascending
-//! expert id with finite weights, or a [`GateError`] for that token alone: a NaN never turns into an id.
+//! Pure functions of one token's logits, in f32. Equal scores: the lowest expert id wins; equal groups: the lowest
+//! number. Output is in ascending expert id with finite weights, or a [`GateError`] for that token alone: a NaN never
+//! turns into an id.
 
 use std::cmp::Ordering;
 
-use muster_checkpoint::spec::{GateRecipe, Renormalise, Score};
-use muster_kernels::math::softmax_in_place;
+use muster_checkpoint::spec::{ExpertGroups, GateRecipe, GroupWorth, Renormalise, Score};
+use muster_kernels::math::{sigmoid, softmax_in_place};
 use muster_types::ExpertId;
 
 /// A token whose gate gave no usable choice.
@@ -18,6 +19,14 @@ pub enum GateError {
         /// The expert.
         expert: usize,
         /// Its logit.
+        value: f32,
+    },
+    /// A score with its selection bias is NaN or infinite.
+    #[error("selection score of expert {expert} is {value}")]
+    Selection {
+        /// The expert.
+        expert: usize,
+        /// Its score and bias together.
         value: f32,
     },
     /// A weight came out NaN or infinite.
@@ -34,19 +43,25 @@ pub enum GateError {
 #[derive(Default)]
 pub struct GateScratch {
     scores: Vec<f32>,
+    /// What experts are selected by.
+    ranks: Vec<f32>,
+    group_worths: Vec<f32>,
+    picked_groups: Vec<u32>,
     picked: Vec<u32>,
     chosen: Vec<f32>,
 }
 
 /// Picks `top_k` experts for one token and appends their ids, ascending, and weights to `ids` and `weights`.
 ///
-/// `logits` has one entry per expert; `top_k` is at most its length.
+/// `logits` has one entry per expert, as has `selection_bias`, which is empty where the recipe has none; `top_k` is at
+/// most their length, and at most that of the groups that take part.
 ///
 /// # Errors
-/// When a logit or a resulting weight is not finite; nothing is appended then.
+/// When a logit, a selection score or a resulting weight is not finite; nothing is appended then.
 pub fn choose(
     recipe: &GateRecipe,
     logits: &[f32],
+    selection_bias: &[f32],
     top_k: usize,
     scratch: &mut GateScratch,
     ids: &mut Vec<ExpertId>,
@@ -55,23 +70,39 @@ pub fn choose(
     if let Some(expert) = logits.iter().position(|x| !x.is_finite()) {
         return Err(GateError::Logit { expert, value: logits[expert] });
     }
-    let GateScratch { scores, picked, chosen } = scratch;
+    let GateScratch { scores, ranks, group_worths, picked_groups, picked, chosen } = scratch;
     scores.clear();
     scores.extend_from_slice(logits);
-    if recipe.score == Score::SoftmaxThenTopK {
-        softmax_in_place(scores);
+    match recipe.score {
+        Score::SoftmaxThenTopK => softmax_in_place(scores),
+        Score::SigmoidThenTopK => scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
+        Score::TopKThenSoftmax => {}
     }
-    pick(scores, top_k, picked);
+    ranks.clear();
+    ranks.extend_from_slice(scores);
+    for (rank, bias) in ranks.iter_mut().zip(selection_bias) {
+        *rank += bias;
+    }
+    if let Some(expert) = ranks.iter().position(|x| !x.is_finite()) {
+        return Err(GateError::Selection { expert, value: ranks[expert] });
+    }
+    if let Some(groups) = &recipe.groups {
+        leave_out_groups(groups, ranks, group_worths, picked_groups);
+    }
+    pick(ranks, top_k, picked);
     // Softmax and sums run in the order of selection, best first, as the reference does.
     chosen.clear();
     chosen.extend(picked.iter().map(|&expert| scores[expert as usize]));
     if recipe.score == Score::TopKThenSoftmax {
         softmax_in_place(chosen);
     }
-    if recipe.renormalise == Renormalise::Sum {
-        let sum: f32 = chosen.iter().sum();
-        chosen.iter_mut().for_each(|weight| *weight /= sum);
-    }
+    let divisor = match recipe.renormalise {
+        Renormalise::None => 1.0,
+        Renormalise::Sum { plus } => chosen.iter().sum::<f32>() + plus,
+        Renormalise::SumAtLeast { floor } => chosen.iter().sum::<f32>().max(floor),
+    };
+    // Dividing by one and multiplying by one change no bit.
+    chosen.iter_mut().for_each(|weight| *weight = *weight / divisor * recipe.scale);
     for (&expert, &value) in picked.iter().zip(chosen.iter()) {
         if !value.is_finite() {
             return Err(GateError::Weight { expert, value });
@@ -81,11 +112,34 @@ pub fn choose(
     Ok(())
 }
 
+/// Ranks experts of all but the best groups below every other.
+fn leave_out_groups(recipe: &ExpertGroups, ranks: &mut [f32], worths: &mut Vec<f32>, picked: &mut Vec<u32>) {
+    let size = ranks.len() / recipe.groups as usize;
+    worths.clear();
+    worths.extend(ranks.chunks_exact(size).map(|group| {
+        let (mut best, mut second) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+        for &rank in group {
+            second = second.max(rank.min(best));
+            best = best.max(rank);
+        }
+        match recipe.worth {
+            GroupWorth::Best => best,
+            GroupWorth::BestTwo => best + second,
+        }
+    }));
+    pick(worths, recipe.kept as usize, picked);
+    for (group, ranks) in (0..).zip(ranks.chunks_exact_mut(size)) {
+        if !picked.contains(&group) {
+            ranks.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
 /// The `count` best scores' indices, best first; among equals the lowest index first.
 fn pick(scores: &[f32], count: usize, picked: &mut Vec<u32>) {
     picked.clear();
     picked.extend(0..u32::try_from(scores.len()).unwrap_or(u32::MAX));
-    // Scores are finite here, so `partial_cmp` is total and takes 0.0 and -0.0 for equal.
+    // No score is NaN here, so `partial_cmp` is total; it takes 0.0 and -0.0 for equal.
     let order = |&a: &u32, &b: &u32| {
         let by_score = scores[b as usize].partial_cmp(&scores[a as usize]);
         by_score.unwrap_or(Ordering::Equal).then(a.cmp(&b))
@@ -120,18 +174,39 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn recipe(score: Score, renormalise: Renormalise) -> GateRecipe {
-        GateRecipe { score, renormalise }
-    }
+    const SOFTMAX: GateRecipe = GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::SUM);
+    const SIGMOID: GateRecipe = GateRecipe::plain(Score::SigmoidThenTopK, Renormalise::None);
+    const LOGITS: GateRecipe = GateRecipe::plain(Score::TopKThenSoftmax, Renormalise::None);
 
-    fn run(recipe: &GateRecipe, logits: &[f32], k: usize) -> Result<(Vec<u32>, Vec<f32>), GateError> {
+    fn run(
+        recipe: &GateRecipe,
+        logits: &[f32],
+        bias: &[f32],
+        k: usize,
+    ) -> Result<(Vec<u32>, Vec<f32>), GateError> {
         let (mut ids, mut weights) = (Vec::new(), Vec::new());
-        choose(recipe, logits, k, &mut GateScratch::default(), &mut ids, &mut weights)?;
+        choose(recipe, logits, bias, k, &mut GateScratch::default(), &mut ids, &mut weights)?;
         Ok((ids.into_iter().map(ExpertId::get).collect(), weights))
     }
 
-    /// The same rules once more, in f64, by a full stable sort.
-    fn plain(recipe: &GateRecipe, logits: &[f32], k: usize) -> Vec<(u32, f64)> {
+    /// An expert or a group: what it is ranked by, and what that was computed from.
+    #[derive(Clone)]
+    struct Ranked<T> {
+        rank: f64,
+        from: Vec<[f32; 2]>,
+        what: T,
+    }
+
+    /// Best first, stably. `false` when some ranks differ by less than f32 tells apart and were not computed from the
+    /// same numbers, so that the two precisions may order them differently.
+    fn sort<T>(list: &mut [Ranked<T>]) -> bool {
+        list.sort_by(|a, b| b.rank.partial_cmp(&a.rank).unwrap());
+        list.windows(2).all(|pair| pair[0].rank - pair[1].rank > 2e-6 || pair[0].from == pair[1].from)
+    }
+
+    /// The same rules once more, in f64: experts are sorted in their groups, then the groups, then the experts of the
+    /// groups that are left. `None` where f32 may rightly differ.
+    fn plain(recipe: &GateRecipe, logits: &[f32], bias: &[f32], k: usize) -> Option<Vec<(u32, f64)>> {
         let softmax = |x: &[f64]| -> Vec<f64> {
             let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let e: Vec<f64> = x.iter().map(|v| (v - max).exp()).collect();
@@ -139,87 +214,205 @@ mod tests {
             e.iter().map(|v| v / sum).collect()
         };
         let wide: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-        order.truncate(k);
-        let mut weights: Vec<f64> = match recipe.score {
-            Score::SoftmaxThenTopK => {
-                let p = softmax(&wide);
-                order.iter().map(|&i| p[i]).collect()
-            }
-            Score::TopKThenSoftmax => softmax(&order.iter().map(|&i| wide[i]).collect::<Vec<_>>()),
+        let scores = match recipe.score {
+            Score::SoftmaxThenTopK => softmax(&wide),
+            Score::SigmoidThenTopK => wide.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+            Score::TopKThenSoftmax => wide,
         };
-        if recipe.renormalise == Renormalise::Sum {
-            let sum: f64 = weights.iter().sum();
-            weights.iter_mut().for_each(|w| *w /= sum);
+        let expert = |id: usize| {
+            let bias = bias.get(id).copied().unwrap_or(0.0);
+            Ranked { rank: scores[id] + f64::from(bias), from: vec![[logits[id], bias]], what: id }
+        };
+        let mut experts: Vec<Ranked<usize>> = (0..logits.len()).map(expert).collect();
+        // Sums of quarters are exact in both precisions.
+        let exact = recipe.score == Score::TopKThenSoftmax;
+        if let Some(ExpertGroups { groups, kept, worth }) = recipe.groups {
+            let taken = if worth == GroupWorth::Best { 1 } else { 2 };
+            let group = |members: &[Ranked<usize>]| {
+                let mut best = members.to_vec();
+                sort(&mut best);
+                best.truncate(taken);
+                let from = best.iter().flat_map(|expert| expert.from.clone()).collect();
+                Ranked { rank: best.iter().map(|expert| expert.rank).sum(), from, what: members.to_vec() }
+            };
+            let mut list: Vec<_> = experts.chunks(logits.len() / groups as usize).map(group).collect();
+            if !sort(&mut list) && !exact {
+                return None;
+            }
+            experts = list.into_iter().take(kept as usize).flat_map(|group| group.what).collect();
+            experts.sort_by_key(|expert| expert.what);
         }
-        let mut out: Vec<(u32, f64)> = order.iter().map(|&i| i as u32).zip(weights).collect();
+        if !sort(&mut experts) && !exact {
+            return None;
+        }
+        experts.truncate(k);
+        let mut weights: Vec<f64> = experts.iter().map(|expert| scores[expert.what]).collect();
+        if recipe.score == Score::TopKThenSoftmax {
+            weights = softmax(&weights);
+        }
+        let sum: f64 = weights.iter().sum();
+        let divisor = match recipe.renormalise {
+            Renormalise::None => 1.0,
+            Renormalise::Sum { plus } => sum + f64::from(plus),
+            Renormalise::SumAtLeast { floor } => sum.max(f64::from(floor)),
+        };
+        let weights = weights.iter().map(|weight| weight / divisor * f64::from(recipe.scale));
+        let mut out: Vec<(u32, f64)> = experts.iter().map(|expert| expert.what as u32).zip(weights).collect();
         out.sort_by_key(|&(id, _)| id);
-        out
+        Some(out)
     }
 
-    fn recipes() -> impl Strategy<Value = GateRecipe> {
-        (
-            prop_oneof![Just(Score::SoftmaxThenTopK), Just(Score::TopKThenSoftmax)],
-            prop_oneof![Just(Renormalise::None), Just(Renormalise::Sum)],
+    /// A recipe and how many experts it is for: groups times their size.
+    fn recipes() -> impl Strategy<Value = (GateRecipe, usize)> {
+        let scores = prop_oneof![
+            Just(Score::SoftmaxThenTopK),
+            Just(Score::SigmoidThenTopK),
+            Just(Score::TopKThenSoftmax)
+        ];
+        let renormalise = prop_oneof![
+            Just(Renormalise::None),
+            Just(Renormalise::SUM),
+            Just(Renormalise::Sum { plus: 0.25 }),
+            Just(Renormalise::SumAtLeast { floor: 0.5 }),
+        ];
+        let worth = prop_oneof![Just(None), Just(Some(GroupWorth::Best)), Just(Some(GroupWorth::BestTwo))];
+        let groups = (1u32..9, 1u32..9, 2usize..9);
+        (scores, renormalise, worth, groups, any::<bool>(), prop_oneof![Just(1.0f32), Just(2.5)]).prop_map(
+            |(score, renormalise, worth, (groups, kept, size), selection_bias, scale)| {
+                let limit = worth.map(|worth| ExpertGroups { groups, kept: kept.min(groups), worth });
+                let recipe =
+                    GateRecipe { bias: false, score, selection_bias, groups: limit, renormalise, scale };
+                (recipe, groups as usize * size)
+            },
         )
-            .prop_map(|(score, renormalise)| GateRecipe { score, renormalise })
+    }
+
+    /// Experts that a recipe for this many can choose from.
+    fn eligible(recipe: &GateRecipe, experts: usize) -> usize {
+        recipe.groups.map_or(experts, |limit| experts / limit.groups as usize * limit.kept as usize)
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1024))]
+
         #[test]
         fn agrees_with_the_plain_f64_rule(
-            recipe in recipes(),
-            // Multiples of 1/4 make ties common and keep softmax from merging distinct scores.
-            quarters in prop::collection::vec(-40i32..40, 1..65),
-            k in 1usize..9,
+            (recipe, experts) in recipes(),
+            // Multiples of 1/4 make ties common.
+            quarters in prop::collection::vec(-12i32..12, 64),
+            biases in prop::collection::vec(-4i32..4, 64),
+            k in 1usize..65,
         ) {
-            let logits: Vec<f32> = quarters.iter().map(|&q| q as f32 / 4.0).collect();
-            let k = k.min(logits.len());
-            let (ids, weights) = run(&recipe, &logits, k).unwrap();
-            let expected = plain(&recipe, &logits, k);
-            prop_assert_eq!(&ids, &expected.iter().map(|e| e.0).collect::<Vec<_>>());
-            for (weight, (_, wide)) in weights.iter().zip(&expected) {
-                prop_assert!((f64::from(*weight) - wide).abs() <= 1e-6, "{} {}", weight, wide);
+            let of = |quarters: &[i32]| -> Vec<f32> { quarters.iter().map(|&q| q as f32 / 4.0).collect() };
+            let (logits, bias) = (of(&quarters[..experts]), of(&biases[..experts]));
+            let bias = if recipe.selection_bias { &bias[..] } else { &[] };
+            let k = k.min(eligible(&recipe, experts));
+            let (ids, weights) = run(&recipe, &logits, bias, k).unwrap();
+            prop_assert_eq!(ids.len(), k);
+            if let Some(expected) = plain(&recipe, &logits, bias, k) {
+                prop_assert_eq!(&ids, &expected.iter().map(|e| e.0).collect::<Vec<_>>());
+                for (weight, (_, wide)) in weights.iter().zip(&expected) {
+                    prop_assert!((f64::from(*weight) - wide).abs() <= 2e-6, "{} {}", weight, wide);
+                }
             }
         }
 
         #[test]
         fn never_gives_a_bad_id_whatever_the_bits(
-            recipe in recipes(),
-            bits in prop::collection::vec(any::<u32>(), 1..33),
-            k in 1usize..9,
+            (recipe, experts) in recipes(),
+            bits in prop::collection::vec(any::<u32>(), 64),
+            bias_bits in prop::collection::vec(any::<u32>(), 64),
+            k in 1usize..65,
         ) {
-            let logits: Vec<f32> = bits.iter().map(|&b| f32::from_bits(b)).collect();
-            let k = k.min(logits.len());
-            if let Ok((ids, weights)) = run(&recipe, &logits, k) {
-                prop_assert_eq!(ids.len(), k);
-                prop_assert!(ids.windows(2).all(|w| w[0] < w[1]));
-                prop_assert!(ids.iter().all(|&id| (id as usize) < logits.len()));
-                prop_assert!(weights.iter().all(|w| w.is_finite()));
-            } else {
-                prop_assert!(logits.iter().any(|x| !x.is_finite()));
+            let floats = |bits: &[u32]| -> Vec<f32> { bits.iter().map(|&b| f32::from_bits(b)).collect() };
+            let (logits, bias) = (floats(&bits[..experts]), floats(&bias_bits[..experts]));
+            let bias = if recipe.selection_bias { &bias[..] } else { &[] };
+            let k = k.min(eligible(&recipe, experts));
+            match run(&recipe, &logits, bias, k) {
+                Ok((ids, weights)) => {
+                    prop_assert_eq!(ids.len(), k);
+                    prop_assert!(ids.windows(2).all(|w| w[0] < w[1]));
+                    prop_assert!(ids.iter().all(|&id| (id as usize) < experts));
+                    prop_assert!(weights.iter().all(|w| w.is_finite()));
+                }
+                Err(GateError::Logit { expert, .. }) => prop_assert!(!logits[expert].is_finite()),
+                Err(GateError::Selection { expert, .. }) => {
+                    prop_assert!(!bias[expert].is_finite() || recipe.score == Score::TopKThenSoftmax);
+                }
+                // Only a sum of nothing but zeros divides badly.
+                Err(GateError::Weight { .. }) => prop_assert_eq!(recipe.renormalise, Renormalise::SUM),
             }
         }
     }
 
     #[test]
     fn equal_scores_go_to_the_lowest_ids() {
-        let (ids, weights) =
-            run(&recipe(Score::SoftmaxThenTopK, Renormalise::Sum), &[1.0, 2.0, 2.0, 2.0], 2).unwrap();
-        assert_eq!(ids, [1, 2]);
-        assert_eq!(weights, [0.5, 0.5]);
+        let (ids, weights) = run(&SOFTMAX, &[1.0, 2.0, 2.0, 2.0], &[], 2).unwrap();
+        assert_eq!((ids, weights), (vec![1, 2], vec![0.5, 0.5]));
+        for recipe in [SOFTMAX, SIGMOID, LOGITS] {
+            assert_eq!(run(&recipe, &[0.5; 6], &[], 3).unwrap().0, [0, 1, 2]);
+            assert_eq!(run(&recipe, &[0.5; 6], &[0.0, 0.0, 1.0, 1.0, 1.0, 0.0], 2).unwrap().0, [2, 3]);
+        }
+    }
+
+    #[test]
+    fn equal_groups_go_to_the_lowest_numbers() {
+        for worth in [GroupWorth::Best, GroupWorth::BestTwo] {
+            let recipe = GateRecipe { groups: Some(ExpertGroups { groups: 3, kept: 1, worth }), ..SIGMOID };
+            assert_eq!(run(&recipe, &[0.0, 1.0, 1.0, 0.0, 1.0, 0.0], &[], 2).unwrap().0, [0, 1]);
+            let all = GateRecipe { groups: Some(ExpertGroups { groups: 1, kept: 1, worth }), ..SIGMOID };
+            let logits = [0.3, 0.1, 0.9, 0.2];
+            assert_eq!(run(&all, &logits, &[], 2), run(&SIGMOID, &logits, &[], 2));
+        }
+    }
+
+    #[test]
+    fn groups_are_ranked_by_their_best_or_their_two_best() {
+        // The first group has the best expert, the second the best pair.
+        let logits = [3.0, -9.0, 2.0, 2.0];
+        let by = |worth| GateRecipe { groups: Some(ExpertGroups { groups: 2, kept: 1, worth }), ..LOGITS };
+        assert_eq!(run(&by(GroupWorth::Best), &logits, &[], 1).unwrap().0, [0]);
+        assert_eq!(run(&by(GroupWorth::BestTwo), &logits, &[], 1).unwrap().0, [2]);
+    }
+
+    #[test]
+    fn a_selection_bias_chooses_and_does_not_weigh() {
+        let recipe = GateRecipe { selection_bias: true, scale: 2.0, ..SIGMOID };
+        assert_eq!(run(&recipe, &[0.0, 0.0], &[-1.0, 1.0], 1).unwrap(), (vec![1], vec![1.0]));
+    }
+
+    #[test]
+    fn all_experts_may_be_chosen() {
+        let (ids, weights) = run(&SOFTMAX, &[0.5, -1.0, 2.0], &[], 3).unwrap();
+        assert_eq!(ids, [0, 1, 2]);
+        assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn sums_have_their_addend_or_their_floor() {
+        let with = |renormalise| GateRecipe { renormalise, ..SIGMOID };
+        let weigh = |renormalise| run(&with(renormalise), &[0.0, 0.0], &[], 2).unwrap().1;
+        assert_eq!(weigh(Renormalise::Sum { plus: 1.0 }), [0.25, 0.25]);
+        assert_eq!(weigh(Renormalise::SumAtLeast { floor: 2.0 }), [0.25, 0.25]);
+        assert_eq!(weigh(Renormalise::SumAtLeast { floor: 0.5 }), [0.5, 0.5]);
+        // Scores that are all zero: a sum of zero has no quotient, a floor has.
+        let nothing = [-1e4, -1e4];
+        assert!(matches!(run(&with(Renormalise::SUM), &nothing, &[], 1), Err(GateError::Weight { .. })));
+        let floor = with(Renormalise::SumAtLeast { floor: 1e-12 });
+        assert_eq!(run(&floor, &nothing, &[], 1).unwrap(), (vec![0], vec![0.0]));
     }
 
     #[test]
     fn one_expert_of_one_weighs_one() {
-        let (ids, weights) = run(&recipe(Score::SoftmaxThenTopK, Renormalise::Sum), &[0.3, 0.9], 1).unwrap();
+        let (ids, weights) = run(&SOFTMAX, &[0.3, 0.9], &[], 1).unwrap();
         assert_eq!((ids, weights), (vec![1], vec![1.0]));
     }
 
     #[test]
-    fn nan_is_an_error_that_names_the_expert() {
-        let error = run(&recipe(Score::TopKThenSoftmax, Renormalise::None), &[0.0, f32::NAN], 1).unwrap_err();
-        assert_eq!(error.to_string(), "gate logit of expert 1 is NaN");
+    fn what_is_not_finite_is_an_error_that_names_the_expert() {
+        let message = |logits: &[f32], bias: &[f32]| run(&LOGITS, logits, bias, 1).unwrap_err().to_string();
+        assert_eq!(message(&[0.0, f32::NAN], &[]), "gate logit of expert 1 is NaN");
+        assert_eq!(message(&[f32::NEG_INFINITY, 0.0], &[]), "gate logit of expert 0 is -inf");
+        assert_eq!(message(&[0.0, f32::MAX], &[0.0, f32::MAX]), "selection score of expert 1 is inf");
     }
 }

@@ -7,7 +7,8 @@
 
 use candle_core::{D, Device, IndexOp, Result as CandleResult, Tensor};
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, Score,
+    AttentionSpec, ExpertRole, GroupWorth, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, RopePairs,
+    Score, SharedSpec,
 };
 use muster_checkpoint::{Checkpoint, Weight};
 
@@ -28,6 +29,8 @@ pub struct ReferenceOutput {
     pub logits: Vec<f32>,
     /// Per MoE layer: its number and its choices.
     pub choices: Vec<(u32, LayerChoices)>,
+    /// Per layer: the residual stream behind it, `[tokens, hidden]`.
+    pub hidden: Vec<Vec<f32>>,
 }
 
 impl<'a> Reference<'a> {
@@ -55,7 +58,7 @@ impl<'a> Reference<'a> {
         let embedding = self.read(Role::Embedding)?;
         let ids = Tensor::new(tokens, &Device::Cpu)?;
         let mut x = (embedding.index_select(&ids, 0)? * f64::from(spec.embedding_multiplier))?;
-        let mut choices = Vec::new();
+        let (mut choices, mut hidden) = (Vec::new(), Vec::new());
         for (layer, index) in spec.layers.iter().zip(0u32..) {
             let weight = |role| self.read(Role::Layer(index, role));
             let normed = rms_norm(&x, &weight(LayerRole::AttentionNorm)?, spec.norm_eps)?;
@@ -66,7 +69,10 @@ impl<'a> Reference<'a> {
                 MlpSpec::Moe(moe) => {
                     let (out, picked) = self.moe(moe, index, &normed)?;
                     choices.push((index, picked));
-                    out
+                    match self.shared(moe, index, &normed)? {
+                        Some(shared) => (out + shared)?,
+                        None => out,
+                    }
                 }
                 MlpSpec::Dense { .. } => {
                     let [gate, up, down] = [LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown];
@@ -74,11 +80,12 @@ impl<'a> Reference<'a> {
                 }
             };
             x = (x + (out * f64::from(spec.residual_multiplier))?)?;
+            hidden.push(x.flatten_all()?.to_vec1()?);
         }
         let x = rms_norm(&x, &self.read(Role::FinalNorm)?, spec.norm_eps)?;
         let head = if spec.tied_head { embedding } else { self.read(Role::Head)? };
         let logits = (linear(&x, &head)? / f64::from(spec.logits_divisor))?;
-        Ok(ReferenceOutput { logits: logits.flatten_all()?.to_vec1()?, choices })
+        Ok(ReferenceOutput { logits: logits.flatten_all()?.to_vec1()?, choices, hidden })
     }
 
     fn read(&self, role: Role) -> Result<Tensor, ModelError> {
@@ -145,8 +152,13 @@ impl<'a> Reference<'a> {
     }
 
     fn moe(&self, spec: &MoeSpec, layer: u32, x: &Tensor) -> Result<(Tensor, LayerChoices), ModelError> {
-        let logits = linear(x, &self.read(Role::Layer(layer, LayerRole::Gate))?)?.to_vec2::<f32>()?;
-        let picked: LayerChoices = logits.iter().map(|row| choose(spec, row)).collect();
+        let bias = spec.gate.bias.then_some(LayerRole::GateBias);
+        let logits = self.projected(layer, x, LayerRole::Gate, bias)?.to_vec2::<f32>()?;
+        let selection_bias = match spec.gate.selection_bias {
+            true => self.read(Role::Layer(layer, LayerRole::SelectionBias))?.to_vec1::<f32>()?,
+            false => vec![0.0; spec.experts as usize],
+        };
+        let picked: LayerChoices = logits.iter().map(|row| choose(spec, row, &selection_bias)).collect();
         let mut rows: Vec<Tensor> = Vec::with_capacity(picked.len());
         for (token, choices) in picked.iter().enumerate() {
             let x = x.i(token..=token)?;
@@ -161,30 +173,71 @@ impl<'a> Reference<'a> {
         }
         Ok((Tensor::cat(&rows, 0)?, picked))
     }
+
+    fn shared(&self, spec: &MoeSpec, layer: u32, x: &Tensor) -> Result<Option<Tensor>, ModelError> {
+        let read = |role| self.read(Role::Layer(layer, role));
+        if spec.shared == SharedSpec::None {
+            return Ok(None);
+        }
+        let [gate, up, down] = [LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown];
+        let out = gated_mlp(x, &read(gate)?, &read(up)?, &read(down)?)?;
+        Ok(Some(match spec.shared {
+            SharedSpec::SigmoidGated { .. } => {
+                let scale = linear(x, &read(LayerRole::SharedScale)?)?;
+                out.broadcast_div(&(scale.neg()?.exp()? + 1.0)?)?
+            }
+            SharedSpec::Add { .. } | SharedSpec::None => out,
+        }))
+    }
 }
 
 /// The gate's rule once more, the long way round.
-fn choose(spec: &MoeSpec, logits: &[f32]) -> Vec<(u32, f32)> {
+fn choose(spec: &MoeSpec, logits: &[f32], selection_bias: &[f32]) -> Vec<(u32, f32)> {
+    let recipe = &spec.gate;
     let soft = |x: &[f32]| -> Vec<f32> {
         let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let e: Vec<f32> = x.iter().map(|v| (v - max).exp()).collect();
         let sum: f32 = e.iter().sum();
         e.iter().map(|v| v / sum).collect()
     };
-    let scores = match spec.gate.score {
+    let scores = match recipe.score {
         Score::SoftmaxThenTopK => soft(logits),
+        Score::SigmoidThenTopK => logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
         Score::TopKThenSoftmax => logits.to_vec(),
     };
+    let ranks: Vec<f32> = scores.iter().zip(selection_bias).map(|(score, bias)| score + bias).collect();
+    let best_first = |ids: &mut Vec<usize>| ids.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
     let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+    if let Some(limit) = recipe.groups {
+        let worth = |group: &[usize]| -> f32 {
+            let mut group = group.to_vec();
+            best_first(&mut group);
+            match limit.worth {
+                GroupWorth::Best => ranks[group[0]],
+                GroupWorth::BestTwo => ranks[group[0]] + ranks[group[1]],
+            }
+        };
+        let mut groups: Vec<Vec<usize>> =
+            order.chunks(scores.len() / limit.groups as usize).map(<[usize]>::to_vec).collect();
+        groups.sort_by(|a, b| worth(b).total_cmp(&worth(a)));
+        groups.truncate(limit.kept as usize);
+        order = groups.concat();
+        order.sort_unstable();
+    }
+    best_first(&mut order);
     order.truncate(spec.top_k as usize);
     let mut weights: Vec<f32> = order.iter().map(|&expert| scores[expert]).collect();
-    if spec.gate.score == Score::TopKThenSoftmax {
+    if recipe.score == Score::TopKThenSoftmax {
         weights = soft(&weights);
     }
-    if spec.gate.renormalise == Renormalise::Sum {
-        let sum: f32 = weights.iter().sum();
-        weights.iter_mut().for_each(|weight| *weight /= sum);
+    let sum: f32 = weights.iter().sum();
+    for weight in &mut weights {
+        match recipe.renormalise {
+            Renormalise::None => {}
+            Renormalise::Sum { plus } => *weight /= sum + plus,
+            Renormalise::SumAtLeast { floor } => *weight /= sum.max(floor),
+        }
+        *weight *= recipe.scale;
     }
     let mut choices: Vec<(u32, f32)> = order.iter().map(|&expert| expert as u32).zip(weights).collect();
     choices.sort_by_key(|&(expert, _)| expert);
@@ -219,17 +272,27 @@ fn mask(tokens: usize, window: Option<usize>) -> CandleResult<Tensor> {
     Tensor::from_vec(values, (tokens, tokens), &Device::Cpu)
 }
 
-/// `[tokens, heads, head_dim]` with element i and i + head_dim/2 of every head turned by position * theta^(-2i/dim).
+/// `[tokens, heads, head_dim]` with the pairs among the first elements of every head turned by
+/// position * theta^(-2i/dim).
 fn rotated(x: &Tensor, spec: &AttentionSpec) -> CandleResult<Tensor> {
-    let (tokens, _, dim) = x.dims3()?;
-    let half = dim / 2;
+    let (tokens, heads, head_dim) = x.dims3()?;
+    let (dim, half) = (spec.rope.dim, spec.rope.dim / 2);
     let frequency = |i: usize| (1.0 / spec.rope.theta.powf(2.0 * i as f64 / dim as f64)) as f32;
     let angles: Vec<f32> =
         (0..tokens).flat_map(|position| (0..half).map(move |i| position as f32 * frequency(i))).collect();
     let angles = Tensor::from_vec(angles, (tokens, 1, half), &Device::Cpu)?;
     let (cos, sin) = (angles.cos()?, angles.sin()?);
-    let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
+    let turning = x.narrow(D::Minus1, 0, dim)?;
+    // Pairs side by side in the last dimension but one, or in the last.
+    let (shape, of_pair) = match spec.rope.pairs {
+        RopePairs::Halves => ((tokens, heads, 2, half), 2),
+        RopePairs::Neighbours => ((tokens, heads, half, 2), 3),
+    };
+    let pairs = turning.reshape(shape)?;
+    let (a, b) =
+        (pairs.narrow(of_pair, 0, 1)?.squeeze(of_pair)?, pairs.narrow(of_pair, 1, 1)?.squeeze(of_pair)?);
     let left = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let right = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[left, right], D::Minus1)
+    let turned = Tensor::stack(&[left, right], of_pair)?.reshape((tokens, heads, dim))?;
+    Tensor::cat(&[turned, x.narrow(D::Minus1, dim, head_dim - dim)?], D::Minus1)
 }

@@ -20,7 +20,18 @@ use muster_types::WeightDType::{self, Native, Q4, Q8};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const FAMILIES: [&str; 6] = ["mixtral", "mixtral_bf16", "mixtral_top1", "qwen3_moe", "olmoe", "granitemoe"];
+const FAMILIES: [&str; 10] = [
+    "mixtral",
+    "mixtral_bf16",
+    "mixtral_top1",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "glm4_moe",
+];
 
 struct Model {
     checkpoint: Checkpoint,
@@ -130,6 +141,14 @@ fn check_choices(golden: &Golden, prompt: &str, choices: &[(u32, LayerChoices)],
     }
 }
 
+fn check_hidden(golden: &Golden, prompt: &str, hidden: &[Vec<f32>], who: &str) {
+    for (layer, ours) in hidden.iter().enumerate() {
+        let off = farthest(ours, &golden.f32s(&format!("{prompt}.layer{layer}.hidden")));
+        let atol = golden.atol("hidden");
+        assert!(off <= atol, "{who} {prompt} layer {layer}: hidden states are off by {off}, allowed {atol}");
+    }
+}
+
 #[test]
 fn every_family_agrees_with_transformers() {
     for family in FAMILIES {
@@ -144,6 +163,7 @@ fn every_family_agrees_with_transformers() {
             let atol = golden.atol("logits");
             assert!(off <= atol, "{family} {prompt}: logits are off by {off}, allowed {atol}");
             check_choices(&golden, prompt, &ours.choices, family);
+            check_hidden(&golden, prompt, &ours.hidden, family);
 
             let greedy = model.greedy(&tokens, 24);
             assert_eq!(greedy, golden.ids(&format!("{prompt}.greedy_ids")), "{family} {prompt}");
@@ -163,6 +183,7 @@ fn the_plain_reference_agrees_with_transformers() {
         let atol = golden.atol("logits");
         assert!(off <= atol, "{family}: logits are off by {off}, allowed {atol}");
         check_choices(&golden, "prompt1", &output.choices, family);
+        check_hidden(&golden, "prompt1", &output.hidden, family);
     }
 }
 

@@ -8,12 +8,15 @@ use muster_types::DType;
 use serde_json::Value;
 
 use crate::config::{Config, ConfigError};
-use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, ModelSpec, MoeSpec, QkNorm, RopeSpec};
+use crate::spec::{
+    AttentionSpec, ExpertGroups, GateRecipe, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm,
+    RopePairs, RopeSpec, SharedSpec,
+};
 
 /// Most elements of the residual stream.
 const WIDEST: usize = 1 << 17;
 /// Widest MLP.
-const WIDEST_MLP: usize = 1 << 20;
+pub(super) const WIDEST_MLP: usize = 1 << 20;
 const MOST_LAYERS: usize = 1024;
 const MOST_EXPERTS: usize = 4096;
 /// Most experts of all layers together.
@@ -21,6 +24,7 @@ const MOST_EXPERTS_IN_ALL: usize = 1 << 17;
 const MOST_HEADS: usize = 1024;
 const WIDEST_HEAD: usize = 1024;
 const LONGEST_CONTEXT: usize = 1 << 30;
+const MOST_EXTRA_LAYERS: usize = 16;
 const LARGEST_VOCAB: usize = 1 << 24;
 
 /// What absent keys mean.
@@ -38,6 +42,38 @@ pub(super) struct Defaults {
     pub eos: Option<u32>,
     pub experts: usize,
     pub top_k: usize,
+    pub habits: Habits,
+}
+
+/// What most families have in common and some do otherwise.
+pub(super) struct Habits {
+    /// Names of the number of experts; any of them is taken.
+    pub experts: &'static [&'static str],
+    /// Names of the number of experts per token.
+    pub top_k: &'static [&'static str],
+    /// What an absent `tie_word_embeddings` means.
+    pub tied_head: bool,
+    pub rotary: Rotary,
+    /// Modules of code that come with published models of the family and do what this build does without them.
+    pub modules: &'static [&'static str],
+}
+
+impl Habits {
+    pub(super) const USUAL: Self = Self {
+        experts: &["num_local_experts", "num_experts"],
+        top_k: &["num_experts_per_tok"],
+        tied_head: false,
+        rotary: Rotary::Whole,
+        modules: &[],
+    };
+}
+
+/// How much of a head is rotated.
+pub(super) enum Rotary {
+    /// All of it; `partial_rotary_factor` may say nothing else.
+    Whole,
+    /// As `partial_rotary_factor` says; its default.
+    Partial(f64),
 }
 
 /// What the shared keys say.
@@ -61,23 +97,24 @@ pub(super) struct Base {
 impl Base {
     /// Reads and checks the shared keys.
     pub(super) fn read(config: &Config, defaults: &Defaults) -> Result<Self, ConfigError> {
-        refuse_unsupported(config)?;
+        refuse_unsupported(config, &defaults.habits)?;
         let vocab = count(config.size("vocab_size", defaults.vocab, 1..=LARGEST_VOCAB)?);
         let hidden = config.size("hidden_size", defaults.hidden, 1..=WIDEST)?;
         let layers = config.size("num_hidden_layers", defaults.layers, 1..=MOST_LAYERS)?;
         let heads = config.size("num_attention_heads", defaults.heads, 1..=MOST_HEADS)?;
         let (experts, top_k) = experts(config, defaults, layers)?;
+        let head_dim = head_dim(config, hidden, heads)?;
         Ok(Self {
             layers,
             heads,
-            head_dim: head_dim(config, hidden, heads)?,
+            head_dim,
             hidden,
             vocab,
             kv_heads: kv_heads(config, defaults, heads)?,
             context: config.size("max_position_embeddings", defaults.context, 1..=LONGEST_CONTEXT)?,
             norm_eps: config.positive("rms_norm_eps", defaults.norm_eps)? as f32,
-            rope: rope(config, defaults)?,
-            tied_head: config.flag("tie_word_embeddings", false)?,
+            rope: rope(config, defaults, head_dim)?,
+            tied_head: config.flag("tie_word_embeddings", defaults.habits.tied_head)?,
             bos: bos(config, defaults.bos, vocab)?,
             eos: eos(config, defaults.eos, vocab)?,
             experts,
@@ -101,9 +138,66 @@ impl Base {
         }
     }
 
-    /// Routed experts of this width.
+    /// Routed experts of this width, and none that are shared.
     pub(super) fn moe(&self, intermediate: usize, gate: GateRecipe) -> MoeSpec {
-        MoeSpec { experts: self.experts, top_k: self.top_k, intermediate, gate }
+        MoeSpec { experts: self.experts, top_k: self.top_k, intermediate, gate, shared: SharedSpec::None }
+    }
+
+    /// Layers with the same attention, of which those that `has_experts` names have experts and the others a dense MLP.
+    pub(super) fn mixed_layers(
+        &self,
+        attention: &AttentionSpec,
+        moe: &MoeSpec,
+        dense: usize,
+        has_experts: impl Fn(usize) -> bool,
+    ) -> Vec<LayerSpec> {
+        let mlp = |number| match has_experts(number) {
+            true => MlpSpec::Moe(moe.clone()),
+            false => MlpSpec::Dense { intermediate: dense },
+        };
+        (0..self.layers).map(|number| LayerSpec { attention: attention.clone(), mlp: mlp(number) }).collect()
+    }
+
+    /// Prefixes of layers stored behind the last one, which predict more tokens ahead: `num_nextn_predict_layers`.
+    pub(super) fn prediction_layers(&self, config: &Config) -> Result<Vec<String>, ConfigError> {
+        const KEY: &str = "num_nextn_predict_layers";
+        let count = config.count(KEY, 0, MOST_EXTRA_LAYERS)?;
+        Ok((self.layers..self.layers + count).map(|layer| format!("model.layers.{layer}.")).collect())
+    }
+
+    /// `n_group` and `topk_group`: of how many groups of experts how many take part. `None` where all do.
+    pub(super) fn groups(
+        &self,
+        config: &Config,
+        worth: GroupWorth,
+        defaults: [usize; 2],
+    ) -> Result<Option<ExpertGroups>, ConfigError> {
+        let (experts, top_k) = (self.experts as usize, self.top_k as usize);
+        let groups = config.size("n_group", defaults[0], 1..=MOST_EXPERTS)?;
+        let kept = config.size("topk_group", defaults[1], 1..=MOST_EXPERTS)?;
+        if !experts.is_multiple_of(groups) {
+            return Err(config.conflict("n_group", &groups, format!("it must divide the {experts} experts")));
+        }
+        if kept > groups {
+            return Err(config.conflict(
+                "topk_group",
+                &kept,
+                format!("there are {groups} groups (`n_group`)"),
+            ));
+        }
+        if kept == groups {
+            return Ok(None);
+        }
+        let size = experts / groups;
+        if worth == GroupWorth::BestTwo && size < 2 {
+            let reason = "groups are ranked by their two best experts and would have only one".to_owned();
+            return Err(config.conflict("n_group", &groups, reason));
+        }
+        if top_k > kept * size {
+            let reason = format!("groups have {size} experts, and {top_k} experts are chosen per token");
+            return Err(config.conflict("topk_group", &kept, reason));
+        }
+        Ok(Some(ExpertGroups { groups: count(groups), kept: count(kept), worth }))
     }
 
     /// A model of these layers without multipliers.
@@ -120,6 +214,7 @@ impl Base {
             residual_multiplier: 1.0,
             logits_divisor: 1.0,
             tied_head: self.tied_head,
+            unused: Vec::new(),
             bos: self.bos,
             eos: self.eos,
         }
@@ -129,6 +224,24 @@ impl Base {
 /// The width of an MLP.
 pub(super) fn intermediate(config: &Config, key: &str, default: usize) -> Result<usize, ConfigError> {
     config.size(key, default, 1..=WIDEST_MLP)
+}
+
+/// A shared MLP as wide as some experts together, of which `key` says how many; 0 of them are none.
+pub(super) fn shared_experts(
+    config: &Config,
+    key: &str,
+    default: usize,
+    intermediate: usize,
+) -> Result<SharedSpec, ConfigError> {
+    let count = config.count(key, default, MOST_EXPERTS)?;
+    match count * intermediate {
+        0 => Ok(SharedSpec::None),
+        width if width > WIDEST_MLP => {
+            let reason = format!("experts are {intermediate} wide; at most {WIDEST_MLP} in all are read");
+            Err(config.conflict(key, &count, reason))
+        }
+        intermediate => Ok(SharedSpec::Add { intermediate }),
+    }
 }
 
 /// A sliding window, if there is one.
@@ -153,20 +266,27 @@ fn eos(config: &Config, default: Option<u32>, vocab: u32) -> Result<Vec<u32>, Co
     config.numbers(KEY, vocab)
 }
 
-fn refuse_unsupported(config: &Config) -> Result<(), ConfigError> {
+fn refuse_unsupported(config: &Config, habits: &Habits) -> Result<(), ConfigError> {
     config.refuse_unless("hidden_act", "this build computes \"silu\"", |value| value == "silu")?;
     config.refuse_set("rope_scaling", "this build computes unscaled rotary embedding")?;
-    config.refuse_unless("partial_rotary_factor", "this build rotates whole heads", |value| {
-        value.as_f64() == Some(1.0)
-    })?;
     config.refuse_set("quantization_config", "weights must be stored as F32 or BF16")?;
-    config.refuse_set(
+    config.refuse_unless(
         "auto_map",
         "it asks for code from the checkpoint, which is never run; remove the key if the model is a plain one",
+        |value| known_code(value, habits.modules),
     )?;
     let full =
         |value: &Value| value.as_array().is_some_and(|types| types.iter().all(|t| t == "full_attention"));
     config.refuse_unless("layer_types", "this build computes \"full_attention\" in every layer", full)
+}
+
+/// Whether `auto_map` names nothing but classes of these modules.
+fn known_code(value: &Value, modules: &[&str]) -> bool {
+    let known = |class: &Value| {
+        let module = class.as_str().and_then(|class| class.split_once('.'));
+        module.is_some_and(|(module, _)| modules.contains(&module))
+    };
+    value.as_object().is_some_and(|map| map.values().all(known))
 }
 
 fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize, ConfigError> {
@@ -198,48 +318,89 @@ fn kv_heads(config: &Config, defaults: &Defaults, heads: usize) -> Result<usize,
     Ok(kv_heads)
 }
 
-fn rope(config: &Config, defaults: &Defaults) -> Result<RopeSpec, ConfigError> {
-    let flat = config.optional_positive("rope_theta")?;
-    let nested = match config.nested("rope_parameters")? {
-        None => None,
-        Some(parameters) => {
-            parameters
-                .refuse_unless("rope_type", "this build computes \"default\"", |value| value == "default")?;
-            parameters.only(&["rope_theta", "rope_type"])?;
-            parameters.optional_positive("rope_theta")?
+fn rope(config: &Config, defaults: &Defaults, head_dim: usize) -> Result<RopeSpec, ConfigError> {
+    const PART: &str = "partial_rotary_factor";
+    let nested = config.nested("rope_parameters")?;
+    let partial = match defaults.habits.rotary {
+        Rotary::Whole => {
+            let whole = |value: &Value| value.as_f64() == Some(1.0);
+            config.refuse_unless(PART, "this family rotates whole heads", whole)?;
+            1.0
+        }
+        Rotary::Partial(default) => {
+            let flat = config.optional_positive(PART)?;
+            let inside = nested.as_ref().map(|nested| nested.optional_positive(PART)).transpose()?.flatten();
+            agreed(config, PART, flat, inside)?.unwrap_or(default)
         }
     };
+    if let Some(nested) = &nested {
+        nested.refuse_unless("rope_type", "this build computes \"default\"", |value| value == "default")?;
+        match defaults.habits.rotary {
+            Rotary::Whole => nested.only(&["rope_theta", "rope_type"])?,
+            Rotary::Partial(_) => nested.only(&["rope_theta", "rope_type", PART])?,
+        }
+    }
+    let inside = nested.map(|nested| nested.optional_positive("rope_theta")).transpose()?.flatten();
+    let theta = agreed(config, "rope_theta", config.optional_positive("rope_theta")?, inside)?;
+    // Rounded down, as the reference does.
+    let dim = (head_dim as f64 * partial) as usize;
+    if partial > 1.0 || dim < 2 || !dim.is_multiple_of(2) {
+        let reason =
+            format!("of {head_dim} elements of a head that rotates {dim}; it must be an even number");
+        return Err(config.conflict(PART, &partial, reason));
+    }
+    Ok(RopeSpec { theta: theta.unwrap_or(defaults.rope_theta), dim, pairs: RopePairs::Halves })
+}
+
+/// A number that may stand at the top, in `rope_parameters`, or in both.
+fn agreed(
+    config: &Config,
+    key: &str,
+    flat: Option<f64>,
+    nested: Option<f64>,
+) -> Result<Option<f64>, ConfigError> {
     match (flat, nested) {
         (Some(flat), Some(nested)) if flat != nested => {
-            Err(config.conflict("rope_theta", &flat, format!("`rope_parameters.rope_theta` is {nested}")))
+            Err(config.conflict(key, &flat, format!("`rope_parameters.{key}` is {nested}")))
         }
-        _ => Ok(RopeSpec { theta: nested.or(flat).unwrap_or(defaults.rope_theta) }),
+        _ => Ok(nested.or(flat)),
     }
 }
 
-/// Experts and experts per token. transformers has two names for the first and takes either.
+/// Experts and experts per token.
 fn experts(config: &Config, defaults: &Defaults, layers: usize) -> Result<(u32, u32), ConfigError> {
-    const KEYS: [&str; 2] = ["num_local_experts", "num_experts"];
-    let [local, plain] = KEYS.map(|key| config.optional_size(key, 1..=MOST_EXPERTS));
-    let (local, plain) = (local?, plain?);
-    if let (Some(local), Some(plain)) = (local, plain)
-        && local != plain
-    {
-        return Err(config.conflict(KEYS[0], &local, format!("`{}` is {plain}", KEYS[1])));
-    }
-    let key = if local.is_some() { KEYS[0] } else { KEYS[1] };
-    let experts = local.or(plain).unwrap_or(defaults.experts);
+    let (key, experts) = one_of(config, defaults.habits.experts, defaults.experts)?;
     if experts * layers > MOST_EXPERTS_IN_ALL {
         let reason =
             format!("`num_hidden_layers` is {layers}; at most {MOST_EXPERTS_IN_ALL} experts in all are read");
         return Err(config.conflict(key, &experts, reason));
     }
-    let top_k = config.size("num_experts_per_tok", defaults.top_k, 1..=MOST_EXPERTS)?;
+    let (top_k_key, top_k) = one_of(config, defaults.habits.top_k, defaults.top_k)?;
     if top_k > experts {
         let reason = format!("there are {experts} experts (`{key}`)");
-        return Err(config.conflict("num_experts_per_tok", &top_k, reason));
+        return Err(config.conflict(top_k_key, &top_k, reason));
     }
     Ok((count(experts), count(top_k)))
+}
+
+/// A number of experts that has one name or several, which must agree; and the name it was found by.
+fn one_of(
+    config: &Config,
+    keys: &[&'static str],
+    default: usize,
+) -> Result<(&'static str, usize), ConfigError> {
+    let mut found: Option<(&'static str, usize)> = None;
+    for &key in keys {
+        let Some(value) = config.optional_size(key, 1..=MOST_EXPERTS)? else { continue };
+        match found {
+            Some((first, before)) if before != value => {
+                return Err(config.conflict(first, &before, format!("`{key}` is {value}")));
+            }
+            Some(_) => {}
+            None => found = Some((key, value)),
+        }
+    }
+    Ok(found.unwrap_or((keys.first().copied().unwrap_or_default(), default)))
 }
 
 /// A number that its range keeps within 32 bits.

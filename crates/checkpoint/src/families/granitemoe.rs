@@ -1,18 +1,20 @@
 //! GraniteMoE: top-k of the logits, then softmax over those; four multipliers; a layer's experts in two fused tensors.
+//! GraniteMoE-Shared adds a shared MLP in two tensors of the same form.
 
 use muster_types::DType;
 
 use super::Family;
-use super::base::{Base, Defaults, intermediate};
+use super::base::{Base, Defaults, Habits, WIDEST_MLP, intermediate};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Part, PlanBuilder};
 use crate::spec::{
     AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise,
-    Role, Score,
+    Role, Score, SharedSpec,
 };
 
 pub(super) const FAMILY: Family = Family { model_type: "granitemoe", spec, experts };
+pub(super) const SHARED: Family = Family { model_type: "granitemoeshared", spec: with_shared, experts };
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 32000,
@@ -27,22 +29,41 @@ const DEFAULTS: Defaults = Defaults {
     eos: Some(2),
     experts: 8,
     top_k: 2,
+    habits: Habits::USUAL,
 };
 
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    described(&FAMILY, config, dtype, SharedSpec::None)
+}
+
+fn with_shared(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    const KEY: &str = "shared_intermediate_size";
+    let shared = match config.count(KEY, 0, WIDEST_MLP)? {
+        0 => SharedSpec::None,
+        intermediate => SharedSpec::Add { intermediate },
+    };
+    described(&SHARED, config, dtype, shared)
+}
+
+fn described(
+    family: &Family,
+    config: &Config,
+    dtype: DType,
+    shared: SharedSpec,
+) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     config.refuse_set("sliding_window", "this family attends to the whole sequence")?;
     let bias = config.flag("attention_bias", false)?;
     let scale = config.positive("attention_multiplier", 1.0)? as f32;
     let attention = AttentionSpec { scale, qkv_bias: bias, o_bias: bias, ..base.attention() };
-    let gate = GateRecipe { score: Score::TopKThenSoftmax, renormalise: Renormalise::None };
-    let moe = base.moe(intermediate(config, "intermediate_size", 11008)?, gate);
+    let gate = GateRecipe::plain(Score::TopKThenSoftmax, Renormalise::None);
+    let moe = MoeSpec { shared, ..base.moe(intermediate(config, "intermediate_size", 11008)?, gate) };
     let layers = vec![LayerSpec { attention, mlp: MlpSpec::Moe(moe) }; base.layers];
     Ok(ModelSpec {
         embedding_multiplier: config.positive("embedding_multiplier", 1.0)? as f32,
         residual_multiplier: config.positive("residual_multiplier", 1.0)? as f32,
         logits_divisor: config.positive("logits_scaling", 1.0)? as f32,
-        ..base.model(FAMILY.model_type, dtype, layers)
+        ..base.model(family.model_type, dtype, layers)
     })
 }
 
@@ -67,6 +88,14 @@ fn experts(
         plan.part(role(ExpertRole::Up), &input, halves, Part { index, first_row: width, rows: width })?;
         let whole = [count, hidden, width];
         plan.part(role(ExpertRole::Down), &output, whole, Part { index, first_row: 0, rows: hidden })?;
+    }
+    if let Some(width) = moe.shared.intermediate() {
+        let role = |role| Role::Layer(layer, role);
+        let name = |name: &str| format!("model.layers.{layer}.shared_mlp.{name}_linear.weight");
+        let halves = [2 * width, hidden];
+        plan.rows(role(LayerRole::SharedGate), &name("input"), halves, [0, width])?;
+        plan.rows(role(LayerRole::SharedUp), &name("input"), halves, [width, width])?;
+        plan.matrix(role(LayerRole::SharedDown), &name("output"), hidden, width)?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use muster_types::DType;
 
 use super::Family;
-use super::base::{Base, Defaults, intermediate, window};
+use super::base::{Base, Defaults, Habits, intermediate, window};
 use super::trunk::{SplitNames, split_experts};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
@@ -26,13 +26,15 @@ const DEFAULTS: Defaults = Defaults {
     eos: Some(2),
     experts: 8,
     top_k: 2,
+    habits: Habits::USUAL,
 };
 
-const NAMES: SplitNames = SplitNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2" };
+const NAMES: SplitNames =
+    SplitNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2", ..SplitNames::USUAL };
 
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
-    let gate = GateRecipe { score: Score::SoftmaxThenTopK, renormalise: Renormalise::Sum };
+    let gate = GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::SUM);
     let layer = LayerSpec {
         attention: AttentionSpec { window: window(config)?, ..base.attention() },
         mlp: MlpSpec::Moe(base.moe(intermediate(config, "intermediate_size", 14336)?, gate)),

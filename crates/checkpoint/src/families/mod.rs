@@ -5,9 +5,12 @@
 //! that this build cannot compute is refused here, by key and value.
 
 mod base;
+mod ernie4_5_moe;
+mod glm4_moe;
 mod granitemoe;
 mod mixtral;
 mod olmoe;
+mod qwen2_moe;
 mod qwen3_moe;
 mod trunk;
 
@@ -28,7 +31,16 @@ pub(crate) struct Family {
     experts: fn(&mut PlanBuilder<'_>, u32, usize, &MoeSpec) -> Result<(), CheckpointError>,
 }
 
-const FAMILIES: [Family; 4] = [granitemoe::FAMILY, mixtral::FAMILY, olmoe::FAMILY, qwen3_moe::FAMILY];
+const FAMILIES: [Family; 8] = [
+    ernie4_5_moe::FAMILY,
+    glm4_moe::FAMILY,
+    granitemoe::FAMILY,
+    granitemoe::SHARED,
+    mixtral::FAMILY,
+    olmoe::FAMILY,
+    qwen2_moe::FAMILY,
+    qwen3_moe::FAMILY,
+];
 
 impl Family {
     /// The family that the configuration names.

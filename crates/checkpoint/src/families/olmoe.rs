@@ -3,7 +3,7 @@
 use muster_types::DType;
 
 use super::Family;
-use super::base::{Base, Defaults, intermediate};
+use super::base::{Base, Defaults, Habits, intermediate};
 use super::qwen3_moe::{experts, renormalise};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, QkNorm, Score};
@@ -23,6 +23,7 @@ const DEFAULTS: Defaults = Defaults {
     eos: Some(50279),
     experts: 64,
     top_k: 8,
+    habits: Habits::USUAL,
 };
 
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
@@ -41,7 +42,7 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
         o_bias: bias,
         ..base.attention()
     };
-    let gate = GateRecipe { score: Score::SoftmaxThenTopK, renormalise: renormalise(config)? };
+    let gate = GateRecipe::plain(Score::SoftmaxThenTopK, renormalise(config)?);
     let moe = base.moe(intermediate(config, "intermediate_size", 2048)?, gate);
     let layers = vec![LayerSpec { attention, mlp: MlpSpec::Moe(moe) }; base.layers];
     Ok(base.model(FAMILY.model_type, dtype, layers))

@@ -1,17 +1,15 @@
 //! Qwen3-MoE: queries and keys normalised per head, dense layers by number, weights renormalised on request.
-//! Also the gate and expert names that OLMoE shares.
+//! Also what Qwen2-MoE and OLMoE share with it.
 
 use muster_types::DType;
 
 use super::Family;
-use super::base::{Base, Defaults, intermediate};
+use super::base::{Base, Defaults, Habits, intermediate};
 use super::trunk::{SplitNames, split_experts};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
-use crate::spec::{
-    AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score,
-};
+use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score};
 
 pub(super) const FAMILY: Family = Family { model_type: "qwen3_moe", spec, experts };
 
@@ -28,9 +26,8 @@ const DEFAULTS: Defaults = Defaults {
     eos: None,
     experts: 128,
     top_k: 8,
+    habits: Habits::USUAL,
 };
-
-const NAMES: SplitNames = SplitNames { block: "mlp", gate: "gate_proj", up: "up_proj", down: "down_proj" };
 
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
@@ -40,27 +37,31 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let bias = config.flag("attention_bias", false)?;
     let attention =
         AttentionSpec { qk_norm: QkNorm::PerHead, qkv_bias: bias, o_bias: bias, ..base.attention() };
-    let gate = GateRecipe { score: Score::SoftmaxThenTopK, renormalise: renormalise(config)? };
+    let gate = GateRecipe::plain(Score::SoftmaxThenTopK, renormalise(config)?);
     let moe = base.moe(intermediate(config, "moe_intermediate_size", 768)?, gate);
-    let dense_width = intermediate(config, "intermediate_size", 6144)?;
+    let layers = layers(config, &base, &attention, &moe, intermediate(config, "intermediate_size", 6144)?)?;
+    Ok(base.model(FAMILY.model_type, dtype, layers))
+}
+
+/// Layers with experts as `decoder_sparse_step` and `mlp_only_layers` say, which Qwen2-MoE has, too.
+pub(super) fn layers(
+    config: &Config,
+    base: &Base,
+    attention: &AttentionSpec,
+    moe: &MoeSpec,
+    dense: usize,
+) -> Result<Vec<LayerSpec>, ConfigError> {
     let sparse_step = config.size("decoder_sparse_step", 1, 1..=1 << 20)?;
     let dense_layers = config.numbers("mlp_only_layers", u32::try_from(base.layers).unwrap_or(u32::MAX))?;
-    let layer = |number: usize| {
+    Ok(base.mixed_layers(attention, moe, dense, |number| {
         let listed = dense_layers.iter().any(|&dense| dense as usize == number);
-        let mlp = if !listed && (number + 1).is_multiple_of(sparse_step) {
-            MlpSpec::Moe(moe.clone())
-        } else {
-            MlpSpec::Dense { intermediate: dense_width }
-        };
-        LayerSpec { attention: attention.clone(), mlp }
-    };
-    let layers = (0..base.layers).map(layer).collect();
-    Ok(base.model(FAMILY.model_type, dtype, layers))
+        !listed && (number + 1).is_multiple_of(sparse_step)
+    }))
 }
 
 /// `norm_topk_prob`, by which some families say whether selected weights are renormalised; their classes say no.
 pub(super) fn renormalise(config: &Config) -> Result<Renormalise, ConfigError> {
-    Ok(if config.flag("norm_topk_prob", false)? { Renormalise::Sum } else { Renormalise::None })
+    Ok(if config.flag("norm_topk_prob", false)? { Renormalise::SUM } else { Renormalise::None })
 }
 
 pub(super) fn experts(
@@ -69,5 +70,5 @@ pub(super) fn experts(
     hidden: usize,
     moe: &MoeSpec,
 ) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
+    split_experts(plan, layer, hidden, moe, &SplitNames::USUAL)
 }

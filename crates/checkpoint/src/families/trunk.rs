@@ -2,7 +2,7 @@
 
 use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
-use crate::spec::{AttentionSpec, ExpertRole, LayerRole, ModelSpec, MoeSpec, QkNorm, Role};
+use crate::spec::{AttentionSpec, ExpertRole, LayerRole, ModelSpec, MoeSpec, QkNorm, Role, SharedSpec};
 
 /// Embedding, final norm and head.
 pub(super) fn outer(plan: &mut PlanBuilder<'_>, spec: &ModelSpec) -> Result<(), CheckpointError> {
@@ -46,16 +46,42 @@ pub(super) fn attention(
     plan.vector(role(LayerRole::KNorm), &name("self_attn.k_norm.weight"), k_norm)
 }
 
-/// How a family names the tensors of experts that are stored one by one.
+/// How a family names the tensors of experts that are stored one by one, and what comes with them.
 pub(super) struct SplitNames {
     /// The block, below the layer.
     pub block: &'static str,
+    pub router: &'static str,
+    pub selection_bias: Option<SelectionBias>,
     pub gate: &'static str,
     pub up: &'static str,
     pub down: &'static str,
+    pub shared: &'static str,
+    pub shared_scale: &'static str,
 }
 
-/// The gate of one layer and its experts, each in three tensors of its own.
+/// The tensor of the selection bias.
+pub(super) enum SelectionBias {
+    /// `[experts]`.
+    Vector(&'static str),
+    /// `[1, experts]`.
+    Row(&'static str),
+}
+
+impl SplitNames {
+    /// Those of most families.
+    pub(super) const USUAL: Self = Self {
+        block: "mlp",
+        router: "gate",
+        selection_bias: None,
+        gate: "gate_proj",
+        up: "up_proj",
+        down: "down_proj",
+        shared: "shared_experts",
+        shared_scale: "shared_expert_gate",
+    };
+}
+
+/// The gate of one layer, its experts, each in three tensors of its own, and its shared expert.
 pub(super) fn split_experts(
     plan: &mut PlanBuilder<'_>,
     layer: u32,
@@ -64,14 +90,33 @@ pub(super) fn split_experts(
     names: &SplitNames,
 ) -> Result<(), CheckpointError> {
     let block = format!("model.layers.{layer}.{}", names.block);
-    let gate = Role::Layer(layer, LayerRole::Gate);
-    plan.matrix(gate, &format!("{block}.gate.weight"), moe.experts as usize, hidden)?;
+    let of_layer = |role| Role::Layer(layer, role);
+    let count = moe.experts as usize;
+    plan.matrix(of_layer(LayerRole::Gate), &format!("{block}.{}.weight", names.router), count, hidden)?;
+    if moe.gate.selection_bias {
+        let role = of_layer(LayerRole::SelectionBias);
+        match names.selection_bias {
+            Some(SelectionBias::Vector(name)) => plan.vector(role, &format!("{block}.{name}"), count)?,
+            Some(SelectionBias::Row(name)) => plan.row(role, &format!("{block}.{name}"), count)?,
+            None => {}
+        }
+    }
     for expert in 0..moe.experts {
         let role = |role| Role::Expert(layer, expert, role);
         let name = |name: &str| format!("{block}.experts.{expert}.{name}.weight");
         plan.matrix(role(ExpertRole::Gate), &name(names.gate), moe.intermediate, hidden)?;
         plan.matrix(role(ExpertRole::Up), &name(names.up), moe.intermediate, hidden)?;
         plan.matrix(role(ExpertRole::Down), &name(names.down), hidden, moe.intermediate)?;
+    }
+    if let Some(width) = moe.shared.intermediate() {
+        let name = |name: &str| format!("{block}.{}.{name}.weight", names.shared);
+        plan.matrix(of_layer(LayerRole::SharedGate), &name(names.gate), width, hidden)?;
+        plan.matrix(of_layer(LayerRole::SharedUp), &name(names.up), width, hidden)?;
+        plan.matrix(of_layer(LayerRole::SharedDown), &name(names.down), hidden, width)?;
+    }
+    if let SharedSpec::SigmoidGated { .. } = moe.shared {
+        let name = format!("{block}.{}.weight", names.shared_scale);
+        plan.matrix(of_layer(LayerRole::SharedScale), &name, 1, hidden)?;
     }
     Ok(())
 }

@@ -61,7 +61,11 @@ fn wrong_values() -> Vec<(&'static str, Value, &'static str)> {
         ("quantization_config", json!({"quant_method": "gptq"}), "F32 or BF16"),
         ("auto_map", json!({"AutoModel": "modeling_x.X"}), "never run"),
         ("layer_types", json!(["full_attention", "sliding_attention"]), "full_attention"),
-        ("model_type", json!("deepseek_v3"), "supported are granitemoe, mixtral, olmoe, qwen3_moe"),
+        (
+            "model_type",
+            json!("llama"),
+            "supported are ernie4_5_moe, glm4_moe, granitemoe, granitemoeshared, mixtral, olmoe, qwen2_moe, qwen3_moe",
+        ),
         ("model_type", json!(4), "supported are"),
         ("model_type", json!(null), "missing"),
     ]);
@@ -102,6 +106,30 @@ fn values_of_one_family_are_refused_by_key() {
         ("granitemoe", "attention_multiplier", json!(null), "above 0"),
         ("granitemoe", "embedding_multiplier", json!("12"), "above 0"),
         ("granitemoe", "residual_multiplier", json!(-1), "above 0"),
+        ("granitemoeshared", "shared_intermediate_size", json!(-1), "0 to 1048576"),
+        ("qwen2_moe", "qkv_bias", json!(1), "true or false"),
+        ("qwen2_moe", "shared_expert_intermediate_size", json!(0), "1 to 1048576"),
+        ("qwen2_moe", "use_sliding_window", json!(true), "whole sequence"),
+        ("ernie4_5_moe", "moe_num_experts", json!(0), "1 to 4096"),
+        ("ernie4_5_moe", "moe_k", json!(1), "`num_experts_per_tok` is 2"),
+        ("ernie4_5_moe", "moe_norm_min", json!(0), "above 0"),
+        ("ernie4_5_moe", "use_bias", json!(true), "without biases"),
+        ("ernie4_5_moe", "moe_gate", json!("top2"), "\"topk\""),
+        ("ernie4_5_moe", "moe_use_aux_free", json!(false), "the bias that comes with it"),
+        ("ernie4_5_moe", "moe_layer_end_index", json!(-2), "0 to"),
+        ("ernie4_5_moe", "moe_layer_interval", json!(0), "1 to"),
+        ("ernie4_5_moe", "partial_rotary_factor", json!(0.5), "rotates whole heads"),
+        ("ernie4_5_moe", "auto_map", json!({"AutoModel": "modeling_other.Other"}), "never run"),
+        ("ernie4_5_moe", "auto_map", json!("modeling_ernie4_5_moe.Model"), "never run"),
+        ("glm4_moe", "n_group", json!(4), "it must divide the 6 experts"),
+        ("glm4_moe", "topk_group", json!(2), "there are 1 groups"),
+        ("glm4_moe", "routed_scaling_factor", json!(0), "above 0"),
+        ("glm4_moe", "partial_rotary_factor", json!(0.2), "rotates 0"),
+        ("glm4_moe", "partial_rotary_factor", json!(1.5), "an even number"),
+        ("glm4_moe", "num_nextn_predict_layers", json!(17), "0 to 16"),
+        ("glm4_moe", "first_k_dense_replace", json!(-1), "0 to"),
+        ("glm4_moe", "use_qk_norm", json!("yes"), "true or false"),
+        ("glm4_moe", "n_shared_experts", json!(4097), "0 to 4096"),
     ] {
         let mut model = Model::mixtral();
         model.config.insert("model_type".to_owned(), json!(family));
@@ -173,6 +201,25 @@ fn windows_and_alternative_names_are_understood() {
     let spec = open(model.written().path()).unwrap().spec().clone();
     assert_eq!(spec.layers[2].attention.window, Some(32));
     assert!(matches!(&spec.layers[2].mlp, MlpSpec::Moe(moe) if moe.experts == 6));
+}
+
+#[test]
+fn groups_of_experts_must_hold_what_is_chosen_from_them() {
+    for (groups, kept, says) in [
+        (6, 2, "groups are ranked by their two best experts"),
+        (3, 1, "groups have 2 experts, and 3 experts are chosen"),
+    ] {
+        let mut model = Model::mixtral();
+        for (key, value) in [
+            ("model_type", json!("glm4_moe")),
+            ("n_group", json!(groups)),
+            ("topk_group", json!(kept)),
+            ("num_experts_per_tok", json!(3)),
+        ] {
+            model.config.insert(key.to_owned(), value);
+        }
+        refused(says, model.written().path(), &["config.json: ", says]);
+    }
 }
 
 #[test]

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, GateRecipe, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, RopeSpec,
-    Score,
+    AttentionSpec, ExpertRole, GateRecipe, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, RopePairs,
+    RopeSpec, Score, SharedSpec,
 };
 use muster_checkpoint::{Checkpoint, Source, WeightData};
 use muster_types::DType;
@@ -15,7 +15,18 @@ use safetensors::SafeTensors;
 
 use crate::model::{Model, open, refused, root};
 
-const GOLDEN: [&str; 6] = ["mixtral", "mixtral_bf16", "mixtral_top1", "qwen3_moe", "olmoe", "granitemoe"];
+const GOLDEN: [&str; 10] = [
+    "mixtral",
+    "mixtral_bf16",
+    "mixtral_top1",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "ernie4_5_moe",
+    "glm4_moe",
+];
 
 fn golden(name: &str) -> PathBuf {
     root().join("tests/fixtures/golden").join(name)
@@ -59,7 +70,10 @@ fn reference(dir: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
 }
 
 /// Where a role's part of a fused tensor begins, in elements.
-fn fused_start(role: Role, shape: &[usize]) -> usize {
+fn fused_start(role: Role, tensor: &str, shape: &[usize]) -> usize {
+    if let (Role::Layer(_, LayerRole::SharedUp), &[rows, cols]) = (role, shape) {
+        return if tensor.ends_with("shared_mlp.input_linear.weight") { rows / 2 * cols } else { 0 };
+    }
     let &[_, rows, cols] = shape else { return 0 };
     match role {
         Role::Expert(_, expert, ExpertRole::Up) => (expert as usize * rows + rows / 2) * cols,
@@ -82,19 +96,21 @@ fn check_every_role(dir: &Path) {
                 assert_eq!((weight.rows, weight.cols), (*length, 1), "{role}");
                 assert!(matches!(weight.data, WeightData::F32(_)), "{role}");
             }
+            [1, length] if weight.cols == 1 => assert_eq!(weight.rows, *length, "{role}"),
+            [rows, cols] if stored.tensor.contains("shared_mlp.input_linear") => {
+                assert_eq!((2 * weight.rows, weight.cols), (*rows, *cols), "{role}");
+            }
             [rows, cols] => assert_eq!((weight.rows, weight.cols), (*rows, *cols), "{role}"),
             shape => assert_eq!(weight.cols, shape[2], "{role}"),
         }
-        let start = fused_start(role, shape);
+        let start = fused_start(role, stored.tensor, shape);
         assert_eq!(widened(&weight.data), values[start..start + stored.rows * stored.cols], "{role}");
         bytes += stored.bytes;
         covered += stored.rows * stored.cols;
     }
-    assert_eq!(
-        covered,
-        reference.values().map(|(_, values)| values.len()).sum::<usize>(),
-        "every element has a role"
-    );
+    let unused = &checkpoint.spec().unused;
+    let used = reference.iter().filter(|(name, _)| !unused.iter().any(|prefix| name.starts_with(prefix)));
+    assert_eq!(covered, used.map(|(_, (_, values))| values.len()).sum::<usize>(), "every element has a role");
     assert_eq!(checkpoint.inventory().total_bytes, bytes);
 }
 
@@ -113,7 +129,8 @@ fn the_demo_model_reads_back_what_was_stored() {
 }
 
 fn moe(experts: u32, top_k: u32, intermediate: usize, score: Score, renormalise: Renormalise) -> MlpSpec {
-    MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate: GateRecipe { score, renormalise } })
+    let gate = GateRecipe::plain(score, renormalise);
+    MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate, shared: SharedSpec::None })
 }
 
 #[test]
@@ -132,11 +149,11 @@ fn mixtral_is_described_as_published() {
         clip_qkv: None,
         qkv_bias: false,
         o_bias: false,
-        rope: RopeSpec { theta: 1e6 },
+        rope: RopeSpec { theta: 1e6, dim: 16, pairs: RopePairs::Halves },
         window: None,
     };
     assert_eq!(spec.layers[0].attention, plain);
-    assert_eq!(spec.layers[2].mlp, moe(8, 2, 48, Score::SoftmaxThenTopK, Renormalise::Sum));
+    assert_eq!(spec.layers[2].mlp, moe(8, 2, 48, Score::SoftmaxThenTopK, Renormalise::SUM));
     assert_eq!((spec.bos, spec.eos.as_slice(), spec.tied_head), (Some(1), [2].as_slice(), false));
     assert_eq!(opened("mixtral_bf16").spec().dtype, DType::Bf16);
 }
@@ -154,7 +171,7 @@ fn qwen3_moe_and_olmoe_differ_in_norms_and_renormalisation() {
     let qwen = opened("qwen3_moe").spec().clone();
     let attention = &qwen.layers[0].attention;
     assert_eq!((attention.qk_norm, attention.head_dim, attention.heads), (QkNorm::PerHead, 24, 4));
-    assert_eq!(qwen.layers[0].mlp, moe(8, 3, 40, Score::SoftmaxThenTopK, Renormalise::Sum));
+    assert_eq!(qwen.layers[0].mlp, moe(8, 3, 40, Score::SoftmaxThenTopK, Renormalise::SUM));
     let olmoe = opened("olmoe").spec().clone();
     let attention = &olmoe.layers[0].attention;
     assert_eq!((attention.qk_norm, attention.clip_qkv), (QkNorm::FullWidth, Some(1.25)));
@@ -168,6 +185,56 @@ fn granitemoe_has_its_multipliers() {
     assert_eq!((spec.embedding_multiplier, spec.residual_multiplier, spec.logits_divisor), (3.0, 0.7, 1.5));
     assert_eq!((spec.layers[0].attention.scale, spec.tied_head), (0.15, true));
     assert_eq!(spec.layers[3].mlp, moe(8, 3, 40, Score::TopKThenSoftmax, Renormalise::None));
+}
+
+#[test]
+fn qwen2_moe_and_granitemoeshared_have_shared_experts() {
+    let qwen = opened("qwen2_moe").spec().clone();
+    assert_eq!(qwen.layers[0].mlp, MlpSpec::Dense { intermediate: 96 });
+    let moe = qwen.moe(3).unwrap();
+    assert_eq!(moe.shared, SharedSpec::SigmoidGated { intermediate: 56 });
+    assert_eq!(moe.gate, GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::None));
+    let attention = &qwen.layers[0].attention;
+    assert_eq!((attention.qkv_bias, attention.o_bias, attention.window), (true, false, None));
+    let granite = opened("granitemoeshared").spec().clone();
+    assert_eq!(granite.moe(0).unwrap().shared, SharedSpec::Add { intermediate: 56 });
+    assert_eq!((granite.family, granite.logits_divisor), ("granitemoeshared", 1.5));
+}
+
+#[test]
+fn ernie4_5_moe_and_glm4_moe_select_by_a_bias() {
+    let ernie = opened("ernie4_5_moe").spec().clone();
+    assert_eq!(ernie.moe_layers().map(|(layer, _)| layer).collect::<Vec<_>>(), [1, 2]);
+    let moe = ernie.moe(1).unwrap();
+    let plain = GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::SumAtLeast { floor: 1e-12 });
+    assert_eq!(moe.gate, GateRecipe { selection_bias: true, ..plain });
+    assert_eq!((moe.shared, ernie.tied_head), (SharedSpec::Add { intermediate: 80 }, true));
+    assert_eq!(
+        ernie.layers[0].attention.rope,
+        RopeSpec { theta: 5e5, dim: 16, pairs: RopePairs::Neighbours }
+    );
+    let glm = opened("glm4_moe").spec().clone();
+    assert_eq!(glm.moe_layers().map(|(layer, _)| layer).collect::<Vec<_>>(), [1, 2, 3]);
+    let moe = glm.moe(1).unwrap();
+    let plain = GateRecipe::plain(Score::SigmoidThenTopK, Renormalise::Sum { plus: 1e-20 });
+    assert_eq!(moe.gate, GateRecipe { selection_bias: true, scale: 2.5, ..plain });
+    assert_eq!(moe.shared, SharedSpec::Add { intermediate: 40 });
+    let attention = &glm.layers[0].attention;
+    assert_eq!(attention.rope, RopeSpec { theta: 1e6, dim: 12, pairs: RopePairs::Halves });
+    assert_eq!((attention.qk_norm, attention.qkv_bias, attention.o_bias), (QkNorm::PerHead, true, false));
+    assert_eq!(glm.unused, ["model.layers.4."]);
+}
+
+#[test]
+fn shared_experts_stay_in_the_trunk_and_are_always_active() {
+    let inventory = opened("granitemoeshared").inventory();
+    let granite = opened("granitemoeshared").spec().clone();
+    let shared = 3 * 56 * 64;
+    let layer = 2 * 64 * 64 + 2 * 32 * 64 + 2 * 64 + 8 * 64 + shared;
+    assert_eq!(inventory.layers[0].trunk_bytes, 4 * layer);
+    assert_eq!(inventory.layers[0].expert_bytes, 4 * 3 * 40 * 64);
+    let outer = u64::from(granite.vocab) * 64 + 64;
+    assert_eq!(inventory.active_parameters, 3 * (layer + 3 * 3 * 40 * 64) + outer);
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::ops::RangeInclusive;
 
-use muster_checkpoint::spec::{GateRecipe, MlpSpec, ModelSpec, Renormalise, Score};
+use muster_checkpoint::spec::{
+    AttentionSpec, GateRecipe, GroupWorth, MlpSpec, ModelSpec, QkNorm, Renormalise, RopePairs, Score,
+    SharedSpec,
+};
 use muster_checkpoint::{Checkpoint, Inventory, LayerInventory};
 use muster_model::LoadProgress;
 use muster_text::Tokenizer;
@@ -55,6 +58,8 @@ struct LayerReport {
     experts_per_token: u32,
     expert_bytes: u64,
     gate: Option<String>,
+    shared_expert: Option<String>,
+    attention: String,
 }
 
 pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
@@ -134,20 +139,77 @@ fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> Layer
         experts_per_token: moe.map_or(0, |moe| moe.top_k),
         expert_bytes,
         gate: moe.map(|moe| in_words(&moe.gate, moe.top_k)),
+        shared_expert: moe.and_then(|moe| shared_in_words(moe.shared)),
+        attention: spec
+            .layers
+            .get(number)
+            .map_or_else(String::new, |layer| attention_in_words(&layer.attention)),
     }
 }
 
 /// What a gate does, in a sentence.
 fn in_words(gate: &GateRecipe, top_k: u32) -> String {
+    let bias = if gate.bias { "logits with a bias, " } else { "" };
+    let groups = gate.groups.map_or_else(String::new, |limit| {
+        let by = match limit.worth {
+            GroupWorth::Best => "best expert",
+            GroupWorth::BestTwo => "two best experts",
+        };
+        format!(" from {} of {} groups, those with the highest {by}", limit.kept, limit.groups)
+    });
+    let selected = if gate.selection_bias { ", selected with a bias that weights leave out" } else { "" };
     let score = match gate.score {
-        Score::SoftmaxThenTopK => format!("softmax over all experts, then top-{top_k}"),
-        Score::TopKThenSoftmax => format!("top-{top_k}, then softmax over those"),
+        Score::SoftmaxThenTopK => format!("softmax over all experts, then top-{top_k}{groups}{selected}"),
+        Score::SigmoidThenTopK => format!("sigmoid of every expert, then top-{top_k}{groups}{selected}"),
+        Score::TopKThenSoftmax => format!("top-{top_k}{groups}{selected}, then softmax over those"),
     };
     let renormalise = match gate.renormalise {
-        Renormalise::None => "",
-        Renormalise::Sum => ", weights divided by their sum",
+        Renormalise::None => String::new(),
+        Renormalise::Sum { .. } => ", weights divided by their sum".to_owned(),
+        Renormalise::SumAtLeast { floor } => {
+            format!(", weights divided by their sum or {floor:e} if that is more")
+        }
     };
-    format!("{score}{renormalise}")
+    let scale = if gate.scale == 1.0 { String::new() } else { format!(", times {}", gate.scale) };
+    format!("{bias}{score}{renormalise}{scale}")
+}
+
+/// What every token gets beside its routed experts; `None` where that is nothing.
+fn shared_in_words(shared: SharedSpec) -> Option<String> {
+    match shared {
+        SharedSpec::None => None,
+        SharedSpec::Add { intermediate } => Some(format!("{intermediate} wide, added; kept in the router")),
+        SharedSpec::SigmoidGated { intermediate } => {
+            Some(format!("{intermediate} wide, added times a sigmoid per token; kept in the router"))
+        }
+    }
+}
+
+/// A layer's attention, in a phrase.
+fn attention_in_words(attention: &AttentionSpec) -> String {
+    let AttentionSpec { heads, kv_heads, head_dim, qk_norm, clip_qkv, rope, window, .. } = attention;
+    let mut words = format!("{heads} heads of {head_dim}, {kv_heads} for keys and values");
+    match qk_norm {
+        QkNorm::None => {}
+        QkNorm::PerHead => words += ", queries and keys normed per head",
+        QkNorm::FullWidth => words += ", queries and keys normed",
+    }
+    if let Some(limit) = clip_qkv {
+        words += &format!(", clamped to {limit}");
+    }
+    if attention.qkv_bias || attention.o_bias {
+        words += ", biases";
+    }
+    if rope.dim < *head_dim {
+        words += &format!(", {} elements of a head rotated", rope.dim);
+    }
+    if rope.pairs == RopePairs::Neighbours {
+        words += ", neighbours rotated together";
+    }
+    if let Some(window) = window {
+        words += &format!(", a window of {window}");
+    }
+    words
 }
 
 /// Neighbouring layers that are alike.
@@ -219,10 +281,18 @@ fn for_people(report: &Report) -> String {
     let groups = alike(&report.layers);
     facts.push(("layers", layers_in_words(&report.layers)));
     for (_, layer) in &groups {
-        if let Some(gate) = &layer.gate
-            && !facts.iter().any(|(name, value)| *name == "gate" && value == gate)
-        {
-            facts.push(("gate", gate.clone()));
+        let attention = Some(&layer.attention);
+        let parts = [
+            ("attention", attention),
+            ("gate", layer.gate.as_ref()),
+            ("shared expert", layer.shared_expert.as_ref()),
+        ];
+        for (name, words) in parts {
+            if let Some(words) = words
+                && !facts.iter().any(|(other, value)| *other == name && value == words)
+            {
+                facts.push((name, words.clone()));
+            }
         }
     }
     facts.push(("fingerprint", report.fingerprint.clone()));
@@ -263,6 +333,8 @@ mod tests {
             experts_per_token: 2,
             expert_bytes: 3,
             gate: None,
+            shared_expert: None,
+            attention: String::new(),
         };
         let layers = [layer(0), layer(8), layer(8), layer(8), layer(0)];
         let ranges: Vec<_> = alike(&layers).into_iter().map(|(range, _)| range).collect();
@@ -282,6 +354,8 @@ mod tests {
             "512 tokens",
             "0-5",
             "6, 8 experts each, top-2",
+            "attention      ",
+            "softmax over all experts, then top-2, weights divided by their sum",
             "chat template  yes",
         ] {
             assert!(text.contains(fact), "{fact} in\n{text}");

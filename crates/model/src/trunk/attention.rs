@@ -2,7 +2,8 @@
 
 use muster_checkpoint::spec::AttentionSpec;
 use muster_kernels::{
-    Angles, AttentionShape, KvSlot, Matrix, Precision, Rope, attention, linear, rms_norm_in_place, rotate,
+    Angles, AttentionShape, Cpu, KvSlot, Matrix, Precision, Rope, attention, linear, rms_norm_in_place,
+    rotate,
 };
 
 use super::{StepContext, Trunk};
@@ -52,9 +53,9 @@ impl Attention {
     ) -> &'b [f32] {
         let Buffers { q, k, v, mixed, out } = buffers;
         let precision = precision(trunk.compute);
-        self.q.apply(ctx, x, precision, q);
-        self.k.apply(ctx, x, precision, k);
-        self.v.apply(ctx, x, precision, v);
+        self.q.apply(ctx.cpu, x, precision, q);
+        self.k.apply(ctx.cpu, x, precision, k);
+        self.v.apply(ctx.cpu, x, precision, v);
         for (x, norm) in [(&mut *q, &self.q_norm), (&mut *k, &self.k_norm)] {
             if let Some(weight) = norm {
                 rms_norm_in_place(ctx.cpu, x, weight, trunk.spec.norm_eps);
@@ -78,16 +79,16 @@ impl Attention {
         mixed.resize(q.len(), 0.0);
         attention(ctx.cpu, &shape, layer, q, slots, ctx.kv, mixed);
         trunk.round(mixed);
-        self.o.apply(ctx, mixed, precision, out);
+        self.o.apply(ctx.cpu, mixed, precision, out);
         out
     }
 }
 
 impl Projection {
-    fn apply(&self, ctx: &StepContext<'_>, x: &[f32], precision: Precision, out: &mut Vec<f32>) {
+    pub(super) fn apply(&self, cpu: &Cpu, x: &[f32], precision: Precision, out: &mut Vec<f32>) {
         let rows = x.len() / self.weight.k();
         out.resize(rows * self.weight.n(), 0.0);
-        linear(ctx.cpu, &self.weight, x, precision, out);
+        linear(cpu, &self.weight, x, precision, out);
         if let Some(bias) = &self.bias {
             for row in out.chunks_exact_mut(bias.len()) {
                 row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);

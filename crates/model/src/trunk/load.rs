@@ -1,11 +1,14 @@
 //! A checkpoint's trunk weights, read and packed.
 
 use muster_checkpoint::Checkpoint;
-use muster_checkpoint::spec::{LayerRole, LayerSpec, MlpSpec, QkNorm, Role};
-use muster_kernels::{Expert, Rope};
+use muster_checkpoint::spec::{
+    self, LayerRole, LayerSpec, MlpSpec, MoeSpec, QkNorm, Role, RopeSpec, SharedSpec,
+};
+use muster_kernels::{Expert, KernelError, Rope, RopePairs};
 use muster_types::{Compute, WeightDType};
 
 use super::attention::{Attention, Projection};
+use super::moe::{Moe, Shared};
 use super::{Layer, Mlp, Trunk};
 use crate::weights::Loader;
 use crate::{LoadProgress, ModelError};
@@ -47,7 +50,7 @@ impl Layer {
         let attention = &self.attention;
         let projections = [&attention.q, &attention.k, &attention.v, &attention.o];
         let mlp = match &self.mlp {
-            Mlp::Moe { gate, .. } => gate.bytes(),
+            Mlp::Moe(moe) => moe.bytes(),
             Mlp::Dense(expert) => expert.bytes(),
         };
         projections.iter().map(|p| p.weight.bytes()).sum::<usize>() + mlp
@@ -72,15 +75,18 @@ fn load_layer(
     let v = projection(LayerRole::V, LayerRole::VBias, attention.qkv_bias)?;
     let o = projection(LayerRole::O, LayerRole::OBias, attention.o_bias)?;
     let mlp = match &spec.mlp {
-        MlpSpec::Moe(moe) => Mlp::Moe { gate: loader.matrix(role(LayerRole::Gate))?, spec: moe.clone() },
-        MlpSpec::Dense { .. } => Mlp::Dense(load_dense(loader, index, dtype)?),
+        MlpSpec::Moe(moe) => Mlp::Moe(Box::new(load_moe(loader, moe, index, dtype)?)),
+        MlpSpec::Dense { .. } => {
+            let roles = [LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown];
+            Mlp::Dense(load_mlp(loader, index, roles, "dense MLP", dtype)?)
+        }
     };
     Ok(Layer {
         attention: Attention {
             norm: loader.vector(role(LayerRole::AttentionNorm))?,
             q_norm: loader.vector_if(has_norm, role(LayerRole::QNorm))?,
             k_norm: loader.vector_if(has_norm, role(LayerRole::KNorm))?,
-            rope: Rope::new(attention.rope.theta, attention.head_dim)?,
+            rope: rope(&attention.rope)?,
             spec: attention.clone(),
             q,
             k,
@@ -92,9 +98,48 @@ fn load_layer(
     })
 }
 
-fn load_dense(loader: &mut Loader<'_>, index: u32, dtype: WeightDType) -> Result<Expert, ModelError> {
-    let [gate, up, down] = [LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown];
+fn rope(spec: &RopeSpec) -> Result<Rope, KernelError> {
+    let pairs = match spec.pairs {
+        spec::RopePairs::Halves => RopePairs::Halves,
+        spec::RopePairs::Neighbours => RopePairs::Neighbours,
+    };
+    Rope::new(spec.theta, spec.dim, pairs)
+}
+
+fn load_moe(
+    loader: &mut Loader<'_>,
+    spec: &MoeSpec,
+    index: u32,
+    dtype: WeightDType,
+) -> Result<Moe, ModelError> {
+    let role = |role| Role::Layer(index, role);
+    let gate = Projection {
+        weight: loader.matrix(role(LayerRole::Gate))?,
+        bias: loader.vector_if(spec.gate.bias, role(LayerRole::GateBias))?,
+    };
+    let selection_bias = loader.vector_if(spec.gate.selection_bias, role(LayerRole::SelectionBias))?;
+    let shared = match spec.shared {
+        SharedSpec::None => None,
+        SharedSpec::Add { .. } | SharedSpec::SigmoidGated { .. } => {
+            let roles = [LayerRole::SharedGate, LayerRole::SharedUp, LayerRole::SharedDown];
+            let expert = load_mlp(loader, index, roles, "shared expert", dtype)?;
+            let gated = matches!(spec.shared, SharedSpec::SigmoidGated { .. });
+            let scale = gated.then(|| loader.matrix(role(LayerRole::SharedScale))).transpose()?;
+            Some(Shared { expert, scale })
+        }
+    };
+    Ok(Moe { spec: spec.clone(), gate, selection_bias: selection_bias.unwrap_or_default(), shared })
+}
+
+fn load_mlp(
+    loader: &mut Loader<'_>,
+    index: u32,
+    roles: [LayerRole; 3],
+    what: &str,
+    dtype: WeightDType,
+) -> Result<Expert, ModelError> {
     let mut matrix = |role| loader.matrix_as(Role::Layer(index, role), dtype);
+    let [gate, up, down] = roles;
     Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
-        .map_err(|source| ModelError::Pack { what: format!("layer {index} dense MLP"), source })
+        .map_err(|source| ModelError::Pack { what: format!("layer {index} {what}"), source })
 }

@@ -9,22 +9,24 @@
 
 mod attention;
 mod load;
+mod moe;
 
 use std::time::{Duration, Instant};
 
-use muster_checkpoint::spec::{ModelSpec, MoeSpec};
+use muster_checkpoint::spec::ModelSpec;
 use muster_engine::dispatch::{
     Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Rows, RowsMut, Ticket,
 };
 use muster_kernels::{
-    Angles, Cpu, Expert, ExpertRows, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, add_scaled,
-    all_finite, grouped_ffn, linear, rms_norm, round_bf16, to_bf16,
+    Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, add_scaled, all_finite,
+    linear, rms_norm, round_bf16, to_bf16,
 };
 use muster_types::{Compute, ExpertId, LayerId, TokenId, WeightDType};
 
 use crate::experts::precision;
 use crate::gate::{self, GateError, GateScratch};
 use attention::Attention;
+use moe::{Moe, gated_mlp};
 
 /// A loaded trunk.
 pub struct Trunk {
@@ -46,11 +48,8 @@ struct Layer {
 }
 
 enum Mlp {
-    /// The gate; its experts are elsewhere.
-    Moe {
-        gate: Matrix,
-        spec: MoeSpec,
-    },
+    /// Its routed experts are elsewhere.
+    Moe(Box<Moe>),
     Dense(Expert),
 }
 
@@ -100,7 +99,20 @@ pub enum StepError {
     Logits,
 }
 
-/// What the gate decided, for whoever wants to look.
+/// What whoever wants to look gets to see.
+pub enum View<'a> {
+    /// What a gate decided.
+    Gate(GateView<'a>),
+    /// The residual stream of a lane behind a layer.
+    Hidden {
+        /// The layer.
+        layer: LayerId,
+        /// `[rows, hidden]`.
+        rows: &'a [f32],
+    },
+}
+
+/// What the gate decided.
 pub struct GateView<'a> {
     /// The layer.
     pub layer: LayerId,
@@ -120,8 +132,8 @@ pub struct StepContext<'a> {
     pub dispatch: &'a mut dyn ExpertDispatch,
     /// How long to wait for one layer's experts.
     pub timeout: Duration,
-    /// Called with every gate decision.
-    pub observe: Option<&'a mut dyn FnMut(GateView<'_>)>,
+    /// Called with every gate decision, and behind every layer.
+    pub observe: Option<&'a mut dyn FnMut(View<'_>)>,
 }
 
 /// Logits of a step, and buffers kept for the next.
@@ -143,11 +155,14 @@ struct Lane {
     gate_logits: Vec<f32>,
     wire: Vec<u16>,
     moe_out: Vec<f32>,
+    /// What shared experts add to the output of those in flight; empty where there are none.
+    shared_out: Vec<f32>,
+    shared_scales: Vec<f32>,
     gate: GateScratch,
     ffn: FfnScratch,
     ids: Vec<ExpertId>,
     weights: Vec<f32>,
-    /// `0 .. rows`, for a dense MLP.
+    /// `0 .. rows`, for an MLP that takes them all.
     every_row: Vec<u32>,
     /// Empty between steps; kept for its memory.
     slots: Vec<KvSlot<'static>>,
@@ -227,19 +242,17 @@ impl Trunk {
                 if lane.rows == 0 || lane.failed.is_some() {
                     continue;
                 }
-                self.take_home(ctx, lane);
+                self.take_home(ctx, lane, index);
                 self.attend(ctx, index, layer, lane, &slots[number]);
                 match &layer.mlp {
-                    Mlp::Moe { gate, spec } => {
-                        self.send_off(ctx, index, number, gate, spec, lane, lanes[number]);
-                    }
+                    Mlp::Moe(moe) => self.send_off(ctx, index, number, moe, lane, lanes[number]),
                     Mlp::Dense(expert) => self.dense(ctx, expert, lane),
                 }
             }
         }
         for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
             if lane.rows > 0 {
-                self.take_home(ctx, lane);
+                self.take_home(ctx, lane, self.layers.len());
                 self.head(ctx, lane, sequences);
             }
         }
@@ -291,21 +304,19 @@ impl Trunk {
         self.round(&mut lane.normed);
     }
 
-    /// Gates the lane's rows and submits them.
-    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
+    /// Gates the lane's rows and submits them; computes what they get from shared experts while they are away.
     fn send_off(
         &self,
         ctx: &mut StepContext<'_>,
         index: usize,
         number: usize,
-        gate: &Matrix,
-        moe: &MoeSpec,
+        moe: &Moe,
         lane: &mut Lane,
         sequences: &[SeqInput<'_>],
     ) {
         // Checked when the model was loaded: layers are counted in u32.
         let Ok(layer) = LayerId::new(index as u32, self.layers.len() as u32) else { return };
-        let choices = match self.choose(ctx.cpu, layer, gate, moe, lane, sequences) {
+        let choices = match self.choose(ctx.cpu, layer, moe, lane, sequences) {
             Ok(choices) => choices,
             Err(invalid) => {
                 lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
@@ -313,7 +324,7 @@ impl Trunk {
             }
         };
         if let Some(observe) = &mut ctx.observe {
-            observe(GateView { layer, lane: number, choices: &choices });
+            observe(View::Gate(GateView { layer, lane: number, choices: &choices }));
         }
         let rows = match self.compute {
             Compute::F32 => Rows::HostF32(&lane.normed),
@@ -328,6 +339,15 @@ impl Trunk {
             Err(error) => lane.failed = Some(error),
         }
         (lane.ids, lane.weights) = choices.into_parts();
+        lane.shared_out.clear();
+        if let Some(shared) = &moe.shared
+            && lane.in_flight.is_some()
+        {
+            lane.number_rows();
+            let precision = precision(self.compute);
+            let Lane { normed, every_row, ffn, shared_out, shared_scales, .. } = lane;
+            shared.run(ctx.cpu, precision, normed, every_row, ffn, shared_scales, shared_out);
+        }
     }
 
     /// The gate's choice for every row. A row whose logits are bad fails its sequence; so that the lane keeps its
@@ -336,14 +356,12 @@ impl Trunk {
         &self,
         cpu: &Cpu,
         layer: LayerId,
-        gate: &Matrix,
-        moe: &MoeSpec,
+        moe: &Moe,
         lane: &mut Lane,
         sequences: &[SeqInput<'_>],
     ) -> Result<Choices, InvalidChoices> {
-        let (experts, k) = (moe.experts as usize, moe.top_k as usize);
-        lane.gate_logits.resize(lane.rows * experts, 0.0);
-        linear(cpu, gate, &lane.normed, precision(self.compute), &mut lane.gate_logits);
+        let (experts, k) = (moe.spec.experts as usize, moe.spec.top_k as usize);
+        moe.gate.apply(cpu, &lane.normed, precision(self.compute), &mut lane.gate_logits);
         lane.ids.clear();
         lane.weights.clear();
         let mut row = 0;
@@ -351,8 +369,9 @@ impl Trunk {
             for _ in sequence.tokens {
                 let logits = &lane.gate_logits[row * experts..][..experts];
                 let (ids, weights) = (&mut lane.ids, &mut lane.weights);
-                if let Err(source) = gate::choose(&moe.gate, logits, k, &mut lane.gate, ids, weights) {
-                    lane.ids.extend(ExpertId::all(moe.experts).take(k));
+                let (recipe, bias) = (&moe.spec.gate, &moe.selection_bias);
+                if let Err(source) = gate::choose(recipe, logits, bias, k, &mut lane.gate, ids, weights) {
+                    lane.ids.extend(ExpertId::all(moe.spec.experts).take(k));
                     lane.weights.extend(std::iter::repeat_n(0.0, k));
                     let hidden = self.spec.hidden;
                     lane.normed[row * hidden..][..hidden].fill(0.0);
@@ -367,24 +386,32 @@ impl Trunk {
         Choices::new(k, std::mem::take(&mut lane.ids), std::mem::take(&mut lane.weights))
     }
 
-    /// Waits for the lane's experts, if any are out, and adds what they say to the residual.
-    fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane) {
-        let Some(ticket) = lane.in_flight.take() else { return };
-        lane.moe_out.resize(lane.residual.len(), 0.0);
-        let deadline = Instant::now() + ctx.timeout;
-        match ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out)) {
-            Ok(()) => add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier),
-            Err(error) => lane.failed = Some(error),
+    /// Waits for the lane's experts, if any are out, and adds what they and shared ones say to the residual.
+    /// `next` is the layer that comes then.
+    fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, next: usize) {
+        if let Some(ticket) = lane.in_flight.take() {
+            lane.moe_out.resize(lane.residual.len(), 0.0);
+            let deadline = Instant::now() + ctx.timeout;
+            match ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out)) {
+                Ok(()) => {
+                    if !lane.shared_out.is_empty() {
+                        add_scaled(&mut lane.moe_out, &lane.shared_out, 1.0);
+                    }
+                    add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier);
+                }
+                Err(error) => lane.failed = Some(error),
+            }
+        }
+        let layer = next.checked_sub(1).map(|layer| LayerId::new(layer as u32, self.layers.len() as u32));
+        if let (Some(observe), Some(Ok(layer))) = (&mut ctx.observe, layer) {
+            observe(View::Hidden { layer, rows: &lane.residual });
         }
     }
 
     fn dense(&self, ctx: &mut StepContext<'_>, expert: &Expert, lane: &mut Lane) {
-        lane.every_row.clear();
-        lane.every_row.extend((0..).take(lane.rows));
-        lane.moe_out.resize(lane.residual.len(), 0.0);
-        let groups = [ExpertRows { expert, rows: &lane.every_row }];
-        let precision = precision(self.compute);
-        grouped_ffn(ctx.cpu, &groups, &lane.normed, precision, &mut lane.ffn, &mut lane.moe_out);
+        lane.number_rows();
+        let Lane { normed, every_row, ffn, moe_out, .. } = lane;
+        gated_mlp(ctx.cpu, expert, normed, every_row, precision(self.compute), ffn, moe_out);
         add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier);
     }
 
@@ -438,6 +465,11 @@ impl Trunk {
 }
 
 impl Lane {
+    fn number_rows(&mut self) {
+        self.every_row.clear();
+        self.every_row.extend((0..).take(self.rows));
+    }
+
     /// Says what the lane's failure means for each of its sequences.
     fn give_up(&mut self, sequences: &[SeqInput<'_>]) {
         let Some(error) = &self.failed else { return };
