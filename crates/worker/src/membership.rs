@@ -236,13 +236,15 @@ mod tests {
         };
         let (sender, receiver) = watch::channel(seen(&[a]));
         let applicant = Applicant {
+            dialer: Dialer::default(),
             worker: WorkerId::new("w").unwrap(),
             listen: "127.0.0.1:1".parse().unwrap(),
             advertise: None,
             model: None,
+            known: Arc::default(),
         };
         let routers = Routers::Named { name: "routers:1".parse().unwrap(), seen: receiver };
-        assert_eq!(routers.now(), [Address::from(a)]);
+        assert_eq!(routers.now().unwrap(), [Address::from(a)]);
         let staying = tokio::spawn(applicant.stay_with(routers.clone()));
         called(&calls_a, 2).await;
         assert_eq!(calls_b.load(Ordering::SeqCst), 0);
@@ -257,7 +259,7 @@ mod tests {
         // What ended does not come back, and nothing is left behind.
         staying.abort();
         assert!(staying.await.unwrap_err().is_cancelled());
-        assert_eq!(routers.now(), [Address::from(b)]);
+        assert_eq!(routers.now().unwrap(), [Address::from(b)]);
     }
 
     #[tokio::test]
