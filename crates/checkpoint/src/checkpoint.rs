@@ -22,9 +22,9 @@ use crate::spec::{ModelSpec, Role};
 #[cfg(not(target_endian = "little"))]
 compile_error!("muster-checkpoint reads weights in place, which needs a little-endian target");
 
-const CONFIG_FILE: &str = "config.json";
+pub(crate) const CONFIG_FILE: &str = "config.json";
 const GENERATION_FILE: &str = "generation_config.json";
-const LONGEST_CONFIG: u64 = 4 << 20;
+pub(crate) const LONGEST_CONFIG: u64 = 4 << 20;
 const LONGEST_SIDE_FILE: u64 = 128 << 20;
 
 /// A verified model. Holds its files open; weights are read when asked for, by any number of threads.

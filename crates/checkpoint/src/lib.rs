@@ -3,6 +3,7 @@
 //! [`Checkpoint::open`] reads `config.json`, the index and the header of every shard, and checks the presence, dtype
 //! and shape of every tensor against the configuration before any weight byte is touched. After that,
 //! [`Checkpoint::read`] reads exactly the byte range of one weight: a worker reads its experts and nothing else.
+//! [`Survey::open`] needs no weights, and a [`Preset`] no file: what they have is an [`Outline`], from which sizes follow.
 //!
 //! What always holds: an open checkpoint has every weight that its [`spec::ModelSpec`] implies, in the shape it
 //! implies; nothing is allocated by a size that a file claims before that size was compared with the file's length;
@@ -27,13 +28,18 @@ mod index;
 mod inventory;
 mod json;
 mod locate;
+pub mod outline;
 mod plan;
 pub mod spec;
+mod survey;
 
 pub use checkpoint::{Checkpoint, Stored, Weight, WeightData};
 pub use config::ConfigError;
 pub use error::CheckpointError;
+pub use families::Preset;
 pub use files::{FileError, Source};
 pub use index::IndexError;
 pub use inventory::{Inventory, LayerInventory};
 pub use locate::{LocateError, locate};
+pub use outline::Outline;
+pub use survey::Survey;

@@ -14,7 +14,7 @@ use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType};
 
 use crate::backend::DEFAULT_GRPC;
-use crate::numbers::{chunk, fraction, not_negative, threads, worker_count};
+use crate::numbers::{Machines, chunk, fraction, machines, not_negative, threads, worker_count};
 use crate::plain_http::DEFAULT_ADMIN;
 
 /// Serves Mixture-of-Experts language models with their experts spread over many processes.
@@ -63,6 +63,8 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// Say what a model is, how big its parts are, and whether it loads.
     CheckModel(CheckModelArgs),
+    /// Say what it takes to serve a model: memory, workers, network. Needs no weights, and for well-known models no file.
+    Plan(PlanArgs),
     /// Write the logits and gate choices of every position, to compare with another implementation.
     Logits(LogitsArgs),
     /// Measure throughput and latency.
@@ -577,6 +579,57 @@ pub(crate) struct CheckModelArgs {
     #[arg(long, value_name = "N", value_parser = threads, requires = "quality")]
     pub(crate) threads: Option<NonZeroUsize>,
     /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Experts are placed whole, and a worker takes four fifths of its memory for them unless told otherwise. Every router \
+                        holds the trunk and the keys and values of its requests. What goes over the wire is computed for gates that \
+                        choose all experts equally often and for experts spread evenly.\n\n\
+                        Examples:\n  muster plan mixtral-8x7b --gpu 24GiB\n  \
+                        muster plan qwen3-30b-a3b --worker 32GiB --replicas 2 --expert-dtype q8\n  \
+                        muster plan ./my-moe --devices 64GiB,64GiB,32GiB --combine partial\n  \
+                        muster plan mixtral-8x22b --worker 128GiBx2 --worker 48GiB --sequences 64 --context 8192 --rate 500\n\n\
+                        Exit codes: 0 it fits, or nothing was said about workers; 1 it does not fit the workers given; 2 bad input."
+)]
+pub(crate) struct PlanArgs {
+    /// Name of a well-known model, as in mixtral-8x7b (a wrong one lists them); or a directory with config.json, org/name of
+    /// a pulled model, or demo.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Workers with this much memory, as in 64GiB, as many as needed; or as in 64GiBx2, so many. Given once for each size.
+    #[arg(long = "worker", value_name = "SIZE[xN]", value_parser = machines)]
+    pub(crate) workers: Vec<Machines>,
+    /// The same, of GPUs with this much memory.
+    #[arg(long = "gpu", value_name = "SIZE[xN]", value_parser = machines)]
+    pub(crate) gpus: Vec<Machines>,
+    /// Memory of workers that are there, one after another: does the model fit?
+    #[arg(long, value_name = "SIZE,SIZE,...", value_delimiter = ',', value_parser = machines)]
+    pub(crate) devices: Vec<Machines>,
+    /// Copies of every expert on different workers.
+    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub(crate) replicas: u32,
+    /// How experts are held: native, q8 or q4.
+    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype)]
+    pub(crate) expert_dtype: WeightDType,
+    /// How attention's linears, dense MLPs and the head are held: native, q8 or q4.
+    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype)]
+    pub(crate) trunk_dtype: WeightDType,
+    /// Tokens of a sequence that the KV cache is to hold [default: 4096, or the model's context].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) context: Option<u32>,
+    /// Sequences at once, in one router.
+    #[arg(long, default_value = "16", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) sequences: u32,
+    /// Where workers' outputs are added: exact or partial.
+    #[arg(long, default_value = "exact", value_name = "MODE")]
+    pub(crate) combine: Combine,
+    /// Tokens a second, prompts included, that the network is to carry.
+    #[arg(long, default_value = "100", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: u32,
+    /// Print one line of JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -2,6 +2,8 @@
 
 use std::num::{NonZeroU32, NonZeroUsize};
 
+use muster_config::parse_size;
+
 use crate::cluster::MOST_ROWS;
 
 /// A finite number.
@@ -42,6 +44,26 @@ pub(crate) fn worker_count(text: &str) -> Result<NonZeroU32, String> {
     number.ok_or_else(|| "it is not a whole number from 1 to 256".to_owned())
 }
 
+/// Machines of one size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Machines {
+    /// Bytes of memory of each.
+    pub(crate) memory: u64,
+    /// How many; `None`: as many as needed.
+    pub(crate) count: Option<NonZeroU32>,
+}
+
+/// `64GiB` or `64GiBx2`.
+pub(crate) fn machines(text: &str) -> Result<Machines, String> {
+    let Some((size, count)) = text.split_once('x') else {
+        return parse_size(text).map(|memory| Machines { memory, count: None });
+    };
+    let memory = parse_size(size)?;
+    let count = count.parse::<NonZeroU32>().ok().filter(|count| count.get() <= 100_000);
+    let reason = || format!("{text:?} does not end in a number of machines; write as in 64GiBx2");
+    count.map(|count| Machines { memory, count: Some(count) }).ok_or_else(reason)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +74,12 @@ mod tests {
             not_negative("nan").is_err() && not_negative("-0.1").is_err() && not_negative("inf").is_err()
         );
         assert!(fraction("1.1").is_err() && fraction("1").is_ok());
+        let two = Machines { memory: 64 << 30, count: NonZeroU32::new(2) };
+        assert_eq!(machines("64GiBx2"), Ok(two));
+        assert_eq!(machines("64GiB"), Ok(Machines { count: None, ..two }));
+        for wrong in ["64", "64x2", "64GiBx", "64GiBx0", "64GiBx-1", "64GiBx2x2", "x2", "0GiB", ""] {
+            assert!(machines(wrong).is_err(), "{wrong}");
+        }
         assert!(threads("0").is_err() && threads("1_000").is_err() && threads("8").is_ok());
     }
 }

@@ -62,7 +62,7 @@ fn help_and_version_are_answers_and_no_errors() {
 
 #[test]
 fn every_command_shows_help_with_an_example_or_what_it_does() {
-    for command in ["up", "router", "worker", "chat", "generate", "check-model", "logits", "bench"] {
+    for command in ["up", "router", "worker", "chat", "generate", "check-model", "plan", "logits", "bench"] {
         let text = stdout(&run(&[command, "--help"]));
         assert!(text.contains(&format!("muster {command}")) && text.contains("xample"), "{command}: {text}");
     }

@@ -1,7 +1,8 @@
 //! "Did you mean": the known name nearest to one that is not known.
 
 /// The nearest of `known`, if it is near enough to be meant.
-pub(crate) fn nearest<'a>(unknown: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+#[must_use]
+pub fn nearest<'a>(unknown: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     // A name longer than any key is not a slip of the keyboard, and would be slow to compare.
     if unknown.len() > 64 {
         return None;

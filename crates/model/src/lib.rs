@@ -9,6 +9,7 @@
 mod error;
 pub mod evaluate;
 pub mod experts;
+pub mod footprint;
 pub mod gate;
 pub mod local;
 pub mod reference;

@@ -8,11 +8,13 @@
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
 //! - [`hedge`]: how long an answer may take before another replica is asked too;
 //! - [`lease`]: which router leads;
-//! - [`Ledger`]: what a leader may count on while its orders are on their way.
+//! - [`Ledger`]: what a leader may count on while its orders are on their way;
+//! - [`Demand`] and [`workers_per_row()`]: how many workers a model takes, and what its rows take on the wire.
 //!
 //! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give
 //! the same answer everywhere: nothing here reads a clock, draws a number or knows of addresses and the network.
 
+mod capacity;
 pub mod hedge;
 pub mod lease;
 mod ledger;
@@ -22,8 +24,10 @@ mod plan;
 mod shape;
 mod sizes;
 mod split;
+mod traffic;
 mod transition;
 
+pub use capacity::Demand;
 pub use ledger::{Ledger, Stamp};
 pub use loads::Loads;
 pub use placement::{Placement, PlacementError, WorkerIx};
@@ -31,4 +35,5 @@ pub use plan::{Figures, Goals, Holdings, Member, Target, plan};
 pub use shape::Shape;
 pub use sizes::{ExpertSizes, SizesError};
 pub use split::{SplitError, split};
+pub use traffic::workers_per_row;
 pub use transition::{Orders, Present, Transition, transition};

@@ -41,7 +41,7 @@ use loader::Loader;
 use membership::{Applicant, Routers};
 use report::Standing;
 
-pub use memory::memory_for_experts;
+pub use memory::{PART_FOR_EXPERTS, memory_for_experts};
 
 /// Longest time a router may ask for; longer deadlines are cut to it.
 const MAX_DEADLINE: Duration = Duration::from_secs(300);

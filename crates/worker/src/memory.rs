@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// Part of the memory that is free at the start, in percent.
-const PART: u64 = 80;
+pub const PART_FOR_EXPERTS: u64 = 80;
 
 /// Bytes for experts: most of what the system, or the control group this process is in, has left now.
 #[must_use]
@@ -19,7 +19,7 @@ pub fn memory_for_experts() -> u64 {
         })
         .map(|(limit, used)| limit.saturating_sub(used));
     let free = system.into_iter().chain(limit).min().unwrap_or(u64::MAX);
-    free / 100 * PART
+    free / 100 * PART_FOR_EXPERTS
 }
 
 fn read(path: impl AsRef<Path>) -> Option<String> {

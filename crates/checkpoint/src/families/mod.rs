@@ -2,7 +2,7 @@
 //!
 //! A family is one row of [`FAMILIES`]: how `config.json` becomes a [`ModelSpec`], and which tensors hold a layer's
 //! experts. Everything that the families share (the trunk's keys and tensor names) is in [`base`] and [`trunk`]. A value
-//! that this build cannot compute is refused here, by key and value.
+//! that this build cannot compute is refused here, by key and value. Published models are in [`presets`], as sizes alone.
 
 mod base;
 mod ernie4_5_moe;
@@ -10,6 +10,7 @@ mod glm4_moe;
 mod granitemoe;
 mod mixtral;
 mod olmoe;
+mod presets;
 mod qwen2_moe;
 mod qwen3_moe;
 mod trunk;
@@ -20,6 +21,8 @@ use crate::config::{Config, ConfigError};
 use crate::error::{CheckpointError, clip};
 use crate::plan::PlanBuilder;
 use crate::spec::{MlpSpec, ModelSpec, MoeSpec};
+
+pub use presets::Preset;
 
 /// One family.
 pub(crate) struct Family {

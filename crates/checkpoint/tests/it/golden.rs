@@ -6,12 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, GateRecipe, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, RopePairs,
-    RopeSpec, Score, SharedSpec,
+    AttentionSpec, ExpertRole, GateRecipe, LayerRole, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Role,
+    RopePairs, RopeSpec, Score, SharedSpec,
 };
-use muster_checkpoint::{Checkpoint, Source, WeightData};
+use muster_checkpoint::{Checkpoint, Outline, Source, Survey, WeightData};
 use muster_types::DType;
 use safetensors::SafeTensors;
+use serde_json::{Map, Value};
 
 use crate::model::{Model, open, refused, root};
 
@@ -270,6 +271,58 @@ fn the_inventory_adds_up() {
 }
 
 #[test]
+fn outlines_have_what_checkpoints_have() {
+    let demo = root().join("models/demo");
+    for dir in GOLDEN.map(golden).into_iter().chain([demo]) {
+        let (checkpoint, name) = (open(&dir).unwrap(), dir.display());
+        let (inventory, outline) = (checkpoint.inventory(), Outline::of(checkpoint.spec()));
+        assert_eq!(outline.parameters(), inventory.parameters, "{name}");
+        assert_eq!(outline.active_parameters(), inventory.active_parameters, "{name}");
+        assert_eq!(outline.stored_bytes(), inventory.total_bytes, "{name}");
+        for (layer, sizes) in outline.layers.iter().zip(&inventory.layers) {
+            let bytes = layer.experts.map(|moe| moe.stored_bytes(outline.hidden, outline.experts));
+            assert_eq!(bytes.unwrap_or(0), sizes.expert_bytes, "{name}");
+        }
+    }
+    // Dense layers, biases and norms as configured.
+    let checkpoint = open(Model::qwen3_moe().written().path()).unwrap();
+    let outline = Outline::of(checkpoint.spec());
+    assert_eq!(outline.parameters(), checkpoint.inventory().parameters);
+}
+
+#[test]
+fn a_survey_needs_no_weights() {
+    for name in GOLDEN {
+        let empty = tempfile::tempdir().unwrap();
+        let survey = || Survey::open(&Source::Directory(empty.path().to_owned()));
+        fs::copy(golden(name).join("config.json"), empty.path().join("config.json")).unwrap();
+        let spec = ModelSpec { eos: Vec::new(), ..opened(name).spec().clone() };
+        let surveyed = survey().unwrap();
+        assert_eq!(
+            (ModelSpec { eos: Vec::new(), ..surveyed.spec }, surveyed.indexed_bytes),
+            (spec.clone(), None)
+        );
+        let bytes = opened(name).inventory().total_bytes;
+        let index = format!(r#"{{"metadata": {{"total_size": {bytes}}}, "weight_map": {{}}}}"#);
+        fs::write(empty.path().join("model.safetensors.index.json"), index).unwrap();
+        let config = fs::read(golden(name).join("config.json")).unwrap();
+        let mut config: Map<String, Value> = serde_json::from_slice(&config).unwrap();
+        let write = |config: &Map<String, Value>| {
+            fs::write(empty.path().join("config.json"), serde_json::to_vec(config).unwrap()).unwrap();
+        };
+        // A configuration that names no dtype: the index tells it.
+        config.retain(|key, _| !key.ends_with("dtype"));
+        write(&config);
+        let surveyed = survey().unwrap();
+        assert_eq!((surveyed.spec.dtype, surveyed.indexed_bytes), (spec.dtype, Some(bytes)), "{name}");
+        config.insert("torch_dtype".to_owned(), "float8".into());
+        write(&config);
+        let error = survey().unwrap_err().to_string();
+        assert!(error.starts_with("config.json: `torch_dtype` is \"float8\""), "{error}");
+    }
+}
+
+#[test]
 fn a_model_built_into_the_program_is_the_same_model() {
     let dir = Model::mixtral().written();
     let files = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
@@ -310,7 +363,7 @@ fn fused_experts_are_checked_as_a_whole() {
             fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
         }
         let config = fs::read_to_string(golden("granitemoe").join("config.json")).unwrap();
-        let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        let mut config: Value = serde_json::from_str(&config).unwrap();
         config[key] = serde_json::from_str(value).unwrap();
         fs::remove_file(dir.path().join("config.json")).unwrap();
         fs::write(dir.path().join("config.json"), config.to_string()).unwrap();

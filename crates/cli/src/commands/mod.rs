@@ -11,6 +11,8 @@ mod check_model;
 mod generate;
 mod keys;
 mod logits;
+mod plan;
+mod plan_text;
 mod pull;
 mod quality;
 mod router;
@@ -54,6 +56,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Generate(args) => on_main_thread(generate::run(&args, &log)),
         Command::Status(args) => on_main_thread(status::run(&args)),
         Command::CheckModel(args) => check_model::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Logits(args) => on_main_thread(logits::run(&args, &log)),
         Command::Bench(args) => on_main_thread(bench::run(&args, &log)),
         Command::Certs(command) => on_main_thread(certs::run(&command)),

@@ -1,0 +1,351 @@
+//! What a model's sizes follow from, and every matrix that it has by what it is for: no file is needed for it.
+//!
+//! Always holds: the outline of a [`ModelSpec`] has exactly the parameters that a checkpoint of that spec must have. Does
+//! not know how weights are packed in memory.
+
+use muster_types::DType;
+
+use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, SharedSpec};
+
+/// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outline {
+    /// Rows of embedding and head.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Longest sequence, tokens.
+    pub context: usize,
+    /// The head is the embedding.
+    pub tied_head: bool,
+    /// How embedding, head and gates are stored.
+    pub stored: StoredAs,
+    /// How attention's linears, dense MLPs and shared experts are stored.
+    pub linears: StoredAs,
+    /// How routed experts are stored.
+    pub experts: StoredAs,
+    /// Layers in order.
+    pub layers: Vec<LayerOutline>,
+}
+
+/// One layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerOutline {
+    /// Its attention.
+    pub attention: AttentionOutline,
+    /// Width of the gated MLP that every token passes, a dense layer's or shared experts'; 0 without one.
+    pub dense: usize,
+    /// Shared experts are weighted by a linear layer with one output.
+    pub shared_scale: bool,
+    /// Its routed experts.
+    pub experts: Option<ExpertsOutline>,
+}
+
+/// What attention has for weights, and keeps per token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttentionOutline {
+    /// Grouped queries: keys and values are kept.
+    Grouped {
+        /// Query heads.
+        heads: usize,
+        /// Key/value heads.
+        kv_heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+        /// Elements of norms, biases and sinks.
+        vectors: usize,
+    },
+    /// Multi-head latent attention (DeepSeek-V2, section 2.1): the compressed latent and the rotated key are kept.
+    Latent {
+        /// Query heads.
+        heads: usize,
+        /// Width of the queries' latent.
+        q_rank: usize,
+        /// Width of the keys' and values' latent.
+        kv_rank: usize,
+        /// Width of a head's key that is not rotated.
+        nope: usize,
+        /// Width of the rotated key, which heads share.
+        rope: usize,
+        /// Width of a head's value.
+        value: usize,
+    },
+}
+
+/// Routed experts of a layer: gated MLPs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsOutline {
+    /// How many.
+    pub count: u32,
+    /// How many of them a token passes.
+    pub top_k: u32,
+    /// Width of one.
+    pub intermediate: usize,
+    /// All three of its projections have biases.
+    pub biases: bool,
+    /// The gate has a number per expert beside its matrix: a bias.
+    pub gate_bias: bool,
+}
+
+/// How weights are stored in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoredAs {
+    /// Plain elements.
+    Plain(DType),
+    /// A byte each, with an f32 scale for every block of 128 by 128.
+    Fp8,
+    /// OCP Microscaling: four bits each, with a byte of scale for every 32 along a row: 4.25 bits.
+    Mxfp4,
+}
+
+/// A weight of the trunk, by how it is held in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// `[vocab, hidden]`.
+    Embedding,
+    /// `[vocab, hidden]`; absent when tied.
+    Head,
+    /// A projection of attention, of a dense MLP or of a shared expert.
+    Linear,
+    /// `[experts, hidden]`.
+    Gate,
+    /// Norms and biases.
+    Vector,
+}
+
+/// A matrix `[rows, cols]`; a vector has one column.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// What it is for.
+    pub used_as: Use,
+    /// Output features, or length.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+}
+
+impl Piece {
+    fn elements(&self) -> u64 {
+        self.rows as u64 * self.cols as u64
+    }
+}
+
+impl StoredAs {
+    /// Bytes of a matrix `[rows, cols]`.
+    #[must_use]
+    pub const fn bytes(self, rows: usize, cols: usize) -> u64 {
+        let (rows, cols) = (rows as u64, cols as u64);
+        match self {
+            Self::Plain(dtype) => rows * cols * dtype.size() as u64,
+            Self::Fp8 => rows * cols + 4 * rows.div_ceil(128) * cols.div_ceil(128),
+            Self::Mxfp4 => rows * cols.div_ceil(32) * (16 + 1),
+        }
+    }
+
+    /// Of a norm or bias beside such weights.
+    const fn vector_bytes(self, elements: u64) -> u64 {
+        match self {
+            Self::Plain(dtype) => elements * dtype.size() as u64,
+            Self::Fp8 | Self::Mxfp4 => elements * DType::Bf16.size() as u64,
+        }
+    }
+}
+
+impl ExpertsOutline {
+    /// Gate, up and down projection of one expert.
+    #[must_use]
+    pub const fn matrices(&self, hidden: usize) -> [(usize, usize); 3] {
+        [(self.intermediate, hidden), (self.intermediate, hidden), (hidden, self.intermediate)]
+    }
+
+    /// Elements of one expert's biases.
+    #[must_use]
+    pub const fn bias_elements(&self, hidden: usize) -> u64 {
+        if self.biases { 2 * self.intermediate as u64 + hidden as u64 } else { 0 }
+    }
+
+    /// Parameters of one expert.
+    #[must_use]
+    pub fn parameters(&self, hidden: usize) -> u64 {
+        let matrices = self.matrices(hidden).map(|(rows, cols)| rows as u64 * cols as u64);
+        matrices.iter().sum::<u64>() + self.bias_elements(hidden)
+    }
+
+    /// Bytes of one expert as stored.
+    #[must_use]
+    pub fn stored_bytes(&self, hidden: usize, stored: StoredAs) -> u64 {
+        let matrices = self.matrices(hidden).map(|(rows, cols)| stored.bytes(rows, cols));
+        matrices.iter().sum::<u64>() + stored.vector_bytes(self.bias_elements(hidden))
+    }
+}
+
+impl Outline {
+    /// That of a model which this build can compute.
+    #[must_use]
+    pub fn of(spec: &ModelSpec) -> Self {
+        let stored = StoredAs::Plain(spec.dtype);
+        Self {
+            vocab: spec.vocab as usize,
+            hidden: spec.hidden,
+            context: spec.context,
+            tied_head: spec.tied_head,
+            stored,
+            linears: stored,
+            experts: stored,
+            layers: spec.layers.iter().map(|layer| LayerOutline::of(layer, spec.hidden)).collect(),
+        }
+    }
+
+    /// Every weight of the trunk.
+    pub fn trunk(&self) -> impl Iterator<Item = Piece> + '_ {
+        let table = |used_as| Piece { used_as, rows: self.vocab, cols: self.hidden };
+        let head = (!self.tied_head).then(|| table(Use::Head));
+        let outer = [table(Use::Embedding), vector(self.hidden)].into_iter().chain(head);
+        outer.chain(self.layers.iter().flat_map(|layer| layer.trunk(self.hidden)))
+    }
+
+    /// Layers that have routed experts.
+    pub fn moe_layers(&self) -> impl Iterator<Item = &ExpertsOutline> {
+        self.layers.iter().filter_map(|layer| layer.experts.as_ref())
+    }
+
+    /// Parameters of everything but routed experts.
+    #[must_use]
+    pub fn trunk_parameters(&self) -> u64 {
+        self.trunk().map(|piece| piece.elements()).sum()
+    }
+
+    /// Parameters in all.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
+        let experts = self.moe_layers().map(|moe| u64::from(moe.count) * moe.parameters(self.hidden));
+        self.trunk_parameters() + experts.sum::<u64>()
+    }
+
+    /// Parameters that one token uses: the trunk, and `top_k` experts of every layer that has them.
+    #[must_use]
+    pub fn active_parameters(&self) -> u64 {
+        let experts = self.moe_layers().map(|moe| u64::from(moe.top_k) * moe.parameters(self.hidden));
+        self.trunk_parameters() + experts.sum::<u64>()
+    }
+
+    /// Bytes as stored.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        let experts =
+            self.moe_layers().map(|moe| u64::from(moe.count) * moe.stored_bytes(self.hidden, self.experts));
+        let trunk = self.trunk().map(|piece| match piece.used_as {
+            Use::Linear => self.linears.bytes(piece.rows, piece.cols),
+            Use::Vector => self.stored.vector_bytes(piece.elements()),
+            Use::Embedding | Use::Head | Use::Gate => self.stored.bytes(piece.rows, piece.cols),
+        });
+        trunk.sum::<u64>() + experts.sum::<u64>()
+    }
+}
+
+impl LayerOutline {
+    // Every field is named, so that a field which is new has to be counted or said to have no weights.
+    fn of(layer: &LayerSpec, hidden: usize) -> Self {
+        let LayerSpec { attention, mlp } = layer;
+        let attention = AttentionOutline::of(attention, hidden);
+        match mlp {
+            MlpSpec::Dense { intermediate } => {
+                Self { attention, dense: *intermediate, shared_scale: false, experts: None }
+            }
+            MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate, shared }) => {
+                let (count, top_k, intermediate) = (*experts, *top_k, *intermediate);
+                let gate_bias = gate.selection_bias;
+                let experts = ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias };
+                let shared_scale = matches!(shared, SharedSpec::SigmoidGated { .. });
+                let dense = shared.intermediate().unwrap_or(0);
+                Self { attention, dense, shared_scale, experts: Some(experts) }
+            }
+        }
+    }
+
+    fn trunk(&self, hidden: usize) -> Vec<Piece> {
+        let mut pieces = vec![vector(hidden), vector(hidden)];
+        pieces.extend(self.attention.trunk(hidden));
+        if self.dense > 0 {
+            pieces.extend([
+                linear(self.dense, hidden),
+                linear(self.dense, hidden),
+                linear(hidden, self.dense),
+            ]);
+        }
+        pieces.extend(self.shared_scale.then(|| vector(hidden)));
+        if let Some(moe) = &self.experts {
+            let count = moe.count as usize;
+            pieces.push(Piece { used_as: Use::Gate, rows: count, cols: hidden });
+            pieces.extend(moe.gate_bias.then(|| vector(count)));
+        }
+        pieces
+    }
+}
+
+impl AttentionOutline {
+    fn of(attention: &AttentionSpec, hidden: usize) -> Self {
+        let AttentionSpec {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: _,
+            qk_norm,
+            clip_qkv: _,
+            qkv_bias,
+            o_bias,
+            rope: _,
+            window: _,
+        } = *attention;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        let norms = match qk_norm {
+            QkNorm::None => 0,
+            QkNorm::PerHead => 2 * head_dim,
+            QkNorm::FullWidth => q + kv,
+        };
+        let biases = if qkv_bias { q + 2 * kv } else { 0 } + if o_bias { hidden } else { 0 };
+        Self::Grouped { heads, kv_heads, head_dim, vectors: norms + biases }
+    }
+
+    fn trunk(&self, hidden: usize) -> Vec<Piece> {
+        match *self {
+            Self::Grouped { heads, kv_heads, head_dim, vectors } => {
+                let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+                let linears =
+                    vec![linear(q, hidden), linear(kv, hidden), linear(kv, hidden), linear(hidden, q)];
+                linears.into_iter().chain((vectors > 0).then(|| vector(vectors))).collect()
+            }
+            Self::Latent { heads, q_rank, kv_rank, nope, rope, value } => vec![
+                linear(q_rank, hidden),
+                vector(q_rank),
+                linear(heads * (nope + rope), q_rank),
+                linear(kv_rank + rope, hidden),
+                vector(kv_rank),
+                linear(heads * (nope + value), kv_rank),
+                linear(hidden, heads * value),
+            ],
+        }
+    }
+}
+
+const fn linear(rows: usize, cols: usize) -> Piece {
+    Piece { used_as: Use::Linear, rows, cols }
+}
+
+const fn vector(rows: usize) -> Piece {
+    Piece { used_as: Use::Vector, rows, cols: 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_bits_come_with_their_scales() {
+        assert_eq!(StoredAs::Plain(DType::F32).bytes(3, 5), 60);
+        assert_eq!(StoredAs::Fp8.bytes(256, 128), 256 * 128 + 4 * 2);
+        assert_eq!(StoredAs::Fp8.bytes(1, 129), 129 + 4 * 2);
+        // 4.25 bits each.
+        assert_eq!(StoredAs::Mxfp4.bytes(2, 64) * 8, 2 * 64 * 17 / 4);
+    }
+}

@@ -1,0 +1,386 @@
+//! `muster plan`: what it takes to serve a model, from its configuration alone.
+//!
+//! Gathers sizes (`muster_model::footprint`), counts workers and rows (`muster_placement`), and says both. Reads no weights.
+
+use std::num::NonZeroU32;
+
+use muster_checkpoint::outline::StoredAs;
+use muster_checkpoint::{Outline, Preset, Survey};
+use muster_config::nearest;
+use muster_model::footprint::Footprint;
+use muster_placement::{Demand, workers_per_row};
+use muster_types::{Combine, Compute, DType, WeightDType};
+use muster_worker::PART_FOR_EXPERTS;
+use serde::Serialize;
+
+use super::plan_text;
+use crate::args::PlanArgs;
+use crate::failure::Failure;
+use crate::numbers::Machines;
+use crate::{models, out, text};
+
+/// Memory of workers, GiB, when nobody says which there are.
+const USUAL_GIB: [u64; 6] = [16, 24, 48, 80, 192, 512];
+const USUAL_CONTEXT: u64 = 4096;
+const MIB: u64 = 1 << 20;
+
+/// What `--json` prints. Sizes are in bytes.
+#[derive(Serialize)]
+pub(super) struct Report {
+    pub(super) model: String,
+    /// What `muster router --model` takes for it.
+    pub(super) loaded_from: String,
+    pub(super) family: String,
+    /// Whether the facts are those of a preset, and not of a directory.
+    pub(super) preset: bool,
+    /// Whether this build has its family.
+    pub(super) served: bool,
+    pub(super) parameters: u64,
+    pub(super) active_parameters: u64,
+    pub(super) layers: usize,
+    pub(super) moe_layers: usize,
+    pub(super) experts_per_layer: u32,
+    pub(super) experts_per_token: u32,
+    pub(super) hidden: usize,
+    pub(super) stored_bytes: u64,
+    /// What the index of the directory says, when it says another size.
+    pub(super) indexed_bytes: Option<u64>,
+    pub(super) experts_stored_as: &'static str,
+    pub(super) expert_dtype: String,
+    pub(super) trunk_dtype: String,
+    pub(super) trunk_bytes: u64,
+    pub(super) expert_bytes: u64,
+    pub(super) experts: u64,
+    pub(super) all_experts_bytes: u64,
+    pub(super) kv_token_bytes: u64,
+    pub(super) context: u64,
+    pub(super) sequences: u32,
+    pub(super) kv_bytes: u64,
+    pub(super) router_bytes: u64,
+    pub(super) replicas: u32,
+    pub(super) memory_for_experts_percent: u64,
+    /// Workers that are given by number.
+    pub(super) given: Vec<Given>,
+    /// Copies of all experts that those can hold.
+    pub(super) given_copies: u64,
+    /// Experts' copies for which they have no place.
+    pub(super) given_missing: u64,
+    /// Sizes of which any number may be added; each by itself.
+    pub(super) sizes: Vec<Size>,
+    pub(super) combine: String,
+    pub(super) wire_dtype: String,
+    pub(super) rate: u32,
+    pub(super) wire: Vec<Wire>,
+}
+
+/// Workers that are there.
+#[derive(Serialize)]
+pub(super) struct Given {
+    pub(super) memory_bytes: u64,
+    pub(super) expert_memory_bytes: u64,
+    pub(super) workers: u32,
+    /// Experts that each can hold.
+    pub(super) experts_each: u64,
+    pub(super) gpu: bool,
+}
+
+/// A size of workers, and how many are needed.
+#[derive(Serialize)]
+pub(super) struct Size {
+    pub(super) memory_bytes: u64,
+    pub(super) expert_memory_bytes: u64,
+    pub(super) experts_each: u64,
+    /// For 1 copy of every expert, for 2, and for as many as asked if that is more; beside the workers given.
+    pub(super) workers_by_copies: Vec<(u32, u64)>,
+    /// For as many copies as asked, and with more than one copy a worker more: one can be lost, and all copies come back.
+    pub(super) workers: u64,
+    pub(super) gpu: bool,
+}
+
+/// What goes over the network, on average, with so many workers. Bytes of rows, without framing.
+#[derive(Serialize)]
+pub(super) struct Wire {
+    pub(super) workers: u64,
+    /// Workers that a token's row is sent to, in one layer.
+    pub(super) workers_per_row: f64,
+    pub(super) sent_per_layer: f64,
+    pub(super) returned_per_layer: f64,
+    pub(super) returned_per_layer_partial: f64,
+    /// Of a token, over all layers.
+    pub(super) sent_per_token: f64,
+    pub(super) returned_per_token: f64,
+    /// Bytes a second at the rate asked for.
+    pub(super) sent_per_second: f64,
+    pub(super) returned_per_second: f64,
+}
+
+/// The model asked about.
+struct Subject {
+    name: String,
+    loaded_from: String,
+    family: String,
+    preset: bool,
+    served: bool,
+    outline: Outline,
+    indexed_bytes: Option<u64>,
+}
+
+pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
+    let report = report(args, subject(&args.model)?)?;
+    if args.json {
+        out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?)?;
+    } else {
+        out::write(&plan_text::for_people(&report))?;
+    }
+    let fits = report.given_missing == 0 || report.given.is_empty() || !report.sizes.is_empty();
+    if fits { Ok(()) } else { Err(Failure::Quiet) }
+}
+
+fn subject(model: &str) -> Result<Subject, Failure> {
+    if let Some(preset) = Preset::find(&model.to_ascii_lowercase()) {
+        return Ok(Subject {
+            name: preset.name.to_owned(),
+            loaded_from: preset.repository.to_owned(),
+            family: preset.family.to_owned(),
+            preset: true,
+            served: preset.is_of_known_family(),
+            outline: preset.outline(),
+            indexed_bytes: None,
+        });
+    }
+    let source = models::source(model).map_err(|error| match error {
+        Failure::Input(_) if !model.contains('/') => Failure::Input(unknown(model)),
+        other => other,
+    })?;
+    let survey = Survey::open(&source).map_err(|error| Failure::input(format!("model {model}: {error}")))?;
+    Ok(Subject {
+        name: survey.name,
+        loaded_from: model.to_owned(),
+        family: survey.spec.family.to_owned(),
+        preset: false,
+        served: true,
+        outline: Outline::of(&survey.spec),
+        indexed_bytes: survey.indexed_bytes,
+    })
+}
+
+/// Why a name is not known, and what may have been meant.
+fn unknown(model: &str) -> String {
+    let asked = model.to_ascii_lowercase();
+    let names = || Preset::all().iter().map(|preset| preset.name);
+    let begun = || names().find(|name| !asked.is_empty() && name.starts_with(&asked));
+    let meant = nearest(&asked, names()).or_else(begun);
+    let meant = meant.map_or_else(String::new, |name| format!("; did you mean {name}?"));
+    format!(
+        "{model:?} is neither a well-known model nor a directory nor a pulled one{meant}\nwell-known are {}, and demo",
+        names().collect::<Vec<_>>().join(", ")
+    )
+}
+
+fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
+    let outline = &subject.outline;
+    let compute = Compute::default_for(match outline.stored {
+        StoredAs::Plain(dtype) => dtype,
+        StoredAs::Fp8 | StoredAs::Mxfp4 => DType::Bf16,
+    });
+    let footprint = |experts| Footprint::of(outline, compute, experts, args.trunk_dtype);
+    let uncountable = || Failure::input(format!("model {}: its bytes cannot be counted", subject.name));
+    let sizes = footprint(args.expert_dtype).ok_or_else(uncountable)?;
+    let demand = demand(outline, &sizes, args.replicas).ok_or_else(|| {
+        Failure::input(format!("model {}: has no layer with experts to place", subject.name))
+    })?;
+    let context = context(args, outline)?;
+    let kv_bytes = sizes.kv_sequence_bytes(context).saturating_mul(args.sequences.into());
+    let (given, open) = asked(args);
+    for machines in given.iter().chain(&open) {
+        if demand.held_by(for_experts(machines.0.memory)) == 0 {
+            let smaller = |dtype| footprint(dtype).map(|sizes| (dtype, largest(&sizes)));
+            let smaller = [WeightDType::Q8, WeightDType::Q4].map(smaller);
+            return Err(too_small(machines.0.memory, &demand, smaller.into_iter().flatten()));
+        }
+    }
+    let given: Vec<Given> = given.into_iter().map(|(machines, gpu)| there(machines, gpu, &demand)).collect();
+    let present = || given.iter().flat_map(|given| (0..given.workers).map(|_| given.expert_memory_bytes));
+    let nothing_said = given.is_empty() && open.is_empty();
+    let usual = USUAL_GIB.map(|gib| (Machines { memory: gib << 30, count: None }, false));
+    let open = if nothing_said { usual.to_vec() } else { open };
+    let (is_met, beside) =
+        (demand.missing(present()) == 0, u64::from(given.iter().map(|g| g.workers).sum::<u32>()));
+    let size = |(machines, gpu): (Machines, bool)| size(machines.memory, gpu, &demand, &present);
+    let options: Vec<Size> = open.into_iter().filter_map(size).collect();
+    let mut counts: Vec<u64> = options.iter().map(|size| size.workers + beside).collect();
+    if beside > 0 && (is_met || options.is_empty()) {
+        counts.insert(0, beside);
+    }
+    counts.dedup();
+    let wire = |workers| wire(workers, outline, compute, args);
+    let first = outline.moe_layers().next();
+    Ok(Report {
+        parameters: outline.parameters(),
+        active_parameters: outline.active_parameters(),
+        layers: outline.layers.len(),
+        moe_layers: outline.moe_layers().count(),
+        experts_per_layer: first.map_or(0, |moe| moe.count),
+        experts_per_token: first.map_or(0, |moe| moe.top_k),
+        hidden: outline.hidden,
+        stored_bytes: outline.stored_bytes(),
+        indexed_bytes: subject.indexed_bytes.filter(|bytes| *bytes != outline.stored_bytes()),
+        experts_stored_as: in_words(outline.experts),
+        expert_dtype: args.expert_dtype.to_string(),
+        trunk_dtype: args.trunk_dtype.to_string(),
+        trunk_bytes: sizes.trunk_bytes,
+        expert_bytes: demand.bytes_each,
+        experts: demand.experts,
+        all_experts_bytes: all_experts(outline, &sizes),
+        kv_token_bytes: sizes.kv_token_bytes,
+        context,
+        sequences: args.sequences,
+        kv_bytes,
+        router_bytes: sizes.trunk_bytes.saturating_add(kv_bytes),
+        replicas: args.replicas,
+        memory_for_experts_percent: PART_FOR_EXPERTS,
+        given_copies: demand.whole_copies(present()),
+        given_missing: demand.missing(present()),
+        given,
+        sizes: options,
+        combine: args.combine.to_string(),
+        wire_dtype: compute.wire_dtype().to_string(),
+        rate: args.rate,
+        wire: counts.into_iter().map(wire).collect(),
+        model: subject.name,
+        loaded_from: subject.loaded_from,
+        family: subject.family,
+        preset: subject.preset,
+        served: subject.served,
+    })
+}
+
+/// Machines that are given by number, and sizes of which any number may be had; each with whether it is a GPU's.
+fn asked(args: &PlanArgs) -> (Vec<(Machines, bool)>, Vec<(Machines, bool)>) {
+    let one = |machines: &Machines| Machines { count: machines.count.or(Some(NonZeroU32::MIN)), ..*machines };
+    let workers = args.workers.iter().map(|machines| (*machines, false));
+    let gpus = args.gpus.iter().map(|machines| (*machines, true));
+    let devices = args.devices.iter().map(|machines| (one(machines), false));
+    workers.chain(gpus).chain(devices).partition(|(machines, _)| machines.count.is_some())
+}
+
+/// What a worker of so much memory has for experts; in whole MiB, if it is that much, because so it can be told.
+const fn for_experts(memory: u64) -> u64 {
+    let part = memory / 100 * PART_FOR_EXPERTS + memory % 100 * PART_FOR_EXPERTS / 100;
+    if part < MIB { part } else { part / MIB * MIB }
+}
+
+fn largest(sizes: &Footprint) -> u64 {
+    sizes.expert_bytes.iter().copied().max().unwrap_or(0)
+}
+
+fn demand(outline: &Outline, sizes: &Footprint, replicas: u32) -> Option<Demand> {
+    let experts: u64 = outline.moe_layers().map(|moe| u64::from(moe.count)).sum();
+    (experts > 0).then(|| Demand { experts, bytes_each: largest(sizes), replicas })
+}
+
+fn all_experts(outline: &Outline, sizes: &Footprint) -> u64 {
+    let layers = outline.layers.iter().zip(&sizes.expert_bytes);
+    layers.map(|(layer, bytes)| layer.experts.map_or(0, |moe| u64::from(moe.count)) * bytes).sum()
+}
+
+fn context(args: &PlanArgs, outline: &Outline) -> Result<u64, Failure> {
+    let most = outline.context as u64;
+    match args.context.map(u64::from) {
+        None => Ok(USUAL_CONTEXT.min(most)),
+        Some(context) if context > most => Err(Failure::input(format!(
+            "--context: is {context}; the model was made for sequences of up to {most} tokens"
+        ))),
+        Some(context) => Ok(context),
+    }
+}
+
+fn too_small(memory: u64, demand: &Demand, smaller: impl Iterator<Item = (WeightDType, u64)>) -> Failure {
+    let (has, needs) = (for_experts(memory), demand.bytes_each);
+    let least = (needs.div_ceil(MIB) * MIB).saturating_mul(100).div_ceil(PART_FOR_EXPERTS);
+    let enough = least.div_ceil(MIB) * MIB;
+    let fewer: Vec<String> = smaller
+        .filter(|(_, bytes)| *bytes < needs)
+        .map(|(dtype, bytes)| format!("as {dtype} it takes {}", text::memory(bytes)))
+        .collect();
+    let fewer = if fewer.is_empty() { String::new() } else { format!("; {}", fewer.join(", ")) };
+    Failure::input(format!(
+        "a worker of {} has {} for experts, which is {} too little for one of {}; the least is a worker of {}{fewer}",
+        text::memory(memory),
+        text::memory(has),
+        text::memory(needs - has),
+        text::memory(needs),
+        text::memory(enough),
+    ))
+}
+
+fn there(machines: Machines, gpu: bool, demand: &Demand) -> Given {
+    let expert_memory_bytes = for_experts(machines.memory);
+    Given {
+        memory_bytes: machines.memory,
+        expert_memory_bytes,
+        workers: machines.count.map_or(1, NonZeroU32::get),
+        experts_each: demand.held_by(expert_memory_bytes),
+        gpu,
+    }
+}
+
+/// How many workers of a size are needed beside those present; `None` when they are too small for an expert.
+fn size<I: Iterator<Item = u64>>(
+    memory: u64,
+    gpu: bool,
+    demand: &Demand,
+    present: &impl Fn() -> I,
+) -> Option<Size> {
+    let expert_memory_bytes = for_experts(memory);
+    let needed = |replicas| Demand { replicas, ..*demand }.workers_of(expert_memory_bytes, present());
+    let mut copies = vec![1, 2, demand.replicas];
+    copies.dedup();
+    copies.truncate(if demand.replicas > 2 { 3 } else { 2 });
+    Some(Size {
+        memory_bytes: memory,
+        expert_memory_bytes,
+        experts_each: demand.held_by(expert_memory_bytes),
+        workers_by_copies: copies.into_iter().map(|r| Some((r, needed(r)?))).collect::<Option<_>>()?,
+        workers: needed(demand.replicas)? + u64::from(demand.replicas > 1),
+        gpu,
+    })
+}
+
+fn wire(workers: u64, outline: &Outline, compute: Compute, args: &PlanArgs) -> Wire {
+    let row = (outline.hidden * compute.wire_dtype().size()) as f64;
+    let count = u32::try_from(workers).unwrap_or(u32::MAX);
+    let mut total = [0.0; 4];
+    for moe in outline.moe_layers() {
+        let reached = workers_per_row(moe.count, moe.top_k, count);
+        let each = [reached, reached * row, f64::from(moe.top_k) * row, reached * row];
+        total.iter_mut().zip(each).for_each(|(sum, more)| *sum += more);
+    }
+    let layers = outline.moe_layers().count().max(1) as f64;
+    let [reached, sent, exact, partial] = total;
+    let returned = match args.combine {
+        Combine::Exact => exact,
+        Combine::Partial => partial,
+    };
+    let rate = f64::from(args.rate);
+    Wire {
+        workers,
+        workers_per_row: reached / layers,
+        sent_per_layer: sent / layers,
+        returned_per_layer: returned / layers,
+        returned_per_layer_partial: partial / layers,
+        sent_per_token: sent,
+        returned_per_token: returned,
+        sent_per_second: sent * rate,
+        returned_per_second: returned * rate,
+    }
+}
+
+const fn in_words(stored: StoredAs) -> &'static str {
+    match stored {
+        StoredAs::Plain(DType::F32) => "f32",
+        StoredAs::Plain(DType::Bf16) => "bf16",
+        StoredAs::Fp8 => "FP8 in blocks, as published",
+        StoredAs::Mxfp4 => "MXFP4, as published",
+    }
+}

@@ -1,0 +1,87 @@
+//! What a model takes in memory once it is loaded, computed before anything is: from its outline and the dtypes asked for.
+//!
+//! Always holds: for a model that this build loads, the trunk is as large as [`Trunk::bytes`](crate::trunk::Trunk::bytes) will
+//! say, an expert as large as [`ExpertForm::bytes`](crate::experts::ExpertForm::bytes), and a token's keys and values as large
+//! as in the KV cache. Forms of weights that are not packed here yet are counted as they are stored.
+
+use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, StoredAs, Use};
+use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape};
+use muster_types::{Compute, DType, WeightDType};
+
+use crate::experts::precision;
+use crate::weights::packing;
+
+/// Bytes of a loaded model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Footprint {
+    /// Packed weights of everything but routed experts: what every router holds. Norms and biases are not counted.
+    pub trunk_bytes: u64,
+    /// Bytes of one routed expert, by layer; 0 in a dense layer.
+    pub expert_bytes: Vec<u64>,
+    /// Keys and values of one token.
+    pub kv_token_bytes: u64,
+}
+
+impl Footprint {
+    /// That of a model that is computed so, with experts and trunk held so; `None` when its bytes cannot be counted.
+    #[must_use]
+    pub fn of(outline: &Outline, compute: Compute, experts: WeightDType, trunk: WeightDType) -> Option<Self> {
+        let embedded = if outline.tied_head { trunk } else { WeightDType::Native };
+        let piece_bytes = |(used_as, rows, cols)| match used_as {
+            Use::Embedding => packed(outline.stored, compute, embedded, rows, cols),
+            Use::Head => packed(outline.stored, compute, trunk, rows, cols),
+            Use::Linear => packed(outline.linears, compute, trunk, rows, cols),
+            // Gates choose experts and stay as they are.
+            Use::Gate => packed(outline.stored, compute, WeightDType::Native, rows, cols),
+            Use::Vector => Some(0),
+        };
+        let mut pieces = outline.trunk().map(|piece| piece_bytes((piece.used_as, piece.rows, piece.cols)));
+        let expert = |moe: &ExpertsOutline| {
+            let matrices = moe.matrices(outline.hidden).into_iter();
+            let mut bytes =
+                matrices.map(|(rows, cols)| packed(outline.experts, compute, experts, rows, cols));
+            let biases = moe.bias_elements(outline.hidden) * compute.wire_dtype().size() as u64;
+            bytes.try_fold(biases, |sum, bytes| sum.checked_add(bytes?))
+        };
+        Some(Self {
+            trunk_bytes: pieces.try_fold(0_u64, |sum, bytes| sum.checked_add(bytes?))?,
+            expert_bytes: outline
+                .layers
+                .iter()
+                .map(|layer| layer.experts.as_ref().map_or(Some(0), expert))
+                .collect::<Option<_>>()?,
+            kv_token_bytes: outline.layers.iter().map(|layer| kv_bytes(&layer.attention, compute)).sum(),
+        })
+    }
+
+    /// Keys and values of one sequence of so many tokens, in whole blocks.
+    #[must_use]
+    pub const fn kv_sequence_bytes(&self, tokens: u64) -> u64 {
+        let blocks = tokens.div_ceil(BLOCK_TOKENS as u64);
+        blocks.saturating_mul(self.kv_token_bytes.saturating_mul(BLOCK_TOKENS as u64))
+    }
+}
+
+/// Bytes of a matrix `[rows, cols]` that is stored and held so.
+fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, cols: usize) -> Option<u64> {
+    let source = match (stored, dtype) {
+        (StoredAs::Plain(source), _) => source,
+        (StoredAs::Fp8 | StoredAs::Mxfp4, WeightDType::Native) => return Some(stored.bytes(rows, cols)),
+        // Few bits are of one size, whatever they are made of.
+        (StoredAs::Fp8 | StoredAs::Mxfp4, WeightDType::Q8 | WeightDType::Q4) => DType::Bf16,
+    };
+    packing(source, compute, dtype).bytes(rows, cols).map(|bytes| bytes as u64)
+}
+
+/// Of one token, in one layer.
+fn kv_bytes(attention: &AttentionOutline, compute: Compute) -> u64 {
+    match *attention {
+        AttentionOutline::Grouped { kv_heads, head_dim, .. } => {
+            let shape = KvShape { layers: 1, kv_heads, head_dim };
+            (KvCache::bytes_per_block(shape, precision(compute)) / BLOCK_TOKENS) as u64
+        }
+        AttentionOutline::Latent { kv_rank, rope, .. } => {
+            (kv_rank + rope) as u64 * compute.wire_dtype().size() as u64
+        }
+    }
+}

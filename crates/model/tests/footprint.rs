@@ -1,0 +1,86 @@
+//! Sizes computed before loading against those of what was loaded.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+use std::path::Path;
+
+use muster_checkpoint::outline::StoredAs;
+use muster_checkpoint::{Checkpoint, Outline, Preset, Source, Survey};
+use muster_kernels::BLOCK_TOKENS;
+use muster_model::experts::{ExpertForm, ExpertSet};
+use muster_model::footprint::Footprint;
+use muster_model::trunk::Trunk;
+use muster_types::{Compute, DType, ExpertId, ExpertKey, LayerId, WeightDType};
+
+const MODELS: [&str; 7] = [
+    "models/demo",
+    "tests/fixtures/golden/mixtral",
+    "tests/fixtures/golden/mixtral_bf16",
+    "tests/fixtures/golden/mixtral_top1",
+    "tests/fixtures/golden/qwen3_moe",
+    "tests/fixtures/golden/olmoe",
+    "tests/fixtures/golden/granitemoe",
+];
+
+#[test]
+fn computed_sizes_are_those_of_loaded_models() {
+    for model in MODELS {
+        let source = Source::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(model));
+        let checkpoint = Checkpoint::open(&source).unwrap();
+        let outline = Outline::of(&Survey::open(&source).unwrap().spec);
+        for compute in [Compute::F32, Compute::Bf16] {
+            for dtype in WeightDType::ALL {
+                let footprint = Footprint::of(&outline, compute, dtype, dtype).unwrap();
+                let trunk = Trunk::load(&checkpoint, compute, dtype, &mut |_| {}).unwrap();
+                assert_eq!(footprint.trunk_bytes, trunk.bytes(), "{model} {compute} {dtype}");
+                let blocks = 3;
+                let kv = trunk.new_kv(blocks).unwrap().bytes() as u64;
+                assert_eq!(
+                    footprint.kv_token_bytes * (blocks * BLOCK_TOKENS) as u64,
+                    kv,
+                    "{model} {compute}"
+                );
+                assert_eq!(
+                    footprint.kv_sequence_bytes((2 * BLOCK_TOKENS + 1) as u64),
+                    kv,
+                    "{model} {compute}"
+                );
+                let forms = ExpertForm::of_layers(&checkpoint, compute, dtype);
+                let formed = forms.iter().map(|form| form.map_or(0, |form| form.bytes().unwrap() as u64));
+                assert!(formed.eq(footprint.expert_bytes.iter().copied()), "{model} {compute} {dtype}");
+                let layer = LayerId::all(64).find(|layer| footprint.expert_bytes[layer.index()] > 0).unwrap();
+                let key = |expert| ExpertKey { layer, expert };
+                let keys: Vec<_> = ExpertId::all(2).map(key).collect();
+                let set = ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |_| {}).unwrap();
+                assert_eq!(
+                    set.bytes(),
+                    2 * footprint.expert_bytes[layer.index()],
+                    "{model} {compute} {dtype}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn latent_attention_keeps_one_latent_and_one_key() {
+    let outline = Preset::find("deepseek-v3").unwrap().outline();
+    let footprint = Footprint::of(&outline, Compute::Bf16, WeightDType::Native, WeightDType::Native).unwrap();
+    assert_eq!(footprint.kv_token_bytes, 61 * (512 + 64) * 2);
+    assert_eq!((footprint.expert_bytes[2], outline.experts), (0, StoredAs::Fp8));
+    assert_eq!(footprint.expert_bytes[3], 3 * (7168 * 2048 + 4 * 56 * 16));
+}
+
+#[test]
+fn quantised_sizes_do_not_depend_on_what_is_stored() {
+    let preset = Preset::find("gpt-oss-20b").unwrap().outline();
+    let plain = Outline { experts: StoredAs::Plain(DType::Bf16), ..preset.clone() };
+    let expert = |outline: &Outline, dtype| {
+        Footprint::of(outline, Compute::Bf16, dtype, WeightDType::Native).unwrap().expert_bytes[0]
+    };
+    assert_eq!(expert(&preset, WeightDType::Q4), expert(&plain, WeightDType::Q4));
+    // 4.25 bits of 16, biases aside.
+    let biases = 2 * (3 * 2880);
+    let [four, sixteen] = [&preset, &plain].map(|outline| expert(outline, WeightDType::Native) - biases);
+    assert_eq!(four * 64, sixteen * 17);
+}
