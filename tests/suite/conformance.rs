@@ -8,7 +8,7 @@ use muster_tests::golden_model;
 use muster_tests::process::run;
 use serde_json::Value;
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
     "mixtral",
     "mixtral_bf16",
     "mixtral_top1",
@@ -19,6 +19,9 @@ const FAMILIES: [&str; 10] = [
     "granitemoeshared",
     "ernie4_5_moe",
     "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v3_bf16",
 ];
 
 fn bits(values: &[f32]) -> Vec<u32> {

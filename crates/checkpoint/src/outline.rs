@@ -5,7 +5,7 @@
 
 use muster_types::DType;
 
-use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, SharedSpec};
+use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, SharedSpec};
 
 /// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,8 +59,8 @@ pub enum AttentionOutline {
     Latent {
         /// Query heads.
         heads: usize,
-        /// Width of the queries' latent.
-        q_rank: usize,
+        /// Width of the queries' latent; `None` where they come from the hidden row.
+        q_rank: Option<usize>,
         /// Width of the keys' and values' latent.
         kv_rank: usize,
         /// Width of a head's key that is not rotated.
@@ -69,6 +69,8 @@ pub enum AttentionOutline {
         rope: usize,
         /// Width of a head's value.
         value: usize,
+        /// Elements of biases.
+        biases: usize,
     },
 }
 
@@ -296,14 +298,30 @@ impl AttentionOutline {
             o_bias,
             rope: _,
             window: _,
+            latent,
         } = *attention;
+        let o_biases = if o_bias { hidden } else { 0 };
+        if let Some(LatentSpec {
+            q_rank,
+            kv_rank,
+            plain_dim: nope,
+            value_dim: value,
+            norm_eps: _,
+            down_bias,
+        }) = latent
+        {
+            // One key, which all heads share.
+            let rope = head_dim - kv_rank;
+            let down = if down_bias { q_rank.unwrap_or(0) + kv_rank + rope } else { 0 };
+            return Self::Latent { heads, q_rank, kv_rank, nope, rope, value, biases: down + o_biases };
+        }
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
         let norms = match qk_norm {
             QkNorm::None => 0,
             QkNorm::PerHead => 2 * head_dim,
             QkNorm::FullWidth => q + kv,
         };
-        let biases = if qkv_bias { q + 2 * kv } else { 0 } + if o_bias { hidden } else { 0 };
+        let biases = if qkv_bias { q + 2 * kv } else { 0 } + o_biases;
         Self::Grouped { heads, kv_heads, head_dim, vectors: norms + biases }
     }
 
@@ -315,15 +333,22 @@ impl AttentionOutline {
                     vec![linear(q, hidden), linear(kv, hidden), linear(kv, hidden), linear(hidden, q)];
                 linears.into_iter().chain((vectors > 0).then(|| vector(vectors))).collect()
             }
-            Self::Latent { heads, q_rank, kv_rank, nope, rope, value } => vec![
-                linear(q_rank, hidden),
-                vector(q_rank),
-                linear(heads * (nope + rope), q_rank),
-                linear(kv_rank + rope, hidden),
-                vector(kv_rank),
-                linear(heads * (nope + value), kv_rank),
-                linear(hidden, heads * value),
-            ],
+            Self::Latent { heads, q_rank, kv_rank, nope, rope, value, biases } => {
+                let mut pieces = match q_rank {
+                    None => vec![linear(heads * (nope + rope), hidden)],
+                    Some(rank) => {
+                        vec![linear(rank, hidden), vector(rank), linear(heads * (nope + rope), rank)]
+                    }
+                };
+                pieces.extend((biases > 0).then(|| vector(biases)));
+                pieces.extend([
+                    linear(kv_rank + rope, hidden),
+                    vector(kv_rank),
+                    linear(heads * (nope + value), kv_rank),
+                    linear(hidden, heads * value),
+                ]);
+                pieces
+            }
         }
     }
 }

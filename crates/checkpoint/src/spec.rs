@@ -49,14 +49,14 @@ pub struct LayerSpec {
     pub mlp: MlpSpec,
 }
 
-/// Grouped-query attention.
+/// Grouped-query attention, or attention over compressed rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionSpec {
     /// Query heads.
     pub heads: usize,
-    /// Key/value heads; divides `heads`.
+    /// Key/value heads that are cached; divides `heads`. 1 for compressed rows.
     pub kv_heads: usize,
-    /// Width of one head; even.
+    /// Width of one cached key: of a head, even; or of the rotated part and the compressed row together.
     pub head_dim: usize,
     /// Factor on query-key products before softmax.
     pub scale: f32,
@@ -72,6 +72,42 @@ pub struct AttentionSpec {
     pub rope: RopeSpec,
     /// A query sees this many positions, itself included; `None` sees all.
     pub window: Option<usize>,
+    /// What is cached per position is one compressed row; `None` caches keys and values head by head.
+    pub latent: Option<LatentSpec>,
+}
+
+/// Keys and values of all heads compressed into one row per position, and one rotated key that all heads share.
+///
+/// A head's query has `plain_dim` elements that meet a key made of the compressed row, then `rope.dim` rotated ones
+/// that meet the shared key. Queries, too, may come from a compressed row. Compressed rows are RMS-normed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LatentSpec {
+    /// Width of the row that queries come from; `None` where they come from the hidden row.
+    pub q_rank: Option<usize>,
+    /// Width of the row that keys and values come from.
+    pub kv_rank: usize,
+    /// Elements of a head's query that are not rotated.
+    pub plain_dim: usize,
+    /// Elements of a head's value.
+    pub value_dim: usize,
+    /// Epsilon of the norms of compressed rows.
+    pub norm_eps: f32,
+    /// The projections down, to compressed rows, have biases.
+    pub down_bias: bool,
+}
+
+impl AttentionSpec {
+    /// Elements of a cached value.
+    #[must_use]
+    pub fn cached_value(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.kv_rank)
+    }
+
+    /// Elements that the output projection takes.
+    #[must_use]
+    pub fn output_width(&self) -> usize {
+        self.heads * self.latent.map_or(self.head_dim, |latent| latent.value_dim)
+    }
 }
 
 /// Where queries and keys are normalised.
@@ -94,6 +130,23 @@ pub struct RopeSpec {
     pub dim: usize,
     /// Which of them are pairs.
     pub pairs: RopePairs,
+    /// Change of the frequencies, for contexts longer than those trained on.
+    pub yarn: Option<YarnSpec>,
+}
+
+/// Slow frequencies are divided by a factor, fast ones stay, those between are mixed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct YarnSpec {
+    /// What slow frequencies are divided by.
+    pub factor: f64,
+    /// Length of the context trained on.
+    pub original_context: usize,
+    /// What turns more often than this in that context stays.
+    pub beta_fast: f64,
+    /// What turns less often than this is divided.
+    pub beta_slow: f64,
+    /// Factor on sines and cosines.
+    pub amplitude: f32,
 }
 
 /// Which elements turn together.
@@ -278,8 +331,22 @@ pub enum Role {
 pub enum LayerRole {
     /// `[hidden]`, before attention.
     AttentionNorm,
-    /// `[heads * head_dim, hidden]`.
+    /// `[heads * head_dim, hidden]`, or from the queries' compressed row.
     Q,
+    /// `[q_rank, hidden]`.
+    QDown,
+    /// `[q_rank]`.
+    QDownBias,
+    /// `[q_rank]`.
+    QDownNorm,
+    /// `[kv_rank + rope.dim, hidden]`: the compressed row of keys and values, then the shared key.
+    KvDown,
+    /// `[kv_rank + rope.dim]`.
+    KvDownBias,
+    /// `[kv_rank]`.
+    KvDownNorm,
+    /// `[heads * (plain_dim + value_dim), kv_rank]`: per head, what makes keys of a compressed row, then values.
+    KvUp,
     /// `[kv_heads * head_dim, hidden]`.
     K,
     /// `[kv_heads * head_dim, hidden]`.
@@ -350,6 +417,13 @@ impl fmt::Display for LayerRole {
         f.write_str(match self {
             Self::AttentionNorm => "attention norm",
             Self::Q => "query projection",
+            Self::QDown => "query compression",
+            Self::QDownBias => "query compression bias",
+            Self::QDownNorm => "compressed query norm",
+            Self::KvDown => "key and value compression",
+            Self::KvDownBias => "key and value compression bias",
+            Self::KvDownNorm => "compressed key and value norm",
+            Self::KvUp => "key and value expansion",
             Self::K => "key projection",
             Self::V => "value projection",
             Self::O => "output projection",

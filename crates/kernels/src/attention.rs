@@ -30,8 +30,10 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key-value heads.
     pub kv_heads: usize,
-    /// Elements of a head.
+    /// Elements of a head's query and key.
     pub head_dim: usize,
+    /// Elements of a head's value, and so of its output.
+    pub value_dim: usize,
     /// What scores are multiplied by, usually `head_dim` to the power of -1/2.
     pub scale: f32,
     /// How many positions a row sees, its own included; all where `None`.
@@ -51,7 +53,8 @@ impl AttentionShape {
     }
 }
 
-/// Attention of rows at their positions: `q` and `out` are `[rows, heads * head_dim]`. The row at position p attends
+/// Attention of rows at their positions: `q` is `[rows, heads * head_dim]`, `out`
+/// `[rows, heads * value_dim]`. The row at position p attends
 /// to the positions above p - window up to p, whose keys and values (p's included) are in the cache. Positions that
 /// follow are not looked at, so all rows of a chunk may have been written before.
 ///
@@ -69,6 +72,7 @@ pub fn attention(
 ) {
     let cache = kv.shape();
     assert_eq!(shape.head_dim, cache.head_dim, "shape: head_dim must be the cache's");
+    assert_eq!(shape.value_dim, cache.value_dim, "shape: value_dim must be the cache's");
     assert_eq!(shape.kv_heads, cache.kv_heads, "shape: kv_heads must be the cache's");
     assert!(
         shape.heads > 0 && shape.heads.is_multiple_of(shape.kv_heads),
@@ -77,7 +81,8 @@ pub fn attention(
     assert_ne!(shape.window, Some(0), "shape: a window must see at least the row itself");
     let width = shape.heads * shape.head_dim;
     assert_eq!(q.len(), rows.len() * width, "q: its length must be rows * heads * head_dim");
-    assert_eq!(out.len(), rows.len() * width, "out: its length must be rows * heads * head_dim");
+    let width = shape.heads * shape.value_dim;
+    assert_eq!(out.len(), rows.len() * width, "out: its length must be rows * heads * value_dim");
     kv.check(layer, rows);
     match &kv.store {
         Store::F32(lines) => run(cpu, shape, layer, q, rows, lines, out),
@@ -95,7 +100,7 @@ fn run<E: Element>(
     out: &mut [f32],
 ) {
     let positions: usize = rows.iter().map(|row| shape.visible(row.position).count()).sum();
-    let work = positions.saturating_mul(2 * shape.heads * shape.head_dim);
+    let work = positions.saturating_mul(shape.heads * (shape.head_dim + shape.value_dim));
     // Rows of a chunk share their sequence's blocks, so some go together, but never so many that a thread idles.
     let share = rows.len() * shape.kv_heads / (cpu.threads_for(work) * 4);
     let per_task = share.clamp(1, (QUERIES_PER_PASS / shape.group()).max(1));
@@ -167,7 +172,7 @@ impl<E: Element> Kernel for Pass<'_, E> {
                 let place = head * self.shape.head_dim;
                 query.q = &self.q[place..place + self.shape.head_dim];
                 // SAFETY: no two queries, of this pass or another, have the same row and head.
-                query.out = unsafe { self.out.piece(place, self.shape.head_dim) };
+                query.out = unsafe { self.out.piece(head * self.shape.value_dim, self.shape.value_dim) };
                 query.out.fill(0.0);
                 query.blocks = self.rows[row].blocks;
                 (query.first, query.last) = (*visible.start(), *visible.end());
@@ -209,10 +214,10 @@ impl<E: Element> Pass<'_, E> {
             scores[view.last + 1..].fill(f32::NEG_INFINITY);
             (weights[i], factors[i]) = queries[i].take(s, &scores);
         }
-        let lines = self.shape.head_dim.div_ceil(LANES);
+        let lines = self.shape.value_dim.div_ceil(LANES);
         for part in 0..lines {
             let from = part * LANES;
-            let to = self.shape.head_dim.min(from + LANES);
+            let to = self.shape.value_dim.min(from + LANES);
             let mut totals = [s.splat(0.0); Q];
             for i in 0..Q {
                 let total = load_part(s, &queries[i].out[from..to]);

@@ -1,7 +1,7 @@
 //! Keys and values of past tokens, in blocks of sixteen positions.
 //!
 //! What must hold: a block holds, for every layer and KV head, the keys transposed (`[head_dim][16]`, so that sixteen
-//! scores are sixteen lanes) and then the values (`[16][head_dim]`, each padded to whole lines of sixteen); nothing is
+//! scores are sixteen lanes) and then the values (`[16][value_dim]`, each padded to whole lines of sixteen); nothing is
 //! resident before it is written. It does not know which sequence owns a block, nor whether a position was written:
 //! block tables and positions come from the caller, who has checked them.
 
@@ -24,8 +24,10 @@ pub struct KvShape {
     pub layers: usize,
     /// Key-value heads of a layer.
     pub kv_heads: usize,
-    /// Elements of a head's key, and of its value.
+    /// Elements of a head's key.
     pub head_dim: usize,
+    /// Elements of a head's value.
+    pub value_dim: usize,
 }
 
 impl KvShape {
@@ -36,13 +38,13 @@ impl KvShape {
 
     /// Lines that the values of a block and head take.
     fn value_lines(self) -> usize {
-        BLOCK_TOKENS * self.head_dim.div_ceil(LANES)
+        BLOCK_TOKENS * self.value_dim.div_ceil(LANES)
     }
 
     /// Lines of a block; `None` if they cannot be counted.
     fn lines(self) -> Option<usize> {
         let head =
-            self.key_lines().checked_add(self.head_dim.checked_add(LANES)?.checked_mul(BLOCK_TOKENS)?)?;
+            self.key_lines().checked_add(self.value_dim.checked_add(LANES)?.checked_mul(BLOCK_TOKENS)?)?;
         self.layers.checked_mul(self.kv_heads)?.checked_mul(head)?;
         Some(self.layers * self.kv_heads * (self.key_lines() + self.value_lines()))
     }
@@ -120,8 +122,8 @@ impl<E: Element> Lines<E> {
     }
 
     fn write(&mut self, layer: usize, rows: &[KvSlot<'_>], k: &[f32], v: &[f32]) {
-        let KvShape { kv_heads, head_dim, .. } = self.shape;
-        let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim));
+        let KvShape { kv_heads, head_dim, value_dim, .. } = self.shape;
+        let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(value_dim));
         for (index, (k, v)) in heads.enumerate() {
             let (row, head) = (&rows[index / kv_heads], index % kv_heads);
             let position = row.position as usize;
@@ -131,7 +133,7 @@ impl<E: Element> Lines<E> {
             for (line, value) in keys.iter_mut().zip(k) {
                 line[lane] = E::of(*value);
             }
-            let per_value = head_dim.div_ceil(LANES);
+            let per_value = value_dim.div_ceil(LANES);
             for (line, part) in values[lane * per_value..].iter_mut().zip(v.chunks(LANES)) {
                 for (to, value) in line.iter_mut().zip(part) {
                     *to = E::of(*value);
@@ -160,10 +162,14 @@ impl KvCache {
     /// # Errors
     /// [`KernelError::Size`] if a size is zero or above what u32 counts, [`KernelError::TooLarge`] or [`KernelError::OutOfMemory`] if there cannot be so many blocks.
     pub fn new(shape: KvShape, blocks: usize, precision: Precision) -> Result<Self, KernelError> {
-        let KvShape { layers, kv_heads, head_dim } = shape;
-        for (field, value) in
-            [("layers", layers), ("kv_heads", kv_heads), ("head_dim", head_dim), ("blocks", blocks)]
-        {
+        let KvShape { layers, kv_heads, head_dim, value_dim } = shape;
+        for (field, value) in [
+            ("layers", layers),
+            ("kv_heads", kv_heads),
+            ("head_dim", head_dim),
+            ("value_dim", value_dim),
+            ("blocks", blocks),
+        ] {
             // Block numbers are u32.
             if value == 0 || u32::try_from(value).is_err() {
                 return Err(KernelError::Size { field, value, rule: "at least 1 and below 2^32" });
@@ -208,15 +214,20 @@ impl KvCache {
         shape.lines().and_then(|lines| lines.checked_mul(line)).unwrap_or(usize::MAX)
     }
 
-    /// Writes keys and values of rows to their places in `layer`. `k` and `v` are `[rows, kv_heads * head_dim]`.
+    /// Writes keys and values of rows to their places in `layer`. `k` is `[rows, kv_heads * head_dim]`, `v`
+    /// `[rows, kv_heads * value_dim]`.
     ///
     /// # Panics
     /// If `layer`, a block number or a slice's length does not fit the cache, or a table has no entry for its row.
     pub fn write(&mut self, layer: usize, rows: &[KvSlot<'_>], k: &[f32], v: &[f32]) {
         self.check(layer, rows);
-        let len = rows.len() * self.shape.kv_heads * self.shape.head_dim;
-        assert_eq!(k.len(), len, "k: its length must be rows * kv_heads * head_dim");
-        assert_eq!(v.len(), len, "v: its length must be rows * kv_heads * head_dim");
+        let heads = rows.len() * self.shape.kv_heads;
+        assert_eq!(k.len(), heads * self.shape.head_dim, "k: its length must be rows * kv_heads * head_dim");
+        assert_eq!(
+            v.len(),
+            heads * self.shape.value_dim,
+            "v: its length must be rows * kv_heads * value_dim"
+        );
         match &mut self.store {
             Store::F32(lines) => lines.write(layer, rows, k, v),
             Store::Bf16(lines) => lines.write(layer, rows, k, v),
@@ -262,7 +273,7 @@ impl fmt::Debug for KvCache {
 mod tests {
     use super::*;
 
-    const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 3, head_dim: 20 };
+    const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 3, head_dim: 20, value_dim: 20 };
 
     #[test]
     fn rows_land_in_their_block_and_lane_and_nowhere_else() {
@@ -309,7 +320,8 @@ mod tests {
         let none = message(KvShape { head_dim: 0, ..SHAPE }, 1);
         assert_eq!(none, "head_dim is 0: it must be at least 1 and below 2^32");
         assert_eq!(message(SHAPE, 0), "blocks is 0: it must be at least 1 and below 2^32");
-        let many = KvShape { layers: u32::MAX as usize, kv_heads: u32::MAX as usize, head_dim: 512 };
+        let many =
+            KvShape { layers: u32::MAX as usize, kv_heads: u32::MAX as usize, head_dim: 512, value_dim: 512 };
         assert!(message(many, 7).contains("more bytes than an address can count"));
         assert_eq!(KvCache::bytes_per_block(many, Precision::F32), usize::MAX);
     }

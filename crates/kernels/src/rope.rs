@@ -16,11 +16,28 @@ pub enum RopePairs {
     Neighbours,
 }
 
-/// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32.
+/// Frequencies for contexts longer than those trained on: slow ones are divided by a factor, fast ones stay, those
+/// between are mixed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Yarn {
+    /// What slow frequencies are divided by.
+    pub factor: f64,
+    /// Length of the context trained on.
+    pub original_context: f64,
+    /// What turns more often than this in that context stays.
+    pub beta_fast: f64,
+    /// What turns less often than this is divided.
+    pub beta_slow: f64,
+    /// Factor on sines and cosines.
+    pub amplitude: f32,
+}
+
+/// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32 unless they are changed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     inverse_frequencies: Vec<f32>,
     pairs: RopePairs,
+    amplitude: f32,
 }
 
 impl Rope {
@@ -41,11 +58,34 @@ impl Rope {
             });
         }
         // The reference computes exponent, power and reciprocal in f32, one after the other.
-        let frequency = |i: usize| {
-            let exponent = (2 * i) as f32 / dim as f32;
-            1.0 / libm::pow(f64::from(theta as f32), f64::from(exponent)) as f32
+        let frequency = |i: usize| 1.0 / period(theta, dim, i);
+        Ok(Self { inverse_frequencies: (0..dim / 2).map(frequency).collect(), pairs, amplitude: 1.0 })
+    }
+
+    /// The same with other frequencies.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn yarn(theta: f64, dim: usize, pairs: RopePairs, yarn: &Yarn) -> Result<Self, KernelError> {
+        let mut rope = Self::new(theta, dim, pairs)?;
+        // Where a pair that turns so often in the original context would stand.
+        let place = |turns: f64| {
+            let ratio = yarn.original_context / (turns * 2.0 * std::f64::consts::PI);
+            dim as f64 * libm::log(ratio) / (2.0 * libm::log(theta))
         };
-        Ok(Self { inverse_frequencies: (0..dim / 2).map(frequency).collect(), pairs })
+        let low = place(yarn.beta_fast).floor().max(0.0);
+        let mut high = place(yarn.beta_slow).ceil().min((dim - 1) as f64);
+        if low == high {
+            high += 0.001;
+        }
+        let (low, width, factor) = (low as f32, (high - low) as f32, yarn.factor as f32);
+        for (i, frequency) in rope.inverse_frequencies.iter_mut().enumerate() {
+            let kept = 1.0 - ((i as f32 - low) / width).clamp(0.0, 1.0);
+            let divided = 1.0 / (factor * period(theta, dim, i));
+            *frequency = divided * (1.0 - kept) + *frequency * kept;
+        }
+        rope.amplitude = yarn.amplitude;
+        Ok(rope)
     }
 
     /// Elements of a head that are turned.
@@ -65,8 +105,8 @@ impl Rope {
             for frequency in &self.inverse_frequencies {
                 let angle = f64::from(position as f32 * frequency);
                 let (sin, cos) = libm::sincos(angle);
-                out.sin.push(sin as f32);
-                out.cos.push(cos as f32);
+                out.sin.push(sin as f32 * self.amplitude);
+                out.cos.push(cos as f32 * self.amplitude);
             }
         }
     }
@@ -136,6 +176,12 @@ pub fn rotate(angles: &Angles, x: &mut [f32], head_dim: usize) {
             }
         }
     }
+}
+
+/// `theta^(2i/dim)`, whose reciprocal is the frequency.
+fn period(theta: f64, dim: usize, i: usize) -> f32 {
+    let exponent = (2 * i) as f32 / dim as f32;
+    libm::pow(f64::from(theta as f32), f64::from(exponent)) as f32
 }
 
 fn turn(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {

@@ -22,16 +22,19 @@ struct Sequence {
 impl Sequence {
     fn new(numbers: &mut Numbers, shape: AttentionShape, len: usize, blocks: Vec<u32>) -> Self {
         assert!(blocks.len() * 16 >= len);
-        let mut rows = |heads: usize| to_bf16_values(&numbers.vec(len * heads * shape.head_dim));
-        Self { shape, q: rows(shape.heads), k: rows(shape.kv_heads), v: rows(shape.kv_heads), blocks }
+        let mut rows = |width: usize| to_bf16_values(&numbers.vec(len * width));
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
+        let (q, k, v) = (rows(heads * head_dim), rows(kv_heads * head_dim), rows(kv_heads * value_dim));
+        Self { shape, q, k, v, blocks }
     }
 
     fn len(&self) -> usize {
         self.k.len() / self.kv_width()
     }
 
+    /// Of an output row.
     fn width(&self) -> usize {
-        self.shape.heads * self.shape.head_dim
+        self.shape.heads * self.shape.value_dim
     }
 
     fn kv_width(&self) -> usize {
@@ -43,13 +46,16 @@ impl Sequence {
     }
 
     fn write(&self, kv: &mut KvCache, rows: Range<usize>) {
-        let part = rows.start * self.kv_width()..rows.end * self.kv_width();
-        kv.write(LAYER, &self.slots(rows), &self.k[part.clone()], &self.v[part]);
+        let part = |width: usize| rows.start * width..rows.end * width;
+        let (k, v) =
+            (&self.k[part(self.kv_width())], &self.v[part(self.shape.kv_heads * self.shape.value_dim)]);
+        kv.write(LAYER, &self.slots(rows), k, v);
     }
 
     fn attend(&self, cpu: &Cpu, kv: &KvCache, rows: Range<usize>) -> Vec<f32> {
-        let q = &self.q[rows.start * self.width()..rows.end * self.width()];
-        let mut out = vec![f32::NAN; q.len()];
+        let width = self.shape.heads * self.shape.head_dim;
+        let q = &self.q[rows.start * width..rows.end * width];
+        let mut out = vec![f32::NAN; rows.len() * self.width()];
         attention(cpu, &self.shape, LAYER, q, &self.slots(rows), kv, &mut out);
         out
     }
@@ -61,7 +67,8 @@ impl Sequence {
 
     fn of_head<'a>(&self, from: &'a [f32], position: usize, head: usize) -> &'a [f32] {
         let head = head / (self.shape.heads / self.shape.kv_heads);
-        &from[(position * self.shape.kv_heads + head) * self.shape.head_dim..][..self.shape.head_dim]
+        let width = from.len() / self.len() / self.shape.kv_heads;
+        &from[(position * self.shape.kv_heads + head) * width..][..width]
     }
 
     fn first_visible(&self, position: usize) -> usize {
@@ -71,7 +78,7 @@ impl Sequence {
     /// One query in the kernel's order, one number at a time.
     fn in_order(&self, position: usize, head: usize) -> Vec<f32> {
         let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0_f32);
-        let mut out = vec![0.0_f32; self.shape.head_dim];
+        let mut out = vec![0.0_f32; self.shape.value_dim];
         let first = self.first_visible(position);
         for block in first / 16..=position / 16 {
             let mut scores = [f32::NEG_INFINITY; 16];
@@ -114,7 +121,7 @@ impl Sequence {
             .collect();
         let max = scores.iter().copied().fold(f64::MIN, f64::max);
         let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
-        let mut out = vec![0.0; self.shape.head_dim];
+        let mut out = vec![0.0; self.shape.value_dim];
         for (score, at) in scores.iter().zip(self.first_visible(position)..) {
             for (out, value) in out.iter_mut().zip(self.of_head(&self.v, at, head)) {
                 *out += (score - max).exp() / sum * f64::from(*value);
@@ -126,21 +133,23 @@ impl Sequence {
 
 /// A cache whose every element is NaN or infinite until it is written: what a former owner may have left.
 fn poisoned(shape: &AttentionShape, blocks: usize, precision: Precision) -> KvCache {
-    let kv_shape = KvShape { layers: 2, kv_heads: shape.kv_heads, head_dim: shape.head_dim };
+    let &AttentionShape { kv_heads, head_dim, value_dim, .. } = shape;
+    let kv_shape = KvShape { layers: 2, kv_heads, head_dim, value_dim };
     let mut kv = KvCache::new(kv_shape, blocks, precision).expect("the shape fits");
     let table: Vec<u32> = (0..blocks as u32).collect();
     for layer in 0..2 {
         for position in 0..blocks as u32 * 16 {
             let bad = if position % 2 == 0 { f32::NAN } else { f32::INFINITY };
-            let row = vec![bad; shape.kv_heads * shape.head_dim];
-            kv.write(layer, &[KvSlot { position, blocks: &table }], &row, &row);
+            let (k, v) = (vec![bad; kv_heads * head_dim], vec![bad; kv_heads * value_dim]);
+            kv.write(layer, &[KvSlot { position, blocks: &table }], &k, &v);
         }
     }
     kv
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
-    AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() * 4.0, window }
+    let scale = 1.0 / (head_dim as f32).sqrt() * 4.0;
+    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window }
 }
 
 fn shapes() -> Vec<AttentionShape> {
@@ -151,6 +160,8 @@ fn shapes() -> Vec<AttentionShape> {
         shape(3, 1, 7, Some(16)),
         shape(5, 5, 33, Some(40)),
         shape(40, 1, 8, None),
+        AttentionShape { value_dim: 20, ..shape(6, 1, 36, None) },
+        AttentionShape { value_dim: 36, ..shape(4, 2, 20, Some(9)) },
     ]
 }
 
@@ -182,7 +193,7 @@ fn results_are_close_to_softmax_in_f64() {
         let mut kv = poisoned(&shape, 13, Precision::F32);
         sequence.write(&mut kv, 0..200);
         let found = sequence.attend(&cpu(1, Isa::detect()), &kv, 0..200);
-        for (index, found) in found.chunks(shape.head_dim).enumerate() {
+        for (index, found) in found.chunks(shape.value_dim).enumerate() {
             for (found, exact) in found.iter().zip(sequence.exact(index / shape.heads, index % shape.heads)) {
                 assert!((f64::from(*found) - exact).abs() < 3e-6, "{shape:?} {index}: {found} {exact}");
             }
@@ -276,10 +287,11 @@ proptest! {
 
 #[test]
 fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
-    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1, scale: 1.0, window: None };
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1, value_dim: 1, scale: 1.0, window: None };
     let run = |q: f32, k: [f32; 2]| {
         let mut kv =
-            KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1 }, 1, Precision::F32).unwrap();
+            KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
+                .unwrap();
         let slots = [0, 1].map(|position| KvSlot { position, blocks: &[0] });
         kv.write(0, &slots, &k, &[3.0, 5.0]);
         let mut out = [0.0; 2];
@@ -295,7 +307,8 @@ fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
 #[test]
 #[should_panic(expected = "shape: heads must divide by kv_heads")]
 fn heads_that_do_not_divide_are_refused() {
-    let kv = KvCache::new(KvShape { layers: 1, kv_heads: 2, head_dim: 1 }, 1, Precision::F32).unwrap();
-    let shape = AttentionShape { heads: 3, kv_heads: 2, head_dim: 1, scale: 1.0, window: None };
+    let kv = KvCache::new(KvShape { layers: 1, kv_heads: 2, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
+        .unwrap();
+    let shape = AttentionShape { heads: 3, kv_heads: 2, head_dim: 1, value_dim: 1, scale: 1.0, window: None };
     attention(&cpu(1, Isa::Portable), &shape, 0, &[], &[], &kv, &mut []);
 }

@@ -75,13 +75,14 @@ fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, c
 
 /// Of one token, in one layer.
 fn kv_bytes(attention: &AttentionOutline, compute: Compute) -> u64 {
-    match *attention {
+    let shape = match *attention {
         AttentionOutline::Grouped { kv_heads, head_dim, .. } => {
-            let shape = KvShape { layers: 1, kv_heads, head_dim };
-            (KvCache::bytes_per_block(shape, precision(compute)) / BLOCK_TOKENS) as u64
+            KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim }
         }
+        // The compressed row is kept as a key, beside what is rotated, and as a value.
         AttentionOutline::Latent { kv_rank, rope, .. } => {
-            (kv_rank + rope) as u64 * compute.wire_dtype().size() as u64
+            KvShape { layers: 1, kv_heads: 1, head_dim: kv_rank + rope, value_dim: kv_rank }
         }
-    }
+    };
+    (KvCache::bytes_per_block(shape, precision(compute)) / BLOCK_TOKENS) as u64
 }

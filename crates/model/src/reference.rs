@@ -7,8 +7,8 @@
 
 use candle_core::{D, Device, IndexOp, Result as CandleResult, Tensor};
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, GroupWorth, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise, Role, RopePairs,
-    Score, SharedSpec,
+    AttentionSpec, ExpertRole, GroupWorth, LatentSpec, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise,
+    Role, RopePairs, RopeSpec, Score, SharedSpec, YarnSpec,
 };
 use muster_checkpoint::{Checkpoint, Weight};
 
@@ -114,6 +114,9 @@ impl<'a> Reference<'a> {
     }
 
     fn attention(&self, spec: &AttentionSpec, layer: u32, x: &Tensor) -> Result<Tensor, ModelError> {
+        if let Some(latent) = &spec.latent {
+            return self.latent_attention(spec, latent, layer, x);
+        }
         let bias = |role| spec.qkv_bias.then_some(role);
         let mut q = self.projected(layer, x, LayerRole::Q, bias(LayerRole::QBias))?;
         let mut k = self.projected(layer, x, LayerRole::K, bias(LayerRole::KBias))?;
@@ -144,6 +147,48 @@ impl<'a> Reference<'a> {
             let q = q.i((.., head))?.contiguous()?;
             let k = k.i((.., head / group))?.contiguous()?;
             let v = v.i((.., head / group))?.contiguous()?;
+            let scores = ((q.matmul(&k.t()?.contiguous()?)? * f64::from(spec.scale))? + &mask)?;
+            heads.push(softmax(&scores)?.matmul(&v)?);
+        }
+        let mixed = Tensor::cat(&heads, D::Minus1)?;
+        self.projected(layer, &mixed, LayerRole::O, spec.o_bias.then_some(LayerRole::OBias))
+    }
+
+    /// Keys and values are expanded from the compressed rows, head by head.
+    fn latent_attention(
+        &self,
+        spec: &AttentionSpec,
+        latent: &LatentSpec,
+        layer: u32,
+        x: &Tensor,
+    ) -> Result<Tensor, ModelError> {
+        let weight = |role| self.read(Role::Layer(layer, role));
+        let bias = |role| latent.down_bias.then_some(role);
+        let (tokens, plain, turning) = (x.dim(0)?, latent.plain_dim, spec.rope.dim);
+        let from = match latent.q_rank {
+            None => x.clone(),
+            Some(_) => {
+                let down = self.projected(layer, x, LayerRole::QDown, bias(LayerRole::QDownBias))?;
+                rms_norm(&down, &weight(LayerRole::QDownNorm)?, latent.norm_eps)?
+            }
+        };
+        let q = linear(&from, &weight(LayerRole::Q)?)?.reshape((tokens, spec.heads, plain + turning))?;
+        let q_plain = q.narrow(D::Minus1, 0, plain)?;
+        let q_turned = rotated(&q.narrow(D::Minus1, plain, turning)?, spec)?;
+        let down = self.projected(layer, x, LayerRole::KvDown, bias(LayerRole::KvDownBias))?;
+        let row = down.narrow(D::Minus1, 0, latent.kv_rank)?;
+        let row = rms_norm(&row, &weight(LayerRole::KvDownNorm)?, latent.norm_eps)?;
+        let shared = down.narrow(D::Minus1, latent.kv_rank, turning)?.reshape((tokens, 1, turning))?;
+        let shared = rotated(&shared, spec)?.squeeze(1)?;
+        let kv = linear(&row, &weight(LayerRole::KvUp)?)?;
+        let kv = kv.reshape((tokens, spec.heads, plain + latent.value_dim))?;
+        let mask = mask(tokens, spec.window)?;
+        let mut heads = Vec::with_capacity(spec.heads);
+        for head in 0..spec.heads {
+            let q = Tensor::cat(&[q_plain.i((.., head))?, q_turned.i((.., head))?], D::Minus1)?;
+            let kv = kv.i((.., head))?;
+            let k = Tensor::cat(&[&kv.narrow(D::Minus1, 0, plain)?, &shared], D::Minus1)?;
+            let v = kv.narrow(D::Minus1, plain, latent.value_dim)?.contiguous()?;
             let scores = ((q.matmul(&k.t()?.contiguous()?)? * f64::from(spec.scale))? + &mask)?;
             heads.push(softmax(&scores)?.matmul(&v)?);
         }
@@ -277,11 +322,15 @@ fn mask(tokens: usize, window: Option<usize>) -> CandleResult<Tensor> {
 fn rotated(x: &Tensor, spec: &AttentionSpec) -> CandleResult<Tensor> {
     let (tokens, heads, head_dim) = x.dims3()?;
     let (dim, half) = (spec.rope.dim, spec.rope.dim / 2);
-    let frequency = |i: usize| (1.0 / spec.rope.theta.powf(2.0 * i as f64 / dim as f64)) as f32;
+    let frequency = |i: usize| {
+        let plain = 1.0 / spec.rope.theta.powf(2.0 * i as f64 / dim as f64);
+        spec.rope.yarn.map_or(plain, |yarn| stretched(plain, i, &spec.rope, &yarn)) as f32
+    };
     let angles: Vec<f32> =
         (0..tokens).flat_map(|position| (0..half).map(move |i| position as f32 * frequency(i))).collect();
     let angles = Tensor::from_vec(angles, (tokens, 1, half), &Device::Cpu)?;
-    let (cos, sin) = (angles.cos()?, angles.sin()?);
+    let amplitude = spec.rope.yarn.map_or(1.0, |yarn| f64::from(yarn.amplitude));
+    let (cos, sin) = ((angles.cos()? * amplitude)?, (angles.sin()? * amplitude)?);
     let turning = x.narrow(D::Minus1, 0, dim)?;
     // Pairs side by side in the last dimension but one, or in the last.
     let (shape, of_pair) = match spec.rope.pairs {
@@ -295,4 +344,17 @@ fn rotated(x: &Tensor, spec: &AttentionSpec) -> CandleResult<Tensor> {
     let right = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
     let turned = Tensor::stack(&[left, right], of_pair)?.reshape((tokens, heads, dim))?;
     Tensor::cat(&[turned, x.narrow(D::Minus1, dim, head_dim - dim)?], D::Minus1)
+}
+
+/// A frequency as YaRN has it: between itself and its part, by how often it turns in the original context.
+fn stretched(frequency: f64, i: usize, rope: &RopeSpec, yarn: &YarnSpec) -> f64 {
+    let place = |turns: f64| {
+        let wavelength = yarn.original_context as f64 / turns;
+        rope.dim as f64 * (wavelength / std::f64::consts::TAU).ln() / (2.0 * rope.theta.ln())
+    };
+    let low = place(yarn.beta_fast).floor().max(0.0);
+    let high = place(yarn.beta_slow).ceil().min(rope.dim as f64 - 1.0);
+    let width = if low == high { 0.001 } else { high - low };
+    let part = ((i as f64 - low) / width).clamp(0.0, 1.0);
+    frequency * (1.0 - part) + frequency / yarn.factor * part
 }

@@ -53,21 +53,31 @@ impl<'a> Loader<'a> {
     /// A matrix held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute mode.
     pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
         let compute = self.compute;
-        self.packed(role, |rows, cols, data| match (data, packing(data.dtype(), compute, dtype)) {
-            (WeightData::Bf16(bits), Packing::Quantised(kind)) => {
-                Matrix::quantise_bf16(kind, rows, cols, bits)
-            }
-            (WeightData::F32(values), Packing::Quantised(kind)) => {
-                Matrix::quantise_f32(kind, rows, cols, values)
-            }
-            (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
-            (WeightData::F32(values), Packing::F32) => Matrix::pack_f32(rows, cols, values),
-            (WeightData::F32(values), Packing::Bf16) => {
-                let mut bits = vec![0; values.len()];
-                to_bf16(values, &mut bits);
-                Matrix::pack_bf16(rows, cols, &bits)
-            }
-        })
+        self.packed(role, |rows, cols, data| pack(rows, cols, data, compute, dtype))
+    }
+
+    /// Matrices made of parts of a stored one: `[out, in]` and the place of element (row, column) of each.
+    pub(crate) fn parts_as(
+        &mut self,
+        role: Role,
+        parts: impl Iterator<Item = (usize, usize, impl Fn(usize, usize) -> usize)>,
+        dtype: WeightDType,
+    ) -> Result<Vec<Matrix>, ModelError> {
+        let Weight { data, .. } = self.read(role)?;
+        let packed = parts.map(|(rows, cols, place)| {
+            let places = (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col)));
+            let part = match &data {
+                WeightData::F32(values) => {
+                    WeightData::F32(places.map(|(row, col)| values[place(row, col)]).collect())
+                }
+                WeightData::Bf16(bits) => {
+                    WeightData::Bf16(places.map(|(row, col)| bits[place(row, col)]).collect())
+                }
+            };
+            pack(rows, cols, &part, self.compute, dtype)
+        });
+        let packed: Result<Vec<_>, _> = packed.collect();
+        packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
     }
 
     /// What `pack` makes of a stored matrix, whose memory is then kept for the next.
@@ -92,6 +102,26 @@ impl<'a> Loader<'a> {
     /// A vector that not every model has.
     pub(crate) fn vector_if(&mut self, present: bool, role: Role) -> Result<Option<Vec<f32>>, ModelError> {
         present.then(|| self.vector(role)).transpose()
+    }
+}
+
+fn pack(
+    rows: usize,
+    cols: usize,
+    data: &WeightData,
+    compute: Compute,
+    dtype: WeightDType,
+) -> Result<Matrix, KernelError> {
+    match (data, packing(data.dtype(), compute, dtype)) {
+        (WeightData::Bf16(bits), Packing::Quantised(kind)) => Matrix::quantise_bf16(kind, rows, cols, bits),
+        (WeightData::F32(values), Packing::Quantised(kind)) => Matrix::quantise_f32(kind, rows, cols, values),
+        (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
+        (WeightData::F32(values), Packing::F32) => Matrix::pack_f32(rows, cols, values),
+        (WeightData::F32(values), Packing::Bf16) => {
+            let mut bits = vec![0; values.len()];
+            to_bf16(values, &mut bits);
+            Matrix::pack_bf16(rows, cols, &bits)
+        }
     }
 }
 

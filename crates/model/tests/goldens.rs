@@ -20,7 +20,7 @@ use muster_types::WeightDType::{self, Native, Q4, Q8};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 13] = [
     "mixtral",
     "mixtral_bf16",
     "mixtral_top1",
@@ -31,6 +31,9 @@ const FAMILIES: [&str; 10] = [
     "granitemoeshared",
     "ernie4_5_moe",
     "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v3_bf16",
 ];
 
 struct Model {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::config::{Config, ConfigError};
 use crate::spec::{
     AttentionSpec, ExpertGroups, GateRecipe, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm,
-    RopePairs, RopeSpec, SharedSpec,
+    RopePairs, RopeSpec, SharedSpec, YarnSpec,
 };
 
 /// Most elements of the residual stream.
@@ -22,7 +22,7 @@ const MOST_EXPERTS: usize = 4096;
 /// Most experts of all layers together.
 const MOST_EXPERTS_IN_ALL: usize = 1 << 17;
 const MOST_HEADS: usize = 1024;
-const WIDEST_HEAD: usize = 1024;
+pub(super) const WIDEST_HEAD: usize = 1024;
 const LONGEST_CONTEXT: usize = 1 << 30;
 const MOST_EXTRA_LAYERS: usize = 16;
 const LARGEST_VOCAB: usize = 1 << 24;
@@ -69,11 +69,14 @@ impl Habits {
 }
 
 /// How much of a head is rotated.
+#[derive(Clone, Copy)]
 pub(super) enum Rotary {
     /// All of it; `partial_rotary_factor` may say nothing else.
     Whole,
     /// As `partial_rotary_factor` says; its default.
     Partial(f64),
+    /// As many elements as this key says, which has a default; and frequencies may be those of YaRN.
+    Elements(&'static str, usize),
 }
 
 /// What the shared keys say.
@@ -103,7 +106,10 @@ impl Base {
         let layers = config.size("num_hidden_layers", defaults.layers, 1..=MOST_LAYERS)?;
         let heads = config.size("num_attention_heads", defaults.heads, 1..=MOST_HEADS)?;
         let (experts, top_k) = experts(config, defaults, layers)?;
-        let head_dim = head_dim(config, hidden, heads)?;
+        let head_dim = match defaults.habits.rotary {
+            Rotary::Elements(key, default) => config.size(key, default, 2..=WIDEST_HEAD)?,
+            Rotary::Whole | Rotary::Partial(_) => head_dim(config, hidden, heads)?,
+        };
         Ok(Self {
             layers,
             heads,
@@ -135,6 +141,7 @@ impl Base {
             o_bias: false,
             rope: self.rope,
             window: None,
+            latent: None,
         }
     }
 
@@ -268,7 +275,9 @@ fn eos(config: &Config, default: Option<u32>, vocab: u32) -> Result<Vec<u32>, Co
 
 fn refuse_unsupported(config: &Config, habits: &Habits) -> Result<(), ConfigError> {
     config.refuse_unless("hidden_act", "this build computes \"silu\"", |value| value == "silu")?;
-    config.refuse_set("rope_scaling", "this build computes unscaled rotary embedding")?;
+    if !matches!(habits.rotary, Rotary::Elements(..)) {
+        config.refuse_set("rope_scaling", "this build computes unscaled rotary embedding for this family")?;
+    }
     config.refuse_set("quantization_config", "weights must be stored as F32 or BF16")?;
     config.refuse_unless(
         "auto_map",
@@ -322,7 +331,7 @@ fn rope(config: &Config, defaults: &Defaults, head_dim: usize) -> Result<RopeSpe
     const PART: &str = "partial_rotary_factor";
     let nested = config.nested("rope_parameters")?;
     let partial = match defaults.habits.rotary {
-        Rotary::Whole => {
+        Rotary::Whole | Rotary::Elements(..) => {
             let whole = |value: &Value| value.as_f64() == Some(1.0);
             config.refuse_unless(PART, "this family rotates whole heads", whole)?;
             1.0
@@ -334,12 +343,24 @@ fn rope(config: &Config, defaults: &Defaults, head_dim: usize) -> Result<RopeSpe
         }
     };
     if let Some(nested) = &nested {
-        nested.refuse_unless("rope_type", "this build computes \"default\"", |value| value == "default")?;
+        let plain = |value: &Value| value == "default";
         match defaults.habits.rotary {
-            Rotary::Whole => nested.only(&["rope_theta", "rope_type"])?,
-            Rotary::Partial(_) => nested.only(&["rope_theta", "rope_type", PART])?,
+            Rotary::Whole => {
+                nested.refuse_unless("rope_type", "this build computes \"default\"", plain)?;
+                nested.only(&["rope_theta", "rope_type"])?;
+            }
+            Rotary::Partial(_) => {
+                nested.refuse_unless("rope_type", "this build computes \"default\"", plain)?;
+                nested.only(&["rope_theta", "rope_type", PART])?;
+            }
+            Rotary::Elements(..) => {}
         }
     }
+    let yarn = match (defaults.habits.rotary, config.nested("rope_scaling")?) {
+        (Rotary::Elements(..), Some(scaling)) => yarn(&scaling)?,
+        (Rotary::Elements(..), None) => nested.as_ref().map(yarn).transpose()?.flatten(),
+        _ => None,
+    };
     let inside = nested.map(|nested| nested.optional_positive("rope_theta")).transpose()?.flatten();
     let theta = agreed(config, "rope_theta", config.optional_positive("rope_theta")?, inside)?;
     // Rounded down, as the reference does.
@@ -349,7 +370,56 @@ fn rope(config: &Config, defaults: &Defaults, head_dim: usize) -> Result<RopeSpe
             format!("of {head_dim} elements of a head that rotates {dim}; it must be an even number");
         return Err(config.conflict(PART, &partial, reason));
     }
-    Ok(RopeSpec { theta: theta.unwrap_or(defaults.rope_theta), dim, pairs: RopePairs::Halves })
+    Ok(RopeSpec { theta: theta.unwrap_or(defaults.rope_theta), dim, pairs: RopePairs::Halves, yarn })
+}
+
+/// YaRN, if that is what these parameters describe.
+fn yarn(parameters: &Config) -> Result<Option<YarnSpec>, ConfigError> {
+    let types = ["rope_type", "type"].map(|key| parameters.get(key).and_then(Value::as_str));
+    for key in ["rope_type", "type"] {
+        parameters.refuse_unless(key, "this build computes \"default\" and \"yarn\"", |value| {
+            value == "default" || value == "yarn"
+        })?;
+    }
+    if !types.contains(&Some("yarn")) {
+        parameters.only(&["rope_theta", "rope_type", "type"])?;
+        return Ok(None);
+    }
+    parameters.only(&[
+        "rope_theta",
+        "rope_type",
+        "type",
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+    ])?;
+    let missing = |key: &str| ConfigError::Missing { key: key.to_owned() };
+    let factor = parameters.optional_positive("factor")?.ok_or_else(|| missing("factor"))?;
+    let original = "original_max_position_embeddings";
+    let context =
+        parameters.optional_size(original, 1..=LONGEST_CONTEXT)?.ok_or_else(|| missing(original))?;
+    let scales = [parameters.optional_positive("mscale")?, parameters.optional_positive("mscale_all_dim")?];
+    let amplitude = match (parameters.optional_positive("attention_factor")?, scales) {
+        (Some(given), _) => given,
+        (None, [Some(scale), Some(all)]) => yarn_scale(factor, scale) / yarn_scale(factor, all),
+        (None, _) => yarn_scale(factor, 1.0),
+    };
+    Ok(Some(YarnSpec {
+        factor,
+        original_context: context,
+        beta_fast: parameters.positive("beta_fast", 32.0)?,
+        beta_slow: parameters.positive("beta_slow", 1.0)?,
+        amplitude: amplitude as f32,
+    }))
+}
+
+/// How much larger scores become where the context is `factor` times as long.
+pub(super) fn yarn_scale(factor: f64, scale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
 }
 
 /// A number that may stand at the top, in `rope_parameters`, or in both.

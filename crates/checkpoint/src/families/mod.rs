@@ -5,6 +5,7 @@
 //! that this build cannot compute is refused here, by key and value. Published models are in [`presets`], as sizes alone.
 
 mod base;
+mod deepseek;
 mod ernie4_5_moe;
 mod glm4_moe;
 mod granitemoe;
@@ -34,7 +35,9 @@ pub(crate) struct Family {
     experts: fn(&mut PlanBuilder<'_>, u32, usize, &MoeSpec) -> Result<(), CheckpointError>,
 }
 
-const FAMILIES: [Family; 8] = [
+const FAMILIES: [Family; 10] = [
+    deepseek::V2,
+    deepseek::V3,
     ernie4_5_moe::FAMILY,
     glm4_moe::FAMILY,
     granitemoe::FAMILY,

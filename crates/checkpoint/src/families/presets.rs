@@ -177,11 +177,12 @@ const PRESETS: [Preset; 10] = [
         context: 163_840,
         attention: AttentionOutline::Latent {
             heads: 128,
-            q_rank: 1536,
+            q_rank: Some(1536),
             kv_rank: 512,
             nope: 128,
             rope: 64,
             value: 128,
+            biases: 0,
         },
         experts: ExpertsOutline { gate_bias: true, ..experts(256, 8, 2048) },
         shared: 2048,

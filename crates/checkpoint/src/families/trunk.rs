@@ -2,7 +2,9 @@
 
 use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
-use crate::spec::{AttentionSpec, ExpertRole, LayerRole, ModelSpec, MoeSpec, QkNorm, Role, SharedSpec};
+use crate::spec::{
+    AttentionSpec, ExpertRole, LatentSpec, LayerRole, ModelSpec, MoeSpec, QkNorm, Role, SharedSpec,
+};
 
 /// Embedding, final norm and head.
 pub(super) fn outer(plan: &mut PlanBuilder<'_>, spec: &ModelSpec) -> Result<(), CheckpointError> {
@@ -19,6 +21,9 @@ pub(super) fn attention(
     hidden: usize,
     attention: &AttentionSpec,
 ) -> Result<(), CheckpointError> {
+    if let Some(latent) = &attention.latent {
+        return latent_attention(plan, layer, hidden, attention, latent);
+    }
     let q = attention.heads * attention.head_dim;
     let kv = attention.kv_heads * attention.head_dim;
     let role = |role| Role::Layer(layer, role);
@@ -44,6 +49,47 @@ pub(super) fn attention(
     };
     plan.vector(role(LayerRole::QNorm), &name("self_attn.q_norm.weight"), q_norm)?;
     plan.vector(role(LayerRole::KNorm), &name("self_attn.k_norm.weight"), k_norm)
+}
+
+/// Attention over compressed rows of one layer, and both of the layer's norms.
+fn latent_attention(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    attention: &AttentionSpec,
+    latent: &LatentSpec,
+) -> Result<(), CheckpointError> {
+    let LatentSpec { q_rank, kv_rank, plain_dim, value_dim, down_bias, .. } = *latent;
+    let role = |role| Role::Layer(layer, role);
+    let name = |name: &str| format!("model.layers.{layer}.{name}");
+    plan.vector(role(LayerRole::AttentionNorm), &name("input_layernorm.weight"), hidden)?;
+    plan.vector(role(LayerRole::MlpNorm), &name("post_attention_layernorm.weight"), hidden)?;
+    let queries = attention.heads * (plain_dim + attention.rope.dim);
+    match q_rank {
+        None => plan.matrix(role(LayerRole::Q), &name("self_attn.q_proj.weight"), queries, hidden)?,
+        Some(rank) => {
+            plan.matrix(role(LayerRole::QDown), &name("self_attn.q_a_proj.weight"), rank, hidden)?;
+            if down_bias {
+                plan.vector(role(LayerRole::QDownBias), &name("self_attn.q_a_proj.bias"), rank)?;
+            }
+            plan.vector(role(LayerRole::QDownNorm), &name("self_attn.q_a_layernorm.weight"), rank)?;
+            plan.matrix(role(LayerRole::Q), &name("self_attn.q_b_proj.weight"), queries, rank)?;
+        }
+    }
+    let cached = kv_rank + attention.rope.dim;
+    plan.matrix(role(LayerRole::KvDown), &name("self_attn.kv_a_proj_with_mqa.weight"), cached, hidden)?;
+    if down_bias {
+        plan.vector(role(LayerRole::KvDownBias), &name("self_attn.kv_a_proj_with_mqa.bias"), cached)?;
+    }
+    plan.vector(role(LayerRole::KvDownNorm), &name("self_attn.kv_a_layernorm.weight"), kv_rank)?;
+    let both = attention.heads * (plain_dim + value_dim);
+    plan.matrix(role(LayerRole::KvUp), &name("self_attn.kv_b_proj.weight"), both, kv_rank)?;
+    let out = attention.output_width();
+    plan.matrix(role(LayerRole::O), &name("self_attn.o_proj.weight"), hidden, out)?;
+    if attention.o_bias {
+        plan.vector(role(LayerRole::OBias), &name("self_attn.o_proj.bias"), hidden)?;
+    }
+    Ok(())
 }
 
 /// How a family names the tensors of experts that are stored one by one, and what comes with them.

@@ -6,8 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, GateRecipe, LayerRole, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Role,
-    RopePairs, RopeSpec, Score, SharedSpec,
+    AttentionSpec, ExpertGroups, ExpertRole, GateRecipe, GroupWorth, LatentSpec, LayerRole, MlpSpec,
+    ModelSpec, MoeSpec, QkNorm, Renormalise, Role, RopePairs, RopeSpec, Score, SharedSpec, YarnSpec,
 };
 use muster_checkpoint::{Checkpoint, Outline, Source, Survey, WeightData};
 use muster_types::DType;
@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 
 use crate::model::{Model, open, refused, root};
 
-const GOLDEN: [&str; 10] = [
+const GOLDEN: [&str; 13] = [
     "mixtral",
     "mixtral_bf16",
     "mixtral_top1",
@@ -27,6 +27,9 @@ const GOLDEN: [&str; 10] = [
     "granitemoeshared",
     "ernie4_5_moe",
     "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v3_bf16",
 ];
 
 fn golden(name: &str) -> PathBuf {
@@ -150,8 +153,9 @@ fn mixtral_is_described_as_published() {
         clip_qkv: None,
         qkv_bias: false,
         o_bias: false,
-        rope: RopeSpec { theta: 1e6, dim: 16, pairs: RopePairs::Halves },
+        rope: RopeSpec { theta: 1e6, dim: 16, pairs: RopePairs::Halves, yarn: None },
         window: None,
+        latent: None,
     };
     assert_eq!(spec.layers[0].attention, plain);
     assert_eq!(spec.layers[2].mlp, moe(8, 2, 48, Score::SoftmaxThenTopK, Renormalise::SUM));
@@ -212,7 +216,7 @@ fn ernie4_5_moe_and_glm4_moe_select_by_a_bias() {
     assert_eq!((moe.shared, ernie.tied_head), (SharedSpec::Add { intermediate: 80 }, true));
     assert_eq!(
         ernie.layers[0].attention.rope,
-        RopeSpec { theta: 5e5, dim: 16, pairs: RopePairs::Neighbours }
+        RopeSpec { theta: 5e5, dim: 16, pairs: RopePairs::Neighbours, yarn: None }
     );
     let glm = opened("glm4_moe").spec().clone();
     assert_eq!(glm.moe_layers().map(|(layer, _)| layer).collect::<Vec<_>>(), [1, 2, 3]);
@@ -221,9 +225,40 @@ fn ernie4_5_moe_and_glm4_moe_select_by_a_bias() {
     assert_eq!(moe.gate, GateRecipe { selection_bias: true, scale: 2.5, ..plain });
     assert_eq!(moe.shared, SharedSpec::Add { intermediate: 40 });
     let attention = &glm.layers[0].attention;
-    assert_eq!(attention.rope, RopeSpec { theta: 1e6, dim: 12, pairs: RopePairs::Halves });
+    assert_eq!(attention.rope, RopeSpec { theta: 1e6, dim: 12, pairs: RopePairs::Halves, yarn: None });
     assert_eq!((attention.qk_norm, attention.qkv_bias, attention.o_bias), (QkNorm::PerHead, true, false));
     assert_eq!(glm.unused, ["model.layers.4."]);
+}
+
+#[test]
+fn deepseek_has_compressed_rows_and_longer_contexts() {
+    let v2 = opened("deepseek_v2").spec().clone();
+    let attention = &v2.layers[0].attention;
+    let latent = LatentSpec {
+        q_rank: None,
+        kv_rank: 32,
+        plain_dim: 16,
+        value_dim: 16,
+        norm_eps: 1e-6,
+        down_bias: false,
+    };
+    assert_eq!(attention.latent, Some(latent));
+    assert_eq!((attention.heads, attention.kv_heads, attention.head_dim), (4, 1, 48));
+    assert_eq!((attention.cached_value(), attention.output_width()), (32, 64));
+    let yarn =
+        YarnSpec { factor: 40.0, original_context: 4096, beta_fast: 32.0, beta_slow: 1.0, amplitude: 1.0 };
+    let rope = RopeSpec { theta: 1e4, dim: 16, pairs: RopePairs::Neighbours, yarn: Some(yarn) };
+    assert_eq!(attention.rope, rope);
+    let longer = 0.1 * 0.707 * 40f64.ln() + 1.0;
+    assert_eq!(attention.scale, (longer * longer / 32f64.sqrt()) as f32);
+    let gate = &v2.moe(1).unwrap().gate;
+    assert_eq!(gate.groups, Some(ExpertGroups { groups: 4, kept: 2, worth: GroupWorth::Best }));
+    assert_eq!((gate.score, gate.renormalise, gate.scale), (Score::SoftmaxThenTopK, Renormalise::None, 2.5));
+    let v3 = opened("deepseek_v3_bf16").spec().clone();
+    assert_eq!((v3.dtype, v3.unused.as_slice()), (DType::Bf16, ["model.layers.3.".to_owned()].as_slice()));
+    assert_eq!(v3.layers[0].attention.latent.unwrap().q_rank, Some(32));
+    let gate = &v3.moe(1).unwrap().gate;
+    assert_eq!(gate.groups, Some(ExpertGroups { groups: 4, kept: 3, worth: GroupWorth::BestTwo }));
 }
 
 #[test]

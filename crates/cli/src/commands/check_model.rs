@@ -188,7 +188,13 @@ fn shared_in_words(shared: SharedSpec) -> Option<String> {
 /// A layer's attention, in a phrase.
 fn attention_in_words(attention: &AttentionSpec) -> String {
     let AttentionSpec { heads, kv_heads, head_dim, qk_norm, clip_qkv, rope, window, .. } = attention;
-    let mut words = format!("{heads} heads of {head_dim}, {kv_heads} for keys and values");
+    let mut words = match &attention.latent {
+        None => format!("{heads} heads of {head_dim}, {kv_heads} for keys and values"),
+        Some(latent) => format!(
+            "{heads} heads over compressed rows of {} and {} rotated elements",
+            latent.kv_rank, rope.dim
+        ),
+    };
     match qk_norm {
         QkNorm::None => {}
         QkNorm::PerHead => words += ", queries and keys normed per head",
@@ -200,11 +206,14 @@ fn attention_in_words(attention: &AttentionSpec) -> String {
     if attention.qkv_bias || attention.o_bias {
         words += ", biases";
     }
-    if rope.dim < *head_dim {
+    if attention.latent.is_none() && rope.dim < *head_dim {
         words += &format!(", {} elements of a head rotated", rope.dim);
     }
     if rope.pairs == RopePairs::Neighbours {
         words += ", neighbours rotated together";
+    }
+    if let Some(yarn) = &rope.yarn {
+        words += &format!(", YaRN by {}", yarn.factor);
     }
     if let Some(window) = window {
         words += &format!(", a window of {window}");

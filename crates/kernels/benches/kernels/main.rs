@@ -183,13 +183,13 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
 
 fn attentions(cpu: &Cpu) {
     let (heads, kv_heads, head_dim, context) = (32, 8, 128, 4096_u32);
-    let shape = KvShape { layers: 1, kv_heads, head_dim };
+    let shape = KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim };
     let blocks: Vec<u32> = (0..context / 16).collect();
     let mut kv = KvCache::new(shape, blocks.len(), Precision::Bf16).expect("the shape fits");
     let slots: Vec<_> = (0..context).map(|position| KvSlot { position, blocks: &blocks }).collect();
     let x = numbers(context as usize * kv_heads * head_dim);
     kv.write(0, &slots, &x, &x);
-    let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.088, window: None };
+    let shape = AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale: 0.088, window: None };
     for rows in [1, 16] {
         let slots = &slots[slots.len() - rows..];
         let q = numbers(rows * heads * head_dim);

@@ -6,6 +6,7 @@ use muster_kernels::{
     rotate,
 };
 
+use super::latent::{self, Latent};
 use super::{StepContext, Trunk};
 use crate::experts::precision;
 
@@ -13,13 +14,26 @@ use crate::experts::precision;
 pub(super) struct Attention {
     pub(super) spec: AttentionSpec,
     pub(super) norm: Vec<f32>,
+    pub(super) source: Source,
+    pub(super) o: Projection,
+    pub(super) rope: Rope,
+}
+
+/// Where queries, keys and values come from.
+pub(super) enum Source {
+    /// Each from its own projection.
+    Heads(Box<Heads>),
+    /// From compressed rows.
+    Latent(Box<Latent>),
+}
+
+/// Projections of heads.
+pub(super) struct Heads {
     pub(super) q: Projection,
     pub(super) k: Projection,
     pub(super) v: Projection,
-    pub(super) o: Projection,
     pub(super) q_norm: Option<Vec<f32>>,
     pub(super) k_norm: Option<Vec<f32>>,
-    pub(super) rope: Rope,
 }
 
 /// A linear layer with a bias where the model has one.
@@ -31,10 +45,11 @@ pub(super) struct Projection {
 /// Buffers of one lane.
 #[derive(Default)]
 pub(super) struct Buffers {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    mixed: Vec<f32>,
+    pub(super) q: Vec<f32>,
+    pub(super) k: Vec<f32>,
+    pub(super) v: Vec<f32>,
+    pub(super) mixed: Vec<f32>,
+    pub(super) latent: latent::Buffers,
     out: Vec<f32>,
 }
 
@@ -51,21 +66,12 @@ impl Attention {
         angles: &Angles,
         buffers: &'b mut Buffers,
     ) -> &'b [f32] {
-        let Buffers { q, k, v, mixed, out } = buffers;
         let precision = precision(trunk.compute);
-        self.q.apply(ctx.cpu, x, precision, q);
-        self.k.apply(ctx.cpu, x, precision, k);
-        self.v.apply(ctx.cpu, x, precision, v);
-        for (x, norm) in [(&mut *q, &self.q_norm), (&mut *k, &self.k_norm)] {
-            if let Some(weight) = norm {
-                rms_norm_in_place(ctx.cpu, x, weight, trunk.spec.norm_eps);
-            }
+        match &self.source {
+            Source::Heads(heads) => heads.project(ctx.cpu, trunk, &self.spec, x, buffers),
+            Source::Latent(latent) => latent.project(ctx.cpu, trunk, &self.spec, x, buffers),
         }
-        if let Some(limit) = self.spec.clip_qkv {
-            for x in [&mut *q, &mut *k, &mut *v] {
-                x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
-            }
-        }
+        let Buffers { q, k, v, mixed, .. } = &mut *buffers;
         rotate(angles, q, self.spec.head_dim);
         rotate(angles, k, self.spec.head_dim);
         ctx.kv.write(layer, slots, k, v);
@@ -73,14 +79,49 @@ impl Attention {
             heads: self.spec.heads,
             kv_heads: self.spec.kv_heads,
             head_dim: self.spec.head_dim,
+            value_dim: self.spec.cached_value(),
             scale: self.spec.scale,
             window: self.spec.window,
         };
-        mixed.resize(q.len(), 0.0);
+        mixed.resize(slots.len() * shape.heads * shape.value_dim, 0.0);
         attention(ctx.cpu, &shape, layer, q, slots, ctx.kv, mixed);
         trunk.round(mixed);
+        if let Source::Latent(latent) = &self.source {
+            latent.expand(ctx.cpu, trunk, &self.spec, buffers);
+        }
+        let Buffers { mixed, out, .. } = buffers;
         self.o.apply(ctx.cpu, mixed, precision, out);
         out
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        let source = match &self.source {
+            Source::Heads(heads) => {
+                [&heads.q, &heads.k, &heads.v].iter().map(|projection| projection.weight.bytes()).sum()
+            }
+            Source::Latent(latent) => latent.bytes(),
+        };
+        source + self.o.weight.bytes()
+    }
+}
+
+impl Heads {
+    fn project(&self, cpu: &Cpu, trunk: &Trunk, spec: &AttentionSpec, x: &[f32], buffers: &mut Buffers) {
+        let Buffers { q, k, v, .. } = buffers;
+        let precision = precision(trunk.compute);
+        self.q.apply(cpu, x, precision, q);
+        self.k.apply(cpu, x, precision, k);
+        self.v.apply(cpu, x, precision, v);
+        for (x, norm) in [(&mut *q, &self.q_norm), (&mut *k, &self.k_norm)] {
+            if let Some(weight) = norm {
+                rms_norm_in_place(cpu, x, weight, trunk.spec.norm_eps);
+            }
+        }
+        if let Some(limit) = spec.clip_qkv {
+            for x in [q, k, v] {
+                x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+            }
+        }
     }
 }
 

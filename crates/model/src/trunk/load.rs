@@ -2,12 +2,14 @@
 
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{
-    self, LayerRole, LayerSpec, MlpSpec, MoeSpec, QkNorm, Role, RopeSpec, SharedSpec,
+    self, AttentionSpec, LatentSpec, LayerRole, LayerSpec, MlpSpec, MoeSpec, QkNorm, Role, RopeSpec,
+    SharedSpec,
 };
-use muster_kernels::{Expert, KernelError, Rope, RopePairs};
+use muster_kernels::{Expert, KernelError, Rope, RopePairs, Yarn};
 use muster_types::{Compute, WeightDType};
 
-use super::attention::{Attention, Projection};
+use super::attention::{Attention, Heads, Projection, Source};
+use super::latent::Latent;
 use super::moe::{Moe, Shared};
 use super::{Layer, Mlp, Trunk};
 use crate::weights::Loader;
@@ -47,13 +49,11 @@ impl Trunk {
 
 impl Layer {
     fn bytes(&self) -> usize {
-        let attention = &self.attention;
-        let projections = [&attention.q, &attention.k, &attention.v, &attention.o];
         let mlp = match &self.mlp {
             Mlp::Moe(moe) => moe.bytes(),
             Mlp::Dense(expert) => expert.bytes(),
         };
-        projections.iter().map(|p| p.weight.bytes()).sum::<usize>() + mlp
+        self.attention.bytes() + mlp
     }
 }
 
@@ -65,15 +65,11 @@ fn load_layer(
 ) -> Result<Layer, ModelError> {
     let role = |role| Role::Layer(index, role);
     let attention = &spec.attention;
-    let has_norm = attention.qk_norm != QkNorm::None;
-    let mut projection = |weight, bias, present| -> Result<Projection, ModelError> {
-        let weight = loader.matrix_as(role(weight), dtype)?;
-        Ok(Projection { weight, bias: loader.vector_if(present, role(bias))? })
+    let source = match &attention.latent {
+        None => Source::Heads(Box::new(load_heads(loader, attention, index, dtype)?)),
+        Some(latent) => Source::Latent(Box::new(load_latent(loader, attention, latent, index, dtype)?)),
     };
-    let q = projection(LayerRole::Q, LayerRole::QBias, attention.qkv_bias)?;
-    let k = projection(LayerRole::K, LayerRole::KBias, attention.qkv_bias)?;
-    let v = projection(LayerRole::V, LayerRole::VBias, attention.qkv_bias)?;
-    let o = projection(LayerRole::O, LayerRole::OBias, attention.o_bias)?;
+    let o = projection(loader, index, [LayerRole::O, LayerRole::OBias], attention.o_bias, dtype)?;
     let mlp = match &spec.mlp {
         MlpSpec::Moe(moe) => Mlp::Moe(Box::new(load_moe(loader, moe, index, dtype)?)),
         MlpSpec::Dense { .. } => {
@@ -84,13 +80,9 @@ fn load_layer(
     Ok(Layer {
         attention: Attention {
             norm: loader.vector(role(LayerRole::AttentionNorm))?,
-            q_norm: loader.vector_if(has_norm, role(LayerRole::QNorm))?,
-            k_norm: loader.vector_if(has_norm, role(LayerRole::KNorm))?,
+            source,
             rope: rope(&attention.rope)?,
             spec: attention.clone(),
-            q,
-            k,
-            v,
             o,
         },
         mlp_norm: loader.vector(role(LayerRole::MlpNorm))?,
@@ -98,12 +90,87 @@ fn load_layer(
     })
 }
 
+fn projection(
+    loader: &mut Loader<'_>,
+    index: u32,
+    [weight, bias]: [LayerRole; 2],
+    has_bias: bool,
+    dtype: WeightDType,
+) -> Result<Projection, ModelError> {
+    let weight = loader.matrix_as(Role::Layer(index, weight), dtype)?;
+    Ok(Projection { weight, bias: loader.vector_if(has_bias, Role::Layer(index, bias))? })
+}
+
+fn load_heads(
+    loader: &mut Loader<'_>,
+    spec: &AttentionSpec,
+    index: u32,
+    dtype: WeightDType,
+) -> Result<Heads, ModelError> {
+    let mut qkv = |roles| projection(loader, index, roles, spec.qkv_bias, dtype);
+    let q = qkv([LayerRole::Q, LayerRole::QBias])?;
+    let k = qkv([LayerRole::K, LayerRole::KBias])?;
+    let v = qkv([LayerRole::V, LayerRole::VBias])?;
+    let has_norm = spec.qk_norm != QkNorm::None;
+    let q_norm = loader.vector_if(has_norm, Role::Layer(index, LayerRole::QNorm))?;
+    let k_norm = loader.vector_if(has_norm, Role::Layer(index, LayerRole::KNorm))?;
+    Ok(Heads { q, k, v, q_norm, k_norm })
+}
+
+fn load_latent(
+    loader: &mut Loader<'_>,
+    spec: &AttentionSpec,
+    latent: &LatentSpec,
+    index: u32,
+    dtype: WeightDType,
+) -> Result<Latent, ModelError> {
+    let role = |role| Role::Layer(index, role);
+    let LatentSpec { q_rank, kv_rank, plain_dim, value_dim, down_bias, .. } = *latent;
+    let q_down = match q_rank {
+        None => None,
+        Some(_) => {
+            let roles = [LayerRole::QDown, LayerRole::QDownBias];
+            let down = projection(loader, index, roles, down_bias, dtype)?;
+            Some((down, loader.vector(role(LayerRole::QDownNorm))?))
+        }
+    };
+    let q = Projection { weight: loader.matrix_as(role(LayerRole::Q), dtype)?, bias: None };
+    let kv_down = projection(loader, index, [LayerRole::KvDown, LayerRole::KvDownBias], down_bias, dtype)?;
+    let kv_norm = loader.vector(role(LayerRole::KvDownNorm))?;
+    // Per head first the rows that make a key, then those that make a value.
+    let first_row = move |head: usize| head * (plain_dim + value_dim);
+    let up = role(LayerRole::KvUp);
+    let absorb = (0..spec.heads).map(|head| {
+        (kv_rank, plain_dim, move |row: usize, col: usize| (first_row(head) + col) * kv_rank + row)
+    });
+    let absorb = loader.parts_as(up, absorb, dtype)?;
+    let values = (0..spec.heads).map(|head| {
+        (value_dim, kv_rank, move |row: usize, col: usize| {
+            (first_row(head) + plain_dim + row) * kv_rank + col
+        })
+    });
+    let values = loader.parts_as(up, values, dtype)?;
+    Ok(Latent { spec: *latent, q_down, q, kv_down, kv_norm, absorb, values })
+}
+
 fn rope(spec: &RopeSpec) -> Result<Rope, KernelError> {
     let pairs = match spec.pairs {
         spec::RopePairs::Halves => RopePairs::Halves,
         spec::RopePairs::Neighbours => RopePairs::Neighbours,
     };
-    Rope::new(spec.theta, spec.dim, pairs)
+    match &spec.yarn {
+        None => Rope::new(spec.theta, spec.dim, pairs),
+        Some(yarn) => {
+            let yarn = Yarn {
+                factor: yarn.factor,
+                original_context: yarn.original_context as f64,
+                beta_fast: yarn.beta_fast,
+                beta_slow: yarn.beta_slow,
+                amplitude: yarn.amplitude,
+            };
+            Rope::yarn(spec.theta, spec.dim, pairs, &yarn)
+        }
+    }
 }
 
 fn load_moe(

@@ -8,6 +8,7 @@
 //! the transport. A lane whose experts fail, fails alone; a sequence whose numbers go bad, fails alone.
 
 mod attention;
+mod latent;
 mod load;
 mod moe;
 
@@ -219,7 +220,12 @@ impl Trunk {
     #[must_use]
     pub fn kv_shape(spec: &ModelSpec) -> KvShape {
         let attention = &spec.layers[0].attention;
-        KvShape { layers: spec.layers.len(), kv_heads: attention.kv_heads, head_dim: attention.head_dim }
+        KvShape {
+            layers: spec.layers.len(),
+            kv_heads: attention.kv_heads,
+            head_dim: attention.head_dim,
+            value_dim: attention.cached_value(),
+        }
     }
 
     /// A KV cache of this many blocks.
