@@ -72,25 +72,21 @@ fn mixtral_is_planned_without_a_file() {
 
 #[test]
 fn the_built_in_model_is_as_large_as_check_model_says() {
-    let plan = json(&["demo"]);
+    let planned = json(&["demo"]);
     let check: Value =
         serde_json::from_str(&text(&run(&["check-model", "demo", "--headers-only", "--json"]))).unwrap();
     for key in ["family", "parameters", "active_parameters", "hidden"] {
-        assert_eq!(plan[key], check[key], "{key}");
+        assert_eq!(planned[key], check[key], "{key}");
     }
-    assert_eq!(plan["stored_bytes"], check["weights"]["bytes"]);
+    assert_eq!(planned["stored_bytes"], check["weights"]["bytes"]);
     // Whole blocks of the packing, so no padding.
-    assert_eq!(plan["expert_bytes"], check["layers"][0]["expert_bytes"]);
-    assert_eq!(plan["indexed_bytes"], Value::Null);
-    let answer = text(&plan_demo_with_workers());
+    assert_eq!(planned["expert_bytes"], check["layers"][0]["expert_bytes"]);
+    assert_eq!(planned["indexed_bytes"], Value::Null);
+    let answer = text(&plan(&["demo", "--worker", "16MiB"]));
     assert!(
         answer.contains("--set model.source=demo") && answer.contains("router --model demo "),
         "{answer}"
     );
-}
-
-fn plan_demo_with_workers() -> Output {
-    plan(&["demo", "--worker", "16MiB"])
 }
 
 #[test]
@@ -107,6 +103,8 @@ fn a_directory_needs_no_weights() {
         report.remove("loaded_from");
     }
     assert_eq!(there, built_in);
+    let answer = text(&plan(&[path, "--worker", "16MiB"]));
+    assert!(answer.contains(&format!("--set model.hostPath.path={path}")), "{answer}");
     fs::write(directory.path().join("config.json"), r#"{"model_type": "deepseek_v3000"}"#).unwrap();
     refused(&[path], &["config.json: `model_type` is \"deepseek_v3000\"; supported are"]);
 }

@@ -3,6 +3,7 @@
 //! Gathers sizes (`muster_model::footprint`), counts workers and rows (`muster_placement`), and says both. Reads no weights.
 
 use std::num::NonZeroU32;
+use std::path::Path;
 
 use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::{Outline, Preset, Survey};
@@ -114,6 +115,13 @@ pub(super) struct Wire {
     pub(super) returned_per_second: f64,
 }
 
+/// Machines that may be workers.
+#[derive(Clone, Copy)]
+struct Offer {
+    machines: Machines,
+    gpu: bool,
+}
+
 /// The model asked about.
 struct Subject {
     name: String,
@@ -155,13 +163,20 @@ fn subject(model: &str) -> Result<Subject, Failure> {
     let survey = Survey::open(&source).map_err(|error| Failure::input(format!("model {model}: {error}")))?;
     Ok(Subject {
         name: survey.name,
-        loaded_from: model.to_owned(),
+        loaded_from: whole_path(model),
         family: survey.spec.family.to_owned(),
         preset: false,
         served: true,
         outline: Outline::of(&survey.spec),
         indexed_bytes: survey.indexed_bytes,
     })
+}
+
+/// A directory by its whole path, because others are told of it; any other name as it is.
+fn whole_path(model: &str) -> String {
+    let path = Path::new(model);
+    let whole = if model != models::DEMO && path.is_dir() { std::path::absolute(path).ok() } else { None };
+    whole.map_or_else(|| model.to_owned(), |path| path.display().to_string())
 }
 
 /// Why a name is not known, and what may have been meant.
@@ -192,21 +207,22 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     let context = context(args, outline)?;
     let kv_bytes = sizes.kv_sequence_bytes(context).saturating_mul(args.sequences.into());
     let (given, open) = asked(args);
-    for machines in given.iter().chain(&open) {
-        if demand.held_by(for_experts(machines.0.memory)) == 0 {
+    for offer in given.iter().chain(&open) {
+        if demand.held_by(for_experts(offer.machines.memory)) == 0 {
             let smaller = |dtype| footprint(dtype).map(|sizes| (dtype, largest(&sizes)));
             let smaller = [WeightDType::Q8, WeightDType::Q4].map(smaller);
-            return Err(too_small(machines.0.memory, &demand, smaller.into_iter().flatten()));
+            return Err(too_small(offer.machines.memory, &demand, smaller.into_iter().flatten()));
         }
     }
-    let given: Vec<Given> = given.into_iter().map(|(machines, gpu)| there(machines, gpu, &demand)).collect();
+    let given: Vec<Given> = given.into_iter().map(|offer| there(offer, &demand)).collect();
     let present = || given.iter().flat_map(|given| (0..given.workers).map(|_| given.expert_memory_bytes));
     let nothing_said = given.is_empty() && open.is_empty();
-    let usual = USUAL_GIB.map(|gib| (Machines { memory: gib << 30, count: None }, false));
+    let usual =
+        USUAL_GIB.map(|gib| Offer { machines: Machines { memory: gib << 30, count: None }, gpu: false });
     let open = if nothing_said { usual.to_vec() } else { open };
     let (is_met, beside) =
         (demand.missing(present()) == 0, u64::from(given.iter().map(|g| g.workers).sum::<u32>()));
-    let size = |(machines, gpu): (Machines, bool)| size(machines.memory, gpu, &demand, &present);
+    let size = |offer| size(offer, &demand, &present);
     let options: Vec<Size> = open.into_iter().filter_map(size).collect();
     let mut counts: Vec<u64> = options.iter().map(|size| size.workers + beside).collect();
     if beside > 0 && (is_met || options.is_empty()) {
@@ -255,13 +271,13 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     })
 }
 
-/// Machines that are given by number, and sizes of which any number may be had; each with whether it is a GPU's.
-fn asked(args: &PlanArgs) -> (Vec<(Machines, bool)>, Vec<(Machines, bool)>) {
+/// Machines that are given by number, and sizes of which any number may be had.
+fn asked(args: &PlanArgs) -> (Vec<Offer>, Vec<Offer>) {
     let one = |machines: &Machines| Machines { count: machines.count.or(Some(NonZeroU32::MIN)), ..*machines };
-    let workers = args.workers.iter().map(|machines| (*machines, false));
-    let gpus = args.gpus.iter().map(|machines| (*machines, true));
-    let devices = args.devices.iter().map(|machines| (one(machines), false));
-    workers.chain(gpus).chain(devices).partition(|(machines, _)| machines.count.is_some())
+    let workers = args.workers.iter().copied().chain(args.devices.iter().map(one));
+    let workers = workers.map(|machines| Offer { machines, gpu: false });
+    let gpus = args.gpus.iter().map(|machines| Offer { machines: *machines, gpu: true });
+    workers.chain(gpus).partition(|offer| offer.machines.count.is_some())
 }
 
 /// What a worker of so much memory has for experts; in whole MiB, if it is that much, because so it can be told.
@@ -314,7 +330,7 @@ fn too_small(memory: u64, demand: &Demand, smaller: impl Iterator<Item = (Weight
     ))
 }
 
-fn there(machines: Machines, gpu: bool, demand: &Demand) -> Given {
+fn there(Offer { machines, gpu }: Offer, demand: &Demand) -> Given {
     let expert_memory_bytes = for_experts(machines.memory);
     Given {
         memory_bytes: machines.memory,
@@ -326,12 +342,8 @@ fn there(machines: Machines, gpu: bool, demand: &Demand) -> Given {
 }
 
 /// How many workers of a size are needed beside those present; `None` when they are too small for an expert.
-fn size<I: Iterator<Item = u64>>(
-    memory: u64,
-    gpu: bool,
-    demand: &Demand,
-    present: &impl Fn() -> I,
-) -> Option<Size> {
+fn size<I: Iterator<Item = u64>>(offer: Offer, demand: &Demand, present: &impl Fn() -> I) -> Option<Size> {
+    let Offer { machines: Machines { memory, .. }, gpu } = offer;
     let expert_memory_bytes = for_experts(memory);
     let needed = |replicas| Demand { replicas, ..*demand }.workers_of(expert_memory_bytes, present());
     let mut copies = vec![1, 2, demand.replicas];

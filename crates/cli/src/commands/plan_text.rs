@@ -256,10 +256,10 @@ fn helm(report: &Report, pools: &[(u64, u64, u64)], kv: u64) -> Vec<String> {
     let model = &report.loaded_from;
     let source = if model == models::DEMO {
         vec!["model.source=demo".to_owned()]
-    } else if report.preset {
-        vec!["model.source=download".to_owned(), format!("model.download.repository={model}")]
-    } else {
+    } else if model.starts_with('/') {
         vec!["model.source=hostPath".to_owned(), format!("model.hostPath.path={}", quoted(model))]
+    } else {
+        vec!["model.source=download".to_owned(), format!("model.download.repository={model}")]
     };
     // Trunk and KV cache, a quarter of that, and room for the process.
     let router = mebibytes(report.router_bytes + report.router_bytes / 4) + 512;
