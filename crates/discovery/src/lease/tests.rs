@@ -129,7 +129,7 @@ async fn one_of_several_has_it_and_keeps_it() {
     assert_eq!(watched(&processes, 120.0).await, Some(first));
     assert!(processes[first].held.borrow().problem.is_none());
     let lease = store.lock().unwrap().lease.clone().unwrap();
-    assert_eq!(lease["spec"]["leaseDurationSeconds"], 10);
+    assert_eq!(lease["spec"]["leaseDurationSeconds"], 6);
     assert_eq!(lease["spec"]["leaseTransitions"], 1);
     for process in &processes {
         assert_eq!(process.held.borrow().holder, holder_in(&store));
@@ -227,8 +227,8 @@ async fn another_s_clock_and_words_are_not_believed() {
         (json!("2201-01-01T00:00:00.000000Z"), json!(10), 10.0),
         (Value::Null, json!(10), 10.0),
         // It promises nothing, or too much.
-        (Value::Null, Value::Null, 10.0),
-        (Value::Null, json!(-5), 10.0),
+        (Value::Null, Value::Null, 6.0),
+        (Value::Null, json!(-5), 6.0),
         (Value::Null, json!(2_000_000_000), LONGEST.as_secs_f64()),
     ] {
         let store = Shared::default();
