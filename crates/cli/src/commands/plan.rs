@@ -271,9 +271,6 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     })
 }
 
-/// Machines, and whether they are a GPU's.
-type Asked = Vec<(Machines, bool)>;
-
 /// Machines that are given by number, and sizes of which any number may be had.
 fn asked(args: &PlanArgs) -> (Vec<Offer>, Vec<Offer>) {
     let one = |machines: &Machines| Machines { count: machines.count.or(Some(NonZeroU32::MIN)), ..*machines };
