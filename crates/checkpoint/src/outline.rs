@@ -85,8 +85,10 @@ pub struct ExpertsOutline {
     pub intermediate: usize,
     /// All three of its projections have biases.
     pub biases: bool,
-    /// The gate has a number per expert beside its matrix: a bias.
+    /// The gate has a bias.
     pub gate_bias: bool,
+    /// Experts are selected by their scores and a bias.
+    pub selection_bias: bool,
 }
 
 /// How weights are stored in a checkpoint.
@@ -113,6 +115,8 @@ pub enum Use {
     Gate,
     /// Norms and biases.
     Vector,
+    /// The bias that experts are selected by, which is stored in f32.
+    SelectionBias,
 }
 
 /// A matrix `[rows, cols]`; a vector has one column.
@@ -239,6 +243,7 @@ impl Outline {
         let trunk = self.trunk().map(|piece| match piece.used_as {
             Use::Linear => self.linears.bytes(piece.rows, piece.cols),
             Use::Vector => self.stored.vector_bytes(piece.elements()),
+            Use::SelectionBias => StoredAs::Plain(DType::F32).vector_bytes(piece.elements()),
             Use::Embedding | Use::Head | Use::Gate => self.stored.bytes(piece.rows, piece.cols),
         });
         trunk.sum::<u64>() + experts.sum::<u64>()
@@ -256,8 +261,9 @@ impl LayerOutline {
             }
             MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate, shared }) => {
                 let (count, top_k, intermediate) = (*experts, *top_k, *intermediate);
-                let gate_bias = gate.selection_bias;
-                let experts = ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias };
+                let (gate_bias, selection_bias) = (gate.bias, gate.selection_bias);
+                let experts =
+                    ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias, selection_bias };
                 let shared_scale = matches!(shared, SharedSpec::SigmoidGated { .. });
                 let dense = shared.intermediate().unwrap_or(0);
                 Self { attention, dense, shared_scale, experts: Some(experts) }
@@ -280,6 +286,8 @@ impl LayerOutline {
             let count = moe.count as usize;
             pieces.push(Piece { used_as: Use::Gate, rows: count, cols: hidden });
             pieces.extend(moe.gate_bias.then(|| vector(count)));
+            let bias = Piece { used_as: Use::SelectionBias, ..vector(count) };
+            pieces.extend(moe.selection_bias.then_some(bias));
         }
         pieces
     }

@@ -33,7 +33,7 @@ impl Footprint {
             Use::Linear => packed(outline.linears, compute, trunk, rows, cols),
             // Gates choose experts and stay as they are.
             Use::Gate => packed(outline.stored, compute, WeightDType::Native, rows, cols),
-            Use::Vector => Some(0),
+            Use::Vector | Use::SelectionBias => Some(0),
         };
         let mut pieces = outline.trunk().map(|piece| piece_bytes((piece.used_as, piece.rows, piece.cols)));
         let expert = |moe: &ExpertsOutline| {

@@ -89,7 +89,7 @@ impl Preset {
 const BF16: StoredAs = StoredAs::Plain(DType::Bf16);
 
 const fn experts(count: u32, top_k: u32, intermediate: usize) -> ExpertsOutline {
-    ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias: false }
+    ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias: false, selection_bias: false }
 }
 
 const fn grouped(heads: usize, kv_heads: usize, head_dim: usize, vectors: usize) -> AttentionOutline {
@@ -124,7 +124,14 @@ const GPT_OSS: Preset = Preset {
     context: 131_072,
     // Biases of queries, keys, values and outputs, and a sink per head.
     attention: grouped(64, 8, 64, 64 * 64 + 2 * 8 * 64 + 2880 + 64),
-    experts: ExpertsOutline { count: 32, top_k: 4, intermediate: 2880, biases: true, gate_bias: true },
+    experts: ExpertsOutline {
+        count: 32,
+        top_k: 4,
+        intermediate: 2880,
+        biases: true,
+        gate_bias: true,
+        selection_bias: false,
+    },
     experts_stored: StoredAs::Mxfp4,
     ..MIXTRAL
 };
@@ -184,7 +191,7 @@ const PRESETS: [Preset; 10] = [
             value: 128,
             biases: 0,
         },
-        experts: ExpertsOutline { gate_bias: true, ..experts(256, 8, 2048) },
+        experts: ExpertsOutline { selection_bias: true, ..experts(256, 8, 2048) },
         shared: 2048,
         linears: StoredAs::Fp8,
         experts_stored: StoredAs::Fp8,
