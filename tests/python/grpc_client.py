@@ -1,6 +1,6 @@
 """Stubs generated from proto/ against a running router. usage: grpc_client.py HOST:PORT DEMO_MODEL_DIR
 
-Over TLS where the authority is in SSL_CERT_FILE; the key is in OPENAI_API_KEY then.
+Over TLS where there is a key in OPENAI_API_KEY; the authority is in SSL_CERT_FILE then.
 """
 
 import json
@@ -15,7 +15,7 @@ from muster.v1 import inference_pb2_grpc
 
 address, model_dir = sys.argv[1], pathlib.Path(sys.argv[2])
 golden = json.loads((model_dir / "golden.json").read_text())
-if "SSL_CERT_FILE" in os.environ:
+if "OPENAI_API_KEY" in os.environ:
     authority = pathlib.Path(os.environ["SSL_CERT_FILE"]).read_bytes()
     key = grpc.access_token_call_credentials(os.environ["OPENAI_API_KEY"])
     credentials = grpc.composite_channel_credentials(grpc.ssl_channel_credentials(authority), key)

@@ -32,6 +32,9 @@ metric_names! {
     describe_gauge API_KEYS = "muster_api_keys", Count, "API keys that are good.";
     describe_counter RELOAD_FAILURES = "muster_reload_failures_total", Count, "Changed files that could not be taken into use.";
     describe_counter ACCESS_DENIED = "muster_access_denied_total", Count, "Calls refused because of who asked, and TLS handshakes that failed.";
+    // Router: discovery.
+    describe_gauge DISCOVERY_WORKERS = "muster_discovery_workers", Count, "Workers that a source of discovery names.";
+    describe_gauge DISCOVERY_FAILING = "muster_discovery_failing", Count, "1 while a source of discovery gives no answer or says no.";
     // Router: requests.
     describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full.";
     describe_counter REQUESTS_RESUMED = "muster_requests_resumed_total", Count, "Requests that went on with a stream that had broken off.";
