@@ -52,6 +52,15 @@ impl Preset {
         FAMILIES.iter().any(|family| family.model_type == self.family)
     }
 
+    /// Whether this build serves the model in the form in which it was published.
+    #[must_use]
+    pub fn is_served(&self) -> bool {
+        let outline = self.outline();
+        let is_plain = |stored: StoredAs| matches!(stored, StoredAs::Plain(_));
+        self.is_of_known_family()
+            && [outline.stored, outline.linears, outline.experts].into_iter().all(is_plain)
+    }
+
     /// Its dimensions.
     #[must_use]
     pub fn outline(&self) -> Outline {

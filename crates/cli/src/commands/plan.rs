@@ -151,7 +151,7 @@ fn subject(model: &str) -> Result<Subject, Failure> {
             loaded_from: preset.repository.to_owned(),
             family: preset.family.to_owned(),
             preset: true,
-            served: preset.is_of_known_family(),
+            served: preset.is_served(),
             outline: preset.outline(),
             indexed_bytes: None,
         });

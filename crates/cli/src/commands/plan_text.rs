@@ -31,7 +31,10 @@ fn facts(report: &Report) -> String {
     let served = if report.served {
         "yes".to_owned()
     } else {
-        format!("cannot be served by this build yet: it does not have the family {}", report.family)
+        format!(
+            "cannot be served by this build yet: it does not have the family {}, or cannot read weights in the published form",
+            report.family
+        )
     };
     let native = |dtype: &str, stored: &str| {
         if dtype == "native" { stored.to_owned() } else { dtype.to_owned() }
