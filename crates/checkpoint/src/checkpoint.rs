@@ -5,7 +5,6 @@
 
 use std::fmt;
 
-use bytemuck::cast_slice_mut;
 use muster_types::{DType, Fingerprint};
 use sha2::{Digest, Sha256};
 
@@ -15,8 +14,10 @@ use crate::error::CheckpointError;
 use crate::families::Family;
 use crate::files::{FileError, Files, Source};
 use crate::inventory::Inventory;
-use crate::plan::{Kind, Plan, PlanBuilder, Slice, matrix_dtype};
-use crate::spec::{ModelSpec, Role};
+use crate::outline::StoredAs;
+use crate::plan::{Plain, Plan, PlanBuilder, plain_dtype};
+use crate::read::{ReadError, read};
+use crate::spec::{ExpertRole, ModelSpec, Role};
 
 // The format is little-endian and ranges are read straight into place.
 #[cfg(not(target_endian = "little"))]
@@ -44,7 +45,7 @@ pub struct Weight {
     pub rows: usize,
     /// Columns of a matrix; 1 for a vector.
     pub cols: usize,
-    /// `rows * cols` elements, row-major. Matrices come in [`ModelSpec::dtype`]; vectors (norms, biases) are always f32.
+    /// `rows * cols` elements, row-major. Vectors (norms, biases) are always f32; of matrices, F16 and FP8 come as f32.
     pub data: WeightData,
 }
 
@@ -55,17 +56,13 @@ pub enum WeightData {
     F32(Vec<f32>),
     /// bfloat16, as its bits.
     Bf16(Vec<u16>),
-}
-
-impl WeightData {
-    /// Their type.
-    #[must_use]
-    pub const fn dtype(&self) -> DType {
-        match self {
-            Self::F32(_) => DType::F32,
-            Self::Bf16(_) => DType::Bf16,
-        }
-    }
+    /// OCP Microscaling: groups of 32 along a row, which have a common scale.
+    Mxfp4 {
+        /// Half a byte per element (E2M1), the first of two in the lower half.
+        blocks: Vec<u8>,
+        /// A byte per group: the exponent of two that its elements are multiplied by, plus 127. None is 255.
+        scales: Vec<u8>,
+    },
 }
 
 /// How one weight is stored.
@@ -73,13 +70,13 @@ impl WeightData {
 pub struct Stored<'a> {
     /// The tensor it is, or is a part of.
     pub tensor: &'a str,
-    /// Element type on disk.
-    pub dtype: DType,
+    /// In what form.
+    pub form: StoredAs,
     /// Rows of a matrix, or length of a vector.
     pub rows: usize,
     /// Columns of a matrix; 1 for a vector.
     pub cols: usize,
-    /// Bytes on disk.
+    /// Bytes on disk, scales included.
     pub bytes: u64,
 }
 
@@ -98,11 +95,13 @@ impl Checkpoint {
         let config = Config::parse(&bytes).map_err(in_config)?;
         let family = Family::of(&config).map_err(in_config)?;
         let catalog = Catalog::read(&files, &mut identity)?;
-        let dtype = matrix_dtype(&catalog);
+        let plain = plain_dtype(&catalog, family.prefix());
+        let dtype = if plain == Plain::Bf16 { DType::Bf16 } else { DType::F32 };
         let mut spec = family.spec(&config, dtype).map_err(in_config)?;
-        let mut plan = PlanBuilder::new(&catalog, dtype);
+        let mut plan = PlanBuilder::new(&catalog, family.prefix(), plain, &spec.stored);
         family.plan(&spec, &mut plan)?;
         let plan = plan.finish(&spec)?;
+        settle_forms(&mut spec, plain, &plan);
         add_generation_eos(&files, &mut spec)?;
         Ok(Self { name, spec, fingerprint: identity.finish(), files, catalog, plan })
     }
@@ -136,14 +135,14 @@ impl Checkpoint {
         let slice = self.plan.get(&role)?;
         Some(Stored {
             tensor: &self.catalog.tensors[slice.tensor].name,
-            dtype: slice.dtype,
+            form: slice.stored_as(),
             rows: slice.rows,
             cols: slice.cols,
             bytes: slice.bytes(),
         })
     }
 
-    /// Reads one weight: exactly its bytes, in one positioned read.
+    /// Reads one weight: exactly its bytes, in one positioned read, or the stretch that they are strewn over.
     ///
     /// # Errors
     /// When the model has no such weight, the file changed after it was opened, reading fails, or an element is NaN or
@@ -159,34 +158,20 @@ impl Checkpoint {
     pub fn read_reusing(&self, role: Role, spare: Option<WeightData>) -> Result<Weight, CheckpointError> {
         let no_such = || CheckpointError::NoSuchRole { role, family: self.spec.family };
         let slice = self.plan.get(&role).ok_or_else(no_such)?;
-        let blob = &self.catalog.shards[self.catalog.tensors[slice.tensor].shard];
-        // The plan checked that the range lies in the file, so this allocates no more than the file holds.
-        let elements = slice.rows * slice.cols;
-        let data = match slice.dtype {
-            DType::F32 => {
-                let mut data = match spare {
-                    Some(WeightData::F32(spare)) => spare,
-                    _ => Vec::new(),
-                };
-                data.resize(elements, 0.0);
-                blob.read_at(slice.offset, cast_slice_mut(&mut data))?;
-                self.refuse_non_finite(role, slice, &data, |value| value)?;
-                WeightData::F32(data)
-            }
-            DType::Bf16 => {
-                let mut data = match spare {
-                    Some(WeightData::Bf16(spare)) => spare,
-                    _ => Vec::new(),
-                };
-                data.resize(elements, 0);
-                blob.read_at(slice.offset, cast_slice_mut(&mut data))?;
-                self.refuse_non_finite(role, slice, &data, widen)?;
-                match slice.kind {
-                    Kind::Matrix => WeightData::Bf16(data),
-                    Kind::Vector => WeightData::F32(data.into_iter().map(widen).collect()),
+        let data = read(&self.catalog, slice, spare).map_err(|error| match error {
+            ReadError::File(error) => error,
+            ReadError::NonFinite { at, value } => {
+                let tensor = &self.catalog.tensors[slice.tensor];
+                CheckpointError::NonFinite {
+                    file: self.catalog.shard_name(tensor).to_owned(),
+                    tensor: tensor.name.clone(),
+                    role,
+                    row: at / slice.cols,
+                    column: at % slice.cols,
+                    value,
                 }
             }
-        };
+        })?;
         Ok(Weight { rows: slice.rows, cols: slice.cols, data })
     }
 
@@ -203,33 +188,6 @@ impl Checkpoint {
     pub fn inventory(&self) -> Inventory {
         Inventory::of(&self.spec, &self.plan)
     }
-
-    fn refuse_non_finite<T: Copy>(
-        &self,
-        role: Role,
-        slice: &Slice,
-        data: &[T],
-        value: impl Fn(T) -> f32,
-    ) -> Result<(), CheckpointError> {
-        // Blocks without an early exit inside, so that the common case is vectorised.
-        const BLOCK: usize = 4096;
-        let damaged =
-            |block: &[T]| block.iter().fold(false, |bad, &element| bad | !value(element).is_finite());
-        let Some(block) = data.chunks(BLOCK).position(damaged) else { return Ok(()) };
-        let rest = data.iter().enumerate().skip(block * BLOCK);
-        let Some((at, value)) = rest.map(|(at, &e)| (at, value(e))).find(|(_, v)| !v.is_finite()) else {
-            return Ok(());
-        };
-        let tensor = &self.catalog.tensors[slice.tensor];
-        Err(CheckpointError::NonFinite {
-            file: self.catalog.shard_name(tensor).to_owned(),
-            tensor: tensor.name.clone(),
-            role,
-            row: at / slice.cols,
-            column: at % slice.cols,
-            value,
-        })
-    }
 }
 
 impl fmt::Debug for Checkpoint {
@@ -241,8 +199,16 @@ impl fmt::Debug for Checkpoint {
     }
 }
 
-fn widen(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
+/// What weights are stored as is for the files to say, where they are there.
+fn settle_forms(spec: &mut ModelSpec, plain: Plain, plan: &Plan) {
+    spec.stored.tables = plain.stored_as();
+    let first = spec.moe_layers().next().map(|(layer, _)| Role::Expert(layer, 0, ExpertRole::Gate));
+    if let Some(slice) = first.and_then(|role| plan.get(&role)) {
+        spec.stored.experts = slice.stored_as();
+    }
+    if spec.stored.linears != StoredAs::Fp8 {
+        spec.stored.linears = plain.stored_as();
+    }
 }
 
 /// Adds the end-of-text tokens of `generation_config.json`, which often has more of them than the configuration.

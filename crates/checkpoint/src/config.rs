@@ -153,6 +153,27 @@ impl Config {
         numbers.ok_or_else(|| self.bad(key, value, text()))
     }
 
+    /// A number of each layer, 1 to `most`: a list of as many, or one for all; `default` when the key is absent or null.
+    pub(crate) fn per_layer(
+        &self,
+        key: &str,
+        layers: usize,
+        default: usize,
+        most: usize,
+    ) -> Result<Vec<usize>, ConfigError> {
+        let Some(value) = self.get(key) else { return Ok(vec![default; layers]) };
+        let number = |item: &Value| {
+            let number = item.as_u64().and_then(|number| usize::try_from(number).ok());
+            number.filter(|number| (1..=most).contains(number))
+        };
+        let numbers = match value.as_array() {
+            Some(list) => list.iter().map(number).collect::<Option<Vec<_>>>().filter(|list| list.len() == layers),
+            None => number(value).map(|one| vec![one; layers]),
+        };
+        let text = || format!("a whole number, 1 to {most}, or a list of {layers} of them");
+        numbers.ok_or_else(|| self.bad(key, value, text()))
+    }
+
     /// A nested object; `None` when the key is absent or null.
     pub(crate) fn nested(&self, key: &str) -> Result<Option<Self>, ConfigError> {
         match self.get(key) {
@@ -199,11 +220,13 @@ impl Config {
         ConfigError::Conflict { key: self.name(key), value: clip(&value.to_string()), reason }
     }
 
-    fn bad(&self, key: &str, value: &Value, allowed: String) -> ConfigError {
+    /// The error for a value of the wrong type or out of range.
+    pub(crate) fn bad(&self, key: &str, value: &Value, allowed: String) -> ConfigError {
         ConfigError::Value { key: self.name(key), value: clip(&value.to_string()), allowed }
     }
 
-    fn name(&self, key: &str) -> String {
+    /// The key with the path to it.
+    pub(crate) fn name(&self, key: &str) -> String {
         format!("{}{}", self.path, clip(key))
     }
 }

@@ -78,6 +78,34 @@ pub enum CheckpointError {
         /// `model_type` of the configuration.
         family: &'static str,
     },
+    /// A tensor of an expert that the configuration does not count.
+    #[error(
+        "{file}: tensor `{tensor}` is of expert {expert}, but by config.json layer {layer} has {experts} experts; \
+         correct their number there, or remove the tensor"
+    )]
+    ForeignExpert {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// Its layer.
+        layer: u32,
+        /// The number of its expert, from 0.
+        expert: u32,
+        /// Experts of the layer by the configuration.
+        experts: u32,
+    },
+    /// A head beside a head that is the embedding.
+    #[error(
+        "{file}: tensor `{tensor}` is there although `tie_word_embeddings` makes the embedding the head; set that to \
+         false in config.json to use the tensor, or remove the tensor"
+    )]
+    TwoHeads {
+        /// The shard.
+        file: String,
+        /// The tensor.
+        tensor: String,
+    },
     /// A tensor of the wrong shape.
     #[error("{file}: tensor `{tensor}` ({role}) is {found:?}, config.json says {expected:?}")]
     Shape {
@@ -94,7 +122,8 @@ pub enum CheckpointError {
     },
     /// A tensor of a dtype that is not read.
     #[error(
-        "{file}: tensor `{tensor}` ({role}) is {found}; this build reads F32 and BF16, so convert the checkpoint"
+        "{file}: tensor `{tensor}` ({role}) is {found}; this build reads F32, BF16 and F16, \
+         F8_E4M3 with blocks of 128 by 128 where `quantization_config` says so, and gpt_oss in MXFP4; convert the checkpoint"
     )]
     UnsupportedDtype {
         /// The shard.
@@ -106,9 +135,9 @@ pub enum CheckpointError {
         /// Its dtype in the header.
         found: &'static str,
     },
-    /// Linear weights of more than one dtype.
+    /// Linear weights of more than one dtype, or experts of a layer that are stored in different ways.
     #[error(
-        "{file}: tensor `{tensor}` ({role}) is {found}, but other linear weights are not; all must share one dtype"
+        "{file}: tensor `{tensor}` ({role}) is {found}, but other weights of its kind are not; all must share one dtype"
     )]
     MixedDtype {
         /// The shard.

@@ -47,22 +47,25 @@ pub enum Element {
     F32,
     /// bfloat16.
     Bf16,
+    /// IEEE half precision.
+    F16,
+    /// A byte with four bits of exponent and three of mantissa.
+    F8E4M3,
+    /// A byte.
+    U8,
     /// Any other, by the name the format gives it and its size in bytes.
     Other(&'static str, u64),
 }
 
 impl Element {
     fn parse(name: &str) -> Option<Self> {
-        const OTHERS: [(&str, u64); 14] = [
+        const OTHERS: [(&str, u64); 11] = [
             ("BOOL", 1),
-            ("U8", 1),
             ("I8", 1),
-            ("F8_E4M3", 1),
             ("F8_E5M2", 1),
             ("F8_E8M0", 1),
             ("I16", 2),
             ("U16", 2),
-            ("F16", 2),
             ("I32", 4),
             ("U32", 4),
             ("F64", 8),
@@ -72,6 +75,9 @@ impl Element {
         match name {
             "F32" => Some(Self::F32),
             "BF16" => Some(Self::Bf16),
+            "F16" => Some(Self::F16),
+            "F8_E4M3" => Some(Self::F8E4M3),
+            "U8" => Some(Self::U8),
             _ => {
                 OTHERS.iter().find(|(known, _)| *known == name).map(|&(known, size)| Self::Other(known, size))
             }
@@ -83,7 +89,8 @@ impl Element {
     pub const fn size(self) -> u64 {
         match self {
             Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::Bf16 | Self::F16 => 2,
+            Self::F8E4M3 | Self::U8 => 1,
             Self::Other(_, size) => size,
         }
     }
@@ -94,6 +101,9 @@ impl Element {
         match self {
             Self::F32 => "F32",
             Self::Bf16 => "BF16",
+            Self::F16 => "F16",
+            Self::F8E4M3 => "F8_E4M3",
+            Self::U8 => "U8",
             Self::Other(name, _) => name,
         }
     }

@@ -12,9 +12,9 @@
 //!
 //! # Tensors that the plan does not name
 //! One under `model.` or `lm_head.` is refused, because a model served without it would give other output than its
-//! authors meant (a bias the configuration denies, a shared expert, a layer past `num_hidden_layers`). Three kinds are
-//! ignored: rotary frequency buffers (`….rotary_emb.inv_freq`), `lm_head.weight` when the head is tied, and whatever
-//! lies outside those two prefixes. `metadata.total_size` of the index is ignored as well: each header must cover its
+//! authors meant (a bias the configuration denies, a shared expert, a layer past `num_hidden_layers`). Two kinds are
+//! ignored: rotary frequency buffers (`….rotary_emb.inv_freq`), and whatever lies outside those two prefixes. A head
+//! beside one that is tied is refused: which of the two is meant, only its authors know. `metadata.total_size` of the index is ignored as well: each header must cover its
 //! file to the byte, which is the stronger check.
 
 mod catalog;
@@ -30,6 +30,7 @@ mod json;
 mod locate;
 pub mod outline;
 mod plan;
+mod read;
 pub mod spec;
 mod survey;
 

@@ -5,7 +5,7 @@
 
 use muster_types::DType;
 
-use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, SharedSpec};
+use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, SharedSpec};
 
 /// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +18,10 @@ pub struct Outline {
     pub context: usize,
     /// The head is the embedding.
     pub tied_head: bool,
+    /// Norms have biases, those of queries, keys and compressed rows excepted.
+    pub norm_biases: bool,
+    /// The head has a bias.
+    pub head_bias: bool,
     /// How embedding, head and gates are stored.
     pub stored: StoredAs,
     /// How attention's linears, dense MLPs and shared experts are stored.
@@ -96,6 +100,8 @@ pub struct ExpertsOutline {
 pub enum StoredAs {
     /// Plain elements.
     Plain(DType),
+    /// IEEE half precision, which is computed with as f32.
+    F16,
     /// A byte each, with an f32 scale for every block of 128 by 128.
     Fp8,
     /// OCP Microscaling: four bits each, with a byte of scale for every 32 along a row: 4.25 bits.
@@ -143,6 +149,7 @@ impl StoredAs {
         let (rows, cols) = (rows as u64, cols as u64);
         match self {
             Self::Plain(dtype) => rows * cols * dtype.size() as u64,
+            Self::F16 => rows * cols * 2,
             Self::Fp8 => rows * cols + 4 * rows.div_ceil(128) * cols.div_ceil(128),
             Self::Mxfp4 => rows * cols.div_ceil(32) * (16 + 1),
         }
@@ -152,7 +159,7 @@ impl StoredAs {
     const fn vector_bytes(self, elements: u64) -> u64 {
         match self {
             Self::Plain(dtype) => elements * dtype.size() as u64,
-            Self::Fp8 | Self::Mxfp4 => elements * DType::Bf16.size() as u64,
+            Self::F16 | Self::Fp8 | Self::Mxfp4 => elements * 2,
         }
     }
 }
@@ -189,15 +196,16 @@ impl Outline {
     /// That of a model which this build can compute.
     #[must_use]
     pub fn of(spec: &ModelSpec) -> Self {
-        let stored = StoredAs::Plain(spec.dtype);
         Self {
             vocab: spec.vocab as usize,
             hidden: spec.hidden,
             context: spec.context,
             tied_head: spec.tied_head,
-            stored,
-            linears: stored,
-            experts: stored,
+            norm_biases: spec.norm == NormKind::Layer,
+            head_bias: spec.head_bias,
+            stored: spec.stored.tables,
+            linears: spec.stored.linears,
+            experts: spec.stored.experts,
             layers: spec.layers.iter().map(|layer| LayerOutline::of(layer, spec.hidden)).collect(),
         }
     }
@@ -206,8 +214,11 @@ impl Outline {
     pub fn trunk(&self) -> impl Iterator<Item = Piece> + '_ {
         let table = |used_as| Piece { used_as, rows: self.vocab, cols: self.hidden };
         let head = (!self.tied_head).then(|| table(Use::Head));
-        let outer = [table(Use::Embedding), vector(self.hidden)].into_iter().chain(head);
-        outer.chain(self.layers.iter().flat_map(|layer| layer.trunk(self.hidden)))
+        let head = head.into_iter().chain(self.head_bias.then(|| vector(self.vocab)));
+        let norm = vector(if self.norm_biases { 2 * self.hidden } else { self.hidden });
+        let outer = [table(Use::Embedding), norm].into_iter().chain(head);
+        let norms = [norm, norm].into_iter();
+        outer.chain(self.layers.iter().flat_map(move |layer| norms.clone().chain(layer.trunk(self.hidden))))
     }
 
     /// Layers that have routed experts.
@@ -259,11 +270,20 @@ impl LayerOutline {
             MlpSpec::Dense { intermediate } => {
                 Self { attention, dense: *intermediate, shared_scale: false, experts: None }
             }
-            MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate, shared }) => {
-                let (count, top_k, intermediate) = (*experts, *top_k, *intermediate);
+            MlpSpec::Moe(MoeSpec {
+                experts,
+                top_k,
+                intermediate,
+                gating: _,
+                biases,
+                gate,
+                weight_on: _,
+                shared,
+            }) => {
+                let (count, top_k, intermediate, biases) = (*experts, *top_k, *intermediate, *biases);
                 let (gate_bias, selection_bias) = (gate.bias, gate.selection_bias);
                 let experts =
-                    ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias, selection_bias };
+                    ExpertsOutline { count, top_k, intermediate, biases, gate_bias, selection_bias };
                 let shared_scale = matches!(shared, SharedSpec::SigmoidGated { .. });
                 let dense = shared.intermediate().unwrap_or(0);
                 Self { attention, dense, shared_scale, experts: Some(experts) }
@@ -272,8 +292,7 @@ impl LayerOutline {
     }
 
     fn trunk(&self, hidden: usize) -> Vec<Piece> {
-        let mut pieces = vec![vector(hidden), vector(hidden)];
-        pieces.extend(self.attention.trunk(hidden));
+        let mut pieces = self.attention.trunk(hidden);
         if self.dense > 0 {
             pieces.extend([
                 linear(self.dense, hidden),
@@ -305,7 +324,9 @@ impl AttentionOutline {
             qkv_bias,
             o_bias,
             rope: _,
-            window: _,
+            temperature: _,
+            sees: _,
+            sinks,
             latent,
         } = *attention;
         let o_biases = if o_bias { hidden } else { 0 };
@@ -324,13 +345,10 @@ impl AttentionOutline {
             return Self::Latent { heads, q_rank, kv_rank, nope, rope, value, biases: down + o_biases };
         }
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        let norms = match qk_norm {
-            QkNorm::None => 0,
-            QkNorm::PerHead => 2 * head_dim,
-            QkNorm::FullWidth => q + kv,
-        };
+        let norms: usize = qk_norm.weights(heads, kv_heads, head_dim).into_iter().flatten().sum();
         let biases = if qkv_bias { q + 2 * kv } else { 0 } + o_biases;
-        Self::Grouped { heads, kv_heads, head_dim, vectors: norms + biases }
+        let sinks = if sinks { heads } else { 0 };
+        Self::Grouped { heads, kv_heads, head_dim, vectors: norms + biases + sinks }
     }
 
     fn trunk(&self, hidden: usize) -> Vec<Piece> {

@@ -4,16 +4,21 @@
 //! named outside `families/`, and a value that this build cannot compute never gets this far.
 
 use std::fmt;
+use std::sync::Arc;
 
 use muster_types::DType;
+
+use crate::outline::StoredAs;
 
 /// A whole model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
     /// `model_type` of the configuration. For people to read; nothing branches on it.
     pub family: &'static str,
-    /// Dtype of the stored linear weights.
+    /// Dtype that linear weights come in, but for those stored in few bits.
     pub dtype: DType,
+    /// How weights are stored.
+    pub stored: StoredForms,
     /// Vocabulary size: rows of embedding and head.
     pub vocab: u32,
     /// Width of the residual stream.
@@ -22,7 +27,9 @@ pub struct ModelSpec {
     pub context: usize,
     /// Decoder layers in order; at least one.
     pub layers: Vec<LayerSpec>,
-    /// Epsilon of every RMS norm.
+    /// What norms before attention, MLP and head are.
+    pub norm: NormKind,
+    /// Epsilon of every norm, those of compressed rows excepted.
     pub norm_eps: f32,
     /// Factor on the embedding's output; 1 where the family has none.
     pub embedding_multiplier: f32,
@@ -32,12 +39,43 @@ pub struct ModelSpec {
     pub logits_divisor: f32,
     /// The head is the embedding; there is no head tensor.
     pub tied_head: bool,
+    /// The head has a bias.
+    pub head_bias: bool,
     /// Prefixes of stored tensors that no output needs, such as layers that predict more tokens ahead.
     pub unused: Vec<String>,
     /// Begin-of-text token, if the configuration names one.
     pub bos: Option<u32>,
     /// End-of-text tokens; generation stops at any of them. May be empty.
     pub eos: Vec<u32>,
+}
+
+/// How weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredForms {
+    /// Embedding, head and gates.
+    pub tables: StoredAs,
+    /// Attention's linears, dense MLPs and shared experts.
+    pub linears: StoredAs,
+    /// Routed experts.
+    pub experts: StoredAs,
+}
+
+impl StoredForms {
+    /// All alike.
+    #[must_use]
+    pub const fn plain(dtype: DType) -> Self {
+        let form = StoredAs::Plain(dtype);
+        Self { tables: form, linears: form, experts: form }
+    }
+}
+
+/// What a norm does with a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// Divides by the root of the mean square, multiplies by a weight.
+    Rms,
+    /// Takes the mean away, divides by the standard deviation, multiplies by a weight, adds a bias.
+    Layer,
 }
 
 /// One decoder layer: norm, attention, residual, norm, MLP, residual.
@@ -60,7 +98,7 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on query-key products before softmax.
     pub scale: f32,
-    /// RMS norm on queries and keys, before rotation.
+    /// RMS norm on queries and keys.
     pub qk_norm: QkNorm,
     /// Queries, keys and values are clamped to plus or minus this, after the norm.
     pub clip_qkv: Option<f32>,
@@ -68,12 +106,36 @@ pub struct AttentionSpec {
     pub qkv_bias: bool,
     /// The output projection has a bias.
     pub o_bias: bool,
-    /// Rotary embedding.
-    pub rope: RopeSpec,
-    /// A query sees this many positions, itself included; `None` sees all.
-    pub window: Option<usize>,
+    /// Rotary embedding; `None` rotates nothing. Compressed rows have one.
+    pub rope: Option<RopeSpec>,
+    /// Queries are multiplied by something that grows with their position.
+    pub temperature: Option<Temperature>,
+    /// Which positions a query sees.
+    pub sees: Sees,
+    /// Every query head has a score of its own that takes part in the softmax and brings no value.
+    pub sinks: bool,
     /// What is cached per position is one compressed row; `None` caches keys and values head by head.
     pub latent: Option<LatentSpec>,
+}
+
+/// Which positions a query sees, among those up to its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sees {
+    /// All.
+    All,
+    /// The last so many, its own included.
+    Last(usize),
+    /// Those of its own chunk; chunks are this long and start at position 0.
+    Chunk(usize),
+}
+
+/// A factor on queries: `ln(1 + floor((position + 1) / floor)) * scale + 1`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Temperature {
+    /// Positions with the same factor.
+    pub floor: f32,
+    /// How much the factor grows.
+    pub scale: f32,
 }
 
 /// Keys and values of all heads compressed into one row per position, and one rotated key that all heads share.
@@ -96,7 +158,25 @@ pub struct LatentSpec {
     pub down_bias: bool,
 }
 
+impl QkNorm {
+    /// Elements of the weights for queries and for keys, where there are weights.
+    #[must_use]
+    pub const fn weights(self, heads: usize, kv_heads: usize, head_dim: usize) -> Option<[usize; 2]> {
+        match self {
+            Self::None | Self::UnweightedRotated => None,
+            Self::PerHead | Self::PerHeadRotated => Some([head_dim, head_dim]),
+            Self::FullWidth => Some([heads * head_dim, kv_heads * head_dim]),
+        }
+    }
+}
+
 impl AttentionSpec {
+    /// Elements of a head that are rotated.
+    #[must_use]
+    pub fn rotated(&self) -> usize {
+        self.rope.as_ref().map_or(0, |rope| rope.dim)
+    }
+
     /// Elements of a cached value.
     #[must_use]
     pub fn cached_value(&self) -> usize {
@@ -115,14 +195,18 @@ impl AttentionSpec {
 pub enum QkNorm {
     /// Nowhere.
     None,
-    /// Each head by itself; the weight has `head_dim` elements.
+    /// Each head by itself, before rotation; the weight has `head_dim` elements.
     PerHead,
-    /// Across the whole projection; the weight is as long as the projection is wide.
+    /// Across the whole projection, before rotation; the weight is as long as the projection is wide.
     FullWidth,
+    /// Each head by itself, after rotation; the weight has `head_dim` elements.
+    PerHeadRotated,
+    /// Each head by itself, after rotation, without a weight.
+    UnweightedRotated,
 }
 
 /// Rotary position embedding of a head's first elements; the rest of the head stays as it is.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RopeSpec {
     /// Base of the frequencies.
     pub theta: f64,
@@ -131,10 +215,33 @@ pub struct RopeSpec {
     /// Which of them are pairs.
     pub pairs: RopePairs,
     /// Change of the frequencies, for contexts longer than those trained on.
-    pub yarn: Option<YarnSpec>,
+    pub scaling: RopeScaling,
 }
 
-/// Slow frequencies are divided by a factor, fast ones stay, those between are mixed.
+/// What is done to the frequencies of a rotary embedding, and to its sines and cosines.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// Nothing.
+    None,
+    /// All frequencies are divided.
+    Linear {
+        /// By this.
+        factor: f64,
+    },
+    /// Slow frequencies are divided, fast ones stay, those between are mixed by their number.
+    Yarn(YarnSpec),
+    /// Slow frequencies are divided, fast ones stay, those between are mixed by their wavelength.
+    Llama3(Llama3Spec),
+    /// Every frequency is divided by a number of its own.
+    Each {
+        /// One divisor per pair.
+        divisors: Arc<[f32]>,
+        /// Factor on sines and cosines.
+        amplitude: f32,
+    },
+}
+
+/// YaRN.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct YarnSpec {
     /// What slow frequencies are divided by.
@@ -145,8 +252,23 @@ pub struct YarnSpec {
     pub beta_fast: f64,
     /// What turns less often than this is divided.
     pub beta_slow: f64,
+    /// The bounds between fast, mixed and slow are whole numbers.
+    pub truncate: bool,
     /// Factor on sines and cosines.
     pub amplitude: f32,
+}
+
+/// Llama 3's scaling.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Llama3Spec {
+    /// What slow frequencies are divided by.
+    pub factor: f64,
+    /// Length of the context trained on.
+    pub original_context: usize,
+    /// Slow is what turns less often than this in that context.
+    pub low: f64,
+    /// Fast is what turns more often than this in that context.
+    pub high: f64,
 }
 
 /// Which elements turn together.
@@ -170,7 +292,7 @@ pub enum MlpSpec {
     },
 }
 
-/// A layer's routed experts: gated MLPs `down(silu(gate(x)) * up(x))` without biases.
+/// A layer's routed experts: gated MLPs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MoeSpec {
     /// Routed experts.
@@ -179,10 +301,39 @@ pub struct MoeSpec {
     pub top_k: u32,
     /// Width of one expert.
     pub intermediate: usize,
+    /// What an expert makes of the outputs of its gate and up projections.
+    pub gating: Gating,
+    /// All three projections of an expert have biases.
+    pub biases: bool,
     /// How experts are picked and weighted.
     pub gate: GateRecipe,
+    /// What the weights multiply.
+    pub weight_on: WeightOn,
     /// What every token gets beside its routed experts. Kept in the router.
     pub shared: SharedSpec,
+}
+
+/// What lies between an expert's gate and up projections and its down projection.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Gating {
+    /// `silu(gate) * up`.
+    Silu,
+    /// `(up + 1) * gate * sigmoid(alpha * gate)`, where gate is at most `limit` and up within plus or minus `limit`.
+    ClampedSwish {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Above 0.
+        limit: f32,
+    },
+}
+
+/// What the weights of the chosen experts multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WeightOn {
+    /// The expert's output.
+    Output,
+    /// The expert's input, before anything that is not linear: it cannot be moved to the output.
+    Input,
 }
 
 /// A gated MLP whose output is added to that of the routed experts.
@@ -220,7 +371,7 @@ pub struct GateRecipe {
 }
 
 /// Scores, from gate logits in f32.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Score {
     /// Softmax over all experts, then top-k.
     SoftmaxThenTopK,
@@ -228,6 +379,14 @@ pub enum Score {
     SigmoidThenTopK,
     /// Top-k of the logits, then softmax over those selected.
     TopKThenSoftmax,
+    /// Top-k of the logits, then sigmoid of each.
+    TopKThenSigmoid,
+    /// SparseMixer (Liu et al., 2023) as it is at inference: the best expert of those not picked yet, `top_k` times; each
+    /// weighs its part of a softmax over those not picked whose logits come near its own. Weights do not add up to 1.
+    SparseMixer {
+        /// Near is within twice this of the best, relative to the greater of the best and the other's magnitude.
+        jitter: f32,
+    },
 }
 
 /// Experts in groups of neighbours, of which some take part. What groups and experts are ranked by includes the
@@ -318,8 +477,12 @@ pub enum Role {
     Embedding,
     /// `[hidden]`.
     FinalNorm,
+    /// `[hidden]`.
+    FinalNormBias,
     /// `[vocab, hidden]`; absent when the head is tied.
     Head,
+    /// `[vocab]`.
+    HeadBias,
     /// Of one layer.
     Layer(u32, LayerRole),
     /// Of one routed expert: layer, expert.
@@ -331,6 +494,8 @@ pub enum Role {
 pub enum LayerRole {
     /// `[hidden]`, before attention.
     AttentionNorm,
+    /// `[hidden]`.
+    AttentionNormBias,
     /// `[heads * head_dim, hidden]`, or from the queries' compressed row.
     Q,
     /// `[q_rank, hidden]`.
@@ -365,8 +530,12 @@ pub enum LayerRole {
     QNorm,
     /// `[head_dim]` or `[kv_heads * head_dim]`.
     KNorm,
+    /// `[heads]`: scores that bring no value.
+    Sinks,
     /// `[hidden]`, before the MLP.
     MlpNorm,
+    /// `[hidden]`.
+    MlpNormBias,
     /// `[experts, hidden]`.
     Gate,
     /// `[experts]`, added to the gate's logits.
@@ -398,6 +567,12 @@ pub enum ExpertRole {
     Up,
     /// `[hidden, intermediate]`.
     Down,
+    /// `[intermediate]`.
+    GateBias,
+    /// `[intermediate]`.
+    UpBias,
+    /// `[hidden]`.
+    DownBias,
 }
 
 impl fmt::Display for Role {
@@ -405,7 +580,9 @@ impl fmt::Display for Role {
         match self {
             Self::Embedding => f.write_str("embedding"),
             Self::FinalNorm => f.write_str("final norm"),
+            Self::FinalNormBias => f.write_str("final norm bias"),
             Self::Head => f.write_str("head"),
+            Self::HeadBias => f.write_str("head bias"),
             Self::Layer(layer, role) => write!(f, "layer {layer} {role}"),
             Self::Expert(layer, expert, role) => write!(f, "layer {layer} expert {expert} {role}"),
         }
@@ -416,6 +593,7 @@ impl fmt::Display for LayerRole {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::AttentionNorm => "attention norm",
+            Self::AttentionNormBias => "attention norm bias",
             Self::Q => "query projection",
             Self::QDown => "query compression",
             Self::QDownBias => "query compression bias",
@@ -433,7 +611,9 @@ impl fmt::Display for LayerRole {
             Self::OBias => "output bias",
             Self::QNorm => "query norm",
             Self::KNorm => "key norm",
+            Self::Sinks => "attention sinks",
             Self::MlpNorm => "MLP norm",
+            Self::MlpNormBias => "MLP norm bias",
             Self::Gate => "gate",
             Self::GateBias => "gate bias",
             Self::SelectionBias => "selection bias",
@@ -454,6 +634,9 @@ impl fmt::Display for ExpertRole {
             Self::Gate => "gate projection",
             Self::Up => "up projection",
             Self::Down => "down projection",
+            Self::GateBias => "gate projection bias",
+            Self::UpBias => "up projection bias",
+            Self::DownBias => "down projection bias",
         })
     }
 }

@@ -58,4 +58,4 @@ pub use matrix::Matrix;
 pub use norm::{rms_norm, rms_norm_in_place};
 pub use packed::Packing;
 pub use quant::Quantisation;
-pub use rope::{Angles, Rope, RopePairs, Yarn, rotate};
+pub use rope::{Angles, Llama3, Rope, RopePairs, RopeScaling, Yarn, rotate};

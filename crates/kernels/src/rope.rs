@@ -16,8 +16,27 @@ pub enum RopePairs {
     Neighbours,
 }
 
-/// Frequencies for contexts longer than those trained on: slow ones are divided by a factor, fast ones stay, those
-/// between are mixed.
+/// What is done to the frequencies of an embedding, for contexts longer than those trained on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum RopeScaling<'a> {
+    /// Nothing.
+    None,
+    /// All are divided by this.
+    Linear(f64),
+    /// Slow ones are divided, fast ones stay, those between are mixed by their number.
+    Yarn(Yarn),
+    /// Slow ones are divided, fast ones stay, those between are mixed by their wavelength.
+    Llama3(Llama3),
+    /// Each is divided by a number of its own.
+    Each {
+        /// One per pair.
+        divisors: &'a [f32],
+        /// Factor on sines and cosines.
+        amplitude: f32,
+    },
+}
+
+/// YaRN (Peng et al., 2023).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Yarn {
     /// What slow frequencies are divided by.
@@ -28,8 +47,23 @@ pub struct Yarn {
     pub beta_fast: f64,
     /// What turns less often than this is divided.
     pub beta_slow: f64,
+    /// The bounds between fast, mixed and slow are rounded outwards to whole numbers.
+    pub truncate: bool,
     /// Factor on sines and cosines.
     pub amplitude: f32,
+}
+
+/// Llama 3's scaling.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Llama3 {
+    /// What slow frequencies are divided by.
+    pub factor: f64,
+    /// Length of the context trained on.
+    pub original_context: f64,
+    /// What turns less often than this in that context is divided.
+    pub low: f64,
+    /// What turns more often than this stays.
+    pub high: f64,
 }
 
 /// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32 unless they are changed.
@@ -45,8 +79,13 @@ impl Rope {
     ///
     /// # Errors
     /// [`KernelError::Theta`] unless `theta` is finite and above zero; [`KernelError::Size`] unless `dim` is even and
-    /// above zero.
-    pub fn new(theta: f64, dim: usize, pairs: RopePairs) -> Result<Self, KernelError> {
+    /// above zero, or where there are divisors, unless there is one per pair.
+    pub fn new(
+        theta: f64,
+        dim: usize,
+        pairs: RopePairs,
+        scaling: &RopeScaling<'_>,
+    ) -> Result<Self, KernelError> {
         if !(theta.is_finite() && theta > 0.0) {
             return Err(KernelError::Theta { theta });
         }
@@ -58,34 +97,22 @@ impl Rope {
             });
         }
         // The reference computes exponent, power and reciprocal in f32, one after the other.
-        let frequency = |i: usize| 1.0 / period(theta, dim, i);
-        Ok(Self { inverse_frequencies: (0..dim / 2).map(frequency).collect(), pairs, amplitude: 1.0 })
-    }
-
-    /// The same with other frequencies.
-    ///
-    /// # Errors
-    /// As for [`Self::new`].
-    pub fn yarn(theta: f64, dim: usize, pairs: RopePairs, yarn: &Yarn) -> Result<Self, KernelError> {
-        let mut rope = Self::new(theta, dim, pairs)?;
-        // Where a pair that turns so often in the original context would stand.
-        let place = |turns: f64| {
-            let ratio = yarn.original_context / (turns * 2.0 * std::f64::consts::PI);
-            dim as f64 * libm::log(ratio) / (2.0 * libm::log(theta))
+        let plain = (0..dim / 2).map(|i| 1.0 / period(theta, dim, i));
+        let (inverse_frequencies, amplitude) = match *scaling {
+            RopeScaling::None => (plain.collect(), 1.0),
+            RopeScaling::Linear(factor) => (plain.map(|frequency| frequency / factor as f32).collect(), 1.0),
+            RopeScaling::Yarn(yarn) => (yarn.frequencies(theta, dim), yarn.amplitude),
+            RopeScaling::Llama3(scaling) => (plain.map(|frequency| scaling.of(frequency)).collect(), 1.0),
+            RopeScaling::Each { divisors, amplitude } => {
+                if divisors.len() != dim / 2 {
+                    let rule = "as many as there are pairs";
+                    return Err(KernelError::Size { field: "divisors", value: divisors.len(), rule });
+                }
+                let divided = |(i, divisor): (usize, &f32)| 1.0 / (divisor * period(theta, dim, i));
+                (divisors.iter().enumerate().map(divided).collect(), amplitude)
+            }
         };
-        let low = place(yarn.beta_fast).floor().max(0.0);
-        let mut high = place(yarn.beta_slow).ceil().min((dim - 1) as f64);
-        if low == high {
-            high += 0.001;
-        }
-        let (low, width, factor) = (low as f32, (high - low) as f32, yarn.factor as f32);
-        for (i, frequency) in rope.inverse_frequencies.iter_mut().enumerate() {
-            let kept = 1.0 - ((i as f32 - low) / width).clamp(0.0, 1.0);
-            let divided = 1.0 / (factor * period(theta, dim, i));
-            *frequency = divided * (1.0 - kept) + *frequency * kept;
-        }
-        rope.amplitude = yarn.amplitude;
-        Ok(rope)
+        Ok(Self { inverse_frequencies, pairs, amplitude })
     }
 
     /// Elements of a head that are turned.
@@ -109,6 +136,46 @@ impl Rope {
                 out.cos.push(cos as f32 * self.amplitude);
             }
         }
+    }
+}
+
+impl Yarn {
+    fn frequencies(&self, theta: f64, dim: usize) -> Vec<f32> {
+        // Where a pair that turns so often in the original context would stand.
+        let place = |turns: f64| {
+            let ratio = self.original_context / (turns * 2.0 * std::f64::consts::PI);
+            dim as f64 * libm::log(ratio) / (2.0 * libm::log(theta))
+        };
+        let (mut low, mut high) = (place(self.beta_fast), place(self.beta_slow));
+        if self.truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min((dim - 1) as f64));
+        if low == high {
+            high += 0.001;
+        }
+        let (low, width, factor) = (low as f32, (high - low) as f32, self.factor as f32);
+        let frequency = |i: usize| {
+            let kept = 1.0 - ((i as f32 - low) / width).clamp(0.0, 1.0);
+            let period = period(theta, dim, i);
+            1.0 / (factor * period) * (1.0 - kept) + 1.0 / period * kept
+        };
+        (0..dim / 2).map(frequency).collect()
+    }
+}
+
+impl Llama3 {
+    fn of(&self, frequency: f32) -> f32 {
+        let (factor, low, high) = (self.factor as f32, self.low as f32, self.high as f32);
+        let wavelength = (2.0 * std::f64::consts::PI) as f32 / frequency;
+        if wavelength > (self.original_context / self.low) as f32 {
+            return frequency / factor;
+        }
+        if wavelength < (self.original_context / self.high) as f32 || low == high {
+            return frequency;
+        }
+        let kept = (self.original_context as f32 / wavelength - low) / (high - low);
+        (1.0 - kept) * frequency / factor + kept * frequency
     }
 }
 

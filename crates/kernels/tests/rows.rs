@@ -53,7 +53,7 @@ fn norm_threads_do_not_show_and_the_result_has_unit_mean_square() {
 
 #[test]
 fn angles_are_those_of_the_f32_product() {
-    let rope = Rope::new(10_000.0, 8, RopePairs::Halves).unwrap();
+    let rope = Rope::new(10_000.0, 8, RopePairs::Halves, &RopeScaling::None).unwrap();
     let mut angles = Angles::default();
     rope.angles(&[0, 1, 70_001], &mut angles);
     // theta^(-2i/8) for theta = 10,000 is a power of ten; its f32 is the nearest or a neighbour of it.
@@ -77,7 +77,7 @@ fn rotation_turns_pairs_and_leaves_the_rest() {
     for (dim, head_dim, heads) in [(8, 8, 3), (4, 10, 2), (64, 64, 1)] {
         for pairs in [RopePairs::Halves, RopePairs::Neighbours] {
             let mut angles = Angles::default();
-            Rope::new(1e6, dim, pairs).unwrap().angles(&[3, 900], &mut angles);
+            Rope::new(1e6, dim, pairs, &RopeScaling::None).unwrap().angles(&[3, 900], &mut angles);
             let x = numbers.vec(2 * heads * head_dim);
             let mut turned = x.clone();
             rotate(&angles, &mut turned, head_dim);
@@ -101,7 +101,7 @@ fn rotation_turns_pairs_and_leaves_the_rest() {
 
 #[test]
 fn position_zero_turns_nothing_and_memory_is_reused() {
-    let rope = Rope::new(5e5, 6, RopePairs::Halves).unwrap();
+    let rope = Rope::new(5e5, 6, RopePairs::Halves, &RopeScaling::None).unwrap();
     let mut angles = Angles::default();
     rope.angles(&[9, 9, 9], &mut angles);
     rope.angles(&[0], &mut angles);
@@ -114,11 +114,11 @@ fn position_zero_turns_nothing_and_memory_is_reused() {
 
 #[test]
 fn unusable_embeddings_are_refused() {
-    assert!(matches!(Rope::new(0.0, 8, RopePairs::Halves), Err(KernelError::Theta { .. })));
-    assert!(matches!(Rope::new(f64::NAN, 8, RopePairs::Halves), Err(KernelError::Theta { .. })));
+    assert!(matches!(Rope::new(0.0, 8, RopePairs::Halves, &RopeScaling::None), Err(KernelError::Theta { .. })));
+    assert!(matches!(Rope::new(f64::NAN, 8, RopePairs::Halves, &RopeScaling::None), Err(KernelError::Theta { .. })));
     for dim in [0, 7, 65_536] {
         assert!(matches!(
-            Rope::new(1e4, dim, RopePairs::Halves),
+            Rope::new(1e4, dim, RopePairs::Halves, &RopeScaling::None),
             Err(KernelError::Size { field: "dim", .. })
         ));
     }
@@ -128,6 +128,6 @@ fn unusable_embeddings_are_refused() {
 #[should_panic(expected = "head_dim: 4 is below the dimension of the angles, 8")]
 fn a_head_below_the_angles_is_refused() {
     let mut angles = Angles::default();
-    Rope::new(1e4, 8, RopePairs::Halves).unwrap().angles(&[1], &mut angles);
+    Rope::new(1e4, 8, RopePairs::Halves, &RopeScaling::None).unwrap().angles(&[1], &mut angles);
     rotate(&angles, &mut [0.0; 8], 4);
 }

@@ -8,9 +8,11 @@ use muster_types::DType;
 use serde_json::Value;
 
 use crate::config::{Config, ConfigError};
+use super::rope::rope;
+use crate::outline::StoredAs;
 use crate::spec::{
-    AttentionSpec, ExpertGroups, GateRecipe, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm,
-    RopePairs, RopeSpec, SharedSpec, YarnSpec,
+    AttentionSpec, ExpertGroups, GateRecipe, Gating, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec,
+    NormKind, QkNorm, RopeSpec, Sees, SharedSpec, StoredForms, WeightOn,
 };
 
 /// Most elements of the residual stream.
@@ -18,12 +20,12 @@ const WIDEST: usize = 1 << 17;
 /// Widest MLP.
 pub(super) const WIDEST_MLP: usize = 1 << 20;
 const MOST_LAYERS: usize = 1024;
-const MOST_EXPERTS: usize = 4096;
+pub(super) const MOST_EXPERTS: usize = 4096;
 /// Most experts of all layers together.
-const MOST_EXPERTS_IN_ALL: usize = 1 << 17;
+pub(super) const MOST_EXPERTS_IN_ALL: usize = 1 << 17;
 const MOST_HEADS: usize = 1024;
 pub(super) const WIDEST_HEAD: usize = 1024;
-const LONGEST_CONTEXT: usize = 1 << 30;
+pub(super) const LONGEST_CONTEXT: usize = 1 << 30;
 const MOST_EXTRA_LAYERS: usize = 16;
 const LARGEST_VOCAB: usize = 1 << 24;
 
@@ -51,9 +53,17 @@ pub(super) struct Habits {
     pub experts: &'static [&'static str],
     /// Names of the number of experts per token.
     pub top_k: &'static [&'static str],
+    /// What an absent `head_dim` means; `None`: as wide as the hidden row divided by the heads.
+    pub head_dim: Option<usize>,
     /// What an absent `tie_word_embeddings` means.
     pub tied_head: bool,
     pub rotary: Rotary,
+    /// Scaling called "dynamic" is by a fixed `alpha`.
+    pub alpha: bool,
+    /// Layers may differ in what they see; the family reads `layer_types`.
+    pub layers_differ: bool,
+    /// Routed experts may be stored in MXFP4.
+    pub mxfp4: bool,
     /// Modules of code that come with published models of the family and do what this build does without them.
     pub modules: &'static [&'static str],
 }
@@ -62,8 +72,12 @@ impl Habits {
     pub(super) const USUAL: Self = Self {
         experts: &["num_local_experts", "num_experts"],
         top_k: &["num_experts_per_tok"],
+        head_dim: None,
         tied_head: false,
         rotary: Rotary::Whole,
+        alpha: false,
+        layers_differ: false,
+        mxfp4: false,
         modules: &[],
     };
 }
@@ -75,8 +89,10 @@ pub(super) enum Rotary {
     Whole,
     /// As `partial_rotary_factor` says; its default.
     Partial(f64),
-    /// As many elements as this key says, which has a default; and frequencies may be those of YaRN.
+    /// As many elements as this key says, which has a default: they are a head of their own.
     Elements(&'static str, usize),
+    /// As many of the head's elements as this key says, or the part that `partial_rotary_factor` says, or all.
+    Part(&'static str),
 }
 
 /// What the shared keys say.
@@ -86,15 +102,16 @@ pub(super) struct Base {
     pub head_dim: usize,
     pub hidden: usize,
     vocab: u32,
+    pub rope: RopeSpec,
     kv_heads: usize,
     context: usize,
     norm_eps: f32,
-    rope: RopeSpec,
     tied_head: bool,
     bos: Option<u32>,
     eos: Vec<u32>,
     experts: u32,
     top_k: u32,
+    quantised: Option<StoredAs>,
 }
 
 impl Base {
@@ -108,8 +125,12 @@ impl Base {
         let (experts, top_k) = experts(config, defaults, layers)?;
         let head_dim = match defaults.habits.rotary {
             Rotary::Elements(key, default) => config.size(key, default, 2..=WIDEST_HEAD)?,
-            Rotary::Whole | Rotary::Partial(_) => head_dim(config, hidden, heads)?,
+            Rotary::Whole | Rotary::Partial(_) | Rotary::Part(..) => {
+                head_dim(config, defaults.habits.head_dim, hidden, heads)?
+            }
         };
+        let context = config.size("max_position_embeddings", defaults.context, 1..=LONGEST_CONTEXT)?;
+        let (rope, context) = rope(config, defaults, head_dim, context)?;
         Ok(Self {
             layers,
             heads,
@@ -117,14 +138,15 @@ impl Base {
             hidden,
             vocab,
             kv_heads: kv_heads(config, defaults, heads)?,
-            context: config.size("max_position_embeddings", defaults.context, 1..=LONGEST_CONTEXT)?,
+            context,
             norm_eps: config.positive("rms_norm_eps", defaults.norm_eps)? as f32,
-            rope: rope(config, defaults, head_dim)?,
+            rope,
             tied_head: config.flag("tie_word_embeddings", defaults.habits.tied_head)?,
             bos: bos(config, defaults.bos, vocab)?,
             eos: eos(config, defaults.eos, vocab)?,
             experts,
             top_k,
+            quantised: quantised(config, &defaults.habits)?,
         })
     }
 
@@ -139,15 +161,26 @@ impl Base {
             clip_qkv: None,
             qkv_bias: false,
             o_bias: false,
-            rope: self.rope,
-            window: None,
+            rope: Some(self.rope.clone()),
+            temperature: None,
+            sees: Sees::All,
+            sinks: false,
             latent: None,
         }
     }
 
     /// Routed experts of this width, and none that are shared.
     pub(super) fn moe(&self, intermediate: usize, gate: GateRecipe) -> MoeSpec {
-        MoeSpec { experts: self.experts, top_k: self.top_k, intermediate, gate, shared: SharedSpec::None }
+        MoeSpec {
+            experts: self.experts,
+            top_k: self.top_k,
+            intermediate,
+            gating: Gating::Silu,
+            biases: false,
+            gate,
+            weight_on: WeightOn::Output,
+            shared: SharedSpec::None,
+        }
     }
 
     /// Layers with the same attention, of which those that `has_experts` names have experts and the others a dense MLP.
@@ -207,20 +240,45 @@ impl Base {
         Ok(Some(ExpertGroups { groups: count(groups), kept: count(kept), worth }))
     }
 
+    /// What each layer sees: `layer_types` in these words, or `default`.
+    pub(super) fn layer_types(
+        &self,
+        config: &Config,
+        words: [(&str, Sees); 2],
+        default: impl Fn(usize) -> Sees,
+    ) -> Result<Vec<Sees>, ConfigError> {
+        const KEY: &str = "layer_types";
+        let Some(value) = config.get(KEY) else { return Ok((0..self.layers).map(default).collect()) };
+        let word = |item: &Value| words.iter().find(|(word, _)| item == word).map(|(_, sees)| *sees);
+        let list: Option<Vec<Sees>> =
+            value.as_array().and_then(|list| list.iter().map(word).collect()).filter(|list: &Vec<_>| list.len() == self.layers);
+        let allowed = || format!("a list of {} times \"{}\" or \"{}\"", self.layers, words[0].0, words[1].0);
+        list.ok_or_else(|| config.bad(KEY, value, allowed()))
+    }
+
     /// A model of these layers without multipliers.
     pub(super) fn model(self, family: &'static str, dtype: DType, layers: Vec<LayerSpec>) -> ModelSpec {
+        let plain = StoredForms::plain(dtype);
+        let stored = match self.quantised {
+            None => plain,
+            Some(StoredAs::Fp8) => StoredForms { linears: StoredAs::Fp8, experts: StoredAs::Fp8, ..plain },
+            Some(form) => StoredForms { experts: form, ..plain },
+        };
         ModelSpec {
             family,
             dtype,
+            stored,
             vocab: self.vocab,
             hidden: self.hidden,
             context: self.context,
             layers,
+            norm: NormKind::Rms,
             norm_eps: self.norm_eps,
             embedding_multiplier: 1.0,
             residual_multiplier: 1.0,
             logits_divisor: 1.0,
             tied_head: self.tied_head,
+            head_bias: false,
             unused: Vec::new(),
             bos: self.bos,
             eos: self.eos,
@@ -251,9 +309,9 @@ pub(super) fn shared_experts(
     }
 }
 
-/// A sliding window, if there is one.
-pub(super) fn window(config: &Config) -> Result<Option<usize>, ConfigError> {
-    config.optional_size("sliding_window", 1..=LONGEST_CONTEXT)
+/// What a sliding window lets a query see, if there is one.
+pub(super) fn window(config: &Config) -> Result<Sees, ConfigError> {
+    Ok(config.optional_size("sliding_window", 1..=LONGEST_CONTEXT)?.map_or(Sees::All, Sees::Last))
 }
 
 /// Begin-of-text. A class default that the vocabulary does not reach names no token; the same holds for [`eos`].
@@ -275,18 +333,46 @@ fn eos(config: &Config, default: Option<u32>, vocab: u32) -> Result<Vec<u32>, Co
 
 fn refuse_unsupported(config: &Config, habits: &Habits) -> Result<(), ConfigError> {
     config.refuse_unless("hidden_act", "this build computes \"silu\"", |value| value == "silu")?;
-    if !matches!(habits.rotary, Rotary::Elements(..)) {
-        config.refuse_set("rope_scaling", "this build computes unscaled rotary embedding for this family")?;
+    const CAPACITY: &str = "experts that take a limited number of tokens and drop the rest are not computed";
+    config.refuse_set("expert_capacity", CAPACITY)?;
+    for key in ["moe_drop_tokens", "drop_tokens"] {
+        config.refuse_unless(key, CAPACITY, |value| value == false)?;
     }
-    config.refuse_set("quantization_config", "weights must be stored as F32 or BF16")?;
     config.refuse_unless(
         "auto_map",
         "it asks for code from the checkpoint, which is never run; remove the key if the model is a plain one",
         |value| known_code(value, habits.modules),
     )?;
+    if habits.layers_differ {
+        return Ok(());
+    }
     let full =
         |value: &Value| value.as_array().is_some_and(|types| types.iter().all(|t| t == "full_attention"));
-    config.refuse_unless("layer_types", "this build computes \"full_attention\" in every layer", full)
+    config.refuse_unless("layer_types", "this family's layers all compute \"full_attention\"", full)
+}
+
+/// In what form weights are stored that have fewer bits than the rest; which they are, their tensors say.
+fn quantised(config: &Config, habits: &Habits) -> Result<Option<StoredAs>, ConfigError> {
+    let Some(quantisation) = config.nested("quantization_config")? else { return Ok(None) };
+    let method = quantisation.get("quant_method").and_then(Value::as_str);
+    match method {
+        Some("mxfp4") if habits.mxfp4 => Ok(Some(StoredAs::Mxfp4)),
+        Some("fp8") => {
+            quantisation.refuse_unless("fmt", "this build reads \"e4m3\"", |value| value == "e4m3")?;
+            let blocks = |value: &Value| value == &serde_json::json!([128, 128]);
+            let reason = "this build reads scales for blocks of 128 by 128";
+            quantisation.refuse_unless("weight_block_size", reason, blocks)?;
+            if !quantisation.has("weight_block_size") {
+                return Err(ConfigError::Missing { key: "quantization_config.weight_block_size".to_owned() });
+            }
+            Ok(Some(StoredAs::Fp8))
+        }
+        _ => {
+            let known = if habits.mxfp4 { "\"mxfp4\" and \"fp8\"" } else { "\"fp8\"" };
+            let reason = format!("this build reads {known} and plain F32, BF16 and F16 for this family");
+            config.refuse_set("quantization_config", &reason).map(|()| None)
+        }
+    }
 }
 
 /// Whether `auto_map` names nothing but classes of these modules.
@@ -298,8 +384,14 @@ fn known_code(value: &Value, modules: &[&str]) -> bool {
     value.as_object().is_some_and(|map| map.values().all(known))
 }
 
-fn head_dim(config: &Config, hidden: usize, heads: usize) -> Result<usize, ConfigError> {
-    let head_dim = match config.optional_size("head_dim", 2..=WIDEST_HEAD)? {
+fn head_dim(
+    config: &Config,
+    default: Option<usize>,
+    hidden: usize,
+    heads: usize,
+) -> Result<usize, ConfigError> {
+    let default = if config.has("head_dim") { None } else { default };
+    let head_dim = match config.optional_size("head_dim", 2..=WIDEST_HEAD)?.or(default) {
         Some(head_dim) => head_dim,
         None if !hidden.is_multiple_of(heads) => {
             let reason = format!("it does not divide `hidden_size`, {hidden}, and there is no `head_dim`");
@@ -327,103 +419,8 @@ fn kv_heads(config: &Config, defaults: &Defaults, heads: usize) -> Result<usize,
     Ok(kv_heads)
 }
 
-fn rope(config: &Config, defaults: &Defaults, head_dim: usize) -> Result<RopeSpec, ConfigError> {
-    const PART: &str = "partial_rotary_factor";
-    let nested = config.nested("rope_parameters")?;
-    let partial = match defaults.habits.rotary {
-        Rotary::Whole | Rotary::Elements(..) => {
-            let whole = |value: &Value| value.as_f64() == Some(1.0);
-            config.refuse_unless(PART, "this family rotates whole heads", whole)?;
-            1.0
-        }
-        Rotary::Partial(default) => {
-            let flat = config.optional_positive(PART)?;
-            let inside = nested.as_ref().map(|nested| nested.optional_positive(PART)).transpose()?.flatten();
-            agreed(config, PART, flat, inside)?.unwrap_or(default)
-        }
-    };
-    if let Some(nested) = &nested {
-        let plain = |value: &Value| value == "default";
-        match defaults.habits.rotary {
-            Rotary::Whole => {
-                nested.refuse_unless("rope_type", "this build computes \"default\"", plain)?;
-                nested.only(&["rope_theta", "rope_type"])?;
-            }
-            Rotary::Partial(_) => {
-                nested.refuse_unless("rope_type", "this build computes \"default\"", plain)?;
-                nested.only(&["rope_theta", "rope_type", PART])?;
-            }
-            Rotary::Elements(..) => {}
-        }
-    }
-    let yarn = match (defaults.habits.rotary, config.nested("rope_scaling")?) {
-        (Rotary::Elements(..), Some(scaling)) => yarn(&scaling)?,
-        (Rotary::Elements(..), None) => nested.as_ref().map(yarn).transpose()?.flatten(),
-        _ => None,
-    };
-    let inside = nested.map(|nested| nested.optional_positive("rope_theta")).transpose()?.flatten();
-    let theta = agreed(config, "rope_theta", config.optional_positive("rope_theta")?, inside)?;
-    // Rounded down, as the reference does.
-    let dim = (head_dim as f64 * partial) as usize;
-    if partial > 1.0 || dim < 2 || !dim.is_multiple_of(2) {
-        let reason =
-            format!("of {head_dim} elements of a head that rotates {dim}; it must be an even number");
-        return Err(config.conflict(PART, &partial, reason));
-    }
-    Ok(RopeSpec { theta: theta.unwrap_or(defaults.rope_theta), dim, pairs: RopePairs::Halves, yarn })
-}
-
-/// YaRN, if that is what these parameters describe.
-fn yarn(parameters: &Config) -> Result<Option<YarnSpec>, ConfigError> {
-    let types = ["rope_type", "type"].map(|key| parameters.get(key).and_then(Value::as_str));
-    for key in ["rope_type", "type"] {
-        parameters.refuse_unless(key, "this build computes \"default\" and \"yarn\"", |value| {
-            value == "default" || value == "yarn"
-        })?;
-    }
-    if !types.contains(&Some("yarn")) {
-        parameters.only(&["rope_theta", "rope_type", "type"])?;
-        return Ok(None);
-    }
-    parameters.only(&[
-        "rope_theta",
-        "rope_type",
-        "type",
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "attention_factor",
-    ])?;
-    let missing = |key: &str| ConfigError::Missing { key: key.to_owned() };
-    let factor = parameters.optional_positive("factor")?.ok_or_else(|| missing("factor"))?;
-    let original = "original_max_position_embeddings";
-    let context =
-        parameters.optional_size(original, 1..=LONGEST_CONTEXT)?.ok_or_else(|| missing(original))?;
-    let scales = [parameters.optional_positive("mscale")?, parameters.optional_positive("mscale_all_dim")?];
-    let amplitude = match (parameters.optional_positive("attention_factor")?, scales) {
-        (Some(given), _) => given,
-        (None, [Some(scale), Some(all)]) => yarn_scale(factor, scale) / yarn_scale(factor, all),
-        (None, _) => yarn_scale(factor, 1.0),
-    };
-    Ok(Some(YarnSpec {
-        factor,
-        original_context: context,
-        beta_fast: parameters.positive("beta_fast", 32.0)?,
-        beta_slow: parameters.positive("beta_slow", 1.0)?,
-        amplitude: amplitude as f32,
-    }))
-}
-
-/// How much larger scores become where the context is `factor` times as long.
-pub(super) fn yarn_scale(factor: f64, scale: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
-}
-
 /// A number that may stand at the top, in `rope_parameters`, or in both.
-fn agreed(
+pub(super) fn agreed(
     config: &Config,
     key: &str,
     flat: Option<f64>,
@@ -474,6 +471,6 @@ fn one_of(
 }
 
 /// A number that its range keeps within 32 bits.
-fn count(size: usize) -> u32 {
+pub(super) fn count(size: usize) -> u32 {
     u32::try_from(size).unwrap_or(u32::MAX)
 }

@@ -4,16 +4,19 @@
 use muster_types::DType;
 
 use super::Family;
-use super::base::{Base, Defaults, Habits, Rotary, WIDEST_HEAD, intermediate, shared_experts, yarn_scale};
+use super::base::{Base, Defaults, Habits, Rotary, WIDEST_HEAD, intermediate, shared_experts};
 use super::glm4_moe::{experts, sigmoid_gate};
+use super::rope::yarn_scale;
 use crate::config::{Config, ConfigError};
 use crate::spec::{
-    AttentionSpec, GateRecipe, GroupWorth, LatentSpec, ModelSpec, MoeSpec, Renormalise, RopePairs, RopeSpec,
-    Score,
+    AttentionSpec, GateRecipe, GroupWorth, LatentSpec, ModelSpec, MoeSpec, Renormalise, RopePairs, RopeScaling,
+    RopeSpec, Score,
 };
 
-pub(super) const V2: Family = Family { model_type: "deepseek_v2", spec: v2, experts };
-pub(super) const V3: Family = Family { model_type: "deepseek_v3", spec: v3, experts };
+pub(super) const V2: Family = Family::new("deepseek_v2", v2, experts);
+pub(super) const V3: Family = Family::new("deepseek_v3", v3, experts);
+/// Kimi K2 is a DeepSeek-V3 with other sizes.
+pub(super) const KIMI_K2: Family = Family::new("kimi_k2", kimi_k2, experts);
 
 const V2_DEFAULTS: Defaults = Defaults {
     vocab: 102_400,
@@ -80,6 +83,14 @@ fn v2(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
 }
 
 fn v3(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    v3_called(V3.model_type, config, dtype)
+}
+
+fn kimi_k2(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
+    v3_called(KIMI_K2.model_type, config, dtype)
+}
+
+fn v3_called(family: &'static str, config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &V3_DEFAULTS)?;
     config.refuse_unless("scoring_func", "this build computes \"sigmoid\"", |value| value == "sigmoid")?;
     config.refuse_unless("topk_method", "this build computes \"noaux_tc\"", |value| value == "noaux_tc")?;
@@ -90,7 +101,7 @@ fn v3(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let interleaved = config.flag("rope_interleave", true)?;
     let pairs = if interleaved { RopePairs::Neighbours } else { RopePairs::Halves };
     let common = Common { intermediate: 18432, moe_intermediate: 2048, shared: 1, dense_layers: 3 };
-    model(V3.model_type, config, dtype, base, pairs, gate, &common)
+    model(family, config, dtype, base, pairs, gate, &common)
 }
 
 fn model(
@@ -132,13 +143,13 @@ fn attention(config: &Config, base: &Base, pairs: RopePairs) -> Result<Attention
         norm_eps: 1e-6,
         down_bias: config.flag("attention_bias", false)?,
     };
-    let rope = RopeSpec { pairs, ..plain.rope };
+    let rope = RopeSpec { pairs, ..base.rope.clone() };
     let all_dim = match (config.nested("rope_scaling")?, config.nested("rope_parameters")?) {
         (Some(scaling), _) | (None, Some(scaling)) => scaling.optional_positive("mscale_all_dim")?,
         (None, None) => None,
     };
-    let longer = match (&rope.yarn, all_dim) {
-        (Some(yarn), Some(all)) => yarn_scale(yarn.factor, all),
+    let longer = match (&rope.scaling, all_dim) {
+        (RopeScaling::Yarn(yarn), Some(all)) => yarn_scale(yarn.factor, all),
         _ => 1.0,
     };
     let width = latent.plain_dim + rope.dim;
@@ -148,7 +159,7 @@ fn attention(config: &Config, base: &Base, pairs: RopePairs) -> Result<Attention
         head_dim: rope.dim + latent.kv_rank,
         scale: scale as f32,
         o_bias: latent.down_bias,
-        rope,
+        rope: Some(rope),
         latent: Some(latent),
         ..plain
     })

@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, ModelSpec, MoeSpec, Renormalise, RopePairs, RopeSpec, Score};
 
-pub(super) const FAMILY: Family = Family { model_type: "ernie4_5_moe", spec, experts };
+pub(super) const FAMILY: Family = Family::new("ernie4_5_moe", spec, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 103_424,
@@ -51,9 +51,8 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
         |value| value == true,
     )?;
     config.refuse_set("sliding_window", "this family attends to the whole sequence")?;
-    let attention = base.attention();
-    let rope = RopeSpec { pairs: RopePairs::Neighbours, ..attention.rope };
-    let attention = AttentionSpec { rope, ..attention };
+    let rope = RopeSpec { pairs: RopePairs::Neighbours, ..base.rope.clone() };
+    let attention = AttentionSpec { rope: Some(rope), ..base.attention() };
     let floor = config.positive("moe_norm_min", 1e-12)? as f32;
     let gate = GateRecipe {
         selection_bias: true,

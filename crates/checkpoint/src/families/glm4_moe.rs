@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, GroupWorth, ModelSpec, MoeSpec, QkNorm, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family { model_type: "glm4_moe", spec, experts };
+pub(super) const FAMILY: Family = Family::new("glm4_moe", spec, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 151_552,

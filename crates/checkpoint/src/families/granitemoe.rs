@@ -7,14 +7,14 @@ use super::Family;
 use super::base::{Base, Defaults, Habits, WIDEST_MLP, intermediate};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
-use crate::plan::{Part, PlanBuilder};
+use crate::plan::{Kind, PlanBuilder, View};
 use crate::spec::{
     AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise,
     Role, Score, SharedSpec,
 };
 
-pub(super) const FAMILY: Family = Family { model_type: "granitemoe", spec, experts };
-pub(super) const SHARED: Family = Family { model_type: "granitemoeshared", spec: with_shared, experts };
+pub(super) const FAMILY: Family = Family::new("granitemoe", spec, experts);
+pub(super) const SHARED: Family = Family::new("granitemoeshared", with_shared, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 32000,
@@ -79,22 +79,27 @@ fn experts(
     let (input, output) = (format!("{block}.input_linear.weight"), format!("{block}.output_linear.weight"));
     let (count, width) = (moe.experts as usize, moe.intermediate);
     let gate = Role::Layer(layer, LayerRole::Gate);
-    plan.matrix(gate, &format!("{block}.router.layer.weight"), count, hidden)?;
+    plan.gate(gate, &format!("{block}.router.layer.weight"), count, hidden)?;
     for expert in 0..moe.experts {
         let role = |role| Role::Expert(layer, expert, role);
         let index = expert as usize;
+        let mut rows = |part, name, shape: [usize; 3], first, rows| {
+            let view = View::rows(index * shape[1] + first, rows, shape[2]);
+            plan.view(role(part), name, &shape, Kind::Matrix, view)
+        };
         let halves = [count, 2 * width, hidden];
-        plan.part(role(ExpertRole::Gate), &input, halves, Part { index, first_row: 0, rows: width })?;
-        plan.part(role(ExpertRole::Up), &input, halves, Part { index, first_row: width, rows: width })?;
-        let whole = [count, hidden, width];
-        plan.part(role(ExpertRole::Down), &output, whole, Part { index, first_row: 0, rows: hidden })?;
+        rows(ExpertRole::Gate, &input, halves, 0, width)?;
+        rows(ExpertRole::Up, &input, halves, width, width)?;
+        rows(ExpertRole::Down, &output, [count, hidden, width], 0, hidden)?;
     }
     if let Some(width) = moe.shared.intermediate() {
         let role = |role| Role::Layer(layer, role);
         let name = |name: &str| format!("model.layers.{layer}.shared_mlp.{name}_linear.weight");
         let halves = [2 * width, hidden];
-        plan.rows(role(LayerRole::SharedGate), &name("input"), halves, [0, width])?;
-        plan.rows(role(LayerRole::SharedUp), &name("input"), halves, [width, width])?;
+        for (part, first) in [(LayerRole::SharedGate, 0), (LayerRole::SharedUp, width)] {
+            let view = View::rows(first, width, hidden);
+            plan.view(role(part), &name("input"), &halves, Kind::Matrix, view)?;
+        }
         plan.matrix(role(LayerRole::SharedDown), &name("output"), hidden, width)?;
     }
     Ok(())

@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family { model_type: "mixtral", spec, experts };
+pub(super) const FAMILY: Family = Family::new("mixtral", spec, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 32000,
@@ -36,7 +36,7 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     let gate = GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::SUM);
     let layer = LayerSpec {
-        attention: AttentionSpec { window: window(config)?, ..base.attention() },
+        attention: AttentionSpec { sees: window(config)?, ..base.attention() },
         mlp: MlpSpec::Moe(base.moe(intermediate(config, "intermediate_size", 14336)?, gate)),
     };
     let layers = vec![layer; base.layers];

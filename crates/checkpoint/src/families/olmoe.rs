@@ -8,7 +8,7 @@ use super::qwen3_moe::{experts, renormalise};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, QkNorm, Score};
 
-pub(super) const FAMILY: Family = Family { model_type: "olmoe", spec, experts };
+pub(super) const FAMILY: Family = Family::new("olmoe", spec, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 50304,

@@ -87,6 +87,8 @@ impl Preset {
             hidden: self.hidden,
             context: self.context,
             tied_head: self.tied_head,
+            norm_biases: false,
+            head_bias: false,
             stored: BF16,
             linears: self.linears,
             experts: self.experts_stored,

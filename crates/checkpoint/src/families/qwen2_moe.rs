@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, ModelSpec, MoeSpec, Score, SharedSpec};
 
-pub(super) const FAMILY: Family = Family { model_type: "qwen2_moe", spec, experts };
+pub(super) const FAMILY: Family = Family::new("qwen2_moe", spec, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 151_936,

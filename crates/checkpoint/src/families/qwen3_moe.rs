@@ -11,7 +11,7 @@ use crate::error::CheckpointError;
 use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family { model_type: "qwen3_moe", spec, experts };
+pub(super) const FAMILY: Family = Family::new("qwen3_moe", spec, experts);
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 151_936,

@@ -1,35 +1,77 @@
-//! Tensor names that the families share: embedding, head, norms, attention, and experts stored one by one.
+//! Tensor names that the families share: embedding, head, norms, attention, and experts, one by one or in stacks.
 
 use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
+use crate::plan::{Kind, PlanBuilder, View};
 use crate::spec::{
-    AttentionSpec, ExpertRole, LatentSpec, LayerRole, ModelSpec, MoeSpec, QkNorm, Role, SharedSpec,
+    AttentionSpec, ExpertRole, LatentSpec, LayerRole, ModelSpec, MoeSpec, NormKind, Role, SharedSpec,
 };
+
+/// How a family names what is neither embedding nor experts.
+pub(super) struct TrunkNames {
+    /// The dense MLP, below the layer.
+    pub dense: &'static str,
+    /// The norms of queries and keys, below attention.
+    pub qk_norms: [&'static str; 2],
+}
+
+impl TrunkNames {
+    /// Those of most families.
+    pub(super) const USUAL: Self = Self { dense: "mlp", qk_norms: ["q_norm", "k_norm"] };
+}
 
 /// Embedding, final norm and head.
 pub(super) fn outer(plan: &mut PlanBuilder<'_>, spec: &ModelSpec) -> Result<(), CheckpointError> {
     let vocab = spec.vocab as usize;
     plan.matrix(Role::Embedding, "model.embed_tokens.weight", vocab, spec.hidden)?;
     plan.vector(Role::FinalNorm, "model.norm.weight", spec.hidden)?;
-    if spec.tied_head { Ok(()) } else { plan.matrix(Role::Head, "lm_head.weight", vocab, spec.hidden) }
+    if spec.norm == NormKind::Layer {
+        plan.vector(Role::FinalNormBias, "model.norm.bias", spec.hidden)?;
+    }
+    if !spec.tied_head {
+        plan.matrix(Role::Head, "lm_head.weight", vocab, spec.hidden)?;
+    }
+    if spec.head_bias {
+        plan.vector(Role::HeadBias, "lm_head.bias", vocab)?;
+    }
+    Ok(())
 }
 
 /// Attention of one layer, and both of the layer's norms.
-pub(super) fn attention(
+pub(super) fn layer(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    spec: &ModelSpec,
+    attention: &AttentionSpec,
+    names: &TrunkNames,
+) -> Result<(), CheckpointError> {
+    let norms = [
+        ([LayerRole::AttentionNorm, LayerRole::AttentionNormBias], "input_layernorm"),
+        ([LayerRole::MlpNorm, LayerRole::MlpNormBias], "post_attention_layernorm"),
+    ];
+    for ([weight, bias], norm) in norms {
+        let name = |part: &str| format!("model.layers.{layer}.{norm}.{part}");
+        plan.vector(Role::Layer(layer, weight), &name("weight"), spec.hidden)?;
+        if spec.norm == NormKind::Layer {
+            plan.vector(Role::Layer(layer, bias), &name("bias"), spec.hidden)?;
+        }
+    }
+    match &attention.latent {
+        Some(latent) => latent_attention(plan, layer, spec.hidden, attention, latent),
+        None => grouped_attention(plan, layer, spec.hidden, attention, names),
+    }
+}
+
+fn grouped_attention(
     plan: &mut PlanBuilder<'_>,
     layer: u32,
     hidden: usize,
     attention: &AttentionSpec,
+    names: &TrunkNames,
 ) -> Result<(), CheckpointError> {
-    if let Some(latent) = &attention.latent {
-        return latent_attention(plan, layer, hidden, attention, latent);
-    }
     let q = attention.heads * attention.head_dim;
     let kv = attention.kv_heads * attention.head_dim;
     let role = |role| Role::Layer(layer, role);
     let name = |name: &str| format!("model.layers.{layer}.{name}");
-    plan.vector(role(LayerRole::AttentionNorm), &name("input_layernorm.weight"), hidden)?;
-    plan.vector(role(LayerRole::MlpNorm), &name("post_attention_layernorm.weight"), hidden)?;
     plan.matrix(role(LayerRole::Q), &name("self_attn.q_proj.weight"), q, hidden)?;
     plan.matrix(role(LayerRole::K), &name("self_attn.k_proj.weight"), kv, hidden)?;
     plan.matrix(role(LayerRole::V), &name("self_attn.v_proj.weight"), kv, hidden)?;
@@ -42,16 +84,17 @@ pub(super) fn attention(
     if attention.o_bias {
         plan.vector(role(LayerRole::OBias), &name("self_attn.o_proj.bias"), hidden)?;
     }
-    let (q_norm, k_norm) = match attention.qk_norm {
-        QkNorm::None => return Ok(()),
-        QkNorm::PerHead => (attention.head_dim, attention.head_dim),
-        QkNorm::FullWidth => (q, kv),
-    };
-    plan.vector(role(LayerRole::QNorm), &name("self_attn.q_norm.weight"), q_norm)?;
-    plan.vector(role(LayerRole::KNorm), &name("self_attn.k_norm.weight"), k_norm)
+    if attention.sinks {
+        plan.vector(role(LayerRole::Sinks), &name("self_attn.sinks"), attention.heads)?;
+    }
+    let norms = attention.qk_norm.weights(attention.heads, attention.kv_heads, attention.head_dim);
+    let roles = [LayerRole::QNorm, LayerRole::KNorm];
+    for ((norm, length), of) in roles.into_iter().zip(norms.into_iter().flatten()).zip(names.qk_norms) {
+        plan.vector(role(norm), &name(&format!("self_attn.{of}.weight")), length)?;
+    }
+    Ok(())
 }
 
-/// Attention over compressed rows of one layer, and both of the layer's norms.
 fn latent_attention(
     plan: &mut PlanBuilder<'_>,
     layer: u32,
@@ -62,9 +105,7 @@ fn latent_attention(
     let LatentSpec { q_rank, kv_rank, plain_dim, value_dim, down_bias, .. } = *latent;
     let role = |role| Role::Layer(layer, role);
     let name = |name: &str| format!("model.layers.{layer}.{name}");
-    plan.vector(role(LayerRole::AttentionNorm), &name("input_layernorm.weight"), hidden)?;
-    plan.vector(role(LayerRole::MlpNorm), &name("post_attention_layernorm.weight"), hidden)?;
-    let queries = attention.heads * (plain_dim + attention.rope.dim);
+    let queries = attention.heads * (plain_dim + attention.rotated());
     match q_rank {
         None => plan.matrix(role(LayerRole::Q), &name("self_attn.q_proj.weight"), queries, hidden)?,
         Some(rank) => {
@@ -76,7 +117,7 @@ fn latent_attention(
             plan.matrix(role(LayerRole::Q), &name("self_attn.q_b_proj.weight"), queries, rank)?;
         }
     }
-    let cached = kv_rank + attention.rope.dim;
+    let cached = kv_rank + attention.rotated();
     plan.matrix(role(LayerRole::KvDown), &name("self_attn.kv_a_proj_with_mqa.weight"), cached, hidden)?;
     if down_bias {
         plan.vector(role(LayerRole::KvDownBias), &name("self_attn.kv_a_proj_with_mqa.bias"), cached)?;
@@ -138,7 +179,7 @@ pub(super) fn split_experts(
     let block = format!("model.layers.{layer}.{}", names.block);
     let of_layer = |role| Role::Layer(layer, role);
     let count = moe.experts as usize;
-    plan.matrix(of_layer(LayerRole::Gate), &format!("{block}.{}.weight", names.router), count, hidden)?;
+    plan.gate(of_layer(LayerRole::Gate), &format!("{block}.{}.weight", names.router), count, hidden)?;
     if moe.gate.selection_bias {
         let role = of_layer(LayerRole::SelectionBias);
         match names.selection_bias {
@@ -147,12 +188,16 @@ pub(super) fn split_experts(
             None => {}
         }
     }
-    for expert in 0..moe.experts {
-        let role = |role| Role::Expert(layer, expert, role);
-        let name = |name: &str| format!("{block}.experts.{expert}.{name}.weight");
-        plan.matrix(role(ExpertRole::Gate), &name(names.gate), moe.intermediate, hidden)?;
-        plan.matrix(role(ExpertRole::Up), &name(names.up), moe.intermediate, hidden)?;
-        plan.matrix(role(ExpertRole::Down), &name(names.down), hidden, moe.intermediate)?;
+    if plan.has(&format!("{block}.experts.gate_up_proj")) {
+        stacked(plan, layer, hidden, moe, &block)?;
+    } else {
+        for expert in 0..moe.experts {
+            let role = |role| Role::Expert(layer, expert, role);
+            let name = |name: &str| format!("{block}.experts.{expert}.{name}.weight");
+            plan.matrix(role(ExpertRole::Gate), &name(names.gate), moe.intermediate, hidden)?;
+            plan.matrix(role(ExpertRole::Up), &name(names.up), moe.intermediate, hidden)?;
+            plan.matrix(role(ExpertRole::Down), &name(names.down), hidden, moe.intermediate)?;
+        }
     }
     if let Some(width) = moe.shared.intermediate() {
         let name = |name: &str| format!("{block}.{}.{name}.weight", names.shared);
@@ -167,15 +212,41 @@ pub(super) fn split_experts(
     Ok(())
 }
 
+/// Experts stored as transformers holds them since version 5: `[experts, 2 * intermediate, hidden]`, an expert's gate
+/// rows before its up rows, and `[experts, hidden, intermediate]`.
+fn stacked(
+    plan: &mut PlanBuilder<'_>,
+    layer: u32,
+    hidden: usize,
+    moe: &MoeSpec,
+    block: &str,
+) -> Result<(), CheckpointError> {
+    let (count, width) = (moe.experts as usize, moe.intermediate);
+    let (input, output) = (format!("{block}.experts.gate_up_proj"), format!("{block}.experts.down_proj"));
+    for (expert, index) in (0..moe.experts).zip(0..) {
+        let parts = [
+            (ExpertRole::Gate, &input, [count, 2 * width, hidden], 0, width),
+            (ExpertRole::Up, &input, [count, 2 * width, hidden], width, width),
+            (ExpertRole::Down, &output, [count, hidden, width], 0, hidden),
+        ];
+        for (part, name, shape, first, rows) in parts {
+            let view = View::rows(index * shape[1] + first, rows, shape[2]);
+            plan.view(Role::Expert(layer, expert, part), name, &shape, Kind::Matrix, view)?;
+        }
+    }
+    Ok(())
+}
+
 /// The three tensors of a dense MLP.
 pub(super) fn dense(
     plan: &mut PlanBuilder<'_>,
     layer: u32,
     hidden: usize,
     intermediate: usize,
+    names: &TrunkNames,
 ) -> Result<(), CheckpointError> {
     let role = |role| Role::Layer(layer, role);
-    let name = |name: &str| format!("model.layers.{layer}.mlp.{name}.weight");
+    let name = |name: &str| format!("model.layers.{layer}.{}.{name}.weight", names.dense);
     plan.matrix(role(LayerRole::DenseGate), &name("gate_proj"), intermediate, hidden)?;
     plan.matrix(role(LayerRole::DenseUp), &name("up_proj"), intermediate, hidden)?;
     plan.matrix(role(LayerRole::DenseDown), &name("down_proj"), hidden, intermediate)
