@@ -30,6 +30,7 @@ mod cpu;
 mod disjoint;
 mod error;
 mod ffn;
+mod gating;
 mod isa;
 mod kv;
 mod linear;
@@ -51,6 +52,7 @@ pub use convert::{Precision, add_scaled, all_finite, from_bf16, round_bf16, to_b
 pub use cpu::Cpu;
 pub use error::KernelError;
 pub use ffn::{Expert, ExpertRows, FfnScratch, grouped_ffn};
+pub use gating::{Biases, Gating};
 pub use isa::Isa;
 pub use kv::{BLOCK_TOKENS, KvCache, KvShape, KvSlot};
 pub use linear::linear;
