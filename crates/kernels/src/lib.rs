@@ -46,7 +46,7 @@ mod rope;
 mod simd;
 mod tile;
 
-pub use attention::{AttentionShape, attention};
+pub use attention::{AttentionShape, Sees, attention};
 pub use combine::{NotFinite, Outputs, Term, combine, combine_to_wire, terms_by_row, to_wire};
 pub use convert::{Precision, add_scaled, all_finite, from_bf16, round_bf16, to_bf16};
 pub use cpu::Cpu;
