@@ -57,7 +57,7 @@ pub use isa::Isa;
 pub use kv::{BLOCK_TOKENS, KvCache, KvShape, KvSlot};
 pub use linear::linear;
 pub use matrix::Matrix;
-pub use norm::{rms_norm, rms_norm_in_place};
+pub use norm::{layer_norm, rms_norm, rms_norm_in_place};
 pub use packed::Packing;
 pub use quant::Quantisation;
 pub use rope::{Angles, Rope, RopePairs, Yarn, rotate};
