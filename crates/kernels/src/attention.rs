@@ -8,10 +8,14 @@
 //! - per block, with `m` the greatest score so far, sum and output are multiplied by `exp(m before - m)`, by 1 where
 //!   `m` did not rise; the block's `exp(score - m)` are added up by a fixed tree and that to the sum; the values are
 //!   added to the output in ascending position by fused multiply-add;
+//! - a sink, which is one more score whose value is nothing, is taken in after all blocks: where it is above `m`, sum
+//!   and output are multiplied by `exp(m - sink)` and `m` becomes the sink; then `exp(sink - m)` is added to the sum;
 //! - in the end the output is divided by the sum.
 //!
-//! So whole prefill, chunked prefill, a reused prefix and decode agree to the bit. Positions outside the row's window
+//! So whole prefill, chunked prefill, a reused prefix and decode agree to the bit. Positions that the row does not see
 //! are never read as values, so what another sequence left there cannot matter. No memory grows with the context.
+
+use std::ops::RangeInclusive;
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
@@ -23,9 +27,33 @@ use crate::simd::{LANES, Simd, lanes, load_part, store_part, tree_max, tree_sum}
 /// Queries that read a block's keys and values while they are in the innermost cache.
 const QUERIES_PER_PASS: usize = 32;
 
+/// Which of the positions up to its own a row attends to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sees {
+    /// All of them.
+    All,
+    /// The last so many, its own included.
+    Last(usize),
+    /// Those of its own chunk: positions are cut into chunks so long, the first starting at 0.
+    Chunk(usize),
+}
+
+impl Sees {
+    /// The positions that a row at `position` attends to.
+    fn visible(self, position: u32) -> RangeInclusive<usize> {
+        let last = position as usize;
+        let first = match self {
+            Self::All => 0,
+            Self::Last(window) => (last + 1).saturating_sub(window),
+            Self::Chunk(len) => last / len * len,
+        };
+        first..=last
+    }
+}
+
 /// The shape of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AttentionShape {
+pub struct AttentionShape<'a> {
     /// Query heads; a multiple of `kv_heads`. Query head `h` reads KV head `h / (heads / kv_heads)`.
     pub heads: usize,
     /// Key-value heads.
@@ -36,34 +64,28 @@ pub struct AttentionShape {
     pub value_dim: usize,
     /// What scores are multiplied by, usually `head_dim` to the power of -1/2.
     pub scale: f32,
-    /// How many positions a row sees, its own included; all where `None`.
-    pub window: Option<usize>,
+    /// Which positions a row attends to.
+    pub sees: Sees,
+    /// The query heads' sinks: scores that take part in the softmax and whose value is nothing.
+    pub sinks: Option<&'a [f32]>,
 }
 
-impl AttentionShape {
+impl AttentionShape<'_> {
     fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
-
-    /// The positions that a row at `position` attends to.
-    fn visible(&self, position: u32) -> std::ops::RangeInclusive<usize> {
-        let last = position as usize;
-        let first = self.window.map_or(0, |window| (last + 1).saturating_sub(window));
-        first..=last
-    }
 }
 
-/// Attention of rows at their positions: `q` is `[rows, heads * head_dim]`, `out`
-/// `[rows, heads * value_dim]`. The row at position p attends
-/// to the positions above p - window up to p, whose keys and values (p's included) are in the cache. Positions that
-/// follow are not looked at, so all rows of a chunk may have been written before.
+/// Attention of rows at their positions: `q` is `[rows, heads * head_dim]`, `out` `[rows, heads * value_dim]`. The keys
+/// and values of the positions that a row sees (its own included) are in the cache. Positions that follow are not looked
+/// at, so all rows of a chunk may have been written before.
 ///
 /// # Panics
-/// If the shape does not fit the cache, its window is 0, its heads are no multiple of its KV heads, or `layer`, `q`,
-/// `rows` or `out` do not fit.
+/// If the shape does not fit the cache, a row sees 0 positions, its heads are no multiple of its KV heads, there is not
+/// one sink per head, or `layer`, `q`, `rows` or `out` do not fit.
 pub fn attention(
     cpu: &Cpu,
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
     layer: usize,
     q: &[f32],
     rows: &[KvSlot<'_>],
@@ -78,7 +100,13 @@ pub fn attention(
         shape.heads > 0 && shape.heads.is_multiple_of(shape.kv_heads),
         "shape: heads must divide by kv_heads"
     );
-    assert_ne!(shape.window, Some(0), "shape: a window must see at least the row itself");
+    assert!(
+        !matches!(shape.sees, Sees::Last(0) | Sees::Chunk(0)),
+        "shape: a row must see at least its own position"
+    );
+    if let Some(sinks) = shape.sinks {
+        assert_eq!(sinks.len(), shape.heads, "shape: there must be one sink per head");
+    }
     let width = shape.heads * shape.head_dim;
     assert_eq!(q.len(), rows.len() * width, "q: its length must be rows * heads * head_dim");
     let width = shape.heads * shape.value_dim;
@@ -92,14 +120,14 @@ pub fn attention(
 
 fn run<E: Element>(
     cpu: &Cpu,
-    shape: &AttentionShape,
+    shape: &AttentionShape<'_>,
     layer: usize,
     q: &[f32],
     rows: &[KvSlot<'_>],
     cache: &Lines<E>,
     out: &mut [f32],
 ) {
-    let positions: usize = rows.iter().map(|row| shape.visible(row.position).count()).sum();
+    let positions: usize = rows.iter().map(|row| shape.sees.visible(row.position).count()).sum();
     let work = positions.saturating_mul(shape.heads * (shape.head_dim + shape.value_dim));
     // Rows of a chunk share their sequence's blocks, so some go together, but never so many that a thread idles.
     let share = rows.len() * shape.kv_heads / (cpu.threads_for(work) * 4);
@@ -123,7 +151,7 @@ fn run<E: Element>(
 
 /// Some query heads of some rows, at most [`QUERIES_PER_PASS`] queries in all, that share a KV head.
 struct Pass<'a, E> {
-    shape: &'a AttentionShape,
+    shape: &'a AttentionShape<'a>,
     layer: usize,
     kv_head: usize,
     first_row: usize,
@@ -164,7 +192,7 @@ impl<E: Element> Kernel for Pass<'_, E> {
         let queries = &mut queries[..self.rows.len() * self.heads];
         let (mut first, mut last) = (usize::MAX, 0);
         for (row, queries) in queries.chunks_exact_mut(self.heads).enumerate() {
-            let visible = self.shape.visible(self.rows[row].position);
+            let visible = self.shape.sees.visible(self.rows[row].position);
             first = first.min(visible.start() / BLOCK_TOKENS);
             last = last.max(visible.end() / BLOCK_TOKENS);
             for (head, query) in queries.iter_mut().enumerate() {
@@ -192,7 +220,10 @@ impl<E: Element> Kernel for Pass<'_, E> {
                 }
             }
         }
-        for query in queries {
+        for (index, query) in queries.iter_mut().enumerate() {
+            if let Some(sinks) = self.shape.sinks {
+                query.take_sink(sinks[self.first_head + index % self.heads]);
+            }
             for value in query.out.iter_mut() {
                 *value /= query.sum;
             }
@@ -266,6 +297,20 @@ impl Query<'_> {
         let weights = lanes(s, exp_lanes(s, s.sub(s.load(scores), s.splat(self.max))));
         self.sum = self.sum * factor + tree_sum(weights);
         (weights, factor)
+    }
+
+    /// Takes in a score that has no value.
+    #[inline(always)]
+    fn take_sink(&mut self, sink: f32) {
+        if sink > self.max {
+            let factor = exp_scalar(self.max - sink);
+            self.max = sink;
+            self.sum *= factor;
+            for value in self.out.iter_mut() {
+                *value *= factor;
+            }
+        }
+        self.sum += exp_scalar(sink - self.max);
     }
 }
 

@@ -84,6 +84,34 @@ pub enum KernelError {
          alike or none"
     )]
     ExpertTypes,
+    /// A bias is not as long as its linear has outputs.
+    #[error("expert's {field} bias has {found} elements: its linear has {want} outputs")]
+    BiasLength {
+        /// The linear.
+        field: &'static str,
+        /// Elements given.
+        found: usize,
+        /// Outputs of the linear.
+        want: usize,
+    },
+    /// A bias has a NaN or an infinity.
+    #[error("expert's {field} bias is not finite at {index}: check the checkpoint")]
+    BiasNonFinite {
+        /// The linear.
+        field: &'static str,
+        /// The output.
+        index: usize,
+    },
+    /// The constants of a clamped activation are unusable.
+    #[error(
+        "activation's alpha is {alpha}, its limit {limit}: both must be finite, and the limit above zero"
+    )]
+    Gating {
+        /// What the gate is multiplied by inside the sigmoid.
+        alpha: f32,
+        /// What gate and up are clamped to.
+        limit: f32,
+    },
     /// The base of the rotary frequencies is unusable.
     #[error("rope theta is {theta}: it must be finite and above zero")]
     Theta {

@@ -1,4 +1,5 @@
-//! The gated MLPs of several experts in one call: `down(round(silu(gate(x)) * up(x)))`.
+//! The gated MLPs of several experts in one call: `down(round(silu(gate(x)) * up(x)))`, or with another activation and
+//! with biases (see [`crate::gating`]).
 //!
 //! What must hold: each output row depends on its own input row and expert alone; the work of all groups is shared
 //! out together, so that a few rows on several experts keep every thread busy. It does not know which expert is
@@ -10,9 +11,9 @@ use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::error::KernelError;
+use crate::gating::{Activation, Biases, Gating};
 use crate::isa::{Kernel, dispatch_flushing};
 use crate::linear::{LinearTask, Output};
-use crate::math::silu_lanes;
 use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
 use crate::pairs::{
     Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
@@ -27,10 +28,13 @@ pub struct Expert {
     pub(crate) gate: Matrix,
     pub(crate) up: Matrix,
     pub(crate) down: Matrix,
+    gating: Gating,
+    biases: Option<Biases>,
 }
 
 impl Expert {
-    /// `gate` and `up` are `[intermediate, hidden]`, `down` is `[hidden, intermediate]`.
+    /// `gate` and `up` are `[intermediate, hidden]`, `down` is `[hidden, intermediate]`; the activation is
+    /// [`Gating::Silu`], and there are no biases.
     ///
     /// # Errors
     /// [`KernelError::ExpertShape`] if `up` or `down` does not fit `gate`; [`KernelError::ExpertTypes`] if gate and
@@ -51,7 +55,41 @@ impl Expert {
                 if gate.kind() == up.kind() && gate.kind() == down.kind() => {}
             _ => return Err(KernelError::ExpertTypes),
         }
-        Ok(Self { gate, up, down })
+        Ok(Self { gate, up, down, gating: Gating::Silu, biases: None })
+    }
+
+    /// The expert with another activation and with biases, or without.
+    ///
+    /// # Errors
+    /// [`KernelError::Gating`] for constants that are unusable; [`KernelError::BiasLength`] and
+    /// [`KernelError::BiasNonFinite`] for biases that are.
+    pub fn with(self, gating: Gating, biases: Option<Biases>) -> Result<Self, KernelError> {
+        gating.check()?;
+        if let Some(biases) = &biases {
+            biases.check(self.intermediate(), self.hidden())?;
+        }
+        Ok(Self { gating, biases, ..self })
+    }
+
+    /// What lies between the linears.
+    #[must_use]
+    pub fn gating(&self) -> Gating {
+        self.gating
+    }
+
+    /// The linears' biases.
+    #[must_use]
+    pub fn biases(&self) -> Option<&Biases> {
+        self.biases.as_ref()
+    }
+
+    fn activation(&self) -> Activation<'_> {
+        Activation { gating: self.gating, biases: self.biases(), intermediate: self.intermediate() }
+    }
+
+    /// What is added to the outputs of the last linear.
+    pub(crate) fn down_bias(&self) -> Option<&[f32]> {
+        self.biases().map(|biases| biases.down.as_slice())
     }
 
     /// Gate, up and down projection.
@@ -85,10 +123,11 @@ impl Expert {
         matches!(self.gate.elements, Elements::Quantised(_))
     }
 
-    /// Bytes that the packed weights keep in memory.
+    /// Bytes that the packed weights and the biases keep in memory.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+        let biases = self.biases().map_or(0, Biases::bytes);
+        self.gate.bytes() + self.up.bytes() + self.down.bytes() + biases
     }
 }
 
@@ -189,14 +228,14 @@ fn run<E: Engine>(
     cpu.run(first.len(), plan.work * 2, &|index| {
         let task = first[index];
         let ExpertRows { expert, rows } = groups[task.group];
-        let (before, intermediate) = (task.activated_before, expert.intermediate());
+        let (before, activation) = (task.activated_before, expert.activation());
         if let (Some(engine), Some([gate, up, _])) = (engine, expert.in_bf16()) {
-            let sink = GatedPairs { out: &between_pairs, before, intermediate };
+            let sink = GatedPairs { out: &between_pairs, before, activation };
             let work = task.pair_work([gate, up], packed.from(task.rows_before), sink);
             dispatch_flushing(cpu.isa(), PairTask(engine, work));
             return;
         }
-        let out = Gated { out: &between, before, intermediate, precision };
+        let out = Gated { out: &between, before, activation, precision };
         gate_up(cpu, task, expert, Gathered { from: x, rows }, out);
     });
     let out = Disjoint::new(out);
@@ -209,7 +248,8 @@ fn run<E: Engine>(
                 words: &words[task.activated_before..],
                 per_row: words_per_row(expert.intermediate()),
             };
-            let sink = Output { out: &out, first_row: task.rows_before, n: hidden };
+            let bias = expert.down_bias();
+            let sink = Output { out: &out, first_row: task.rows_before, n: hidden, bias };
             dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([w], x, sink)));
             return;
         }
@@ -322,7 +362,7 @@ struct Plan {
     work: usize,
 }
 
-/// The first stage of one task: `round(silu(gate(x)) * up(x))`.
+/// The first stage of one task: activated and rounded.
 fn gate_up(cpu: &Cpu, task: Task, expert: &Expert, x: Gathered<'_>, sink: Gated<'_>) {
     match (&expert.gate.elements, &expert.up.elements) {
         (Elements::Bf16(gate), Elements::Bf16(up)) => {
@@ -366,7 +406,8 @@ impl Task {
 /// The second stage of one task; `activated` starts with the group's first row.
 fn down(cpu: &Cpu, task: Task, expert: &Expert, activated: &[f32], out: &Disjoint<'_, f32>) {
     let x = Dense { x: activated, k: expert.intermediate() };
-    let sink = Output { out, first_row: task.rows_before, n: expert.hidden() };
+    let (n, bias) = (expert.hidden(), expert.down_bias());
+    let sink = Output { out, first_row: task.rows_before, n, bias };
     match &expert.down.elements {
         Elements::Bf16(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
         Elements::F32(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
@@ -388,27 +429,33 @@ impl<B: Block> Kernel for GateUpTask<'_, B> {
 pub(crate) struct Gated<'a> {
     out: &'a Disjoint<'a, f32>,
     before: usize,
-    intermediate: usize,
+    activation: Activation<'a>,
     precision: Precision,
 }
 
 impl<'a> Gated<'a> {
-    pub(crate) fn new(out: &'a Disjoint<'a, f32>, task: Task, expert: &Expert, precision: Precision) -> Self {
-        Self { out, before: task.activated_before, intermediate: expert.intermediate(), precision }
+    pub(crate) fn new(
+        out: &'a Disjoint<'a, f32>,
+        task: Task,
+        expert: &'a Expert,
+        precision: Precision,
+    ) -> Self {
+        Self { out, before: task.activated_before, activation: expert.activation(), precision }
     }
 }
 
 impl Sink<2> for Gated<'_> {
     #[inline(always)]
-    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, [gate, up]: [S::V; 2]) {
-        let mut value = s.mul(silu_lanes(s, gate), up);
+    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, sums: [S::V; 2]) {
+        let mut value = self.activation.of(s, panel, sums);
         if self.precision.rounds() {
             value = s.round_bf16(value);
         }
         let column = panel * LANES;
-        let len = LANES.min(self.intermediate - column);
+        let intermediate = self.activation.intermediate;
+        let len = LANES.min(intermediate - column);
         // SAFETY: tasks share no (group, row, panel), and the piece is dropped before the next.
-        let piece = unsafe { self.out.piece(self.before + row * self.intermediate + column, len) };
+        let piece = unsafe { self.out.piece(self.before + row * intermediate + column, len) };
         store_part(s, value, piece);
     }
 }
@@ -417,18 +464,19 @@ impl Sink<2> for Gated<'_> {
 struct GatedPairs<'a> {
     out: &'a Disjoint<'a, u32>,
     before: usize,
-    intermediate: usize,
+    activation: Activation<'a>,
 }
 
 impl Sink<2> for GatedPairs<'_> {
     #[inline(always)]
-    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, [gate, up]: [S::V; 2]) {
+    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, sums: [S::V; 2]) {
         const WORDS: usize = LANES / 2;
-        let value = s.mul(silu_lanes(s, gate), up);
-        let (from, left) = (panel * WORDS, self.intermediate - panel * LANES);
+        let value = self.activation.of(s, panel, sums);
+        let intermediate = self.activation.intermediate;
+        let (from, left) = (panel * WORDS, intermediate - panel * LANES);
         let last = left <= LANES;
-        let len = if last { words_per_row(self.intermediate) - from } else { WORDS };
-        let from = self.before + row * words_per_row(self.intermediate) + from;
+        let len = if last { words_per_row(intermediate) - from } else { WORDS };
+        let from = self.before + row * words_per_row(intermediate) + from;
         // SAFETY: tasks share no (group, row, panel), and the piece is dropped before the next.
         let piece = unsafe { self.out.piece(from, len) };
         store_bf16_pairs(s, value, piece.first_chunk_mut().expect("a panel has eight words"));
@@ -464,7 +512,13 @@ mod tests {
         for (hidden, widths) in [(64, [32, 32, 32]), (70, [48, 17, 131]), (33, [1, 300, 16])] {
             let known = widths.map(|width| {
                 let (gate, up) = (matrix(width, hidden, 1), matrix(width, hidden, 2));
-                Expert::new(gate, up, matrix(hidden, width, 3)).unwrap()
+                let expert = Expert::new(gate, up, matrix(hidden, width, 3)).unwrap();
+                if width % 2 == 0 {
+                    return expert;
+                }
+                let bias = |len| (0..len).map(|i| i as f32 * 0.01 - 0.3).collect();
+                let biases = Biases { gate: bias(width), up: bias(width), down: bias(hidden) };
+                expert.with(Gating::ClampedSwish { alpha: 1.702, limit: 1.25 }, Some(biases)).unwrap()
             });
             let x = numbers(90 * hidden, 4);
             let rows: [Vec<u32>; 4] = [vec![5], vec![], (0..90).rev().collect(), (0..47).collect()];

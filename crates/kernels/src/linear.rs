@@ -15,7 +15,7 @@ use crate::pairs::{
     Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
 };
 use crate::quant;
-use crate::simd::{LANES, Simd, store_part};
+use crate::simd::{LANES, Simd, load_part, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
 
 /// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten. A quantised weight reads `x` quantised
@@ -89,7 +89,7 @@ pub(crate) fn over_tasks(
     cpu.run(rows.div_ceil(per_rows) * columns, work, &|index| {
         let (row, panel) = (index / columns * per_rows, index % columns * per_panels);
         let (rows, panels) = (row..rows.min(row + per_rows), panel..w.panels().min(panel + per_panels));
-        task(rows, panels, Output { out: &out, first_row: 0, n: w.n() });
+        task(rows, panels, Output { out: &out, first_row: 0, n: w.n(), bias: None });
     });
 }
 
@@ -104,20 +104,24 @@ impl<B: Block, R: Rows> Kernel for LinearTask<'_, B, R> {
     }
 }
 
-/// Rows of `n` outputs; a task's row 0 goes to row `first_row`.
+/// Rows of `n` outputs; a task's row 0 goes to row `first_row`. A bias, one number per output, is added last.
 pub(crate) struct Output<'a> {
     pub(crate) out: &'a Disjoint<'a, f32>,
     pub(crate) first_row: usize,
     pub(crate) n: usize,
+    pub(crate) bias: Option<&'a [f32]>,
 }
 
 impl Sink<1> for Output<'_> {
     #[inline(always)]
-    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, [value]: [S::V; 1]) {
+    fn put<S: Simd>(&self, s: S, row: usize, panel: usize, [mut value]: [S::V; 1]) {
         let column = panel * LANES;
+        let len = LANES.min(self.n - column);
+        if let Some(bias) = self.bias {
+            value = s.add(value, load_part(s, &bias[column..column + len]));
+        }
         // SAFETY: tasks share no (row, panel), and the piece is dropped before the next.
-        let piece =
-            unsafe { self.out.piece((self.first_row + row) * self.n + column, LANES.min(self.n - column)) };
+        let piece = unsafe { self.out.piece((self.first_row + row) * self.n + column, len) };
         store_part(s, value, piece);
     }
 }

@@ -53,6 +53,12 @@ pub(crate) fn silu_lanes<A: Arith>(s: A, x: A::V) -> A::V {
     logistic(s, x, x)
 }
 
+/// 1 over 1 + exp(-x) in each lane.
+#[inline(always)]
+pub(crate) fn sigmoid_lanes<A: Arith>(s: A, x: A::V) -> A::V {
+    logistic(s, x, s.splat(1.0))
+}
+
 /// A scalar function of a number, compiled where the hardware's fused multiply-add can be used.
 enum OfScalar {
     Exp(f32),
@@ -67,7 +73,7 @@ impl Kernel for OfScalar {
     fn run<S: Simd>(self, _: S) -> f32 {
         match self {
             Self::Exp(x) => exp_lanes(Scalar, x),
-            Self::Sigmoid(x) => logistic(Scalar, x, 1.0),
+            Self::Sigmoid(x) => sigmoid_lanes(Scalar, x),
             Self::Silu(x) => silu_lanes(Scalar, x),
             Self::Ln(x) => ln_scalar(x),
         }
@@ -274,8 +280,7 @@ mod tests {
         #[inline(always)]
         fn run<S: Simd>(self, s: S) -> Self::Output {
             let x = s.load(self.0);
-            let sigmoid = logistic(s, x, s.splat(1.0));
-            [lanes(s, exp_lanes(s, x)), lanes(s, sigmoid), lanes(s, silu_lanes(s, x))]
+            [exp_lanes(s, x), sigmoid_lanes(s, x), silu_lanes(s, x)].map(|v| lanes(s, v))
         }
     }
 

@@ -5,14 +5,14 @@ mod common;
 use std::ops::Range;
 
 use common::{Numbers, assert_same, cpu, cpus, to_bf16_values, tree_sum};
-use muster_kernels::{AttentionShape, Cpu, Isa, KvCache, KvShape, KvSlot, Precision, attention, math};
+use muster_kernels::{AttentionShape, Cpu, Isa, KvCache, KvShape, KvSlot, Precision, Sees, attention, math};
 use proptest::prelude::*;
 
 const LAYER: usize = 1;
 
 /// A sequence with all its queries, keys and values, and the blocks that it owns.
 struct Sequence {
-    shape: AttentionShape,
+    shape: AttentionShape<'static>,
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
@@ -20,7 +20,7 @@ struct Sequence {
 }
 
 impl Sequence {
-    fn new(numbers: &mut Numbers, shape: AttentionShape, len: usize, blocks: Vec<u32>) -> Self {
+    fn new(numbers: &mut Numbers, shape: AttentionShape<'static>, len: usize, blocks: Vec<u32>) -> Self {
         assert!(blocks.len() * 16 >= len);
         let mut rows = |width: usize| to_bf16_values(&numbers.vec(len * width));
         let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
@@ -72,7 +72,15 @@ impl Sequence {
     }
 
     fn first_visible(&self, position: usize) -> usize {
-        self.shape.window.map_or(0, |window| (position + 1).saturating_sub(window))
+        match self.shape.sees {
+            Sees::All => 0,
+            Sees::Last(window) => (0..=position).find(|at| at + window > position).expect("it sees itself"),
+            Sees::Chunk(len) => (0..=position).find(|at| at / len == position / len).expect("as above"),
+        }
+    }
+
+    fn sink(&self, head: usize) -> Option<f32> {
+        self.shape.sinks.map(|sinks| sinks[head])
     }
 
     /// One query in the kernel's order, one number at a time.
@@ -108,6 +116,15 @@ impl Sequence {
                 }
             }
         }
+        if let Some(sink) = self.sink(head) {
+            let top = max.max(sink);
+            if sink > max {
+                let factor = math::exp(max - top);
+                sum *= factor;
+                out.iter_mut().for_each(|out| *out *= factor);
+            }
+            sum += math::exp(sink - top);
+        }
         out.iter().map(|value| value / sum).collect()
     }
 
@@ -119,8 +136,9 @@ impl Sequence {
                 pair.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>() * f64::from(self.shape.scale)
             })
             .collect();
-        let max = scores.iter().copied().fold(f64::MIN, f64::max);
-        let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+        let sink = self.sink(head).map(f64::from);
+        let max = scores.iter().copied().chain(sink).fold(f64::MIN, f64::max);
+        let sum: f64 = scores.iter().copied().chain(sink).map(|score| (score - max).exp()).sum();
         let mut out = vec![0.0; self.shape.value_dim];
         for (score, at) in scores.iter().zip(self.first_visible(position)..) {
             for (out, value) in out.iter_mut().zip(self.of_head(&self.v, at, head)) {
@@ -132,7 +150,7 @@ impl Sequence {
 }
 
 /// A cache whose every element is NaN or infinite until it is written: what a former owner may have left.
-fn poisoned(shape: &AttentionShape, blocks: usize, precision: Precision) -> KvCache {
+fn poisoned(shape: &AttentionShape<'_>, blocks: usize, precision: Precision) -> KvCache {
     let &AttentionShape { kv_heads, head_dim, value_dim, .. } = shape;
     let kv_shape = KvShape { layers: 2, kv_heads, head_dim, value_dim };
     let mut kv = KvCache::new(kv_shape, blocks, precision).expect("the shape fits");
@@ -147,22 +165,36 @@ fn poisoned(shape: &AttentionShape, blocks: usize, precision: Precision) -> KvCa
     kv
 }
 
-fn shape(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> AttentionShape {
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, sees: Sees) -> AttentionShape<'static> {
     let scale = 1.0 / (head_dim as f32).sqrt() * 4.0;
-    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window }
+    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, sees, sinks: None }
 }
 
-fn shapes() -> Vec<AttentionShape> {
-    vec![
-        shape(4, 4, 16, None),
-        shape(8, 2, 64, None),
-        shape(6, 2, 20, Some(5)),
-        shape(3, 1, 7, Some(16)),
-        shape(5, 5, 33, Some(40)),
-        shape(40, 1, 8, None),
-        AttentionShape { value_dim: 20, ..shape(6, 1, 36, None) },
-        AttentionShape { value_dim: 36, ..shape(4, 2, 20, Some(9)) },
-    ]
+/// Far below, among and far above the scores, and out of reach.
+const SINKS: [f32; 8] = [0.0, -30.0, 2.5, -1.25, 40.0, f32::NEG_INFINITY, 7.0, 1e30];
+
+fn shapes() -> Vec<AttentionShape<'static>> {
+    let plain = vec![
+        shape(4, 4, 16, Sees::All),
+        shape(8, 2, 64, Sees::All),
+        shape(6, 2, 20, Sees::Last(5)),
+        shape(3, 1, 7, Sees::Last(16)),
+        shape(5, 5, 33, Sees::Last(40)),
+        shape(40, 1, 8, Sees::All),
+        shape(4, 1, 16, Sees::Chunk(1)),
+        shape(6, 2, 20, Sees::Chunk(7)),
+        shape(2, 2, 8, Sees::Chunk(16)),
+        shape(3, 1, 33, Sees::Chunk(40)),
+        shape(8, 2, 12, Sees::Chunk(1000)),
+    ];
+    let narrow = [
+        AttentionShape { value_dim: 20, ..shape(6, 1, 36, Sees::All) },
+        AttentionShape { value_dim: 36, ..shape(4, 2, 20, Sees::Last(9)) },
+    ];
+    let with_sinks = plain.clone().into_iter().filter(|shape| shape.heads <= SINKS.len());
+    let with_sinks = with_sinks.map(|shape| AttentionShape { sinks: Some(&SINKS[..shape.heads]), ..shape });
+    let with_sinks: Vec<_> = with_sinks.collect();
+    [plain, with_sinks, narrow.into()].concat()
 }
 
 #[test]
@@ -204,7 +236,7 @@ fn results_are_close_to_softmax_in_f64() {
 #[test]
 fn threads_do_not_show() {
     let mut numbers = Numbers(23);
-    let shape = shape(8, 2, 64, None);
+    let shape = AttentionShape { sinks: Some(&SINKS), ..shape(8, 2, 64, Sees::All) };
     let sequence = Sequence::new(&mut numbers, shape, 100, (0..7).collect());
     let mut kv = poisoned(&shape, 7, Precision::Bf16);
     sequence.write(&mut kv, 0..100);
@@ -218,7 +250,7 @@ fn threads_do_not_show() {
 #[test]
 fn nothing_outside_the_window_is_read() {
     let mut numbers = Numbers(24);
-    for shape in shapes().into_iter().filter(|shape| shape.window.is_some()) {
+    for shape in shapes().into_iter().filter(|shape| shape.sees != Sees::All) {
         let sequence = Sequence::new(&mut numbers, shape, 60, vec![0, 3, 2, 1]);
         for position in [17, 30, 59] {
             let mut kv = poisoned(&shape, 4, Precision::F32);
@@ -250,7 +282,7 @@ proptest! {
     /// Whole prefill, chunked prefill and decode beside another sequence agree to the bit.
     #[test]
     fn chunks_batches_and_owners_do_not_show(
-        which in 0_usize..6, len in 2_usize..90, cuts in prop::collection::vec(1_usize..90, 0..4), seed: u64,
+        which in 0_usize..21, len in 2_usize..90, cuts in prop::collection::vec(1_usize..90, 0..4), seed: u64,
     ) {
         let shape = shapes()[which];
         let mut numbers = Numbers(seed);
@@ -287,7 +319,7 @@ proptest! {
 
 #[test]
 fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
-    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 1, value_dim: 1, scale: 1.0, window: None };
+    let shape = AttentionShape { scale: 1.0, ..shape(1, 1, 1, Sees::All) };
     let run = |q: f32, k: [f32; 2]| {
         let mut kv =
             KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
@@ -305,10 +337,51 @@ fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
 }
 
 #[test]
+fn a_sink_beside_one_score_takes_its_share() {
+    let mut kv =
+        KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
+            .unwrap();
+    let slots = [KvSlot { position: 0, blocks: &[0] }];
+    kv.write(0, &slots, &[1.0], &[6.0]);
+    let run = |score: f32, sink: f32| {
+        let shape = AttentionShape { scale: 1.0, sinks: Some(&[sink]), ..shape(1, 1, 1, Sees::All) };
+        let mut out = [0.0];
+        attention(&cpu(1, Isa::detect()), &shape, 0, &[score], &slots, &kv, &mut out);
+        out[0]
+    };
+    assert_eq!(run(2.0, 2.0), 3.0);
+    assert_eq!(run(2.0, f32::NEG_INFINITY), 6.0);
+    assert_eq!(run(2.0, 2000.0), 0.0);
+    assert!((run(3.0_f32.ln(), 0.0) - 4.5).abs() < 1e-6 && (run(0.0, 3.0_f32.ln()) - 1.5).abs() < 1e-6);
+    assert!(run(1.0, f32::NAN).is_nan());
+}
+
+#[test]
+#[should_panic(expected = "shape: there must be one sink per head")]
+fn sinks_of_another_number_are_refused() {
+    let shape = AttentionShape { sinks: Some(&SINKS[..3]), ..shape(4, 4, 16, Sees::All) };
+    let kv = poisoned(&shape, 1, Precision::F32);
+    attention(&cpu(1, Isa::Portable), &shape, 0, &[], &[], &kv, &mut []);
+}
+
+#[test]
+fn a_row_that_sees_nothing_is_refused() {
+    for sees in [Sees::Last(0), Sees::Chunk(0)] {
+        let shape = shape(4, 4, 16, sees);
+        let kv = poisoned(&shape, 1, Precision::F32);
+        let refused = std::panic::catch_unwind(|| {
+            attention(&cpu(1, Isa::Portable), &shape, 0, &[], &[], &kv, &mut []);
+        });
+        let message = *refused.unwrap_err().downcast::<&str>().unwrap();
+        assert_eq!(message, "shape: a row must see at least its own position");
+    }
+}
+
+#[test]
 #[should_panic(expected = "shape: heads must divide by kv_heads")]
 fn heads_that_do_not_divide_are_refused() {
     let kv = KvCache::new(KvShape { layers: 1, kv_heads: 2, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
         .unwrap();
-    let shape = AttentionShape { heads: 3, kv_heads: 2, head_dim: 1, value_dim: 1, scale: 1.0, window: None };
+    let shape = shape(3, 2, 1, Sees::All);
     attention(&cpu(1, Isa::Portable), &shape, 0, &[], &[], &kv, &mut []);
 }

@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::{Numbers, PRECISIONS, assert_same, bf16_bits, cpu, cpus, to_bf16_values};
+use common::{CLAMPED, Numbers, PRECISIONS, assert_same, bf16_bits, cpu, cpus, gated, to_bf16_values};
 use muster_kernels::{
-    Expert, ExpertRows, FfnScratch, Isa, KernelError, Matrix, Precision, grouped_ffn, math,
+    Biases, Expert, ExpertRows, FfnScratch, Gating, Isa, KernelError, Matrix, Precision, grouped_ffn,
 };
 
 /// An expert and its weights as they were.
@@ -30,14 +30,23 @@ impl Known {
         Self { expert, gate, up, down }
     }
 
+    fn with(self, gating: Gating, biases: Option<Biases>) -> Self {
+        Self { expert: self.expert.with(gating, biases).expect("they fit"), ..self }
+    }
+
     fn apply(&self, x: &[f32], precision: Precision) -> Vec<f32> {
-        let gate = common::linear(x, &self.gate, x.len(), precision);
-        let up = common::linear(x, &self.up, x.len(), precision);
-        let mut between: Vec<f32> = gate.iter().zip(up).map(|(&g, u)| math::silu(g) * u).collect();
+        let biased = |out: Vec<f32>, of: fn(&Biases) -> &[f32]| match self.expert.biases() {
+            Some(biases) => common::biased(out, of(biases)),
+            None => out,
+        };
+        let gate = biased(common::linear(x, &self.gate, x.len(), precision), |biases| &biases.gate);
+        let up = biased(common::linear(x, &self.up, x.len(), precision), |biases| &biases.up);
+        let pairs = gate.iter().zip(up);
+        let mut between: Vec<f32> = pairs.map(|(&g, u)| gated(self.expert.gating(), g, u)).collect();
         if precision.rounds() {
             between = to_bf16_values(&between);
         }
-        common::linear(&between, &self.down, between.len(), precision)
+        biased(common::linear(&between, &self.down, between.len(), precision), |biases| &biases.down)
     }
 }
 
@@ -73,14 +82,87 @@ fn groups_of_any_size_match_single_rows_on_every_instruction_set() {
     }
 }
 
+/// Every activation with biases and without, side by side in one call.
+#[test]
+fn activations_and_biases_follow_their_order_on_every_instruction_set() {
+    let mut numbers = Numbers(15);
+    let mut scratch = FfnScratch::default();
+    for (hidden, widths) in [(64, [32, 32, 32, 32]), (70, [48, 17, 131, 16]), (33, [1, 300, 16, 15])] {
+        for precision in PRECISIONS {
+            let styles = [(Gating::Silu, true), (CLAMPED, false), (CLAMPED, true), (Gating::Silu, false)];
+            let known: Vec<_> = std::iter::zip(widths, styles)
+                .map(|(width, (gating, biased))| {
+                    let biases = biased.then(|| common::biases(&mut numbers, hidden, width));
+                    Known::new(&mut numbers, hidden, width, precision).with(gating, biases)
+                })
+                .collect();
+            let x = to_bf16_values(&numbers.vec(70 * hidden));
+            let rows = [vec![5], (0..70).rev().collect(), vec![1, 3, 3, 69, 0, 7, 8, 9, 11], vec![0, 2, 5]];
+            for shift in 0..known.len() {
+                let groups: Vec<_> = (0..4).map(|i| (&known[(i + shift) % 4], rows[i].clone())).collect();
+                let want = want(&groups, &x, hidden, precision);
+                let asked: Vec<_> =
+                    groups.iter().map(|(known, rows)| ExpertRows { expert: &known.expert, rows }).collect();
+                for cpu in cpus().into_iter().chain([cpu(3, Isa::detect())]) {
+                    let mut out = vec![f32::NAN; want.len()];
+                    grouped_ffn(&cpu, &asked, &x, precision, &mut scratch, &mut out);
+                    assert_same(&out, &want, &format!("{} hidden {hidden} {precision:?}", cpu.isa()));
+                }
+            }
+        }
+    }
+}
+
+/// The definition in f64, so that the order written out above is that of the right numbers.
+#[test]
+fn a_clamped_expert_with_biases_is_what_the_definition_says() {
+    let mut numbers = Numbers(16);
+    let (hidden, intermediate, alpha, limit) = (48, 40, 1.702_f32, 1.25_f32);
+    let biases = common::biases(&mut numbers, hidden, intermediate);
+    let known = Known::new(&mut numbers, hidden, intermediate, Precision::F32)
+        .with(Gating::ClampedSwish { alpha, limit }, Some(biases.clone()));
+    let x = numbers.vec(hidden);
+    let linear = |w: &[f32], bias: &[f32], x: &[f64]| -> Vec<f64> {
+        let dot = |w: &[f32]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum::<f64>();
+        w.chunks(x.len()).zip(bias).map(|(w, bias)| dot(w) + f64::from(*bias)).collect()
+    };
+    let wide: Vec<f64> = x.iter().copied().map(f64::from).collect();
+    let (alpha, limit) = (f64::from(alpha), f64::from(limit));
+    let gate = linear(&known.gate, &biases.gate, &wide);
+    let up = linear(&known.up, &biases.up, &wide);
+    let (mut clamped, mut free) = (0, 0);
+    let between: Vec<f64> = std::iter::zip(gate, up)
+        .map(|(gate, up)| {
+            if gate > limit || up.abs() > limit {
+                clamped += 1;
+            } else {
+                free += 1;
+            }
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+            (up + 1.0) * gate / (1.0 + (-alpha * gate).exp())
+        })
+        .collect();
+    assert!(clamped > 5 && free > 5, "{clamped} {free}");
+    let want = linear(&known.down, &biases.down, &between);
+    let groups = [ExpertRows { expert: &known.expert, rows: &[0] }];
+    let mut out = vec![f32::NAN; hidden];
+    let mut scratch = FfnScratch::default();
+    grouped_ffn(&cpu(1, Isa::detect()), &groups, &x, Precision::F32, &mut scratch, &mut out);
+    for (found, want) in out.iter().zip(want) {
+        assert!((f64::from(*found) - want).abs() < 2e-5, "{found} {want}");
+    }
+}
+
 /// Where the activation or its factors are subnormal, flushed or infinite, nothing is left to compare with but the
 /// instruction sets themselves.
 #[test]
 fn instruction_sets_agree_on_extreme_inputs() {
     let mut numbers = Numbers(13);
     let (hidden, intermediate, rows) = (40, 45, 70);
-    for precision in PRECISIONS {
-        let known = Known::new(&mut numbers, hidden, intermediate, precision);
+    let styles = [(Gating::Silu, false), (CLAMPED, false), (CLAMPED, true)];
+    for (precision, (gating, biased)) in PRECISIONS.into_iter().flat_map(|p| styles.map(|style| (p, style))) {
+        let biases = biased.then(|| common::biases(&mut numbers, hidden, intermediate));
+        let known = Known::new(&mut numbers, hidden, intermediate, precision).with(gating, biases);
         let mut x = numbers.odd_vec(rows * hidden, false);
         for (row, x) in x.chunks_mut(hidden).enumerate() {
             let scale = [1e-38, 1e-30, 1e-19, 1.0, 20.0, 60.0, 4e18][row % 7];
@@ -99,9 +181,11 @@ fn instruction_sets_agree_on_extreme_inputs() {
         }
         let count = |is: fn(&f32) -> bool| outs[0].iter().filter(|v| is(v)).count();
         let (zero, infinite, nan) = (count(|v| *v == 0.0), count(|v| v.is_infinite()), count(|v| v.is_nan()));
+        // A clamped activation is finite, and a bias leaves no zeros.
+        let clamped = gating != Gating::Silu;
         assert!(
-            zero > 0 && infinite > 0 && nan > 0,
-            "{precision:?} {zero} {infinite} {nan}: inputs miss a case"
+            (zero > 0 || biased) && (infinite > 0 || clamped) && nan > 0,
+            "{precision:?} {gating:?} {zero} {infinite} {nan}: inputs miss a case"
         );
     }
 }
@@ -167,6 +251,45 @@ fn sizes_are_reported_and_misfits_refused() {
     assert_eq!(refused, "expert's up is [31, 64], its gate asks for [32, 64]");
     let mixed = Expert::new(matrix(1, 1), Matrix::pack_bf16(1, 1, &[0]).unwrap(), matrix(1, 1));
     assert!(matches!(mixed, Err(KernelError::ExpertTypes)));
+}
+
+#[test]
+fn biases_are_counted_and_unusable_ones_refused() {
+    let matrix = |n, k| Matrix::pack_f32(n, k, &vec![0.0; n * k]).unwrap();
+    let expert = || Expert::new(matrix(32, 64), matrix(32, 64), matrix(64, 32)).unwrap();
+    let biases = |gate, up, down| Biases { gate: vec![0.5; gate], up: vec![0.5; up], down: vec![0.5; down] };
+    let plain = expert();
+    assert_eq!((plain.gating(), plain.biases()), (Gating::Silu, None));
+    let dressed = expert().with(CLAMPED, Some(biases(32, 32, 64))).unwrap();
+    assert_eq!((dressed.gating(), dressed.biases()), (CLAMPED, Some(&biases(32, 32, 64))));
+    assert_eq!(dressed.bytes(), plain.bytes() + 4 * (32 + 32 + 64));
+    let refused = |gating, biases| expert().with(gating, biases).unwrap_err().to_string();
+    for (wrong, message) in [
+        (biases(31, 32, 64), "expert's gate bias has 31 elements: its linear has 32 outputs"),
+        (biases(32, 33, 64), "expert's up bias has 33 elements: its linear has 32 outputs"),
+        (biases(32, 32, 32), "expert's down bias has 32 elements: its linear has 64 outputs"),
+    ] {
+        assert_eq!(refused(Gating::Silu, Some(wrong)), message);
+    }
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut wrong = biases(32, 32, 64);
+        wrong.down[7] = bad;
+        assert_eq!(
+            refused(Gating::Silu, Some(wrong)),
+            "expert's down bias is not finite at 7: check the checkpoint"
+        );
+        assert!(matches!(
+            expert().with(Gating::ClampedSwish { alpha: bad, limit: 1.0 }, None),
+            Err(KernelError::Gating { .. })
+        ));
+    }
+    for limit in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let message = refused(Gating::ClampedSwish { alpha: 1.702, limit }, None);
+        assert!(
+            message.starts_with(&format!("activation's alpha is 1.702, its limit {limit}:")),
+            "{message}"
+        );
+    }
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 mod common;
 
-use common::{Numbers, assert_same, cpu, cpus};
+use common::{CLAMPED, Numbers, assert_same, cpu, cpus, gated};
 use muster_kernels::{
-    Expert, ExpertRows, FfnScratch, Isa, KernelError, Matrix, Precision, Quantisation, grouped_ffn, linear,
-    math, to_bf16,
+    Biases, Expert, ExpertRows, FfnScratch, Gating, Isa, KernelError, Matrix, Precision, Quantisation,
+    grouped_ffn, linear, to_bf16,
 };
 use proptest::prelude::*;
 
@@ -294,10 +294,22 @@ impl Known {
     }
 
     fn apply(&self, x: &[f32]) -> Vec<f32> {
-        let linear = |x: &[f32], w: &[Vec<Group>]| want(x, w, x.len());
-        let (gate, up) = (linear(x, &self.matrices[0]), linear(x, &self.matrices[1]));
-        let between: Vec<f32> = gate.iter().zip(up).map(|(&g, u)| math::silu(g) * u).collect();
-        linear(&between, &self.matrices[2])
+        let linear = |x: &[f32], w: &[Vec<Group>], bias: fn(&Biases) -> &[f32]| {
+            let out = want(x, w, x.len());
+            match self.expert.biases() {
+                Some(biases) => out.iter().zip(bias(biases)).map(|(out, bias)| out + bias).collect(),
+                None => out,
+            }
+        };
+        let gate = linear(x, &self.matrices[0], |biases| &biases.gate);
+        let up = linear(x, &self.matrices[1], |biases| &biases.up);
+        let gating = self.expert.gating();
+        let between: Vec<f32> = gate.iter().zip(up).map(|(&g, u)| gated(gating, g, u)).collect();
+        linear(&between, &self.matrices[2], |biases| &biases.down)
+    }
+
+    fn with(self, gating: Gating, biases: Option<Biases>) -> Self {
+        Self { expert: self.expert.with(gating, biases).expect("they fit"), ..self }
     }
 }
 
@@ -307,7 +319,13 @@ fn experts_of_any_rows_match_single_rows_on_every_instruction_set() {
     let mut scratch = FfnScratch::default();
     for kind in KINDS {
         for (hidden, widths) in [(64, [32, 32, 32]), (70, [48, 17, 130]), (33, [1, 300, 16])] {
-            let known = widths.map(|width| Known::new(&mut numbers, kind, hidden, width));
+            let styles = [(Gating::Silu, false), (CLAMPED, true), (CLAMPED, false)];
+            let known: Vec<_> = std::iter::zip(widths, styles)
+                .map(|(width, (gating, biased))| {
+                    let biases = biased.then(|| common::biases(&mut numbers, hidden, width));
+                    Known::new(&mut numbers, kind, hidden, width).with(gating, biases)
+                })
+                .collect();
             let x = numbers.vec(90 * hidden);
             let groups = [
                 (&known[0], vec![5]),

@@ -3,7 +3,9 @@
 mod common;
 
 use common::{Numbers, assert_same, cpu, cpus, tree_sum};
-use muster_kernels::{Angles, Isa, KernelError, Rope, RopePairs, rms_norm, rms_norm_in_place, rotate};
+use muster_kernels::{
+    Angles, Isa, KernelError, Rope, RopePairs, layer_norm, rms_norm, rms_norm_in_place, rotate,
+};
 
 fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut lanes = [0.0_f32; 16];
@@ -12,6 +14,71 @@ fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     }
     let factor = 1.0 / (tree_sum(lanes) / x.len() as f32 + eps).sqrt();
     x.iter().zip(weight).map(|(x, weight)| (x * factor) * weight).collect()
+}
+
+/// Sum of what `add` makes of each element, in lanes.
+fn in_lanes(x: &[f32], add: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0_f32; 16];
+    x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] = add(*x, lanes[i % 16]));
+    tree_sum(lanes)
+}
+
+fn centred_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
+    let mean = in_lanes(x, |x, sum| sum + x) / x.len() as f32;
+    let centred: Vec<f32> = x.iter().map(|x| x - mean).collect();
+    let factor = 1.0 / (in_lanes(&centred, |d, sum| d.mul_add(d, sum)) / x.len() as f32 + eps).sqrt();
+    let scaled = centred.iter().zip(weight).map(|(d, weight)| (d * factor) * weight);
+    scaled.zip(bias).map(|(y, bias)| y + bias).collect()
+}
+
+#[test]
+fn layer_norms_follow_their_order_on_every_instruction_set_and_any_threads() {
+    let mut numbers = Numbers(34);
+    for width in [1, 8, 15, 16, 17, 64, 100, 1024] {
+        let (weight, bias) = (numbers.vec(width), numbers.vec(width));
+        for x in
+            [numbers.vec(width * 70), numbers.odd_vec(width * 70, false), numbers.odd_vec(width * 70, true)]
+        {
+            let want: Vec<f32> =
+                x.chunks(width).flat_map(|x| centred_norm(x, &weight, &bias, 1e-5)).collect();
+            for cpu in cpus().into_iter().chain([2, 4].map(|threads| cpu(threads, Isa::detect()))) {
+                let mut out = vec![f32::NAN; x.len()];
+                layer_norm(&cpu, &x, &weight, &bias, 1e-5, &mut out);
+                assert_same(&out, &want, &format!("{} {width}", cpu.isa()));
+            }
+        }
+    }
+}
+
+/// Rows far from zero too, where mean of squares less square of mean would have nothing left.
+#[test]
+fn layer_norms_are_close_to_f64() {
+    let mut numbers = Numbers(35);
+    for width in [16, 100, 4096] {
+        for offset in [0.0, 3.0, 100.0] {
+            let (weight, bias) = (numbers.vec(width), numbers.vec(width));
+            let x: Vec<f32> = numbers.vec(width * 3).iter().map(|x| x + offset).collect();
+            let mut out = vec![f32::NAN; x.len()];
+            layer_norm(&cpu(1, Isa::detect()), &x, &weight, &bias, 1e-5, &mut out);
+            for (x, out) in x.chunks(width).zip(out.chunks(width)) {
+                let mean = x.iter().copied().map(f64::from).sum::<f64>() / width as f64;
+                let square: f64 = x.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum();
+                let factor = 1.0 / (square / width as f64 + f64::from(1e-5_f32)).sqrt();
+                // The mean is a number of about the offset's size in f32.
+                let tolerance = 4e-6 + f64::from(offset) * 4e-7;
+                for (i, found) in out.iter().enumerate() {
+                    let want = (f64::from(x[i]) - mean) * factor * f64::from(weight[i]) + f64::from(bias[i]);
+                    assert!((f64::from(*found) - want).abs() < tolerance, "{width} {offset}: {found} {want}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "bias: its length must be that of weight")]
+fn a_short_bias_is_refused() {
+    layer_norm(&cpu(1, Isa::Portable), &[1.0; 4], &[1.0; 4], &[1.0; 3], 1e-5, &mut [0.0; 4]);
 }
 
 #[test]

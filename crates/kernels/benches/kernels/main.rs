@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use muster_kernels::{
     AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, Matrix, Precision,
-    Quantisation, attention, grouped_ffn, linear,
+    Quantisation, Sees, attention, grouped_ffn, linear,
 };
 use roofline::Roofline;
 
@@ -189,7 +189,8 @@ fn attentions(cpu: &Cpu) {
     let slots: Vec<_> = (0..context).map(|position| KvSlot { position, blocks: &blocks }).collect();
     let x = numbers(context as usize * kv_heads * head_dim);
     kv.write(0, &slots, &x, &x);
-    let shape = AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale: 0.088, window: None };
+    let (value_dim, scale) = (head_dim, 0.088);
+    let shape = AttentionShape { heads, kv_heads, head_dim, value_dim, scale, sees: Sees::All, sinks: None };
     for rows in [1, 16] {
         let slots = &slots[slots.len() - rows..];
         let q = numbers(rows * heads * head_dim);

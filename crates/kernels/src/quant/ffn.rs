@@ -29,7 +29,7 @@ pub(crate) struct Stages<'a, 'c> {
 }
 
 impl Stages<'_, '_> {
-    /// `silu(gate(x)) * up(x)` of every task into `activated`. Each row of `x` is quantised once, however many experts
+    /// The activated gate and up of every task into `activated`. Each row of `x` is quantised once, however many experts
     /// read it.
     pub(crate) fn gate_up(
         &self,
@@ -83,7 +83,8 @@ impl Stages<'_, '_> {
             let task = tasks[index];
             let expert = self.groups[task.group].expert;
             let x = QRows::new(&between[starts[task.group]..], expert.intermediate());
-            let sink = Output { out: &out, first_row: task.rows_before, n: self.hidden };
+            let (n, bias) = (self.hidden, expert.down_bias());
+            let sink = Output { out: &out, first_row: task.rows_before, n, bias };
             match &expert.down.elements {
                 Elements::Quantised(Quantised::Q8(down)) => dispatch(body, task.quantised([down], x, sink)),
                 Elements::Quantised(Quantised::Q4(down)) => dispatch(body, task.quantised([down], x, sink)),

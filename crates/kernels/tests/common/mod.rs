@@ -4,7 +4,7 @@
 
 use std::num::NonZeroUsize;
 
-use muster_kernels::{Cpu, Isa, Precision};
+use muster_kernels::{Biases, Cpu, Gating, Isa, Precision, math};
 
 /// Numbers that follow from a seed (SplitMix64).
 pub(crate) struct Numbers(pub(crate) u64);
@@ -147,6 +147,34 @@ pub(crate) fn dot_pairs(x: &[f32], w: &[f32]) -> f32 {
 pub(crate) fn linear(x: &[f32], w: &[f32], k: usize, order: Precision) -> Vec<f32> {
     let dot = if order == Precision::Bf16Pairs { dot_pairs } else { dot };
     x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(x, w))).collect()
+}
+
+/// What lies between an expert's linears, word for word.
+pub(crate) fn gated(gating: Gating, gate: f32, up: f32) -> f32 {
+    match gating {
+        Gating::Silu => math::silu(gate) * up,
+        Gating::ClampedSwish { alpha, limit } => {
+            let gate = if gate > limit { limit } else { gate };
+            let up = up.clamp(-limit, limit);
+            (up + 1.0) * (gate * math::sigmoid(alpha * gate))
+        }
+    }
+}
+
+/// Clamped so far in that numbers from [`Numbers`] reach the limit.
+pub(crate) const CLAMPED: Gating = Gating::ClampedSwish { alpha: 1.702, limit: 1.25 };
+
+pub(crate) fn biases(numbers: &mut Numbers, hidden: usize, intermediate: usize) -> Biases {
+    let [gate, up, down] = [intermediate, intermediate, hidden].map(|len| numbers.vec(len));
+    Biases { gate, up, down }
+}
+
+/// Rows of outputs with the bias added.
+pub(crate) fn biased(mut rows: Vec<f32>, bias: &[f32]) -> Vec<f32> {
+    for row in rows.chunks_mut(bias.len()) {
+        row.iter_mut().zip(bias).for_each(|(value, bias)| *value = add(*value, *bias));
+    }
+    rows
 }
 
 /// All precisions.

@@ -2,7 +2,7 @@
 
 use muster_checkpoint::spec::AttentionSpec;
 use muster_kernels::{
-    Angles, AttentionShape, Cpu, KvSlot, Matrix, Precision, Rope, attention, linear, rms_norm_in_place,
+    Angles, AttentionShape, Cpu, KvSlot, Matrix, Precision, Rope, Sees, attention, linear, rms_norm_in_place,
     rotate,
 };
 
@@ -81,7 +81,8 @@ impl Attention {
             head_dim: self.spec.head_dim,
             value_dim: self.spec.cached_value(),
             scale: self.spec.scale,
-            window: self.spec.window,
+            sees: self.spec.window.map_or(Sees::All, Sees::Last),
+            sinks: None,
         };
         mixed.resize(slots.len() * shape.heads * shape.value_dim, 0.0);
         attention(ctx.cpu, &shape, layer, q, slots, ctx.kv, mixed);

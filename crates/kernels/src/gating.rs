@@ -1,0 +1,102 @@
+//! What lies between an expert's linears: biases and the activation.
+//!
+//! What must hold: a bias is added to the finished sum of products, once, in f32; the activation follows it. Operations
+//! are those written at [`Gating`], each rounded once. It does not know where gate and up come from nor what becomes of
+//! the result.
+
+use crate::error::KernelError;
+use crate::math::{sigmoid_lanes, silu_lanes};
+use crate::simd::{LANES, Simd, load_part};
+
+/// The activation between gate, up and down.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Gating {
+    /// `silu(gate) * up`.
+    #[default]
+    Silu,
+    /// `(up + 1) * (gate * sigmoid(alpha * gate))`, with gate at most `limit` and up within `-limit..=limit`.
+    ClampedSwish {
+        /// What the gate is multiplied by inside the sigmoid.
+        alpha: f32,
+        /// What gate and up are clamped to.
+        limit: f32,
+    },
+}
+
+/// Biases of an expert's linears.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Biases {
+    /// Of the gate, `[intermediate]`.
+    pub gate: Vec<f32>,
+    /// Of the up projection, `[intermediate]`.
+    pub up: Vec<f32>,
+    /// Of the down projection, `[hidden]`.
+    pub down: Vec<f32>,
+}
+
+impl Gating {
+    pub(crate) fn check(self) -> Result<(), KernelError> {
+        match self {
+            Self::ClampedSwish { alpha, limit }
+                if !(alpha.is_finite() && limit.is_finite() && limit > 0.0) =>
+            {
+                Err(KernelError::Gating { alpha, limit })
+            }
+            Self::Silu | Self::ClampedSwish { .. } => Ok(()),
+        }
+    }
+}
+
+impl Biases {
+    pub(crate) fn check(&self, intermediate: usize, hidden: usize) -> Result<(), KernelError> {
+        let all = [
+            ("gate", &self.gate, intermediate),
+            ("up", &self.up, intermediate),
+            ("down", &self.down, hidden),
+        ];
+        for (field, bias, want) in all {
+            if bias.len() != want {
+                return Err(KernelError::BiasLength { field, found: bias.len(), want });
+            }
+            if let Some(index) = bias.iter().position(|value| !value.is_finite()) {
+                return Err(KernelError::BiasNonFinite { field, index });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        (self.gate.len() + self.up.len() + self.down.len()) * size_of::<f32>()
+    }
+}
+
+/// What one expert does with the sums of gate and up.
+#[derive(Clone, Copy)]
+pub(crate) struct Activation<'a> {
+    pub(crate) gating: Gating,
+    pub(crate) biases: Option<&'a Biases>,
+    pub(crate) intermediate: usize,
+}
+
+impl Activation<'_> {
+    /// The activated outputs of panel `panel`. Lanes behind the last output hold anything.
+    #[inline(always)]
+    pub(crate) fn of<S: Simd>(&self, s: S, panel: usize, [mut gate, mut up]: [S::V; 2]) -> S::V {
+        if let Some(biases) = self.biases {
+            let from = panel * LANES;
+            let to = self.intermediate.min(from + LANES);
+            gate = s.add(gate, load_part(s, &biases.gate[from..to]));
+            up = s.add(up, load_part(s, &biases.up[from..to]));
+        }
+        match self.gating {
+            Gating::Silu => s.mul(silu_lanes(s, gate), up),
+            Gating::ClampedSwish { alpha, limit } => {
+                // The bound comes first so that a NaN passes through.
+                let gate = s.min(s.splat(limit), gate);
+                let up = s.max(s.splat(-limit), s.min(s.splat(limit), up));
+                let swish = s.mul(gate, sigmoid_lanes(s, s.mul(s.splat(alpha), gate)));
+                s.mul(s.add(up, s.splat(1.0)), swish)
+            }
+        }
+    }
+}
