@@ -28,6 +28,7 @@ mod index;
 mod inventory;
 mod json;
 mod locate;
+pub mod mxfp4;
 pub mod outline;
 mod plan;
 mod read;

@@ -6,19 +6,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
-use muster_checkpoint::spec::{ExpertRole, Role};
+use muster_checkpoint::spec::{self, ExpertRole, MoeSpec, Role};
 use muster_engine::dispatch::Rows;
-pub use muster_kernels::Expert;
 use muster_kernels::{
-    Cpu, ExpertRows, FfnScratch, Isa, KernelError, Matrix, Packing, Precision, from_bf16, grouped_ffn,
+    Biases, Cpu, ExpertRows, FfnScratch, Isa, KernelError, Matrix, Packing, Precision, from_bf16, grouped_ffn,
 };
+pub use muster_kernels::{Expert, Gating};
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
 
 use crate::weights::{Loader, packing};
 use crate::{LoadProgress, ModelError};
 
 /// How the experts of a layer are packed: what their bytes mean in any process that computes alike.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExpertForm {
     /// Width of a hidden row, elements.
     pub hidden: usize,
@@ -26,6 +26,10 @@ pub struct ExpertForm {
     pub intermediate: usize,
     /// Of gate, up and down projection.
     pub packings: [Packing; 3],
+    /// What lies between them.
+    pub gating: Gating,
+    /// They have biases, in f32 behind the matrices.
+    pub biases: bool,
 }
 
 impl ExpertForm {
@@ -37,10 +41,11 @@ impl ExpertForm {
             let moe = spec.moe(layer as usize)?;
             let packing = |role| {
                 let stored = checkpoint.stored(Role::Expert(layer, 0, role))?;
-                Some(packing(stored.dtype, compute, dtype))
+                Some(packing(stored.form, compute, dtype))
             };
             let packings = [packing(ExpertRole::Gate)?, packing(ExpertRole::Up)?, packing(ExpertRole::Down)?];
-            Some(Self { hidden: spec.hidden, intermediate: moe.intermediate, packings })
+            let (hidden, intermediate) = (spec.hidden, moe.intermediate);
+            Some(Self { hidden, intermediate, packings, gating: gating(moe), biases: moe.biases })
         };
         (0..u32::try_from(spec.layers.len()).unwrap_or(u32::MAX)).map(form).collect()
     }
@@ -52,25 +57,38 @@ impl ExpertForm {
         [(gate, intermediate, hidden), (up, intermediate, hidden), (down, hidden, intermediate)]
     }
 
+    /// Lengths of the biases of gate, up and down projection.
+    fn bias_lengths(&self) -> [usize; 3] {
+        if self.biases { [self.intermediate, self.intermediate, self.hidden] } else { [0; 3] }
+    }
+
     /// Bytes of a packed expert; `None` when they cannot be counted.
     #[must_use]
     pub fn bytes(&self) -> Option<usize> {
-        self.parts()
-            .into_iter()
-            .try_fold(0_usize, |sum, (packing, n, k)| sum.checked_add(packing.bytes(n, k)?))
+        let matrices = self.parts().map(|(packing, n, k)| packing.bytes(n, k));
+        let biases = self.bias_lengths().map(|length| length.checked_mul(size_of::<f32>()));
+        matrices.into_iter().chain(biases).try_fold(0_usize, |sum, bytes| sum.checked_add(bytes?))
     }
 
-    /// The expert's packed matrices, if it has this form.
+    /// The expert's packed matrices and its biases, if it has this form.
     #[must_use]
-    pub fn packed<'e>(&self, expert: &'e Expert) -> Option<[&'e [u8]; 3]> {
-        let matrices = expert.matrices();
-        let fits = |(matrix, part): (&&Matrix, (Packing, usize, usize))| {
+    pub fn packed<'e>(&self, expert: &'e Expert) -> Option<[&'e [u8]; 6]> {
+        let [gate, up, down] = expert.matrices();
+        let fits = |(matrix, part): (&Matrix, (Packing, usize, usize))| {
             (matrix.packing(), matrix.n(), matrix.k()) == part
         };
-        matrices.iter().zip(self.parts()).all(fits).then(|| matrices.map(Matrix::packed))
+        if ![gate, up, down].into_iter().zip(self.parts()).all(fits) || expert.gating() != self.gating {
+            return None;
+        }
+        let biases = expert.biases().map(|b| [&b.gate, &b.up, &b.down].map(Vec::as_slice));
+        let biases = biases.unwrap_or_default();
+        (biases.map(<[f32]>::len) == self.bias_lengths()).then(|| {
+            let [gate_bias, up_bias, down_bias] = biases.map(bytemuck::cast_slice);
+            [gate.packed(), up.packed(), down.packed(), gate_bias, up_bias, down_bias]
+        })
     }
 
-    /// The expert with these packed matrices, one behind the other.
+    /// The expert with these packed matrices and biases, one behind the other.
     ///
     /// # Errors
     /// When the bytes are too few or too many, or are no weights.
@@ -84,10 +102,14 @@ impl ExpertForm {
         };
         let [gate, up, down] = self.parts();
         let (gate, up, down) = (matrix(gate)?, matrix(up)?, matrix(down)?);
-        if !rest.is_empty() {
+        let lengths = self.bias_lengths();
+        if rest.len() != lengths.iter().sum::<usize>() * size_of::<f32>() {
             return Err(KernelError::Packed { n: down.n(), k: down.k(), bytes: down.bytes() + rest.len() });
         }
-        Expert::new(gate, up, down)
+        let mut floats = rest.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        let [gate_bias, up_bias, down_bias] = lengths.map(|length| floats.by_ref().take(length).collect());
+        let biases = Biases { gate: gate_bias, up: up_bias, down: down_bias };
+        Expert::new(gate, up, down)?.with(self.gating, self.biases.then_some(biases))
     }
 }
 
@@ -274,18 +296,25 @@ pub fn read(
     take: &mut dyn FnMut(ExpertKey, Expert),
 ) -> Result<(), ModelError> {
     let spec = checkpoint.spec();
-    let roles = keys.iter().flat_map(|&key| expert_roles(key));
+    let roles = keys.iter().flat_map(|&key| {
+        let of = move |part| Role::Expert(key.layer.get(), key.expert.get(), part);
+        MATRICES.into_iter().chain(BIASES).map(of)
+    });
     let mut loader = Loader::new(checkpoint, compute, roles, progress);
     for &key in keys {
-        let known = spec.moe(key.layer.index()).is_some_and(|moe| key.expert.get() < moe.experts);
-        if !known {
-            return Err(ModelError::NoSuchExpert(key));
-        }
-        let [gate, up, down] = expert_roles(key);
-        let mut matrix = |role| loader.matrix_as(role, dtype);
-        let expert = Expert::new(matrix(gate)?, matrix(up)?, matrix(down)?)
-            .map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
-        take(key, expert);
+        let moe = spec.moe(key.layer.index()).filter(|moe| key.expert.get() < moe.experts);
+        let Some(moe) = moe else { return Err(ModelError::NoSuchExpert(key)) };
+        let role = |part| Role::Expert(key.layer.get(), key.expert.get(), part);
+        let [gate, up, down] = MATRICES.map(|part| loader.matrix_as(role(part), dtype));
+        let biases = match moe.biases {
+            false => None,
+            true => {
+                let [gate, up, down] = BIASES.map(|part| loader.vector(role(part)));
+                Some(Biases { gate: gate?, up: up?, down: down? })
+            }
+        };
+        let expert = Expert::new(gate?, up?, down?).and_then(|expert| expert.with(gating(moe), biases));
+        take(key, expert.map_err(|source| ModelError::Pack { what: key.to_string(), source })?);
     }
     Ok(())
 }
@@ -323,9 +352,15 @@ pub const fn precision(compute: Compute) -> Precision {
     }
 }
 
-fn expert_roles(key: ExpertKey) -> [Role; 3] {
-    [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down]
-        .map(|role| Role::Expert(key.layer.get(), key.expert.get(), role))
+const MATRICES: [ExpertRole; 3] = [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down];
+const BIASES: [ExpertRole; 3] = [ExpertRole::GateBias, ExpertRole::UpBias, ExpertRole::DownBias];
+
+/// The kernels' word for it.
+const fn gating(moe: &MoeSpec) -> Gating {
+    match moe.gating {
+        spec::Gating::Silu => Gating::Silu,
+        spec::Gating::ClampedSwish { alpha, limit } => Gating::ClampedSwish { alpha, limit },
+    }
 }
 
 #[cfg(test)]

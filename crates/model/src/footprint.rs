@@ -2,11 +2,11 @@
 //!
 //! Always holds: for a model that this build loads, the trunk is as large as [`Trunk::bytes`](crate::trunk::Trunk::bytes) will
 //! say, an expert as large as [`ExpertForm::bytes`](crate::experts::ExpertForm::bytes), and a token's keys and values as large
-//! as in the KV cache. Forms of weights that are not packed here yet are counted as they are stored.
+//! as in the KV cache.
 
 use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, StoredAs, Use};
 use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape};
-use muster_types::{Compute, DType, WeightDType};
+use muster_types::{Compute, WeightDType};
 
 use crate::experts::precision;
 use crate::weights::packing;
@@ -40,7 +40,7 @@ impl Footprint {
             let matrices = moe.matrices(outline.hidden).into_iter();
             let mut bytes =
                 matrices.map(|(rows, cols)| packed(outline.experts, compute, experts, rows, cols));
-            let biases = moe.bias_elements(outline.hidden) * compute.wire_dtype().size() as u64;
+            let biases = moe.bias_elements(outline.hidden) * size_of::<f32>() as u64;
             bytes.try_fold(biases, |sum, bytes| sum.checked_add(bytes?))
         };
         Some(Self {
@@ -64,13 +64,7 @@ impl Footprint {
 
 /// Bytes of a matrix `[rows, cols]` that is stored and held so.
 fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, cols: usize) -> Option<u64> {
-    let source = match (stored, dtype) {
-        (StoredAs::Plain(source), _) => source,
-        (StoredAs::Fp8 | StoredAs::Mxfp4, WeightDType::Native) => return Some(stored.bytes(rows, cols)),
-        // Few bits are of one size, whatever they are made of.
-        (StoredAs::Fp8 | StoredAs::Mxfp4, WeightDType::Q8 | WeightDType::Q4) => DType::Bf16,
-    };
-    packing(source, compute, dtype).bytes(rows, cols).map(|bytes| bytes as u64)
+    packing(stored, compute, dtype).bytes(rows, cols).map(|bytes| bytes as u64)
 }
 
 /// Of one token, in one layer.

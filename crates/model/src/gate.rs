@@ -76,7 +76,7 @@ pub fn choose(
     match recipe.score {
         Score::SoftmaxThenTopK => softmax_in_place(scores),
         Score::SigmoidThenTopK => scores.iter_mut().for_each(|score| *score = sigmoid(*score)),
-        Score::TopKThenSoftmax => {}
+        Score::TopKThenSoftmax | Score::TopKThenSigmoid | Score::SparseMixer { .. } => {}
     }
     ranks.clear();
     ranks.extend_from_slice(scores);
@@ -93,8 +93,11 @@ pub fn choose(
     // Softmax and sums run in the order of selection, best first, as the reference does.
     chosen.clear();
     chosen.extend(picked.iter().map(|&expert| scores[expert as usize]));
-    if recipe.score == Score::TopKThenSoftmax {
-        softmax_in_place(chosen);
+    match recipe.score {
+        Score::SoftmaxThenTopK | Score::SigmoidThenTopK => {}
+        Score::TopKThenSoftmax => softmax_in_place(chosen),
+        Score::TopKThenSigmoid => chosen.iter_mut().for_each(|logit| *logit = sigmoid(*logit)),
+        Score::SparseMixer { jitter } => mix_sparsely(logits, jitter, picked, scores, chosen),
     }
     let divisor = match recipe.renormalise {
         Renormalise::None => 1.0,
@@ -132,6 +135,20 @@ fn leave_out_groups(recipe: &ExpertGroups, ranks: &mut [f32], worths: &mut Vec<f
         if !picked.contains(&group) {
             ranks.fill(f32::NEG_INFINITY);
         }
+    }
+}
+
+/// The weight of each pick: its part of a softmax over what was not picked before it and comes near it.
+fn mix_sparsely(logits: &[f32], jitter: f32, picked: &[u32], near: &mut Vec<f32>, chosen: &mut [f32]) {
+    for (pick, weight) in chosen.iter_mut().enumerate() {
+        let (before, best) = (&picked[..pick], logits[picked[pick] as usize]);
+        near.clear();
+        near.extend((0..).zip(logits).map(|(expert, &logit)| {
+            let far = (best - logit) / logit.abs().max(best) > 2.0 * jitter;
+            if far || before.contains(&expert) { f32::NEG_INFINITY } else { logit }
+        }));
+        softmax_in_place(near);
+        *weight = near[picked[pick] as usize];
     }
 }
 
@@ -217,7 +234,7 @@ mod tests {
         let scores = match recipe.score {
             Score::SoftmaxThenTopK => softmax(&wide),
             Score::SigmoidThenTopK => wide.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
-            Score::TopKThenSoftmax => wide,
+            Score::TopKThenSoftmax | Score::TopKThenSigmoid | Score::SparseMixer { .. } => wide,
         };
         let expert = |id: usize| {
             let bias = bias.get(id).copied().unwrap_or(0.0);
@@ -225,7 +242,7 @@ mod tests {
         };
         let mut experts: Vec<Ranked<usize>> = (0..logits.len()).map(expert).collect();
         // Sums of quarters are exact in both precisions.
-        let exact = recipe.score == Score::TopKThenSoftmax;
+        let exact = selects_by_logits(recipe.score);
         if let Some(ExpertGroups { groups, kept, worth }) = recipe.groups {
             let taken = if worth == GroupWorth::Best { 1 } else { 2 };
             let group = |members: &[Ranked<usize>]| {
@@ -247,8 +264,20 @@ mod tests {
         }
         experts.truncate(k);
         let mut weights: Vec<f64> = experts.iter().map(|expert| scores[expert.what]).collect();
-        if recipe.score == Score::TopKThenSoftmax {
-            weights = softmax(&weights);
+        match recipe.score {
+            Score::SoftmaxThenTopK | Score::SigmoidThenTopK => {}
+            Score::TopKThenSoftmax => weights = softmax(&weights),
+            Score::TopKThenSigmoid => weights.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+            Score::SparseMixer { jitter } => {
+                let mut left: Vec<(usize, f64)> = scores.iter().copied().enumerate().collect();
+                for (weight, expert) in weights.iter_mut().zip(&experts) {
+                    let best = *weight;
+                    let near = |logit: f64| !((best - logit) / logit.abs().max(best) > 2.0 * f64::from(jitter));
+                    let sum: f64 = left.iter().filter(|l| near(l.1)).map(|l| (l.1 - best).exp()).sum();
+                    *weight = 1.0 / sum;
+                    left.retain(|(id, _)| *id != expert.what);
+                }
+            }
         }
         let sum: f64 = weights.iter().sum();
         let divisor = match recipe.renormalise {
@@ -267,7 +296,11 @@ mod tests {
         let scores = prop_oneof![
             Just(Score::SoftmaxThenTopK),
             Just(Score::SigmoidThenTopK),
-            Just(Score::TopKThenSoftmax)
+            Just(Score::TopKThenSoftmax),
+            Just(Score::TopKThenSigmoid),
+            // Twice these are exact, so that the bound is the same in both precisions.
+            Just(Score::SparseMixer { jitter: 0.125 }),
+            Just(Score::SparseMixer { jitter: 0.5 }),
         ];
         let renormalise = prop_oneof![
             Just(Renormalise::None),
@@ -285,6 +318,10 @@ mod tests {
                 (recipe, groups as usize * size)
             },
         )
+    }
+
+    fn selects_by_logits(score: Score) -> bool {
+        !matches!(score, Score::SoftmaxThenTopK | Score::SigmoidThenTopK)
     }
 
     /// Experts that a recipe for this many can choose from.
@@ -337,7 +374,7 @@ mod tests {
                 }
                 Err(GateError::Logit { expert, .. }) => prop_assert!(!logits[expert].is_finite()),
                 Err(GateError::Selection { expert, .. }) => {
-                    prop_assert!(!bias[expert].is_finite() || recipe.score == Score::TopKThenSoftmax);
+                    prop_assert!(!bias[expert].is_finite() || selects_by_logits(recipe.score));
                 }
                 // Only a sum of nothing but zeros divides badly.
                 Err(GateError::Weight { .. }) => prop_assert_eq!(recipe.renormalise, Renormalise::SUM),
@@ -349,7 +386,9 @@ mod tests {
     fn equal_scores_go_to_the_lowest_ids() {
         let (ids, weights) = run(&SOFTMAX, &[1.0, 2.0, 2.0, 2.0], &[], 2).unwrap();
         assert_eq!((ids, weights), (vec![1, 2], vec![0.5, 0.5]));
-        for recipe in [SOFTMAX, SIGMOID, LOGITS] {
+        let others = [Score::TopKThenSigmoid, Score::SparseMixer { jitter: 0.01 }]
+            .map(|score| GateRecipe::plain(score, Renormalise::None));
+        for recipe in [SOFTMAX, SIGMOID, LOGITS].into_iter().chain(others) {
             assert_eq!(run(&recipe, &[0.5; 6], &[], 3).unwrap().0, [0, 1, 2]);
             assert_eq!(run(&recipe, &[0.5; 6], &[0.0, 0.0, 1.0, 1.0, 1.0, 0.0], 2).unwrap().0, [2, 3]);
         }
@@ -379,6 +418,21 @@ mod tests {
     fn a_selection_bias_chooses_and_does_not_weigh() {
         let recipe = GateRecipe { selection_bias: true, scale: 2.0, ..SIGMOID };
         assert_eq!(run(&recipe, &[0.0, 0.0], &[-1.0, 1.0], 1).unwrap(), (vec![1], vec![1.0]));
+    }
+
+    #[test]
+    fn a_sparse_mixer_weighs_what_comes_near() {
+        let recipe = GateRecipe::plain(Score::SparseMixer { jitter: 0.1 }, Renormalise::None);
+        // 1.9 is within a fifth of 2, 1.5 is not; of the rest, 1.5 is not within a fifth of 1.9 either.
+        let (ids, weights) = run(&recipe, &[1.5, 2.0, 1.9, -3.0], &[], 2).unwrap();
+        assert_eq!(ids, [1, 2]);
+        assert!((weights[0] - 1.0 / (1.0 + (-0.1_f32).exp())).abs() < 1e-6);
+        assert_eq!(weights[1], 1.0);
+        // Below zero, what is far from a best of nearly nothing is near by its own magnitude.
+        let (ids, weights) = run(&recipe, &[-0.1, -4.0], &[], 1).unwrap();
+        assert_eq!((ids, weights), (vec![0], vec![1.0]));
+        let (_, weights) = run(&recipe, &[0.0, 0.0], &[], 2).unwrap();
+        assert_eq!(weights, [0.5, 1.0]);
     }
 
     #[test]

@@ -7,8 +7,9 @@
 
 use candle_core::{D, Device, IndexOp, Result as CandleResult, Tensor};
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, GroupWorth, LatentSpec, LayerRole, MlpSpec, MoeSpec, QkNorm, Renormalise,
-    Role, RopePairs, RopeSpec, Score, SharedSpec, YarnSpec,
+    AttentionSpec, ExpertRole, Gating, GroupWorth, LatentSpec, LayerRole, Llama3Spec, MlpSpec, MoeSpec,
+    NormKind, QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score, Sees, SharedSpec, WeightOn,
+    YarnSpec,
 };
 use muster_checkpoint::{Checkpoint, Weight};
 
@@ -61,10 +62,13 @@ impl<'a> Reference<'a> {
         let (mut choices, mut hidden) = (Vec::new(), Vec::new());
         for (layer, index) in spec.layers.iter().zip(0u32..) {
             let weight = |role| self.read(Role::Layer(index, role));
-            let normed = rms_norm(&x, &weight(LayerRole::AttentionNorm)?, spec.norm_eps)?;
+            let norm = |x: &Tensor, roles: [LayerRole; 2]| {
+                self.norm(x, roles.map(|role| Role::Layer(index, role)))
+            };
+            let normed = norm(&x, [LayerRole::AttentionNorm, LayerRole::AttentionNormBias])?;
             let attended = self.attention(&layer.attention, index, &normed)?;
             x = (x + (attended * f64::from(spec.residual_multiplier))?)?;
-            let normed = rms_norm(&x, &weight(LayerRole::MlpNorm)?, spec.norm_eps)?;
+            let normed = norm(&x, [LayerRole::MlpNorm, LayerRole::MlpNormBias])?;
             let out = match &layer.mlp {
                 MlpSpec::Moe(moe) => {
                     let (out, picked) = self.moe(moe, index, &normed)?;
@@ -82,9 +86,13 @@ impl<'a> Reference<'a> {
             x = (x + (out * f64::from(spec.residual_multiplier))?)?;
             hidden.push(x.flatten_all()?.to_vec1()?);
         }
-        let x = rms_norm(&x, &self.read(Role::FinalNorm)?, spec.norm_eps)?;
+        let x = self.norm(&x, [Role::FinalNorm, Role::FinalNormBias])?;
         let head = if spec.tied_head { embedding } else { self.read(Role::Head)? };
-        let logits = (linear(&x, &head)? / f64::from(spec.logits_divisor))?;
+        let mut logits = linear(&x, &head)?;
+        if spec.head_bias {
+            logits = logits.broadcast_add(&self.read(Role::HeadBias)?)?;
+        }
+        let logits = (logits / f64::from(spec.logits_divisor))?;
         Ok(ReferenceOutput { logits: logits.flatten_all()?.to_vec1()?, choices, hidden })
     }
 
@@ -97,6 +105,18 @@ impl<'a> Reference<'a> {
             Tensor::from_vec(values, (rows, cols), &Device::Cpu)
         };
         Ok(tensor?)
+    }
+
+    fn norm(&self, x: &Tensor, [weight, bias]: [Role; 2]) -> Result<Tensor, ModelError> {
+        let spec = self.checkpoint.spec();
+        let weight = self.read(weight)?;
+        Ok(match spec.norm {
+            NormKind::Rms => rms_norm(x, &weight, spec.norm_eps)?,
+            NormKind::Layer => {
+                let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+                rms_norm(&centred, &weight, spec.norm_eps)?.broadcast_add(&self.read(bias)?)?
+            }
+        })
     }
 
     fn projected(
@@ -139,16 +159,46 @@ impl<'a> Reference<'a> {
             q = rms_norm(&q, &self.read(Role::Layer(layer, LayerRole::QNorm))?, eps)?;
             k = rms_norm(&k, &self.read(Role::Layer(layer, LayerRole::KNorm))?, eps)?;
         }
-        let (q, k) = (rotated(&q, spec)?, rotated(&k, spec)?);
-        let mask = mask(tokens, spec.window)?;
+        if let Some(rope) = &spec.rope {
+            (q, k) = (rotated(&q, rope)?, rotated(&k, rope)?);
+        }
+        match spec.qk_norm {
+            QkNorm::None | QkNorm::PerHead | QkNorm::FullWidth => {}
+            QkNorm::PerHeadRotated => {
+                q = rms_norm(&q, &self.read(Role::Layer(layer, LayerRole::QNorm))?, eps)?;
+                k = rms_norm(&k, &self.read(Role::Layer(layer, LayerRole::KNorm))?, eps)?;
+            }
+            QkNorm::UnweightedRotated => {
+                let ones = Tensor::ones(spec.head_dim, q.dtype(), &Device::Cpu)?;
+                (q, k) = (rms_norm(&q, &ones, eps)?, rms_norm(&k, &ones, eps)?);
+            }
+        }
+        if let Some(temperature) = &spec.temperature {
+            let factor = |position: usize| {
+                let passed = ((position as f32 + 1.0) / temperature.floor).floor();
+                passed.ln_1p() * temperature.scale + 1.0
+            };
+            let factors: Vec<f32> = (0..tokens).map(factor).collect();
+            q = q.broadcast_mul(&Tensor::from_vec(factors, (tokens, 1, 1), &Device::Cpu)?)?;
+        }
+        let sinks = match spec.sinks {
+            true => Some(self.read(Role::Layer(layer, LayerRole::Sinks))?.to_vec1::<f32>()?),
+            false => None,
+        };
+        let mask = mask(tokens, spec.sees)?;
         let group = spec.heads / spec.kv_heads;
         let mut heads = Vec::with_capacity(spec.heads);
         for head in 0..spec.heads {
             let q = q.i((.., head))?.contiguous()?;
             let k = k.i((.., head / group))?.contiguous()?;
             let v = v.i((.., head / group))?.contiguous()?;
-            let scores = ((q.matmul(&k.t()?.contiguous()?)? * f64::from(spec.scale))? + &mask)?;
-            heads.push(softmax(&scores)?.matmul(&v)?);
+            let mut scores = ((q.matmul(&k.t()?.contiguous()?)? * f64::from(spec.scale))? + &mask)?;
+            if let Some(sinks) = &sinks {
+                let sink = Tensor::full(sinks[head], (tokens, 1), &Device::Cpu)?;
+                scores = Tensor::cat(&[&scores, &sink], D::Minus1)?;
+            }
+            let shares = softmax(&scores)?.narrow(D::Minus1, 0, tokens)?.contiguous()?;
+            heads.push(shares.matmul(&v)?);
         }
         let mixed = Tensor::cat(&heads, D::Minus1)?;
         self.projected(layer, &mixed, LayerRole::O, spec.o_bias.then_some(LayerRole::OBias))
@@ -164,7 +214,7 @@ impl<'a> Reference<'a> {
     ) -> Result<Tensor, ModelError> {
         let weight = |role| self.read(Role::Layer(layer, role));
         let bias = |role| latent.down_bias.then_some(role);
-        let (tokens, plain, turning) = (x.dim(0)?, latent.plain_dim, spec.rope.dim);
+        let (tokens, plain, turning) = (x.dim(0)?, latent.plain_dim, spec.rotated());
         let from = match latent.q_rank {
             None => x.clone(),
             Some(_) => {
@@ -174,15 +224,19 @@ impl<'a> Reference<'a> {
         };
         let q = linear(&from, &weight(LayerRole::Q)?)?.reshape((tokens, spec.heads, plain + turning))?;
         let q_plain = q.narrow(D::Minus1, 0, plain)?;
-        let q_turned = rotated(&q.narrow(D::Minus1, plain, turning)?, spec)?;
+        let turned = |x: &Tensor| match &spec.rope {
+            Some(rope) => rotated(x, rope),
+            None => Ok(x.clone()),
+        };
+        let q_turned = turned(&q.narrow(D::Minus1, plain, turning)?)?;
         let down = self.projected(layer, x, LayerRole::KvDown, bias(LayerRole::KvDownBias))?;
         let row = down.narrow(D::Minus1, 0, latent.kv_rank)?;
         let row = rms_norm(&row, &weight(LayerRole::KvDownNorm)?, latent.norm_eps)?;
         let shared = down.narrow(D::Minus1, latent.kv_rank, turning)?.reshape((tokens, 1, turning))?;
-        let shared = rotated(&shared, spec)?.squeeze(1)?;
+        let shared = turned(&shared)?.squeeze(1)?;
         let kv = linear(&row, &weight(LayerRole::KvUp)?)?;
         let kv = kv.reshape((tokens, spec.heads, plain + latent.value_dim))?;
-        let mask = mask(tokens, spec.window)?;
+        let mask = mask(tokens, spec.sees)?;
         let mut heads = Vec::with_capacity(spec.heads);
         for head in 0..spec.heads {
             let q = Tensor::cat(&[q_plain.i((.., head))?, q_turned.i((.., head))?], D::Minus1)?;
@@ -209,14 +263,36 @@ impl<'a> Reference<'a> {
             let x = x.i(token..=token)?;
             let mut sum = x.zeros_like()?;
             for &(expert, weight) in choices {
-                let read = |role| self.read(Role::Expert(layer, expert, role));
-                let [gate, up, down] = [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down];
-                let y = gated_mlp(&x, &read(gate)?, &read(up)?, &read(down)?)?;
-                sum = (sum + (y * f64::from(weight))?)?;
+                let weight = f64::from(weight);
+                sum = match spec.weight_on {
+                    WeightOn::Output => (sum + (self.expert(spec, layer, expert, &x)? * weight)?)?,
+                    WeightOn::Input => (sum + self.expert(spec, layer, expert, &(&x * weight)?)?)?,
+                };
             }
             rows.push(sum);
         }
         Ok((Tensor::cat(&rows, 0)?, picked))
+    }
+
+    fn expert(&self, spec: &MoeSpec, layer: u32, expert: u32, x: &Tensor) -> Result<Tensor, ModelError> {
+        let linear = |x: &Tensor, weight, bias| -> Result<Tensor, ModelError> {
+            let y = linear(x, &self.read(Role::Expert(layer, expert, weight))?)?;
+            Ok(match spec.biases {
+                true => y.broadcast_add(&self.read(Role::Expert(layer, expert, bias))?)?,
+                false => y,
+            })
+        };
+        let gate = linear(x, ExpertRole::Gate, ExpertRole::GateBias)?;
+        let up = linear(x, ExpertRole::Up, ExpertRole::UpBias)?;
+        let between = match spec.gating {
+            Gating::Silu => (gate.silu()? * up)?,
+            Gating::ClampedSwish { alpha, limit } => {
+                let (gate, up) = (gate.minimum(limit)?, up.clamp(-limit, limit)?);
+                let swish = (&gate / ((&gate * -f64::from(alpha))?.exp()? + 1.0)?)?;
+                ((up + 1.0)? * swish)?
+            }
+        };
+        linear(&between, ExpertRole::Down, ExpertRole::DownBias)
     }
 
     fn shared(&self, spec: &MoeSpec, layer: u32, x: &Tensor) -> Result<Option<Tensor>, ModelError> {
@@ -248,7 +324,7 @@ fn choose(spec: &MoeSpec, logits: &[f32], selection_bias: &[f32]) -> Vec<(u32, f
     let scores = match recipe.score {
         Score::SoftmaxThenTopK => soft(logits),
         Score::SigmoidThenTopK => logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
-        Score::TopKThenSoftmax => logits.to_vec(),
+        Score::TopKThenSoftmax | Score::TopKThenSigmoid | Score::SparseMixer { .. } => logits.to_vec(),
     };
     let ranks: Vec<f32> = scores.iter().zip(selection_bias).map(|(score, bias)| score + bias).collect();
     let best_first = |ids: &mut Vec<usize>| ids.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
@@ -272,8 +348,19 @@ fn choose(spec: &MoeSpec, logits: &[f32], selection_bias: &[f32]) -> Vec<(u32, f
     best_first(&mut order);
     order.truncate(spec.top_k as usize);
     let mut weights: Vec<f32> = order.iter().map(|&expert| scores[expert]).collect();
-    if recipe.score == Score::TopKThenSoftmax {
-        weights = soft(&weights);
+    match recipe.score {
+        Score::SoftmaxThenTopK | Score::SigmoidThenTopK => {}
+        Score::TopKThenSoftmax => weights = soft(&weights),
+        Score::TopKThenSigmoid => weights.iter_mut().for_each(|x| *x = 1.0 / (1.0 + (-*x).exp())),
+        Score::SparseMixer { jitter } => {
+            let mut left = logits.to_vec();
+            for (weight, &expert) in weights.iter_mut().zip(&order) {
+                let best = left[expert];
+                let near = left.iter().filter(|l| !((best - **l) / l.abs().max(best) > 2.0 * jitter));
+                *weight = 1.0 / near.map(|logit| (logit - best).exp()).sum::<f32>();
+                left[expert] = f32::NEG_INFINITY;
+            }
+        }
     }
     let sum: f32 = weights.iter().sum();
     for weight in &mut weights {
@@ -308,9 +395,12 @@ fn softmax(scores: &Tensor) -> CandleResult<Tensor> {
 }
 
 /// Zero where a query may look, minus infinity where not.
-fn mask(tokens: usize, window: Option<usize>) -> CandleResult<Tensor> {
-    let window = window.unwrap_or(tokens);
-    let seen = |query: usize, key: usize| key <= query && query - key < window;
+fn mask(tokens: usize, sees: Sees) -> CandleResult<Tensor> {
+    let seen = |query: usize, key: usize| match sees {
+        Sees::All => key <= query,
+        Sees::Last(window) => key <= query && query - key < window,
+        Sees::Chunk(length) => key <= query && query / length == key / length,
+    };
     let values: Vec<f32> = (0..tokens * tokens)
         .map(|at| if seen(at / tokens, at % tokens) { 0.0 } else { f32::NEG_INFINITY })
         .collect();
@@ -318,22 +408,33 @@ fn mask(tokens: usize, window: Option<usize>) -> CandleResult<Tensor> {
 }
 
 /// `[tokens, heads, head_dim]` with the pairs among the first elements of every head turned by
-/// position * theta^(-2i/dim).
-fn rotated(x: &Tensor, spec: &AttentionSpec) -> CandleResult<Tensor> {
+/// position * theta^(-2i/dim), or what scaling makes of that frequency.
+fn rotated(x: &Tensor, rope: &RopeSpec) -> CandleResult<Tensor> {
     let (tokens, heads, head_dim) = x.dims3()?;
-    let (dim, half) = (spec.rope.dim, spec.rope.dim / 2);
+    let (dim, half) = (rope.dim, rope.dim / 2);
     let frequency = |i: usize| {
-        let plain = 1.0 / spec.rope.theta.powf(2.0 * i as f64 / dim as f64);
-        spec.rope.yarn.map_or(plain, |yarn| stretched(plain, i, &spec.rope, &yarn)) as f32
+        let plain = 1.0 / rope.theta.powf(2.0 * i as f64 / dim as f64);
+        let scaled = match &rope.scaling {
+            RopeScaling::None => plain,
+            RopeScaling::Linear { factor } => plain / factor,
+            RopeScaling::Yarn(yarn) => yarn_stretched(plain, i, rope, yarn),
+            RopeScaling::Llama3(scaling) => llama3_stretched(plain, scaling),
+            RopeScaling::Each { divisors, .. } => plain / f64::from(divisors[i]),
+        };
+        scaled as f32
     };
+    let amplitude = f64::from(match &rope.scaling {
+        RopeScaling::Yarn(yarn) => yarn.amplitude,
+        RopeScaling::Each { amplitude, .. } => *amplitude,
+        RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3(_) => 1.0,
+    });
     let angles: Vec<f32> =
         (0..tokens).flat_map(|position| (0..half).map(move |i| position as f32 * frequency(i))).collect();
     let angles = Tensor::from_vec(angles, (tokens, 1, half), &Device::Cpu)?;
-    let amplitude = spec.rope.yarn.map_or(1.0, |yarn| f64::from(yarn.amplitude));
     let (cos, sin) = ((angles.cos()? * amplitude)?, (angles.sin()? * amplitude)?);
     let turning = x.narrow(D::Minus1, 0, dim)?;
     // Pairs side by side in the last dimension but one, or in the last.
-    let (shape, of_pair) = match spec.rope.pairs {
+    let (shape, of_pair) = match rope.pairs {
         RopePairs::Halves => ((tokens, heads, 2, half), 2),
         RopePairs::Neighbours => ((tokens, heads, half, 2), 3),
     };
@@ -347,14 +448,29 @@ fn rotated(x: &Tensor, spec: &AttentionSpec) -> CandleResult<Tensor> {
 }
 
 /// A frequency as YaRN has it: between itself and its part, by how often it turns in the original context.
-fn stretched(frequency: f64, i: usize, rope: &RopeSpec, yarn: &YarnSpec) -> f64 {
+fn yarn_stretched(frequency: f64, i: usize, rope: &RopeSpec, yarn: &YarnSpec) -> f64 {
     let place = |turns: f64| {
         let wavelength = yarn.original_context as f64 / turns;
         rope.dim as f64 * (wavelength / std::f64::consts::TAU).ln() / (2.0 * rope.theta.ln())
     };
-    let low = place(yarn.beta_fast).floor().max(0.0);
-    let high = place(yarn.beta_slow).ceil().min(rope.dim as f64 - 1.0);
+    let round = |x: f64, whole: f64| if yarn.truncate { whole } else { x };
+    let (low, high) = (place(yarn.beta_fast), place(yarn.beta_slow));
+    let low = round(low, low.floor()).max(0.0);
+    let high = round(high, high.ceil()).min(rope.dim as f64 - 1.0);
     let width = if low == high { 0.001 } else { high - low };
     let part = ((i as f64 - low) / width).clamp(0.0, 1.0);
     frequency * (1.0 - part) + frequency / yarn.factor * part
+}
+
+/// A frequency as Llama 3 has it, by how often it turns in the original context.
+fn llama3_stretched(frequency: f64, scaling: &Llama3Spec) -> f64 {
+    let turns = scaling.original_context as f64 * frequency / std::f64::consts::TAU;
+    if turns < scaling.low {
+        frequency / scaling.factor
+    } else if turns > scaling.high || scaling.low == scaling.high {
+        frequency
+    } else {
+        let kept = (turns - scaling.low) / (scaling.high - scaling.low);
+        frequency / scaling.factor * (1.0 - kept) + frequency * kept
+    }
 }

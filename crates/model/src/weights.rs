@@ -1,7 +1,8 @@
 //! Checkpoint bytes to packed matrices and f32 vectors.
 
+use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::Role;
-use muster_checkpoint::{Checkpoint, Weight, WeightData};
+use muster_checkpoint::{Checkpoint, Weight, WeightData, mxfp4};
 use muster_kernels::{KernelError, Matrix, Packing, Quantisation, from_bf16, to_bf16};
 use muster_types::{Compute, DType, WeightDType};
 
@@ -52,8 +53,21 @@ impl<'a> Loader<'a> {
 
     /// A matrix held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute mode.
     pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
-        let compute = self.compute;
-        self.packed(role, |rows, cols, data| pack(rows, cols, data, compute, dtype))
+        let form = self.form(role);
+        self.packed_as(role, packing(form, self.compute, dtype))
+    }
+
+    /// A gate. Where it is stored in more bits than the other weights, it keeps them.
+    pub(crate) fn gate(&mut self, role: Role) -> Result<Matrix, ModelError> {
+        let form = self.form(role);
+        let finer = form == StoredAs::Plain(DType::F32) && self.checkpoint.spec().dtype == DType::Bf16;
+        let native = packing(form, self.compute, WeightDType::Native);
+        self.packed_as(role, if finer { Packing::F32 } else { native })
+    }
+
+    fn form(&self, role: Role) -> StoredAs {
+        let plain = StoredAs::Plain(self.checkpoint.spec().dtype);
+        self.checkpoint.stored(role).map_or(plain, |stored| stored.form)
     }
 
     /// Matrices made of parts of a stored one: `[out, in]` and the place of element (row, column) of each.
@@ -63,7 +77,13 @@ impl<'a> Loader<'a> {
         parts: impl Iterator<Item = (usize, usize, impl Fn(usize, usize) -> usize)>,
         dtype: WeightDType,
     ) -> Result<Vec<Matrix>, ModelError> {
+        let packing = packing(self.form(role), self.compute, dtype);
         let Weight { data, .. } = self.read(role)?;
+        // Groups do not survive being taken apart.
+        let data = match data {
+            WeightData::Mxfp4 { .. } => WeightData::F32(widen(data)),
+            plain => plain,
+        };
         let packed = parts.map(|(rows, cols, place)| {
             let places = (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col)));
             let part = match &data {
@@ -73,21 +93,18 @@ impl<'a> Loader<'a> {
                 WeightData::Bf16(bits) => {
                     WeightData::Bf16(places.map(|(row, col)| bits[place(row, col)]).collect())
                 }
+                WeightData::Mxfp4 { .. } => WeightData::F32(Vec::new()),
             };
-            pack(rows, cols, &part, self.compute, dtype)
+            pack(rows, cols, &part, packing)
         });
         let packed: Result<Vec<_>, _> = packed.collect();
         packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
     }
 
-    /// What `pack` makes of a stored matrix, whose memory is then kept for the next.
-    fn packed(
-        &mut self,
-        role: Role,
-        pack: impl FnOnce(usize, usize, &WeightData) -> Result<Matrix, KernelError>,
-    ) -> Result<Matrix, ModelError> {
+    /// A packed matrix; the memory it was read into is kept for the next.
+    fn packed_as(&mut self, role: Role, packing: Packing) -> Result<Matrix, ModelError> {
         let Weight { rows, cols, data } = self.read(role)?;
-        let packed = pack(rows, cols, &data);
+        let packed = pack(rows, cols, &data, packing);
         if rows * cols <= LARGEST_SPARE {
             self.spare = Some(data);
         }
@@ -109,10 +126,12 @@ fn pack(
     rows: usize,
     cols: usize,
     data: &WeightData,
-    compute: Compute,
-    dtype: WeightDType,
+    packing: Packing,
 ) -> Result<Matrix, KernelError> {
-    match (data, packing(data.dtype(), compute, dtype)) {
+    match (data, packing) {
+        (WeightData::Mxfp4 { blocks, scales }, _) => {
+            pack(rows, cols, &WeightData::F32(mxfp4::widen(blocks, scales)), packing)
+        }
         (WeightData::Bf16(bits), Packing::Quantised(kind)) => Matrix::quantise_bf16(kind, rows, cols, bits),
         (WeightData::F32(values), Packing::Quantised(kind)) => Matrix::quantise_f32(kind, rows, cols, values),
         (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
@@ -125,12 +144,13 @@ fn pack(
     }
 }
 
-/// How [`Loader::matrix_as`] packs a matrix that is stored in `stored`.
-pub(crate) const fn packing(stored: DType, compute: Compute, dtype: WeightDType) -> Packing {
+/// How [`Loader::matrix_as`] packs a matrix that is stored so. What is widened when it is read is rounded in bf16.
+pub(crate) const fn packing(stored: StoredAs, compute: Compute, dtype: WeightDType) -> Packing {
     match (dtype, stored, compute) {
         (WeightDType::Q8, ..) => Packing::Quantised(Quantisation::Q8),
         (WeightDType::Q4, ..) => Packing::Quantised(Quantisation::Q4),
-        (WeightDType::Native, DType::F32, Compute::F32) => Packing::F32,
+        (WeightDType::Native, StoredAs::Plain(DType::Bf16) | StoredAs::Mxfp4, _) => Packing::Bf16,
+        (WeightDType::Native, _, Compute::F32) => Packing::F32,
         (WeightDType::Native, ..) => Packing::Bf16,
     }
 }
@@ -144,5 +164,6 @@ pub(crate) fn widen(data: WeightData) -> Vec<f32> {
             from_bf16(&bits, &mut values);
             values
         }
+        WeightData::Mxfp4 { blocks, scales } => mxfp4::widen(&blocks, &scales),
     }
 }

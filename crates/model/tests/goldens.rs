@@ -20,7 +20,7 @@ use muster_types::WeightDType::{self, Native, Q4, Q8};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const FAMILIES: [&str; 13] = [
+const FAMILIES: [&str; 17] = [
     "mixtral",
     "mixtral_bf16",
     "mixtral_top1",
@@ -34,6 +34,10 @@ const FAMILIES: [&str; 13] = [
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v3_bf16",
+    "gpt_oss",
+    "gpt_oss_bf16",
+    "llama4",
+    "phimoe",
 ];
 
 struct Model {

@@ -1,22 +1,26 @@
-//! One layer's attention: project, norm, clip, rotate, cache, attend, project back.
+//! One layer's attention: project, norm, clip, rotate, norm, cache, attend, project back.
 
-use muster_checkpoint::spec::AttentionSpec;
+use muster_checkpoint::spec::{self, AttentionSpec, QkNorm, Temperature};
 use muster_kernels::{
-    Angles, AttentionShape, Cpu, KvSlot, Matrix, Precision, Rope, Sees, attention, linear, rms_norm_in_place,
+    Angles, AttentionShape, Cpu, KvSlot, Matrix, Precision, Sees, attention, linear, rms_norm_in_place,
     rotate,
 };
 
 use super::latent::{self, Latent};
+use super::norm::Norm;
 use super::{StepContext, Trunk};
 use crate::experts::precision;
 
 /// Weights of one layer's attention.
 pub(super) struct Attention {
     pub(super) spec: AttentionSpec,
-    pub(super) norm: Vec<f32>,
+    pub(super) norm: Norm,
     pub(super) source: Source,
     pub(super) o: Projection,
-    pub(super) rope: Rope,
+    /// Number of its rotary embedding in the trunk.
+    pub(super) rope: Option<usize>,
+    /// A score per query head that brings no value.
+    pub(super) sinks: Option<Vec<f32>>,
 }
 
 /// Where queries, keys and values come from.
@@ -63,7 +67,7 @@ impl Attention {
         layer: usize,
         x: &[f32],
         slots: &[KvSlot<'_>],
-        angles: &Angles,
+        angles: &[Angles],
         buffers: &'b mut Buffers,
     ) -> &'b [f32] {
         let precision = precision(trunk.compute);
@@ -72,8 +76,18 @@ impl Attention {
             Source::Latent(latent) => latent.project(ctx.cpu, trunk, &self.spec, x, buffers),
         }
         let Buffers { q, k, v, mixed, .. } = &mut *buffers;
-        rotate(angles, q, self.spec.head_dim);
-        rotate(angles, k, self.spec.head_dim);
+        if let Some(angles) = self.rope.and_then(|rope| angles.get(rope)) {
+            rotate(angles, q, self.spec.head_dim);
+            rotate(angles, k, self.spec.head_dim);
+        }
+        if let Source::Heads(heads) = &self.source
+            && matches!(self.spec.qk_norm, QkNorm::PerHeadRotated | QkNorm::UnweightedRotated)
+        {
+            heads.norm(ctx.cpu, trunk, q, k);
+        }
+        if let Some(temperature) = &self.spec.temperature {
+            heat(temperature, slots, q);
+        }
         ctx.kv.write(layer, slots, k, v);
         let shape = AttentionShape {
             heads: self.spec.heads,
@@ -81,8 +95,12 @@ impl Attention {
             head_dim: self.spec.head_dim,
             value_dim: self.spec.cached_value(),
             scale: self.spec.scale,
-            sees: self.spec.window.map_or(Sees::All, Sees::Last),
-            sinks: None,
+            sees: match self.spec.sees {
+                spec::Sees::All => Sees::All,
+                spec::Sees::Last(count) => Sees::Last(count),
+                spec::Sees::Chunk(length) => Sees::Chunk(length),
+            },
+            sinks: self.sinks.as_deref(),
         };
         mixed.resize(slots.len() * shape.heads * shape.value_dim, 0.0);
         attention(ctx.cpu, &shape, layer, q, slots, ctx.kv, mixed);
@@ -113,16 +131,34 @@ impl Heads {
         self.q.apply(cpu, x, precision, q);
         self.k.apply(cpu, x, precision, k);
         self.v.apply(cpu, x, precision, v);
-        for (x, norm) in [(&mut *q, &self.q_norm), (&mut *k, &self.k_norm)] {
-            if let Some(weight) = norm {
-                rms_norm_in_place(cpu, x, weight, trunk.spec.norm_eps);
-            }
+        if matches!(spec.qk_norm, QkNorm::PerHead | QkNorm::FullWidth) {
+            self.norm(cpu, trunk, q, k);
         }
         if let Some(limit) = spec.clip_qkv {
             for x in [q, k, v] {
                 x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
             }
         }
+    }
+}
+
+impl Heads {
+    fn norm(&self, cpu: &Cpu, trunk: &Trunk, q: &mut [f32], k: &mut [f32]) {
+        for (x, norm) in [(q, &self.q_norm), (k, &self.k_norm)] {
+            if let Some(weight) = norm {
+                rms_norm_in_place(cpu, x, weight, trunk.spec.norm_eps);
+            }
+        }
+    }
+}
+
+/// Multiplies queries by what their positions say.
+fn heat(temperature: &Temperature, slots: &[KvSlot<'_>], q: &mut [f32]) {
+    let width = q.len() / slots.len().max(1);
+    for (slot, row) in slots.iter().zip(q.chunks_exact_mut(width)) {
+        let passed = ((slot.position as f32 + 1.0) / temperature.floor).floor();
+        let factor = libm::log1p(f64::from(passed)) as f32 * temperature.scale + 1.0;
+        row.iter_mut().for_each(|x| *x *= factor);
     }
 }
 

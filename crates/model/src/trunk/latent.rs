@@ -56,7 +56,7 @@ impl Latent {
         let attention::Buffers { q, k, v, latent, .. } = buffers;
         let Buffers { compressed, queries, of_head, made } = latent;
         let LatentSpec { kv_rank, plain_dim, norm_eps, .. } = self.spec;
-        let (precision, rotated) = (precision(trunk.compute), spec.rope.dim);
+        let (precision, rotated) = (precision(trunk.compute), spec.rotated());
         match &self.q_down {
             None => self.q.apply(cpu, x, precision, queries),
             Some((down, norm)) => {

@@ -2,15 +2,16 @@
 
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{
-    self, AttentionSpec, LatentSpec, LayerRole, LayerSpec, MlpSpec, MoeSpec, QkNorm, Role, RopeSpec,
-    SharedSpec,
+    self, AttentionSpec, LatentSpec, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, QkNorm,
+    Role, RopeSpec, SharedSpec,
 };
-use muster_kernels::{Expert, KernelError, Rope, RopePairs, Yarn};
+use muster_kernels::{Expert, KernelError, Llama3, Rope, RopePairs, RopeScaling, Yarn};
 use muster_types::{Compute, WeightDType};
 
 use super::attention::{Attention, Heads, Projection, Source};
 use super::latent::Latent;
 use super::moe::{Moe, Shared};
+use super::norm::Norm;
 use super::{Layer, Mlp, Trunk};
 use crate::weights::Loader;
 use crate::{LoadProgress, ModelError};
@@ -32,18 +33,21 @@ impl Trunk {
         let mut loader = Loader::new(checkpoint, compute, trunk_roles, progress);
         let embedded = if spec.tied_head { dtype } else { WeightDType::Native };
         let embedding = loader.matrix_as(Role::Embedding, embedded)?;
+        let mut ropes = Vec::new();
         let layers = spec
             .layers
             .iter()
             .zip(0u32..)
-            .map(|(layer, index)| load_layer(&mut loader, layer, index, dtype))
+            .map(|(layer, index)| load_layer(&mut loader, &spec, layer, index, &mut ropes, dtype))
             .collect::<Result<Vec<_>, _>>()?;
-        let final_norm = loader.vector(Role::FinalNorm)?;
+        let final_norm = load_norm(&mut loader, &spec, [Role::FinalNorm, Role::FinalNormBias])?;
         let head = if spec.tied_head { None } else { Some(loader.matrix_as(Role::Head, dtype)?) };
+        let head_bias = loader.vector_if(spec.head_bias, Role::HeadBias)?;
         let bytes = embedding.bytes()
             + head.as_ref().map_or(0, |head| head.bytes())
             + layers.iter().map(Layer::bytes).sum::<usize>();
-        Ok(Self { spec, compute, dtype, embedding, layers, final_norm, head, bytes: bytes as u64 })
+        let bytes = bytes as u64;
+        Ok(Self { spec, compute, dtype, embedding, ropes, layers, final_norm, head, head_bias, bytes })
     }
 }
 
@@ -57,10 +61,23 @@ impl Layer {
     }
 }
 
+fn load_norm(
+    loader: &mut Loader<'_>,
+    spec: &ModelSpec,
+    [weight, bias]: [Role; 2],
+) -> Result<Norm, ModelError> {
+    let weight = loader.vector(weight)?;
+    let bias = loader.vector_if(spec.norm == NormKind::Layer, bias)?;
+    Ok(Norm { weight, bias, eps: spec.norm_eps })
+}
+
+/// `ropes` are the rotary embeddings of the layers before, to which a new one is added.
 fn load_layer(
     loader: &mut Loader<'_>,
+    model: &ModelSpec,
     spec: &LayerSpec,
     index: u32,
+    ropes: &mut Vec<Rope>,
     dtype: WeightDType,
 ) -> Result<Layer, ModelError> {
     let role = |role| Role::Layer(index, role);
@@ -77,15 +94,27 @@ fn load_layer(
             Mlp::Dense(load_mlp(loader, index, roles, "dense MLP", dtype)?)
         }
     };
+    let rope = match &attention.rope {
+        None => None,
+        Some(spec) => {
+            let rope = rope(spec)?;
+            let known = ropes.iter().position(|known| *known == rope);
+            Some(known.unwrap_or_else(|| {
+                ropes.push(rope);
+                ropes.len() - 1
+            }))
+        }
+    };
     Ok(Layer {
         attention: Attention {
-            norm: loader.vector(role(LayerRole::AttentionNorm))?,
+            norm: load_norm(loader, model, [LayerRole::AttentionNorm, LayerRole::AttentionNormBias].map(role))?,
             source,
-            rope: rope(&attention.rope)?,
+            rope,
+            sinks: loader.vector_if(attention.sinks, role(LayerRole::Sinks))?,
             spec: attention.clone(),
             o,
         },
-        mlp_norm: loader.vector(role(LayerRole::MlpNorm))?,
+        mlp_norm: load_norm(loader, model, [LayerRole::MlpNorm, LayerRole::MlpNormBias].map(role))?,
         mlp,
     })
 }
@@ -111,9 +140,15 @@ fn load_heads(
     let q = qkv([LayerRole::Q, LayerRole::QBias])?;
     let k = qkv([LayerRole::K, LayerRole::KBias])?;
     let v = qkv([LayerRole::V, LayerRole::VBias])?;
-    let has_norm = spec.qk_norm != QkNorm::None;
-    let q_norm = loader.vector_if(has_norm, Role::Layer(index, LayerRole::QNorm))?;
-    let k_norm = loader.vector_if(has_norm, Role::Layer(index, LayerRole::KNorm))?;
+    let mut norm = |role| match spec.qk_norm {
+        QkNorm::None => Ok(None),
+        // Times one changes no bit.
+        QkNorm::UnweightedRotated => Ok(Some(vec![1.0; spec.head_dim])),
+        QkNorm::PerHead | QkNorm::FullWidth | QkNorm::PerHeadRotated => {
+            loader.vector(Role::Layer(index, role)).map(Some)
+        }
+    };
+    let (q_norm, k_norm) = (norm(LayerRole::QNorm)?, norm(LayerRole::KNorm)?);
     Ok(Heads { q, k, v, q_norm, k_norm })
 }
 
@@ -158,19 +193,28 @@ fn rope(spec: &RopeSpec) -> Result<Rope, KernelError> {
         spec::RopePairs::Halves => RopePairs::Halves,
         spec::RopePairs::Neighbours => RopePairs::Neighbours,
     };
-    match &spec.yarn {
-        None => Rope::new(spec.theta, spec.dim, pairs),
-        Some(yarn) => {
-            let yarn = Yarn {
-                factor: yarn.factor,
-                original_context: yarn.original_context as f64,
-                beta_fast: yarn.beta_fast,
-                beta_slow: yarn.beta_slow,
-                amplitude: yarn.amplitude,
-            };
-            Rope::yarn(spec.theta, spec.dim, pairs, &yarn)
+    let scaling = match &spec.scaling {
+        spec::RopeScaling::None => RopeScaling::None,
+        spec::RopeScaling::Linear { factor } => RopeScaling::Linear(*factor),
+        spec::RopeScaling::Yarn(yarn) => RopeScaling::Yarn(Yarn {
+            factor: yarn.factor,
+            original_context: yarn.original_context as f64,
+            beta_fast: yarn.beta_fast,
+            beta_slow: yarn.beta_slow,
+            truncate: yarn.truncate,
+            amplitude: yarn.amplitude,
+        }),
+        spec::RopeScaling::Llama3(scaling) => RopeScaling::Llama3(Llama3 {
+            factor: scaling.factor,
+            original_context: scaling.original_context as f64,
+            low: scaling.low,
+            high: scaling.high,
+        }),
+        spec::RopeScaling::Each { divisors, amplitude } => {
+            RopeScaling::Each { divisors, amplitude: *amplitude }
         }
-    }
+    };
+    Rope::new(spec.theta, spec.dim, pairs, &scaling)
 }
 
 fn load_moe(
@@ -181,7 +225,7 @@ fn load_moe(
 ) -> Result<Moe, ModelError> {
     let role = |role| Role::Layer(index, role);
     let gate = Projection {
-        weight: loader.matrix(role(LayerRole::Gate))?,
+        weight: loader.gate(role(LayerRole::Gate))?,
         bias: loader.vector_if(spec.gate.bias, role(LayerRole::GateBias))?,
     };
     let selection_bias = loader.vector_if(spec.gate.selection_bias, role(LayerRole::SelectionBias))?;

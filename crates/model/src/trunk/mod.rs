@@ -11,16 +11,17 @@ mod attention;
 mod latent;
 mod load;
 mod moe;
+mod norm;
 
 use std::time::{Duration, Instant};
 
-use muster_checkpoint::spec::ModelSpec;
+use muster_checkpoint::spec::{ModelSpec, WeightOn};
 use muster_engine::dispatch::{
     Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Rows, RowsMut, Ticket,
 };
 use muster_kernels::{
-    Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, add_scaled, all_finite,
-    linear, rms_norm, round_bf16, to_bf16,
+    Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, Rope, add_scaled,
+    all_finite, linear, round_bf16, to_bf16,
 };
 use muster_types::{Compute, ExpertId, LayerId, TokenId, WeightDType};
 
@@ -28,6 +29,7 @@ use crate::experts::precision;
 use crate::gate::{self, GateError, GateScratch};
 use attention::Attention;
 use moe::{Moe, gated_mlp};
+use norm::Norm;
 
 /// A loaded trunk.
 pub struct Trunk {
@@ -35,16 +37,19 @@ pub struct Trunk {
     compute: Compute,
     dtype: WeightDType,
     embedding: Matrix,
+    /// The rotary embeddings of all layers, each once.
+    ropes: Vec<Rope>,
     layers: Vec<Layer>,
-    final_norm: Vec<f32>,
+    final_norm: Norm,
     /// `None` when the embedding is the head.
     head: Option<Matrix>,
+    head_bias: Option<Vec<f32>>,
     bytes: u64,
 }
 
 struct Layer {
     attention: Attention,
-    mlp_norm: Vec<f32>,
+    mlp_norm: Norm,
     mlp: Mlp,
 }
 
@@ -148,14 +153,19 @@ pub struct StepState {
 struct Lane {
     rows: usize,
     positions: Vec<u32>,
-    angles: Angles,
+    /// Of every rotary embedding.
+    angles: Vec<Angles>,
     /// The residual stream, always f32.
     residual: Vec<f32>,
     normed: Vec<f32>,
     attention: attention::Buffers,
     gate_logits: Vec<f32>,
+    /// Rows times the weights of their experts, where weights multiply the input.
+    weighted: Vec<f32>,
     wire: Vec<u16>,
     moe_out: Vec<f32>,
+    /// Rows of `moe_out` that are added up to one.
+    copies: usize,
     /// What shared experts add to the output of those in flight; empty where there are none.
     shared_out: Vec<f32>,
     shared_scales: Vec<f32>,
@@ -278,6 +288,10 @@ impl Trunk {
             lane.positions.extend((sequence.start..).take(sequence.tokens.len()));
         }
         lane.rows = lane.positions.len();
+        lane.angles.resize_with(self.ropes.len(), Angles::default);
+        for (rope, angles) in self.ropes.iter().zip(&mut lane.angles) {
+            rope.angles(&lane.positions, angles);
+        }
         lane.residual.resize(lane.rows * hidden, 0.0);
         let tokens = sequences.iter().flat_map(|sequence| sequence.tokens);
         for (token, row) in tokens.zip(lane.residual.chunks_exact_mut(hidden)) {
@@ -298,15 +312,11 @@ impl Trunk {
         slots: &[KvSlot<'_>],
     ) {
         let attention = &layer.attention;
-        lane.normed.resize(lane.residual.len(), 0.0);
-        rms_norm(ctx.cpu, &lane.residual, &attention.norm, self.spec.norm_eps, &mut lane.normed);
+        attention.norm.apply(ctx.cpu, &lane.residual, &mut lane.normed);
         self.round(&mut lane.normed);
-        if index == 0 {
-            attention.rope.angles(&lane.positions, &mut lane.angles);
-        }
         let out = attention.run(self, ctx, index, &lane.normed, slots, &lane.angles, &mut lane.attention);
         add_scaled(&mut lane.residual, out, self.spec.residual_multiplier);
-        rms_norm(ctx.cpu, &lane.residual, &layer.mlp_norm, self.spec.norm_eps, &mut lane.normed);
+        layer.mlp_norm.apply(ctx.cpu, &lane.residual, &mut lane.normed);
         self.round(&mut lane.normed);
     }
 
@@ -332,15 +342,30 @@ impl Trunk {
         if let Some(observe) = &mut ctx.observe {
             observe(View::Gate(GateView { layer, lane: number, choices: &choices }));
         }
+        let weighted;
+        let (sent, sent_choices) = match moe.spec.weight_on {
+            WeightOn::Output => (&lane.normed, &choices),
+            WeightOn::Input => {
+                weighted = match weigh_inputs(&choices, &lane.normed, &mut lane.weighted) {
+                    Ok(weighted) => weighted,
+                    Err(invalid) => {
+                        lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
+                        return;
+                    }
+                };
+                (&lane.weighted, &weighted)
+            }
+        };
+        lane.copies = sent_choices.rows() / choices.rows();
         let rows = match self.compute {
-            Compute::F32 => Rows::HostF32(&lane.normed),
+            Compute::F32 => Rows::HostF32(sent),
             Compute::Bf16 | Compute::Bf16Pairs => {
-                lane.wire.resize(lane.normed.len(), 0);
-                to_bf16(&lane.normed, &mut lane.wire);
+                lane.wire.resize(sent.len(), 0);
+                to_bf16(sent, &mut lane.wire);
                 Rows::HostBf16(&lane.wire)
             }
         };
-        match ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: &choices }) {
+        match ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: sent_choices }) {
             Ok(ticket) => lane.in_flight = Some(ticket),
             Err(error) => lane.failed = Some(error),
         }
@@ -396,10 +421,11 @@ impl Trunk {
     /// `next` is the layer that comes then.
     fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, next: usize) {
         if let Some(ticket) = lane.in_flight.take() {
-            lane.moe_out.resize(lane.residual.len(), 0.0);
+            lane.moe_out.resize(lane.residual.len() * lane.copies, 0.0);
             let deadline = Instant::now() + ctx.timeout;
             match ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out)) {
                 Ok(()) => {
+                    add_up(&mut lane.moe_out, lane.copies, self.spec.hidden);
                     if !lane.shared_out.is_empty() {
                         add_scaled(&mut lane.moe_out, &lane.shared_out, 1.0);
                     }
@@ -444,12 +470,16 @@ impl Trunk {
             }
         }
         let rows = lane.head_rows.len() / hidden;
-        lane.normed.resize(rows * hidden, 0.0);
-        rms_norm(ctx.cpu, &lane.head_rows, &self.final_norm, self.spec.norm_eps, &mut lane.normed);
+        self.final_norm.apply(ctx.cpu, &lane.head_rows, &mut lane.normed);
         self.round(&mut lane.normed);
         lane.logits.resize(rows * vocab, 0.0);
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         linear(ctx.cpu, head, &lane.normed, precision(self.compute), &mut lane.logits);
+        if let Some(bias) = &self.head_bias {
+            for row in lane.logits.chunks_exact_mut(vocab) {
+                row.iter_mut().zip(bias).for_each(|(logit, bias)| *logit += bias);
+            }
+        }
         if self.spec.logits_divisor != 1.0 {
             lane.logits.iter_mut().for_each(|x| *x /= self.spec.logits_divisor);
         }
@@ -493,6 +523,34 @@ impl Lane {
             }
         }
     }
+}
+
+/// A row for every choice, multiplied by the choice's weight, and the choice of its expert with weight one.
+fn weigh_inputs(choices: &Choices, x: &[f32], weighted: &mut Vec<f32>) -> Result<Choices, InvalidChoices> {
+    let hidden = x.len() / choices.rows();
+    weighted.clear();
+    for (row, weights) in x.chunks_exact(hidden).zip(choices.weights().chunks_exact(choices.k())) {
+        for weight in weights {
+            weighted.extend(row.iter().map(|x| x * weight));
+        }
+    }
+    Choices::new(1, choices.experts().to_vec(), vec![1.0; choices.weights().len()])
+}
+
+/// Every `copies` rows become one, added up in their order.
+fn add_up(rows: &mut Vec<f32>, copies: usize, hidden: usize) {
+    if copies == 1 {
+        return;
+    }
+    let sums = rows.len() / copies / hidden;
+    for to in 0..sums {
+        let from = to * copies * hidden;
+        rows.copy_within(from..from + hidden, to * hidden);
+        for at in 0..(copies - 1) * hidden {
+            rows[to * hidden + at % hidden] += rows[from + hidden + at];
+        }
+    }
+    rows.truncate(sums * hidden);
 }
 
 /// Where every row of a lane stands, in memory that was used before.
