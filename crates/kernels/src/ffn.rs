@@ -98,6 +98,14 @@ impl Expert {
         [&self.gate, &self.up, &self.down]
     }
 
+    /// Its packed matrices and then its biases, gate, up and down each time: what another process can make it of.
+    #[must_use]
+    pub fn packed(&self) -> [&[u8]; 6] {
+        let biases = self.biases.as_ref().map(|b| [&b.gate, &b.up, &b.down].map(Vec::as_slice));
+        let [gate, up, down] = biases.unwrap_or_default().map(bytemuck::cast_slice);
+        [self.gate.packed(), self.up.packed(), self.down.packed(), gate, up, down]
+    }
+
     /// Features of an input and of an output row.
     #[must_use]
     pub fn hidden(&self) -> usize {

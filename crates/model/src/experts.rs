@@ -82,10 +82,7 @@ impl ExpertForm {
         }
         let biases = expert.biases().map(|b| [&b.gate, &b.up, &b.down].map(Vec::as_slice));
         let biases = biases.unwrap_or_default();
-        (biases.map(<[f32]>::len) == self.bias_lengths()).then(|| {
-            let [gate_bias, up_bias, down_bias] = biases.map(bytemuck::cast_slice);
-            [gate.packed(), up.packed(), down.packed(), gate_bias, up_bias, down_bias]
-        })
+        (biases.map(<[f32]>::len) == self.bias_lengths()).then(|| expert.packed())
     }
 
     /// The expert with these packed matrices and biases, one behind the other.

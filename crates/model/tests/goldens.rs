@@ -20,7 +20,7 @@ use muster_types::WeightDType::{self, Native, Q4, Q8};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-const FAMILIES: [&str; 17] = [
+const FAMILIES: [&str; 21] = [
     "mixtral",
     "mixtral_bf16",
     "mixtral_top1",
@@ -36,8 +36,12 @@ const FAMILIES: [&str; 17] = [
     "deepseek_v3_bf16",
     "gpt_oss",
     "gpt_oss_bf16",
+    "hunyuan_v1_moe",
     "llama4",
+    "llama4_top2",
+    "minimax_m2",
     "phimoe",
+    "deepseek_v3_fp8",
 ];
 
 struct Model {

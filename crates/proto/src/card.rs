@@ -30,10 +30,21 @@ pub enum PackedAs {
     Q8,
     /// 4 bits and scales.
     Q4,
+    /// As published in OCP Microscaling.
+    Mxfp4,
+}
+
+/// `(up + 1) * gate * sigmoid(alpha * gate)`, with gate at most `limit` and up within plus or minus `limit`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ClampedSwish {
+    /// Finite.
+    pub alpha: f32,
+    /// Finite and above 0.
+    pub limit: f32,
 }
 
 /// The experts of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerCard {
     /// How many there are.
     pub experts: NonZeroU32,
@@ -41,10 +52,14 @@ pub struct LayerCard {
     pub intermediate: NonZeroU32,
     /// Of gate, up and down projection.
     pub packed: [PackedAs; 3],
+    /// All three have biases.
+    pub biases: bool,
+    /// What lies between them; `None`: `silu(gate) * up`.
+    pub clamped_swish: Option<ClampedSwish>,
 }
 
 /// A model, as its experts' holders see it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ModelCard {
     /// Which one it is.
     pub fingerprint: Fingerprint,
@@ -68,12 +83,15 @@ impl ModelCard {
     pub fn to_wire(&self) -> v1::ModelCard {
         let layer = |layer: &Option<LayerCard>| match layer {
             None => v1::LayerCard::default(),
-            Some(LayerCard { experts, intermediate, packed: [gate, up, down] }) => v1::LayerCard {
+            Some(LayerCard { experts, intermediate, packed: [gate, up, down], biases, clamped_swish }) => v1::LayerCard {
                 experts: experts.get(),
                 intermediate: intermediate.get(),
                 gate: packed_to_wire(*gate).into(),
                 up: packed_to_wire(*up).into(),
                 down: packed_to_wire(*down).into(),
+                biases: *biases,
+                clamped_swish: clamped_swish
+                    .map(|ClampedSwish { alpha, limit }| v1::ClampedSwish { alpha, limit }),
             },
         };
         v1::ModelCard {
@@ -130,7 +148,18 @@ fn parse_layer(layer: &v1::LayerCard) -> Result<Option<LayerCard>, WireError> {
             packed_from_wire("layers.up", layer.up)?,
             packed_from_wire("layers.down", layer.down)?,
         ],
+        biases: layer.biases,
+        clamped_swish: layer.clamped_swish.as_ref().map(parse_clamped_swish).transpose()?,
     }))
+}
+
+fn parse_clamped_swish(message: &v1::ClampedSwish) -> Result<ClampedSwish, WireError> {
+    let v1::ClampedSwish { alpha, limit } = *message;
+    if !(alpha.is_finite() && limit.is_finite() && limit > 0.0) {
+        let reason = format!("is alpha {alpha}, limit {limit}; both must be finite, and the limit above 0");
+        return Err(WireError::rule("layers.clamped_swish", reason));
+    }
+    Ok(ClampedSwish { alpha, limit })
 }
 
 fn number(field: &'static str, value: u32, most: u32) -> Result<NonZeroU32, WireError> {
@@ -146,6 +175,7 @@ const fn packed_to_wire(packed: PackedAs) -> v1::Packing {
         PackedAs::Bf16 => v1::Packing::Bf16,
         PackedAs::Q8 => v1::Packing::Q8,
         PackedAs::Q4 => v1::Packing::Q4,
+        PackedAs::Mxfp4 => v1::Packing::Mxfp4,
     }
 }
 
@@ -155,6 +185,7 @@ fn packed_from_wire(field: &'static str, value: i32) -> Result<PackedAs, WireErr
         Ok(v1::Packing::Bf16) => Ok(PackedAs::Bf16),
         Ok(v1::Packing::Q8) => Ok(PackedAs::Q8),
         Ok(v1::Packing::Q4) => Ok(PackedAs::Q4),
+        Ok(v1::Packing::Mxfp4) => Ok(PackedAs::Mxfp4),
         Ok(v1::Packing::Unspecified) => Err(WireError::Missing(field)),
         Err(_) => Err(WireError::UnknownValue { field, value }),
     }
@@ -168,7 +199,17 @@ mod tests {
 
     fn card() -> ModelCard {
         let one = NonZeroU32::MIN;
-        let layer = |packed| Some(LayerCard { experts: one, intermediate: one, packed });
+        let layer = |packed| {
+            let clamped_swish = Some(ClampedSwish { alpha: 1.702, limit: 7.0 });
+            Some(LayerCard { experts: one, intermediate: one, packed, biases: true, clamped_swish })
+        };
+        let plain = LayerCard {
+            experts: one,
+            intermediate: one,
+            packed: [PackedAs::Mxfp4; 3],
+            biases: false,
+            clamped_swish: None,
+        };
         ModelCard {
             fingerprint: Fingerprint::new([3; 32]),
             name: "m".into(),
@@ -180,6 +221,7 @@ mod tests {
                 None,
                 layer([PackedAs::F32, PackedAs::Bf16, PackedAs::Q8]),
                 layer([PackedAs::Q4; 3]),
+                Some(plain),
             ],
         }
     }
@@ -188,7 +230,7 @@ mod tests {
     fn a_card_survives_the_round_trip() {
         let parsed = ModelCard::parse(&card().to_wire()).unwrap();
         assert_eq!(parsed, card());
-        assert_eq!(parsed.shape(), [0, 1, 1]);
+        assert_eq!(parsed.shape(), [0, 1, 1, 1]);
     }
 
     #[test]
@@ -212,6 +254,8 @@ mod tests {
             ("layers.intermediate", layer(|layer| layer.intermediate = 0)),
             ("layers.gate", layer(|layer| layer.gate = 0)),
             ("layers.down", layer(|layer| layer.down = 9)),
+            ("layers.clamped_swish", layer(|layer| layer.clamped_swish.as_mut().unwrap().limit = 0.0)),
+            ("layers.clamped_swish", layer(|layer| layer.clamped_swish.as_mut().unwrap().alpha = f32::NAN)),
         ];
         for (field, message) in bad {
             let error = ModelCard::parse(&message).unwrap_err().to_string();

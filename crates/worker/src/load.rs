@@ -8,9 +8,9 @@ use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::{Cpu, Packing, Quantisation};
 use muster_model::LoadProgress;
-use muster_model::experts::{ExpertForm, ExpertSet, faster_mode};
+use muster_model::experts::{ExpertForm, ExpertSet, Gating, faster_mode};
 use muster_placement::{Shape, split};
-use muster_proto::card::{LayerCard, ModelCard, PackedAs};
+use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
 use muster_types::{Compute, ExpertKey};
 use tokio::sync::oneshot;
 
@@ -50,6 +50,11 @@ fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> 
         hidden,
         intermediate: layer.intermediate.get() as usize,
         packings: layer.packed.map(packing),
+        gating: match layer.clamped_swish {
+            None => Gating::Silu,
+            Some(ClampedSwish { alpha, limit }) => Gating::ClampedSwish { alpha, limit },
+        },
+        biases: layer.biases,
     };
     Ok(Loaded {
         cpu,

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster_kernels::{Expert, Matrix};
+use muster_kernels::Expert;
 use muster_proto::control::Fetch;
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::weights_server::{Weights, WeightsServer};
@@ -105,8 +105,8 @@ fn send(
         let _place = place;
         let mut digest = Sha256::new();
         let (started, mut sent) = (Instant::now(), 0_usize);
-        let matrices = expert.matrices().map(Matrix::packed);
-        for part in matrices.iter().flat_map(|matrix| matrix.chunks(PART)) {
+        let packed = expert.packed();
+        for part in packed.iter().flat_map(|bytes| bytes.chunks(PART)) {
             digest.update(part);
             let reply = v1::FetchReply { data: part.to_vec().into(), digest: bytes::Bytes::new() };
             if parts.blocking_send(Ok(reply)).is_err() {

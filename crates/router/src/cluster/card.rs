@@ -4,9 +4,9 @@ use std::num::NonZeroU32;
 
 use muster_checkpoint::Checkpoint;
 use muster_kernels::{Packing, Quantisation};
-use muster_model::experts::ExpertForm;
+use muster_model::experts::{ExpertForm, Gating};
 use muster_placement::{ExpertSizes, Shape, SizesError};
-use muster_proto::card::{LayerCard, ModelCard, PackedAs};
+use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
 use muster_types::{Compute, WeightDType};
 
 /// What a worker that has no model of its own is told; `None` when a size of the model is out of the protocol's range.
@@ -20,6 +20,11 @@ pub fn card(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Op
             experts: NonZeroU32::new(moe.experts)?,
             intermediate: number(form.intermediate)?,
             packed: form.packings.map(packed),
+            biases: form.biases,
+            clamped_swish: match form.gating {
+                Gating::Silu => None,
+                Gating::ClampedSwish { alpha, limit } => Some(ClampedSwish { alpha, limit }),
+            },
         })),
         _ => Some(None),
     };
