@@ -3,6 +3,7 @@
 //! What always holds: a [`Checkpoint`] in hand passed every check that headers allow, and [`Checkpoint::read`] returns
 //! finite numbers in the promised shape or an error. Knows no family and no layout; the plan does.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use muster_types::{DType, Fingerprint};
@@ -10,12 +11,12 @@ use sha2::{Digest, Sha256};
 
 use crate::catalog::Catalog;
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
+use crate::error::{CheckpointError, clip};
 use crate::families::Family;
 use crate::files::{FileError, Files, Source};
 use crate::inventory::Inventory;
 use crate::outline::StoredAs;
-use crate::plan::{Plain, Plan, PlanBuilder, plain_dtype};
+use crate::plan::{Plain, Plan, PlanBuilder, Slice, plain_dtype};
 use crate::read::{ReadError, read};
 use crate::spec::{ExpertRole, ModelSpec, Role};
 
@@ -77,6 +78,17 @@ pub struct Stored<'a> {
     /// Columns of a matrix; 1 for a vector.
     pub cols: usize,
     /// Bytes on disk, scales included.
+    pub bytes: u64,
+}
+
+/// Tensors that nothing needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unused {
+    /// What their names begin with.
+    pub prefix: String,
+    /// How many there are.
+    pub tensors: usize,
+    /// Bytes of all of them.
     pub bytes: u64,
 }
 
@@ -183,6 +195,25 @@ impl Checkpoint {
         self.files.read_whole(name, LONGEST_SIDE_FILE)
     }
 
+    /// Tensors that no weight lies in, by what their names begin with: those that predict more tokens ahead, or look at
+    /// images.
+    #[must_use]
+    pub fn unused(&self) -> Vec<Unused> {
+        let used: BTreeSet<usize> = self.plan.values().flat_map(Slice::tensors).collect();
+        let mut found: BTreeMap<String, Unused> = BTreeMap::new();
+        let left = self.catalog.tensors.iter().enumerate().filter(|(at, _)| !used.contains(at));
+        for (_, tensor) in left {
+            let known = self.spec.unused.iter().find(|prefix| tensor.name.starts_with(*prefix));
+            let first = || tensor.name.split_inclusive('.').next().unwrap_or_default();
+            let prefix = clip(known.map_or_else(first, String::as_str));
+            let entry = found.entry(prefix.clone()).or_insert(Unused { prefix, tensors: 0, bytes: 0 });
+            entry.tensors += 1;
+            // The header was found to cover its file, so its tensors' bytes can be counted.
+            entry.bytes += tensor.shape.iter().map(|&size| size as u64).product::<u64>() * tensor.element.size();
+        }
+        found.into_values().collect()
+    }
+
     /// How big the model and its parts are.
     #[must_use]
     pub fn inventory(&self) -> Inventory {
@@ -201,13 +232,10 @@ impl fmt::Debug for Checkpoint {
 
 /// What weights are stored as is for the files to say, where they are there.
 fn settle_forms(spec: &mut ModelSpec, plain: Plain, plan: &Plan) {
-    spec.stored.tables = plain.stored_as();
+    spec.stored = spec.stored.with_plain(plain.stored_as());
     let first = spec.moe_layers().next().map(|(layer, _)| Role::Expert(layer, 0, ExpertRole::Gate));
     if let Some(slice) = first.and_then(|role| plan.get(&role)) {
         spec.stored.experts = slice.stored_as();
-    }
-    if spec.stored.linears != StoredAs::Fp8 {
-        spec.stored.linears = plain.stored_as();
     }
 }
 

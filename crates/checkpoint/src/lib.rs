@@ -35,7 +35,7 @@ mod read;
 pub mod spec;
 mod survey;
 
-pub use checkpoint::{Checkpoint, Stored, Weight, WeightData};
+pub use checkpoint::{Checkpoint, Stored, Unused, Weight, WeightData};
 pub use config::ConfigError;
 pub use error::CheckpointError;
 pub use families::Preset;

@@ -143,6 +143,16 @@ impl Piece {
 }
 
 impl StoredAs {
+    /// What plain numbers are read as, and those beside few bits.
+    #[must_use]
+    pub const fn read_as(self) -> DType {
+        match self {
+            Self::Plain(dtype) => dtype,
+            Self::F16 => DType::F32,
+            Self::Fp8 | Self::Mxfp4 => DType::Bf16,
+        }
+    }
+
     /// Bytes of a matrix `[rows, cols]`.
     #[must_use]
     pub const fn bytes(self, rows: usize, cols: usize) -> u64 {

@@ -109,6 +109,16 @@ impl Slice {
         self.rows as u64 * self.cols as u64
     }
 
+    /// The tensors that it lies in.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = usize> {
+        let scales = match self.form {
+            Form::Plain(..) => None,
+            Form::Fp8 { scales, .. } => Some(scales.tensor),
+            Form::Mxfp4 { scales, .. } => Some(scales),
+        };
+        std::iter::once(self.tensor).chain(scales)
+    }
+
     pub(crate) const fn stored_as(&self) -> StoredAs {
         match self.form {
             Form::Plain(plain, _) => plain.stored_as(),

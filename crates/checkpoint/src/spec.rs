@@ -67,6 +67,12 @@ impl StoredForms {
         let form = StoredAs::Plain(dtype);
         Self { tables: form, linears: form, experts: form }
     }
+
+    /// The same, with what is stored in plain numbers stored as these.
+    pub(crate) fn with_plain(self, plain: StoredAs) -> Self {
+        let of = |form| if matches!(form, StoredAs::Fp8 | StoredAs::Mxfp4) { form } else { plain };
+        Self { tables: of(self.tables), linears: of(self.linears), experts: of(self.experts) }
+    }
 }
 
 /// What a norm does with a row.

@@ -13,7 +13,7 @@ use crate::families::Family;
 use crate::files::{FileError, Files, Source};
 use crate::index::{INDEX_FILE, LONGEST_INDEX};
 use crate::json::parse_object;
-use crate::outline::Outline;
+use crate::outline::{Outline, StoredAs};
 use crate::spec::ModelSpec;
 
 /// A model whose weights need not be there.
@@ -40,24 +40,33 @@ impl Survey {
         let config = Config::parse(&bytes).map_err(in_config)?;
         let named = named_dtype(&config).map_err(in_config)?;
         let family = Family::of(&config).map_err(in_config)?;
-        let mut spec = family.spec(&config, named.unwrap_or(DType::Bf16)).map_err(in_config)?;
+        let dtype = named.map_or(DType::Bf16, StoredAs::read_as);
+        let mut spec = family.spec(&config, dtype).map_err(in_config)?;
+        if named == Some(StoredAs::F16) {
+            spec.stored = spec.stored.with_plain(StoredAs::F16);
+        }
         let indexed_bytes = indexed_bytes(&files)?;
         if let (None, Some(bytes)) = (named, indexed_bytes) {
             // Three bytes a parameter lie between the two dtypes there are.
             let is_f32 = bytes / 3 > Outline::of(&spec).parameters();
             spec.dtype = if is_f32 { DType::F32 } else { DType::Bf16 };
+            spec.stored = spec.stored.with_plain(StoredAs::Plain(spec.dtype));
         }
         Ok(Self { name, spec, indexed_bytes })
     }
 }
 
 /// The dtype that the configuration gives its weights; newer ones call the key `dtype`.
-fn named_dtype(config: &Config) -> Result<Option<DType>, ConfigError> {
+fn named_dtype(config: &Config) -> Result<Option<StoredAs>, ConfigError> {
     let key = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
     match config.get(key).and_then(Value::as_str) {
-        Some("float32") => Ok(Some(DType::F32)),
-        Some("bfloat16") => Ok(Some(DType::Bf16)),
-        _ => config.refuse_set(key, "weights must be stored as float32 or bfloat16").map(|()| None),
+        Some("float32") => Ok(Some(StoredAs::Plain(DType::F32))),
+        Some("bfloat16") => Ok(Some(StoredAs::Plain(DType::Bf16))),
+        Some("float16") => Ok(Some(StoredAs::F16)),
+        _ => {
+            let reason = "weights must be stored as float32, bfloat16 or float16";
+            config.refuse_set(key, reason).map(|()| None)
+        }
     }
 }
 

@@ -62,7 +62,7 @@ fn mixtral_is_planned_without_a_file() {
         assert!(answer.contains(fact), "{fact:?} is not in\n{answer}");
     }
     let report = json(&["Mixtral-8x7B", "--gpu", "24GiB"]);
-    assert_eq!((&report["parameters"], &report["served"]), (&46_702_792_704_u64.into(), &true.into()));
+    assert_eq!(report["parameters"], 46_702_792_704_u64);
     assert_eq!(report["expert_bytes"], 3 * 4096 * 14336 * 2);
     assert_eq!(report["kv_token_bytes"], 32 * 2 * 8 * 128 * 2);
     assert_eq!(report["kv_bytes"], 16_u64 * 4096 * 32 * 2 * 8 * 128 * 2);
@@ -107,17 +107,6 @@ fn a_directory_needs_no_weights() {
     assert!(answer.contains(&format!("--set model.hostPath.path={path}")), "{answer}");
     fs::write(directory.path().join("config.json"), r#"{"model_type": "deepseek_v3000"}"#).unwrap();
     refused(&[path], &["config.json: `model_type` is \"deepseek_v3000\"; supported are"]);
-}
-
-#[test]
-fn what_cannot_be_served_says_so() {
-    for preset in ["mixtral-8x7b", "qwen3-235b-a22b", "deepseek-v3", "gpt-oss-120b", "granite-3.1-3b-a800m"] {
-        let report = json(&[preset]);
-        let answer = text(&plan(&[preset, "--worker", "256GiB"]));
-        let is_served = report["served"].as_bool().unwrap();
-        assert_eq!(answer.contains("cannot be served by this build yet"), !is_served, "{answer}");
-        assert_eq!(answer.contains("muster router"), is_served, "{answer}");
-    }
 }
 
 #[test]

@@ -6,7 +6,6 @@
 
 use muster_types::DType;
 
-use super::FAMILIES;
 use crate::outline::{AttentionOutline, ExpertsOutline, LayerOutline, Outline, StoredAs};
 
 /// A published model.
@@ -44,21 +43,6 @@ impl Preset {
     #[must_use]
     pub fn find(name: &str) -> Option<&'static Self> {
         PRESETS.iter().find(|preset| preset.name == name)
-    }
-
-    /// Whether this build has the model's family.
-    #[must_use]
-    pub fn is_of_known_family(&self) -> bool {
-        FAMILIES.iter().any(|family| family.model_type == self.family)
-    }
-
-    /// Whether this build serves the model in the form in which it was published.
-    #[must_use]
-    pub fn is_served(&self) -> bool {
-        let outline = self.outline();
-        let is_plain = |stored: StoredAs| matches!(stored, StoredAs::Plain(_));
-        self.is_of_known_family()
-            && [outline.stored, outline.linears, outline.experts].into_iter().all(is_plain)
     }
 
     /// Its dimensions.
@@ -378,7 +362,6 @@ mod tests {
             let config = Config::parse(config.to_string().as_bytes()).unwrap();
             let spec = Family::of(&config).unwrap().spec(&config, DType::Bf16).unwrap();
             let preset = Preset::find(name).unwrap();
-            assert!(preset.is_of_known_family(), "{name}");
             assert_eq!(preset.outline(), Outline::of(&spec), "{name}");
         }
     }

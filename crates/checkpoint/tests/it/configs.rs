@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use muster_checkpoint::spec::MlpSpec;
+use muster_checkpoint::spec::{MlpSpec, Sees};
 use serde_json::{Value, json};
 
 use crate::model::{Model, open, refused};
@@ -47,25 +47,33 @@ fn wrong_values() -> Vec<(&'static str, Value, &'static str)> {
         ("eos_token_id", json!("</s>"), "0 to 11"),
         ("num_experts", json!(5), "`num_experts` is 5"),
         ("hidden_act", json!("gelu"), "this build computes \"silu\""),
-        ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "unscaled rotary"),
-        ("rope_scaling", json!({"rope_type": "default"}), "unscaled rotary"),
+        ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "`rope_scaling.type` is \"dynamic\""),
+        ("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` is missing"),
+        ("rope_scaling", json!({"type": "linear", "rope_type": "yarn"}), "`type` is linear"),
+        ("rope_scaling", json!({"type": "linear", "factor": 2.0, "mscale": 1}), "`rope_scaling.mscale` is 1"),
+        ("rope_scaling", json!({"rope_type": "longrope", "short_factor": [1.0]}), "2 numbers above 0"),
         (
-            "rope_parameters",
-            json!({"rope_type": "yarn", "rope_theta": 1e4}),
-            "`rope_parameters.rope_type` is \"yarn\"",
+            "rope_scaling",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}),
+            "`rope_scaling.low_freq_factor` is 4",
         ),
+        ("expert_capacity", json!(64), "limited number of tokens"),
+        ("drop_tokens", json!(true), "limited number of tokens"),
         ("rope_parameters", json!({"rope_theta": 5e4}), "`rope_parameters.rope_theta` is 50000"),
         ("rope_parameters", json!({"factor": 2.0}), "`rope_parameters.factor` is 2.0"),
         ("rope_parameters", json!(3), "an object"),
         ("partial_rotary_factor", json!(0.5), "rotates whole heads"),
-        ("quantization_config", json!({"quant_method": "gptq"}), "F32 or BF16"),
+        ("quantization_config", json!({"quant_method": "gptq"}), "\"fp8\" and plain F32, BF16 and F16"),
+        ("quantization_config", json!({"quant_method": "mxfp4"}), "\"fp8\" and plain"),
         ("auto_map", json!({"AutoModel": "modeling_x.X"}), "never run"),
         ("layer_types", json!(["full_attention", "sliding_attention"]), "full_attention"),
         (
             "model_type",
             json!("llama"),
-            "supported are deepseek_v2, deepseek_v3, ernie4_5_moe, glm4_moe, granitemoe, granitemoeshared, mixtral, olmoe, qwen2_moe, qwen3_moe",
+            "supported are deepseek_v2, deepseek_v3, ernie4_5_moe, glm4_moe, gpt_oss, granitemoe, granitemoeshared, hunyuan_v1_moe, kimi_k2, llama4, llama4_text, minimax_m2, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe",
         ),
+        ("model_type", json!("switch_transformers"), "limited number of tokens"),
+        ("model_type", json!("qwen3_next"), "linear attention"),
         ("model_type", json!(4), "supported are"),
         ("model_type", json!(null), "missing"),
     ]);
@@ -121,14 +129,7 @@ fn values_of_one_family_are_refused_by_key() {
         ("ernie4_5_moe", "partial_rotary_factor", json!(0.5), "rotates whole heads"),
         ("ernie4_5_moe", "auto_map", json!({"AutoModel": "modeling_other.Other"}), "never run"),
         ("ernie4_5_moe", "auto_map", json!("modeling_ernie4_5_moe.Model"), "never run"),
-        ("deepseek_v2", "rope_scaling", json!({"type": "linear", "factor": 2.0}), "\"yarn\""),
         ("deepseek_v2", "rope_scaling", json!({"type": "yarn", "factor": 0}), "above 0"),
-        (
-            "deepseek_v2",
-            "rope_scaling",
-            json!({"type": "yarn", "truncate": false}),
-            "rope_scaling.truncate` is false",
-        ),
         ("deepseek_v2", "topk_method", json!("noaux_tc"), "\"group_limited_greedy\""),
         ("deepseek_v2", "norm_topk_prob", json!(true), "not renormalised"),
         ("deepseek_v2", "scoring_func", json!("sigmoid"), "\"softmax\""),
@@ -137,7 +138,7 @@ fn values_of_one_family_are_refused_by_key() {
         ("deepseek_v2", "auto_map", json!({"AutoModel": "modeling_x.DeepseekV2Model"}), "never run"),
         ("deepseek_v3", "scoring_func", json!("softmax"), "\"sigmoid\""),
         ("deepseek_v3", "topk_method", json!("greedy"), "\"noaux_tc\""),
-        ("deepseek_v3", "quantization_config", json!({"quant_method": "fp8"}), "F32 or BF16"),
+        ("deepseek_v3", "quantization_config", json!({"quant_method": "awq"}), "\"fp8\" and plain"),
         ("glm4_moe", "n_group", json!(4), "it must divide the 6 experts"),
         ("glm4_moe", "topk_group", json!(2), "there are 1 groups"),
         ("glm4_moe", "routed_scaling_factor", json!(0), "above 0"),
@@ -204,7 +205,7 @@ fn absent_keys_mean_the_class_defaults() {
     model.config.insert("router_jitter_noise".to_owned(), json!(0.1));
     model.config.insert("something_else".to_owned(), json!({"a": [1]}));
     let spec = open(model.written().path()).unwrap().spec().clone();
-    assert_eq!((spec.norm_eps, spec.layers[0].attention.rope.theta, spec.context), (1e-5, 1e6, 131_072));
+    assert_eq!((spec.norm_eps, spec.layers[0].attention.rope.as_ref().unwrap().theta, spec.context), (1e-5, 1e6, 131_072));
     assert_eq!((spec.bos, spec.eos.len(), spec.tied_head), (Some(1), 0, false));
 }
 
@@ -216,7 +217,7 @@ fn windows_and_alternative_names_are_understood() {
     model.config.insert("num_experts".to_owned(), json!(6));
     model.config.insert("rope_parameters".to_owned(), json!({"rope_type": "default", "rope_theta": 10000}));
     let spec = open(model.written().path()).unwrap().spec().clone();
-    assert_eq!(spec.layers[2].attention.window, Some(32));
+    assert_eq!(spec.layers[2].attention.sees, Sees::Last(32));
     assert!(matches!(&spec.layers[2].mlp, MlpSpec::Moe(moe) if moe.experts == 6));
 }
 

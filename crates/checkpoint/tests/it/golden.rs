@@ -6,9 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertGroups, ExpertRole, GateRecipe, GroupWorth, LatentSpec, LayerRole, MlpSpec,
-    ModelSpec, MoeSpec, QkNorm, Renormalise, Role, RopePairs, RopeSpec, Score, SharedSpec, YarnSpec,
+    AttentionSpec, ExpertGroups, ExpertRole, GateRecipe, Gating, GroupWorth, LatentSpec, LayerRole, MlpSpec,
+    ModelSpec, MoeSpec, NormKind, QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score, Sees,
+    SharedSpec, Temperature, WeightOn, YarnSpec,
 };
+use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::{Checkpoint, Outline, Source, Survey, WeightData};
 use muster_types::DType;
 use safetensors::SafeTensors;
@@ -16,7 +18,7 @@ use serde_json::{Map, Value};
 
 use crate::model::{Model, open, refused, root};
 
-const GOLDEN: [&str; 13] = [
+const GOLDEN: [&str; 21] = [
     "mixtral",
     "mixtral_bf16",
     "mixtral_top1",
@@ -30,6 +32,14 @@ const GOLDEN: [&str; 13] = [
     "deepseek_v2",
     "deepseek_v3",
     "deepseek_v3_bf16",
+    "deepseek_v3_fp8",
+    "gpt_oss",
+    "gpt_oss_bf16",
+    "hunyuan_v1_moe",
+    "llama4",
+    "llama4_top2",
+    "minimax_m2",
+    "phimoe",
 ];
 
 fn golden(name: &str) -> PathBuf {
@@ -46,19 +56,43 @@ fn f32s(bytes: &[u8], dtype: safetensors::Dtype) -> Vec<f32> {
             bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
         }
         safetensors::Dtype::BF16 => bytes.chunks(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
+        safetensors::Dtype::F8_E4M3 => bytes.iter().map(|&byte| fp8(byte)).collect(),
+        // Taken apart below.
+        safetensors::Dtype::U8 => bytes.iter().map(|&byte| f32::from(byte)).collect(),
         other => panic!("{other:?}"),
     }
+}
+
+fn fp8(byte: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f32::from(byte & 7) / 8.0);
+    let magnitude =
+        if exponent == 0 { mantissa * 2f32.powi(-6) } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
+    if byte < 0x80 { magnitude } else { -magnitude }
+}
+
+fn fp4(bits: u8) -> f32 {
+    let magnitude = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(bits & 7)];
+    if bits < 8 { magnitude } else { -magnitude }
 }
 
 fn widened(data: &WeightData) -> Vec<f32> {
     match data {
         WeightData::F32(values) => values.clone(),
         WeightData::Bf16(bits) => bits.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect(),
+        WeightData::Mxfp4 { blocks, scales } => {
+            let value = |at: usize| {
+                let bits = blocks[at / 2] >> (4 * (at % 2)) & 15;
+                fp4(bits) * 2f32.powi(i32::from(scales[at / 32]) - 127)
+            };
+            (0..blocks.len() * 2).map(value).collect()
+        }
     }
 }
 
-/// Every tensor of a directory, read by the format's own library.
-fn reference(dir: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// Every tensor of a directory, read by the format's own library, and multiplied by its scales where it has some.
+fn reference(dir: &Path) -> Tensors {
     let mut tensors = BTreeMap::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -70,52 +104,80 @@ fn reference(dir: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
             }
         }
     }
+    let names: Vec<String> = tensors.keys().cloned().collect();
+    for name in names {
+        if let Some(of) = name.strip_suffix("_scale_inv") {
+            let (shape, scales) = tensors.remove(&name).unwrap();
+            let ([_, cols], values) = tensors.get_mut(of).map(|(s, v)| ([s[0], s[1]], v)).unwrap();
+            for (at, value) in values.iter_mut().enumerate() {
+                *value *= scales[at / cols / 128 * shape[1] + at % cols / 128];
+            }
+        } else if let Some(of) = name.strip_suffix("_scales") {
+            let (shape, scales) = tensors.remove(&name).unwrap();
+            let (_, blocks) = &tensors[&format!("{of}_blocks")];
+            let value = |at: usize| {
+                let bits = blocks[at / 2] as u8 >> (4 * (at % 2)) & 15;
+                fp4(bits) * 2f32.powi(scales[at / 32] as i32 - 127)
+            };
+            let values = (0..blocks.len() * 2).map(value).collect();
+            tensors.insert(format!("{of}_blocks"), (vec![shape[0], shape[1], shape[2] * 32], values));
+        }
+    }
     tensors
 }
 
-/// Where a role's part of a fused tensor begins, in elements.
-fn fused_start(role: Role, tensor: &str, shape: &[usize]) -> usize {
-    if let (Role::Layer(_, LayerRole::SharedUp), &[rows, cols]) = (role, shape) {
-        return if tensor.ends_with("shared_mlp.input_linear.weight") { rows / 2 * cols } else { 0 };
-    }
-    let &[_, rows, cols] = shape else { return 0 };
-    match role {
-        Role::Expert(_, expert, ExpertRole::Up) => (expert as usize * rows + rows / 2) * cols,
-        Role::Expert(_, expert, _) => expert as usize * rows * cols,
-        _ => 0,
+/// Where element (row, col) of a role lies in its tensor: fused tensors have parts, and some have rows for columns.
+fn place(spec: &ModelSpec, role: Role, tensor: &str, shape: &[usize], [row, col]: [usize; 2]) -> usize {
+    let gpt_oss = spec.family == "gpt_oss";
+    let transposed = !tensor.ends_with("_blocks") && (gpt_oss || spec.family.starts_with("llama4"));
+    match (role, shape) {
+        (Role::Layer(_, LayerRole::SharedUp), &[rows, cols]) if tensor.contains("shared_mlp.input_linear") => {
+            (rows / 2 + row) * cols + col
+        }
+        (Role::Expert(_, expert, part), shape) => {
+            let (expert, up) = (expert as usize, usize::from(part == ExpertRole::Up));
+            match (part, shape) {
+                (ExpertRole::GateBias, &[_, both]) => expert * both + 2 * row,
+                (ExpertRole::UpBias, &[_, both]) => expert * both + 2 * row + 1,
+                (ExpertRole::DownBias, &[_, length]) => expert * length + row,
+                (ExpertRole::Down, &[_, a, b]) if transposed => (expert * a + col) * b + row,
+                (ExpertRole::Down, &[_, a, b]) => (expert * a + row) * b + col,
+                (_, &[_, a, b]) if transposed && gpt_oss => (expert * a + col) * b + 2 * row + up,
+                (_, &[_, a, b]) if transposed => (expert * a + col) * b + row + up * b / 2,
+                (_, &[_, a, b]) if gpt_oss => (expert * a + 2 * row + up) * b + col,
+                (_, &[_, a, b]) => (expert * a + up * a / 2 + row) * b + col,
+                _ => row * shape[1] + col,
+            }
+        }
+        (_, &[1, _]) => row + col,
+        (_, &[_, cols]) => row * cols + col,
+        _ => row,
     }
 }
 
 fn check_every_role(dir: &Path) {
     let checkpoint = open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
-    let reference = reference(dir);
+    let (reference, spec) = (reference(dir), checkpoint.spec());
     let (mut bytes, mut covered) = (0, 0);
     for role in checkpoint.roles() {
         let stored = checkpoint.stored(role).unwrap();
         let weight = checkpoint.read(role).unwrap();
         let (shape, values) = &reference[stored.tensor];
-        assert_eq!((weight.rows, weight.cols), (stored.rows, stored.cols), "{role}");
-        match shape.as_slice() {
-            [length] => {
-                assert_eq!((weight.rows, weight.cols), (*length, 1), "{role}");
-                assert!(matches!(weight.data, WeightData::F32(_)), "{role}");
-            }
-            [1, length] if weight.cols == 1 => assert_eq!(weight.rows, *length, "{role}"),
-            [rows, cols] if stored.tensor.contains("shared_mlp.input_linear") => {
-                assert_eq!((2 * weight.rows, weight.cols), (*rows, *cols), "{role}");
-            }
-            [rows, cols] => assert_eq!((weight.rows, weight.cols), (*rows, *cols), "{role}"),
-            shape => assert_eq!(weight.cols, shape[2], "{role}"),
-        }
-        let start = fused_start(role, stored.tensor, shape);
-        assert_eq!(widened(&weight.data), values[start..start + stored.rows * stored.cols], "{role}");
+        let [rows, cols] = [weight.rows, weight.cols];
+        assert_eq!([rows, cols], [stored.rows, stored.cols], "{role}");
+        assert!(cols > 1 || matches!(weight.data, WeightData::F32(_)), "{role}");
+        let at = |number| place(spec, role, stored.tensor, shape, [number / cols, number % cols]);
+        let expected: Vec<f32> = (0..rows * cols).map(|number| values[at(number)]).collect();
+        assert_eq!(widened(&weight.data), expected, "{role}");
         bytes += stored.bytes;
-        covered += stored.rows * stored.cols;
+        covered += rows * cols;
     }
-    let unused = &checkpoint.spec().unused;
-    let used = reference.iter().filter(|(name, _)| !unused.iter().any(|prefix| name.starts_with(prefix)));
+    let used = reference.iter().filter(|(name, _)| !spec.unused.iter().any(|prefix| name.starts_with(prefix)));
     assert_eq!(covered, used.map(|(_, (_, values))| values.len()).sum::<usize>(), "every element has a role");
     assert_eq!(checkpoint.inventory().total_bytes, bytes);
+    let unused: usize = checkpoint.unused().iter().map(|unused| unused.tensors).sum();
+    let left = reference.keys().filter(|name| spec.unused.iter().any(|prefix| name.starts_with(prefix)));
+    assert_eq!(unused, left.count());
 }
 
 #[test]
@@ -132,9 +194,22 @@ fn the_demo_model_reads_back_what_was_stored() {
     assert!(demo.stored(Role::Head).is_none());
 }
 
+fn rope(theta: f64, dim: usize, pairs: RopePairs) -> RopeSpec {
+    RopeSpec { theta, dim, pairs, scaling: RopeScaling::None }
+}
+
 fn moe(experts: u32, top_k: u32, intermediate: usize, score: Score, renormalise: Renormalise) -> MlpSpec {
     let gate = GateRecipe::plain(score, renormalise);
-    MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate, shared: SharedSpec::None })
+    MlpSpec::Moe(MoeSpec {
+        experts,
+        top_k,
+        intermediate,
+        gating: Gating::Silu,
+        biases: false,
+        gate,
+        weight_on: WeightOn::Output,
+        shared: SharedSpec::None,
+    })
 }
 
 #[test]
@@ -153,8 +228,10 @@ fn mixtral_is_described_as_published() {
         clip_qkv: None,
         qkv_bias: false,
         o_bias: false,
-        rope: RopeSpec { theta: 1e6, dim: 16, pairs: RopePairs::Halves, yarn: None },
-        window: None,
+        rope: Some(rope(1e6, 16, RopePairs::Halves)),
+        temperature: None,
+        sees: Sees::All,
+        sinks: false,
         latent: None,
     };
     assert_eq!(spec.layers[0].attention, plain);
@@ -167,7 +244,7 @@ fn mixtral_is_described_as_published() {
 fn both_ways_of_writing_rope_and_head_width_are_understood() {
     let spec = opened("mixtral_top1").spec().clone();
     let attention = &spec.layers[0].attention;
-    assert_eq!((attention.rope.theta, attention.head_dim, spec.norm_eps), (50000.0, 8, 0.002));
+    assert_eq!((attention.rope.as_ref().unwrap().theta, attention.head_dim, spec.norm_eps), (50000.0, 8, 0.002));
     assert_eq!(spec.moe(0).unwrap().top_k, 1);
 }
 
@@ -200,7 +277,7 @@ fn qwen2_moe_and_granitemoeshared_have_shared_experts() {
     assert_eq!(moe.shared, SharedSpec::SigmoidGated { intermediate: 56 });
     assert_eq!(moe.gate, GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::None));
     let attention = &qwen.layers[0].attention;
-    assert_eq!((attention.qkv_bias, attention.o_bias, attention.window), (true, false, None));
+    assert_eq!((attention.qkv_bias, attention.o_bias, attention.sees), (true, false, Sees::All));
     let granite = opened("granitemoeshared").spec().clone();
     assert_eq!(granite.moe(0).unwrap().shared, SharedSpec::Add { intermediate: 56 });
     assert_eq!((granite.family, granite.logits_divisor), ("granitemoeshared", 1.5));
@@ -216,7 +293,7 @@ fn ernie4_5_moe_and_glm4_moe_select_by_a_bias() {
     assert_eq!((moe.shared, ernie.tied_head), (SharedSpec::Add { intermediate: 80 }, true));
     assert_eq!(
         ernie.layers[0].attention.rope,
-        RopeSpec { theta: 5e5, dim: 16, pairs: RopePairs::Neighbours, yarn: None }
+        Some(rope(5e5, 16, RopePairs::Neighbours))
     );
     let glm = opened("glm4_moe").spec().clone();
     assert_eq!(glm.moe_layers().map(|(layer, _)| layer).collect::<Vec<_>>(), [1, 2, 3]);
@@ -225,7 +302,7 @@ fn ernie4_5_moe_and_glm4_moe_select_by_a_bias() {
     assert_eq!(moe.gate, GateRecipe { selection_bias: true, scale: 2.5, ..plain });
     assert_eq!(moe.shared, SharedSpec::Add { intermediate: 40 });
     let attention = &glm.layers[0].attention;
-    assert_eq!(attention.rope, RopeSpec { theta: 1e6, dim: 12, pairs: RopePairs::Halves, yarn: None });
+    assert_eq!(attention.rope, Some(rope(1e6, 12, RopePairs::Halves)));
     assert_eq!((attention.qk_norm, attention.qkv_bias, attention.o_bias), (QkNorm::PerHead, true, false));
     assert_eq!(glm.unused, ["model.layers.4."]);
 }
@@ -245,10 +322,16 @@ fn deepseek_has_compressed_rows_and_longer_contexts() {
     assert_eq!(attention.latent, Some(latent));
     assert_eq!((attention.heads, attention.kv_heads, attention.head_dim), (4, 1, 48));
     assert_eq!((attention.cached_value(), attention.output_width()), (32, 64));
-    let yarn =
-        YarnSpec { factor: 40.0, original_context: 4096, beta_fast: 32.0, beta_slow: 1.0, amplitude: 1.0 };
-    let rope = RopeSpec { theta: 1e4, dim: 16, pairs: RopePairs::Neighbours, yarn: Some(yarn) };
-    assert_eq!(attention.rope, rope);
+    let yarn = YarnSpec {
+        factor: 40.0,
+        original_context: 4096,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate: true,
+        amplitude: 1.0,
+    };
+    let scaling = RopeScaling::Yarn(yarn);
+    assert_eq!(attention.rope, Some(RopeSpec { scaling, ..rope(1e4, 16, RopePairs::Neighbours) }));
     let longer = 0.1 * 0.707 * 40f64.ln() + 1.0;
     assert_eq!(attention.scale, (longer * longer / 32f64.sqrt()) as f32);
     let gate = &v2.moe(1).unwrap().gate;
@@ -259,6 +342,198 @@ fn deepseek_has_compressed_rows_and_longer_contexts() {
     assert_eq!(v3.layers[0].attention.latent.unwrap().q_rank, Some(32));
     let gate = &v3.moe(1).unwrap().gate;
     assert_eq!(gate.groups, Some(ExpertGroups { groups: 4, kept: 3, worth: GroupWorth::BestTwo }));
+}
+
+#[test]
+fn gpt_oss_alternates_and_is_the_same_in_both_forms() {
+    let (packed, plain) = (opened("gpt_oss"), opened("gpt_oss_bf16"));
+    let spec = packed.spec();
+    assert_eq!((spec.stored.experts, spec.stored.linears), (StoredAs::Mxfp4, StoredAs::Plain(DType::Bf16)));
+    let sees: Vec<Sees> = spec.layers.iter().map(|layer| layer.attention.sees).collect();
+    assert_eq!(sees, [Sees::Last(8), Sees::All, Sees::Last(8), Sees::All]);
+    let attention = &spec.layers[0].attention;
+    assert_eq!((attention.sinks, attention.qkv_bias, attention.o_bias), (true, true, true));
+    let RopeScaling::Yarn(yarn) = attention.rope.clone().unwrap().scaling else { panic!("YaRN expected") };
+    assert_eq!((yarn.truncate, yarn.amplitude), (false, (0.1 * 32f64.ln() + 1.0) as f32));
+    let moe = spec.moe(0).unwrap();
+    assert_eq!((moe.gating, moe.biases), (Gating::ClampedSwish { alpha: 1.702, limit: 2.5 }, true));
+    assert!(moe.gate.bias);
+    assert_eq!(packed.roles().collect::<Vec<_>>(), plain.roles().collect::<Vec<_>>());
+    for role in packed.roles() {
+        let [packed, plain] = [&packed, &plain].map(|checkpoint| checkpoint.read(role).unwrap());
+        assert_eq!(widened(&packed.data), widened(&plain.data), "{role}");
+    }
+}
+
+#[test]
+fn llama4_weighs_inputs_and_has_layers_that_rotate_nothing() {
+    let spec = opened("llama4").spec().clone();
+    assert_eq!(spec.moe_layers().map(|(layer, _)| layer).collect::<Vec<_>>(), [1, 3]);
+    let (first, last) = (&spec.layers[0].attention, &spec.layers[3].attention);
+    assert_eq!((first.sees, first.qk_norm, first.temperature), (Sees::Chunk(16), QkNorm::UnweightedRotated, None));
+    let temperature = Some(Temperature { floor: 8.0, scale: 0.1 });
+    assert_eq!((last.sees, last.qk_norm, last.temperature), (Sees::All, QkNorm::None, temperature));
+    assert_eq!((first.rope.as_ref().unwrap().pairs, &last.rope), (RopePairs::Neighbours, &None));
+    let moe = spec.moe(1).unwrap();
+    assert_eq!((moe.weight_on, moe.gate.score), (WeightOn::Input, Score::TopKThenSigmoid));
+    assert_eq!(moe.shared, SharedSpec::Add { intermediate: 40 });
+    let spec = opened("llama4_top2").spec().clone();
+    assert_eq!(spec.moe_layers().map(|(layer, moe)| (layer, moe.top_k)).collect::<Vec<_>>(), [(0, 2), (1, 2), (3, 2)]);
+    let rotates: Vec<bool> = spec.layers.iter().map(|layer| layer.attention.rope.is_some()).collect();
+    assert_eq!(rotates, [false, true, true, false]);
+}
+
+#[test]
+fn phimoe_minimax_m2_and_hunyuan_are_described_as_published() {
+    let phi = opened("phimoe").spec().clone();
+    assert_eq!((phi.norm, phi.head_bias), (NormKind::Layer, true));
+    assert_eq!(phi.moe(0).unwrap().gate, GateRecipe::plain(Score::SparseMixer { jitter: 0.1 }, Renormalise::None));
+    // Beyond the context trained on first, keys in the cache would have to change.
+    assert_eq!((phi.context, phi.layers[0].attention.sees), (4096, Sees::Last(131_072)));
+    let RopeScaling::Each { divisors, amplitude } = phi.layers[0].attention.rope.clone().unwrap().scaling else {
+        panic!("a divisor each expected")
+    };
+    assert_eq!((divisors.len(), divisors[7], amplitude), (8, 2.69, 1.243_163_1));
+    let minimax = opened("minimax_m2").spec().clone();
+    let attention = &minimax.layers[0].attention;
+    assert_eq!((attention.rotated(), attention.head_dim, attention.qk_norm), (12, 24, QkNorm::FullWidth));
+    let gate = GateRecipe::plain(Score::SigmoidThenTopK, Renormalise::SUM);
+    assert_eq!(minimax.moe(0).unwrap().gate, GateRecipe { selection_bias: true, ..gate });
+    let hunyuan = opened("hunyuan_v1_moe").spec().clone();
+    assert_eq!(hunyuan.layers[0].attention.qk_norm, QkNorm::PerHeadRotated);
+    let theta = hunyuan.layers[0].attention.rope.as_ref().unwrap().theta;
+    assert!((theta / (1e4 * 1000f64.powf(24.0 / 22.0)) - 1.0).abs() < 1e-12);
+    assert_eq!((hunyuan.moe(2).unwrap().top_k, hunyuan.tied_head), (3, true));
+}
+
+#[test]
+fn a_deepseek_in_fp8_has_biases_where_it_says() {
+    let checkpoint = opened("deepseek_v3_fp8");
+    let spec = checkpoint.spec();
+    assert_eq!((spec.stored.experts, spec.stored.tables), (StoredAs::Fp8, StoredAs::Plain(DType::Bf16)));
+    let form = |role| checkpoint.stored(role).unwrap().form;
+    assert_eq!(form(Role::Expert(1, 0, ExpertRole::Up)), StoredAs::Fp8);
+    assert_eq!(form(Role::Layer(0, LayerRole::KvUp)), StoredAs::Fp8);
+    assert_eq!(form(Role::Layer(1, LayerRole::Gate)), StoredAs::Plain(DType::Bf16));
+    assert_eq!(form(Role::Layer(0, LayerRole::QDownBias)), StoredAs::Plain(DType::Bf16));
+}
+
+/// A copy of a golden checkpoint with another configuration.
+fn configured(name: &str, change: impl FnOnce(&mut Map<String, Value>)) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(golden(name)).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let config = fs::read(golden(name).join("config.json")).unwrap();
+    let mut config: Map<String, Value> = serde_json::from_slice(&config).unwrap();
+    change(&mut config);
+    fs::write(dir.path().join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+    dir
+}
+
+#[test]
+fn kimi_k2_is_a_deepseek_v3() {
+    let dir = configured("deepseek_v3", |config| {
+        config.insert("model_type".to_owned(), "kimi_k2".into());
+        let classes = serde_json::json!({"AutoConfig": "configuration_deepseek.DeepseekV3Config"});
+        config.insert("auto_map".to_owned(), classes);
+    });
+    let (kimi, deepseek) = (open(dir.path()).unwrap(), opened("deepseek_v3"));
+    assert_eq!(kimi.spec().family, "kimi_k2");
+    assert_eq!(ModelSpec { family: "deepseek_v3", ..kimi.spec().clone() }, *deepseek.spec());
+}
+
+#[test]
+fn a_llama4_that_sees_images_is_read_without_that_part() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = fs::read_to_string(golden("llama4").join("config.json")).unwrap();
+    let whole = format!(r#"{{"model_type": "llama4", "text_config": {config}, "vision_config": {{}}}}"#);
+    fs::write(dir.path().join("config.json"), whole).unwrap();
+    let text = reference(&golden("llama4"));
+    let bytes: BTreeMap<String, Vec<u8>> = text
+        .iter()
+        .map(|(name, (_, values))| (name.clone(), values.iter().flat_map(|v| v.to_le_bytes()).collect()))
+        .collect();
+    let view = |name: &str, shape: &[usize]| {
+        safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.to_vec(), &bytes[name]).unwrap()
+    };
+    let mut tensors: Vec<_> =
+        text.iter().map(|(name, (shape, _))| (format!("language_model.{name}"), view(name, shape))).collect();
+    tensors.push(("vision_model.patch.weight".to_owned(), view("model.norm.weight", &[64])));
+    let file = safetensors::serialize(tensors, None).unwrap();
+    fs::write(dir.path().join("model.safetensors"), file).unwrap();
+    let (whole, text) = (open(dir.path()).unwrap(), opened("llama4"));
+    assert_eq!(ModelSpec { family: "llama4_text", ..whole.spec().clone() }, *text.spec());
+    for role in text.roles() {
+        assert_eq!(whole.read(role).unwrap(), text.read(role).unwrap(), "{role}");
+    }
+    let unused = whole.unused();
+    assert_eq!((unused.len(), unused[0].prefix.as_str(), unused[0].bytes), (1, "vision_model.", 256));
+}
+
+#[test]
+fn experts_in_stacks_are_the_same_experts() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::copy(golden("qwen3_moe").join("config.json"), dir.path().join("config.json")).unwrap();
+    let split = reference(&golden("qwen3_moe"));
+    let (layers, experts) = (opened("qwen3_moe").spec().layers.len(), 8);
+    let mut stacked: Tensors =
+        split.iter().filter(|(name, _)| !name.contains(".experts.")).map(|(n, t)| (n.clone(), t.clone())).collect();
+    for layer in 0..layers {
+        let part = |expert: usize, part: &str| {
+            split[&format!("model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight")].1.clone()
+        };
+        let both = (0..experts).flat_map(|e| [part(e, "gate"), part(e, "up")].concat()).collect();
+        let down = (0..experts).flat_map(|e| part(e, "down")).collect();
+        let name = |name: &str| format!("model.layers.{layer}.mlp.experts.{name}");
+        stacked.insert(name("gate_up_proj"), (vec![experts, 80, 64], both));
+        stacked.insert(name("down_proj"), (vec![experts, 64, 40], down));
+    }
+    let bytes: Vec<Vec<u8>> =
+        stacked.values().map(|(_, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+    let views = stacked.iter().zip(&bytes).map(|((name, (shape, _)), bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    fs::write(dir.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let (stacked, split) = (open(dir.path()).unwrap(), opened("qwen3_moe"));
+    assert_eq!(stacked.spec(), split.spec());
+    for role in split.roles() {
+        assert_eq!(stacked.read(role).unwrap(), split.read(role).unwrap(), "{role}");
+    }
+}
+
+#[test]
+fn values_of_the_published_forms_are_refused_by_key() {
+    let set = |name: &str, key: &str, value: Value| configured(name, |config| drop(config.insert(key.to_owned(), value)));
+    let fp8 = |value| set("deepseek_v3_fp8", "quantization_config", value);
+    for (what, dir, says) in [
+        ("no blocks", fp8(serde_json::json!({"quant_method": "fp8"})), "`quantization_config.weight_block_size` is missing"),
+        (
+            "other blocks",
+            fp8(serde_json::json!({"quant_method": "fp8", "weight_block_size": [64, 64]})),
+            "`quantization_config.weight_block_size` is [64,64], which is not supported",
+        ),
+        (
+            "another fp8",
+            fp8(serde_json::json!({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]})),
+            "`quantization_config.fmt` is \"e5m2\"",
+        ),
+        ("mxfp4 elsewhere", fp8(serde_json::json!({"quant_method": "mxfp4"})), "`quantization_config` is"),
+        ("bytes without a word", fp8(Value::Null), "F8_E4M3"),
+        ("a swish without a limit", set("gpt_oss", "swiglu_limit", 0.into()), "`swiglu_limit` is 0"),
+        ("widths in groups", set("gpt_oss", "intermediate_size", 48.into()), "groups of 32"),
+        ("layers of a kind", set("gpt_oss", "layer_types", serde_json::json!(["full_attention"])), "a list of 4 times"),
+        ("three experts", set("phimoe", "num_experts_per_tok", 3.into()), "SparseMixer picks 2"),
+        ("flags for layers", set("llama4", "no_rope_layers", serde_json::json!([1, 0])), "a flag is needed for each of 4"),
+        ("rotated", set("minimax_m2", "rotary_dim", 7.into()), "`rotary_dim` is"),
+        ("dropped tokens", set("hunyuan_v1_moe", "moe_drop_tokens", true.into()), "limited number of tokens"),
+        ("shared keys", set("hunyuan_v1_moe", "use_cla", true.into()), "`use_cla` is true"),
+        ("more of them", set("hunyuan_v1_moe", "moe_topk", serde_json::json!([3, 9, 3])), "`moe_topk` is 9"),
+        ("other shared", set("hunyuan_v1_moe", "num_shared_expert", serde_json::json!([1, 2, 1])), "`num_shared_expert` is 2"),
+    ] {
+        refused(what, dir.path(), &[says]);
+    }
 }
 
 #[test]

@@ -139,6 +139,15 @@ impl Model {
         }
     }
 
+    /// Rounded, and what is too small for the format is zero.
+    pub(crate) fn store_as_f16(&mut self) {
+        for tensor in self.shards.iter_mut().flat_map(|(_, tensors)| tensors) {
+            let half = |bytes: &[u8]| half::f16::from_f32(f32::from_le_bytes(bytes.try_into().unwrap()));
+            tensor.dtype = "F16";
+            tensor.bytes = tensor.bytes.chunks(4).flat_map(|f32| half(f32).to_le_bytes()).collect();
+        }
+    }
+
     /// The index: as given, or as the shards are.
     pub(crate) fn index(&self) -> Value {
         self.index.clone().unwrap_or_else(|| {

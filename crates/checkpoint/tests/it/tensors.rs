@@ -3,6 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 
+use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::{ExpertRole, LayerRole, Role};
 use muster_checkpoint::{CheckpointError, WeightData};
 use muster_types::DType;
@@ -18,7 +19,7 @@ type Change = fn(&mut Model);
 
 #[test]
 fn tensors_that_contradict_the_configuration_are_refused_by_name() {
-    let table: [(&str, Change, &[&str]); 13] = [
+    let table: [(&str, Change, &[&str]); 15] = [
         ("missing expert", |m| m.remove(UP), &[UP, "layer 2 expert 5 up projection", "no shard has"]),
         ("missing norm", |m| m.remove(NORM), &[NORM, "layer 2 attention norm"]),
         ("missing head", |m| m.remove("lm_head.weight"), &["lm_head.weight", "(head)"]),
@@ -55,7 +56,17 @@ fn tensors_that_contradict_the_configuration_are_refused_by_name() {
             &["q_proj.bias", "no part of"],
         ),
         ("a head's bias", |m| m.add(0, "lm_head.bias", &[12]), &["lm_head.bias", "no part of"]),
-        ("half precision", |m| stored_as(m, UP, "F16"), &[UP, "is F16; this build reads F32 and BF16"]),
+        ("integers", |m| stored_as(m, UP, "I16"), &[UP, "is I16; this build reads F32, BF16 and F16"]),
+        (
+            "an expert too many",
+            |m| m.add(0, "model.layers.0.block_sparse_moe.experts.6.w1.weight", &[6, 8]),
+            &["experts.6.w1.weight", "is of expert 6", "layer 0 has 6 experts"],
+        ),
+        (
+            "two heads",
+            |m| drop(m.config.insert("tie_word_embeddings".to_owned(), json!(true))),
+            &["lm_head.weight", "`tie_word_embeddings`"],
+        ),
     ];
     for (what, change, parts) in table {
         let mut model = Model::mixtral();
@@ -84,7 +95,7 @@ fn stored_as(model: &mut Model, name: &str, dtype: &'static str) {
 fn linear_weights_share_a_dtype_and_norms_need_not() {
     let mut model = Model::mixtral();
     stored_as(&mut model, UP, "BF16");
-    refused("one matrix in bf16", model.written().path(), &[UP, "is BF16, but other linear weights are not"]);
+    refused("one matrix in bf16", model.written().path(), &[UP, "is BF16, but other weights of its kind are not"]);
 
     let mut model = Model::mixtral();
     model.store_as_bf16();
@@ -95,8 +106,8 @@ fn linear_weights_share_a_dtype_and_norms_need_not() {
     let checkpoint = open(dir.path()).unwrap();
     assert_eq!(checkpoint.spec().dtype, DType::Bf16);
     let norm = Role::Layer(2, LayerRole::AttentionNorm);
-    assert_eq!(checkpoint.stored(norm).unwrap().dtype, DType::F32);
-    assert_eq!(checkpoint.stored(Role::FinalNorm).unwrap().dtype, DType::Bf16);
+    assert_eq!(checkpoint.stored(norm).unwrap().form, StoredAs::Plain(DType::F32));
+    assert_eq!(checkpoint.stored(Role::FinalNorm).unwrap().form, StoredAs::Plain(DType::Bf16));
     for role in [norm, Role::FinalNorm] {
         assert!(matches!(checkpoint.read(role).unwrap().data, WeightData::F32(_)), "{role}");
     }
@@ -104,13 +115,40 @@ fn linear_weights_share_a_dtype_and_norms_need_not() {
 }
 
 #[test]
+fn half_precision_is_widened_and_a_gate_may_be_finer() {
+    let mut model = Model::mixtral();
+    model.store_as_f16();
+    let dir = model.written();
+    let checkpoint = open(dir.path()).unwrap();
+    assert_eq!((checkpoint.spec().dtype, checkpoint.spec().stored.experts), (DType::F32, StoredAs::F16));
+    let (half, whole) = (checkpoint, Model::mixtral().written());
+    let whole = open(whole.path()).unwrap();
+    for role in whole.roles() {
+        let [half, whole] = [&half, &whole].map(|checkpoint| match checkpoint.read(role).unwrap().data {
+            WeightData::F32(values) => values,
+            other => panic!("{other:?}"),
+        });
+        // Eleven bits are kept.
+        assert!(half.iter().zip(&whole).all(|(h, w)| (h - w).abs() <= w.abs() / 2048.0), "{role}");
+        assert_eq!(half.len(), whole.len());
+    }
+
+    let mut model = Model::mixtral();
+    let gate = model.tensor(GATE).clone();
+    model.store_as_bf16();
+    *model.tensor(GATE) = gate;
+    let dir = model.written();
+    let checkpoint = open(dir.path()).unwrap();
+    let stored = checkpoint.stored(Role::Layer(1, LayerRole::Gate)).unwrap();
+    assert_eq!((stored.form, checkpoint.spec().dtype), (StoredAs::Plain(DType::F32), DType::Bf16));
+}
+
+#[test]
 fn tensors_that_change_nothing_are_ignored() {
     let mut model = Model::mixtral();
     model.add(0, "model.layers.0.self_attn.rotary_emb.inv_freq", &[2]);
     model.add(1, "vision_tower.patch.weight", &[3, 3]);
-    model.config.insert("tie_word_embeddings".to_owned(), json!(true));
     let checkpoint = open(model.written().path()).unwrap();
-    assert!(checkpoint.stored(Role::Head).is_none());
     let known =
         checkpoint.roles().filter_map(|role| checkpoint.stored(role)).any(|s| s.tensor.contains("vision"));
     assert!(!known);

@@ -2,15 +2,13 @@
 
 use std::ops::RangeInclusive;
 
-use muster_checkpoint::spec::{
-    AttentionSpec, GateRecipe, GroupWorth, MlpSpec, ModelSpec, QkNorm, Renormalise, RopePairs, Score,
-    SharedSpec,
-};
-use muster_checkpoint::{Checkpoint, Inventory, LayerInventory};
+use muster_checkpoint::spec::{MlpSpec, ModelSpec};
+use muster_checkpoint::{Checkpoint, Inventory, LayerInventory, Unused};
 use muster_model::LoadProgress;
 use muster_text::Tokenizer;
 use serde::Serialize;
 
+use super::in_words;
 use super::quality::{self, Quality};
 use crate::args::CheckModelArgs;
 use crate::failure::Failure;
@@ -32,12 +30,23 @@ struct Report {
     end_of_text: Vec<u32>,
     tokenizer: Option<TokenizerReport>,
     layers: Vec<LayerReport>,
+    /// Tensors of the checkpoint that serving it does not need.
+    left_alone: Vec<LeftAlone>,
     quality: Option<Quality>,
+}
+
+#[derive(Serialize)]
+struct LeftAlone {
+    begins_with: String,
+    tensors: usize,
+    bytes: u64,
 }
 
 #[derive(Serialize)]
 struct Weights {
     dtype: String,
+    /// How they are stored, in words.
+    stored: String,
     bytes: u64,
     trunk_bytes: u64,
     /// Whether every weight was read and found finite; false when only headers were checked.
@@ -58,6 +67,7 @@ struct LayerReport {
     experts_per_token: u32,
     expert_bytes: u64,
     gate: Option<String>,
+    expert: Option<String>,
     shared_expert: Option<String>,
     attention: String,
 }
@@ -113,7 +123,13 @@ fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) ->
         fingerprint: checkpoint.fingerprint().to_string(),
         parameters,
         active_parameters,
-        weights: Weights { dtype: spec.dtype.to_string(), bytes: total_bytes, trunk_bytes, read },
+        weights: Weights {
+            dtype: spec.dtype.to_string(),
+            stored: in_words::stored(&spec.stored),
+            bytes: total_bytes,
+            trunk_bytes,
+            read,
+        },
         hidden: spec.hidden,
         vocabulary: spec.vocab,
         context: spec.context,
@@ -123,8 +139,14 @@ fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) ->
             chat_template_problem: tokenizer.chat_template().err().map(|error| error.to_string()),
         }),
         layers: layers.iter().enumerate().map(|(number, layer)| layer_report(spec, number, *layer)).collect(),
+        left_alone: checkpoint.unused().into_iter().map(left_alone).collect(),
         quality: None,
     }
+}
+
+fn left_alone(unused: Unused) -> LeftAlone {
+    let Unused { prefix, tensors, bytes } = unused;
+    LeftAlone { begins_with: prefix, tensors, bytes }
 }
 
 fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> LayerReport {
@@ -138,87 +160,14 @@ fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> Layer
         experts,
         experts_per_token: moe.map_or(0, |moe| moe.top_k),
         expert_bytes,
-        gate: moe.map(|moe| in_words(&moe.gate, moe.top_k)),
-        shared_expert: moe.and_then(|moe| shared_in_words(moe.shared)),
+        gate: moe.map(in_words::gate),
+        expert: moe.map(in_words::expert),
+        shared_expert: moe.and_then(|moe| in_words::shared(moe.shared)),
         attention: spec
             .layers
             .get(number)
-            .map_or_else(String::new, |layer| attention_in_words(&layer.attention)),
+            .map_or_else(String::new, |layer| in_words::attention(&layer.attention)),
     }
-}
-
-/// What a gate does, in a sentence.
-fn in_words(gate: &GateRecipe, top_k: u32) -> String {
-    let bias = if gate.bias { "logits with a bias, " } else { "" };
-    let groups = gate.groups.map_or_else(String::new, |limit| {
-        let by = match limit.worth {
-            GroupWorth::Best => "best expert",
-            GroupWorth::BestTwo => "two best experts",
-        };
-        format!(" from {} of {} groups, those with the highest {by}", limit.kept, limit.groups)
-    });
-    let selected = if gate.selection_bias { ", selected with a bias that weights leave out" } else { "" };
-    let score = match gate.score {
-        Score::SoftmaxThenTopK => format!("softmax over all experts, then top-{top_k}{groups}{selected}"),
-        Score::SigmoidThenTopK => format!("sigmoid of every expert, then top-{top_k}{groups}{selected}"),
-        Score::TopKThenSoftmax => format!("top-{top_k}{groups}{selected}, then softmax over those"),
-    };
-    let renormalise = match gate.renormalise {
-        Renormalise::None => String::new(),
-        Renormalise::Sum { .. } => ", weights divided by their sum".to_owned(),
-        Renormalise::SumAtLeast { floor } => {
-            format!(", weights divided by their sum or {floor:e} if that is more")
-        }
-    };
-    let scale = if gate.scale == 1.0 { String::new() } else { format!(", times {}", gate.scale) };
-    format!("{bias}{score}{renormalise}{scale}")
-}
-
-/// What every token gets beside its routed experts; `None` where that is nothing.
-fn shared_in_words(shared: SharedSpec) -> Option<String> {
-    match shared {
-        SharedSpec::None => None,
-        SharedSpec::Add { intermediate } => Some(format!("{intermediate} wide, added; kept in the router")),
-        SharedSpec::SigmoidGated { intermediate } => {
-            Some(format!("{intermediate} wide, added times a sigmoid per token; kept in the router"))
-        }
-    }
-}
-
-/// A layer's attention, in a phrase.
-fn attention_in_words(attention: &AttentionSpec) -> String {
-    let AttentionSpec { heads, kv_heads, head_dim, qk_norm, clip_qkv, rope, window, .. } = attention;
-    let mut words = match &attention.latent {
-        None => format!("{heads} heads of {head_dim}, {kv_heads} for keys and values"),
-        Some(latent) => format!(
-            "{heads} heads over compressed rows of {} and {} rotated elements",
-            latent.kv_rank, rope.dim
-        ),
-    };
-    match qk_norm {
-        QkNorm::None => {}
-        QkNorm::PerHead => words += ", queries and keys normed per head",
-        QkNorm::FullWidth => words += ", queries and keys normed",
-    }
-    if let Some(limit) = clip_qkv {
-        words += &format!(", clamped to {limit}");
-    }
-    if attention.qkv_bias || attention.o_bias {
-        words += ", biases";
-    }
-    if attention.latent.is_none() && rope.dim < *head_dim {
-        words += &format!(", {} elements of a head rotated", rope.dim);
-    }
-    if rope.pairs == RopePairs::Neighbours {
-        words += ", neighbours rotated together";
-    }
-    if let Some(yarn) = &rope.yarn {
-        words += &format!(", YaRN by {}", yarn.factor);
-    }
-    if let Some(window) = window {
-        words += &format!(", a window of {window}");
-    }
-    words
 }
 
 /// Neighbouring layers that are alike.
@@ -275,7 +224,7 @@ fn for_people(report: &Report) -> String {
             format!(
                 "{} {}: trunk {}, experts {}",
                 text::bytes(report.weights.bytes),
-                report.weights.dtype,
+                report.weights.stored,
                 text::bytes(report.weights.trunk_bytes),
                 text::bytes(experts_bytes)
             ),
@@ -294,6 +243,7 @@ fn for_people(report: &Report) -> String {
         let parts = [
             ("attention", attention),
             ("gate", layer.gate.as_ref()),
+            ("expert", layer.expert.as_ref()),
             ("shared expert", layer.shared_expert.as_ref()),
         ];
         for (name, words) in parts {
@@ -303,6 +253,10 @@ fn for_people(report: &Report) -> String {
                 facts.push((name, words.clone()));
             }
         }
+    }
+    for LeftAlone { begins_with, tensors, bytes } in &report.left_alone {
+        let words = format!("{tensors} tensors of {}: {begins_with}*", text::bytes(*bytes));
+        facts.push(("not needed", words));
     }
     facts.push(("fingerprint", report.fingerprint.clone()));
     facts.push(("loads", loads.to_owned()));
@@ -342,6 +296,7 @@ mod tests {
             experts_per_token: 2,
             expert_bytes: 3,
             gate: None,
+            expert: None,
             shared_expert: None,
             attention: String::new(),
         };

@@ -9,6 +9,7 @@ mod certs;
 mod chat;
 mod check_model;
 mod generate;
+mod in_words;
 mod keys;
 mod logits;
 mod plan;

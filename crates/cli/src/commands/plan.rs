@@ -34,8 +34,6 @@ pub(super) struct Report {
     pub(super) family: String,
     /// Whether the facts are those of a preset, and not of a directory.
     pub(super) preset: bool,
-    /// Whether this build has its family.
-    pub(super) served: bool,
     pub(super) parameters: u64,
     pub(super) active_parameters: u64,
     pub(super) layers: usize,
@@ -128,7 +126,6 @@ struct Subject {
     loaded_from: String,
     family: String,
     preset: bool,
-    served: bool,
     outline: Outline,
     indexed_bytes: Option<u64>,
 }
@@ -151,7 +148,6 @@ fn subject(model: &str) -> Result<Subject, Failure> {
             loaded_from: preset.repository.to_owned(),
             family: preset.family.to_owned(),
             preset: true,
-            served: preset.is_served(),
             outline: preset.outline(),
             indexed_bytes: None,
         });
@@ -166,7 +162,6 @@ fn subject(model: &str) -> Result<Subject, Failure> {
         loaded_from: whole_path(model),
         family: survey.spec.family.to_owned(),
         preset: false,
-        served: true,
         outline: Outline::of(&survey.spec),
         indexed_bytes: survey.indexed_bytes,
     })
@@ -194,10 +189,7 @@ fn unknown(model: &str) -> String {
 
 fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     let outline = &subject.outline;
-    let compute = Compute::default_for(match outline.stored {
-        StoredAs::Plain(dtype) => dtype,
-        StoredAs::Fp8 | StoredAs::Mxfp4 => DType::Bf16,
-    });
+    let compute = Compute::default_for(outline.stored.read_as());
     let footprint = |experts| Footprint::of(outline, compute, experts, args.trunk_dtype);
     let uncountable = || Failure::input(format!("model {}: its bytes cannot be counted", subject.name));
     let sizes = footprint(args.expert_dtype).ok_or_else(uncountable)?;
@@ -267,7 +259,6 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
         loaded_from: subject.loaded_from,
         family: subject.family,
         preset: subject.preset,
-        served: subject.served,
     })
 }
 

@@ -28,14 +28,6 @@ fn facts(report: &Report) -> String {
     } else {
         String::new()
     };
-    let served = if report.served {
-        "yes".to_owned()
-    } else {
-        format!(
-            "cannot be served by this build yet: it does not have the family {}, or cannot read weights in the published form",
-            report.family
-        )
-    };
     let native = |dtype: &str, stored: &str| {
         if dtype == "native" { stored.to_owned() } else { dtype.to_owned() }
     };
@@ -46,7 +38,6 @@ fn facts(report: &Report) -> String {
     };
     let mut facts = vec![
         ("model", format!("{} ({}){from}", report.model, report.family)),
-        ("served", served),
         (
             "parameters",
             format!(
@@ -202,12 +193,6 @@ fn mebibytes(bytes: u64) -> u64 {
 }
 
 fn next(report: &Report) -> String {
-    if !report.served {
-        return format!(
-            "Next: nothing yet. `muster check-model DIR` will tell when a build has the family {}.",
-            report.family
-        );
-    }
     let mut pools: Vec<(u64, u64, u64)> = report
         .given
         .iter()
