@@ -21,10 +21,29 @@ pub fn workspace_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// A model directory among the fixtures.
+/// Where golden checkpoints are; `MUSTER_GOLDEN` names others.
+fn fixtures() -> PathBuf {
+    let own = || workspace_root().join("tests/fixtures/golden");
+    std::env::var_os("MUSTER_GOLDEN").map_or_else(own, PathBuf::from)
+}
+
+/// One of them.
 #[must_use]
 pub fn golden_model(family: &str) -> PathBuf {
-    workspace_root().join("tests/fixtures/golden").join(family)
+    fixtures().join(family)
+}
+
+/// All of them: directories, each a checkpoint with what transformers computes of it.
+///
+/// # Panics
+/// When there are none.
+#[must_use]
+pub fn families() -> Vec<String> {
+    let names = std::fs::read_dir(fixtures()).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    assert!(!names.is_empty(), "{} is empty", fixtures().display());
+    names
 }
 
 /// The trained demo model.

@@ -4,25 +4,9 @@
 use muster_tests::client::{generate, greedy};
 use muster_tests::cluster::{Cluster, Setup};
 use muster_tests::golden::{Tensors, farthest, ids, json, logits};
-use muster_tests::golden_model;
 use muster_tests::process::run;
+use muster_tests::{families, golden_model};
 use serde_json::Value;
-
-const FAMILIES: [&str; 13] = [
-    "mixtral",
-    "mixtral_bf16",
-    "mixtral_top1",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "granitemoe",
-    "granitemoeshared",
-    "ernie4_5_moe",
-    "glm4_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v3_bf16",
-];
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
@@ -59,13 +43,13 @@ fn compare(family: &str) {
 
 #[test]
 fn logits_and_choices_of_every_family() {
-    FAMILIES.iter().for_each(|family| compare(family));
+    families().iter().for_each(|family| compare(family));
 }
 
 #[test]
 fn greedy_tokens_of_every_family() {
-    for family in FAMILIES {
-        let directory = golden_model(family);
+    for family in families() {
+        let directory = golden_model(&family);
         let golden = Tensors::read(&directory.join("golden.safetensors"));
         for prompt in ["prompt0", "prompt1"] {
             let tokens = golden.ids(&format!("{prompt}.input_ids"));
@@ -134,8 +118,8 @@ fn one_two_and_four_workers_and_any_chunk_give_the_same_bits() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_router_and_two_workers_give_the_golden_tokens_of_every_family() {
-    for family in FAMILIES {
-        let directory = golden_model(family);
+    for family in families() {
+        let directory = golden_model(&family);
         let golden = Tensors::read(&directory.join("golden.safetensors"));
         let cluster = Cluster::start(Setup::new(&directory).compute("f32"));
         let client = cluster.client().await;

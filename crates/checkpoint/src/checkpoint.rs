@@ -209,7 +209,8 @@ impl Checkpoint {
             let entry = found.entry(prefix.clone()).or_insert(Unused { prefix, tensors: 0, bytes: 0 });
             entry.tensors += 1;
             // The header was found to cover its file, so its tensors' bytes can be counted.
-            entry.bytes += tensor.shape.iter().map(|&size| size as u64).product::<u64>() * tensor.element.size();
+            entry.bytes +=
+                tensor.shape.iter().map(|&size| size as u64).product::<u64>() * tensor.element.size();
         }
         found.into_values().collect()
     }

@@ -167,7 +167,9 @@ impl Config {
             number.filter(|number| (1..=most).contains(number))
         };
         let numbers = match value.as_array() {
-            Some(list) => list.iter().map(number).collect::<Option<Vec<_>>>().filter(|list| list.len() == layers),
+            Some(list) => {
+                list.iter().map(number).collect::<Option<Vec<_>>>().filter(|list| list.len() == layers)
+            }
             None => number(value).map(|one| vec![one; layers]),
         };
         let text = || format!("a whole number, 1 to {most}, or a list of {layers} of them");

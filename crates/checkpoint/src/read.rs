@@ -80,7 +80,8 @@ pub(crate) fn read(
             let count = slice.rows * (slice.cols / MXFP4_GROUP);
             let in_groups = Slice { cols: slice.cols / MXFP4_GROUP, ..*slice };
             let mut blocks = vec![[0_u8; GROUP_BYTES]; count];
-            let read = |at, out: &mut [[u8; GROUP_BYTES]]| blob(slice.tensor).read_at(at, out.as_flattened_mut());
+            let read =
+                |at, out: &mut [[u8; GROUP_BYTES]]| blob(slice.tensor).read_at(at, out.as_flattened_mut());
             gather(&mut blocks, &in_groups, groups, read)?;
             let mut bytes = vec![0_u8; count];
             gather(&mut bytes, &in_groups, scale_bytes, |at, out| blob(scales).read_at(at, out))?;
@@ -204,7 +205,8 @@ mod tests {
         };
         let gathered = |rows, cols, offset, row_step, col_step| {
             let grid = Grid { offset, row_step, col_step };
-            let slice = Slice { tensor: 0, rows, cols, kind: Kind::Matrix, form: Form::Plain(Plain::F32, grid) };
+            let slice =
+                Slice { tensor: 0, rows, cols, kind: Kind::Matrix, form: Form::Plain(Plain::F32, grid) };
             let mut data = vec![0; rows * cols];
             assert!(gather(&mut data, &slice, grid, read).is_ok());
             data

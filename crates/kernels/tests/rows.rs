@@ -4,7 +4,8 @@ mod common;
 
 use common::{Numbers, assert_same, cpu, cpus, tree_sum};
 use muster_kernels::{
-    Angles, Isa, KernelError, Rope, RopePairs, layer_norm, rms_norm, rms_norm_in_place, rotate,
+    Angles, Isa, KernelError, Llama3, Rope, RopePairs, RopeScaling, Yarn, layer_norm, rms_norm,
+    rms_norm_in_place, rotate,
 };
 
 fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
@@ -166,6 +167,76 @@ fn rotation_turns_pairs_and_leaves_the_rest() {
     }
 }
 
+/// Cosines at position 1 tell frequencies.
+#[test]
+fn scaled_frequencies_follow_their_formulas() {
+    const DIM: usize = 64;
+    let (theta, context) = (5e5_f64, 4096.0_f64);
+    let plain = |i: usize| theta.powf(-2.0 * i as f64 / DIM as f64);
+    let turns = |i: usize| context * plain(i) / std::f64::consts::TAU;
+    let divisors: Vec<f32> = (0..DIM / 2).map(|i| 1.0 + i as f32 / 4.0).collect();
+    let yarn = |truncate| Yarn {
+        factor: 32.0,
+        original_context: context,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate,
+        amplitude: 1.25,
+    };
+    let yarned = |truncate: bool| {
+        let place =
+            |turns: f64| DIM as f64 * (context / turns / std::f64::consts::TAU).ln() / (2.0 * theta.ln());
+        let (mut low, mut high) = (place(32.0), place(1.0));
+        if truncate {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        move |i: usize| {
+            let divided = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            plain(i) * (1.0 - divided) + plain(i) / 32.0 * divided
+        }
+    };
+    let llama = |i: usize| match turns(i) {
+        turns if turns < 1.0 => plain(i) / 8.0,
+        turns if turns > 4.0 => plain(i),
+        turns => plain(i) / 8.0 * (4.0 - turns) / 3.0 + plain(i) * (turns - 1.0) / 3.0,
+    };
+    let llama_scaling = Llama3 { factor: 8.0, original_context: context, low: 1.0, high: 4.0 };
+    let cases: [(RopeScaling<'_>, f64, Box<dyn Fn(usize) -> f64>); 5] = [
+        (RopeScaling::Linear(2.5), 1.0, Box::new(move |i| plain(i) / 2.5)),
+        (RopeScaling::Yarn(yarn(true)), 1.25, Box::new(yarned(true))),
+        (RopeScaling::Yarn(yarn(false)), 1.25, Box::new(yarned(false))),
+        (RopeScaling::Llama3(llama_scaling), 1.0, Box::new(llama)),
+        (
+            RopeScaling::Each { divisors: &divisors, amplitude: 0.75 },
+            0.75,
+            Box::new(move |i| plain(i) / (1.0 + i as f64 / 4.0)),
+        ),
+    ];
+    for (scaling, amplitude, frequency) in cases {
+        let rope = Rope::new(theta, DIM, RopePairs::Halves, &scaling).unwrap();
+        let mut angles = Angles::default();
+        rope.angles(&[1], &mut angles);
+        for (i, (sin, cos)) in angles.sin().iter().zip(angles.cos()).enumerate() {
+            let expected = frequency(i);
+            let found = f64::from(*sin).atan2(f64::from(*cos));
+            assert!((found / expected - 1.0).abs() < 1e-5, "{scaling:?} pair {i}: {found} for {expected}");
+            let length = f64::from(*sin).hypot(f64::from(*cos));
+            assert!((length / amplitude - 1.0).abs() < 1e-6, "{scaling:?}");
+        }
+    }
+    // No pair lies between equal bounds, where the mix would be a division by zero.
+    let equal = Llama3 { factor: 16.0, low: 2.0, high: 2.0, ..llama_scaling };
+    let rope = Rope::new(theta, DIM, RopePairs::Halves, &RopeScaling::Llama3(equal)).unwrap();
+    let mut angles = Angles::default();
+    rope.angles(&[1], &mut angles);
+    assert!(angles.cos().iter().all(|cos| cos.is_finite()));
+    let short = RopeScaling::Each { divisors: &divisors[1..], amplitude: 1.0 };
+    assert!(matches!(
+        Rope::new(theta, DIM, RopePairs::Halves, &short),
+        Err(KernelError::Size { field: "divisors", .. })
+    ));
+}
+
 #[test]
 fn position_zero_turns_nothing_and_memory_is_reused() {
     let rope = Rope::new(5e5, 6, RopePairs::Halves, &RopeScaling::None).unwrap();
@@ -181,8 +252,14 @@ fn position_zero_turns_nothing_and_memory_is_reused() {
 
 #[test]
 fn unusable_embeddings_are_refused() {
-    assert!(matches!(Rope::new(0.0, 8, RopePairs::Halves, &RopeScaling::None), Err(KernelError::Theta { .. })));
-    assert!(matches!(Rope::new(f64::NAN, 8, RopePairs::Halves, &RopeScaling::None), Err(KernelError::Theta { .. })));
+    assert!(matches!(
+        Rope::new(0.0, 8, RopePairs::Halves, &RopeScaling::None),
+        Err(KernelError::Theta { .. })
+    ));
+    assert!(matches!(
+        Rope::new(f64::NAN, 8, RopePairs::Halves, &RopeScaling::None),
+        Err(KernelError::Theta { .. })
+    ));
     for dim in [0, 7, 65_536] {
         assert!(matches!(
             Rope::new(1e4, dim, RopePairs::Halves, &RopeScaling::None),

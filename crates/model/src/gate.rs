@@ -272,9 +272,9 @@ mod tests {
                 let mut left: Vec<(usize, f64)> = scores.iter().copied().enumerate().collect();
                 for (weight, expert) in weights.iter_mut().zip(&experts) {
                     let best = *weight;
-                    let near = |logit: f64| !((best - logit) / logit.abs().max(best) > 2.0 * f64::from(jitter));
-                    let sum: f64 = left.iter().filter(|l| near(l.1)).map(|l| (l.1 - best).exp()).sum();
-                    *weight = 1.0 / sum;
+                    let far = |logit: f64| (best - logit) / logit.abs().max(best) > 2.0 * f64::from(jitter);
+                    let near = left.iter().filter(|&&(_, logit)| !far(logit));
+                    *weight = 1.0 / near.map(|(_, logit)| (logit - best).exp()).sum::<f64>();
                     left.retain(|(id, _)| *id != expert.what);
                 }
             }

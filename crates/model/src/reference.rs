@@ -62,9 +62,8 @@ impl<'a> Reference<'a> {
         let (mut choices, mut hidden) = (Vec::new(), Vec::new());
         for (layer, index) in spec.layers.iter().zip(0u32..) {
             let weight = |role| self.read(Role::Layer(index, role));
-            let norm = |x: &Tensor, roles: [LayerRole; 2]| {
-                self.norm(x, roles.map(|role| Role::Layer(index, role)))
-            };
+            let norm =
+                |x: &Tensor, roles: [LayerRole; 2]| self.norm(x, roles.map(|role| Role::Layer(index, role)));
             let normed = norm(&x, [LayerRole::AttentionNorm, LayerRole::AttentionNormBias])?;
             let attended = self.attention(&layer.attention, index, &normed)?;
             x = (x + (attended * f64::from(spec.residual_multiplier))?)?;
@@ -356,7 +355,8 @@ fn choose(spec: &MoeSpec, logits: &[f32], selection_bias: &[f32]) -> Vec<(u32, f
             let mut left = logits.to_vec();
             for (weight, &expert) in weights.iter_mut().zip(&order) {
                 let best = left[expert];
-                let near = left.iter().filter(|l| !((best - **l) / l.abs().max(best) > 2.0 * jitter));
+                let far = |logit: f32| (best - logit) / logit.abs().max(best) > 2.0 * jitter;
+                let near = left.iter().filter(|&&logit| !far(logit));
                 *weight = 1.0 / near.map(|logit| (logit - best).exp()).sum::<f32>();
                 left[expert] = f32::NEG_INFINITY;
             }

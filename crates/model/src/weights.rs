@@ -122,12 +122,7 @@ impl<'a> Loader<'a> {
     }
 }
 
-fn pack(
-    rows: usize,
-    cols: usize,
-    data: &WeightData,
-    packing: Packing,
-) -> Result<Matrix, KernelError> {
+fn pack(rows: usize, cols: usize, data: &WeightData, packing: Packing) -> Result<Matrix, KernelError> {
     match (data, packing) {
         (WeightData::Mxfp4 { blocks, scales }, _) => {
             pack(rows, cols, &WeightData::F32(mxfp4::widen(blocks, scales)), packing)

@@ -83,16 +83,18 @@ impl ModelCard {
     pub fn to_wire(&self) -> v1::ModelCard {
         let layer = |layer: &Option<LayerCard>| match layer {
             None => v1::LayerCard::default(),
-            Some(LayerCard { experts, intermediate, packed: [gate, up, down], biases, clamped_swish }) => v1::LayerCard {
-                experts: experts.get(),
-                intermediate: intermediate.get(),
-                gate: packed_to_wire(*gate).into(),
-                up: packed_to_wire(*up).into(),
-                down: packed_to_wire(*down).into(),
-                biases: *biases,
-                clamped_swish: clamped_swish
-                    .map(|ClampedSwish { alpha, limit }| v1::ClampedSwish { alpha, limit }),
-            },
+            Some(LayerCard { experts, intermediate, packed: [gate, up, down], biases, clamped_swish }) => {
+                v1::LayerCard {
+                    experts: experts.get(),
+                    intermediate: intermediate.get(),
+                    gate: packed_to_wire(*gate).into(),
+                    up: packed_to_wire(*up).into(),
+                    down: packed_to_wire(*down).into(),
+                    biases: *biases,
+                    clamped_swish: clamped_swish
+                        .map(|ClampedSwish { alpha, limit }| v1::ClampedSwish { alpha, limit }),
+                }
+            }
         };
         v1::ModelCard {
             fingerprint: self.fingerprint.as_bytes().to_vec().into(),

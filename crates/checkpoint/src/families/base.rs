@@ -7,8 +7,8 @@
 use muster_types::DType;
 use serde_json::Value;
 
-use crate::config::{Config, ConfigError};
 use super::rope::rope;
+use crate::config::{Config, ConfigError};
 use crate::outline::StoredAs;
 use crate::spec::{
     AttentionSpec, ExpertGroups, GateRecipe, Gating, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec,
@@ -250,8 +250,10 @@ impl Base {
         const KEY: &str = "layer_types";
         let Some(value) = config.get(KEY) else { return Ok((0..self.layers).map(default).collect()) };
         let word = |item: &Value| words.iter().find(|(word, _)| item == word).map(|(_, sees)| *sees);
-        let list: Option<Vec<Sees>> =
-            value.as_array().and_then(|list| list.iter().map(word).collect()).filter(|list: &Vec<_>| list.len() == self.layers);
+        let list: Option<Vec<Sees>> = value
+            .as_array()
+            .and_then(|list| list.iter().map(word).collect())
+            .filter(|list: &Vec<_>| list.len() == self.layers);
         let allowed = || format!("a list of {} times \"{}\" or \"{}\"", self.layers, words[0].0, words[1].0);
         list.ok_or_else(|| config.bad(KEY, value, allowed()))
     }

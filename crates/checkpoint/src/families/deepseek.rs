@@ -9,8 +9,8 @@ use super::glm4_moe::{experts, sigmoid_gate};
 use super::rope::yarn_scale;
 use crate::config::{Config, ConfigError};
 use crate::spec::{
-    AttentionSpec, GateRecipe, GroupWorth, LatentSpec, ModelSpec, MoeSpec, Renormalise, RopePairs, RopeScaling,
-    RopeSpec, Score,
+    AttentionSpec, GateRecipe, GroupWorth, LatentSpec, ModelSpec, MoeSpec, Renormalise, RopePairs,
+    RopeScaling, RopeSpec, Score,
 };
 
 pub(super) const V2: Family = Family::new("deepseek_v2", v2, experts);

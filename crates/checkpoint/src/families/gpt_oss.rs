@@ -61,13 +61,8 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let said = ["rope_scaling", "rope_parameters"].iter().any(|key| config.get(key).is_some());
     let scaling = if said { base.rope.scaling.clone() } else { RopeScaling::Yarn(YARN) };
     let rope = RopeSpec { scaling, ..base.rope.clone() };
-    let attention = AttentionSpec {
-        qkv_bias: bias,
-        o_bias: bias,
-        sinks: true,
-        rope: Some(rope),
-        ..base.attention()
-    };
+    let attention =
+        AttentionSpec { qkv_bias: bias, o_bias: bias, sinks: true, rope: Some(rope), ..base.attention() };
     let gate = GateRecipe { bias: true, ..GateRecipe::plain(Score::TopKThenSoftmax, Renormalise::None) };
     let gating = Gating::ClampedSwish {
         alpha: config.positive("swiglu_alpha", 1.702)? as f32,
@@ -129,7 +124,13 @@ fn experts(
             plan.view(role(ExpertRole::Down), &output, &[count, width, hidden], Kind::Matrix, view)?;
         }
         let view = View::vector(index * hidden, hidden, 1);
-        plan.view(role(ExpertRole::DownBias), &format!("{output}_bias"), &[count, hidden], Kind::Vector, view)?;
+        plan.view(
+            role(ExpertRole::DownBias),
+            &format!("{output}_bias"),
+            &[count, hidden],
+            Kind::Vector,
+            view,
+        )?;
     }
     Ok(())
 }

@@ -46,18 +46,18 @@ const NAMES: SplitNames = SplitNames { router: "gate.wg", shared: "shared_mlp", 
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     config.refuse_set("sliding_window", "this family attends to the whole sequence")?;
-    config.refuse_unless("use_cla", "layers that share keys and values are not computed", |value| value == false)?;
+    config.refuse_unless("use_cla", "layers that share keys and values are not computed", |value| {
+        value == false
+    })?;
     config.refuse_unless("use_qk_norm", "this build norms queries and keys", |value| value == true)?;
     config.refuse_unless("mlp_bias", "this build reads MLPs without biases", |value| value == false)?;
-    config.refuse_unless("moe_layer_num_skipped", "this build reads experts in every layer", |value| value == 0)?;
+    config.refuse_unless("moe_layer_num_skipped", "this build reads experts in every layer", |value| {
+        value == 0
+    })?;
     config.refuse_unless("use_mixed_mlp_moe", "this build adds the shared expert", |value| value == true)?;
     let bias = config.flag("attention_bias", false)?;
-    let attention = AttentionSpec {
-        qk_norm: QkNorm::PerHeadRotated,
-        qkv_bias: bias,
-        o_bias: bias,
-        ..base.attention()
-    };
+    let attention =
+        AttentionSpec { qk_norm: QkNorm::PerHeadRotated, qkv_bias: bias, o_bias: bias, ..base.attention() };
     let width = intermediate(config, "intermediate_size", 11008)?;
     for (key, allowed) in [("moe_intermediate_size", width), ("num_shared_expert", 1)] {
         let values = config.per_layer(key, base.layers, allowed, MOST_EXPERTS.max(width))?;
@@ -76,7 +76,11 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let shared = SharedSpec::Add { intermediate: width };
     let layer = |(&experts, &top_k): (&usize, &usize)| {
         if top_k > experts {
-            return Err(config.conflict("moe_topk", &top_k, format!("there are {experts} experts (`num_experts`)")));
+            return Err(config.conflict(
+                "moe_topk",
+                &top_k,
+                format!("there are {experts} experts (`num_experts`)"),
+            ));
         }
         let moe = MoeSpec { experts: count(experts), top_k: count(top_k), shared, ..base.moe(width, gate) };
         Ok(LayerSpec { attention: attention.clone(), mlp: MlpSpec::Moe(moe) })

@@ -102,7 +102,8 @@ fn rotates(config: &Config, layers: usize) -> Result<Vec<bool>, ConfigError> {
     const KEY: &str = "no_rope_layers";
     let flags = config.numbers(KEY, 2)?;
     if !flags.is_empty() {
-        let short = || config.conflict(KEY, &flags.len(), format!("a flag is needed for each of {layers} layers"));
+        let short =
+            || config.conflict(KEY, &flags.len(), format!("a flag is needed for each of {layers} layers"));
         let flags = flags.get(..layers).ok_or_else(short)?;
         return Ok(flags.iter().map(|flag| *flag == 1).collect());
     }

@@ -48,22 +48,25 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     config.refuse_set("sliding_window", "this family attends to the whole sequence")?;
     config.refuse_unless("scoring_func", "this build computes \"sigmoid\"", |value| value == "sigmoid")?;
-    config.refuse_unless("use_routing_bias", "this build selects by the bias that comes with it", |value| {
-        value == true
-    })?;
+    config.refuse_unless(
+        "use_routing_bias",
+        "this build selects by the bias that comes with it",
+        |value| value == true,
+    )?;
     config.refuse_unless("use_qk_norm", "this build norms queries and keys", |value| value == true)?;
     config.refuse_unless("qk_norm_type", "this build norms whole projections (\"per_layer\")", |value| {
         value == "per_layer"
     })?;
-    config.refuse_unless("attn_type_list", "this build computes full attention (1) in every layer", |value| {
-        value.as_array().is_some_and(|types| types.iter().all(|kind| kind == 1))
-    })?;
-    config.refuse_unless("shared_intermediate_size", "this family has no shared expert", |value| value == 0)?;
+    config.refuse_unless(
+        "attn_type_list",
+        "this build computes full attention (1) in every layer",
+        |value| value.as_array().is_some_and(|types| types.iter().all(|kind| kind == 1)),
+    )?;
+    config
+        .refuse_unless("shared_intermediate_size", "this family has no shared expert", |value| value == 0)?;
     let attention = AttentionSpec { qk_norm: QkNorm::FullWidth, ..base.attention() };
-    let gate = GateRecipe {
-        selection_bias: true,
-        ..GateRecipe::plain(Score::SigmoidThenTopK, Renormalise::SUM)
-    };
+    let gate =
+        GateRecipe { selection_bias: true, ..GateRecipe::plain(Score::SigmoidThenTopK, Renormalise::SUM) };
     let moe = base.moe(intermediate(config, "intermediate_size", 1536)?, gate);
     let layers = vec![LayerSpec { attention, mlp: MlpSpec::Moe(moe) }; base.layers];
     // Layers that predict more tokens ahead have names of their own.

@@ -81,7 +81,10 @@ const REFUSED: [(&str, &str); 5] = [
     ("switch_transformers", CAPACITY),
     ("nllb-moe", CAPACITY),
     ("qwen3_next", "its layers of linear attention are not computed"),
-    ("longcat_flash", "its layers have two attentions each and experts that stand for nothing, which is not computed"),
+    (
+        "longcat_flash",
+        "its layers have two attentions each and experts that stand for nothing, which is not computed",
+    ),
     ("jamba", "its state-space layers are not computed"),
 ];
 const CAPACITY: &str =
@@ -132,7 +135,9 @@ impl Family {
             trunk::layer(plan, number, spec, &layer.attention, self.names)?;
             match &layer.mlp {
                 MlpSpec::Moe(moe) => (self.experts)(plan, number, spec.hidden, moe)?,
-                MlpSpec::Dense { intermediate } => trunk::dense(plan, number, spec.hidden, *intermediate, self.names)?,
+                MlpSpec::Dense { intermediate } => {
+                    trunk::dense(plan, number, spec.hidden, *intermediate, self.names)?;
+                }
             }
         }
         Ok(())

@@ -33,10 +33,13 @@ pub(super) fn rope(
         scaling: RopeScaling::None,
     };
     let Some(nested) = scaling.or(parameters) else { return Ok((rope, context)) };
-    if defaults.habits.alpha && ["rope_type", "type"].iter().any(|key| nested.get(key).is_some_and(|kind| kind == "dynamic")) {
+    if defaults.habits.alpha
+        && ["rope_type", "type"].iter().any(|key| nested.get(key).is_some_and(|kind| kind == "dynamic"))
+    {
         return Ok((stretched(&nested, rope)?, context));
     }
-    scaled(config, &nested, rope, context)
+    let (scaling, context) = scaling_of(config, &nested, dim / 2, context)?;
+    Ok((RopeSpec { scaling, ..rope }, context))
 }
 
 /// A larger base instead of changed frequencies (HunYuan's "dynamic" scaling, which depends on no length).
@@ -78,19 +81,20 @@ fn rotated(
             Rotary::Elements(key, _) | Rotary::Part(key) => key,
             Rotary::Whole | Rotary::Partial(_) => PART,
         };
-        let reason = format!("of {head_dim} elements of a head that rotates {dim}; it must be an even number");
+        let reason =
+            format!("of {head_dim} elements of a head that rotates {dim}; it must be an even number");
         return Err(config.conflict(key, &part, reason));
     }
     Ok(dim)
 }
 
-/// Adds the scaling that these parameters describe.
-fn scaled(
+/// The scaling that these parameters describe, for so many pairs, and the context that it is good for.
+fn scaling_of(
     config: &Config,
     parameters: &Config,
-    rope: RopeSpec,
+    pairs: usize,
     context: usize,
-) -> Result<(RopeSpec, usize), ConfigError> {
+) -> Result<(RopeScaling, usize), ConfigError> {
     const KNOWN: &str = "this build computes \"default\", \"linear\", \"yarn\", \"llama3\" and \"longrope\"";
     let named = |key| parameters.get(key).and_then(Value::as_str);
     for key in ["rope_type", "type"] {
@@ -114,7 +118,7 @@ fn scaled(
         let missing = || ConfigError::Missing { key: parameters.name(key) };
         parameters.optional_positive(key)?.ok_or_else(missing)
     };
-    let (scaling, context) = match kind {
+    Ok(match kind {
         "linear" => {
             only(&["factor", ORIGINAL])?;
             (RopeScaling::Linear { factor: needed("factor")? }, context)
@@ -131,15 +135,28 @@ fn scaled(
         }
         "yarn" => {
             only(&[
-                "factor", ORIGINAL, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate",
+                "factor",
+                ORIGINAL,
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "attention_factor",
+                "truncate",
             ])?;
             (RopeScaling::Yarn(yarn(parameters, original, context)?), context)
         }
         "longrope" => {
             only(&[
-                "factor", ORIGINAL, "short_factor", "long_factor", "short_mscale", "long_mscale", "attention_factor",
+                "factor",
+                ORIGINAL,
+                "short_factor",
+                "long_factor",
+                "short_mscale",
+                "long_mscale",
+                "attention_factor",
             ])?;
-            let divisors = divisors(parameters, rope.dim / 2)?;
+            let divisors = divisors(parameters, pairs)?;
             let amplitude = longrope_amplitude(parameters, original, context)?;
             // Beyond the original context the reference changes all frequencies when a sequence grows past it, which
             // would change the keys that are cached already.
@@ -149,8 +166,7 @@ fn scaled(
             only(&[])?;
             (RopeScaling::None, context)
         }
-    };
-    Ok((RopeSpec { scaling, ..rope }, context))
+    })
 }
 
 fn yarn(parameters: &Config, original: usize, context: usize) -> Result<YarnSpec, ConfigError> {

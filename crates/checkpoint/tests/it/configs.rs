@@ -205,7 +205,10 @@ fn absent_keys_mean_the_class_defaults() {
     model.config.insert("router_jitter_noise".to_owned(), json!(0.1));
     model.config.insert("something_else".to_owned(), json!({"a": [1]}));
     let spec = open(model.written().path()).unwrap().spec().clone();
-    assert_eq!((spec.norm_eps, spec.layers[0].attention.rope.as_ref().unwrap().theta, spec.context), (1e-5, 1e6, 131_072));
+    assert_eq!(
+        (spec.norm_eps, spec.layers[0].attention.rope.as_ref().unwrap().theta, spec.context),
+        (1e-5, 1e6, 131_072)
+    );
     assert_eq!((spec.bos, spec.eos.len(), spec.tied_head), (Some(1), 0, false));
 }
 

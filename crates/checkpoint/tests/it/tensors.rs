@@ -95,7 +95,11 @@ fn stored_as(model: &mut Model, name: &str, dtype: &'static str) {
 fn linear_weights_share_a_dtype_and_norms_need_not() {
     let mut model = Model::mixtral();
     stored_as(&mut model, UP, "BF16");
-    refused("one matrix in bf16", model.written().path(), &[UP, "is BF16, but other weights of its kind are not"]);
+    refused(
+        "one matrix in bf16",
+        model.written().path(),
+        &[UP, "is BF16, but other weights of its kind are not"],
+    );
 
     let mut model = Model::mixtral();
     model.store_as_bf16();

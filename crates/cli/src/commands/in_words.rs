@@ -47,7 +47,10 @@ pub(super) fn gate(moe: &MoeSpec) -> String {
         Score::TopKThenSoftmax => format!("{top}, then softmax over those"),
         Score::TopKThenSigmoid => format!("{top}, then sigmoid of each"),
         Score::SparseMixer { jitter } => {
-            format!("{top} one by one, each weighed against the others within {} of it (SparseMixer)", 2.0 * jitter)
+            format!(
+                "{top} one by one, each weighed against the others within {} of it (SparseMixer)",
+                2.0 * jitter
+            )
         }
     };
     let renormalise = match gate.renormalise {

@@ -91,7 +91,7 @@ fn load_layer(
         MlpSpec::Moe(moe) => Mlp::Moe(Box::new(load_moe(loader, moe, index, dtype)?)),
         MlpSpec::Dense { .. } => {
             let roles = [LayerRole::DenseGate, LayerRole::DenseUp, LayerRole::DenseDown];
-            Mlp::Dense(load_mlp(loader, index, roles, "dense MLP", dtype)?)
+            Mlp::Dense(Box::new(load_mlp(loader, index, roles, "dense MLP", dtype)?))
         }
     };
     let rope = match &attention.rope {
@@ -107,7 +107,11 @@ fn load_layer(
     };
     Ok(Layer {
         attention: Attention {
-            norm: load_norm(loader, model, [LayerRole::AttentionNorm, LayerRole::AttentionNormBias].map(role))?,
+            norm: load_norm(
+                loader,
+                model,
+                [LayerRole::AttentionNorm, LayerRole::AttentionNormBias].map(role),
+            )?,
             source,
             rope,
             sinks: loader.vector_if(attention.sinks, role(LayerRole::Sinks))?,

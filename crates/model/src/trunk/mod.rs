@@ -56,7 +56,7 @@ struct Layer {
 enum Mlp {
     /// Its routed experts are elsewhere.
     Moe(Box<Moe>),
-    Dense(Expert),
+    Dense(Box<Expert>),
 }
 
 /// A sequence's part of a step.
