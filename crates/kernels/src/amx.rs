@@ -6,10 +6,10 @@
 
 use std::marker::PhantomData;
 
-use crate::matrix::Bf16Block;
-use crate::pairs::{Engine, PairRows, PairWork};
+use crate::matrix::{Bf16Block, Block};
+use crate::pairs::{Engine, PairRows, PairWork, Paired};
 use crate::simd::{LANES, Simd};
-use crate::tile::Sink;
+use crate::tile::{Sink, panels_at};
 
 /// Eight tile registers of up to sixteen rows of 64 bytes: 0..4 hold totals, 4 inputs, 5 inputs or weights, 6 and 7
 /// weights.
@@ -54,7 +54,7 @@ impl<T> Copy for InTiles<T> {}
 
 impl<T: Tiles> Engine for InTiles<T> {
     #[inline(always)]
-    fn run<S: Simd, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, K, M>) {
+    fn run<S: Simd, W: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, W, K, M>) {
         let rows = work.rows.len().min(LANES);
         if rows == 0 {
             return;
@@ -66,32 +66,32 @@ impl<T: Tiles> Engine for InTiles<T> {
         if work.rows.len() <= LANES {
             // One tile of inputs: many panels share its loads and keep several streams of weights going.
             while M == 1 && panel + 4 <= end {
-                walk.inputs_by_panels::<S, K, M, 1, 4, 4>(s, work, work.rows.start, panel);
+                walk.inputs_by_panels::<S, W, K, M, 1, 4, 4>(s, work, work.rows.start, panel);
                 panel += 4;
             }
             while M == 2 && panel + 2 <= end {
-                walk.inputs_by_panels::<S, K, M, 1, 2, 4>(s, work, work.rows.start, panel);
+                walk.inputs_by_panels::<S, W, K, M, 1, 2, 4>(s, work, work.rows.start, panel);
                 panel += 2;
             }
             while panel < end {
                 if M == 1 {
-                    walk.inputs_by_panels::<S, K, M, 1, 1, 1>(s, work, work.rows.start, panel);
+                    walk.inputs_by_panels::<S, W, K, M, 1, 1, 1>(s, work, work.rows.start, panel);
                 } else {
-                    walk.inputs_by_panels::<S, K, M, 1, 1, 2>(s, work, work.rows.start, panel);
+                    walk.inputs_by_panels::<S, W, K, M, 1, 1, 2>(s, work, work.rows.start, panel);
                 }
                 panel += 1;
             }
             return;
         }
         while M == 1 && panel + 2 <= end {
-            walk.rows_by_panels::<S, K, M, 2, 2>(s, work, panel);
+            walk.rows_by_panels::<S, W, K, M, 2, 2>(s, work, panel);
             panel += 2;
         }
         while panel < end {
             if M == 1 {
-                walk.rows_by_panels::<S, K, M, 1, 1>(s, work, panel);
+                walk.rows_by_panels::<S, W, K, M, 1, 1>(s, work, panel);
             } else {
-                walk.rows_by_panels::<S, K, M, 1, 2>(s, work, panel);
+                walk.rows_by_panels::<S, W, K, M, 1, 2>(s, work, panel);
             }
             panel += 1;
         }
@@ -113,19 +113,19 @@ struct Walk<T> {
 impl<T: Tiles> Walk<T> {
     /// All rows times `C` panels of each matrix, which are `B` tiles of weights; two tiles of inputs at a time.
     #[inline(always)]
-    fn rows_by_panels<S: Simd, K: Sink<M>, const M: usize, const C: usize, const B: usize>(
+    fn rows_by_panels<S: Simd, W: Paired, K: Sink<M>, const M: usize, const C: usize, const B: usize>(
         &mut self,
         s: S,
-        work: &PairWork<'_, K, M>,
+        work: &PairWork<'_, W, K, M>,
         panel: usize,
     ) {
         let mut row = work.rows.start;
         while row + LANES < work.rows.end {
-            self.inputs_by_panels::<S, K, M, 2, C, B>(s, work, row, panel);
+            self.inputs_by_panels::<S, W, K, M, 2, C, B>(s, work, row, panel);
             row += 2 * LANES;
         }
         if row < work.rows.end {
-            self.inputs_by_panels::<S, K, M, 1, C, B>(s, work, row, panel);
+            self.inputs_by_panels::<S, W, K, M, 1, C, B>(s, work, row, panel);
         }
     }
 
@@ -133,6 +133,7 @@ impl<T: Tiles> Walk<T> {
     #[inline(always)]
     fn inputs_by_panels<
         S: Simd,
+        W: Paired,
         K: Sink<M>,
         const M: usize,
         const A: usize,
@@ -141,15 +142,15 @@ impl<T: Tiles> Walk<T> {
     >(
         &mut self,
         s: S,
-        work: &PairWork<'_, K, M>,
+        work: &PairWork<'_, W, K, M>,
         row: usize,
         panel: usize,
     ) {
         const { assert!(A * B <= 4) };
         assert_eq!(B, M * C, "every panel is multiplied");
-        let panels = work.panels_at::<C>(panel);
-        let weights: [&[Bf16Block]; B] = std::array::from_fn(|b| panels[b / C][b % C]);
-        self.multiply::<A, B>(work.x, row, weights);
+        let panels = panels_at::<W, M, C>(work.weights, panel);
+        let weights: [&[W]; B] = std::array::from_fn(|b| panels[b / C][b % C]);
+        self.multiply::<S, W, A, B>(s, work.x, row, weights);
         let count = (work.rows.end - row).min(A * LANES);
         for r in 0..count {
             for c in 0..C {
@@ -161,11 +162,12 @@ impl<T: Tiles> Walk<T> {
 
     /// `A` tiles of inputs from `row` on times `B` panels: tile `a * B + b` of the totals.
     #[inline(always)]
-    fn multiply<const A: usize, const B: usize>(
+    fn multiply<S: Simd, W: Paired, const A: usize, const B: usize>(
         &mut self,
+        s: S,
         x: PairRows<'_>,
         row: usize,
-        weights: [&[Bf16Block]; B],
+        weights: [&[W]; B],
     ) {
         let tiles = &mut self.tiles;
         let blocks = weights[0].len();
@@ -181,7 +183,7 @@ impl<T: Tiles> Walk<T> {
         // sixteen lines of 64 bytes.
         let input =
             |a: usize, block: usize| inputs.as_ptr().wrapping_add(a * LANES * x.per_row + block * LANES);
-        let weight = |b: usize, block: usize| weights[b.min(B - 1)][block].as_ptr().cast::<u32>();
+        let mut decoded = [Bf16Block::ZERO; B];
         const LINE: usize = LANES * size_of::<u32>();
         tiles.zero::<0>();
         if A * B > 1 {
@@ -192,32 +194,42 @@ impl<T: Tiles> Walk<T> {
             tiles.zero::<3>();
         }
         for block in 0..blocks {
+            for (to, panel) in decoded.iter_mut().zip(weights) {
+                if W::plain(panel).is_none() {
+                    panel[block].decode(s, to);
+                }
+            }
+            let weight = |b: usize| {
+                let b = b.min(B - 1);
+                let plain = W::plain(weights[b]).map_or(&decoded[b], |panel| &panel[block]);
+                plain.as_ptr().cast::<u32>()
+            };
             // SAFETY: the ranges stated above lie in `inputs` and in whole blocks of weights.
             unsafe {
                 tiles.load::<4>(input(0, block), stride);
                 if A == 2 {
-                    tiles.load::<6>(weight(0, block), LINE);
+                    tiles.load::<6>(weight(0), LINE);
                     tiles.multiply::<0, 4, 6>();
                     tiles.load::<5>(input(1, block), stride);
                     if B == 1 {
                         tiles.multiply::<1, 5, 6>();
                     } else {
                         tiles.multiply::<2, 5, 6>();
-                        tiles.load::<7>(weight(1, block), LINE);
+                        tiles.load::<7>(weight(1), LINE);
                         tiles.multiply::<1, 4, 7>();
                         tiles.multiply::<3, 5, 7>();
                     }
                 } else {
-                    tiles.load::<5>(weight(0, block), LINE);
+                    tiles.load::<5>(weight(0), LINE);
                     tiles.multiply::<0, 4, 5>();
                     if B > 1 {
-                        tiles.load::<6>(weight(1, block), LINE);
+                        tiles.load::<6>(weight(1), LINE);
                         tiles.multiply::<1, 4, 6>();
                     }
                     if B > 2 {
-                        tiles.load::<7>(weight(2, block), LINE);
+                        tiles.load::<7>(weight(2), LINE);
                         tiles.multiply::<2, 4, 7>();
-                        tiles.load::<5>(weight(3, block), LINE);
+                        tiles.load::<5>(weight(3), LINE);
                         tiles.multiply::<3, 4, 5>();
                     }
                 }

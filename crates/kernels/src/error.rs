@@ -64,6 +64,26 @@ pub enum KernelError {
         /// The output feature.
         n: usize,
     },
+    /// A weight's scales are not as many as its groups.
+    #[error("weight of shape [{n}, {k}] has {found} scales: it must have one per 32 inputs of a row")]
+    Scales {
+        /// Output features.
+        n: usize,
+        /// Input features.
+        k: usize,
+        /// Scales given.
+        found: usize,
+    },
+    /// A scale of eight bits is no number, or makes weights of it that bf16 cannot hold.
+    #[error("scale {group} of row {n} of the weight is {scale}: it must be at most 252, 255 is not a number")]
+    Scale {
+        /// The output feature.
+        n: usize,
+        /// The group of 32 input features.
+        group: usize,
+        /// The scale as stored.
+        scale: u8,
+    },
     /// One matrix of an expert does not fit the others.
     #[error("expert's {field} is [{n}, {k}], its gate asks for [{want_n}, {want_k}]")]
     ExpertShape {

@@ -14,7 +14,7 @@ use crate::error::KernelError;
 use crate::gating::{Activation, Biases, Gating};
 use crate::isa::{Kernel, dispatch_flushing};
 use crate::linear::{LinearTask, Output};
-use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
+use crate::matrix::{Elements, Matrix, Panels, Stored};
 use crate::pairs::{
     Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
 };
@@ -49,8 +49,10 @@ impl Expert {
             }
         }
         match (&gate.elements, &up.elements, &down.elements) {
-            (Elements::Bf16(_), Elements::Bf16(_), Elements::Bf16(_) | Elements::F32(_))
-            | (Elements::F32(_), Elements::F32(_), Elements::Bf16(_) | Elements::F32(_)) => {}
+            (Elements::Bf16(_), Elements::Bf16(_), down)
+            | (Elements::Mxfp4(_), Elements::Mxfp4(_), down)
+            | (Elements::F32(_), Elements::F32(_), down)
+                if !matches!(down, Elements::Quantised(_)) => {}
             (Elements::Quantised(gate), Elements::Quantised(up), Elements::Quantised(down))
                 if gate.kind() == up.kind() && gate.kind() == down.kind() => {}
             _ => return Err(KernelError::ExpertTypes),
@@ -88,7 +90,7 @@ impl Expert {
     }
 
     /// What is added to the outputs of the last linear.
-    pub(crate) fn down_bias(&self) -> Option<&[f32]> {
+    fn down_bias(&self) -> Option<&[f32]> {
         self.biases().map(|biases| biases.down.as_slice())
     }
 
@@ -118,12 +120,10 @@ impl Expert {
         self.gate.n()
     }
 
-    /// Its weights, if all are bf16.
-    fn in_bf16(&self) -> Option<[&Panels<Bf16Block>; 3]> {
-        match (&self.gate.elements, &self.up.elements, &self.down.elements) {
-            (Elements::Bf16(gate), Elements::Bf16(up), Elements::Bf16(down)) => Some([gate, up, down]),
-            _ => None,
-        }
+    /// Whether all its weights are bf16 values, whatever their packing.
+    fn is_in_bf16(&self) -> bool {
+        let in_bf16 = |matrix: &&Matrix| matches!(matrix.elements, Elements::Bf16(_) | Elements::Mxfp4(_));
+        self.matrices().iter().all(in_bf16)
     }
 
     /// Whether the matrices are quantised.
@@ -215,7 +215,7 @@ fn run<E: Engine>(
     };
     let hidden = first.expert.hidden();
     check(groups, hidden, x, out);
-    let in_pairs = |expert: &Expert| engine.is_some() && expert.in_bf16().is_some();
+    let in_pairs = |expert: &Expert| engine.is_some() && expert.is_in_bf16();
     let plan = scratch.plan(cpu, groups, &in_pairs);
     if scratch.activated.len() < plan.activated {
         scratch.activated.resize(plan.activated, 0.0);
@@ -237,10 +237,9 @@ fn run<E: Engine>(
         let task = first[index];
         let ExpertRows { expert, rows } = groups[task.group];
         let (before, activation) = (task.activated_before, expert.activation());
-        if let (Some(engine), Some([gate, up, _])) = (engine, expert.in_bf16()) {
+        if let Some(engine) = engine.filter(|_| expert.is_in_bf16()) {
             let sink = GatedPairs { out: &between_pairs, before, activation };
-            let work = task.pair_work([gate, up], packed.from(task.rows_before), sink);
-            dispatch_flushing(cpu.isa(), PairTask(engine, work));
+            gate_up_in_pairs(engine, cpu, task, expert, packed.from(task.rows_before), sink);
             return;
         }
         let out = Gated { out: &between, before, activation, precision };
@@ -251,14 +250,12 @@ fn run<E: Engine>(
     cpu.run(second.len(), plan.work, &|index| {
         let task = second[index];
         let expert = groups[task.group].expert;
-        if let (Some(engine), Some([.., w])) = (engine, expert.in_bf16()) {
+        if let Some(engine) = engine.filter(|_| expert.is_in_bf16()) {
             let x = PairRows {
                 words: &words[task.activated_before..],
                 per_row: words_per_row(expert.intermediate()),
             };
-            let bias = expert.down_bias();
-            let sink = Output { out: &out, first_row: task.rows_before, n: hidden, bias };
-            dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([w], x, sink)));
+            down_in_pairs(engine, cpu, task, expert, x, &out);
             return;
         }
         down(cpu, task, expert, &activated[task.activated_before..], &out);
@@ -376,10 +373,33 @@ fn gate_up(cpu: &Cpu, task: Task, expert: &Expert, x: Gathered<'_>, sink: Gated<
         (Elements::Bf16(gate), Elements::Bf16(up)) => {
             dispatch_flushing(cpu.isa(), GateUpTask(task.work([gate, up], x, sink)));
         }
+        (Elements::Mxfp4(gate), Elements::Mxfp4(up)) => {
+            dispatch_flushing(cpu.isa(), GateUpTask(task.work([gate, up], x, sink)));
+        }
         (Elements::F32(gate), Elements::F32(up)) => {
             dispatch_flushing(cpu.isa(), GateUpTask(task.work([gate, up], x, sink)));
         }
         _ => unreachable!("an expert's gate and up have one element type"),
+    }
+}
+
+/// The same where all weights are bf16 values.
+fn gate_up_in_pairs<E: Engine>(
+    engine: E,
+    cpu: &Cpu,
+    task: Task,
+    expert: &Expert,
+    x: PairRows<'_>,
+    sink: GatedPairs<'_>,
+) {
+    match (&expert.gate.elements, &expert.up.elements) {
+        (Elements::Bf16(gate), Elements::Bf16(up)) => {
+            dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([gate, up], x, sink)));
+        }
+        (Elements::Mxfp4(gate), Elements::Mxfp4(up)) => {
+            dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([gate, up], x, sink)));
+        }
+        _ => unreachable!("an expert's gate and up have one element type, here of bf16 values"),
     }
 }
 
@@ -401,12 +421,12 @@ impl Task {
         self.panel..self.panel + self.panels
     }
 
-    fn pair_work<'a, K, const M: usize>(
+    fn pair_work<'a, B, K, const M: usize>(
         self,
-        weights: [&'a Panels<Bf16Block>; M],
+        weights: [&'a Panels<B>; M],
         x: PairRows<'a>,
         sink: K,
-    ) -> PairWork<'a, K, M> {
+    ) -> PairWork<'a, B, K, M> {
         PairWork { weights, x, sink, rows: self.row_range(), panels: self.panel_range() }
     }
 }
@@ -414,18 +434,46 @@ impl Task {
 /// The second stage of one task; `activated` starts with the group's first row.
 fn down(cpu: &Cpu, task: Task, expert: &Expert, activated: &[f32], out: &Disjoint<'_, f32>) {
     let x = Dense { x: activated, k: expert.intermediate() };
-    let (n, bias) = (expert.hidden(), expert.down_bias());
-    let sink = Output { out, first_row: task.rows_before, n, bias };
+    let sink = Output::of(task, expert, out);
     match &expert.down.elements {
         Elements::Bf16(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
+        Elements::Mxfp4(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
         Elements::F32(w) => dispatch_flushing(cpu.isa(), LinearTask(task.work([w], x, sink))),
         Elements::Quantised(_) => unreachable!("an expert is quantised whole or not at all"),
     }
 }
 
+/// The same where all weights are bf16 values.
+fn down_in_pairs<E: Engine>(
+    engine: E,
+    cpu: &Cpu,
+    task: Task,
+    expert: &Expert,
+    x: PairRows<'_>,
+    out: &Disjoint<'_, f32>,
+) {
+    let sink = Output::of(task, expert, out);
+    match &expert.down.elements {
+        Elements::Bf16(w) => {
+            dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([w], x, sink)));
+        }
+        Elements::Mxfp4(w) => {
+            dispatch_flushing(cpu.isa(), PairTask(engine, task.pair_work([w], x, sink)));
+        }
+        _ => unreachable!("the expert's weights are bf16 values"),
+    }
+}
+
+impl<'a> Output<'a> {
+    /// Where the second stage of a task leaves its results.
+    pub(crate) fn of(task: Task, expert: &'a Expert, out: &'a Disjoint<'a, f32>) -> Self {
+        Self { out, first_row: task.rows_before, n: expert.hidden(), bias: expert.down_bias() }
+    }
+}
+
 struct GateUpTask<'a, B>(Work<'a, B, Gathered<'a>, Gated<'a>, 2>);
 
-impl<B: Block> Kernel for GateUpTask<'_, B> {
+impl<B: Stored> Kernel for GateUpTask<'_, B> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -511,7 +559,11 @@ mod tests {
     fn experts_on_tiles_give_the_bits_of_lanes() {
         // SAFETY: plain Rust runs anywhere.
         let tiles = unsafe { InTiles::<Software>::new() };
-        let matrix = |n, k, seed| {
+        let matrix = |n: usize, k: usize, seed| {
+            if k == 64 && seed != 3 {
+                let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 101 / 3 + seed as usize) as u8).collect();
+                return Matrix::pack_mxfp4(n, k, &codes, &vec![125; n * k / 32]).unwrap();
+            }
             let mut bits = vec![0; n * k];
             crate::to_bf16(&numbers(n * k, seed), &mut bits);
             Matrix::pack_bf16(n, k, &bits).unwrap()

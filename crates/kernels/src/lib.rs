@@ -37,6 +37,7 @@ mod linear;
 pub mod math;
 mod matrix;
 mod memory;
+mod mxfp4;
 mod norm;
 mod packed;
 mod pairs;

@@ -10,9 +10,9 @@ use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Kernel, dispatch_flushing};
-use crate::matrix::{Bf16Block, Block, Elements, Matrix, Panels};
+use crate::matrix::{Elements, Matrix, Panels, Stored};
 use crate::pairs::{
-    Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Path, pack, path, words_per_row,
+    Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Paired, Path, pack, path, words_per_row,
 };
 use crate::quant;
 use crate::simd::{LANES, Simd, load_part, store_part};
@@ -30,22 +30,35 @@ pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], precision: Precision, out: &mut 
     assert_eq!(x.len(), rows * w.k(), "x: its length must be a multiple of k = {}", w.k());
     assert_eq!(out.len(), rows * w.n(), "out: its length must be rows * n = {rows} * {}", w.n());
     match &w.elements {
-        Elements::Bf16(panels) => match path(cpu.isa(), precision) {
-            Path::Lanes => run(cpu, w, panels, x, out),
-            Path::Pairs => run_pairs(InPairs, cpu, w, panels, x, out),
-            Path::Tiles(engine) => run_pairs(engine, cpu, w, panels, x, out),
-        },
+        Elements::Bf16(panels) => run_bf16(cpu, w, panels, x, precision, out),
+        Elements::Mxfp4(panels) => run_bf16(cpu, w, panels, x, precision, out),
         Elements::F32(panels) => run(cpu, w, panels, x, out),
         Elements::Quantised(weights) => quant::linear(cpu, w, weights, x, out),
     }
 }
 
+/// Of weights that are bf16 values.
+fn run_bf16<B: Paired>(
+    cpu: &Cpu,
+    w: &Matrix,
+    weights: &Panels<B>,
+    x: &[f32],
+    precision: Precision,
+    out: &mut [f32],
+) {
+    match path(cpu.isa(), precision) {
+        Path::Lanes => run(cpu, w, weights, x, out),
+        Path::Pairs => run_pairs(InPairs, cpu, w, weights, x, out),
+        Path::Tiles(engine) => run_pairs(engine, cpu, w, weights, x, out),
+    }
+}
+
 /// As [`run`], with the inputs packed in pairs.
-fn run_pairs<E: Engine>(
+fn run_pairs<E: Engine, B: Paired>(
     engine: E,
     cpu: &Cpu,
     w: &Matrix,
-    weights: &Panels<Bf16Block>,
+    weights: &Panels<B>,
     x: &[f32],
     out: &mut [f32],
 ) {
@@ -64,7 +77,7 @@ fn run_pairs<E: Engine>(
     PACKED.set(buffer);
 }
 
-fn run<B: Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mut [f32]) {
+fn run<B: Stored>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mut [f32]) {
     let rows = x.len() / w.k();
     let x = Dense { x, k: w.k() };
     over_tasks(cpu, w, rows, out, |rows, panels, sink| {
@@ -96,7 +109,7 @@ pub(crate) fn over_tasks(
 /// A task of a linear.
 pub(crate) struct LinearTask<'a, B, R>(pub(crate) Work<'a, B, R, Output<'a>, 1>);
 
-impl<B: Block, R: Rows> Kernel for LinearTask<'_, B, R> {
+impl<B: Stored, R: Rows> Kernel for LinearTask<'_, B, R> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -140,26 +153,39 @@ mod tests {
         let tiles = unsafe { InTiles::<Software>::new() };
         for threads in [1, 3] {
             let cpu = Cpu::new(NonZeroUsize::new(threads).unwrap()).unwrap();
-            for (n, k) in [(1, 1), (16, 32), (17, 33), (48, 64), (100, 257), (64, 288), (33, 95), (80, 31)] {
-                let w = crate::amx::tests::numbers(n * k, 1);
+            let matrices =
+                [(1, 1), (16, 32), (17, 33), (48, 64), (100, 257), (64, 288), (33, 95), (80, 31)].map(bf16);
+            let decoded = [(1, 32), (16, 32), (17, 64), (48, 160), (100, 288), (33, 96)].map(mxfp4);
+            for matrix in matrices.iter().chain(&decoded) {
+                let (n, k) = (matrix.n(), matrix.k());
                 let x = crate::amx::tests::numbers(130 * k, 2);
-                let mut bits = vec![0; n * k];
-                crate::to_bf16(&w, &mut bits);
-                let matrix = Matrix::pack_bf16(n, k, &bits).unwrap();
-                let Elements::Bf16(panels) = &matrix.elements else { unreachable!("packed as bf16") };
                 let canonical = Cpu::with_isa(NonZeroUsize::MIN, Isa::Portable).unwrap();
                 let mut want = vec![0.0; 130 * n];
-                linear(&canonical, &matrix, &x, Precision::Bf16, &mut want);
+                linear(&canonical, matrix, &x, Precision::Bf16, &mut want);
                 for rows in (1..=40).chain([47, 48, 49, 63, 64, 65, 66, 80, 96, 97, 128, 129, 130]) {
                     let mut out = vec![f32::NAN; rows * n];
-                    run_pairs(tiles, &cpu, &matrix, panels, &x[..rows * k], &mut out);
-                    crate::amx::tests::assert_same(
-                        &out,
-                        &want[..rows * n],
-                        &format!("[{n}, {k}] {rows} rows"),
-                    );
+                    let x = &x[..rows * k];
+                    match &matrix.elements {
+                        Elements::Bf16(panels) => run_pairs(tiles, &cpu, matrix, panels, x, &mut out),
+                        Elements::Mxfp4(panels) => run_pairs(tiles, &cpu, matrix, panels, x, &mut out),
+                        _ => unreachable!("packed as bf16 or MXFP4"),
+                    }
+                    let what = format!("{matrix:?} {rows} rows");
+                    crate::amx::tests::assert_same(&out, &want[..rows * n], &what);
                 }
             }
         }
+    }
+
+    fn bf16((n, k): (usize, usize)) -> Matrix {
+        let mut bits = vec![0; n * k];
+        crate::to_bf16(&crate::amx::tests::numbers(n * k, 1), &mut bits);
+        Matrix::pack_bf16(n, k, &bits).unwrap()
+    }
+
+    fn mxfp4((n, k): (usize, usize)) -> Matrix {
+        let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 101 / 3) as u8).collect();
+        let scales: Vec<u8> = (0..n * k / 32).map(|i| [127, 120, 130, 0, 252, 1, 125][i % 7]).collect();
+        Matrix::pack_mxfp4(n, k, &codes, &scales).unwrap()
     }
 }

@@ -3,14 +3,15 @@
 //! What must hold: a [`Matrix`] is made of panels of sixteen output features; a panel is a run of blocks of 32 input
 //! features; both sizes are padded with zeros. A bf16 block holds sixteen lines, one per pair of input features, each
 //! with the sixteen outputs' pairs (the even feature in the low half). That is also the layout of AMX's B operand.
-//! An f32 block holds 32 lines, one per input feature; [`crate::quant`] has the quantised ones. It does not know how the
-//! products are added; [`crate::tile`] does.
+//! An f32 block holds 32 lines, one per input feature; [`crate::quant`] has the quantised ones, [`crate::mxfp4`] those
+//! that become bf16 blocks when they are used. It does not know how the products are added; [`crate::tile`] does.
 
 use std::fmt;
 
 use crate::convert::from_bf16;
 use crate::error::KernelError;
 use crate::memory::{Buffer, Zeroed};
+use crate::mxfp4::Mxfp4Block;
 use crate::quant::{Quantisation, Quantised};
 use crate::simd::{LANES, Simd};
 
@@ -22,13 +23,38 @@ pub(crate) type Bf16Block = [[u32; LANES]; BLOCK_K / 2];
 /// A block of an f32 panel.
 pub(crate) type F32Block = [[f32; LANES]; BLOCK_K];
 
-/// 32 input features by 16 output features of a weight.
+/// 32 input features by 16 output features of a weight, as they are kept.
+pub(crate) trait Stored: Zeroed + Send + Sync {
+    /// As what they are multiplied.
+    type Block: Block;
+    /// The blocks themselves, if they are multiplied as they are.
+    fn plain(blocks: &[Self]) -> Option<&[Self::Block]>;
+    /// Writes the block as it is multiplied.
+    fn decode<S: Simd>(&self, s: S, to: &mut Self::Block);
+}
+
+/// A block that is multiplied as it is.
 pub(crate) trait Block: Zeroed + Send + Sync {
+    /// A block of zeros.
+    const ZERO: Self;
     /// The weights of input features `2 * pair` and `2 * pair + 1`.
     fn pair<S: Simd>(&self, s: S, pair: usize) -> (S::V, S::V);
 }
 
+impl<B: Block> Stored for B {
+    type Block = B;
+    #[inline(always)]
+    fn plain(blocks: &[B]) -> Option<&[B]> {
+        Some(blocks)
+    }
+    #[inline(always)]
+    fn decode<S: Simd>(&self, _: S, to: &mut B) {
+        *to = *self;
+    }
+}
+
 impl Block for Bf16Block {
+    const ZERO: Self = [[0; LANES]; BLOCK_K / 2];
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, pair: usize) -> (S::V, S::V) {
         s.load_bf16_pairs(&self[pair])
@@ -36,6 +62,7 @@ impl Block for Bf16Block {
 }
 
 impl Block for F32Block {
+    const ZERO: Self = [[0.0; LANES]; BLOCK_K];
     #[inline(always)]
     fn pair<S: Simd>(&self, s: S, pair: usize) -> (S::V, S::V) {
         (s.load(&self[2 * pair]), s.load(&self[2 * pair + 1]))
@@ -56,12 +83,12 @@ impl<B> Panels<B> {
     }
 }
 
-impl<B: Block> Panels<B> {
-    fn pack(
+impl<B: Stored> Panels<B> {
+    pub(crate) fn pack(
         n: usize,
         k: usize,
         found: usize,
-        mut fill: impl FnMut(Place, &mut B),
+        mut fill: impl FnMut(Place, &mut B) -> Result<(), KernelError>,
     ) -> Result<Self, KernelError> {
         check_shape(n, k, found)?;
         let per_panel = k.div_ceil(BLOCK_K);
@@ -71,13 +98,13 @@ impl<B: Block> Panels<B> {
             let (first_n, first_k) = (index / per_panel * LANES, index % per_panel * BLOCK_K);
             let place =
                 Place { first_n, n: LANES.min(n - first_n), first_k, k: BLOCK_K.min(k - first_k), stride: k };
-            fill(place, block);
+            fill(place, block)?;
         }
         Ok(Self { blocks, per_panel })
     }
 }
 
-fn check_shape(n: usize, k: usize, found: usize) -> Result<(), KernelError> {
+pub(crate) fn check_shape(n: usize, k: usize, found: usize) -> Result<(), KernelError> {
     for (field, value) in [("n", n), ("k", k)] {
         if value == 0 {
             return Err(KernelError::Size { field, value, rule: "at least 1" });
@@ -90,12 +117,12 @@ fn check_shape(n: usize, k: usize, found: usize) -> Result<(), KernelError> {
 }
 
 /// Where a block lies in the row-major weight.
-struct Place {
-    first_n: usize,
-    n: usize,
-    first_k: usize,
+pub(crate) struct Place {
+    pub(crate) first_n: usize,
+    pub(crate) n: usize,
+    pub(crate) first_k: usize,
     k: usize,
-    stride: usize,
+    pub(crate) stride: usize,
 }
 
 impl Place {
@@ -112,6 +139,8 @@ pub(crate) enum Elements {
     Bf16(Panels<Bf16Block>),
     /// f32.
     F32(Panels<F32Block>),
+    /// MXFP4.
+    Mxfp4(Panels<Mxfp4Block>),
     /// Few bits and scales.
     Quantised(Quantised),
 }
@@ -136,6 +165,7 @@ impl Matrix {
                     line[lane] = u32::from(pair[0]) | u32::from(odd) << 16;
                 }
             }
+            Ok(())
         })?;
         Ok(Self { n, k, elements: Elements::Bf16(panels) })
     }
@@ -151,8 +181,18 @@ impl Matrix {
                     line[lane] = *value;
                 }
             }
+            Ok(())
         })?;
         Ok(Self { n, k, elements: Elements::F32(panels) })
+    }
+
+    /// Packs a row-major weight `[n, k]` in MXFP4: `blocks` holds its codes, two to a byte and the lower half first, and
+    /// `scales` one exponent for every 32 inputs of a row. Linears give the bits that they give on the same values in bf16.
+    ///
+    /// # Errors
+    /// As for [`Matrix::pack_bf16`], and if `k` is no multiple of 32; [`KernelError::Scales`] and [`KernelError::Scale`].
+    pub fn pack_mxfp4(n: usize, k: usize, blocks: &[u8], scales: &[u8]) -> Result<Self, KernelError> {
+        Ok(Self { n, k, elements: Elements::Mxfp4(Panels::of_codes(n, k, blocks, scales)?) })
     }
 
     /// Rounds a row-major f32 weight `[n, k]` to few bits and packs it.
@@ -205,6 +245,7 @@ impl Matrix {
         match &self.elements {
             Elements::Bf16(panels) => panels.blocks.bytes(),
             Elements::F32(panels) => panels.blocks.bytes(),
+            Elements::Mxfp4(panels) => panels.blocks.bytes(),
             Elements::Quantised(weights) => weights.bytes(),
         }
     }
@@ -232,6 +273,11 @@ impl Matrix {
                     part.iter_mut().zip(block).for_each(|(value, line)| *value = line[lane]);
                 }
             }
+            Elements::Mxfp4(panels) => {
+                for (part, block) in out.chunks_mut(BLOCK_K).zip(panels.panel(panel)) {
+                    part.iter_mut().enumerate().for_each(|(k, value)| *value = block.weight(k, lane));
+                }
+            }
             Elements::Quantised(weights) => weights.row(n, out),
         }
     }
@@ -247,6 +293,7 @@ impl fmt::Debug for Matrix {
         let kind = match &self.elements {
             Elements::Bf16(_) => "bf16",
             Elements::F32(_) => "f32",
+            Elements::Mxfp4(_) => "mxfp4",
             Elements::Quantised(weights) => match weights.kind() {
                 Quantisation::Q8 => "q8",
                 Quantisation::Q4 => "q4",

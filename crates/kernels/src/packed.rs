@@ -6,6 +6,7 @@
 use crate::error::KernelError;
 use crate::matrix::{BLOCK_K, Bf16Block, Elements, F32Block, Matrix, Panels};
 use crate::memory::{Buffer, Zeroed};
+use crate::mxfp4::Mxfp4Block;
 use crate::quant::{Q4Block, Q8Block, QUANTISED_BLOCK_K, Quantisation, Quantised};
 use crate::simd::LANES;
 
@@ -18,6 +19,8 @@ pub enum Packing {
     Bf16,
     /// f32.
     F32,
+    /// MXFP4: four bits, and eight for every 32 inputs of a row.
+    Mxfp4,
     /// Few bits and scales.
     Quantised(Quantisation),
 }
@@ -30,9 +33,13 @@ impl Packing {
         if n == 0 || k == 0 {
             return None;
         }
+        if self == Self::Mxfp4 && !k.is_multiple_of(BLOCK_K) {
+            return None;
+        }
         let (block, depth) = match self {
             Self::Bf16 => (size_of::<Bf16Block>(), BLOCK_K),
             Self::F32 => (size_of::<F32Block>(), BLOCK_K),
+            Self::Mxfp4 => (size_of::<Mxfp4Block>(), BLOCK_K),
             Self::Quantised(Quantisation::Q8) => (size_of::<Q8Block>(), QUANTISED_BLOCK_K),
             Self::Quantised(Quantisation::Q4) => (size_of::<Q4Block>(), QUANTISED_BLOCK_K),
         };
@@ -47,6 +54,7 @@ impl Matrix {
         match &self.elements {
             Elements::Bf16(_) => Packing::Bf16,
             Elements::F32(_) => Packing::F32,
+            Elements::Mxfp4(_) => Packing::Mxfp4,
             Elements::Quantised(weights) => Packing::Quantised(weights.kind()),
         }
     }
@@ -57,6 +65,7 @@ impl Matrix {
         match &self.elements {
             Elements::Bf16(panels) => panels.blocks.as_bytes(),
             Elements::F32(panels) => panels.blocks.as_bytes(),
+            Elements::Mxfp4(panels) => panels.blocks.as_bytes(),
             Elements::Quantised(Quantised::Q8(panels)) => panels.blocks.as_bytes(),
             Elements::Quantised(Quantised::Q4(panels)) => panels.blocks.as_bytes(),
         }
@@ -75,6 +84,7 @@ impl Matrix {
         let elements = match packing {
             Packing::Bf16 => Elements::Bf16(panels(k, BLOCK_K, bytes)?),
             Packing::F32 => Elements::F32(panels(k, BLOCK_K, bytes)?),
+            Packing::Mxfp4 => Elements::Mxfp4(panels(k, BLOCK_K, bytes)?),
             Packing::Quantised(Quantisation::Q8) => {
                 Elements::Quantised(Quantised::Q8(panels(k, QUANTISED_BLOCK_K, bytes)?))
             }
@@ -88,6 +98,7 @@ impl Matrix {
                 finite(pair) && finite(pair >> 16)
             }),
             Elements::F32(panels) => panels.blocks.iter().flatten().flatten().all(|value| value.is_finite()),
+            Elements::Mxfp4(panels) => panels.blocks.iter().all(Mxfp4Block::is_finite),
             Elements::Quantised(weights) => weights.is_finite(),
         };
         if finite {
@@ -109,9 +120,10 @@ fn panels<B: Zeroed>(k: usize, depth: usize, bytes: &[u8]) -> Result<Panels<B>, 
 mod tests {
     use super::*;
 
-    const KINDS: [Packing; 4] = [
+    const KINDS: [Packing; 5] = [
         Packing::Bf16,
         Packing::F32,
+        Packing::Mxfp4,
         Packing::Quantised(Quantisation::Q8),
         Packing::Quantised(Quantisation::Q4),
     ];
@@ -122,6 +134,11 @@ mod tests {
         match packing {
             Packing::Bf16 => Matrix::pack_bf16(n, k, &bits),
             Packing::F32 => Matrix::pack_f32(n, k, &wide),
+            Packing::Mxfp4 => {
+                let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 37) as u8).collect();
+                let scales: Vec<u8> = (0..n * k / 32).map(|i| (i * 11 % 253) as u8).collect();
+                Matrix::pack_mxfp4(n, k, &codes, &scales)
+            }
             Packing::Quantised(kind) => Matrix::quantise_f32(kind, n, k, &wide),
         }
         .unwrap()
@@ -130,7 +147,8 @@ mod tests {
     #[test]
     fn bytes_make_the_same_matrix_again() {
         for packing in KINDS {
-            for (n, k) in [(1, 1), (16, 32), (17, 33), (40, 95), (64, 64)] {
+            for (n, k) in [(1, 1_usize), (16, 32), (17, 33), (40, 95), (64, 64)] {
+                let k = if packing == Packing::Mxfp4 { k.next_multiple_of(32) } else { k };
                 let matrix = matrix(packing, n, k);
                 assert_eq!(matrix.packing(), packing);
                 assert_eq!(Some(matrix.bytes()), packing.bytes(n, k));
@@ -149,15 +167,16 @@ mod tests {
     #[test]
     fn bytes_that_cannot_be_the_weight_are_refused() {
         for packing in KINDS {
-            let good = matrix(packing, 17, 33);
+            let k = if packing == Packing::Mxfp4 { 64 } else { 33 };
+            let good = matrix(packing, 17, k);
             let bytes = good.packed();
-            assert!(Matrix::from_packed(packing, 17, 33, &bytes[1..]).is_err());
-            assert!(Matrix::from_packed(packing, 170, 33, bytes).is_err());
-            assert!(Matrix::from_packed(packing, 0, 33, &[]).is_err());
+            assert!(Matrix::from_packed(packing, 17, k, &bytes[1..]).is_err());
+            assert!(Matrix::from_packed(packing, 170, k, bytes).is_err());
+            assert!(Matrix::from_packed(packing, 0, k, &[]).is_err());
             assert!(Matrix::from_packed(packing, usize::MAX, usize::MAX, bytes).is_err());
             // A NaN wherever it can be.
             let bad = vec![0xff; bytes.len()];
-            let text = Matrix::from_packed(packing, 17, 33, &bad).unwrap_err().to_string();
+            let text = Matrix::from_packed(packing, 17, k, &bad).unwrap_err().to_string();
             assert!(text.contains("not finite"), "{text}");
         }
     }

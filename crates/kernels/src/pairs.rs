@@ -10,9 +10,9 @@ use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Isa, Kernel};
-use crate::matrix::{BLOCK_K, Bf16Block, Panels};
+use crate::matrix::{BLOCK_K, Bf16Block, Panels, Stored};
 use crate::simd::{LANES, Simd};
-use crate::tile::{Ahead, CHUNK_BLOCKS, MAX_ROWS, Sink};
+use crate::tile::{Ahead, CHUNK_BLOCKS, DECODED_BLOCKS, Decoded, MAX_ROWS, Sink, panels_at, plain};
 
 /// Rows of memory that must follow the last row: tiles are loaded whole.
 const SPARE_ROWS: usize = LANES - 1;
@@ -121,32 +121,29 @@ pub(crate) fn path(isa: Isa, precision: Precision) -> Path {
 }
 
 /// Rows `rows` (at most [`MAX_ROWS`]) times panels `panels` of `M` matrices.
-pub(crate) struct PairWork<'a, K, const M: usize> {
-    pub(crate) weights: [&'a Panels<Bf16Block>; M],
+pub(crate) struct PairWork<'a, B, K, const M: usize> {
+    pub(crate) weights: [&'a Panels<B>; M],
     pub(crate) x: PairRows<'a>,
     pub(crate) sink: K,
     pub(crate) rows: Range<usize>,
     pub(crate) panels: Range<usize>,
 }
 
-impl<'a, K, const M: usize> PairWork<'a, K, M> {
-    /// Panels `panel..panel + C` of each matrix, those of a matrix beside each other.
-    #[inline(always)]
-    pub(crate) fn panels_at<const C: usize>(&self, panel: usize) -> [[&'a [Bf16Block]; C]; M] {
-        self.weights.map(|matrix| std::array::from_fn(|c| matrix.panel(panel + c)))
-    }
-}
+/// Weights that are multiplied as bf16 blocks.
+pub(crate) trait Paired: Stored<Block = Bf16Block> {}
+
+impl<B: Stored<Block = Bf16Block>> Paired for B {}
 
 /// An order of operations, and how it is carried out.
 pub(crate) trait Engine: Copy + Sync {
     /// Computes it all.
-    fn run<S: Simd, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, K, M>);
+    fn run<S: Simd, B: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, B, K, M>);
 }
 
 /// Work for an engine.
-pub(crate) struct PairTask<'a, E, K, const M: usize>(pub(crate) E, pub(crate) PairWork<'a, K, M>);
+pub(crate) struct PairTask<'a, E, B, K, const M: usize>(pub(crate) E, pub(crate) PairWork<'a, B, K, M>);
 
-impl<E: Engine, K: Sink<M>, const M: usize> Kernel for PairTask<'_, E, K, M> {
+impl<E: Engine, B: Paired, K: Sink<M>, const M: usize> Kernel for PairTask<'_, E, B, K, M> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -161,7 +158,7 @@ pub(crate) struct InPairs;
 
 impl Engine for InPairs {
     #[inline(always)]
-    fn run<S: Simd, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, K, M>) {
+    fn run<S: Simd, B: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, B, K, M>) {
         let mut panel = work.panels.start;
         let end = work.panels.end;
         if S::REGISTERS < 32 {
@@ -189,16 +186,25 @@ impl Engine for InPairs {
     }
 }
 
-impl<K: Sink<M>, const M: usize> PairWork<'_, K, M> {
+impl<B: Paired, K: Sink<M>, const M: usize> PairWork<'_, B, K, M> {
     /// All rows times `C` panels of each matrix. K is cut as in [`crate::tile`], for the same reason.
     #[inline(always)]
     fn by_chunks<S: Simd, const C: usize>(&self, s: S, panel: usize) {
-        let weights = self.panels_at::<C>(panel);
-        let blocks = weights[0][0].len();
-        let chunk = if self.rows.len() <= 8 { blocks } else { CHUNK_BLOCKS };
+        let stored = panels_at::<B, M, C>(self.weights, panel);
+        let blocks = stored[0][0].len();
         let mut carried = [[[s.splat(0.0); C]; M]; MAX_ROWS];
-        for start in (0..blocks).step_by(chunk) {
-            self.by_rows(s, weights, start..blocks.min(start + chunk), &mut carried);
+        if let Some(weights) = plain(stored) {
+            let chunk = if self.rows.len() <= 8 { blocks } else { CHUNK_BLOCKS };
+            for start in (0..blocks).step_by(chunk) {
+                self.by_rows::<S, C, true>(s, weights, 0, start..blocks.min(start + chunk), &mut carried);
+            }
+        } else {
+            let mut decoded = Decoded::new();
+            for start in (0..blocks).step_by(DECODED_BLOCKS) {
+                let end = blocks.min(start + DECODED_BLOCKS);
+                let weights = decoded.take(s, stored, start..end);
+                self.by_rows::<S, C, false>(s, weights, start, 0..end - start, &mut carried);
+            }
         }
         for (row, totals) in self.rows.clone().zip(&carried) {
             for c in 0..C {
@@ -207,47 +213,50 @@ impl<K: Sink<M>, const M: usize> PairWork<'_, K, M> {
         }
     }
 
-    /// Adds some blocks of K to the totals of all rows, as many rows at a time as the registers hold.
+    /// Adds some blocks of K to the totals of all rows, as many rows at a time as the registers hold. The first of the
+    /// weights is block `first` of K; what follows the blocks is fetched where `FETCH` says so.
     #[inline(always)]
-    fn by_rows<S: Simd, const C: usize>(
+    fn by_rows<S: Simd, const C: usize, const FETCH: bool>(
         &self,
         s: S,
         weights: [[&[Bf16Block]; C]; M],
+        first: usize,
         blocks: Range<usize>,
         carried: &mut [[[S::V; C]; M]; MAX_ROWS],
     ) {
         let (mut at, rows) = (0, self.rows.len());
         if S::REGISTERS >= 32 && C * M <= 2 {
             while at + 8 <= rows {
-                self.add_products::<S, 8, C>(s, weights, at, blocks.clone(), carried);
+                self.add_products::<S, 8, C, FETCH>(s, weights, first, at, blocks.clone(), carried);
                 at += 8;
             }
             if at + 4 <= rows {
-                self.add_products::<S, 4, C>(s, weights, at, blocks.clone(), carried);
+                self.add_products::<S, 4, C, FETCH>(s, weights, first, at, blocks.clone(), carried);
                 at += 4;
             }
         }
         while at + 2 <= rows {
-            self.add_products::<S, 2, C>(s, weights, at, blocks.clone(), carried);
+            self.add_products::<S, 2, C, FETCH>(s, weights, first, at, blocks.clone(), carried);
             at += 2;
         }
         if at < rows {
-            self.add_products::<S, 1, C>(s, weights, at, blocks, carried);
+            self.add_products::<S, 1, C, FETCH>(s, weights, first, at, blocks, carried);
         }
     }
 
     /// Adds some blocks of K to the totals of `T` rows from `self.rows.start + at` on.
     #[inline(always)]
-    fn add_products<S: Simd, const T: usize, const C: usize>(
+    fn add_products<S: Simd, const T: usize, const C: usize, const FETCH: bool>(
         &self,
         s: S,
         weights: [[&[Bf16Block]; C]; M],
+        first: usize,
         at: usize,
         blocks: Range<usize>,
         carried: &mut [[[S::V; C]; M]; MAX_ROWS],
     ) {
         let x: [&[[u32; LANES]]; T] =
-            std::array::from_fn(|r| self.x.rows(self.rows.start + at + r, 1).as_chunks().0);
+            std::array::from_fn(|r| &self.x.rows(self.rows.start + at + r, 1).as_chunks().0[first..]);
         let carried: &mut [[[S::V; C]; M]; T] =
             carried[at..].first_chunk_mut().expect("there are as many totals as rows");
         let mut totals = *carried;
@@ -257,8 +266,10 @@ impl<K: Sink<M>, const M: usize> PairWork<'_, K, M> {
                 std::array::from_fn(|m| std::array::from_fn(|c| &weights[m][c][b]));
             let inputs: [&[u32; LANES]; T] = std::array::from_fn(|r| &x[r][b]);
             for pair in 0..BLOCK_K / 2 {
-                for line in lines.as_flattened() {
-                    ahead.fetch(s, *line, b, pair);
+                if FETCH {
+                    for line in lines.as_flattened() {
+                        ahead.fetch(s, *line, b, pair);
+                    }
                 }
                 for r in 0..T {
                     for m in 0..M {

@@ -6,13 +6,15 @@
 
 use std::ops::Range;
 
-use crate::matrix::{BLOCK_K, Block, Panels};
+use crate::matrix::{BLOCK_K, Block, Panels, Stored};
 use crate::simd::Simd;
 
 /// Rows that a piece of work may have at most.
 pub(crate) const MAX_ROWS: usize = 64;
 /// Blocks of K whose weights are used for all rows before the next are read: 8 KiB of a bf16 panel.
 pub(crate) const CHUNK_BLOCKS: usize = 8;
+/// The same where blocks are decoded first, into memory that is smaller still.
+pub(crate) const DECODED_BLOCKS: usize = 4;
 
 /// Where a row of inputs is found.
 pub(crate) trait Rows: Copy {
@@ -63,7 +65,7 @@ pub(crate) struct Work<'a, B, R, K, const M: usize> {
     pub(crate) panels: Range<usize>,
 }
 
-impl<B: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, B, R, K, M> {
+impl<'a, B: Stored, R: Rows, K: Sink<M>, const M: usize> Work<'a, B, R, K, M> {
     /// Computes it all, with the tile shapes that suit the registers: enough accumulators to hide the latency of a
     /// multiply-add, and not more than fit.
     #[inline(always)]
@@ -107,77 +109,85 @@ impl<B: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, B, R, K, M> {
     /// part of a chunk stays in the innermost cache for all rows; the totals are carried from chunk to chunk.
     #[inline(always)]
     fn by_chunks<S: Simd, const T: usize, const C: usize>(&self, s: S, panel: usize) {
-        let weights = self.panels_at::<C>(panel);
-        let blocks = weights[0][0].len();
+        let stored = panels_at::<B, M, C>(self.weights, panel);
+        let blocks = stored[0][0].len();
+        let Some(weights) = plain(stored) else {
+            self.decoding::<S, T, C>(s, panel, stored);
+            return;
+        };
         if blocks <= CHUNK_BLOCKS || self.rows.len() <= T {
-            self.by_rows::<S, T, C>(s, panel, weights, 0..blocks, &mut []);
+            self.by_rows::<S, T, C, true>(s, panel, weights, 0, 0..blocks, &mut []);
             return;
         }
         let mut carried = [[[s.splat(0.0); C]; M]; MAX_ROWS];
         for start in (0..blocks).step_by(CHUNK_BLOCKS) {
             let end = blocks.min(start + CHUNK_BLOCKS);
-            self.by_rows::<S, T, C>(s, panel, weights, start..end, &mut carried);
+            self.by_rows::<S, T, C, true>(s, panel, weights, 0, start..end, &mut carried);
         }
     }
 
-    /// All rows times some blocks of the panels, from and to `carried` (empty: all of K is done at once).
+    /// The same, a chunk's blocks being decoded before they are multiplied.
     #[inline(always)]
-    fn by_rows<S: Simd, const T: usize, const C: usize>(
+    fn decoding<S: Simd, const T: usize, const C: usize>(&self, s: S, panel: usize, stored: [[&[B]; C]; M]) {
+        let blocks = stored[0][0].len();
+        let mut decoded = Decoded::new();
+        let mut carried = [[[s.splat(0.0); C]; M]; MAX_ROWS];
+        for start in (0..blocks).step_by(DECODED_BLOCKS) {
+            let end = blocks.min(start + DECODED_BLOCKS);
+            let weights = decoded.take(s, stored, start..end);
+            self.by_rows::<S, T, C, false>(s, panel, weights, start, 0..end - start, &mut carried);
+        }
+    }
+
+    /// All rows times some blocks of the panels, from and to `carried` (empty: all of K is done at once). The first of the
+    /// weights is block `first` of K; what follows the blocks is fetched where `FETCH` says so.
+    #[inline(always)]
+    fn by_rows<S: Simd, const T: usize, const C: usize, const FETCH: bool>(
         &self,
         s: S,
         panel: usize,
-        weights: [[&[B]; C]; M],
+        weights: [[&[B::Block]; C]; M],
+        first: usize,
         blocks: Range<usize>,
         carried: &mut [[[S::V; C]; M]],
     ) {
         let mut row = self.rows.start;
         let end = self.rows.end;
         while row + T <= end {
-            self.tile::<S, T, C>(s, row, panel, weights, blocks.clone(), carried);
+            self.tile::<S, T, C, FETCH>(s, (row, panel), weights, first, blocks.clone(), carried);
             row += T;
         }
         if T > 2 && row + 2 <= end {
-            self.tile::<S, 2, C>(s, row, panel, weights, blocks.clone(), carried);
+            self.tile::<S, 2, C, FETCH>(s, (row, panel), weights, first, blocks.clone(), carried);
             row += 2;
         }
         if row < end {
-            self.tile::<S, 1, C>(s, row, panel, weights, blocks, carried);
+            self.tile::<S, 1, C, FETCH>(s, (row, panel), weights, first, blocks, carried);
         }
-    }
-
-    #[inline(always)]
-    fn panels_at<const C: usize>(&self, panel: usize) -> [[&[B]; C]; M] {
-        let mut weights: [[&[B]; C]; M] = [[&[]; C]; M];
-        for (weights, matrix) in weights.iter_mut().zip(self.weights) {
-            for (c, weights) in weights.iter_mut().enumerate() {
-                *weights = matrix.panel(panel + c);
-            }
-        }
-        weights
     }
 
     /// `T` rows times some blocks of `C` panels of each matrix.
     #[inline(always)]
-    fn tile<S: Simd, const T: usize, const C: usize>(
+    fn tile<S: Simd, const T: usize, const C: usize, const FETCH: bool>(
         &self,
         s: S,
-        row: usize,
-        panel: usize,
-        weights: [[&[B]; C]; M],
+        (row, panel): (usize, usize),
+        weights: [[&[B::Block]; C]; M],
+        first: usize,
         blocks: Range<usize>,
         carried: &mut [[[S::V; C]; M]],
     ) {
         let mut rows: [&[f32]; T] = [&[]; T];
         for (r, inputs) in rows.iter_mut().enumerate() {
-            *inputs = self.x.row(row + r);
+            *inputs = &self.x.row(row + r)[first * BLOCK_K..];
         }
-        let last = blocks.end == weights[0][0].len();
+        let last = first + blocks.end == self.weights[0].per_panel;
         let mut totals = [[[s.splat(0.0); C]; M]; T];
         let carried = carried.get_mut(row - self.rows.start..row - self.rows.start + T);
         if let Some(carried) = &carried {
             totals.copy_from_slice(carried);
         }
-        add_products(s, &mut totals, weights, rows, blocks);
+        add_products::<S, B::Block, T, C, M, FETCH>(s, &mut totals, weights, rows, blocks);
         if !last {
             carried.expect("K is cut only where totals are carried").copy_from_slice(&totals);
             return;
@@ -194,8 +204,71 @@ impl<B: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, B, R, K, M> {
     }
 }
 
-/// Blocks between one that is multiplied and the one that is fetched meanwhile.
-const FETCH_AHEAD: usize = 8;
+/// Panels `panel..panel + C` of each matrix, those of a matrix beside each other.
+#[inline(always)]
+pub(crate) fn panels_at<B, const M: usize, const C: usize>(
+    matrices: [&Panels<B>; M],
+    panel: usize,
+) -> [[&[B]; C]; M] {
+    let mut weights: [[&[B]; C]; M] = [[&[]; C]; M];
+    for (weights, matrix) in weights.iter_mut().zip(matrices) {
+        for (c, weights) in weights.iter_mut().enumerate() {
+            *weights = matrix.panel(panel + c);
+        }
+    }
+    weights
+}
+
+/// The panels themselves, if they are multiplied as they are.
+#[inline(always)]
+pub(crate) fn plain<B: Stored, const C: usize, const M: usize>(
+    stored: [[&[B]; C]; M],
+) -> Option<[[&[B::Block]; C]; M]> {
+    let mut weights: [[&[B::Block]; C]; M] = [[&[]; C]; M];
+    for m in 0..M {
+        for c in 0..C {
+            weights[m][c] = B::plain(stored[m][c])?;
+        }
+    }
+    Some(weights)
+}
+
+/// Some decoded blocks of some panels.
+pub(crate) struct Decoded<B, const C: usize, const M: usize>([[[B; DECODED_BLOCKS]; C]; M]);
+
+impl<B: Block, const C: usize, const M: usize> Decoded<B, C, M> {
+    #[inline(always)]
+    pub(crate) fn new() -> Self {
+        Self([[[B::ZERO; DECODED_BLOCKS]; C]; M])
+    }
+
+    /// Blocks `blocks` of the panels, at most [`DECODED_BLOCKS`].
+    #[inline(always)]
+    pub(crate) fn take<S: Simd, W: Stored<Block = B>>(
+        &mut self,
+        s: S,
+        stored: [[&[W]; C]; M],
+        blocks: Range<usize>,
+    ) -> [[&[B]; C]; M] {
+        let ahead = Ahead::new(stored, C);
+        let mut weights: [[&[B]; C]; M] = [[&[]; C]; M];
+        for ((weights, decoded), stored) in weights.iter_mut().zip(&mut self.0).zip(stored) {
+            for ((weights, decoded), stored) in weights.iter_mut().zip(decoded).zip(stored) {
+                for (to, b) in decoded.iter_mut().zip(blocks.clone()) {
+                    ahead.fetch_whole(s, &stored[b], b);
+                    stored[b].decode(s, to);
+                }
+                *weights = decoded;
+            }
+        }
+        weights
+    }
+}
+
+/// Bytes between a block that is multiplied and the one that is fetched meanwhile.
+const FETCH_AHEAD: usize = 8 << 10;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Fetches weights before they are needed: further on in the panel or, behind its end, in the panel that takes its
 /// place. The processor's own prefetching stops at every page and starts anew with every panel.
@@ -217,19 +290,30 @@ impl Ahead {
     /// Fetches what will be read where `block` (number `b`) is read now; a sixteenth of it per call.
     #[inline(always)]
     pub(crate) fn fetch<S: Simd, B>(self, s: S, block: &B, b: usize, sixteenth: usize) {
-        const LINE: usize = 64;
         let part = size_of::<B>() / (BLOCK_K / 2);
-        let skip = if b + FETCH_AHEAD < self.blocks { 0 } else { self.skip };
-        let target = std::ptr::from_ref(block).cast::<u8>().wrapping_add(FETCH_AHEAD * size_of::<B>() + skip);
-        for line in 0..part / LINE {
-            s.prefetch(target.wrapping_add(sixteenth * part + line * LINE));
+        self.fetch_lines(s, block, b, sixteenth * part, part / LINE);
+    }
+
+    /// The same, all of it.
+    #[inline(always)]
+    pub(crate) fn fetch_whole<S: Simd, B>(self, s: S, block: &B, b: usize) {
+        self.fetch_lines(s, block, b, 0, size_of::<B>().div_ceil(LINE));
+    }
+
+    #[inline(always)]
+    fn fetch_lines<S: Simd, B>(self, s: S, block: &B, b: usize, from: usize, lines: usize) {
+        let before = FETCH_AHEAD / size_of::<B>();
+        let skip = if b + before < self.blocks { 0 } else { self.skip };
+        let target = std::ptr::from_ref(block).cast::<u8>().wrapping_add(before * size_of::<B>() + skip);
+        for line in 0..lines {
+            s.prefetch(target.wrapping_add(from + line * LINE));
         }
     }
 }
 
 /// Adds blocks `blocks` of K to the totals of some rows.
 #[inline(always)]
-fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
+fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usize, const FETCH: bool>(
     s: S,
     totals: &mut [[[S::V; C]; M]; T],
     weights: [[&[B]; C]; M],
@@ -243,7 +327,7 @@ fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usiz
         for r in 0..T {
             x[r] = rows[r][b * BLOCK_K..].first_chunk().expect("rows are of one length");
         }
-        add_block(s, totals, weights, x, b, ahead);
+        add_block::<S, B, T, C, M, FETCH>(s, totals, weights, x, b, ahead);
     }
     if whole < blocks.end {
         let mut last = [[0.0; BLOCK_K]; T];
@@ -253,13 +337,13 @@ fn add_products<S: Simd, B: Block, const T: usize, const C: usize, const M: usiz
             last[..rest.len()].copy_from_slice(rest);
             *x = last;
         }
-        add_block(s, totals, weights, x, whole, ahead);
+        add_block::<S, B, T, C, M, FETCH>(s, totals, weights, x, whole, ahead);
     }
 }
 
 /// Adds block `b` to the totals: even and odd products apart, then their sum.
 #[inline(always)]
-fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
+fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize, const FETCH: bool>(
     s: S,
     totals: &mut [[[S::V; C]; M]; T],
     weights: [[&[B]; C]; M],
@@ -280,7 +364,9 @@ fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize>(
         let mut w = [[(zero, zero); C]; M];
         for m in 0..M {
             for c in 0..C {
-                ahead.fetch(s, blocks[m][c], b, pair);
+                if FETCH {
+                    ahead.fetch(s, blocks[m][c], b, pair);
+                }
                 w[m][c] = blocks[m][c].pair(s, pair);
             }
         }

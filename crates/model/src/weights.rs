@@ -131,7 +131,7 @@ fn pack(rows: usize, cols: usize, data: &WeightData, packing: Packing) -> Result
         (WeightData::F32(values), Packing::Quantised(kind)) => Matrix::quantise_f32(kind, rows, cols, values),
         (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
         (WeightData::F32(values), Packing::F32) => Matrix::pack_f32(rows, cols, values),
-        (WeightData::F32(values), Packing::Bf16) => {
+        (WeightData::F32(values), _) => {
             let mut bits = vec![0; values.len()];
             to_bf16(values, &mut bits);
             Matrix::pack_bf16(rows, cols, &bits)

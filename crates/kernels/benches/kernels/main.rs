@@ -141,17 +141,25 @@ fn ffns(cpu: &Cpu, line: &Roofline) {
     }
 }
 
-/// Experts in bf16, in bytes and in nibbles side by side, out of as many as no cache holds.
+/// Experts in bf16, in MXFP4, in bytes and in nibbles side by side, out of as many as no cache holds.
 fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
     type Pack<'a> = &'a dyn Fn(usize, usize) -> Matrix;
     let few = |kind, n, k| Matrix::quantise_bf16(kind, n, k, &bf16(n * k)).expect("the shape fits");
-    let packs: [(&str, Pack<'_>); 3] = [
-        ("bf16", &|n, k| Matrix::pack_bf16(n, k, &bf16(n * k)).expect("the shape fits")),
-        ("q8", &|n, k| few(Quantisation::Q8, n, k)),
-        ("q4", &|n, k| few(Quantisation::Q4, n, k)),
+    let wide = |n, k| Matrix::pack_bf16(n, k, &bf16(n * k)).expect("the shape fits");
+    let mxfp4 = |n, k| {
+        let codes: Vec<u8> = (0..n * k / 2).map(|i| ((i * 2_654_435_761) >> 16) as u8).collect();
+        Matrix::pack_mxfp4(n, k, &codes, &vec![123; n * k / 32]).expect("the shape fits")
+    };
+    let packs: [(&str, Precision, Pack<'_>); 6] = [
+        ("bf16", Precision::Bf16, &wide),
+        ("mxfp4", Precision::Bf16, &mxfp4),
+        ("bf16 in pairs", Precision::Bf16Pairs, &wide),
+        ("mxfp4 in pairs", Precision::Bf16Pairs, &mxfp4),
+        ("q8", Precision::Bf16, &|n, k| few(Quantisation::Q8, n, k)),
+        ("q4", Precision::Bf16, &|n, k| few(Quantisation::Q4, n, k)),
     ];
     let (h, i) = (hidden, intermediate);
-    for (name, pack) in packs {
+    for (name, precision, pack) in packs {
         let expert = || Expert::new(pack(i, h), pack(i, h), pack(h, i)).expect("the shapes fit");
         let first = expert();
         let count = ((256 << 20) / first.bytes()).next_multiple_of(8);
@@ -159,7 +167,8 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
         let mut scratch = FfnScratch::default();
         for rows in [1, 2, 4, 8, 12, 32, 128] {
             let picked: Vec<u32> = (0..rows).collect();
-            let x = numbers(rows as usize * hidden);
+            let mut x = numbers(rows as usize * hidden);
+            muster_kernels::round_bf16(&mut x);
             let mut out = vec![0.0; 8 * x.len()];
             let mut first = 0;
             let time = best(cpu, || {
@@ -168,11 +177,11 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
                     .iter()
                     .map(|expert| ExpertRows { expert, rows: &picked })
                     .collect();
-                grouped_ffn(cpu, &groups, black_box(&x), Precision::Bf16, &mut scratch, &mut out);
+                grouped_ffn(cpu, &groups, black_box(&x), precision, &mut scratch, &mut out);
             });
             let flop = (2 * 3 * 8 * hidden * intermediate) as f64 * f64::from(rows);
             println!(
-                "8 of {count} experts [{h}, {i}] {name:4}, {rows:3} rows each: {:7.1} us {:7.1} GFLOP/s {:6.1} GB/s",
+                "8 of {count} experts [{h}, {i}] {name:14}, {rows:3} rows each: {:7.1} us {:7.1} GFLOP/s {:6.1} GB/s",
                 time * 1e6,
                 flop / time / 1e9,
                 (8 * experts[0].bytes()) as f64 / time / 1e9

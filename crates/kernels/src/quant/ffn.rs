@@ -83,8 +83,7 @@ impl Stages<'_, '_> {
             let task = tasks[index];
             let expert = self.groups[task.group].expert;
             let x = QRows::new(&between[starts[task.group]..], expert.intermediate());
-            let (n, bias) = (self.hidden, expert.down_bias());
-            let sink = Output { out: &out, first_row: task.rows_before, n, bias };
+            let sink = Output::of(task, expert, &out);
             match &expert.down.elements {
                 Elements::Quantised(Quantised::Q8(down)) => dispatch(body, task.quantised([down], x, sink)),
                 Elements::Quantised(Quantised::Q4(down)) => dispatch(body, task.quantised([down], x, sink)),

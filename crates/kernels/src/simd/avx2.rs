@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Arith, LANES, Simd};
+use crate::mxfp4;
 
 /// Proof that the machine has AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
@@ -25,7 +26,7 @@ pub(crate) struct V16(pub(crate) __m256, pub(crate) __m256);
 macro_rules! avx2 {
     ($e:expr) => {
         // SAFETY: an `Avx2` exists, so the machine has AVX2 and FMA; loads and stores go through references to arrays
-        // of sixteen elements and touch eight of them at offset 0 or 8.
+        // of sixteen elements and touch eight of them at offset 0 or 8, or all where they are bytes.
         unsafe { $e }
     };
 }
@@ -73,6 +74,17 @@ unsafe fn round_half(v: __m256) -> __m256 {
         let chosen = _mm256_blendv_epi8(rounded, quiet, nan);
         _mm256_castsi256_ps(_mm256_and_si256(chosen, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
     })
+}
+
+/// The codes' bytes at `shift`.
+const fn half_codes(shift: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        bytes[i] = (mxfp4::CODES[i] >> shift) as u8;
+        i += 1;
+    }
+    bytes
 }
 
 impl Arith for Avx2 {
@@ -134,6 +146,40 @@ impl Simd for Avx2 {
     fn load_bf16_pairs(self, from: &[u32; LANES]) -> (V16, V16) {
         let (low, high) = avx2!((pairs_half(from.as_ptr()), pairs_half(from.as_ptr().add(8))));
         (V16(low.0, high.0), V16(low.1, high.1))
+    }
+    #[inline(always)]
+    fn decode_e2m1(
+        self,
+        codes: &[[u32; LANES]; mxfp4::LINES],
+        scales: &[u8; LANES],
+        to: &mut [[u32; LANES]; 4 * mxfp4::LINES],
+    ) {
+        const LOW: [u8; 16] = half_codes(0);
+        const HIGH: [u8; 16] = half_codes(8);
+        avx2!({
+            let low = _mm256_broadcastsi128_si256(_mm_loadu_si128(LOW.as_ptr().cast()));
+            let high = _mm256_broadcastsi128_si256(_mm_loadu_si128(HIGH.as_ptr().cast()));
+            let scales = _mm_loadu_si128(scales.as_ptr().cast());
+            let scales = [scales, _mm_srli_si128::<8>(scales)];
+            for (part, scale) in scales.into_iter().enumerate() {
+                let scale = _mm256_slli_epi32::<7>(_mm256_cvtepu8_epi32(scale));
+                let scale = _mm256_or_si256(scale, _mm256_slli_epi32::<16>(scale));
+                for (words, to) in codes.iter().zip(to.as_chunks_mut::<4>().0) {
+                    let mut words = _mm256_loadu_si256(words.as_ptr().add(8 * part).cast());
+                    for to in to {
+                        // The upper byte of every half has index 0, whose entry is 0.
+                        let code = _mm256_and_si256(words, _mm256_set1_epi16(15));
+                        let upper = _mm256_slli_epi16::<8>(_mm256_shuffle_epi8(high, code));
+                        let unscaled = _mm256_or_si256(_mm256_shuffle_epi8(low, code), upper);
+                        // Zero where the code is, of either sign.
+                        let scale = _mm256_sign_epi16(scale, _mm256_and_si256(code, _mm256_set1_epi16(7)));
+                        let pairs = _mm256_add_epi16(unscaled, scale);
+                        _mm256_storeu_si256(to.as_mut_ptr().add(8 * part).cast(), pairs);
+                        words = _mm256_srli_epi32::<4>(words);
+                    }
+                }
+            }
+        });
     }
     #[inline(always)]
     fn prefetch(self, line: *const u8) {

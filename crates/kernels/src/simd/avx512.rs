@@ -3,14 +3,15 @@
 use std::arch::x86_64::*;
 
 use super::{Arith, LANES, Simd};
+use crate::mxfp4;
 
-/// Proof that the machine has AVX-512F (and AVX2 with FMA); with `BF16`, AVX512-BF16 too.
+/// Proof that the machine has AVX-512 F and BW (and AVX2 with FMA); with `BF16`, AVX512-BF16 too.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512<const BF16: bool>(());
 
 impl<const BF16: bool> Avx512<BF16> {
     /// # Safety
-    /// The machine must have AVX-512F, and AVX512-BF16 where `BF16` says so.
+    /// The machine must have AVX-512 F and BW, and AVX512-BF16 where `BF16` says so.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
         Self(())
@@ -20,8 +21,8 @@ impl<const BF16: bool> Avx512<BF16> {
 /// Evaluates an intrinsic; `self` is the proof that it may be.
 macro_rules! avx512 {
     ($e:expr) => {
-        // SAFETY: an `Avx512` exists, so the machine has AVX-512F (and AVX512-BF16 where its branch is taken); loads and stores go through references to arrays of
-        // sixteen elements and touch exactly those.
+        // SAFETY: an `Avx512` exists, so the machine has AVX-512 F and BW (and AVX512-BF16 where its branch is taken);
+        // loads and stores go through references to arrays of sixteen elements and touch exactly those.
         unsafe { $e }
     };
 }
@@ -107,6 +108,30 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         let (even, odd) = self.load_bf16_pairs(w);
         let total = self.fma(self.splat(f32::from_bits(x & 0xffff_0000)), odd, total);
         self.fma(self.splat(f32::from_bits(x << 16)), even, total)
+    }
+    #[inline(always)]
+    fn decode_e2m1(
+        self,
+        codes: &[[u32; LANES]; mxfp4::LINES],
+        scales: &[u8; LANES],
+        to: &mut [[u32; LANES]; 4 * mxfp4::LINES],
+    ) {
+        avx512!({
+            // Twice, so that the fifth bit of an index does not matter.
+            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(mxfp4::CODES.as_ptr().cast()));
+            let scale = _mm512_slli_epi32::<7>(_mm512_cvtepu8_epi32(_mm_loadu_si128(scales.as_ptr().cast())));
+            let scale = _mm512_or_si512(scale, _mm512_slli_epi32::<16>(scale));
+            for (words, to) in codes.iter().zip(to.as_chunks_mut::<4>().0) {
+                let mut words = _mm512_loadu_si512(words.as_ptr().cast());
+                for to in to {
+                    let unscaled = _mm512_permutexvar_epi16(words, table);
+                    let some = _mm512_test_epi16_mask(words, _mm512_set1_epi16(7));
+                    let pairs = _mm512_mask_add_epi16(unscaled, some, unscaled, scale);
+                    _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs);
+                    words = _mm512_srli_epi32::<4>(words);
+                }
+            }
+        });
     }
     #[inline(always)]
     fn prefetch(self, line: *const u8) {

@@ -10,6 +10,8 @@
 //! them, it is made in one place, after detection. Everything is `inline(always)`: a body must end up whole inside the
 //! function that enables the feature.
 
+use crate::mxfp4;
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -76,6 +78,24 @@ pub(crate) trait Simd: Arith {
         let (even, odd) = self.load_bf16_pairs(w);
         let total = self.fma(self.splat(f32::from_bits(x & 0xffff_0000)), odd, total);
         self.fma(self.splat(f32::from_bits(x << 16)), even, total)
+    }
+    /// Writes MXFP4 weights as bf16 pairs. Of each of sixteen outputs, pair `4 q + j` has its even code in bits `4 j..` of
+    /// the low half of word `q` and its odd one in the same bits of the high half.
+    #[inline(always)]
+    fn decode_e2m1(
+        self,
+        codes: &[[u32; LANES]; mxfp4::LINES],
+        scales: &[u8; LANES],
+        to: &mut [[u32; LANES]; 4 * mxfp4::LINES],
+    ) {
+        for (words, to) in codes.iter().zip(to.as_chunks_mut::<4>().0) {
+            for (j, to) in to.iter_mut().enumerate() {
+                for ((to, word), scale) in to.iter_mut().zip(words).zip(scales) {
+                    let half = |shift: usize| u32::from(mxfp4::decode(word >> (shift + 4 * j), *scale));
+                    *to = half(0) | half(16) << 16;
+                }
+            }
+        }
     }
     /// Asks for the cache line at `line`, which may be any address; changes no result.
     #[inline(always)]

@@ -1,0 +1,130 @@
+//! Weights in MXFP4 as they are published: codes of four bits (e2m1), and a scale of eight bits (e8m0) for every 32
+//! inputs of a row.
+//!
+//! What must hold: a weight is its code's number times `2^(scale - 127)`, which is a bf16 value, and a linear gives the
+//! bits that it gives on the same values in bf16: blocks become those of a bf16 panel right before they are
+//! multiplied, in memory so small that it stays in the innermost cache. Two things are settled when a weight is packed: scales
+//! above [`MOST_SCALE`] are refused, and a weight below the least normal number, which linears read as zero, becomes
+//! zero. It does not know how products are added.
+
+use crate::convert::bf16_to_f32;
+use crate::error::KernelError;
+use crate::matrix::{BLOCK_K, Bf16Block, Panels, Place, Stored, check_shape};
+use crate::memory::Zeroed;
+use crate::simd::{LANES, Simd};
+
+/// Words of 32 bits that hold a block's codes of one output.
+pub(crate) const LINES: usize = BLOCK_K / 8;
+
+/// The scale above which the greatest code, 6, is no bf16 value.
+pub(crate) const MOST_SCALE: u8 = 252;
+
+/// What every code's bf16 is with a scale of 0; a scale adds to the exponent, unless the number is zero. Numbers too small
+/// for that wrap around, as does the sum.
+pub(crate) const CODES: [u16; 16] = {
+    // 0.5, 1, 1.5, 2, 3, 4, 6.
+    let magnitudes = [0x3f00_u16, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0];
+    let mut codes = [0; 16];
+    codes[8] = 0x8000;
+    let mut i = 0;
+    while i < magnitudes.len() {
+        codes[i + 1] = magnitudes[i].wrapping_sub(127 << 7);
+        codes[i + 9] = codes[i + 1] ^ 0x8000;
+        i += 1;
+    }
+    codes
+};
+
+/// 32 input features by 16 output features.
+///
+/// Line `q` holds inputs `8 q` to `8 q + 7` of each output: of pair `4 q + j`, the even one in bits `4 j..` of the low half
+/// and the odd one in the same bits of the high half.
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+pub(crate) struct Mxfp4Block {
+    codes: [[u32; LANES]; LINES],
+    scales: [u8; LANES],
+}
+
+// SAFETY: numbers, 256 and 16 bytes of them, at an alignment of 16: no padding.
+unsafe impl Zeroed for Mxfp4Block {}
+
+const _: () = assert!(size_of::<Mxfp4Block>() == 17 * 16);
+
+/// Where input `k` of a block is: its line, and how far its word is to be shifted.
+fn place(k: usize) -> (usize, usize) {
+    (k / 8, k % 2 * 16 + k % 8 / 2 * 4)
+}
+
+/// The bf16 of the code in the low four bits.
+#[inline(always)]
+pub(crate) fn decode(code: u32, scale: u8) -> u16 {
+    let scale = if code & 7 == 0 { 0 } else { u16::from(scale) << 7 };
+    CODES[code as usize & 15].wrapping_add(scale)
+}
+
+impl Stored for Mxfp4Block {
+    type Block = Bf16Block;
+    #[inline(always)]
+    fn plain(_: &[Self]) -> Option<&[Bf16Block]> {
+        None
+    }
+    #[inline(always)]
+    fn decode<S: Simd>(&self, s: S, to: &mut Bf16Block) {
+        s.decode_e2m1(&self.codes, &self.scales, to);
+    }
+}
+
+impl Mxfp4Block {
+    /// Input `k` of output `lane`.
+    pub(crate) fn weight(&self, k: usize, lane: usize) -> f32 {
+        let (line, shift) = place(k);
+        bf16_to_f32(decode(self.codes[line][lane] >> shift, self.scales[lane]))
+    }
+
+    /// Whether every weight is a number.
+    pub(crate) fn is_finite(&self) -> bool {
+        let finite = |lane| (0..BLOCK_K).all(|k| self.weight(k, lane).is_finite());
+        self.scales.iter().all(|scale| *scale <= MOST_SCALE) && (0..LANES).all(finite)
+    }
+
+    fn fill(&mut self, at: &Place, codes: &[u8], scales: &[u8]) -> Result<(), KernelError> {
+        for lane in 0..at.n {
+            let (n, group) = (at.first_n + lane, at.first_k / BLOCK_K);
+            let index = n * (at.stride / BLOCK_K) + group;
+            let scale = scales[index];
+            if scale > MOST_SCALE {
+                return Err(KernelError::Scale { n, group, scale });
+            }
+            self.scales[lane] = scale;
+            for (pair, both) in codes[index * BLOCK_K / 2..][..BLOCK_K / 2].iter().enumerate() {
+                for (half, code) in [both & 15, both >> 4].into_iter().enumerate() {
+                    let (line, shift) = place(2 * pair + half);
+                    let vanishes = match scale {
+                        0 => code & 7 < 4,
+                        1 => code & 7 < 2,
+                        _ => false,
+                    };
+                    let code = if vanishes { code & 8 } else { code };
+                    self.codes[line][lane] |= u32::from(code) << shift;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Panels<Mxfp4Block> {
+    /// Packs codes, two to a byte and the lower half first, and scales, both row after row.
+    pub(crate) fn of_codes(n: usize, k: usize, codes: &[u8], scales: &[u8]) -> Result<Self, KernelError> {
+        let found = codes.len().saturating_mul(2);
+        check_shape(n, k, found)?;
+        if !k.is_multiple_of(BLOCK_K) {
+            return Err(KernelError::Size { field: "k", value: k, rule: "a multiple of 32" });
+        }
+        if scales.len() != n * k / BLOCK_K {
+            return Err(KernelError::Scales { n, k, found: scales.len() });
+        }
+        Self::pack(n, k, found, |place, block| block.fill(&place, codes, scales))
+    }
+}
