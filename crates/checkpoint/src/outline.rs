@@ -33,6 +33,8 @@ pub struct Outline {
 pub struct LayerOutline {
     /// Its attention.
     pub attention: AttentionOutline,
+    /// How many positions it sees, a token's own included; `None` sees all.
+    pub window: Option<usize>,
     /// Width of the gated MLP that every token passes, a dense layer's or shared experts'; 0 without one.
     pub dense: usize,
     /// Shared experts are weighted by a linear layer with one output.
@@ -254,10 +256,11 @@ impl LayerOutline {
     // Every field is named, so that a field which is new has to be counted or said to have no weights.
     fn of(layer: &LayerSpec, hidden: usize) -> Self {
         let LayerSpec { attention, mlp } = layer;
+        let window = attention.window;
         let attention = AttentionOutline::of(attention, hidden);
         match mlp {
             MlpSpec::Dense { intermediate } => {
-                Self { attention, dense: *intermediate, shared_scale: false, experts: None }
+                Self { attention, window, dense: *intermediate, shared_scale: false, experts: None }
             }
             MlpSpec::Moe(MoeSpec { experts, top_k, intermediate, gate, shared }) => {
                 let (count, top_k, intermediate) = (*experts, *top_k, *intermediate);
@@ -266,7 +269,7 @@ impl LayerOutline {
                     ExpertsOutline { count, top_k, intermediate, biases: false, gate_bias, selection_bias };
                 let shared_scale = matches!(shared, SharedSpec::SigmoidGated { .. });
                 let dense = shared.intermediate().unwrap_or(0);
-                Self { attention, dense, shared_scale, experts: Some(experts) }
+                Self { attention, window, dense, shared_scale, experts: Some(experts) }
             }
         }
     }

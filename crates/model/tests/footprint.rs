@@ -41,7 +41,7 @@ fn computed_sizes_are_those_of_loaded_models() {
                     "{model} {compute}"
                 );
                 assert_eq!(
-                    footprint.kv_sequence_bytes((2 * BLOCK_TOKENS + 1) as u64),
+                    footprint.kv_sequence_bytes((2 * BLOCK_TOKENS + 1) as u64, 512),
                     kv,
                     "{model} {compute}"
                 );
@@ -69,6 +69,18 @@ fn latent_attention_keeps_the_latent_as_key_and_as_value_and_one_rotated_key() {
     assert_eq!(footprint.kv_token_bytes, 61 * (512 + 64 + 512) * 2);
     assert_eq!((footprint.expert_bytes[2], outline.experts), (0, StoredAs::Fp8));
     assert_eq!(footprint.expert_bytes[3], 3 * (7168 * 2048 + 4 * 56 * 16));
+}
+
+#[test]
+fn a_window_bounds_what_its_layers_keep() {
+    let outline = Preset::find("gpt-oss-20b").unwrap().outline();
+    let footprint = Footprint::of(&outline, Compute::Bf16, WeightDType::Native, WeightDType::Native).unwrap();
+    // Keys and values of 8 heads of 64, in 24 layers.
+    let token = 24 * 2 * 8 * 64 * 2;
+    assert_eq!((footprint.kv_token_bytes, footprint.kv_groups.size()), (token, 12));
+    let half = |blocks: u64| blocks * 16 * token / 2;
+    let bytes = |tokens| footprint.kv_sequence_bytes(tokens, 512);
+    assert_eq!([1, 640, 131_072].map(bytes), [half(1 + 1), half(40 + 40), half(41 + 8192)]);
 }
 
 #[test]

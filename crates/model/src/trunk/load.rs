@@ -43,7 +43,8 @@ impl Trunk {
         let bytes = embedding.bytes()
             + head.as_ref().map_or(0, |head| head.bytes())
             + layers.iter().map(Layer::bytes).sum::<usize>();
-        Ok(Self { spec, compute, dtype, embedding, layers, final_norm, head, bytes: bytes as u64 })
+        let kv_groups = crate::kv::groups(spec.layers.iter().map(|layer| layer.attention.window));
+        Ok(Self { spec, kv_groups, compute, dtype, embedding, layers, final_norm, head, bytes: bytes as u64 })
     }
 }
 
