@@ -147,10 +147,11 @@ impl Table {
     /// Block numbers, group by group; [`NO_BLOCK`] for empty places.
     pub(crate) fn numbers(&self) -> Vec<u32> {
         let count = self.groups.len();
-        let of_group = |group| self.blocks[group..].iter().step_by(count);
-        let blocks = (0..count).flat_map(of_group);
         let mut numbers = Vec::with_capacity(self.blocks.len());
-        numbers.extend(blocks.map(|block| block.as_ref().map_or(NO_BLOCK, Block::index)));
+        for group in 0..count.min(self.blocks.len()) {
+            let of_group = self.blocks[group..].iter().step_by(count);
+            numbers.extend(of_group.map(|block| block.as_ref().map_or(NO_BLOCK, Block::index)));
+        }
         numbers
     }
 }

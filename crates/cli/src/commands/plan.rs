@@ -10,6 +10,7 @@ use muster_checkpoint::{Outline, Preset, Survey};
 use muster_config::nearest;
 use muster_model::footprint::Footprint;
 use muster_placement::{Demand, workers_per_row};
+use muster_router::start::EngineSettings;
 use muster_types::{Combine, Compute, DType, WeightDType};
 use muster_worker::PART_FOR_EXPERTS;
 use serde::Serialize;
@@ -205,7 +206,9 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
         Failure::input(format!("model {}: has no layer with experts to place", subject.name))
     })?;
     let context = context(args, outline)?;
-    let kv_bytes = sizes.kv_sequence_bytes(context).saturating_mul(args.sequences.into());
+    // As the router computes them when nobody says otherwise.
+    let chunk = EngineSettings::default().prefill_chunk;
+    let kv_bytes = sizes.kv_sequence_bytes(context, chunk).saturating_mul(args.sequences.into());
     let (given, open) = asked(args);
     for offer in given.iter().chain(&open) {
         if demand.held_by(for_experts(offer.machines.memory)) == 0 {
