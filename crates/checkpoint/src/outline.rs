@@ -5,7 +5,7 @@
 
 use muster_types::DType;
 
-use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, SharedSpec};
+use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, Sees, SharedSpec};
 
 /// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct Outline {
 pub struct LayerOutline {
     /// Its attention.
     pub attention: AttentionOutline,
+    /// Which positions it sees.
+    pub sees: Sees,
     /// Width of the gated MLP that every token passes, a dense layer's or shared experts'; 0 without one.
     pub dense: usize,
     /// Shared experts are weighted by a linear layer with one output.
@@ -275,10 +277,11 @@ impl LayerOutline {
     // Every field is named, so that a field which is new has to be counted or said to have no weights.
     fn of(layer: &LayerSpec, hidden: usize) -> Self {
         let LayerSpec { attention, mlp } = layer;
+        let sees = attention.sees;
         let attention = AttentionOutline::of(attention, hidden);
         match mlp {
             MlpSpec::Dense { intermediate } => {
-                Self { attention, dense: *intermediate, shared_scale: false, experts: None }
+                Self { attention, sees, dense: *intermediate, shared_scale: false, experts: None }
             }
             MlpSpec::Moe(MoeSpec {
                 experts,
@@ -296,7 +299,7 @@ impl LayerOutline {
                     ExpertsOutline { count, top_k, intermediate, biases, gate_bias, selection_bias };
                 let shared_scale = matches!(shared, SharedSpec::SigmoidGated { .. });
                 let dense = shared.intermediate().unwrap_or(0);
-                Self { attention, dense, shared_scale, experts: Some(experts) }
+                Self { attention, sees, dense, shared_scale, experts: Some(experts) }
             }
         }
     }

@@ -71,6 +71,18 @@ fn mixtral_is_planned_without_a_file() {
 }
 
 #[test]
+fn layers_with_a_window_take_less_kv_memory() {
+    let arguments = ["gpt-oss-20b", "--context", "131072", "--sequences", "4"];
+    let report = json(&arguments);
+    let token = 24 * 2 * 8 * 64 * 2_u64;
+    assert_eq!(report["kv_token_bytes"], token);
+    // Half of the layers keep everything, the others 41 blocks of 16 tokens: 512 of a step and the 127 before it.
+    assert_eq!(report["kv_bytes"], 4 * (131_072 + 41 * 16) * token / 2);
+    assert!(text(&plan(&arguments)).contains("less where layers no longer see it"));
+    assert!(!text(&plan(&["mixtral-8x7b"])).contains("no longer see"));
+}
+
+#[test]
 fn the_built_in_model_is_as_large_as_check_model_says() {
     let planned = json(&["demo"]);
     let check: Value =

@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::num::NonZero;
 
-use crate::prefix::BlockKey;
+use crate::prefix::BlockName;
 
 /// A holder's claim on a block. Give it back with [`BlockPool::release`]: one that is dropped is lost.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,18 +40,18 @@ pub(crate) enum Keep {
 struct State {
     holders: u32,
     /// The name of its content, once that is complete.
-    key: Option<BlockKey>,
+    name: Option<BlockName>,
     /// While it is cached: its place in the order of eviction.
     cached_at: u64,
 }
 
-/// A fixed number of blocks, each with room for the keys and values of the same number of tokens.
+/// A fixed number of blocks, each with room for the keys and values of the same number of tokens in one group of layers.
 #[derive(Debug)]
 pub(crate) struct BlockPool {
     free: Vec<u32>,
     states: Vec<State>,
     /// Held and cached blocks whose content has a name.
-    named: BTreeMap<BlockKey, u32>,
+    named: BTreeMap<BlockName, u32>,
     /// Cached blocks, the least recently used first.
     cached: BTreeMap<u64, u32>,
     /// Counts releases, to order them.
@@ -85,15 +85,15 @@ impl BlockPool {
 
     fn evict(&mut self) -> Option<u32> {
         let (_, block) = self.cached.pop_first()?;
-        if let Some(key) = self.states[block as usize].key.take() {
-            self.named.remove(&key);
+        if let Some(name) = self.states[block as usize].name.take() {
+            self.named.remove(&name);
         }
         Some(block)
     }
 
     /// Another claim on the block with this content, if there is one.
-    pub(crate) fn share(&mut self, key: &BlockKey) -> Option<Block> {
-        let &block = self.named.get(key)?;
+    pub(crate) fn share(&mut self, name: &BlockName) -> Option<Block> {
+        let &block = self.named.get(name)?;
         let state = &mut self.states[block as usize];
         if state.holders == 0 {
             self.cached.remove(&state.cached_at);
@@ -104,23 +104,23 @@ impl BlockPool {
 
     /// Names a block's content. From now on it must not change. Does nothing where a block of that name exists:
     /// one copy is enough.
-    pub(crate) fn name(&mut self, block: &Block, key: BlockKey) {
-        if self.keep == Keep::Prefixes && !self.named.contains_key(&key) {
-            self.named.insert(key, block.0);
-            self.states[block.index() as usize].key = Some(key);
+    pub(crate) fn name(&mut self, block: &Block, name: BlockName) {
+        if self.keep == Keep::Prefixes && !self.named.contains_key(&name) {
+            self.named.insert(name, block.0);
+            self.states[block.index() as usize].name = Some(name);
         }
     }
 
     /// Takes claims back. Of blocks given back together the last are evicted first: without the blocks before it a
     /// block is of no use, but not the other way round.
-    pub(crate) fn release(&mut self, blocks: Vec<Block>) {
-        for Block(block) in blocks.into_iter().rev() {
+    pub(crate) fn release(&mut self, blocks: impl DoubleEndedIterator<Item = Block>) {
+        for Block(block) in blocks.rev() {
             let state = &mut self.states[block as usize];
             state.holders -= 1;
             if state.holders > 0 {
                 continue;
             }
-            if state.key.is_some() {
+            if state.name.is_some() {
                 self.released += 1;
                 state.cached_at = self.released;
                 self.cached.insert(self.released, block);
@@ -131,8 +131,8 @@ impl BlockPool {
     }
 
     /// Whether there is a block with this content, and whether somebody holds it.
-    pub(crate) fn find(&self, key: &BlockKey) -> Option<Found> {
-        let &block = self.named.get(key)?;
+    pub(crate) fn find(&self, name: &BlockName) -> Option<Found> {
+        let &block = self.named.get(name)?;
         Some(if self.states[block as usize].holders == 0 { Found::Cached } else { Found::Held })
     }
 
@@ -142,18 +142,18 @@ impl BlockPool {
     }
 
     /// Tokens of a block.
-    pub(crate) const fn block_tokens(&self) -> u32 {
-        self.block_tokens.get()
+    pub(crate) const fn block_tokens(&self) -> NonZero<u32> {
+        self.block_tokens
     }
 
-    /// Blocks needed for this many tokens.
+    /// Blocks needed for this many tokens, in one group of layers.
     pub(crate) const fn blocks_for(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.block_tokens.get())
     }
 
-    /// Tokens that fit in this many blocks.
-    pub(crate) fn tokens_in(&self, blocks: usize) -> u64 {
-        blocks as u64 * u64::from(self.block_tokens.get())
+    /// Tokens that fit in this many blocks of one group.
+    pub(crate) fn tokens_in(&self, blocks: u32) -> u64 {
+        u64::from(blocks) * u64::from(self.block_tokens.get())
     }
 
     /// All blocks.
@@ -191,13 +191,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::prefix::BlockKey;
 
     fn pool(total: u32, keep: Keep) -> BlockPool {
         BlockPool::new(total, NonZero::new(16).unwrap(), keep)
     }
 
-    fn key(number: u32) -> BlockKey {
-        BlockKey::after(None, &[TokenId::new(number, u32::MAX).unwrap()])
+    fn key(number: u32) -> BlockName {
+        // The same tokens in two groups.
+        let key = BlockKey::after(None, &[TokenId::new(number / 2, u32::MAX).unwrap()]);
+        BlockName { group: number % 2, key }
     }
 
     #[test]
@@ -207,7 +210,7 @@ mod tests {
         assert_eq!(blocks.iter().map(Block::index).collect::<Vec<_>>(), [0, 1, 2]);
         assert_eq!((pool.allocate(), pool.available(), pool.total()), (None, 0, 3));
         pool.name(&blocks[0], key(0));
-        pool.release(blocks);
+        pool.release(blocks.into_iter());
         assert_eq!((pool.available(), pool.total(), pool.cached()), (3, 3, 0));
         assert_eq!(pool.allocate().map(|block| block.index()), Some(0));
     }
@@ -230,11 +233,11 @@ mod tests {
             })
         };
         let (old, young) = (two([0, 1]), two([2, 3]));
-        pool.release(old.into());
-        pool.release(young.into());
+        pool.release(old.into_iter());
+        pool.release(young.into_iter());
         // Used again, so that 0 is younger than all others.
         let block = pool.share(&key(0)).unwrap();
-        pool.release(vec![block]);
+        pool.release(std::iter::once(block));
         let order: Vec<_> = (0..4).map(|_| pool.allocate().unwrap().index()).collect();
         assert_eq!(order, [1, 3, 2, 0]);
         assert_eq!((pool.find(&key(0)), pool.share(&key(3)), pool.cached()), (None, None, 0));
@@ -307,7 +310,7 @@ mod tests {
                     Op::Release(at, count) if !claims.is_empty() => {
                         let at = at % claims.len();
                         let end = claims.len().min(at + count);
-                        pool.release(claims.drain(at..end).collect());
+                        pool.release(claims.drain(at..end));
                     }
                     Op::Name(..) | Op::Release(..) => {}
                 }
@@ -319,7 +322,7 @@ mod tests {
                 let cached = names.keys().filter(|index| !distinct.contains(index)).count();
                 prop_assert_eq!(pool.cached() as usize, cached);
             }
-            pool.release(claims);
+            pool.release(claims.into_iter());
             prop_assert_eq!(pool.available(), total);
         }
     }

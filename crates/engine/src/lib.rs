@@ -1,6 +1,7 @@
 //! What a router decides between two passes of the model. Pure: no clock, no I/O, no threads, no tensors.
 //!
 //! - [`scheduler`]: which sequences run in a step and where their keys and values lie;
+//! - [`reach`]: which past positions layers see, and so which of them share KV blocks;
 //! - [`microbatch`]: which of the two lanes each of them travels in;
 //! - [`batcher`]: which rows go to which worker at one layer;
 //! - [`dispatch`]: the seam through which they go there and come back.
@@ -12,12 +13,14 @@ pub mod dispatch;
 mod kv;
 pub mod microbatch;
 mod prefix;
+pub mod reach;
 pub mod scheduler;
 mod sequence;
 mod spread;
+mod table;
 
 pub use batcher::{BatchPlan, ShardPlan, Slot};
 pub use scheduler::{
-    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats, Step,
-    StepItem, UnknownSequence,
+    AdmitError, ConfigError, NO_BLOCK, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats,
+    Step, StepItem, UnknownSequence,
 };

@@ -2,12 +2,20 @@
 //!
 //! The keys and values of a position depend on the tokens up to it and on nothing else, so a full block is named by
 //! all tokens up to its end: a SHA-256 of the name of the block before it and of its own tokens. Whoever could make two
-//! prefixes with one name could be served another's attention; hence a cryptographic hash. Knows nothing of blocks.
+//! prefixes with one name could be served another's attention; hence a cryptographic hash. Every group of layers has
+//! blocks of its own for the same tokens, which its number tells apart. Knows nothing of blocks.
 
 use muster_types::TokenId;
 use sha2::{Digest, Sha256};
 
-/// The name of what a full block holds.
+/// The name of what a full block holds of one group of layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct BlockName {
+    pub(crate) group: u32,
+    pub(crate) key: BlockKey,
+}
+
+/// The name of a full block's tokens, and of all before them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BlockKey([u8; 32]);
 

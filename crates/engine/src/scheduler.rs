@@ -6,6 +6,7 @@
 //! - the oldest sequence advances in every step, so every sequence ends;
 //! - every block is nobody's or in the tables of running sequences, in more than one only as a full block of a
 //!   common beginning, which nobody writes to any more;
+//! - a running sequence holds every block that it will still look at, and gives up the others before a step;
 //! - a step has at most `step_tokens` tokens.
 //!
 //! Tokens that were just sampled go first, one per sequence, and what is left of the budget goes to prefill
@@ -20,18 +21,27 @@
 
 use std::collections::VecDeque;
 use std::num::NonZero;
+use std::sync::Arc;
 
 use muster_types::{Retry, SeqId, TokenId};
 
 use crate::kv::{BlockPool, Keep};
+use crate::reach::{Reach, most_held};
 use crate::sequence::Sequence;
+use crate::table::Group;
+
+/// In [`StepItem::blocks`], where there is no block because nothing looks at its positions any more. No block has this
+/// number.
+pub const NO_BLOCK: u32 = u32::MAX;
 
 /// Sizes of a [`Scheduler`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SchedulerConfig {
     /// Tokens per KV block.
     pub block_tokens: NonZero<u32>,
-    /// KV blocks, shared by all sequences.
+    /// What each group of layers sees; see [`LayerGroups`](crate::reach::LayerGroups). A block holds tokens of one group.
+    pub groups: Vec<Reach>,
+    /// KV blocks, shared by all sequences and groups.
     pub blocks: u32,
     /// Most tokens of one sequence, prompt and output together.
     pub context: u32,
@@ -116,8 +126,8 @@ pub enum AdmitError {
         "prompt and output need {needed} KV blocks, the cache has {have}; shorten the prompt or max_tokens"
     )]
     NeverFits {
-        /// Blocks it may come to need.
-        needed: u32,
+        /// Blocks it may come to need at once.
+        needed: u64,
         /// Blocks there are.
         have: u32,
     },
@@ -189,7 +199,8 @@ pub struct StepItem {
     pub start: u32,
     /// The tokens; at least one.
     pub tokens: Vec<TokenId>,
-    /// The sequence's KV blocks in order of position: exactly enough for `start + tokens.len()` positions.
+    /// The sequence's KV blocks: for one group of layers after the other its table in order of position, with exactly
+    /// enough places for `start + tokens.len()` positions. A place that nothing looks at any more has [`NO_BLOCK`].
     pub blocks: Vec<u32>,
     /// Whether the last token's logits are wanted, to sample the next token and [`Scheduler::append`] it.
     pub sample: bool,
@@ -220,6 +231,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
+    groups: Arc<[Group]>,
     pool: BlockPool,
     /// Oldest first; all older than those waiting.
     running: Vec<Sequence>,
@@ -245,13 +257,21 @@ struct Draft {
     prefill_budget: u32,
 }
 
+impl SchedulerConfig {
+    /// Most tokens of one sequence in a step.
+    fn chunk(&self) -> u32 {
+        self.prefill_chunk.min(self.step_tokens)
+    }
+}
+
 impl Scheduler {
     /// An idle scheduler.
     ///
     /// # Errors
-    /// When a size is 0, the context is below 2, or `step_tokens` is below `max_running`.
+    /// When a size is 0, there is no group of layers, the context is below 2, or `step_tokens` is below `max_running`.
     pub fn new(config: SchedulerConfig) -> Result<Self, ConfigError> {
         let positive = [
+            ("groups", !config.groups.is_empty()),
             ("blocks", config.blocks != 0),
             ("max_running", config.max_running != 0),
             ("max_waiting", config.max_waiting != 0),
@@ -274,8 +294,11 @@ impl Scheduler {
             PrefixCache::Off => Keep::Nothing,
         };
         let pool = BlockPool::new(config.blocks, config.block_tokens, keep);
+        let group = |&reach: &Reach| Group::new(reach, config.block_tokens, config.chunk());
+        let groups = config.groups.iter().map(group).collect();
         Ok(Self {
             config,
+            groups,
             pool,
             running: Vec::new(),
             waiting: VecDeque::new(),
@@ -304,8 +327,9 @@ impl Scheduler {
         };
         let limit = prompt.saturating_add(seq.max_tokens).min(context);
         // The last token is only an output and needs no place in the cache.
-        let needed = self.pool.blocks_for(limit - 1);
-        if needed > self.pool.total() {
+        let SchedulerConfig { ref groups, block_tokens, .. } = self.config;
+        let needed = most_held(groups, block_tokens, self.config.chunk(), limit - 1);
+        if needed > u64::from(self.pool.total()) {
             return Err(AdmitError::NeverFits { needed, have: self.pool.total() });
         }
         if self.running.iter().chain(&self.waiting).any(|other| other.id() == seq.id) {
@@ -314,7 +338,7 @@ impl Scheduler {
         if self.waiting.len() >= self.config.max_waiting {
             return Err(AdmitError::QueueFull { limit: self.config.max_waiting });
         }
-        self.waiting.push_back(Sequence::new(seq.id, seq.prompt, limit));
+        self.waiting.push_back(Sequence::new(seq.id, seq.prompt, limit, &self.groups));
         Ok(())
     }
 
@@ -333,6 +357,7 @@ impl Scheduler {
     pub fn schedule(&mut self, beside_decodes: u32) -> Step {
         for sequence in &mut self.running {
             sequence.settle(&mut self.pool);
+            sequence.forget_unseen(&mut self.pool);
         }
         // Taken off the budget first. The budget has a token for each of `max_running` sequences, so whoever is
         // not decoding leaves one over, and the oldest prefill always gets some.
@@ -369,8 +394,7 @@ impl Scheduler {
     /// before the step, and a later step computes the same again. Nothing happens when it is gone or was preempted.
     pub fn undo(&mut self, item: &StepItem) {
         let Some(sequence) = self.running.iter_mut().find(|running| running.id() == item.seq) else { return };
-        let blocks = sequence.undo(&self.pool, item.start);
-        self.pool.release(blocks);
+        sequence.undo(&mut self.pool, item.start);
     }
 
     /// Leaves a running sequence out of steps until [`unpark`](Self::unpark). It keeps its blocks, unless older ones
@@ -416,8 +440,7 @@ impl Scheduler {
     /// writing it.
     pub fn finish(&mut self, seq: SeqId) -> bool {
         if let Some(at) = self.running.iter().position(|running| running.id() == seq) {
-            let blocks = self.running.remove(at).reset();
-            self.pool.release(blocks);
+            self.running.remove(at).reset(&mut self.pool);
             return true;
         }
         let waiting = self.waiting.iter().position(|waiting| waiting.id() == seq);
@@ -482,7 +505,7 @@ impl Scheduler {
                 return granted;
             }
             if let Some(mut youngest) = self.running.pop() {
-                self.pool.release(youngest.reset());
+                youngest.reset(&mut self.pool);
                 preempted.push(youngest.id());
                 self.preemptions += 1;
                 self.waiting.push_front(youngest);
@@ -491,16 +514,16 @@ impl Scheduler {
     }
 
     /// Moves waiting sequences into the step, oldest first, while there are tokens, places and blocks. All blocks
-    /// of a sequence's known tokens must be there, beyond what running prefills still need, though it takes
-    /// only those of its first chunk now: half a prefill that is then preempted would be work for nothing.
+    /// that a sequence holds at once on the way to the end of its known tokens must be there, beyond what running
+    /// prefills still need, though it takes only those of its first chunk now: half a prefill that is then preempted would be work for nothing.
     /// Nobody is let in by a step that preempted: blocks are short, and whoever just lost its own could be let in
     /// again by what it shares with others, only to lose them again.
     fn let_in(&mut self, draft: &mut Draft) {
         if !draft.preempted.is_empty() {
             return;
         }
-        let claimed: u32 = self.running.iter().map(|sequence| sequence.blocks_wanted(&self.pool)).sum();
-        let mut unclaimed = self.pool.available().saturating_sub(claimed);
+        let claimed: u64 = self.running.iter().map(|sequence| sequence.blocks_wanted(&self.pool)).sum();
+        let mut unclaimed = u64::from(self.pool.available()).saturating_sub(claimed);
         while draft.prefill_budget > 0 && self.running.len() < self.config.max_running {
             let fits = |next: &mut Sequence| next.cost(&self.pool) <= unclaimed;
             let Some(mut next) = self.waiting.pop_front_if(fits) else { break };

@@ -1,14 +1,17 @@
 //! One sequence under generation: its tokens, and how far its keys and values are computed.
 //!
-//! Always holds: `computed <= tokens.len() <= limit`, `blocks` covers exactly `computed` positions, and of those
+//! Always holds: `computed <= tokens.len() <= limit`, `table` covers exactly `computed` positions, and of its
 //! blocks the ones that others may hold, too, are full. Knows nothing of other sequences, nor whether it is
 //! waiting or running.
 
+use std::sync::Arc;
+
 use muster_types::{SeqId, TokenId};
 
-use crate::kv::{Block, BlockPool, Found};
+use crate::kv::BlockPool;
 use crate::prefix::BlockKey;
 use crate::scheduler::StepItem;
+use crate::table::{Group, Table};
 
 #[derive(Debug)]
 pub(crate) struct Sequence {
@@ -19,10 +22,10 @@ pub(crate) struct Sequence {
     limit: u32,
     /// Positions whose keys and values are in the cache once the current step has run.
     computed: u32,
-    blocks: Vec<Block>,
-    /// Names of the blocks that its tokens fill, as far as they were needed.
+    table: Table,
+    /// Names of the tokens that fill blocks, as far as they were needed.
     keys: Vec<BlockKey>,
-    /// Blocks whose names the pool was told, or had.
+    /// Places of the table whose names the pool was told, or had.
     named: usize,
     /// Prompt tokens that were in the cache when it first ran.
     cached_prompt: Option<u32>,
@@ -32,13 +35,13 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// A sequence that may grow from its prompt to `limit` tokens. `limit` is above the prompt's length.
-    pub(crate) const fn new(id: SeqId, prompt: Vec<TokenId>, limit: u32) -> Self {
+    pub(crate) fn new(id: SeqId, prompt: Vec<TokenId>, limit: u32, groups: &Arc<[Group]>) -> Self {
         Self {
             id,
             tokens: prompt,
             limit,
             computed: 0,
-            blocks: Vec::new(),
+            table: Table::new(Arc::clone(groups)),
             keys: Vec::new(),
             named: 0,
             cached_prompt: None,
@@ -85,25 +88,25 @@ impl Sequence {
         self.computed == self.known() && !self.is_full()
     }
 
-    /// Blocks that its known tokens still need.
-    pub(crate) fn blocks_wanted(&self, pool: &BlockPool) -> u32 {
-        pool.blocks_for(self.known()).saturating_sub(self.blocks.len() as u32)
+    /// Blocks that it comes to hold beyond those it has, at most at once, up to the end of its known tokens.
+    pub(crate) fn blocks_wanted(&self, pool: &BlockPool) -> u64 {
+        self.table.wanted(pool.blocks_for(self.known()))
     }
 
-    /// Blocks that would no longer be available if it ran to the end of its known tokens, having no block now. Those
-    /// that others hold cost nothing.
-    pub(crate) fn cost(&mut self, pool: &BlockPool) -> u32 {
-        let held = self.found(pool).filter(|found| *found == Found::Held).count();
-        pool.blocks_for(self.known()) - held as u32
+    /// Blocks that would no longer be available, at most at once, if it ran to the end of its known tokens, having no
+    /// block now. Those that others hold cost nothing.
+    pub(crate) fn cost(&mut self, pool: &BlockPool) -> u64 {
+        let adopted = self.adoptable(pool);
+        self.table.cost(pool, &self.keys, adopted, pool.blocks_for(self.known()))
     }
 
-    /// Takes the longest run of blocks that are there already and says how many tokens they spare. At least one token
+    /// Takes the longest beginning that is there already and says how many tokens it spares. At least one token
     /// is left to compute, for its logits.
     pub(crate) fn adopt(&mut self, pool: &mut BlockPool) -> u32 {
-        let count = self.found(pool).count();
-        self.blocks.extend(self.keys[..count].iter().map_while(|key| pool.share(key)));
-        self.named = self.blocks.len();
-        self.computed = self.blocks.len() as u32 * pool.block_tokens();
+        let places = self.adoptable(pool);
+        self.table.adopt(pool, &self.keys, places);
+        self.named = places as usize;
+        self.computed = places * pool.block_tokens().get();
         self.cached_prompt.get_or_insert(self.computed);
         self.computed
     }
@@ -113,29 +116,35 @@ impl Sequence {
         self.cached_prompt.unwrap_or(0)
     }
 
-    /// The first blocks, as far as they are there.
-    fn found<'a>(&'a mut self, pool: &'a BlockPool) -> impl Iterator<Item = Found> + 'a {
-        // At most the context, which is counted in u32.
-        let most = if pool.keeps_prefixes() { (self.known() - 1) / pool.block_tokens() } else { 0 };
-        self.name_blocks(most as usize, pool.block_tokens());
-        self.keys[..most as usize].iter().map_while(|key| pool.find(key))
+    /// Full blocks, from the first on, that need not be computed.
+    fn adoptable(&mut self, pool: &BlockPool) -> u32 {
+        if !pool.keeps_prefixes() {
+            return 0;
+        }
+        let most = (self.known() - 1) / pool.block_tokens();
+        self.name_blocks(most as usize, pool);
+        self.table.adoptable(pool, &self.keys[..most as usize])
     }
 
     /// Tells the pool what the full blocks hold. Every position counted as computed must have been, successfully.
     pub(crate) fn settle(&mut self, pool: &mut BlockPool) {
         let full = (self.computed / pool.block_tokens()) as usize;
-        if !pool.keeps_prefixes() || full <= self.named {
-            return;
+        if pool.keeps_prefixes() && full > self.named {
+            self.name_blocks(full, pool);
+            for place in self.named..full {
+                self.table.name(pool, place, self.keys[place]);
+            }
+            self.named = full;
         }
-        self.name_blocks(full, pool.block_tokens());
-        for at in self.named..full {
-            pool.name(&self.blocks[at], self.keys[at]);
-        }
-        self.named = full;
     }
 
-    fn name_blocks(&mut self, count: usize, block_tokens: u32) {
-        let block_tokens = block_tokens as usize;
+    /// Gives up the blocks that no position to come sees. What is computed must be settled.
+    pub(crate) fn forget_unseen(&mut self, pool: &mut BlockPool) {
+        self.table.forget_unseen(pool, self.computed);
+    }
+
+    fn name_blocks(&mut self, count: usize, pool: &BlockPool) {
+        let block_tokens = pool.block_tokens().get() as usize;
         while self.keys.len() < count {
             let start = self.keys.len() * block_tokens;
             self.keys.push(BlockKey::after(self.keys.last(), &self.tokens[start..start + block_tokens]));
@@ -144,12 +153,8 @@ impl Sequence {
 
     /// Takes free blocks for up to `wanted` more positions and says for how many there is room now.
     pub(crate) fn reserve(&mut self, pool: &mut BlockPool, wanted: u32) -> u32 {
-        let needed = pool.blocks_for(self.computed + wanted) as usize;
-        while self.blocks.len() < needed {
-            let Some(block) = pool.allocate() else { break };
-            self.blocks.push(block);
-        }
-        let room = pool.tokens_in(self.blocks.len()) - u64::from(self.computed);
+        self.table.grow(pool, pool.blocks_for(self.computed + wanted));
+        let room = pool.tokens_in(self.table.places()) - u64::from(self.computed);
         // No more than `wanted`, which has 32 bits.
         room.min(u64::from(wanted)) as u32
     }
@@ -163,16 +168,16 @@ impl Sequence {
             seq: self.id,
             start,
             tokens: self.tokens[start as usize..self.computed as usize].to_vec(),
-            blocks: self.blocks.iter().map(Block::index).collect(),
+            blocks: self.table.numbers(),
             sample: self.computed == self.known(),
         }
     }
 
-    /// Counts nothing from position `start` on as computed, and hands out the blocks that are no longer needed. What
+    /// Counts nothing from position `start` on as computed, and gives up the blocks that are no longer needed. What
     /// was settled must lie before it.
-    pub(crate) fn undo(&mut self, pool: &BlockPool, start: u32) -> Vec<Block> {
+    pub(crate) fn undo(&mut self, pool: &mut BlockPool, start: u32) {
         self.computed = start;
-        self.blocks.split_off(pool.blocks_for(start) as usize)
+        self.table.truncate(pool, pool.blocks_for(start));
     }
 
     /// Adds a sampled token.
@@ -180,12 +185,12 @@ impl Sequence {
         self.tokens.push(token);
     }
 
-    /// Forgets all keys and values, to be computed again, and hands out the blocks.
-    pub(crate) fn reset(&mut self) -> Vec<Block> {
+    /// Forgets all keys and values, to be computed again, and gives up the blocks.
+    pub(crate) fn reset(&mut self, pool: &mut BlockPool) {
         self.computed = 0;
         self.named = 0;
         self.parked = false;
-        std::mem::take(&mut self.blocks)
+        self.table.truncate(pool, 0);
     }
 }
 
@@ -195,15 +200,31 @@ mod tests {
 
     use super::*;
     use crate::kv::Keep;
+    use crate::reach::Reach;
+    use crate::scheduler::NO_BLOCK;
 
     fn tokens(count: u32) -> Vec<TokenId> {
         TokenId::all(count).collect()
     }
 
+    fn pool(total: u32, block_tokens: u32, keep: Keep) -> BlockPool {
+        BlockPool::new(total, NonZero::new(block_tokens).unwrap(), keep)
+    }
+
+    /// One that is computed in chunks of at most four tokens.
+    fn sequence(prompt: u32, limit: u32, pool: &BlockPool, reaches: &[Reach]) -> Sequence {
+        let group = |&reach: &Reach| Group::new(reach, pool.block_tokens(), 4);
+        Sequence::new(SeqId::new(1), tokens(prompt), limit, &reaches.iter().map(group).collect())
+    }
+
+    fn window(positions: u32) -> Reach {
+        Reach::Last(NonZero::new(positions).unwrap())
+    }
+
     #[test]
     fn room_ends_where_the_blocks_do() {
-        let mut pool = BlockPool::new(2, NonZero::new(4).unwrap(), Keep::Nothing);
-        let mut sequence = Sequence::new(SeqId::new(1), tokens(10), 20);
+        let mut pool = pool(2, 4, Keep::Nothing);
+        let mut sequence = sequence(10, 20, &pool, &[Reach::All]);
         assert_eq!(sequence.blocks_wanted(&pool), 3);
         assert_eq!(sequence.reserve(&mut pool, 3), 3);
         let item = sequence.advance(3);
@@ -213,14 +234,14 @@ mod tests {
         let item = sequence.advance(5);
         assert_eq!((item.start, item.tokens, item.blocks), (3, tokens(10)[3..8].to_vec(), vec![0, 1]));
         assert_eq!((sequence.reserve(&mut pool, 1), pool.available()), (0, 0));
-        pool.release(sequence.reset());
+        sequence.reset(&mut pool);
         assert_eq!((sequence.pending(), pool.available()), (10, 2));
     }
 
     #[test]
     fn the_last_token_is_never_fed_back() {
-        let mut pool = BlockPool::new(1, NonZero::new(2).unwrap(), Keep::Nothing);
-        let mut sequence = Sequence::new(SeqId::new(1), tokens(2), 3);
+        let mut pool = pool(1, 2, Keep::Nothing);
+        let mut sequence = sequence(2, 3, &pool, &[Reach::All]);
         assert_eq!(sequence.reserve(&mut pool, 2), 2);
         assert!(sequence.advance(2).sample && sequence.awaits_token());
         sequence.push(tokens(1)[0]);
@@ -229,34 +250,86 @@ mod tests {
 
     #[test]
     fn only_settled_full_blocks_are_adopted_and_a_token_is_left() {
-        let mut pool = BlockPool::new(8, NonZero::new(4).unwrap(), Keep::Prefixes);
+        let mut pool = pool(8, 4, Keep::Prefixes);
         let run = |pool: &mut BlockPool, prompt: u32| {
-            let mut sequence = Sequence::new(SeqId::new(1), tokens(prompt), 20);
+            let mut sequence = sequence(prompt, 20, pool, &[Reach::All]);
             let adopted = sequence.adopt(pool);
             assert_eq!(sequence.reserve(pool, prompt - adopted), prompt - adopted);
             (sequence.advance(prompt - adopted), sequence)
         };
         let (_, mut failed) = run(&mut pool, 12);
-        pool.release(failed.reset());
+        failed.reset(&mut pool);
         let (item, mut first) = run(&mut pool, 11);
         assert_eq!(item.start, 0, "a step that failed left nothing behind");
         first.settle(&mut pool);
         // Shared with the first; the third block is not full.
         let (item, mut second) = run(&mut pool, 12);
-        assert_eq!(
-            (item.start, &item.blocks[..2]),
-            (8, &[first.blocks[0].index(), first.blocks[1].index()][..])
-        );
-        assert_ne!(item.blocks[2], first.blocks[2].index());
+        let blocks = first.table.numbers();
+        assert_eq!((item.start, &item.blocks[..2]), (8, &blocks[..2]));
+        assert_ne!(item.blocks[2], blocks[2]);
         second.settle(&mut pool);
-        pool.release(first.reset());
-        pool.release(second.reset());
+        first.reset(&mut pool);
+        second.reset(&mut pool);
         assert_eq!((pool.available(), pool.cached()), (8, 3));
         // All twelve are there, but the last must be run for its logits.
         let (item, mut third) = run(&mut pool, 12);
         assert_eq!((item.start, item.tokens.len(), third.cached_prompt()), (8, 4, 8));
-        pool.release(third.reset());
+        third.reset(&mut pool);
         let (item, _) = run(&mut pool, 13);
         assert_eq!((item.start, item.tokens.len()), (12, 1));
+    }
+
+    #[test]
+    fn blocks_are_given_up_once_nothing_to_come_sees_them() {
+        let mut pool = pool(20, 2, Keep::Nothing);
+        let chunk = Reach::Chunk(NonZero::new(6).unwrap());
+        let mut sequence = sequence(11, 20, &pool, &[Reach::All, window(3), chunk]);
+        let mut run = |count| {
+            sequence.forget_unseen(&mut pool);
+            assert_eq!(sequence.reserve(&mut pool, count), count);
+            let blocks = sequence.advance(count).blocks;
+            let held = |table: &[u32]| table.iter().map(|&block| block != NO_BLOCK).collect::<Vec<_>>();
+            let tables: Vec<_> = blocks.chunks(blocks.len() / 3).map(held).collect();
+            assert_eq!(pool.available() as usize, 20 - tables.concat().iter().filter(|&&held| held).count());
+            tables
+        };
+        assert_eq!(run(4), vec![vec![true; 2]; 3]);
+        // Position 4 sees from 2 on with the window, and position 5 still from 0 on in its chunk.
+        assert_eq!(run(1), [vec![true; 3], vec![false, true, true], vec![true; 3]]);
+        assert_eq!(run(1), [vec![true; 3], vec![false, true, true], vec![true; 3]]);
+        let (all, last) = (vec![true; 4], vec![false, false, true, true]);
+        assert_eq!(run(1), [all, last, vec![false, false, false, true]]);
+        sequence.reset(&mut pool);
+        assert_eq!(pool.available(), 20);
+    }
+
+    #[test]
+    fn a_beginning_is_adopted_where_every_group_has_what_is_seen() {
+        let mut pool = pool(20, 2, Keep::Prefixes);
+        let groups = [Reach::All, window(4)];
+        let mut first = sequence(9, 20, &pool, &groups);
+        assert_eq!(first.reserve(&mut pool, 8), 8);
+        first.advance(8);
+        first.settle(&mut pool);
+        first.forget_unseen(&mut pool);
+        // Position 8 sees from 5 on, so the first two places of the window are cached.
+        assert_eq!((pool.available(), pool.cached()), (20 - 6, 2));
+        let mut second = sequence(9, 20, &pool, &groups);
+        // One new block in each group.
+        assert_eq!((second.cost(&pool), second.adopt(&mut pool)), (2, 8));
+        let blocks = first.table.numbers();
+        assert_eq!(second.table.numbers(), blocks);
+        assert_eq!(blocks[4..6], [NO_BLOCK; 2]);
+        second.reset(&mut pool);
+        // Position 6 sees from 3 on: one of the two blocks is cached.
+        let mut third = sequence(8, 20, &pool, &groups);
+        assert_eq!((third.cost(&pool), third.adopt(&mut pool)), (1 + 2, 6));
+        assert_eq!(pool.cached(), 1);
+        third.reset(&mut pool);
+        // Without it there is nothing to begin behind, except where all is still held.
+        let taken: Vec<_> = (0..14).map_while(|_| pool.allocate()).collect();
+        assert_eq!((taken.len(), pool.cached()), (14, 0));
+        assert_eq!(sequence(8, 20, &pool, &groups).adopt(&mut pool), 0);
+        assert_eq!(sequence(9, 20, &pool, &groups).adopt(&mut pool), 8);
     }
 }

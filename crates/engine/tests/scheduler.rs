@@ -3,8 +3,10 @@
 
 use std::num::NonZero;
 
+use muster_engine::NO_BLOCK;
+use muster_engine::reach::Reach;
 use muster_engine::scheduler::{
-    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step,
+    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step, StepItem,
     UnknownSequence,
 };
 use muster_types::{Retry, SeqId, TokenId};
@@ -13,6 +15,7 @@ use muster_types::{Retry, SeqId, TokenId};
 fn roomy() -> SchedulerConfig {
     SchedulerConfig {
         block_tokens: NonZero::new(4).unwrap(),
+        groups: vec![Reach::All],
         blocks: 100,
         context: 100,
         max_running: 8,
@@ -327,6 +330,8 @@ fn sizes_that_cannot_work_are_refused() {
     ] {
         assert_eq!(Scheduler::new(config).err(), Some(ConfigError::Zero { field }));
     }
+    let groups = SchedulerConfig { groups: Vec::new(), ..roomy() };
+    assert_eq!(Scheduler::new(groups).err(), Some(ConfigError::Zero { field: "groups" }));
     let context = SchedulerConfig { context: 1, ..roomy() };
     assert_eq!(Scheduler::new(context).err(), Some(ConfigError::Context(1)));
     let starved = SchedulerConfig { step_tokens: 7, ..roomy() };
@@ -370,4 +375,95 @@ fn a_parked_sequence_is_left_out_until_it_is_let_go_on() {
     assert_eq!(scheduler.schedule(u32::MAX), Step::default());
     scheduler.unpark();
     assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 6, 1, true)]);
+}
+
+/// Every other layer sees eight positions.
+fn half_windowed() -> SchedulerConfig {
+    let window = Reach::Last(NonZero::new(8).unwrap());
+    SchedulerConfig { groups: vec![window, Reach::All], context: 200, prefill_chunk: 8, ..roomy() }
+}
+
+/// Blocks in each group's table.
+fn held(item: &StepItem, groups: usize) -> Vec<usize> {
+    let tables = item.blocks.chunks(item.blocks.len() / groups);
+    tables.map(|table| table.iter().filter(|&&block| block != NO_BLOCK).count()).collect()
+}
+
+#[test]
+fn a_long_sequence_holds_of_a_window_what_it_sees() {
+    let mut scheduler = with(half_windowed(), &[(1, 60, 100)]);
+    let mut longest = 0;
+    while !scheduler.is_idle() {
+        for item in &run(&mut scheduler).items {
+            let (covered, chunk) = (item.start as usize + item.tokens.len(), item.tokens.len());
+            let [window, all] = held(item, 2)[..] else { panic!("two tables") };
+            assert_eq!(all, covered.div_ceil(4));
+            assert!(window <= 8 / 4 + chunk.div_ceil(4) + 1, "{window} blocks for {item:?}");
+            // Nothing that the first row sees is missing, and everything before is given up.
+            let seen = (item.start as usize).saturating_sub(7) / 4;
+            assert!(item.blocks[..seen].iter().all(|&block| block == NO_BLOCK));
+            assert!(item.blocks[seen..].iter().all(|&block| block != NO_BLOCK));
+            longest = longest.max(covered);
+        }
+    }
+    assert_eq!((longest, scheduler.stats().blocks_free), (159, 100));
+}
+
+#[test]
+fn long_sequences_run_together_where_only_one_would_fit_without_windows() {
+    // Each has 64 positions, 16 blocks: of the window's group it holds five at most.
+    let run_all = |groups: Vec<Reach>| {
+        let config = SchedulerConfig { groups, blocks: 16, step_tokens: 32, ..half_windowed() };
+        let mut scheduler = with(config, &[(1, 40, 25), (2, 40, 25), (3, 40, 25)]);
+        let mut together = 0;
+        while !scheduler.is_idle() {
+            run(&mut scheduler);
+            together = together.max(scheduler.stats().running);
+        }
+        (together, scheduler.stats().preemptions)
+    };
+    assert_eq!(run_all(vec![Reach::Last(NonZero::new(8).unwrap())]), (3, 0));
+    assert_eq!(run_all(vec![Reach::Chunk(NonZero::new(8).unwrap())]), (3, 0));
+    assert_eq!(run_all(vec![Reach::All]), (1, 0));
+}
+
+#[test]
+fn what_a_sequence_holds_at_once_decides_whether_it_fits() {
+    let config = SchedulerConfig { blocks: 12, ..half_windowed() };
+    let mut scheduler = Scheduler::new(config.clone()).unwrap();
+    // Five of the window's group and seven of the other.
+    assert_eq!(scheduler.admit(sequence(1, 9, 20)), Ok(()));
+    let refused = scheduler.admit(sequence(2, 10, 20)).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "prompt and output need 13 KV blocks, the cache has 12; shorten the prompt or max_tokens"
+    );
+    while !scheduler.is_idle() {
+        run(&mut scheduler);
+    }
+    // Of windows alone any length does.
+    let windows = SchedulerConfig { groups: vec![config.groups[0]; 2], blocks: 10, ..config };
+    let mut scheduler = with(windows, &[(1, 150, 50)]);
+    while !scheduler.is_idle() {
+        run(&mut scheduler);
+    }
+    assert_eq!(scheduler.stats().preemptions, 0);
+}
+
+#[test]
+fn what_a_sequence_has_left_behind_serves_others() {
+    let config = SchedulerConfig { prefix_cache: PrefixCache::On, blocks: 60, ..half_windowed() };
+    let mut scheduler = with(config, &[(1, 41, 10)]);
+    for _ in 0..7 {
+        run(&mut scheduler);
+    }
+    // Position 41 sees from 34 on; what lies before is cached.
+    let stats = scheduler.stats();
+    assert_eq!((stats.running, stats.blocks_cached), (1, 8));
+    scheduler.admit(sequence(2, 33, 2)).unwrap();
+    let step = run(&mut scheduler);
+    assert_eq!(items(&step), [(1, 42, 1, true), (2, 32, 1, true)]);
+    // Position 32 sees from 25 on.
+    assert_eq!(held(&step.items[1], 2), [3, 9]);
+    assert_eq!(step.items[1].blocks[9..17], step.items[0].blocks[11..19], "shared where all is seen");
 }

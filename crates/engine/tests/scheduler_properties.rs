@@ -1,11 +1,13 @@
 //! Thousands of random schedules against a model that knows only what a caller sees: admissions, steps, tokens
-//! and cancellations under budgets so tight that preemption is common. With a prefix cache the model also keeps what
-//! every position of every block was last written with, so that a sequence that is given a wrong block shows.
+//! and cancellations under budgets so tight that preemption is common. The model also keeps what every position of every
+//! block was last written with, so that a sequence that is given a wrong block shows, or lacks one that it looks at.
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
+use muster_engine::NO_BLOCK;
+use muster_engine::reach::Reach;
 use muster_engine::scheduler::{
     AdmitError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step, StepItem,
 };
@@ -46,9 +48,15 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+fn reach() -> impl Strategy<Value = Reach> {
+    let size = || (1_u32..16).prop_map(|size| NonZero::new(size).unwrap());
+    prop_oneof![3 => Just(Reach::All), 3 => size().prop_map(Reach::Last), 2 => size().prop_map(Reach::Chunk)]
+}
+
 prop_compose! {
     fn config()(
         block_tokens in 1_u32..6,
+        groups in prop_oneof![Just(vec![Reach::All]), prop::collection::vec(reach(), 1..4)],
         blocks in 1_u32..15,
         context in 2_u32..40,
         max_running in 1_usize..6,
@@ -59,7 +67,9 @@ prop_compose! {
     ) -> SchedulerConfig {
         SchedulerConfig {
             block_tokens: NonZero::new(block_tokens).unwrap(),
-            blocks,
+            // As many for each group, so that what several groups need fits as often.
+            blocks: blocks * groups.len() as u32,
+            groups,
             context,
             max_running,
             max_waiting,
@@ -89,6 +99,9 @@ struct Coverage {
     shared: u64,
     failed_writes: u64,
     undone: u64,
+    forgotten: u64,
+    adopted_less_than_all: u64,
+    longer_than_the_cache: u64,
     refused: [u64; 6],
 }
 
@@ -101,7 +114,8 @@ struct Live {
     limit: u32,
     /// Positions computed so far. Running sequences have some, waiting ones none.
     computed: u32,
-    table: Vec<u32>,
+    /// One for each group, all equally long.
+    tables: Vec<Vec<u32>>,
     /// Number of the step in which it must have ended.
     deadline: u64,
     first_token: Option<u64>,
@@ -120,6 +134,25 @@ impl Live {
     fn is_decoding(&self) -> bool {
         self.computed > 0 && self.pending() == 1
     }
+
+    fn blocks(&self) -> impl Iterator<Item = u32> + '_ {
+        self.tables.iter().flatten().copied().filter(|&block| block != NO_BLOCK)
+    }
+}
+
+/// The definition, position by position.
+fn first_visible(reach: Reach, position: u32) -> u32 {
+    let sees = |&earlier: &u32| match reach {
+        Reach::All => true,
+        Reach::Last(count) => position - earlier < count.get(),
+        Reach::Chunk(size) => position / size == earlier / size,
+    };
+    (0..=position).find(sees).unwrap()
+}
+
+/// The tables of an item, one for each group.
+fn tables_of(item: &StepItem, groups: u32) -> Vec<Vec<u32>> {
+    item.blocks.chunks(item.blocks.len() / groups as usize).map(<[u32]>::to_vec).collect()
 }
 
 struct Model<'a> {
@@ -132,15 +165,56 @@ struct Model<'a> {
     next_id: u64,
     steps: u64,
     undone: bool,
-    /// By block and position in it: the sequence up to and including the token it was last written for. `None`
-    /// where a step wrote and failed.
-    written: BTreeMap<(u32, u32), Option<Vec<TokenId>>>,
+    /// In the current step.
+    adopted: bool,
+    /// By block and position in it: the group it was last written for, and the sequence up to and including the token.
+    /// `None` where a step wrote and failed.
+    written: BTreeMap<(u32, u32), Option<(usize, Vec<TokenId>)>>,
     coverage: &'a mut Coverage,
 }
 
 impl Model<'_> {
     fn blocks_for(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.config.block_tokens.get())
+    }
+
+    fn groups(&self) -> u32 {
+        self.config.groups.len() as u32
+    }
+
+    /// Blocks that a sequence of so many tokens holds at most at once, by group, wherever its chunks begin.
+    fn most_held(&self, tokens: u32) -> Vec<u32> {
+        let size = self.config.block_tokens.get();
+        let chunk = self.config.prefill_chunk.min(self.config.step_tokens);
+        let of_group = |reach: &Reach| {
+            let seen_before = match reach {
+                Reach::All => return self.blocks_for(tokens),
+                Reach::Last(count) | Reach::Chunk(count) => count.get() - 1,
+            };
+            let widest = (0..size).map(|first| (first + seen_before + chunk).div_ceil(size)).max();
+            self.blocks_for(tokens).min(widest.unwrap())
+        };
+        self.config.groups.iter().map(of_group).collect()
+    }
+
+    /// What a sequence of so many tokens holds when all before position `next` is computed and nothing after it.
+    fn tables_at(&self, tables: &[Vec<u32>], next: u32) -> Vec<Vec<u32>> {
+        let size = self.config.block_tokens.get();
+        let of_group = |(reach, table): (&Reach, &Vec<u32>)| -> Vec<u32> {
+            let is_seen = |&at: &u32| (at + 1) * size > first_visible(*reach, next);
+            (0..).zip(table).map(|(at, &block)| if is_seen(&at) { block } else { NO_BLOCK }).collect()
+        };
+        self.config.groups.iter().zip(tables).map(of_group).collect()
+    }
+
+    /// Blocks that a running sequence comes to hold at most, beyond those that it has, until its known tokens are computed.
+    fn wanted(&self, live: &Live) -> u32 {
+        let most = self.most_held(u32::MAX / 2);
+        let of_group = |(table, most): (&Vec<u32>, u32)| {
+            let held = table.iter().filter(|&&block| block != NO_BLOCK).count() as u32;
+            self.blocks_for(live.known()).saturating_sub(table.len() as u32).min(most.saturating_sub(held))
+        };
+        live.tables.iter().zip(most).map(of_group).sum()
     }
 
     fn running(&self) -> usize {
@@ -153,7 +227,7 @@ impl Model<'_> {
 
     /// Blocks in tables.
     fn used(&self) -> BTreeSet<u32> {
-        self.live.iter().flat_map(|live| live.table.iter().copied()).collect()
+        self.live.iter().flat_map(Live::blocks).collect()
     }
 
     fn token(&self, id: u64, position: u32) -> TokenId {
@@ -176,7 +250,7 @@ impl Model<'_> {
     fn admit(&mut self, id: u64, prompt: u32, max_tokens: u32) -> Checked {
         let context = self.config.context;
         let limit = (prompt + max_tokens).min(context);
-        let needed = self.blocks_for(limit.saturating_sub(1));
+        let needed = self.most_held(limit.saturating_sub(1)).iter().map(|&blocks| u64::from(blocks)).sum();
         let waiting = self.live.len() - self.running();
         let expected = if prompt == 0 {
             Err(AdmitError::EmptyPrompt)
@@ -184,7 +258,7 @@ impl Model<'_> {
             Err(AdmitError::ZeroMaxTokens)
         } else if prompt >= context {
             Err(AdmitError::TooLong { prompt: prompt as usize, max: context - 1, context })
-        } else if needed > self.config.blocks {
+        } else if needed > u64::from(self.config.blocks) {
             Err(AdmitError::NeverFits { needed, have: self.config.blocks })
         } else if self.live.iter().any(|live| live.id.get() == id) {
             Err(AdmitError::DuplicateId(SeqId::new(id)))
@@ -208,6 +282,8 @@ impl Model<'_> {
             self.coverage.refused[kind] += 1;
             return Ok(());
         }
+        let without_windows = u64::from(self.blocks_for(limit - 1) * self.groups());
+        self.coverage.longer_than_the_cache += u64::from(without_windows > u64::from(self.config.blocks));
         // The oldest sequence computes at least one position per step and keeps it, so at worst everyone older
         // and then this one pass in single file.
         let deadline = self.steps + self.live.iter().map(|live| u64::from(live.limit)).sum::<u64>();
@@ -217,7 +293,7 @@ impl Model<'_> {
             known,
             limit,
             computed: 0,
-            table: Vec::new(),
+            tables: vec![Vec::new(); self.config.groups.len()],
             deadline: deadline + u64::from(limit),
             first_token: None,
             was_preempted: false,
@@ -237,6 +313,13 @@ impl Model<'_> {
         prop_assert_eq!(self.scheduler.decoding(), decodes);
         let budget = self.prefill_budget(decodes, beside_decodes);
         self.coverage.bounded += u64::from(budget < self.config.step_tokens - decodes as u32);
+        for at in 0..self.live.len() {
+            let live = &self.live[at];
+            let kept = self.tables_at(&live.tables, live.computed);
+            self.coverage.forgotten += u64::from(kept != live.tables);
+            self.live[at].tables = kept;
+        }
+        self.adopted = false;
         let step = self.scheduler.schedule(beside_decodes);
         self.check_preemption(&step)?;
         self.check_order(&step)?;
@@ -253,9 +336,7 @@ impl Model<'_> {
             let failed = self.live[pick.index(self.live.len())].id;
             if let Some(item) = step.items.iter().find(|item| item.seq == failed) {
                 self.coverage.failed_writes += 1;
-                for position in (item.start..).take(item.tokens.len()) {
-                    self.written.insert(self.place(&item.blocks, position), None);
-                }
+                self.spoil(item);
             }
             self.finish(pick.index(self.live.len()))?;
             self.check_tables()?;
@@ -286,20 +367,23 @@ impl Model<'_> {
             prop_assert_eq!(youngest.id, id);
             self.coverage.preempted += 1;
             self.coverage.preempted_with_output += u64::from(youngest.known() > youngest.prompt);
-            lost = youngest.table.clone();
+            lost = youngest.blocks().collect();
             prop_assert!(step.items.iter().all(|item| item.seq != id), "preempted and run at once");
             youngest.was_preempted = true;
-            youngest.table.clear();
+            youngest.tables.iter_mut().for_each(Vec::clear);
             youngest.computed = 0;
         }
         if !step.preempted.is_empty() {
             let held = self.used();
             let lost = lost.iter().filter(|block| !held.contains(block)).count() as u32;
             let used: BTreeSet<_> = step.items.iter().flat_map(|item| &item.blocks).collect();
-            let taken = used.iter().filter(|block| !held.contains(block)).count() as u32;
+            let taken =
+                used.iter().filter(|&&&block| block != NO_BLOCK && !held.contains(&block)).count() as u32;
             // Without the last preemption there would not have been enough. Only a sequence whose step was undone may hold
-            // nothing but what others hold, too; it has nothing to lose and nothing to give.
-            let had_nothing = self.undone && lost == 0;
+            // nothing but what others hold, too; it has nothing to lose and nothing to give. Of several groups one needs a
+            // block each, and who has just left its windows behind may have fewer.
+            let had_nothing =
+                if self.groups() == 1 { self.undone && lost == 0 } else { lost < self.groups() };
             prop_assert!(had_nothing || taken > self.blocks_free() - lost, "{taken} taken of {free} free");
         }
         Ok(())
@@ -319,54 +403,77 @@ impl Model<'_> {
     /// An item goes on exactly where its sequence stands, with its tokens, in its blocks.
     fn check_item(&mut self, item: &StepItem) -> Checked {
         let end = item.start + item.tokens.len() as u32;
-        let covering = self.blocks_for(end) as usize;
+        let covering = self.blocks_for(end) * self.groups();
+        let tables = tables_of(item, self.groups());
+        let size = self.config.block_tokens.get();
+        let mut adopted_less = false;
         let Some(live) = self.live.iter_mut().find(|live| live.id == item.seq) else {
             return Err(TestCaseError::fail("an item of nobody"));
         };
         if self.config.prefix_cache == PrefixCache::Off || live.computed > 0 {
             prop_assert_eq!(item.start, live.computed, "a gap or a repetition");
         } else {
-            prop_assert!(item.start.is_multiple_of(self.config.block_tokens.get()));
+            prop_assert!(item.start.is_multiple_of(size));
+            adopted_less = item.start > 0 && tables.iter().any(|table| table[0] == NO_BLOCK);
+            self.adopted |= item.start > 0;
             self.coverage.adopted += u64::from(item.start > 0);
             self.coverage.adopted_after_preemption += u64::from(item.start > 0 && live.was_preempted);
         }
         prop_assert!(item.start < end && end <= live.known());
         prop_assert_eq!(&item.tokens[..], &live.known[item.start as usize..end as usize]);
         prop_assert_eq!(item.sample, end == live.known());
-        prop_assert_eq!(item.blocks.len(), covering);
-        prop_assert!(item.blocks.starts_with(&live.table), "keys and values do not move");
-        live.table.clone_from(&item.blocks);
+        prop_assert_eq!(item.blocks.len() as u32, covering);
+        let stay = |(now, before): (&Vec<u32>, &Vec<u32>)| now.starts_with(before);
+        prop_assert!(tables.iter().zip(&live.tables).all(stay), "keys and values do not move");
+        live.tables.clone_from(&tables);
         live.computed = end;
-        self.check_content(item)
+        self.coverage.adopted_less_than_all += u64::from(adopted_less);
+        prop_assert_eq!(&self.tables_at(&tables, item.start), &tables, "what nothing sees is given up");
+        let most = self.most_held(end);
+        for (table, most) in tables.iter().zip(most) {
+            prop_assert!(table.iter().filter(|&&block| block != NO_BLOCK).count() as u32 <= most);
+        }
+        self.check_content(item, &tables)
     }
 
-    fn place(&self, blocks: &[u32], position: u32) -> (u32, u32) {
+    fn place(&self, table: &[u32], position: u32) -> (u32, u32) {
         let size = self.config.block_tokens.get();
-        (blocks[(position / size) as usize], position % size)
+        (table[(position / size) as usize], position % size)
     }
 
-    /// What an item attends to was written for the very same tokens, and it writes where nobody else looks.
-    fn check_content(&mut self, item: &StepItem) -> Checked {
+    /// What an item was to write cannot be relied on.
+    fn spoil(&mut self, item: &StepItem) {
+        for table in tables_of(item, self.groups()) {
+            for position in (item.start..).take(item.tokens.len()) {
+                self.written.insert(self.place(&table, position), None);
+            }
+        }
+    }
+
+    /// What an item attends to was written for the very same tokens in the same group, and it writes where nobody else
+    /// looks.
+    fn check_content(&mut self, item: &StepItem, tables: &[Vec<u32>]) -> Checked {
         let Some(live) = self.live.iter().find(|live| live.id == item.seq) else {
             return Err(TestCaseError::fail("an item of nobody"));
         };
         let known = live.known.clone();
-        for position in 0..item.start {
-            let found = self.written.get(&self.place(&item.blocks, position));
-            let expected = Some(Some(&known[..=position as usize]));
-            prop_assert_eq!(
-                found.map(|content| content.as_deref()),
-                expected,
-                "position {} of {:?}",
-                position,
-                item
-            );
+        for (group, table) in tables.iter().enumerate() {
+            for position in first_visible(self.config.groups[group], item.start)..item.start {
+                let place = self.place(table, position);
+                let found = self.written.get(&place).map(|content| content.as_ref());
+                let expected = Some(Some(&(group, known[..=position as usize].to_vec())));
+                prop_assert_eq!(found, expected, "position {} of group {} of {:?}", position, group, item);
+            }
         }
-        for position in (item.start..).take(item.tokens.len()) {
-            let place = self.place(&item.blocks, position);
-            let others = self.live.iter().filter(|live| live.table.contains(&place.0)).count();
-            prop_assert_eq!(others, 1, "a write to a block that others hold");
-            self.written.insert(place, Some(known[..=position as usize].to_vec()));
+        for (group, table) in tables.iter().enumerate() {
+            for position in (item.start..).take(item.tokens.len()) {
+                let place = self.place(table, position);
+                let others =
+                    self.live.iter().flat_map(Live::blocks).filter(|&block| block == place.0).count();
+                prop_assert!(place.0 < self.config.blocks);
+                prop_assert_eq!(others, 1, "a write to a block that others hold");
+                self.written.insert(place, Some((group, known[..=position as usize].to_vec())));
+            }
         }
         Ok(())
     }
@@ -397,40 +504,46 @@ impl Model<'_> {
             prop_assert_eq!(live.computed % self.config.block_tokens, 0, "left out: {:?}", live);
             if size == 0 {
                 self.coverage.stalled += 1;
-                prop_assert_eq!((free, age), (0, running - 1), "an older one preempts instead");
+                prop_assert!(free < self.groups() && age == running - 1, "an older one preempts instead");
             } else {
                 self.coverage.cut_for_blocks += 1;
-                prop_assert!(free == 0 || !step.preempted.is_empty(), "left out: {live:?}");
+                prop_assert!(free < self.groups() || !step.preempted.is_empty(), "left out: {live:?}");
             }
         }
         prop_assert_eq!(step.items.is_empty(), self.live.is_empty());
-        let wanted = |live: &Live| self.blocks_for(live.known()).saturating_sub(live.table.len() as u32);
-        let claimed = self.used().len() as u32 + self.live[..running].iter().map(wanted).sum::<u32>();
+        let wanted: u32 = self.live[..running].iter().map(|live| self.wanted(live)).sum();
+        let claimed = self.used().len() as u32 + wanted;
         if step.items.iter().any(|item| item.start == 0) {
             prop_assert!(claimed <= self.config.blocks, "let in without room for all it brings");
         }
+        // Whoever takes over a window that others hold is counted for as much again, which does not show in what it
+        // holds.
+        let counted_twice = self.adopted && self.config.groups.iter().any(|reach| *reach != Reach::All);
         if let Some(head) = self.live.get(running)
             && running < self.config.max_running
             && !spent
+            && !counted_twice
             && step.preempted.is_empty()
         {
-            let needed = self.blocks_for(head.known());
+            let needed = self.most_held(head.known()).iter().sum::<u32>();
             prop_assert!(claimed + needed > self.config.blocks, "could have been let in: {:?}", head);
             self.coverage.waited_for_blocks += 1;
         }
         Ok(())
     }
 
-    /// Every block is free or in one table, or in several at the same place; and the counts say so.
+    /// Every block is free or in one table, or in several of one group at the same place; and the counts say so.
     fn check_tables(&mut self) -> Checked {
-        let mut places: BTreeMap<u32, usize> = BTreeMap::new();
+        let mut places: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
         for live in &self.live {
-            for (place, &block) in live.table.iter().enumerate() {
-                prop_assert!(block < self.config.blocks);
-                if let Some(other) = places.insert(block, place) {
-                    prop_assert!(self.caches(), "a block in two tables");
-                    prop_assert_eq!(other, place);
-                    self.coverage.shared += 1;
+            for (group, table) in live.tables.iter().enumerate() {
+                for (at, &block) in table.iter().enumerate().filter(|&(_, &block)| block != NO_BLOCK) {
+                    prop_assert!(block < self.config.blocks);
+                    if let Some(other) = places.insert(block, (group, at)) {
+                        prop_assert!(self.caches(), "a block in two tables");
+                        prop_assert_eq!(other, (group, at));
+                        self.coverage.shared += 1;
+                    }
                 }
             }
         }
@@ -470,13 +583,11 @@ impl Model<'_> {
     /// An item whose step failed is done again later. False when its sequence was cancelled meanwhile.
     fn undo(&mut self, item: &StepItem) -> Checked<bool> {
         self.scheduler.undo(item);
-        for position in (item.start..).take(item.tokens.len()) {
-            self.written.insert(self.place(&item.blocks, position), None);
-        }
+        self.spoil(item);
         let kept = self.blocks_for(item.start) as usize;
         let Some(live) = self.live.iter_mut().find(|live| live.id == item.seq) else { return Ok(false) };
         live.computed = item.start;
-        live.table.truncate(kept);
+        live.tables.iter_mut().for_each(|table| table.truncate(kept));
         // Whoever comes later waits for as long as the lost work takes.
         let lost = item.tokens.len() as u64;
         self.live.iter_mut().for_each(|live| live.deadline += lost);
@@ -525,6 +636,7 @@ fn run_schedule(config: SchedulerConfig, ops: &[Op], coverage: &mut Coverage) ->
         next_id: 0,
         steps: 0,
         undone: false,
+        adopted: false,
         written: BTreeMap::new(),
         coverage,
     };
@@ -586,6 +698,9 @@ fn random_schedules_keep_every_promise() {
         coverage.shared,
         coverage.failed_writes,
         coverage.undone,
+        coverage.forgotten,
+        coverage.adopted_less_than_all,
+        coverage.longer_than_the_cache,
     ];
     assert!(happened.iter().chain(&refused).all(|&times| times > 20), "{coverage:?}");
 }

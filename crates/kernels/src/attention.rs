@@ -13,7 +13,8 @@
 //! - in the end the output is divided by the sum.
 //!
 //! So whole prefill, chunked prefill, a reused prefix and decode agree to the bit. Positions that the row does not see
-//! are never read as values, so what another sequence left there cannot matter. No memory grows with the context.
+//! are never read as values, so what another sequence left there cannot matter; of blocks that the row sees nothing of, not
+//! even the number is looked at. No memory grows with the context.
 
 use std::ops::RangeInclusive;
 
@@ -111,7 +112,8 @@ pub fn attention(
     assert_eq!(q.len(), rows.len() * width, "q: its length must be rows * heads * head_dim");
     let width = shape.heads * shape.value_dim;
     assert_eq!(out.len(), rows.len() * width, "out: its length must be rows * heads * value_dim");
-    kv.check(layer, rows);
+    // No more than the position, which has 32 bits.
+    kv.check(layer, rows, |position| *shape.sees.visible(position).start() as u32);
     match &kv.store {
         Store::F32(lines) => run(cpu, shape, layer, q, rows, lines, out),
         Store::Bf16(lines) => run(cpu, shape, layer, q, rows, lines, out),

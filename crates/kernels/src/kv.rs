@@ -2,7 +2,8 @@
 //!
 //! What must hold: a block holds, for every layer and KV head, the keys transposed (`[head_dim][16]`, so that sixteen
 //! scores are sixteen lanes) and then the values (`[16][value_dim]`, each padded to whole lines of sixteen); nothing is
-//! resident before it is written. It does not know which sequence owns a block, nor whether a position was written:
+//! resident before it is written. Of a table, only the entries of positions that are written or seen are looked at. It
+//! does not know which layers of a model share a table, which sequence owns a block, nor whether a position was written:
 //! block tables and positions come from the caller, who has checked them.
 
 use std::fmt;
@@ -20,7 +21,7 @@ const _: () = assert!(BLOCK_TOKENS == LANES, "a block's positions are the lanes 
 /// What a cache holds per position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvShape {
-    /// Layers with attention.
+    /// Layers that share block tables, and so a block.
     pub layers: usize,
     /// Key-value heads of a layer.
     pub kv_heads: usize,
@@ -55,7 +56,8 @@ impl KvShape {
 pub struct KvSlot<'a> {
     /// The token's position, counted from 0.
     pub position: u32,
-    /// The sequence's block table: `blocks[p / 16]` holds position `p`.
+    /// The sequence's block table: `blocks[p / 16]` holds position `p`, as far as the row sees it. Other entries may be
+    /// anything.
     pub blocks: &'a [u32],
 }
 
@@ -220,7 +222,7 @@ impl KvCache {
     /// # Panics
     /// If `layer`, a block number or a slice's length does not fit the cache, or a table has no entry for its row.
     pub fn write(&mut self, layer: usize, rows: &[KvSlot<'_>], k: &[f32], v: &[f32]) {
-        self.check(layer, rows);
+        self.check(layer, rows, |position| position);
         let heads = rows.len() * self.shape.kv_heads;
         assert_eq!(k.len(), heads * self.shape.head_dim, "k: its length must be rows * kv_heads * head_dim");
         assert_eq!(
@@ -234,8 +236,8 @@ impl KvCache {
         }
     }
 
-    /// Asserts that `layer` and everything up to the rows' positions lies in the cache.
-    pub(crate) fn check(&self, layer: usize, rows: &[KvSlot<'_>]) {
+    /// Asserts that `layer` and everything from the first position that a row looks at to its own lies in the cache.
+    pub(crate) fn check(&self, layer: usize, rows: &[KvSlot<'_>], first: impl Fn(u32) -> u32) {
         assert!(
             layer < self.shape.layers,
             "layer: {layer} is outside a cache of {} layers",
@@ -249,7 +251,7 @@ impl KvCache {
                 "rows: position {} needs {needed} blocks, its table has {has}",
                 row.position
             );
-            for &block in &row.blocks[..needed] {
+            for &block in &row.blocks[first(row.position) as usize / BLOCK_TOKENS..needed] {
                 assert!(
                     (block as usize) < self.blocks,
                     "rows: block {block} is outside a cache of {}",
@@ -331,6 +333,15 @@ mod tests {
     fn a_short_table_is_refused() {
         let mut cache = KvCache::new(SHAPE, 4, Precision::F32).unwrap();
         cache.write(0, &[KvSlot { position: 32, blocks: &[0, 1] }], &[0.0; 60], &[0.0; 60]);
+    }
+
+    #[test]
+    fn entries_before_the_row_are_not_looked_at_to_write_it() {
+        let mut cache = KvCache::new(SHAPE, 4, Precision::F32).unwrap();
+        let slot = KvSlot { position: 33, blocks: &[u32::MAX, u32::MAX, 1] };
+        cache.write(0, &[slot], &[2.0; 60], &[2.0; 60]);
+        let Store::F32(lines) = &cache.store else { panic!("f32 expected") };
+        assert_eq!(lines.head(1, 0, 0).0[0][1], 2.0);
     }
 
     #[test]

@@ -264,6 +264,40 @@ fn nothing_outside_the_window_is_read() {
     }
 }
 
+#[test]
+fn blocks_that_no_row_sees_may_be_gone() {
+    let mut numbers = Numbers(25);
+    let mut shapes_with_gone_blocks = 0;
+    for shape in shapes() {
+        let mut sequence = Sequence::new(&mut numbers, shape, 60, vec![0, 3, 2, 1]);
+        let mut kv = poisoned(&shape, 4, Precision::F32);
+        sequence.write(&mut kv, 0..60);
+        let whole = sequence.attend(&cpu(1, Isa::detect()), &kv, 0..60);
+        for position in [17, 30, 48, 59] {
+            let gone = sequence.first_visible(position) / 16;
+            sequence.blocks[..gone].fill(u32::MAX);
+            for cpu in cpus() {
+                let row = sequence.attend(&cpu, &kv, position..60);
+                assert_same(&row, &whole[position * sequence.width()..], "without what is out of sight");
+            }
+        }
+        shapes_with_gone_blocks += usize::from(sequence.blocks[0] == u32::MAX);
+    }
+    assert!(shapes_with_gone_blocks > 1);
+}
+
+#[test]
+#[should_panic(expected = "rows: block 4294967295 is outside a cache of 4")]
+fn a_block_that_a_row_sees_must_be_there() {
+    let shape = shape(2, 1, 16, Sees::Last(20));
+    let mut sequence = Sequence::new(&mut Numbers(26), shape, 60, vec![0, 3, 2, 1]);
+    let mut kv = poisoned(&shape, 4, Precision::F32);
+    sequence.write(&mut kv, 0..60);
+    // Position 50 sees from 31 on.
+    sequence.blocks[1] = u32::MAX;
+    sequence.attend(&cpu(1, Isa::detect()), &kv, 50..51);
+}
+
 /// Rows of several sequences in one call.
 fn attend_together(cpu: &Cpu, kv: &KvCache, parts: &[(&Sequence, Range<usize>)]) -> Vec<f32> {
     let (mut q, mut slots) = (Vec::new(), Vec::new());

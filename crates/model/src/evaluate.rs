@@ -45,7 +45,7 @@ pub fn evaluate(
 ) -> Result<Evaluation, EvaluateError> {
     let spec = trunk.spec();
     let tokens = checked(tokens, spec.vocab, spec.context)?;
-    let blocks = tokens.len().div_ceil(BLOCK_TOKENS);
+    let blocks = tokens.len().div_ceil(BLOCK_TOKENS) * trunk.kv_groups().reaches().len();
     let mut kv = trunk.new_kv(blocks).map_err(ModelError::from)?;
     let table: Vec<u32> = (0..).take(blocks).collect();
     let mut state = StepState::default();

@@ -4,7 +4,10 @@
 //! say, an expert as large as [`ExpertForm::bytes`](crate::experts::ExpertForm::bytes), and a token's keys and values as large
 //! as in the KV cache.
 
+use std::num::NonZero;
+
 use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, StoredAs, Use};
+use muster_engine::reach::{LayerGroups, most_held};
 use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape};
 use muster_types::{Compute, WeightDType};
 
@@ -18,8 +21,10 @@ pub struct Footprint {
     pub trunk_bytes: u64,
     /// Bytes of one routed expert, by layer; 0 in a dense layer.
     pub expert_bytes: Vec<u64>,
-    /// Keys and values of one token.
+    /// Keys and values of one token, in all layers.
     pub kv_token_bytes: u64,
+    /// Layers that share KV blocks.
+    pub kv_groups: LayerGroups,
 }
 
 impl Footprint {
@@ -51,16 +56,27 @@ impl Footprint {
                 .map(|layer| layer.experts.as_ref().map_or(Some(0), expert))
                 .collect::<Option<_>>()?,
             kv_token_bytes: outline.layers.iter().map(|layer| kv_bytes(&layer.attention, compute)).sum(),
+            kv_groups: crate::kv::groups(outline.layers.iter().map(|layer| layer.sees)),
         })
     }
 
-    /// Keys and values of one sequence of so many tokens, in whole blocks.
+    /// The most that keys and values of one sequence of so many tokens take at once, in whole blocks, where at most `chunk`
+    /// of them are computed in a step: of layers with a window only what they still see.
     #[must_use]
-    pub const fn kv_sequence_bytes(&self, tokens: u64) -> u64 {
-        let blocks = tokens.div_ceil(BLOCK_TOKENS as u64);
-        blocks.saturating_mul(self.kv_token_bytes.saturating_mul(BLOCK_TOKENS as u64))
+    pub fn kv_sequence_bytes(&self, tokens: u64, chunk: u32) -> u64 {
+        let reaches = self.kv_groups.reaches();
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        let blocks = most_held(reaches, BLOCK, chunk, tokens);
+        let all = self.kv_token_bytes.saturating_mul(u64::from(BLOCK.get()));
+        // Groups are equally large.
+        blocks.saturating_mul(all / reaches.len().max(1) as u64)
     }
 }
+
+const BLOCK: NonZero<u32> = match NonZero::new(BLOCK_TOKENS as u32) {
+    Some(block) => block,
+    None => panic!("a block has tokens"),
+};
 
 /// Bytes of a matrix `[rows, cols]` that is stored and held so.
 fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, cols: usize) -> Option<u64> {

@@ -124,6 +124,7 @@ impl<'a> Loader<'a> {
 
 fn pack(rows: usize, cols: usize, data: &WeightData, packing: Packing) -> Result<Matrix, KernelError> {
     match (data, packing) {
+        (WeightData::Mxfp4 { blocks, scales }, Packing::Mxfp4) => Matrix::pack_mxfp4(rows, cols, blocks, scales),
         (WeightData::Mxfp4 { blocks, scales }, _) => {
             pack(rows, cols, &WeightData::F32(mxfp4::widen(blocks, scales)), packing)
         }
@@ -144,7 +145,8 @@ pub(crate) const fn packing(stored: StoredAs, compute: Compute, dtype: WeightDTy
     match (dtype, stored, compute) {
         (WeightDType::Q8, ..) => Packing::Quantised(Quantisation::Q8),
         (WeightDType::Q4, ..) => Packing::Quantised(Quantisation::Q4),
-        (WeightDType::Native, StoredAs::Plain(DType::Bf16) | StoredAs::Mxfp4, _) => Packing::Bf16,
+        (WeightDType::Native, StoredAs::Mxfp4, _) => Packing::Mxfp4,
+        (WeightDType::Native, StoredAs::Plain(DType::Bf16), _) => Packing::Bf16,
         (WeightDType::Native, _, Compute::F32) => Packing::F32,
         (WeightDType::Native, ..) => Packing::Bf16,
     }

@@ -25,15 +25,17 @@ fn computed_sizes_are_those_of_loaded_models() {
                 let footprint = Footprint::of(&outline, compute, dtype, dtype).unwrap();
                 let trunk = Trunk::load(&checkpoint, compute, dtype, &mut |_| {}).unwrap();
                 assert_eq!(footprint.trunk_bytes, trunk.bytes(), "{model} {compute} {dtype}");
+                // Of every group of layers.
                 let blocks = 3;
-                let kv = trunk.new_kv(blocks).unwrap().bytes() as u64;
+                let groups = footprint.kv_groups.reaches().len();
+                let kv = trunk.new_kv(blocks * groups).unwrap().bytes() as u64;
                 assert_eq!(
                     footprint.kv_token_bytes * (blocks * BLOCK_TOKENS) as u64,
                     kv,
                     "{model} {compute}"
                 );
                 assert_eq!(
-                    footprint.kv_sequence_bytes((2 * BLOCK_TOKENS + 1) as u64),
+                    footprint.kv_sequence_bytes((2 * BLOCK_TOKENS + 1) as u64, 512),
                     kv,
                     "{model} {compute}"
                 );
@@ -60,7 +62,20 @@ fn latent_attention_keeps_the_latent_as_key_and_as_value_and_one_rotated_key() {
     let footprint = Footprint::of(&outline, Compute::Bf16, WeightDType::Native, WeightDType::Native).unwrap();
     assert_eq!(footprint.kv_token_bytes, 61 * (512 + 64 + 512) * 2);
     assert_eq!((footprint.expert_bytes[2], outline.experts), (0, StoredAs::Fp8));
-    assert_eq!(footprint.expert_bytes[3], 3 * (7168 * 2048 + 4 * 56 * 16));
+    // FP8 is held in bf16.
+    assert_eq!(footprint.expert_bytes[3], 3 * 7168 * 2048 * 2);
+}
+
+#[test]
+fn a_window_bounds_what_its_layers_keep() {
+    let outline = Preset::find("gpt-oss-20b").unwrap().outline();
+    let footprint = Footprint::of(&outline, Compute::Bf16, WeightDType::Native, WeightDType::Native).unwrap();
+    // Keys and values of 8 heads of 64, in 24 layers.
+    let token = 24 * 2 * 8 * 64 * 2;
+    assert_eq!((footprint.kv_token_bytes, footprint.kv_groups.size()), (token, 12));
+    let half = |blocks: u64| blocks * 16 * token / 2;
+    let bytes = |tokens| footprint.kv_sequence_bytes(tokens, 512);
+    assert_eq!([1, 640, 131_072].map(bytes), [half(1 + 1), half(40 + 40), half(41 + 8192)]);
 }
 
 #[test]
@@ -72,7 +87,7 @@ fn quantised_sizes_do_not_depend_on_what_is_stored() {
     };
     assert_eq!(expert(&preset, WeightDType::Q4), expert(&plain, WeightDType::Q4));
     // 4.25 bits of 16, biases aside.
-    let biases = 2 * (3 * 2880);
+    let biases = 4 * (3 * 2880);
     let [four, sixteen] = [&preset, &plain].map(|outline| expert(outline, WeightDType::Native) - biases);
     assert_eq!(four * 64, sixteen * 17);
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use muster_checkpoint::{Checkpoint, CheckpointError};
 use muster_engine::dispatch::ExpertDispatch;
+use muster_engine::reach::{Reach, longest, most_held};
 pub use muster_engine::scheduler::PrefixCache;
 use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
 use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
@@ -94,9 +95,10 @@ pub enum StartError {
     /// The KV cache.
     #[error("kv cache: {0}")]
     Kv(#[from] KernelError),
-    /// A KV budget too small for a single block.
+    /// A KV budget too small for the blocks of a few tokens.
     #[error(
-        "the KV budget of {budget} bytes holds no block; one block of {BLOCK_TOKENS} tokens takes {block} bytes"
+        "the KV budget of {budget} bytes holds no block; {BLOCK_TOKENS} tokens take {block} bytes in all layers: give that \
+         much, or more for longer sequences"
     )]
     KvBudget {
         /// Bytes given.
@@ -163,11 +165,12 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     } = parts;
     let tokenizer = tokenizer(&checkpoint)?;
     let (blocks, context) = kv_size(&trunk, &settings)?;
-    let kv = KvCache::new(Trunk::kv_shape(trunk.spec()), blocks as usize, precision(trunk.compute()))?;
+    let kv = trunk.new_kv(blocks as usize)?;
     tracing::info!(blocks, bytes = kv.bytes(), context, "kv cache");
     let limits = settings.limits;
     let scheduler = Scheduler::new(SchedulerConfig {
         block_tokens: BLOCK,
+        groups: trunk.kv_groups().reaches().to_vec(),
         blocks,
         context,
         max_running: limits.running,
@@ -213,18 +216,29 @@ const BLOCK: NonZeroU32 = match NonZeroU32::new(BLOCK_TOKENS as u32) {
 
 /// Blocks to allocate and the longest sequence they allow.
 fn kv_size(trunk: &Trunk, settings: &EngineSettings) -> Result<(u32, u32), StartError> {
-    let spec = trunk.spec();
-    let block = KvCache::bytes_per_block(Trunk::kv_shape(spec), precision(trunk.compute())) as u64;
-    let per_sequence = spec.context.div_ceil(BLOCK_TOKENS) as u64;
-    let everyone = per_sequence.saturating_mul(settings.limits.running as u64);
+    let block = KvCache::bytes_per_block(trunk.kv_shape(), precision(trunk.compute())) as u64;
+    fit(trunk.kv_groups().reaches(), trunk.spec().context, block, settings)
+}
+
+/// The same, for groups of layers that see so much, in blocks of so many bytes.
+fn fit(
+    groups: &[Reach],
+    context: usize,
+    block: u64,
+    settings: &EngineSettings,
+) -> Result<(u32, u32), StartError> {
+    let chunk = settings.prefill_chunk.min(settings.step_tokens);
+    let context = u32::try_from(context).unwrap_or(u32::MAX);
+    let everyone = most_held(groups, BLOCK, chunk, context).saturating_mul(settings.limits.running as u64);
+    // One for every group, or nothing can be computed.
+    let least = block.saturating_mul(groups.len() as u64);
     let blocks = match settings.kv_bytes {
-        Some(budget) if budget < block => return Err(StartError::KvBudget { budget, block }),
+        Some(budget) if budget < least => return Err(StartError::KvBudget { budget, block: least }),
         Some(budget) => (budget / block).min(everyone),
-        None => everyone.min((DEFAULT_KV_BYTES / block).max(1)),
+        None => everyone.min((DEFAULT_KV_BYTES / block).max(groups.len() as u64)),
     };
     let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
-    let context = u32::try_from(spec.context).unwrap_or(u32::MAX);
-    Ok((blocks, context.min(blocks.saturating_mul(BLOCK.get()))))
+    Ok((blocks, longest(groups, BLOCK, chunk, context, blocks)))
 }
 
 fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, StartError> {
@@ -274,5 +288,32 @@ fn describe(
         has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
         workers,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_becomes_blocks_and_a_context() {
+        let window = Reach::Last(NonZeroU32::new(128).unwrap());
+        let fit = |groups: &[Reach], running, kv_bytes| {
+            let limits = Limits { running, ..Limits::default() };
+            fit(groups, 4096, 1000, &EngineSettings { kv_bytes, limits, ..EngineSettings::default() })
+        };
+        let size = |groups: &[Reach], running, kv_bytes| fit(groups, running, kv_bytes).unwrap();
+        assert_eq!(size(&[Reach::All], 1, Some(10_999)), (10, 160));
+        assert_eq!(size(&[Reach::All], 2, Some(u64::MAX)), (512, 4096));
+        assert_eq!(size(&[Reach::All], 2, None), (512, 4096));
+        // A step of 512 tokens and the 127 before it lie in 41 blocks.
+        assert_eq!(size(&[window], 2, None), (82, 4096));
+        assert_eq!(size(&[window], 2, Some(41_000)), (41, 4096));
+        assert_eq!(size(&[window], 2, Some(40_000)), (40, 640));
+        assert_eq!(size(&[window, Reach::All], 2, None), (2 * (41 + 256), 4096));
+        assert_eq!(size(&[window, Reach::All], 2, Some(141_000)), (141, 1600));
+        let refused = fit(&[window, Reach::All], 2, Some(1999)).unwrap_err().to_string();
+        assert!(refused.contains("1999 bytes") && refused.contains("16 tokens take 2000 bytes"), "{refused}");
+        assert_eq!(size(&[window, Reach::All], 2, Some(2000)), (2, 16));
     }
 }

@@ -80,6 +80,7 @@ const fn packing(packed: PackedAs) -> Packing {
         PackedAs::Bf16 => Packing::Bf16,
         PackedAs::Q8 => Packing::Quantised(Quantisation::Q8),
         PackedAs::Q4 => Packing::Quantised(Quantisation::Q4),
+        PackedAs::Mxfp4 => Packing::Mxfp4,
     }
 }
 

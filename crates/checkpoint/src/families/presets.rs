@@ -7,6 +7,7 @@
 use muster_types::DType;
 
 use crate::outline::{AttentionOutline, ExpertsOutline, LayerOutline, Outline, StoredAs};
+use crate::spec::Sees;
 
 /// A published model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub struct Preset {
     context: usize,
     tied_head: bool,
     attention: AttentionOutline,
+    /// Every other layer, the first one among them, sees only so many positions.
+    window: Option<usize>,
     experts: ExpertsOutline,
     /// Width of shared experts, all of them together.
     shared: usize,
@@ -49,10 +52,13 @@ impl Preset {
     #[must_use]
     pub fn outline(&self) -> Outline {
         let (dense_layers, dense_width) = self.dense;
-        let layer = |number| {
+        let layer = |number: usize| {
+            let window = self.window.filter(|_| number.is_multiple_of(2));
+            let sees = window.map_or(Sees::All, Sees::Last);
             if number < dense_layers {
                 LayerOutline {
                     attention: self.attention,
+                    sees,
                     dense: dense_width,
                     shared_scale: false,
                     experts: None,
@@ -60,6 +66,7 @@ impl Preset {
             } else {
                 LayerOutline {
                     attention: self.attention,
+                    sees,
                     dense: self.shared,
                     shared_scale: false,
                     experts: Some(self.experts),
@@ -103,6 +110,7 @@ const MIXTRAL: Preset = Preset {
     context: 32768,
     tied_head: false,
     attention: grouped(32, 8, 128, 0),
+    window: None,
     experts: experts(8, 2, 14336),
     shared: 0,
     linears: BF16,
@@ -119,6 +127,7 @@ const GPT_OSS: Preset = Preset {
     context: 131_072,
     // Biases of queries, keys, values and outputs, and a sink per head.
     attention: grouped(64, 8, 64, 64 * 64 + 2 * 8 * 64 + 2880 + 64),
+    window: Some(128),
     experts: ExpertsOutline {
         count: 32,
         top_k: 4,

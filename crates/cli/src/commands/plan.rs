@@ -10,6 +10,7 @@ use muster_checkpoint::{Outline, Preset, Survey};
 use muster_config::nearest;
 use muster_model::footprint::Footprint;
 use muster_placement::{Demand, workers_per_row};
+use muster_router::start::EngineSettings;
 use muster_types::{Combine, Compute, DType, WeightDType};
 use muster_worker::PART_FOR_EXPERTS;
 use serde::Serialize;
@@ -197,7 +198,9 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
         Failure::input(format!("model {}: has no layer with experts to place", subject.name))
     })?;
     let context = context(args, outline)?;
-    let kv_bytes = sizes.kv_sequence_bytes(context).saturating_mul(args.sequences.into());
+    // As the router computes them when nobody says otherwise.
+    let chunk = EngineSettings::default().prefill_chunk;
+    let kv_bytes = sizes.kv_sequence_bytes(context, chunk).saturating_mul(args.sequences.into());
     let (given, open) = asked(args);
     for offer in given.iter().chain(&open) {
         if demand.held_by(for_experts(offer.machines.memory)) == 0 {
@@ -383,7 +386,8 @@ const fn in_words(stored: StoredAs) -> &'static str {
     match stored {
         StoredAs::Plain(DType::F32) => "f32",
         StoredAs::Plain(DType::Bf16) => "bf16",
-        StoredAs::Fp8 => "FP8 in blocks, as published",
+        StoredAs::F16 => "f32 (published in f16)",
+        StoredAs::Fp8 => "bf16 (published in FP8)",
         StoredAs::Mxfp4 => "MXFP4, as published",
     }
 }

@@ -22,6 +22,12 @@ fn parameters(count: u64, what: &str) -> String {
     format!("{:.0} B {what} ({exact})", count as f64 / 1e9)
 }
 
+/// Whether a sequence holds less than the keys and values of all its tokens.
+const fn gives_up(report: &Report) -> bool {
+    let tokens = report.context.saturating_mul(report.sequences as u64);
+    report.kv_bytes < report.kv_token_bytes.saturating_mul(tokens)
+}
+
 fn facts(report: &Report) -> String {
     let from = if report.preset {
         format!(", by the published config.json of {}", report.loaded_from)
@@ -67,8 +73,9 @@ fn facts(report: &Report) -> String {
         (
             "KV cache",
             format!(
-                "{} per token; {} sequences of {} tokens: {}",
+                "{} per token{}; {} sequences of {} tokens: {}",
                 text::bytes(report.kv_token_bytes),
+                if gives_up(report) { ", less where layers no longer see it" } else { "" },
                 report.sequences,
                 report.context,
                 text::bytes(report.kv_bytes)

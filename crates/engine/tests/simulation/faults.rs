@@ -88,6 +88,7 @@ counts! {
     parked: "sequences parked",
     out_of_patience: "requests out of patience",
     preempted: "sequences preempted",
+    forgotten: "sequences that gave up blocks as they went on",
 }
 
 /// Draws the faults of a world.

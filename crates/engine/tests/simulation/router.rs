@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use muster_engine::batcher::{Rank, ShardPlan, group};
 use muster_engine::dispatch::{Choices, DispatchError};
-use muster_engine::microbatch;
+use muster_engine::reach::{LayerPlace, Reach};
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
+use muster_engine::{NO_BLOCK, microbatch};
 use muster_placement::hedge::{Budget, Hedge, Outcome, Rules};
 use muster_placement::{Loads, Placement, WorkerIx};
 use muster_types::{Epoch, ExpertKey, SeqId, TokenId};
@@ -31,7 +32,7 @@ pub(crate) struct Router {
     pub(crate) process: Process,
     pub(crate) name: String,
     pub(crate) scheduler: Scheduler,
-    /// Keys and values: by layer, block and place in it.
+    /// Keys and values: by layer in its group, block and place in it.
     cache: BTreeMap<(usize, u32, u32), u64>,
     active: BTreeMap<SeqId, Active>,
     next_sequence: u64,
@@ -77,7 +78,10 @@ struct Active {
     /// The prompt, then what was generated.
     tokens: Vec<TokenId>,
     prompt: usize,
-    table: Vec<u32>,
+    /// Positions that are in the cache, those of the current step included.
+    computed: u32,
+    /// KV blocks, group by group.
+    tables: Vec<Vec<u32>>,
     stalled: Option<Time>,
 }
 
@@ -106,6 +110,28 @@ enum Failure {
     Experts,
     /// It was in the same lane.
     Interrupted,
+}
+
+impl Active {
+    /// Blocks with their group and place.
+    fn held(&self) -> impl Iterator<Item = (usize, usize, u32)> + '_ {
+        let of_group = |(group, table): (usize, &'_ Vec<u32>)| {
+            table.iter().copied().enumerate().map(move |(at, block)| (group, at, block)).collect::<Vec<_>>()
+        };
+        let blocks = self.tables.iter().enumerate().flat_map(of_group);
+        blocks.filter(|&(_, _, block)| block != NO_BLOCK)
+    }
+
+    /// What the scheduler is to do before a step: what no position to come sees is given up. Whether there
+    /// was anything.
+    fn forget(&mut self, reaches: &[Reach], block_tokens: u32) -> bool {
+        let before = self.held().count();
+        for (reach, table) in reaches.iter().zip(&mut self.tables) {
+            let unseen = (reach.first_visible(self.computed) / block_tokens) as usize;
+            table.iter_mut().take(unseen).for_each(|block| *block = NO_BLOCK);
+        }
+        self.held().count() < before
+    }
 }
 
 impl Router {
@@ -331,7 +357,8 @@ impl World {
         }
         router.next_sequence += 1;
         let (tokens, prompt) = (prompt.clone(), prompt.len());
-        router.active.insert(id, Active { request, tokens, prompt, table: Vec::new(), stalled: None });
+        let tables = vec![Vec::new(); self.spec.groups.reaches().len()];
+        router.active.insert(id, Active { request, tokens, prompt, computed: 0, tables, stalled: None });
         self.requests[request].at = Some((number, router.process.life));
         self.note("admitted", number, request as u64, id.get());
         self.poke(number);
@@ -379,6 +406,9 @@ impl World {
         if router.parked.take_if(over).is_some() {
             router.scheduler.unpark();
         }
+        let (reaches, block_tokens) = (self.spec.groups.reaches(), self.spec.scheduler.block_tokens.get());
+        let forgot = router.active.values_mut().map(|active| active.forget(reaches, block_tokens));
+        self.counts.forgotten += forgot.map(u64::from).sum::<u64>();
         let step = router.scheduler.schedule(4);
         self.check_step(number, &step);
         if step.items.is_empty() {
@@ -420,12 +450,17 @@ impl World {
         let Some(Running { step, lanes, .. }) = running else { return };
         let lane = &mut lanes[at];
         let layer = lane.layer;
+        let LayerPlace { group: its_group, layer: in_group } = self.spec.groups.place(layer);
+        let count = self.spec.groups.reaches().len();
         for (item, position, row) in &mut lane.rows {
             let blocks = &step.items[*item].blocks;
-            let place =
-                |position: u32| (layer, blocks[(position / block_tokens) as usize], position % block_tokens);
+            let table = &blocks[its_group * (blocks.len() / count)..];
+            let place = |position: u32| {
+                (in_group, table[(position / block_tokens) as usize], position % block_tokens)
+            };
             cache.insert(place(*position), Toy::entry(layer, *row));
-            let entries = (0..=*position).map(|before| {
+            let first = toy.reaches[layer].first_visible(*position);
+            let entries = (first..=*position).map(|before| {
                 let entry = cache.get(&place(before));
                 *entry.expect("blocks-conserved: a position is read that nobody has written")
             });
@@ -738,7 +773,9 @@ impl World {
             item.seq
         );
         if failure == Failure::Interrupted || stalled < EXPERT_TIMEOUT {
-            active.table.truncate(item.start.div_ceil(block_tokens) as usize);
+            let kept = item.start.div_ceil(block_tokens) as usize;
+            active.tables.iter_mut().for_each(|table| table.truncate(kept));
+            active.computed = item.start;
             router.scheduler.undo(item);
             if failure == Failure::Experts {
                 router.scheduler.park(item.seq);
@@ -762,28 +799,31 @@ impl World {
         let router = &mut self.routers[number];
         for id in &step.preempted {
             if let Some(active) = router.active.get_mut(id) {
-                active.table.clear();
+                active.tables.iter_mut().for_each(Vec::clear);
+                active.computed = 0;
             }
         }
         for item in &step.items {
             let active = router.active.get_mut(&item.seq).expect("no-lost-request: a step for nobody");
             let known = &active.tokens[item.start as usize..][..item.tokens.len()];
             assert_eq!(known, item.tokens, "same-output: a step with other tokens than the sequence has");
-            active.table.clone_from(&item.blocks);
+            let places = item.blocks.len() / active.tables.len();
+            active.tables = item.blocks.chunks(places).map(<[u32]>::to_vec).collect();
+            active.computed = item.start + item.tokens.len() as u32;
         }
         self.check_blocks(number);
     }
 
-    /// Every block is free or in a table, and in several tables only as a full block of a common beginning.
+    /// Every block is free or in a table, and in several tables only as a full block of a common beginning, of one group.
     fn check_blocks(&self, number: usize) {
         let block_tokens = self.spec.scheduler.block_tokens.get() as usize;
         let router = &self.routers[number];
-        let mut holders: BTreeMap<u32, (usize, &Active)> = BTreeMap::new();
+        let mut holders: BTreeMap<u32, (usize, usize, &Active)> = BTreeMap::new();
         for active in router.active.values() {
-            for (at, &block) in active.table.iter().enumerate() {
-                if let Some((place, other)) = holders.insert(block, (at, active)) {
+            for (group, at, block) in active.held() {
+                if let Some((its_group, place, other)) = holders.insert(block, (group, at, active)) {
                     let end = (at + 1) * block_tokens;
-                    let common = place == at
+                    let common = (its_group, place) == (group, at)
                         && end <= active.tokens.len().min(other.tokens.len())
                         && active.tokens[..end] == other.tokens[..end];
                     assert!(common, "blocks-conserved: block {block} is in two tables");

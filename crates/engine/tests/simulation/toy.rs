@@ -1,6 +1,7 @@
 //! A model of whole numbers: attention, gate and experts are pure functions, so that what a sequence becomes depends on
 //! its tokens alone, and on every one of them, every key and value, and every (row, expert) pair exactly once.
 
+use muster_engine::reach::Reach;
 use muster_types::{ExpertId, LayerId, TokenId};
 
 use crate::rng::mix;
@@ -9,6 +10,8 @@ use crate::rng::mix;
 pub(crate) struct Toy {
     /// Routed experts of each layer.
     pub(crate) experts: Vec<u32>,
+    /// What each layer sees.
+    pub(crate) reaches: Vec<Reach>,
     /// Experts per row.
     pub(crate) k: usize,
     pub(crate) vocab: u32,
@@ -33,7 +36,7 @@ impl Toy {
         mix(row, layer as u64 + 1)
     }
 
-    /// A row after it attended to the entries up to its own.
+    /// A row after it attended to the entries that it sees, up to its own.
     pub(crate) fn attend(row: u64, entries: impl Iterator<Item = u64>) -> u64 {
         entries.fold(row, mix)
     }
@@ -80,7 +83,8 @@ impl Toy {
                 let mut row = self.embed(token);
                 for (layer, entries) in cache.iter_mut().enumerate() {
                     entries.push(Self::entry(layer, row));
-                    row = Self::attend(row, entries.iter().copied());
+                    let seen = self.reaches[layer].first_visible(entries.len() as u32 - 1);
+                    row = Self::attend(row, entries[seen as usize..].iter().copied());
                     let chosen = self.choose(layer, row);
                     row = Self::combine(row, chosen.iter().map(|&expert| Self::output(layer, expert, row)));
                 }

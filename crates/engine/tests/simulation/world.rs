@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
+use muster_engine::reach::{LayerGroups, Reach};
 use muster_engine::scheduler::{PrefixCache, SchedulerConfig};
 use muster_placement::lease::{Ask, Reply, Term};
 use muster_placement::{ExpertSizes, Orders, Shape, Stamp};
@@ -172,6 +173,8 @@ pub(crate) struct Request {
 #[derive(Debug)]
 pub(crate) struct Spec {
     pub(crate) toy: Toy,
+    /// Layers that share tables of KV blocks.
+    pub(crate) groups: LayerGroups,
     pub(crate) shape: Shape,
     pub(crate) sizes: ExpertSizes,
     pub(crate) min_replicas: NonZero<u32>,
@@ -214,6 +217,16 @@ pub(crate) struct World {
     pub(crate) stop_leader_for: Option<Time>,
 }
 
+/// What a layer sees.
+fn reach(rng: &mut Rng) -> Reach {
+    let size = NonZero::new(1 + rng.below(9) as u32).unwrap();
+    match rng.below(4) {
+        0 | 1 => Reach::All,
+        2 => Reach::Last(size),
+        _ => Reach::Chunk(size),
+    }
+}
+
 impl World {
     /// The world of this seed, with nothing in it done yet.
     pub(crate) fn new(seed: u64, print: bool) -> Self {
@@ -221,7 +234,9 @@ impl World {
         let layers = 1 + rng.below(3);
         let k = 1 + rng.below(3);
         let experts: Vec<u32> = (0..layers).map(|_| k as u32 + rng.between(1, 8) as u32).collect();
-        let toy = Toy { experts: experts.clone(), k, vocab: 40, salt: rng.next() };
+        let reaches: Vec<Reach> = (0..layers).map(|_| reach(&mut rng)).collect();
+        let groups = LayerGroups::of(&reaches);
+        let toy = Toy { experts: experts.clone(), reaches, k, vocab: 40, salt: rng.next() };
         let shape = Shape::new(experts);
         let size = 10;
         let sizes = ExpertSizes::uniform(&shape, size).unwrap();
@@ -230,7 +245,8 @@ impl World {
         let max_running = 1 + rng.below(6);
         let scheduler = SchedulerConfig {
             block_tokens: NonZero::new(1 + rng.below(5) as u32).unwrap(),
-            blocks: 24 + rng.below(40) as u32,
+            groups: groups.reaches().to_vec(),
+            blocks: (24 + rng.below(40) as u32) * groups.reaches().len() as u32,
             context: 24,
             max_running,
             max_waiting: 64,
@@ -240,6 +256,7 @@ impl World {
         };
         let spec = Spec {
             toy,
+            groups,
             min_replicas: NonZero::new(1 + rng.below(3) as u32).unwrap(),
             scheduler,
             two_lanes: rng.chance(50),

@@ -58,7 +58,8 @@ pub(super) struct Buffers {
 }
 
 impl Attention {
-    /// `[rows, hidden]` normed and rounded in, `[rows, hidden]` out, before the residual multiplier.
+    /// `[rows, hidden]` normed and rounded in, `[rows, hidden]` out, before the residual multiplier. `layer` is its number
+    /// in its group, `slots` has the tables of that group.
     #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same seven")]
     pub(super) fn run<'b>(
         &self,

@@ -46,8 +46,21 @@ impl Trunk {
         let bytes = embedding.bytes()
             + head.as_ref().map_or(0, |head| head.bytes())
             + layers.iter().map(Layer::bytes).sum::<usize>();
+        let kv_groups = crate::kv::groups(spec.layers.iter().map(|layer| layer.attention.sees));
         let bytes = bytes as u64;
-        Ok(Self { spec, compute, dtype, embedding, ropes, layers, final_norm, head, head_bias, bytes })
+        Ok(Self {
+            spec,
+            kv_groups,
+            compute,
+            dtype,
+            embedding,
+            ropes,
+            layers,
+            final_norm,
+            head,
+            head_bias,
+            bytes,
+        })
     }
 }
 

@@ -12,6 +12,8 @@ mod latent;
 mod load;
 mod moe;
 mod norm;
+#[cfg(test)]
+mod tests;
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +21,7 @@ use muster_checkpoint::spec::{ModelSpec, WeightOn};
 use muster_engine::dispatch::{
     Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Rows, RowsMut, Ticket,
 };
+use muster_engine::reach::{LayerGroups, LayerPlace};
 use muster_kernels::{
     Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, Rope, add_scaled,
     all_finite, linear, round_bf16, to_bf16,
@@ -34,6 +37,7 @@ use norm::Norm;
 /// A loaded trunk.
 pub struct Trunk {
     spec: ModelSpec,
+    kv_groups: LayerGroups,
     compute: Compute,
     dtype: WeightDType,
     embedding: Matrix,
@@ -66,7 +70,8 @@ pub struct SeqInput<'a> {
     pub start: u32,
     /// Tokens to run; at least one, each below the vocabulary's size.
     pub tokens: &'a [TokenId],
-    /// KV blocks that cover positions `0 .. start + tokens.len()`.
+    /// KV blocks: for one of [`Trunk::kv_groups`] after the other a table that covers positions `0 .. start +
+    /// tokens.len()`, all equally long. What the group's layers do not see from `start` on may be anything.
     pub blocks: &'a [u32],
     /// Which logits are wanted.
     pub logits: WantLogits,
@@ -226,12 +231,18 @@ impl Trunk {
         self.bytes
     }
 
-    /// The shape of a KV cache for this model.
+    /// The layers that share KV blocks.
     #[must_use]
-    pub fn kv_shape(spec: &ModelSpec) -> KvShape {
-        let attention = &spec.layers[0].attention;
+    pub const fn kv_groups(&self) -> &LayerGroups {
+        &self.kv_groups
+    }
+
+    /// The shape of a KV cache for this model: a block holds tokens of one group of layers.
+    #[must_use]
+    pub fn kv_shape(&self) -> KvShape {
+        let attention = &self.spec.layers[0].attention;
         KvShape {
-            layers: spec.layers.len(),
+            layers: self.kv_groups.size(),
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
             value_dim: attention.cached_value(),
@@ -243,13 +254,14 @@ impl Trunk {
     /// # Errors
     /// When it does not fit the address space or memory.
     pub fn new_kv(&self, blocks: usize) -> Result<KvCache, KernelError> {
-        KvCache::new(Self::kv_shape(&self.spec), blocks, precision(self.compute))
+        KvCache::new(self.kv_shape(), blocks, precision(self.compute))
     }
 
     /// Runs one step through all layers. Outcomes are in `state`, sequence by sequence.
     pub fn forward(&self, ctx: &mut StepContext<'_>, lanes: [&[SeqInput<'_>]; 2], state: &mut StepState) {
-        let mut slots =
-            [0, 1].map(|lane: usize| slots_of(lanes[lane], std::mem::take(&mut state.lanes[lane].slots)));
+        let groups = self.kv_groups.reaches().len();
+        let mut slots = [0, 1]
+            .map(|lane: usize| slots_of(lanes[lane], groups, std::mem::take(&mut state.lanes[lane].slots)));
         for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
             self.embed(lane, sequences);
         }
@@ -302,21 +314,24 @@ impl Trunk {
         }
     }
 
-    /// Residual += attention(norm(residual)), then `normed` = norm(residual) for what follows.
+    /// Residual += attention(norm(residual)), then `normed` = norm(residual) for what follows. `slots` are those of all
+    /// groups.
     fn attend(
         &self,
         ctx: &mut StepContext<'_>,
         index: usize,
-        layer: &Layer,
+        weights: &Layer,
         lane: &mut Lane,
         slots: &[KvSlot<'_>],
     ) {
-        let attention = &layer.attention;
+        let attention = &weights.attention;
         attention.norm.apply(ctx.cpu, &lane.residual, &mut lane.normed);
         self.round(&mut lane.normed);
-        let out = attention.run(self, ctx, index, &lane.normed, slots, &lane.angles, &mut lane.attention);
+        let LayerPlace { group, layer } = self.kv_groups.place(index);
+        let slots = &slots[group * lane.rows..][..lane.rows];
+        let out = attention.run(self, ctx, layer, &lane.normed, slots, &lane.angles, &mut lane.attention);
         add_scaled(&mut lane.residual, out, self.spec.residual_multiplier);
-        layer.mlp_norm.apply(ctx.cpu, &lane.residual, &mut lane.normed);
+        weights.mlp_norm.apply(ctx.cpu, &lane.residual, &mut lane.normed);
         self.round(&mut lane.normed);
     }
 
@@ -553,14 +568,16 @@ fn add_up(rows: &mut Vec<f32>, copies: usize, hidden: usize) {
     rows.truncate(sums * hidden);
 }
 
-/// Where every row of a lane stands, in memory that was used before.
-fn slots_of<'a>(sequences: &[SeqInput<'a>], memory: Vec<KvSlot<'static>>) -> Vec<KvSlot<'a>> {
-    let rows = |sequence: &SeqInput<'a>| {
-        let blocks = sequence.blocks;
-        (sequence.start..).take(sequence.tokens.len()).map(move |position| KvSlot { position, blocks })
-    };
+/// Where every row of a lane stands, for one group of layers after the other, in memory that was used before.
+fn slots_of<'a>(sequences: &[SeqInput<'a>], groups: usize, memory: Vec<KvSlot<'static>>) -> Vec<KvSlot<'a>> {
     let mut slots: Vec<KvSlot<'a>> = memory;
-    slots.extend(sequences.iter().flat_map(rows));
+    for group in 0..groups {
+        slots.extend(sequences.iter().flat_map(|sequence| {
+            let places = sequence.blocks.len() / groups;
+            let blocks = &sequence.blocks[group * places..][..places];
+            (sequence.start..).take(sequence.tokens.len()).map(move |position| KvSlot { position, blocks })
+        }));
+    }
     slots
 }
 

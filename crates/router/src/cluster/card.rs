@@ -45,6 +45,7 @@ const fn packed(packing: Packing) -> PackedAs {
         Packing::Bf16 => PackedAs::Bf16,
         Packing::Quantised(Quantisation::Q8) => PackedAs::Q8,
         Packing::Quantised(Quantisation::Q4) => PackedAs::Q4,
+        Packing::Mxfp4 => PackedAs::Mxfp4,
     }
 }
 
