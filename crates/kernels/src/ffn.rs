@@ -29,7 +29,7 @@ pub struct Expert {
     pub(crate) up: Matrix,
     pub(crate) down: Matrix,
     gating: Gating,
-    biases: Option<Biases>,
+    biases: Option<Box<Biases>>,
 }
 
 impl Expert {
@@ -70,7 +70,7 @@ impl Expert {
         if let Some(biases) = &biases {
             biases.check(self.intermediate(), self.hidden())?;
         }
-        Ok(Self { gating, biases, ..self })
+        Ok(Self { gating, biases: biases.map(Box::new), ..self })
     }
 
     /// What lies between the linears.
@@ -82,7 +82,7 @@ impl Expert {
     /// The linears' biases.
     #[must_use]
     pub fn biases(&self) -> Option<&Biases> {
-        self.biases.as_ref()
+        self.biases.as_deref()
     }
 
     /// What it does with the sums of gate and up, if that is not [`Plain`].

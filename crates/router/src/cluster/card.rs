@@ -19,7 +19,10 @@ pub fn card(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Op
         (Some(moe), Some(form)) => Some(Some(LayerCard {
             experts: NonZeroU32::new(moe.experts)?,
             intermediate: number(form.intermediate)?,
-            packed: form.packings.map(packed),
+            packed: {
+                let [gate, up, down] = form.packings;
+                [packed(gate)?, packed(up)?, packed(down)?]
+            },
         })),
         _ => Some(None),
     };
@@ -34,12 +37,14 @@ pub fn card(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Op
     })
 }
 
-const fn packed(packing: Packing) -> PackedAs {
+/// `None` for what the wire has no name of.
+const fn packed(packing: Packing) -> Option<PackedAs> {
     match packing {
-        Packing::F32 => PackedAs::F32,
-        Packing::Bf16 => PackedAs::Bf16,
-        Packing::Quantised(Quantisation::Q8) => PackedAs::Q8,
-        Packing::Quantised(Quantisation::Q4) => PackedAs::Q4,
+        Packing::F32 => Some(PackedAs::F32),
+        Packing::Bf16 => Some(PackedAs::Bf16),
+        Packing::Mxfp4 => None,
+        Packing::Quantised(Quantisation::Q8) => Some(PackedAs::Q8),
+        Packing::Quantised(Quantisation::Q4) => Some(PackedAs::Q4),
     }
 }
 
