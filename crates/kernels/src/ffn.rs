@@ -11,7 +11,7 @@ use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::error::KernelError;
-use crate::gating::{Activation, Biases, Gating};
+use crate::gating::{Activate, Biases, Gating, General, Plain};
 use crate::isa::{Kernel, dispatch_flushing};
 use crate::linear::{LinearTask, Output};
 use crate::matrix::{Elements, Matrix, Panels, Stored};
@@ -29,7 +29,7 @@ pub struct Expert {
     pub(crate) up: Matrix,
     pub(crate) down: Matrix,
     gating: Gating,
-    biases: Option<Biases>,
+    biases: Option<Box<Biases>>,
 }
 
 impl Expert {
@@ -70,7 +70,7 @@ impl Expert {
         if let Some(biases) = &biases {
             biases.check(self.intermediate(), self.hidden())?;
         }
-        Ok(Self { gating, biases, ..self })
+        Ok(Self { gating, biases: biases.map(Box::new), ..self })
     }
 
     /// What lies between the linears.
@@ -82,11 +82,13 @@ impl Expert {
     /// The linears' biases.
     #[must_use]
     pub fn biases(&self) -> Option<&Biases> {
-        self.biases.as_ref()
+        self.biases.as_deref()
     }
 
-    fn activation(&self) -> Activation<'_> {
-        Activation { gating: self.gating, biases: self.biases(), intermediate: self.intermediate() }
+    /// What it does with the sums of gate and up, if that is not [`Plain`].
+    pub(crate) fn general(&self) -> Option<General<'_>> {
+        let (gating, biases, intermediate) = (self.gating, self.biases(), self.intermediate());
+        (gating != Gating::Silu || biases.is_some()).then_some(General { gating, biases, intermediate })
     }
 
     /// What is added to the outputs of the last linear.
@@ -236,14 +238,27 @@ fn run<E: Engine>(
     cpu.run(first.len(), plan.work * 2, &|index| {
         let task = first[index];
         let ExpertRows { expert, rows } = groups[task.group];
-        let (before, activation) = (task.activated_before, expert.activation());
         if let Some(engine) = engine.filter(|_| expert.is_in_bf16()) {
-            let sink = GatedPairs { out: &between_pairs, before, activation };
-            gate_up_in_pairs(engine, cpu, task, expert, packed.from(task.rows_before), sink);
+            let x = packed.from(task.rows_before);
+            match expert.general() {
+                None => {
+                    let sink = GatedPairs::new(&between_pairs, task, expert, Plain);
+                    gate_up_in_pairs(engine, cpu, task, expert, x, sink);
+                }
+                Some(activation) => {
+                    let sink = GatedPairs::new(&between_pairs, task, expert, activation);
+                    gate_up_in_pairs(engine, cpu, task, expert, x, sink);
+                }
+            }
             return;
         }
-        let out = Gated { out: &between, before, activation, precision };
-        gate_up(cpu, task, expert, Gathered { from: x, rows }, out);
+        let x = Gathered { from: x, rows };
+        match expert.general() {
+            None => gate_up(cpu, task, expert, x, Gated::new(&between, task, expert, precision, Plain)),
+            Some(activation) => {
+                gate_up(cpu, task, expert, x, Gated::new(&between, task, expert, precision, activation));
+            }
+        }
     });
     let out = Disjoint::new(out);
     let (activated, words) = (&*activated, &*words);
@@ -368,7 +383,7 @@ struct Plan {
 }
 
 /// The first stage of one task: activated and rounded.
-fn gate_up(cpu: &Cpu, task: Task, expert: &Expert, x: Gathered<'_>, sink: Gated<'_>) {
+fn gate_up<A: Activate>(cpu: &Cpu, task: Task, expert: &Expert, x: Gathered<'_>, sink: Gated<'_, A>) {
     match (&expert.gate.elements, &expert.up.elements) {
         (Elements::Bf16(gate), Elements::Bf16(up)) => {
             dispatch_flushing(cpu.isa(), GateUpTask(task.work([gate, up], x, sink)));
@@ -384,13 +399,13 @@ fn gate_up(cpu: &Cpu, task: Task, expert: &Expert, x: Gathered<'_>, sink: Gated<
 }
 
 /// The same where all weights are bf16 values.
-fn gate_up_in_pairs<E: Engine>(
+fn gate_up_in_pairs<E: Engine, A: Activate>(
     engine: E,
     cpu: &Cpu,
     task: Task,
     expert: &Expert,
     x: PairRows<'_>,
-    sink: GatedPairs<'_>,
+    sink: GatedPairs<'_, A>,
 ) {
     match (&expert.gate.elements, &expert.up.elements) {
         (Elements::Bf16(gate), Elements::Bf16(up)) => {
@@ -471,9 +486,9 @@ impl<'a> Output<'a> {
     }
 }
 
-struct GateUpTask<'a, B>(Work<'a, B, Gathered<'a>, Gated<'a>, 2>);
+struct GateUpTask<'a, B, A>(Work<'a, B, Gathered<'a>, Gated<'a, A>, 2>);
 
-impl<B: Stored> Kernel for GateUpTask<'_, B> {
+impl<B: Stored, A: Activate> Kernel for GateUpTask<'_, B, A> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -482,25 +497,28 @@ impl<B: Stored> Kernel for GateUpTask<'_, B> {
 }
 
 /// Activates what gate and up gave and keeps it for the second stage.
-pub(crate) struct Gated<'a> {
+pub(crate) struct Gated<'a, A> {
     out: &'a Disjoint<'a, f32>,
     before: usize,
-    activation: Activation<'a>,
+    intermediate: usize,
     precision: Precision,
+    activation: A,
 }
 
-impl<'a> Gated<'a> {
+impl<'a, A> Gated<'a, A> {
     pub(crate) fn new(
         out: &'a Disjoint<'a, f32>,
         task: Task,
-        expert: &'a Expert,
+        expert: &Expert,
         precision: Precision,
+        activation: A,
     ) -> Self {
-        Self { out, before: task.activated_before, activation: expert.activation(), precision }
+        let (before, intermediate) = (task.activated_before, expert.intermediate());
+        Self { out, before, intermediate, precision, activation }
     }
 }
 
-impl Sink<2> for Gated<'_> {
+impl<A: Activate> Sink<2> for Gated<'_, A> {
     #[inline(always)]
     fn put<S: Simd>(&self, s: S, row: usize, panel: usize, sums: [S::V; 2]) {
         let mut value = self.activation.of(s, panel, sums);
@@ -508,31 +526,36 @@ impl Sink<2> for Gated<'_> {
             value = s.round_bf16(value);
         }
         let column = panel * LANES;
-        let intermediate = self.activation.intermediate;
-        let len = LANES.min(intermediate - column);
+        let len = LANES.min(self.intermediate - column);
         // SAFETY: tasks share no (group, row, panel), and the piece is dropped before the next.
-        let piece = unsafe { self.out.piece(self.before + row * intermediate + column, len) };
+        let piece = unsafe { self.out.piece(self.before + row * self.intermediate + column, len) };
         store_part(s, value, piece);
     }
 }
 
 /// As [`Gated`], rounded and in pairs, whole blocks of them.
-struct GatedPairs<'a> {
+struct GatedPairs<'a, A> {
     out: &'a Disjoint<'a, u32>,
     before: usize,
-    activation: Activation<'a>,
+    intermediate: usize,
+    activation: A,
 }
 
-impl Sink<2> for GatedPairs<'_> {
+impl<'a, A> GatedPairs<'a, A> {
+    fn new(out: &'a Disjoint<'a, u32>, task: Task, expert: &Expert, activation: A) -> Self {
+        Self { out, before: task.activated_before, intermediate: expert.intermediate(), activation }
+    }
+}
+
+impl<A: Activate> Sink<2> for GatedPairs<'_, A> {
     #[inline(always)]
     fn put<S: Simd>(&self, s: S, row: usize, panel: usize, sums: [S::V; 2]) {
         const WORDS: usize = LANES / 2;
         let value = self.activation.of(s, panel, sums);
-        let intermediate = self.activation.intermediate;
-        let (from, left) = (panel * WORDS, intermediate - panel * LANES);
+        let (from, left) = (panel * WORDS, self.intermediate - panel * LANES);
         let last = left <= LANES;
-        let len = if last { words_per_row(intermediate) - from } else { WORDS };
-        let from = self.before + row * words_per_row(intermediate) + from;
+        let len = if last { words_per_row(self.intermediate) - from } else { WORDS };
+        let from = self.before + row * words_per_row(self.intermediate) + from;
         // SAFETY: tasks share no (group, row, panel), and the piece is dropped before the next.
         let piece = unsafe { self.out.piece(from, len) };
         store_bf16_pairs(s, value, piece.first_chunk_mut().expect("a panel has eight words"));

@@ -70,18 +70,35 @@ impl Biases {
     }
 }
 
-/// What one expert does with the sums of gate and up.
+/// What is done with the sums of gate and up. Kernels are compiled for each, so that plain experts pay nothing for what
+/// others do.
+pub(crate) trait Activate: Copy {
+    /// The activated outputs of panel `panel`. Lanes behind the last output hold anything.
+    fn of<S: Simd>(self, s: S, panel: usize, sums: [S::V; 2]) -> S::V;
+}
+
+/// [`Gating::Silu`] without biases.
 #[derive(Clone, Copy)]
-pub(crate) struct Activation<'a> {
+pub(crate) struct Plain;
+
+impl Activate for Plain {
+    #[inline(always)]
+    fn of<S: Simd>(self, s: S, _: usize, [gate, up]: [S::V; 2]) -> S::V {
+        s.mul(silu_lanes(s, gate), up)
+    }
+}
+
+/// Any activation, with biases or without.
+#[derive(Clone, Copy)]
+pub(crate) struct General<'a> {
     pub(crate) gating: Gating,
     pub(crate) biases: Option<&'a Biases>,
     pub(crate) intermediate: usize,
 }
 
-impl Activation<'_> {
-    /// The activated outputs of panel `panel`. Lanes behind the last output hold anything.
+impl Activate for General<'_> {
     #[inline(always)]
-    pub(crate) fn of<S: Simd>(&self, s: S, panel: usize, [mut gate, mut up]: [S::V; 2]) -> S::V {
+    fn of<S: Simd>(self, s: S, panel: usize, [mut gate, mut up]: [S::V; 2]) -> S::V {
         if let Some(biases) = self.biases {
             let from = panel * LANES;
             let to = self.intermediate.min(from + LANES);
@@ -89,7 +106,7 @@ impl Activation<'_> {
             up = s.add(up, load_part(s, &biases.up[from..to]));
         }
         match self.gating {
-            Gating::Silu => s.mul(silu_lanes(s, gate), up),
+            Gating::Silu => Plain.of(s, panel, [gate, up]),
             Gating::ClampedSwish { alpha, limit } => {
                 // The bound comes first so that a NaN passes through.
                 let gate = s.min(s.splat(limit), gate);

@@ -2,10 +2,10 @@
 //! inputs of a row.
 //!
 //! What must hold: a weight is its code's number times `2^(scale - 127)`, which is a bf16 value, and a linear gives the
-//! bits that it gives on the same values in bf16: blocks become those of a bf16 panel right before they are
-//! multiplied, in memory so small that it stays in the innermost cache. Two things are settled when a weight is packed: scales
-//! above [`MOST_SCALE`] are refused, and a weight below the least normal number, which linears read as zero, becomes
-//! zero. It does not know how products are added.
+//! bits that it gives on the same values in bf16: blocks become those of a bf16 panel right before they are multiplied,
+//! in memory so small that it stays in the innermost cache. Two things are settled when a weight is packed: scales above
+//! [`MOST_SCALE`] are refused, and a weight below the least normal number, which linears read as zero, becomes zero. It
+//! does not know how products are added.
 
 use crate::convert::bf16_to_f32;
 use crate::error::KernelError;
@@ -19,8 +19,8 @@ pub(crate) const LINES: usize = BLOCK_K / 8;
 /// The scale above which the greatest code, 6, is no bf16 value.
 pub(crate) const MOST_SCALE: u8 = 252;
 
-/// What every code's bf16 is with a scale of 0; a scale adds to the exponent, unless the number is zero. Numbers too small
-/// for that wrap around, as does the sum.
+/// What every code's bf16 is with a scale of 0; a scale adds to the exponent, unless the number is zero. Numbers too
+/// small for that wrap around, as does the sum.
 pub(crate) const CODES: [u16; 16] = {
     // 0.5, 1, 1.5, 2, 3, 4, 6.
     let magnitudes = [0x3f00_u16, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0];
@@ -37,8 +37,8 @@ pub(crate) const CODES: [u16; 16] = {
 
 /// 32 input features by 16 output features.
 ///
-/// Line `q` holds inputs `8 q` to `8 q + 7` of each output: of pair `4 q + j`, the even one in bits `4 j..` of the low half
-/// and the odd one in the same bits of the high half.
+/// Line `q` holds inputs `8 q` to `8 q + 7` of each output: of pair `4 q + j`, the even one in bits `4 j..` of the low
+/// half and the odd one in the same bits of the high half.
 #[derive(Clone, Copy)]
 #[repr(C, align(16))]
 pub(crate) struct Mxfp4Block {

@@ -3,12 +3,12 @@
 use super::Quantised;
 use super::bytes::{Body, dispatch};
 use super::dot::{Picked, Work};
-use super::pack::Block;
 use super::rows::{QRows, RowBlock, blocks_of, quantise, room};
 use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::ffn::{ExpertRows, Gated, Task};
+use crate::ffn::{Expert, ExpertRows, Gated, Task};
+use crate::gating::{Activate, Plain};
 use crate::linear::Output;
 use crate::matrix::{Elements, Panels};
 
@@ -47,21 +47,18 @@ impl Stages<'_, '_> {
         self.cpu.run(tasks.len(), work, &|index| {
             let task = tasks[index];
             let ExpertRows { expert, rows } = self.groups[task.group];
-            let step = GateUp {
-                task,
-                body,
-                x: Picked { from: inputs, rows },
-                // It is quantised next, from what it is in f32.
-                sink: Gated::new(&activated, task, expert, Precision::F32),
-            };
-            match (&expert.gate.elements, &expert.up.elements) {
-                (Elements::Quantised(Quantised::Q8(gate)), Elements::Quantised(Quantised::Q8(up))) => {
-                    step.run([gate, up]);
+            let x = Picked { from: inputs, rows };
+            // It is quantised next, from what it is in f32.
+            let precision = Precision::F32;
+            match expert.general() {
+                None => {
+                    let sink = Gated::new(&activated, task, expert, precision, Plain);
+                    gate_up(body, task, expert, x, sink);
                 }
-                (Elements::Quantised(Quantised::Q4(gate)), Elements::Quantised(Quantised::Q4(up))) => {
-                    step.run([gate, up]);
+                Some(activation) => {
+                    let sink = Gated::new(&activated, task, expert, precision, activation);
+                    gate_up(body, task, expert, x, sink);
                 }
-                _ => unreachable!("a quantised expert has quantised matrices of one kind"),
             }
         });
     }
@@ -115,16 +112,16 @@ impl Buffers {
     }
 }
 
-struct GateUp<'a> {
-    task: Task,
-    body: Body,
-    x: Picked<'a>,
-    sink: Gated<'a>,
-}
-
-impl GateUp<'_> {
-    fn run<B: Block>(self, weights: [&Panels<B>; 2]) {
-        dispatch(self.body, self.task.quantised(weights, self.x, self.sink));
+/// The first stage of one task.
+fn gate_up<A: Activate>(body: Body, task: Task, expert: &Expert, x: Picked<'_>, sink: Gated<'_, A>) {
+    match (&expert.gate.elements, &expert.up.elements) {
+        (Elements::Quantised(Quantised::Q8(gate)), Elements::Quantised(Quantised::Q8(up))) => {
+            dispatch(body, task.quantised([gate, up], x, sink));
+        }
+        (Elements::Quantised(Quantised::Q4(gate)), Elements::Quantised(Quantised::Q4(up))) => {
+            dispatch(body, task.quantised([gate, up], x, sink));
+        }
+        _ => unreachable!("a quantised expert has quantised matrices of one kind"),
     }
 }
 
