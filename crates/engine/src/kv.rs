@@ -17,12 +17,20 @@ use crate::prefix::BlockName;
 /// A holder's claim on a block. Give it back with [`BlockPool::release`]: one that is dropped is lost.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
-pub(crate) struct Block(u32);
+pub(crate) struct Block(
+    /// One more than its number, so that a place without a block is no larger than one with it.
+    NonZero<u32>,
+);
 
 impl Block {
+    /// `index` is below the pool's total.
+    const fn new(index: u32) -> Self {
+        Self(NonZero::<u32>::MIN.saturating_add(index))
+    }
+
     /// Its number, below the pool's total.
     pub(crate) const fn index(&self) -> u32 {
-        self.0
+        self.0.get() - 1
     }
 }
 
@@ -80,7 +88,7 @@ impl BlockPool {
     pub(crate) fn allocate(&mut self) -> Option<Block> {
         let block = self.free.pop().or_else(|| self.evict())?;
         self.states[block as usize].holders = 1;
-        Some(Block(block))
+        Some(Block::new(block))
     }
 
     fn evict(&mut self) -> Option<u32> {
@@ -99,14 +107,14 @@ impl BlockPool {
             self.cached.remove(&state.cached_at);
         }
         state.holders += 1;
-        Some(Block(block))
+        Some(Block::new(block))
     }
 
     /// Names a block's content. From now on it must not change. Does nothing where a block of that name exists:
     /// one copy is enough.
     pub(crate) fn name(&mut self, block: &Block, name: BlockName) {
         if self.keep == Keep::Prefixes && !self.named.contains_key(&name) {
-            self.named.insert(name, block.0);
+            self.named.insert(name, block.index());
             self.states[block.index() as usize].name = Some(name);
         }
     }
@@ -114,7 +122,7 @@ impl BlockPool {
     /// Takes claims back. Of blocks given back together the last are evicted first: without the blocks before it a
     /// block is of no use, but not the other way round.
     pub(crate) fn release(&mut self, blocks: impl DoubleEndedIterator<Item = Block>) {
-        for Block(block) in blocks.rev() {
+        for block in blocks.rev().map(|block| block.index()) {
             let state = &mut self.states[block as usize];
             state.holders -= 1;
             if state.holders > 0 {

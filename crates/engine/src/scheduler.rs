@@ -21,7 +21,6 @@
 
 use std::collections::VecDeque;
 use std::num::NonZero;
-use std::sync::Arc;
 
 use muster_types::{Retry, SeqId, TokenId};
 
@@ -231,7 +230,7 @@ pub struct Stats {
 #[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
-    groups: Arc<[Group]>,
+    groups: Vec<Group>,
     pool: BlockPool,
     /// Oldest first; all older than those waiting.
     running: Vec<Sequence>,

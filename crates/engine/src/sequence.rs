@@ -4,8 +4,6 @@
 //! blocks the ones that others may hold, too, are full. Knows nothing of other sequences, nor whether it is
 //! waiting or running.
 
-use std::sync::Arc;
-
 use muster_types::{SeqId, TokenId};
 
 use crate::kv::BlockPool;
@@ -35,13 +33,13 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// A sequence that may grow from its prompt to `limit` tokens. `limit` is above the prompt's length.
-    pub(crate) fn new(id: SeqId, prompt: Vec<TokenId>, limit: u32, groups: &Arc<[Group]>) -> Self {
+    pub(crate) fn new(id: SeqId, prompt: Vec<TokenId>, limit: u32, groups: &[Group]) -> Self {
         Self {
             id,
             tokens: prompt,
             limit,
             computed: 0,
-            table: Table::new(Arc::clone(groups)),
+            table: Table::new(groups),
             keys: Vec::new(),
             named: 0,
             cached_prompt: None,
@@ -214,7 +212,7 @@ mod tests {
     /// One that is computed in chunks of at most four tokens.
     fn sequence(prompt: u32, limit: u32, pool: &BlockPool, reaches: &[Reach]) -> Sequence {
         let group = |&reach: &Reach| Group::new(reach, pool.block_tokens(), 4);
-        Sequence::new(SeqId::new(1), tokens(prompt), limit, &reaches.iter().map(group).collect())
+        Sequence::new(SeqId::new(1), tokens(prompt), limit, &reaches.iter().map(group).collect::<Vec<_>>())
     }
 
     fn window(positions: u32) -> Reach {

@@ -5,7 +5,6 @@
 //! stays empty. Knows nothing of tokens, nor of other sequences.
 
 use std::num::NonZero;
-use std::sync::Arc;
 
 use crate::kv::{Block, BlockPool, Found};
 use crate::prefix::{BlockKey, BlockName};
@@ -27,51 +26,58 @@ impl Group {
     }
 }
 
-/// Blocks by place and, of one place, by group.
 #[derive(Debug)]
 pub(crate) struct Table {
-    groups: Arc<[Group]>,
+    groups: Vec<OfGroup>,
+}
+
+/// One group's part.
+#[derive(Debug)]
+struct OfGroup {
+    group: Group,
+    /// By place.
     blocks: Vec<Option<Block>>,
-    /// By group: empty places.
-    emptied: Box<[u32]>,
+    /// Places, from the first on, that are empty.
+    emptied: u32,
 }
 
 impl Table {
-    pub(crate) fn new(groups: Arc<[Group]>) -> Self {
-        Self { emptied: vec![0; groups.len()].into(), groups, blocks: Vec::new() }
+    /// An empty one for these groups; there is at least one.
+    pub(crate) fn new(groups: &[Group]) -> Self {
+        let of_group = |&group: &Group| OfGroup { group, blocks: Vec::new(), emptied: 0 };
+        Self { groups: groups.iter().map(of_group).collect() }
     }
 
     /// Places of every group.
     pub(crate) fn places(&self) -> u32 {
         // At most those of the context, which is counted in u32.
-        (self.blocks.len() / self.groups.len()) as u32
+        self.groups[0].blocks.len() as u32
     }
 
     /// Blocks that it comes to hold beyond those it has, at most at once, when it grows to so many places.
     pub(crate) fn wanted(&self, places: u32) -> u64 {
         let more = u64::from(places.saturating_sub(self.places()));
-        let of_group = |(group, emptied): (&Group, &u32)| {
+        let of_group = |OfGroup { group, emptied, .. }: &OfGroup| {
             let held = u64::from(self.places() - emptied);
             more.min(group.most.saturating_sub(held))
         };
-        self.groups.iter().zip(&self.emptied).map(of_group).sum()
+        self.groups.iter().map(of_group).sum()
     }
 
     /// Adds places, with a block in every group, until there are so many or blocks run out.
     pub(crate) fn grow(&mut self, pool: &mut BlockPool, places: u32) {
         while self.places() < places && pool.available() as usize >= self.groups.len() {
-            self.blocks.extend(self.groups.iter().map(|_| pool.allocate()));
+            self.groups.iter_mut().for_each(|of_group| of_group.blocks.push(pool.allocate()));
         }
     }
 
     /// Gives up what the position `next` and all after it do not see.
     pub(crate) fn forget_unseen(&mut self, pool: &mut BlockPool, next: u32) {
-        let (count, places) = (self.groups.len(), self.places());
-        for (number, (group, emptied)) in self.groups.iter().zip(&mut self.emptied).enumerate() {
+        let places = self.places();
+        for OfGroup { group, blocks, emptied } in &mut self.groups {
             let unseen = group.reach.unseen_blocks(next, pool.block_tokens()).min(places);
             if unseen > *emptied {
-                let blocks = &mut self.blocks[*emptied as usize * count..unseen as usize * count];
-                pool.release(blocks.chunks_exact_mut(count).filter_map(|place| place[number].take()));
+                pool.release(blocks[*emptied as usize..unseen as usize].iter_mut().filter_map(Option::take));
                 *emptied = unseen;
             }
         }
@@ -79,17 +85,21 @@ impl Table {
 
     /// Gives up all places but the first so many.
     pub(crate) fn truncate(&mut self, pool: &mut BlockPool, places: u32) {
-        let kept = (places as usize * self.groups.len()).min(self.blocks.len());
-        pool.release(self.blocks.drain(kept..).flatten());
-        for emptied in &mut self.emptied {
-            *emptied = (*emptied).min(places);
+        // From the end, so that what is cached longest is a beginning in all groups.
+        while self.places() > places {
+            for of_group in &mut self.groups {
+                pool.release(of_group.blocks.pop().flatten().into_iter());
+            }
+        }
+        for of_group in &mut self.groups {
+            of_group.emptied = of_group.emptied.min(places);
         }
     }
 
     /// Tells the pool what the blocks of a place hold.
     pub(crate) fn name(&self, pool: &mut BlockPool, place: usize, key: BlockKey) {
-        for (group, block) in (0..).zip(&self.blocks[place * self.groups.len()..][..self.groups.len()]) {
-            if let Some(block) = block {
+        for (group, of_group) in (0..).zip(&self.groups) {
+            if let Some(block) = &of_group.blocks[place] {
                 pool.name(block, BlockName { group, key });
             }
         }
@@ -103,7 +113,9 @@ impl Table {
         let mut most = 0;
         for (places, &key) in (1..).zip(keys) {
             let mut is_whole = true;
-            for (number, (group, in_a_row)) in (0..).zip(self.groups.iter().zip(&mut in_a_row)) {
+            for (number, (OfGroup { group, .. }, in_a_row)) in
+                (0..).zip(self.groups.iter().zip(&mut in_a_row))
+            {
                 let is_there = pool.find(&BlockName { group: number, key }).is_some();
                 *in_a_row = if is_there { *in_a_row + 1 } else { 0 };
                 if !is_there && group.reach == Reach::All {
@@ -121,7 +133,7 @@ impl Table {
     /// Blocks that would no longer be available if an empty table took over so many places and then grew to `places`,
     /// at most at once. Those that others hold cost nothing.
     pub(crate) fn cost(&self, pool: &BlockPool, keys: &[BlockKey], adopted: u32, places: u32) -> u64 {
-        let of_group = |(number, group): (u32, &Group)| {
+        let of_group = |(number, OfGroup { group, .. }): (u32, &OfGroup)| {
             let first = first_needed(group, pool, adopted);
             let is_held =
                 |&&key: &&BlockKey| pool.find(&BlockName { group: number, key }) == Some(Found::Held);
@@ -133,24 +145,19 @@ impl Table {
 
     /// Takes over so many places, as [`adoptable`](Self::adoptable) allowed, into an empty table.
     pub(crate) fn adopt(&mut self, pool: &mut BlockPool, keys: &[BlockKey], places: u32) {
-        for (group, emptied) in self.groups.iter().zip(&mut self.emptied) {
+        for (number, OfGroup { group, blocks, emptied }) in (0..).zip(&mut self.groups) {
             *emptied = first_needed(group, pool, places);
-        }
-        for (place, &key) in (0..places).zip(keys) {
-            for (group, &emptied) in (0..).zip(&self.emptied) {
-                let block = if place < emptied { None } else { pool.share(&BlockName { group, key }) };
-                self.blocks.push(block);
-            }
+            blocks.extend((0..*emptied).map(|_| None));
+            let needed = &keys[*emptied as usize..places as usize];
+            blocks.extend(needed.iter().map(|&key| pool.share(&BlockName { group: number, key })));
         }
     }
 
     /// Block numbers, group by group; [`NO_BLOCK`] for empty places.
     pub(crate) fn numbers(&self) -> Vec<u32> {
-        let count = self.groups.len();
-        let mut numbers = Vec::with_capacity(self.blocks.len());
-        for group in 0..count.min(self.blocks.len()) {
-            let of_group = self.blocks[group..].iter().step_by(count);
-            numbers.extend(of_group.map(|block| block.as_ref().map_or(NO_BLOCK, Block::index)));
+        let mut numbers = Vec::with_capacity(self.groups.len() * self.groups[0].blocks.len());
+        for of_group in &self.groups {
+            numbers.extend(of_group.blocks.iter().map(|block| block.as_ref().map_or(NO_BLOCK, Block::index)));
         }
         numbers
     }

@@ -377,6 +377,16 @@ fn a_parked_sequence_is_left_out_until_it_is_let_go_on() {
     assert_eq!(items(&run(&mut scheduler)), [(1, 4, 1, true), (2, 6, 1, true)]);
 }
 
+/// Steps until all sequences have ended.
+fn run_all(scheduler: &mut Scheduler) -> Vec<Step> {
+    let mut steps = Vec::new();
+    while !scheduler.is_idle() {
+        steps.push(run(scheduler));
+        assert!(steps.len() < 1000, "no end: {:?}", scheduler.stats());
+    }
+    steps
+}
+
 /// Every other layer sees eight positions.
 fn half_windowed() -> SchedulerConfig {
     let window = Reach::Last(NonZero::new(8).unwrap());
@@ -393,8 +403,8 @@ fn held(item: &StepItem, groups: usize) -> Vec<usize> {
 fn a_long_sequence_holds_of_a_window_what_it_sees() {
     let mut scheduler = with(half_windowed(), &[(1, 60, 100)]);
     let mut longest = 0;
-    while !scheduler.is_idle() {
-        for item in &run(&mut scheduler).items {
+    for step in run_all(&mut scheduler) {
+        for item in &step.items {
             let (covered, chunk) = (item.start as usize + item.tokens.len(), item.tokens.len());
             let [window, all] = held(item, 2)[..] else { panic!("two tables") };
             assert_eq!(all, covered.div_ceil(4));
@@ -412,19 +422,15 @@ fn a_long_sequence_holds_of_a_window_what_it_sees() {
 #[test]
 fn long_sequences_run_together_where_only_one_would_fit_without_windows() {
     // Each has 64 positions, 16 blocks: of the window's group it holds five at most.
-    let run_all = |groups: Vec<Reach>| {
+    let together = |groups: Vec<Reach>| {
         let config = SchedulerConfig { groups, blocks: 16, step_tokens: 32, ..half_windowed() };
         let mut scheduler = with(config, &[(1, 40, 25), (2, 40, 25), (3, 40, 25)]);
-        let mut together = 0;
-        while !scheduler.is_idle() {
-            run(&mut scheduler);
-            together = together.max(scheduler.stats().running);
-        }
-        (together, scheduler.stats().preemptions)
+        let most = run_all(&mut scheduler).iter().map(|step| step.items.len()).max();
+        (most.unwrap(), scheduler.stats().preemptions)
     };
-    assert_eq!(run_all(vec![Reach::Last(NonZero::new(8).unwrap())]), (3, 0));
-    assert_eq!(run_all(vec![Reach::Chunk(NonZero::new(8).unwrap())]), (3, 0));
-    assert_eq!(run_all(vec![Reach::All]), (1, 0));
+    assert_eq!(together(vec![Reach::Last(NonZero::new(8).unwrap())]), (3, 0));
+    assert_eq!(together(vec![Reach::Chunk(NonZero::new(8).unwrap())]), (3, 0));
+    assert_eq!(together(vec![Reach::All]), (1, 0));
 }
 
 #[test]
@@ -438,15 +444,11 @@ fn what_a_sequence_holds_at_once_decides_whether_it_fits() {
         refused.to_string(),
         "prompt and output need 13 KV blocks, the cache has 12; shorten the prompt or max_tokens"
     );
-    while !scheduler.is_idle() {
-        run(&mut scheduler);
-    }
+    run_all(&mut scheduler);
     // Of windows alone any length does.
     let windows = SchedulerConfig { groups: vec![config.groups[0]; 2], blocks: 10, ..config };
     let mut scheduler = with(windows, &[(1, 150, 50)]);
-    while !scheduler.is_idle() {
-        run(&mut scheduler);
-    }
+    run_all(&mut scheduler);
     assert_eq!(scheduler.stats().preemptions, 0);
 }
 

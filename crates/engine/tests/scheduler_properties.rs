@@ -155,6 +155,9 @@ fn tables_of(item: &StepItem, groups: u32) -> Vec<Vec<u32>> {
     item.blocks.chunks(item.blocks.len() / groups as usize).map(<[u32]>::to_vec).collect()
 }
 
+/// What a position of a block was last written for: the group, and the sequence up to and including the token.
+type Content = (usize, Vec<TokenId>);
+
 struct Model<'a> {
     config: SchedulerConfig,
     scheduler: Scheduler,
@@ -167,9 +170,8 @@ struct Model<'a> {
     undone: bool,
     /// In the current step.
     adopted: bool,
-    /// By block and position in it: the group it was last written for, and the sequence up to and including the token.
-    /// `None` where a step wrote and failed.
-    written: BTreeMap<(u32, u32), Option<(usize, Vec<TokenId>)>>,
+    /// By block and position in it; `None` where a step wrote and failed.
+    written: BTreeMap<(u32, u32), Option<Content>>,
     coverage: &'a mut Coverage,
 }
 
