@@ -5,14 +5,14 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::message;
-use muster_text::{ChatMessage, ChatTemplate, CivilDate, GenerationPrompt, SpecialTokens, TextError};
+use muster_text::{Chat, ChatMessage, ChatTemplate, CivilDate, GenerationPrompt, SpecialTokens, TextError};
 
 fn special() -> SpecialTokens {
     SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), ..SpecialTokens::default() }
 }
 
 fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TextError> {
-    ChatTemplate::new(source, special())?.render(messages, GenerationPrompt::Add, None)
+    ChatTemplate::new(source, special())?.render(&messages.to_vec().into(), GenerationPrompt::Add, None)
 }
 
 fn rendered(source: &str) -> String {
@@ -86,7 +86,7 @@ fn the_date_is_the_callers() {
     let source =
         "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}";
     let template = ChatTemplate::new(source, special()).unwrap();
-    let on = |date| template.render(&[], GenerationPrompt::Add, date).unwrap();
+    let on = |date| template.render(&Chat::default(), GenerationPrompt::Add, date).unwrap();
     assert_eq!(on(None), "26 Jul 2024");
     assert_eq!(on(Some(CivilDate::from_unix_seconds(1_795_305_600))), "22 Nov 2026");
     let error = render("{{ strftime_now('%Y') }}", &[]).unwrap_err().to_string();

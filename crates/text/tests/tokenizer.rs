@@ -3,7 +3,7 @@
 mod common;
 
 use common::{DEMO, LLAMA_DECODER, file, llama, llama_json, mixtral};
-use muster_text::{GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
+use muster_text::{Chat, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
 use proptest::prelude::*;
 
 fn load(json: &str, config: &str) -> Result<Tokenizer, TextError> {
@@ -107,10 +107,10 @@ fn a_bad_template_leaves_the_tokenizer_usable() {
 #[test]
 fn a_separate_template_replaces_the_configurations() {
     let config = r#"{"bos_token": "<s>", "chat_template": "old"}"#;
-    let tokenizer = load(&llama_json(), config).unwrap().with_chat_template(b"{{ bos_token }}new\n");
-    let rendered = tokenizer.chat_template().unwrap().render(&[], GenerationPrompt::Omit, None).unwrap();
+    let tokenizer = load(&llama_json(), config).unwrap().with_chat_templates(Some(b"{{ bos_token }}new\n"), None);
+    let rendered = tokenizer.chat_template().unwrap().render(&Chat::default(), GenerationPrompt::Omit, None).unwrap();
     assert_eq!(rendered, "<s>new");
-    let broken = tokenizer.with_chat_template(b"\xff");
+    let broken = tokenizer.with_chat_templates(Some(b"\xff"), None);
     assert!(broken.chat_template().unwrap_err().to_string().starts_with("chat_template.jinja: "));
 }
 

@@ -1,0 +1,65 @@
+//! Finds out in which [`Forms`] a template takes what templates take differently, by rendering a small
+//! conversation and looking for it in the outcome.
+//!
+//! The reference hands over whatever its caller has; a caller in Python sees what comes out. A server does
+//! not, and its clients send one form only: parts for text, JSON text for arguments, `null` for no content.
+
+use serde_json::Map;
+
+use crate::TextError;
+use crate::chat::{AbsentContent, Arguments, Chat, ChatMessage, Content, Forms, Parts, ToolCall};
+
+const FIRST: &str = "muster-first";
+const SECOND: &str = "muster-second";
+
+/// Whether parts of a content are to be a list. They are, where the template writes their texts and nothing
+/// of the list itself.
+pub(crate) fn parts(render: impl Fn(&Chat, Forms) -> Result<String, TextError>) -> Parts {
+    let content = Content::Parts(vec![FIRST.into(), SECOND.into()]);
+    let chat = Chat::from(vec![ChatMessage { content, ..ChatMessage::new("user", "") }]);
+    match render(&chat, Forms::REFERENCE) {
+        Ok(text) if text.contains(FIRST) && text.contains(SECOND) && !shows_python(&text) => Parts::List,
+        _ => Parts::Joined,
+    }
+}
+
+/// The forms of calls, or `None` where the template writes no calls at all.
+pub(crate) fn calls(
+    render: impl Fn(&Chat, Forms) -> Result<String, TextError>,
+) -> Option<(Arguments, AbsentContent)> {
+    let reference = (Arguments::Object, AbsentContent::LeftOut);
+    let Some(chat) = chat_with_a_call() else { return Some(reference) };
+    let mut renders = false;
+    for arguments in [Arguments::Object, Arguments::Text] {
+        for absent in [AbsentContent::LeftOut, AbsentContent::None, AbsentContent::Empty] {
+            let Ok(text) = render(&chat, Forms { arguments, absent, ..Forms::REFERENCE }) else { continue };
+            renders = true;
+            if text.contains(FIRST) && text.contains(SECOND) && !shows_python(&text) {
+                return Some((arguments, absent));
+            }
+        }
+    }
+    // A template that refuses this conversation whatever its form may still take another.
+    (!renders).then_some(reference)
+}
+
+/// Whether a dictionary or `None` was written in Python's notation, which no model was trained on.
+fn shows_python(text: &str) -> bool {
+    ["{'", "None"].iter().any(|sign| text.contains(sign))
+}
+
+fn chat_with_a_call() -> Option<Chat> {
+    // Nine letters and digits, which some templates insist on.
+    let id = || Some("muster123".to_owned());
+    let call = ToolCall::new(id(), FIRST.into(), format!("{{\"{FIRST}\": \"{SECOND}\"}}")).ok()?;
+    let messages = vec![
+        ChatMessage::new("user", "call"),
+        ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..ChatMessage::default() },
+        ChatMessage {
+            name: Some(FIRST.into()),
+            tool_call_id: id(),
+            ..ChatMessage::new("tool", "called")
+        },
+    ];
+    Some(Chat { messages, tools: Vec::new(), variables: Map::new() })
+}
