@@ -4,11 +4,12 @@
 //! The reference hands over whatever its caller has; a caller in Python sees what comes out. A server does
 //! not, and its clients send one form only: parts for text, JSON text for arguments, `null` for no content.
 
-use serde_json::Map;
+use serde_json::{Map, json};
 
 use crate::TextError;
 use crate::chat::{AbsentContent, Arguments, Chat, ChatMessage, Content, Forms, Parts, ToolCall};
 
+const TOOL: &str = "muster-tool";
 const FIRST: &str = "muster-first";
 const SECOND: &str = "muster-second";
 
@@ -18,7 +19,7 @@ pub(crate) fn parts(render: impl Fn(&Chat, Forms) -> Result<String, TextError>) 
     let content = Content::Parts(vec![FIRST.into(), SECOND.into()]);
     let chat = Chat::from(vec![ChatMessage { content, ..ChatMessage::new("user", "") }]);
     match render(&chat, Forms::REFERENCE) {
-        Ok(text) if text.contains(FIRST) && text.contains(SECOND) && !shows_python(&text) => Parts::List,
+        Ok(text) if shows_both(&text) && !text.contains("{'type'") => Parts::List,
         _ => Parts::Joined,
     }
 }
@@ -34,7 +35,10 @@ pub(crate) fn calls(
         for absent in [AbsentContent::LeftOut, AbsentContent::None, AbsentContent::Empty] {
             let Ok(text) = render(&chat, Forms { arguments, absent, ..Forms::REFERENCE }) else { continue };
             renders = true;
-            if text.contains(FIRST) && text.contains(SECOND) && !shows_python(&text) {
+            // No model was trained on a dictionary or `None` in Python's notation.
+            let is_clean = !text.contains("{'muster-first'")
+                && !(absent == AbsentContent::None && text.contains("None"));
+            if shows_both(&text) && is_clean {
                 return Some((arguments, absent));
             }
         }
@@ -43,23 +47,24 @@ pub(crate) fn calls(
     (!renders).then_some(reference)
 }
 
-/// Whether a dictionary or `None` was written in Python's notation, which no model was trained on.
-fn shows_python(text: &str) -> bool {
-    ["{'", "None"].iter().any(|sign| text.contains(sign))
+fn shows_both(text: &str) -> bool {
+    text.contains(FIRST) && text.contains(SECOND)
 }
 
 fn chat_with_a_call() -> Option<Chat> {
     // Nine letters and digits, which some templates insist on.
     let id = || Some("muster123".to_owned());
-    let call = ToolCall::new(id(), FIRST.into(), format!("{{\"{FIRST}\": \"{SECOND}\"}}")).ok()?;
+    let call = ToolCall::new(id(), TOOL.into(), format!("{{\"{FIRST}\": \"{SECOND}\"}}")).ok()?;
     let messages = vec![
         ChatMessage::new("user", "call"),
         ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..ChatMessage::default() },
         ChatMessage {
-            name: Some(FIRST.into()),
+            name: Some(TOOL.into()),
             tool_call_id: id(),
             ..ChatMessage::new("tool", "called")
         },
     ];
-    Some(Chat { messages, tools: Vec::new(), variables: Map::new() })
+    let function = json!({"name": TOOL, "description": TOOL, "parameters": {"type": "object", "properties": {}}});
+    let tools = vec![json!({"type": "function", "function": function})];
+    Some(Chat { messages, tools, variables: Map::new() })
 }

@@ -20,6 +20,8 @@ fn special(golden: &Value) -> SpecialTokens {
         bos: token("bos_token"),
         eos: token("eos_token"),
         pad: token("pad_token"),
+        cls: token("cls_token"),
+        sep: token("sep_token"),
         ..SpecialTokens::default()
     }
 }
@@ -161,4 +163,47 @@ fn what_templates_do_is_done_as_the_reference_does_it() {
     }
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), features.len(), wrong.join("\n"));
     assert_eq!(listed, LENIENT.len() + UNSUPPORTED.len() + OTHERWISE.len(), "a listed feature is not in the golden");
+}
+
+/// Templates without a place for tools. The reference drops these, we refuse them.
+const WITHOUT_TOOLS: &[&str] = &["deepseek_v2", "ernie4_5_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe"];
+
+#[test]
+fn conversations_render_as_the_reference_renders_them() {
+    let golden = json(GOLDEN);
+    let families = golden["families"].as_array().unwrap();
+    let conversation = |name: &str| {
+        golden["conversations"].as_array().unwrap().iter().find(|c| c["name"] == name).map(chat).unwrap()
+    };
+    let (mut wrong, mut rendered, mut without_tools) = (Vec::new(), 0, 0);
+    for case in families {
+        let text = |name: &str| case[name].as_str().unwrap();
+        let (template, name) = (text("template"), text("name"));
+        let path = format!("tests/fixtures/templates/{template}.jinja");
+        let source = String::from_utf8(common::file(&path)).unwrap();
+        let add = case["add_generation_prompt"].as_bool().unwrap();
+        let prompt = if add { GenerationPrompt::Add } else { GenerationPrompt::Omit };
+        let chat = conversation(name);
+        let ours = render(&source, &golden, &chat, prompt);
+        let mut expected = &case["rendered"];
+        if !chat.tools.is_empty() && WITHOUT_TOOLS.contains(&template) {
+            use TextError::{Template, ToolCallsNotTaken, ToolsNotTaken};
+            assert!(matches!(ours, Err(ToolsNotTaken | ToolCallsNotTaken | Template { .. })), "{ours:?}");
+            without_tools += 1;
+            continue;
+        }
+        if name == "parts" && expected.as_str().is_none_or(|text| text.contains("{'") || !text.contains("first")) {
+            // A template that does not take parts gets them joined.
+            let is_joined = |c: &&Value| {
+                c["template"] == template && c["name"] == "parts, joined" && c["add_generation_prompt"] == add
+            };
+            expected = &families.iter().find(is_joined).unwrap()["rendered"];
+        }
+        rendered += usize::from(ours.is_ok());
+        if compare(expected, &ours) != Outcome::Alike {
+            wrong.push(format!("{template}, {name}, {add}:\nreference {expected}\n     {case}\n  ours {ours:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), families.len(), wrong.join("\n"));
+    assert!(rendered > 400 && without_tools == WITHOUT_TOOLS.len() * 10, "{rendered}, {without_tools}");
 }
