@@ -1,14 +1,12 @@
 //! A conversation and what goes with it: messages, tools, variables of the template.
 //!
 //! Always holds: the arguments of a [`ToolCall`] are a JSON object, and nothing here is nested deeper than
-//! [`MAX_DEPTH`]. Knows in which forms templates take it ([`Forms`]), not which form a template wants.
+//! `MAX_DEPTH`. Knows in which forms templates take it ([`Forms`]), not which form a template wants.
 
 use serde_json::{Map, Value, json};
 
 use crate::TextError;
-
-/// Levels of nesting of a tool, of a call's arguments, and of a template's variable.
-const MAX_DEPTH: usize = 48;
+use crate::json::{BoundedJson, MAX_DEPTH};
 
 /// What a template is rendered over.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -38,6 +36,15 @@ impl Chat {
             Some(name) => Err(TextError::Reserved { name: name.clone() }),
             None => Ok(()),
         }
+    }
+
+    /// Bytes of all texts and names, and one for every value beside them.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let messages = self.messages.iter().map(ChatMessage::bytes);
+        let tools = self.tools.iter().map(bytes_of);
+        let variables = self.variables.iter().map(|(name, value)| name.len() + bytes_of(value));
+        messages.chain(tools).chain(variables).sum()
     }
 
     pub(crate) fn has_parts(&self) -> bool {
@@ -96,15 +103,15 @@ impl ChatMessage {
     }
 
     /// Bytes of all its texts.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         let content = match &self.content {
             Content::Absent => 0,
             Content::Text(text) => text.len(),
             Content::Parts(parts) => parts.iter().map(String::len).sum(),
         };
         let of = |text: &Option<String>| text.as_ref().map_or(0, String::len);
-        let calls: usize = self.tool_calls.iter().map(|call| call.name.len() + call.text.len() + of(&call.id)).sum();
+        let calls: usize =
+            self.tool_calls.iter().map(|call| call.name.len() + call.text.len() + of(&call.id)).sum();
         self.role.len() + content + of(&self.reasoning) + of(&self.name) + of(&self.tool_call_id) + calls
     }
 
@@ -169,13 +176,9 @@ impl ToolCall {
     pub fn new(id: Option<String>, name: String, arguments: String) -> Result<Self, TextError> {
         let wrong = |reason| TextError::Arguments { function: name.chars().take(64).collect(), reason };
         let text = if arguments.trim().is_empty() { "{}".to_owned() } else { arguments };
-        let value: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
-        if !is_within(&value, MAX_DEPTH) {
-            return Err(wrong(format!("nested more than {MAX_DEPTH} deep")));
-        }
-        match value {
+        match BoundedJson::read(&text).map_err(|e| wrong(e.to_string()))? {
             Value::Object(arguments) => Ok(Self { id, name, text, arguments }),
-            _ => Err(wrong("not an object".into())),
+            _ => Err(wrong("it is not one".into())),
         }
     }
 
@@ -235,6 +238,15 @@ pub(crate) enum AbsentContent {
     None,
     /// The empty text.
     Empty,
+}
+
+fn bytes_of(value: &Value) -> usize {
+    1 + match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(bytes_of).sum(),
+        Value::Object(items) => items.iter().map(|(key, item)| key.len() + bytes_of(item)).sum(),
+        _ => 0,
+    }
 }
 
 /// Whether `value` is nested at most `depth` deep. Recurses no deeper than that.

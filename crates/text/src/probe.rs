@@ -58,13 +58,10 @@ fn chat_with_a_call() -> Option<Chat> {
     let messages = vec![
         ChatMessage::new("user", "call"),
         ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..ChatMessage::default() },
-        ChatMessage {
-            name: Some(TOOL.into()),
-            tool_call_id: id(),
-            ..ChatMessage::new("tool", "called")
-        },
+        ChatMessage { name: Some(TOOL.into()), tool_call_id: id(), ..ChatMessage::new("tool", "called") },
     ];
-    let function = json!({"name": TOOL, "description": TOOL, "parameters": {"type": "object", "properties": {}}});
+    let function =
+        json!({"name": TOOL, "description": TOOL, "parameters": {"type": "object", "properties": {}}});
     let tools = vec![json!({"type": "function", "function": function})];
     Some(Chat { messages, tools, variables: Map::new() })
 }

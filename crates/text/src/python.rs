@@ -18,7 +18,8 @@ pub(crate) fn add_to(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(method);
     environment.set_formatter(write);
     environment.add_function("raise_exception", raise_exception);
-    environment.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.to_vec()));
+    environment
+        .add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.to_vec()));
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
     environment.add_test("sequence", is_sequence);
     environment.add_test("iterable", is_iterable);
@@ -120,7 +121,8 @@ pub(crate) fn number(value: &Value) -> String {
     match f64::try_from(value.clone()) {
         Ok(float) if !value.is_integer() => match format!("{float:?}").split_once('e') {
             Some((mantissa, exponent)) => {
-                let (sign, digits) = exponent.strip_prefix('-').map_or(('+', exponent), |digits| ('-', digits));
+                let (sign, digits) =
+                    exponent.strip_prefix('-').map_or(('+', exponent), |digits| ('-', digits));
                 format!("{mantissa}e{sign}{digits:0>2}")
             }
             None => format!("{float:?}").replace("NaN", "nan"),
@@ -223,7 +225,12 @@ fn indent(
 }
 
 /// `default(default_value='', boolean=false)`.
-fn default(value: &Value, other: Option<Value>, boolean: Option<bool>, named: Kwargs) -> Result<Value, Error> {
+fn default(
+    value: &Value,
+    other: Option<Value>,
+    boolean: Option<bool>,
+    named: Kwargs,
+) -> Result<Value, Error> {
     let other = other.or(named.get("default_value")?).unwrap_or_else(|| Value::from(""));
     let boolean = boolean.or(named.get("boolean")?).unwrap_or(false);
     named.assert_all_used()?;
@@ -286,7 +293,9 @@ fn string_method(text: &str, name: &str, args: &[Value]) -> Option<Result<Value,
         "lstrip" => stripped(text, args, Ends { left: true, right: false }),
         "rstrip" => stripped(text, args, Ends { left: false, right: true }),
         "split" => split_arguments(args).and_then(|(by, most)| split(text, by.as_deref(), most)),
-        "rsplit" => split_arguments(args).and_then(|(by, most)| split_from_the_end(text, by.as_deref(), most)),
+        "rsplit" => {
+            split_arguments(args).and_then(|(by, most)| split_from_the_end(text, by.as_deref(), most))
+        }
         "splitlines" => from_args(args).map(|(keep,): (Option<bool>,)| {
             lines(text, keep.unwrap_or(false)).into_iter().map(Value::from).collect()
         }),
@@ -348,7 +357,9 @@ fn split_arguments(args: &[Value]) -> Result<(Option<String>, usize), Error> {
     let most = if named.has("maxsplit") { named.get("maxsplit")? } else { most };
     named.assert_all_used()?;
     let by = match by.filter(|by| !by.is_none()) {
-        Some(by) => Some(by.as_str().ok_or_else(|| refused("split: the separator is not a string"))?.to_owned()),
+        Some(by) => {
+            Some(by.as_str().ok_or_else(|| refused("split: the separator is not a string"))?.to_owned())
+        }
         None => None,
     };
     if by.as_deref() == Some("") {
@@ -382,7 +393,8 @@ fn split_from_the_end(text: &str, by: Option<&str>, most: usize) -> Result<Value
             let mut parts = Vec::new();
             let mut rest = text.trim_end_matches(is_space);
             while !rest.is_empty() {
-                let gap = if parts.len() < most { rest.char_indices().rfind(|(_, c)| is_space(*c)) } else { None };
+                let gap =
+                    if parts.len() < most { rest.char_indices().rfind(|(_, c)| is_space(*c)) } else { None };
                 let (before, part) = rest.split_at(gap.map_or(0, |(at, c)| at + c.len_utf8()));
                 parts.push(part);
                 rest = before.trim_end_matches(is_space);
@@ -401,7 +413,11 @@ fn lines(text: &str, keep_ends: bool) -> Vec<&str> {
     let mut rest = text;
     while !rest.is_empty() {
         let end = rest.find(is_end).unwrap_or(rest.len());
-        let mark = if rest[end..].starts_with("\r\n") { 2 } else { rest[end..].chars().next().map_or(0, char::len_utf8) };
+        let mark = if rest[end..].starts_with("\r\n") {
+            2
+        } else {
+            rest[end..].chars().next().map_or(0, char::len_utf8)
+        };
         lines.push(&rest[..if keep_ends { end + mark } else { end }]);
         rest = &rest[end + mark..];
     }
@@ -412,7 +428,11 @@ fn title(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut inside = false;
     for c in text.chars() {
-        if inside { out.extend(c.to_lowercase()) } else { out.extend(c.to_uppercase()) }
+        if inside {
+            out.extend(c.to_lowercase())
+        } else {
+            out.extend(c.to_uppercase())
+        }
         inside = c.is_lowercase() || c.is_uppercase();
     }
     out

@@ -95,7 +95,9 @@ fn check_defaults(signature: &str) -> Result<(), String> {
                 if depth == 1 && !in_default {
                     before.push(name);
                 } else if in_default && before.contains(&name) {
-                    return Err(format!("a macro's default that reads its parameter `{name}` is not supported"));
+                    return Err(format!(
+                        "a macro's default that reads its parameter `{name}` is not supported"
+                    ));
                 }
             }
             _ => {}

@@ -195,7 +195,8 @@ impl Context {
             };
             variables.insert("strftime_now".into(), Value::from_function(strftime));
         }
-        variables.extend(chat.variables.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
+        variables
+            .extend(chat.variables.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
         variables.extend([
             ("messages".to_owned(), Value::from(Serde(&chat.messages(forms)))),
             ("tools".to_owned(), tools),

@@ -158,11 +158,18 @@ fn what_templates_do_is_done_as_the_reference_does_it() {
         listed += usize::from(expected != Outcome::Alike);
         let outcome = compare(&feature["rendered"], &ours);
         if outcome != expected {
-            wrong.push(format!("{source:?}: {outcome:?}\nreference {}\n     ours {ours:?}", feature["rendered"]));
+            wrong.push(format!(
+                "{source:?}: {outcome:?}\nreference {}\n     ours {ours:?}",
+                feature["rendered"]
+            ));
         }
     }
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), features.len(), wrong.join("\n"));
-    assert_eq!(listed, LENIENT.len() + UNSUPPORTED.len() + OTHERWISE.len(), "a listed feature is not in the golden");
+    assert_eq!(
+        listed,
+        LENIENT.len() + UNSUPPORTED.len() + OTHERWISE.len(),
+        "a listed feature is not in the golden"
+    );
 }
 
 /// Templates without a place for tools. The reference drops these, we refuse them.
@@ -192,7 +199,9 @@ fn conversations_render_as_the_reference_renders_them() {
             without_tools += 1;
             continue;
         }
-        if name == "parts" && expected.as_str().is_none_or(|text| text.contains("{'") || !text.contains("first")) {
+        if name == "parts"
+            && expected.as_str().is_none_or(|text| text.contains("{'") || !text.contains("first"))
+        {
             // A template that does not take parts gets them joined.
             let is_joined = |c: &&Value| {
                 c["template"] == template && c["name"] == "parts, joined" && c["add_generation_prompt"] == add
@@ -201,7 +210,9 @@ fn conversations_render_as_the_reference_renders_them() {
         }
         rendered += usize::from(ours.is_ok());
         if compare(expected, &ours) != Outcome::Alike {
-            wrong.push(format!("{template}, {name}, {add}:\nreference {expected}\n     {case}\n  ours {ours:?}"));
+            wrong.push(format!(
+                "{template}, {name}, {add}:\nreference {expected}\n     {case}\n  ours {ours:?}"
+            ));
         }
     }
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), families.len(), wrong.join("\n"));

@@ -62,7 +62,8 @@ fn demo_models_prompts_and_answers_are_the_references() {
         let prompt = case["prompt"].as_str().unwrap();
         let encoded = if case["chat"] == true {
             let template = tokenizer.chat_template().unwrap();
-            let rendered = template.render(&vec![message("user", prompt)].into(), GenerationPrompt::Add, None).unwrap();
+            let rendered =
+                template.render(&vec![message("user", prompt)].into(), GenerationPrompt::Add, None).unwrap();
             tokenizer.encode_chat(&rendered).unwrap()
         } else {
             tokenizer.encode(prompt, Special::Add).unwrap()

@@ -155,7 +155,10 @@ fn tools_and_calls_that_a_template_would_drop_are_refused() {
     let plain = "{% for m in messages %}{{ m.content }}{% endfor %}";
     assert_eq!(render(plain, &with_tools).unwrap_err(), TextError::ToolsNotTaken);
     // Words about tools are not a place for them.
-    assert_eq!(render(&format!("tools {{# tools #}}{plain}"), &with_tools).unwrap_err(), TextError::ToolsNotTaken);
+    assert_eq!(
+        render(&format!("tools {{# tools #}}{plain}"), &with_tools).unwrap_err(),
+        TextError::ToolsNotTaken
+    );
     assert!(render(&format!("{{{{ tools|tojson }}}}{plain}"), &with_tools).unwrap().contains("\"now\""));
     let call = ToolCall::new(None, "now".into(), String::new()).unwrap();
     let called = ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..ChatMessage::default() };
@@ -200,7 +203,10 @@ fn variables_reach_the_template_and_some_names_are_taken() {
     let all = serde_json::json!({"enable_thinking": false, "bos_token": "B", "deep": {"a": [1, 2]}, "documents": [1]});
     assert_eq!(render(all).unwrap(), "FalseB21");
     for name in ["messages", "tools", "add_generation_prompt"] {
-        assert_eq!(render(serde_json::json!({name: 1})).unwrap_err(), TextError::Reserved { name: name.into() });
+        assert_eq!(
+            render(serde_json::json!({name: 1})).unwrap_err(),
+            TextError::Reserved { name: name.into() }
+        );
     }
     let mut deep = serde_json::json!(1);
     for _ in 0..49 {
@@ -212,7 +218,9 @@ fn variables_reach_the_template_and_some_names_are_taken() {
 
 #[test]
 fn arguments_that_are_no_object_are_refused() {
-    for arguments in ["[1]", "null", "{", "1 2", "\"{}\"", &format!("{}1{}", "{\"a\":".repeat(49), "}".repeat(49))] {
+    for arguments in
+        ["[1]", "null", "{", "1 2", "\"{}\"", &format!("{}1{}", "{\"a\":".repeat(49), "}".repeat(49))]
+    {
         let error = ToolCall::new(None, "f".into(), arguments.into()).unwrap_err().to_string();
         assert!(error.contains("\"f\"") && error.len() < 300, "{error}");
     }

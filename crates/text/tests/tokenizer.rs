@@ -107,8 +107,10 @@ fn a_bad_template_leaves_the_tokenizer_usable() {
 #[test]
 fn a_separate_template_replaces_the_configurations() {
     let config = r#"{"bos_token": "<s>", "chat_template": "old"}"#;
-    let tokenizer = load(&llama_json(), config).unwrap().with_chat_templates(Some(b"{{ bos_token }}new\n"), None);
-    let rendered = tokenizer.chat_template().unwrap().render(&Chat::default(), GenerationPrompt::Omit, None).unwrap();
+    let tokenizer =
+        load(&llama_json(), config).unwrap().with_chat_templates(Some(b"{{ bos_token }}new\n"), None);
+    let rendered =
+        tokenizer.chat_template().unwrap().render(&Chat::default(), GenerationPrompt::Omit, None).unwrap();
     assert_eq!(rendered, "<s>new");
     let broken = tokenizer.with_chat_templates(Some(b"\xff"), None);
     assert!(broken.chat_template().unwrap_err().to_string().starts_with("chat_template.jinja: "));
@@ -177,5 +179,8 @@ fn special_tokens_of_every_form_reach_the_template() {
         "chat_template": "{{ bos_token }}{{ eos_token }}{{ cls_token }}{{ sep_token }}{{ mask_token is defined }}"}"#;
     let tokenizer = load(&llama_json(), config).unwrap();
     let template = tokenizer.chat_template().unwrap();
-    assert_eq!(template.render(&Chat::default(), GenerationPrompt::Omit, None).unwrap(), "<s></s><s></s>False");
+    assert_eq!(
+        template.render(&Chat::default(), GenerationPrompt::Omit, None).unwrap(),
+        "<s></s><s></s>False"
+    );
 }
