@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn values_are_read_as_they_are() {
-        let text = r#"{"b":[1,-2,2.5,1e300,18446744073709551615,null,true,"é\n"],"a":{"c":{}},"d":[]}"#;
+        let text = r#"{"b":[1,-2,2.5,1e+300,18446744073709551615,null,true,"é\n"],"a":{"c":{}},"d":[]}"#;
         assert_eq!(BoundedJson::read(text).unwrap(), serde_json::from_str::<Value>(text).unwrap());
         assert_eq!(BoundedJson::read(text).unwrap().to_string(), text);
     }
