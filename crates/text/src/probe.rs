@@ -36,9 +36,9 @@ pub(crate) fn calls(
             let Ok(text) = render(&chat, Forms { arguments, absent, ..Forms::REFERENCE }) else { continue };
             renders = true;
             // No model was trained on a dictionary or `None` in Python's notation.
-            let is_clean = !text.contains("{'muster-first'")
-                && !(absent == AbsentContent::None && text.contains("None"));
-            if shows_both(&text) && is_clean {
+            let shows_python =
+                text.contains("{'muster-first'") || (absent == AbsentContent::None && text.contains("None"));
+            if shows_both(&text) && !shows_python {
                 return Some((arguments, absent));
             }
         }

@@ -59,10 +59,11 @@ fn write(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Resu
     if *state.auto_escape() != AutoEscape::None {
         return Err(refused("autoescape is not supported"));
     }
-    Ok(match value.as_str() {
+    match value.as_str() {
         Some(text) => out.write_str(text)?,
         None => out.write_str(&str(value)?)?,
-    })
+    }
+    Ok(())
 }
 
 /// `str(value)`; nothing for what is undefined.
@@ -194,6 +195,7 @@ fn replace(value: &Value, old: &str, new: &str, count: Option<usize>) -> Result<
 }
 
 /// `indent(width=4, first=false, blank=false)`.
+#[expect(clippy::needless_pass_by_value, reason = "the engine hands over arguments by value")]
 fn indent(
     value: &Value,
     width: Option<Value>,
@@ -225,6 +227,7 @@ fn indent(
 }
 
 /// `default(default_value='', boolean=false)`.
+#[expect(clippy::needless_pass_by_value, reason = "the engine hands over arguments by value")]
 fn default(
     value: &Value,
     other: Option<Value>,
@@ -429,9 +432,9 @@ fn title(text: &str) -> String {
     let mut inside = false;
     for c in text.chars() {
         if inside {
-            out.extend(c.to_lowercase())
+            out.extend(c.to_lowercase());
         } else {
-            out.extend(c.to_uppercase())
+            out.extend(c.to_uppercase());
         }
         inside = c.is_lowercase() || c.is_uppercase();
     }

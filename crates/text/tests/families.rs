@@ -2,6 +2,8 @@
 //!
 //! `fixtures/templates/golden.json` is what transformers made; `make_golden.py` beside it says how.
 
+#![allow(clippy::unwrap_used, reason = "all of it is test code")]
+
 mod common;
 
 use common::json;
