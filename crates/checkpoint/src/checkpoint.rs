@@ -198,16 +198,13 @@ impl Checkpoint {
         self.files.read_whole(name, LONGEST_SIDE_FILE)
     }
 
-    /// The chat templates that are files of their own: `chat_template.jinja`, and the one beside it for
-    /// conversations with tools, `additional_chat_templates/tool_use.jinja`.
+    /// The chat template for conversations with tools, where it is a file of its own:
+    /// `additional_chat_templates/tool_use.jinja`.
     ///
     /// # Errors
-    /// As [`Self::side_file`].
-    pub fn chat_templates(&self) -> Result<(Option<Vec<u8>>, Option<Vec<u8>>), CheckpointError> {
-        let default = self.side_file("chat_template.jinja")?;
-        let tool_use =
-            self.files.read_nested("additional_chat_templates", "tool_use.jinja", LONGEST_SIDE_FILE)?;
-        Ok((default, tool_use))
+    /// When the file is longer than 128 MiB, or reading fails.
+    pub fn tool_template(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
+        self.files.read_nested("additional_chat_templates", "tool_use.jinja", LONGEST_SIDE_FILE)
     }
 
     /// How big the model and its parts are.

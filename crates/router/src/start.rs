@@ -234,7 +234,8 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, StartError> {
     };
     let config = checkpoint.side_file("tokenizer_config.json")?;
     let tokenizer = Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab)?;
-    let (default, tool_use) = checkpoint.chat_templates()?;
+    let default = checkpoint.side_file("chat_template.jinja")?;
+    let tool_use = checkpoint.tool_template()?;
     Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
 }
 

@@ -84,7 +84,8 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, Failure> {
     let config = file("tokenizer_config.json")?;
     let tokenizer =
         Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab).map_err(Failure::input)?;
-    let (default, tool_use) = checkpoint.chat_templates().map_err(Failure::input)?;
+    let default = file("chat_template.jinja")?;
+    let tool_use = checkpoint.tool_template().map_err(Failure::input)?;
     Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
 }
 
