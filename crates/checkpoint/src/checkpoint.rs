@@ -215,6 +215,15 @@ impl Checkpoint {
         found.into_values().collect()
     }
 
+    /// The chat template for conversations with tools, where it is a file of its own:
+    /// `additional_chat_templates/tool_use.jinja`.
+    ///
+    /// # Errors
+    /// When the file is longer than 128 MiB, or reading fails.
+    pub fn tool_template(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
+        self.files.read_nested("additional_chat_templates", "tool_use.jinja", LONGEST_SIDE_FILE)
+    }
+
     /// How big the model and its parts are.
     #[must_use]
     pub fn inventory(&self) -> Inventory {

@@ -110,6 +110,10 @@ impl Files {
         if !is_plain(name) {
             return Err(FileError::Name.of(name));
         }
+        self.find(name)
+    }
+
+    fn find(&self, name: &str) -> Result<Option<Blob>, CheckpointError> {
         match self {
             Self::Embedded(files) => {
                 Ok(files.iter().find(|(known, _)| *known == name).map(|&(known, bytes)| Blob {
@@ -126,16 +130,31 @@ impl Files {
 
     /// The whole of a file that may be at most `cap` bytes long; `None` when there is none.
     pub(crate) fn read_whole(&self, name: &str, cap: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
-        let Some(blob) = self.file(name)? else { return Ok(None) };
-        let too_long = || FileError::TooLong { length: blob.length, cap }.of(name);
-        let length = usize::try_from(blob.length).map_err(|_| too_long())?;
-        if blob.length > cap {
-            return Err(too_long());
-        }
-        let mut bytes = vec![0; length];
-        blob.read_at(0, &mut bytes)?;
-        Ok(Some(bytes))
+        self.file(name)?.map(|blob| whole(&blob, name, cap)).transpose()
     }
+
+    /// The same for a file in a folder of the directory. Both names are the program's own.
+    pub(crate) fn read_nested(
+        &self,
+        folder: &'static str,
+        name: &'static str,
+        cap: u64,
+    ) -> Result<Option<Vec<u8>>, CheckpointError> {
+        let name = format!("{folder}/{name}");
+        self.find(&name)?.map(|blob| whole(&blob, &name, cap)).transpose()
+    }
+}
+
+/// All bytes of a file of at most `cap`.
+fn whole(blob: &Blob, name: &str, cap: u64) -> Result<Vec<u8>, CheckpointError> {
+    let too_long = || FileError::TooLong { length: blob.length, cap }.of(name);
+    let length = usize::try_from(blob.length).map_err(|_| too_long())?;
+    if blob.length > cap {
+        return Err(too_long());
+    }
+    let mut bytes = vec![0; length];
+    blob.read_at(0, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// The model's folder and name, if `root` is a snapshot in a hub cache: `models--org--name/snapshots/revision`.

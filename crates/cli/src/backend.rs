@@ -38,7 +38,7 @@ pub(crate) enum Backend {
 #[derive(Debug, Clone)]
 pub(crate) enum Ask {
     Tokens(Vec<u32>),
-    Chat(Vec<ChatMessage>),
+    Chat(Vec<v1::ChatMessage>),
 }
 
 /// What comes back.
@@ -194,10 +194,7 @@ impl Pieces {
 fn wire_request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> v1::GenerateRequest {
     let prompt = match ask {
         Ask::Tokens(ids) => WirePrompt::Tokens(v1::TokenIds { ids }),
-        Ask::Chat(messages) => {
-            let wire = |ChatMessage { role, content }| v1::ChatMessage { role, content };
-            WirePrompt::Chat(v1::Chat { messages: messages.into_iter().map(wire).collect() })
-        }
+        Ask::Chat(messages) => WirePrompt::Chat(v1::Chat { messages }),
     };
     v1::GenerateRequest {
         prompt: Some(prompt),
@@ -224,7 +221,10 @@ fn request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> Genera
         model: None,
         prompt: match ask {
             Ask::Tokens(ids) => Prompt::Tokens(ids),
-            Ask::Chat(messages) => Prompt::Chat(messages),
+            Ask::Chat(messages) => {
+                let message = |v1::ChatMessage { role, content }| ChatMessage::new(role, content);
+                Prompt::Chat(messages.into_iter().map(message).collect::<Vec<_>>().into())
+            }
         },
         max_tokens,
         sampling: RawSampling {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use muster_text::Tokenizer;
 use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
 use tokio::sync::mpsc;
 
@@ -29,6 +30,35 @@ pub(crate) fn service_with(health: HealthProbe, mut act: impl FnMut(NewChoice) +
         }
     });
     Service::new(model(), Limits::default(), None, Vec::new(), health, commands)
+}
+
+/// A tokenizer of 320 ids with `template` for chats.
+pub(crate) fn tokenizer(template: &str) -> Tokenizer {
+    let file = |name| {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../text/tests/fixtures/mixtral/");
+        std::fs::read(format!("{directory}{name}")).unwrap()
+    };
+    let tokenizer =
+        Tokenizer::from_bytes(&file("tokenizer.json"), Some(&file("tokenizer_config.json")), VOCABULARY);
+    tokenizer.unwrap().with_chat_templates(Some(template.as_bytes()), None)
+}
+
+/// A service that takes chats; the prompts of its choices come out of the channel.
+pub(crate) fn chat_service(tokenizer: Tokenizer) -> (Service, mpsc::Receiver<Vec<u32>>) {
+    let (commands, mut received) = mpsc::channel(16);
+    let (prompts, seen) = mpsc::channel(16);
+    tokio::spawn(async move {
+        while let Some(Command::Start(admission)) = received.recv().await {
+            let _ = admission.admitted.send(Ok(()));
+            for choice in admission.choices {
+                let _ = prompts.try_send(choice.prompt.iter().map(|token| token.get()).collect());
+                echo(choice);
+            }
+        }
+    });
+    let model = ModelInfo { has_chat_template: true, ..model() };
+    let ready: HealthProbe = Arc::new(|| Health::Ready);
+    (Service::new(model, Limits::default(), Some(tokenizer), Vec::new(), ready, commands), seen)
 }
 
 fn model() -> ModelInfo {

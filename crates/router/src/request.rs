@@ -5,7 +5,7 @@
 
 use muster_engine::dispatch::DispatchError;
 use muster_model::sampler::RawSampling;
-use muster_text::ChatMessage;
+use muster_text::Chat;
 use muster_types::Retry;
 
 /// A request for tokens, not yet checked.
@@ -48,7 +48,7 @@ pub enum Prompt {
     /// Token ids, used as they are.
     Tokens(Vec<u32>),
     /// A conversation for the model's chat template.
-    Chat(Vec<ChatMessage>),
+    Chat(Chat),
 }
 
 /// When generation ends before `max_tokens`.

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use muster_model::sampler::{RawSampling, Sampling};
-use muster_text::{CivilDate, GenerationPrompt, Special, SpecialText, Tokenizer};
+use muster_text::{Chat, CivilDate, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
 use muster_types::{Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
@@ -279,21 +279,24 @@ impl Service {
         ids.into_iter().map(check).collect()
     }
 
-    async fn chat_tokens(&self, messages: Vec<muster_text::ChatMessage>) -> Result<Vec<u32>, RequestError> {
+    async fn chat_tokens(&self, chat: Chat) -> Result<Vec<u32>, RequestError> {
         let limit = self.inner.limits.messages;
-        if messages.is_empty() || messages.len() > limit {
-            let message = format!("has {} entries; 1 to {limit} are allowed", messages.len());
+        if chat.messages.is_empty() || chat.messages.len() > limit {
+            let message = format!("has {} entries; 1 to {limit} are allowed", chat.messages.len());
             return Err(RequestError::invalid("messages", message));
         }
-        self.check_bytes("messages", messages.iter().map(|m| m.role.len() + m.content.len()).sum())?;
         if !self.inner.model.has_chat_template {
             let message = "this model has no chat template; use completions with a prompt instead";
             return Err(RequestError::invalid("messages", message));
         }
-        let today = today();
+        let (today, limit) = (today(), self.inner.limits.prompt_bytes);
         let render = move |tokenizer: &Tokenizer| {
+            let bytes = chat.bytes();
+            if bytes > limit {
+                return Err(TextError::TextTooLong { bytes, limit });
+            }
             let template = tokenizer.chat_template()?;
-            tokenizer.encode_chat(&template.render(&messages, GenerationPrompt::Add, today)?)
+            tokenizer.encode_chat(&template.render(&chat, GenerationPrompt::Add, today)?)
         };
         self.blocking("messages", render).await
     }
@@ -327,7 +330,7 @@ impl Service {
     async fn blocking<T: Send + 'static>(
         &self,
         field: &'static str,
-        work: impl FnOnce(&Tokenizer) -> Result<T, muster_text::TextError> + Send + 'static,
+        work: impl FnOnce(&Tokenizer) -> Result<T, TextError> + Send + 'static,
     ) -> Result<T, RequestError> {
         let Some(tokenizer) = self.inner.tokenizer.clone() else {
             return Err(RequestError::invalid(field, "this model has no tokenizer; send token ids instead"));
@@ -335,7 +338,17 @@ impl Service {
         tokio::task::spawn_blocking(move || work(&tokenizer))
             .await
             .map_err(|_| RequestError::Internal)?
-            .map_err(|error| RequestError::invalid(field, error.to_string()))
+            .map_err(|error| RequestError::invalid(to_blame(&error, field), error.to_string()))
+    }
+}
+
+/// The field that `error` is about: most are about `field`.
+fn to_blame(error: &TextError, field: &'static str) -> &'static str {
+    match error {
+        TextError::ToolsNotTaken => "tools",
+        TextError::TooDeep { what, .. } if what == "tools" => "tools",
+        TextError::TooDeep { .. } | TextError::Reserved { .. } => "chat_template_kwargs",
+        _ => field,
     }
 }
 

@@ -248,10 +248,9 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, StartError> {
     };
     let config = checkpoint.side_file("tokenizer_config.json")?;
     let tokenizer = Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab)?;
-    Ok(Some(match checkpoint.side_file("chat_template.jinja")? {
-        Some(template) => tokenizer.with_chat_template(&template),
-        None => tokenizer,
-    }))
+    let default = checkpoint.side_file("chat_template.jinja")?;
+    let tool_use = checkpoint.tool_template()?;
+    Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
 }
 
 #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]

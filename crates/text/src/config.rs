@@ -22,6 +22,28 @@ pub struct SpecialTokens {
     pub pad: Option<String>,
     /// Unknown (`unk_token`).
     pub unk: Option<String>,
+    /// Between two texts (`sep_token`).
+    pub sep: Option<String>,
+    /// Begin of a text to classify (`cls_token`).
+    pub cls: Option<String>,
+    /// A blank to fill in (`mask_token`).
+    pub mask: Option<String>,
+}
+
+impl SpecialTokens {
+    /// Those that the model has, under the names that templates know them by.
+    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let all = [
+            ("bos_token", &self.bos),
+            ("eos_token", &self.eos),
+            ("unk_token", &self.unk),
+            ("sep_token", &self.sep),
+            ("pad_token", &self.pad),
+            ("cls_token", &self.cls),
+            ("mask_token", &self.mask),
+        ];
+        all.into_iter().filter_map(|(name, token)| Some((name, token.as_deref()?)))
+    }
 }
 
 /// What serving takes from the file.
@@ -30,7 +52,16 @@ pub(crate) struct TokenizerConfig {
     pub(crate) special: SpecialTokens,
     pub(crate) add_bos: Option<bool>,
     pub(crate) add_eos: Option<bool>,
-    pub(crate) chat_template: Option<String>,
+    pub(crate) templates: Templates,
+}
+
+/// The sources of chat templates that a model brings.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Templates {
+    /// For every conversation.
+    pub(crate) default: Option<String>,
+    /// For those with tools.
+    pub(crate) tool_use: Option<String>,
 }
 
 impl TokenizerConfig {
@@ -50,10 +81,13 @@ impl TokenizerConfig {
                 eos: raw.eos_token.map(RawToken::text),
                 pad: raw.pad_token.map(RawToken::text),
                 unk: raw.unk_token.map(RawToken::text),
+                sep: raw.sep_token.map(RawToken::text),
+                cls: raw.cls_token.map(RawToken::text),
+                mask: raw.mask_token.map(RawToken::text),
             },
             add_bos: raw.add_bos_token,
             add_eos: raw.add_eos_token,
-            chat_template: raw.chat_template.and_then(RawTemplate::default_one),
+            templates: raw.chat_template.map(RawTemplate::read).unwrap_or_default(),
         })
     }
 }
@@ -64,6 +98,9 @@ struct RawConfig {
     eos_token: Option<RawToken>,
     pad_token: Option<RawToken>,
     unk_token: Option<RawToken>,
+    sep_token: Option<RawToken>,
+    cls_token: Option<RawToken>,
+    mask_token: Option<RawToken>,
     add_bos_token: Option<bool>,
     add_eos_token: Option<bool>,
     chat_template: Option<RawTemplate>,
@@ -98,11 +135,22 @@ struct NamedTemplate {
 }
 
 impl RawTemplate {
-    fn default_one(self) -> Option<String> {
+    /// Templates of other names are for tasks that a client cannot ask for.
+    fn read(self) -> Templates {
+        let mut templates = Templates::default();
         match self {
-            Self::One(source) => Some(source),
-            Self::Named(all) => all.into_iter().find(|t| t.name == "default").map(|t| t.template),
+            Self::One(source) => templates.default = Some(source),
+            Self::Named(all) => {
+                for NamedTemplate { name, template } in all {
+                    match name.as_str() {
+                        "default" => templates.default = Some(template),
+                        "tool_use" => templates.tool_use = Some(template),
+                        _ => {}
+                    }
+                }
+            }
         }
+        templates
     }
 }
 
@@ -122,7 +170,8 @@ mod tests {
         assert_eq!(config.special.eos.as_deref(), Some("</s>"));
         assert_eq!(config.special.unk, None);
         assert_eq!((config.add_bos, config.add_eos), (Some(true), None));
-        assert_eq!(config.chat_template.as_deref(), Some("d"));
+        let templates = Templates { default: Some("d".into()), tool_use: Some("t".into()) };
+        assert_eq!(config.templates, templates);
     }
 
     #[test]

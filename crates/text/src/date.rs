@@ -51,8 +51,8 @@ impl CivilDate {
         Self { days, year, month, day: left + 1 }
     }
 
-    /// The date in Python's `strftime` notation: `%Y %y %m %d %B %b %A %a %j %%`, and `%-m`, `%-d` without
-    /// the leading zero. The time of day (`%H %M %S`) is midnight, for texts of one day to be equal.
+    /// The date in Python's `strftime` notation: `%Y %y %m %d %e %B %b %A %a %j %%`, and `%-m`, `%-d` without
+    /// the leading zero. The time of day (`%H %I %M %S %p`) is midnight, for texts of one day to be equal.
     ///
     /// # Errors
     /// Names any other directive.
@@ -91,7 +91,10 @@ impl CivilDate {
                 let before: u64 = (1..self.month).map(|m| month_length(self.year, m)).sum();
                 format!("{:03}", before + self.day)
             }
+            "e" => format!("{:2}", self.day),
             "H" | "M" | "S" => "00".to_owned(),
+            "I" => "12".to_owned(),
+            "p" => "AM".to_owned(),
             "%" => "%".to_owned(),
             _ => return None,
         })

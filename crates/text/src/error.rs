@@ -71,4 +71,32 @@ pub enum TextError {
         /// What happened, with the line where known.
         reason: String,
     },
+    /// The conversation comes with tools, and the template has no place for them.
+    #[error("the model's chat template does not take tools: leave them out, or describe them in a message")]
+    ToolsNotTaken,
+    /// The conversation has calls of tools, and the template has no place for them.
+    #[error("the model's chat template does not write tool calls: put them into the content of the message")]
+    ToolCallsNotTaken,
+    /// A call's arguments are not what calls have.
+    #[error("the arguments of a call of {function:?} must be the JSON of an object: {reason}")]
+    Arguments {
+        /// The function, cut to 64 characters.
+        function: String,
+        /// What is wrong with them.
+        reason: String,
+    },
+    /// A value for the template is nested too deeply.
+    #[error("{what} is nested more than {limit} deep")]
+    TooDeep {
+        /// Which: `tools`, or the name of a variable.
+        what: String,
+        /// The cap.
+        limit: usize,
+    },
+    /// A variable of the template has the name of something else.
+    #[error("{name} is not a variable that can be set")]
+    Reserved {
+        /// Its name.
+        name: String,
+    },
 }

@@ -8,21 +8,28 @@
 //!
 //! All calls are synchronous and may take milliseconds for long text: keep them off async threads.
 
+mod chat;
 mod config;
 mod date;
 mod detokenizer;
 mod error;
+mod json;
 mod pieces;
+mod probe;
+mod python;
+mod source;
 mod stops;
 mod template;
 mod tojson;
 mod tokenizer;
 mod wide_stack;
 
+pub use chat::{Chat, ChatMessage, Content, ToolCall};
 pub use config::SpecialTokens;
 pub use date::CivilDate;
 pub use detokenizer::Detokenizer;
 pub use error::TextError;
+pub use json::BoundedJson;
 pub use stops::{StopMatcher, StopOutcome};
-pub use template::{ChatMessage, ChatTemplate, GenerationPrompt};
+pub use template::{ChatTemplate, GenerationPrompt};
 pub use tokenizer::{Special, SpecialText, Tokenizer};

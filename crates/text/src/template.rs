@@ -12,16 +12,19 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Object, Serde};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
-use serde::Serialize;
 
+use crate::chat::{AbsentContent, Arguments, Chat, Forms, Parts};
 use crate::config::SpecialTokens;
 use crate::date::CivilDate;
+use crate::python::Raised;
 use crate::tojson::tojson;
-use crate::{TextError, wide_stack};
+use crate::{TextError, probe, python, source, wide_stack};
 
 /// Cap on a template's source; published ones stay below 32 KiB.
 const MAX_SOURCE_BYTES: usize = 64 << 10;
@@ -35,15 +38,6 @@ const MAX_RECURSION: usize = 100;
 /// The name a template has in its environment and in messages.
 const NAME: &str = "chat_template";
 
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ChatMessage {
-    /// Who says it: `system`, `user`, `assistant`, or what else the template knows.
-    pub role: String,
-    /// What is said.
-    pub content: String,
-}
-
 /// Whether the text ends with the beginning of the assistant's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GenerationPrompt {
@@ -53,11 +47,11 @@ pub enum GenerationPrompt {
     Omit,
 }
 
-/// A compiled chat template.
+/// A model's chat template: one for all conversations, or another for those with tools.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
-    special: SpecialTokens,
+    default: Option<Compiled>,
+    tool_use: Option<Compiled>,
 }
 
 impl ChatTemplate {
@@ -66,73 +60,159 @@ impl ChatTemplate {
     /// # Errors
     /// The source is too long, nests too deeply, or is not a template.
     pub fn new(source: &str, special: SpecialTokens) -> Result<Self, TextError> {
-        let (bytes, limit) = (source.len(), MAX_SOURCE_BYTES);
-        if bytes > limit {
-            return Err(TextError::FileTooLarge { file: "the chat template", bytes, limit });
-        }
-        let environment = wide_stack::run(|| {
-            let mut environment = environment()?;
-            environment.add_template_owned(NAME, source.to_owned())?;
-            Ok(environment)
-        })?;
-        Ok(Self { environment, special })
+        Ok(Self { default: Some(Compiled::new(source, special)?), tool_use: None })
     }
 
-    /// The text of `messages`. `today` is what `strftime_now` tells a template that asks for the date;
+    /// Compiles what a model has of a `default` template and one for conversations with tools.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub(crate) fn named(
+        default: Option<&str>,
+        tool_use: Option<&str>,
+        special: &SpecialTokens,
+    ) -> Result<Self, TextError> {
+        let compile = |source| Compiled::new(source, special.clone());
+        Ok(Self { default: default.map(compile).transpose()?, tool_use: tool_use.map(compile).transpose()? })
+    }
+
+    /// The text of `chat`. `today` is what `strftime_now` tells a template that asks for the date;
     /// without it the function does not exist, and templates that check for it write a date of their own.
     ///
     /// Works on a thread of its own and returns when it is done.
     ///
     /// # Errors
     /// [`TextError::Template`] where the template refuses the conversation in its own words,
-    /// [`TextError::TemplateFailed`] where it fails or goes past a limit.
+    /// [`TextError::TemplateFailed`] where it fails or goes past a limit, [`TextError::ToolsNotTaken`] and
+    /// [`TextError::ToolCallsNotTaken`] where it would leave these out, and those of [`Chat::check`].
     pub fn render(
         &self,
-        messages: &[ChatMessage],
+        chat: &Chat,
         generation_prompt: GenerationPrompt,
         today: Option<CivilDate>,
     ) -> Result<String, TextError> {
-        wide_stack::run(|| {
-            let context = self.context(messages, generation_prompt, today);
-            let mut output = Capped::default();
-            let template = self.environment.get_template(NAME)?;
-            let outcome = template.render_captured_to(context, &mut output).map(drop);
-            if output.overflowed {
-                return Err(failed(format!("it wrote more than {MAX_OUTPUT_BYTES} bytes")));
-            }
-            outcome?;
-            String::from_utf8(output.bytes).map_err(|e| failed(e.to_string()))
-        })
+        chat.check()?;
+        let tool_use = self.tool_use.as_ref().filter(|_| !chat.tools.is_empty());
+        let Some(template) = tool_use.or(self.default.as_ref()) else {
+            return Err(failed("the model has one for conversations with tools only".into()));
+        };
+        wide_stack::run(|| template.render(chat, generation_prompt, today))
+    }
+}
+
+/// One compiled template.
+#[derive(Debug)]
+struct Compiled {
+    environment: Environment<'static>,
+    special: SpecialTokens,
+    /// Found out when first needed.
+    parts: OnceLock<Parts>,
+    calls: OnceLock<Option<(Arguments, AbsentContent)>>,
+}
+
+impl Compiled {
+    fn new(source: &str, special: SpecialTokens) -> Result<Self, TextError> {
+        let (bytes, limit) = (source.len(), MAX_SOURCE_BYTES);
+        if bytes > limit {
+            return Err(TextError::FileTooLarge { file: "the chat template", bytes, limit });
+        }
+        let source = source::prepare(source).map_err(failed)?;
+        let environment = wide_stack::run(|| {
+            let mut environment = environment()?;
+            environment.add_template_owned(NAME, source)?;
+            Ok(environment)
+        })?;
+        Ok(Self { environment, special, parts: OnceLock::new(), calls: OnceLock::new() })
     }
 
-    fn context(
+    fn render(
         &self,
-        messages: &[ChatMessage],
+        chat: &Chat,
         generation_prompt: GenerationPrompt,
         today: Option<CivilDate>,
-    ) -> Value {
-        let mut context = BTreeMap::from([
-            ("messages", Value::from(Serde(messages))),
-            ("add_generation_prompt", Value::from(generation_prompt == GenerationPrompt::Add)),
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
-        ]);
-        let named = [
-            ("bos_token", &self.special.bos),
-            ("eos_token", &self.special.eos),
-            ("pad_token", &self.special.pad),
-            ("unk_token", &self.special.unk),
-        ];
-        context.extend(
-            named.into_iter().filter_map(|(name, token)| Some((name, Value::from(token.as_deref()?)))),
-        );
+    ) -> Result<String, TextError> {
+        let forms = self.forms(chat)?;
+        let context = Arc::new(Context::new(chat, forms, &self.special, generation_prompt, today));
+        let text = self.write(&context)?;
+        if !chat.tools.is_empty() && !context.tools_read.load(Ordering::Relaxed) {
+            return Err(TextError::ToolsNotTaken);
+        }
+        Ok(text)
+    }
+
+    /// The forms in which this template takes `chat`.
+    fn forms(&self, chat: &Chat) -> Result<Forms, TextError> {
+        // On the first day of all: what a template takes does not depend on the date.
+        let day = Some(CivilDate::from_unix_seconds(0));
+        let probe = |chat: &Chat, forms| {
+            self.write(&Arc::new(Context::new(chat, forms, &self.special, GenerationPrompt::Add, day)))
+        };
+        let mut forms = Forms::REFERENCE;
+        if chat.has_parts() {
+            forms.parts = *self.parts.get_or_init(|| probe::parts(probe));
+        }
+        if chat.has_tool_calls() {
+            let calls = *self.calls.get_or_init(|| probe::calls(probe));
+            (forms.arguments, forms.absent) = calls.ok_or(TextError::ToolCallsNotTaken)?;
+        }
+        Ok(forms)
+    }
+
+    fn write(&self, context: &Arc<Context>) -> Result<String, TextError> {
+        let mut output = Capped::default();
+        let template = self.environment.get_template(NAME)?;
+        let context = Value::from_dyn_object(Arc::clone(context));
+        let outcome = template.render_captured_to(context, &mut output).map(drop);
+        if output.overflowed {
+            return Err(failed(format!("it wrote more than {MAX_OUTPUT_BYTES} bytes")));
+        }
+        outcome?;
+        String::from_utf8(output.bytes).map_err(|e| failed(e.to_string()))
+    }
+}
+
+/// The variables of one rendering. Notices whether the template looks at its tools.
+#[derive(Debug)]
+struct Context {
+    variables: BTreeMap<String, Value>,
+    tools_read: AtomicBool,
+}
+
+impl Context {
+    fn new(
+        chat: &Chat,
+        forms: Forms,
+        special: &SpecialTokens,
+        generation_prompt: GenerationPrompt,
+        today: Option<CivilDate>,
+    ) -> Self {
+        let tools = if chat.tools.is_empty() { Value::from(()) } else { Value::from(Serde(&chat.tools)) };
+        let mut variables = BTreeMap::from([("documents".to_owned(), Value::from(()))]);
+        variables.extend(special.named().map(|(name, token)| (name.to_owned(), Value::from(token))));
         if let Some(date) = today {
             let strftime = move |format: &str| {
                 date.strftime(format).map_err(|reason| Error::new(ErrorKind::InvalidOperation, reason))
             };
-            context.insert("strftime_now", Value::from_function(strftime));
+            variables.insert("strftime_now".into(), Value::from_function(strftime));
         }
-        Value::from(context)
+        variables
+            .extend(chat.variables.iter().map(|(name, value)| (name.clone(), Value::from(Serde(value)))));
+        variables.extend([
+            ("messages".to_owned(), Value::from(Serde(&chat.messages(forms)))),
+            ("tools".to_owned(), tools),
+            ("add_generation_prompt".to_owned(), Value::from(generation_prompt == GenerationPrompt::Add)),
+        ]);
+        Self { variables, tools_read: AtomicBool::new(false) }
+    }
+}
+
+impl Object for Context {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let name = key.as_str()?;
+        if name == "tools" {
+            self.tools_read.store(true, Ordering::Relaxed);
+        }
+        self.variables.get(name).cloned()
     }
 }
 
@@ -143,18 +223,10 @@ fn environment() -> Result<Environment<'static>, TextError> {
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(MAX_RECURSION);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_filter("tojson", tojson);
-    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-        Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message)))
-    });
+    python::add_to(&mut environment);
     Ok(environment)
 }
-
-/// The message of a `raise_exception`, on its way through the engine's errors.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Raised(String);
 
 impl From<Error> for TextError {
     fn from(error: Error) -> Self {

@@ -6,11 +6,12 @@ use std::fmt::Write as _;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
+use crate::python;
 use crate::template::MAX_OUTPUT_BYTES;
 
 /// Nesting of a value that is written.
 const MAX_DEPTH: usize = 64;
-/// Spaces of one level of indentation.
+/// Bytes of one level of indentation.
 const MAX_INDENT: usize = 16;
 
 /// `value | tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
@@ -19,15 +20,18 @@ const MAX_INDENT: usize = 16;
 /// The value is not JSON (undefined, a function), is nested too deeply or is too large, or an argument is
 /// unknown or of the wrong type.
 #[expect(clippy::needless_pass_by_value, reason = "the engine hands over arguments by value")]
-pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let separators: Option<Vec<String>> = options.get("separators")?;
-    let ascii: Option<bool> = options.get("ensure_ascii")?;
+pub(crate) fn tojson(
+    value: &Value,
+    ascii: Option<bool>,
+    indent: Option<Value>,
+    separators: Option<Vec<String>>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let ascii = ascii.or(options.get("ensure_ascii")?);
+    let indent = indent_of(indent.or(options.get("indent")?))?;
+    let separators = separators.or(options.get("separators")?);
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
-    if indent.is_some_and(|n| n > MAX_INDENT) {
-        return Err(refused(format!("tojson: indent is at most {MAX_INDENT}")));
-    }
     let (item, key) = match separators.as_deref() {
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
         None => (", ".to_owned(), ": ".to_owned()),
@@ -41,8 +45,21 @@ pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     Ok(writer.out)
 }
 
+/// What one level is indented with: so many spaces, or a text.
+fn indent_of(value: Option<Value>) -> Result<Option<String>, Error> {
+    let Some(value) = value.filter(|value| !value.is_none()) else { return Ok(None) };
+    let indent = match value.as_str() {
+        Some(text) => text.to_owned(),
+        None => " ".repeat(usize::try_from(value).unwrap_or(usize::MAX).min(MAX_INDENT + 1)),
+    };
+    if indent.len() > MAX_INDENT {
+        return Err(refused(format!("tojson: indent is at most {MAX_INDENT}")));
+    }
+    Ok(Some(indent))
+}
+
 struct Style {
-    indent: Option<usize>,
+    indent: Option<String>,
     item: String,
     key: String,
     ascii: bool,
@@ -80,7 +97,7 @@ impl Writer {
             (false, Ok(x)) if x.is_infinite() => {
                 self.out.push_str(if x > 0.0 { "Infinity" } else { "-Infinity" });
             }
-            _ => self.out.push_str(&value.to_string()),
+            _ => self.out.push_str(&python::number(value)),
         }
     }
 
@@ -167,9 +184,9 @@ impl Writer {
     }
 
     fn new_line(&mut self, depth: usize) {
-        if let Some(indent) = self.style.indent {
+        if let Some(indent) = &self.style.indent {
             self.out.push('\n');
-            self.out.extend(std::iter::repeat_n(' ', indent * depth));
+            self.out.push_str(&indent.repeat(depth));
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::config::{self, SpecialTokens, TokenizerConfig};
+use crate::config::{self, SpecialTokens, Templates, TokenizerConfig};
 use crate::pieces::{self, Pieces};
 use crate::template::ChatTemplate;
 use crate::{Detokenizer, TextError};
@@ -77,10 +77,8 @@ impl Tokenizer {
         let library = library(tokenizer_json)?;
         let pieces = Pieces::new(&library, vocab)?;
         let around = Around::new(&library, &config)?;
-        let template = match &config.chat_template {
-            Some(source) => ChatTemplate::new(source, config.special.clone()).map(Arc::new),
-            None => Err(TextError::NoChatTemplate),
-        };
+        let Templates { default, tool_use } = &config.templates;
+        let template = template(default.as_deref(), tool_use.as_deref(), &config.special);
         Ok(Self {
             library: Arc::new(library),
             pieces: Arc::new(pieces),
@@ -90,13 +88,21 @@ impl Tokenizer {
         })
     }
 
-    /// Uses `source`, the contents of a `chat_template.jinja`, in place of the configuration's template.
+    /// Uses these in place of the configuration's templates: `default`, the contents of a
+    /// `chat_template.jinja`, and `tool_use`, those of an `additional_chat_templates/tool_use.jinja`, which is
+    /// for conversations with tools. Where there is neither, nothing changes.
     #[must_use]
-    pub fn with_chat_template(mut self, source: &[u8]) -> Self {
-        self.template = std::str::from_utf8(source)
-            .map_err(|e| TextError::InvalidFile { file: "chat_template.jinja", reason: e.to_string() })
-            .and_then(|source| ChatTemplate::new(source, (*self.special).clone()))
-            .map(Arc::new);
+    pub fn with_chat_templates(mut self, default: Option<&[u8]>, tool_use: Option<&[u8]>) -> Self {
+        if default.is_some() || tool_use.is_some() {
+            let read = |bytes: Option<&[u8]>, file| {
+                let invalid = |e: std::str::Utf8Error| TextError::InvalidFile { file, reason: e.to_string() };
+                bytes.map(|bytes| std::str::from_utf8(bytes).map(str::to_owned).map_err(invalid)).transpose()
+            };
+            self.template = read(default, "chat_template.jinja").and_then(|default| {
+                let tool_use = read(tool_use, "additional_chat_templates/tool_use.jinja")?;
+                template(default.as_deref(), tool_use.as_deref(), &self.special)
+            });
+        }
         self
     }
 
@@ -219,6 +225,17 @@ impl Around {
         })?;
         Ok(Self { before: whole[..at].to_vec(), after: whole[at + plain.len()..].to_vec() })
     }
+}
+
+fn template(
+    default: Option<&str>,
+    tool_use: Option<&str>,
+    special: &SpecialTokens,
+) -> Result<Arc<ChatTemplate>, TextError> {
+    if default.is_none() && tool_use.is_none() {
+        return Err(TextError::NoChatTemplate);
+    }
+    ChatTemplate::named(default, tool_use, special).map(Arc::new)
 }
 
 /// The ids that `add_bos_token` or `add_eos_token` asks for.

@@ -47,7 +47,7 @@ fn chats_render_and_encode_as_the_reference_does() {
         };
         let messages: Vec<ChatMessage> =
             chat["messages"].as_array().unwrap().iter().map(read_message).collect();
-        let rendered = tokenizer.chat_template().unwrap().render(&messages, prompt, None).unwrap();
+        let rendered = tokenizer.chat_template().unwrap().render(&messages.into(), prompt, None).unwrap();
         assert_eq!(rendered, chat["rendered"].as_str().unwrap());
         assert_eq!(tokenizer.encode_chat(&rendered).unwrap(), ids(&chat["ids"]));
     }
@@ -62,7 +62,8 @@ fn demo_models_prompts_and_answers_are_the_references() {
         let prompt = case["prompt"].as_str().unwrap();
         let encoded = if case["chat"] == true {
             let template = tokenizer.chat_template().unwrap();
-            let rendered = template.render(&[message("user", prompt)], GenerationPrompt::Add, None).unwrap();
+            let rendered =
+                template.render(&vec![message("user", prompt)].into(), GenerationPrompt::Add, None).unwrap();
             tokenizer.encode_chat(&rendered).unwrap()
         } else {
             tokenizer.encode(prompt, Special::Add).unwrap()

@@ -5,14 +5,16 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::message;
-use muster_text::{ChatMessage, ChatTemplate, CivilDate, GenerationPrompt, SpecialTokens, TextError};
+use muster_text::{
+    Chat, ChatMessage, ChatTemplate, CivilDate, GenerationPrompt, SpecialTokens, TextError, ToolCall,
+};
 
 fn special() -> SpecialTokens {
     SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), ..SpecialTokens::default() }
 }
 
 fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TextError> {
-    ChatTemplate::new(source, special())?.render(messages, GenerationPrompt::Add, None)
+    ChatTemplate::new(source, special())?.render(&messages.to_vec().into(), GenerationPrompt::Add, None)
 }
 
 fn rendered(source: &str) -> String {
@@ -86,7 +88,7 @@ fn the_date_is_the_callers() {
     let source =
         "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% else %}26 Jul 2024{% endif %}";
     let template = ChatTemplate::new(source, special()).unwrap();
-    let on = |date| template.render(&[], GenerationPrompt::Add, date).unwrap();
+    let on = |date| template.render(&Chat::default(), GenerationPrompt::Add, date).unwrap();
     assert_eq!(on(None), "26 Jul 2024");
     assert_eq!(on(Some(CivilDate::from_unix_seconds(1_795_305_600))), "22 Nov 2026");
     let error = render("{{ strftime_now('%Y') }}", &[]).unwrap_err().to_string();
@@ -99,6 +101,129 @@ fn a_thousand_messages_are_within_the_limits() {
     let messages: Vec<_> = (0..1024).map(|n| message(["user", "assistant"][n % 2], "a < b\n\nc")).collect();
     let text = render(source, &messages).unwrap();
     assert_eq!(text.matches("<|im_start|>").count(), 1025);
+}
+
+#[test]
+fn the_families_templates_take_a_thousand_messages() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/templates");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "jinja") {
+            let template = ChatTemplate::new(&std::fs::read_to_string(&path).unwrap(), special()).unwrap();
+            let messages: Vec<_> =
+                (0..1023).map(|n| message(["user", "assistant"][n % 2], &format!("<{n}>"))).collect();
+            let today = Some(CivilDate::from_unix_seconds(1_795_305_600));
+            let text = template.render(&messages.into(), GenerationPrompt::Add, today).unwrap();
+            assert!(text.contains("<1022>"), "{path:?}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 14);
+}
+
+#[test]
+fn errors_name_their_cause() {
+    for (source, words) in [
+        ("{{ nosuchfunction(1) }}", "nosuchfunction"),
+        ("{{ 'a'.nosuchmethod() }}", "nosuchmethod"),
+        ("{{ 1|nosuchfilter }}", "nosuchfilter"),
+        ("{{ 1 is nosuchtest }}", "nosuchtest"),
+        ("\n\n{{ 'a' + 1 }}", "chat_template:3"),
+        ("{% nosuchtag %}", "nosuchtag"),
+        ("{{ '\\N{BULLET}' }}", "write the character itself"),
+        ("{% macro m(a, b=a) %}{% endmacro %}", "`a`"),
+        ("{{ messages|tojson(indent=99) }}", "indent"),
+        ("{% autoescape true %}{{ 1 }}{% endautoescape %}", "autoescape"),
+    ] {
+        let error = render(source, &[message("user", "x")]).unwrap_err();
+        assert!(matches!(error, TextError::TemplateFailed { .. }), "{source}: {error:?}");
+        assert!(error.to_string().contains(words), "{source}: {error}");
+    }
+}
+
+fn tool() -> serde_json::Value {
+    serde_json::json!({"type": "function", "function": {"name": "now", "parameters": {}}})
+}
+
+#[test]
+fn tools_and_calls_that_a_template_would_drop_are_refused() {
+    let with_tools = Chat { tools: vec![tool()], ..vec![message("user", "x")].into() };
+    let render = |source: &str, chat: &Chat| {
+        ChatTemplate::new(source, special()).unwrap().render(chat, GenerationPrompt::Add, None)
+    };
+    let plain = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    assert_eq!(render(plain, &with_tools).unwrap_err(), TextError::ToolsNotTaken);
+    // Words about tools are not a place for them.
+    assert_eq!(
+        render(&format!("tools {{# tools #}}{plain}"), &with_tools).unwrap_err(),
+        TextError::ToolsNotTaken
+    );
+    assert!(render(&format!("{{{{ tools|tojson }}}}{plain}"), &with_tools).unwrap().contains("\"now\""));
+    let call = ToolCall::new(None, "now".into(), String::new()).unwrap();
+    let called = ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..ChatMessage::default() };
+    let with_call = Chat::from(vec![message("user", "x"), called]);
+    assert_eq!(render(plain, &with_call).unwrap_err(), TextError::ToolCallsNotTaken);
+    let calls = "{% for m in messages %}{{ m.content }}{{ m.tool_calls|default([])|tojson }}{% endfor %}";
+    assert_eq!(
+        render(calls, &with_call).unwrap(),
+        r#"x[][{"type": "function", "function": {"name": "now", "arguments": {}}}]"#
+    );
+}
+
+#[test]
+fn a_template_gets_arguments_and_absent_content_in_its_form() {
+    let call = ToolCall::new(Some("1".into()), "f".into(), r#"{"a":1.50}"#.into()).unwrap();
+    let called = ChatMessage { role: "assistant".into(), tool_calls: vec![call], ..ChatMessage::default() };
+    let chat = Chat::from(vec![message("user", "x"), called]);
+    let calls = "{% for m in messages %}{% for c in m.tool_calls or [] %}{ARGUMENTS}{% endfor %}{CONTENT}{% endfor %}";
+    let of = |arguments: &str, content: &str| {
+        let source = calls.replace("{ARGUMENTS}", arguments).replace("{CONTENT}", content);
+        ChatTemplate::new(&source, special()).unwrap().render(&chat, GenerationPrompt::Add, None).unwrap()
+    };
+    let (dictionary, text) = ("{{ c.function.arguments|tojson }}", "{{ '' + c.function.arguments }}");
+    assert_eq!(of(dictionary, ""), r#"{"a": 1.5}"#);
+    assert_eq!(of(text, ""), r#"{"a":1.50}"#);
+    // Printed as it is, a dictionary would be in Python's notation.
+    assert_eq!(of("{{ c.function.arguments }}", ""), r#"{"a":1.50}"#);
+    assert_eq!(of(dictionary, "{{ 'content' in m }};"), r#"True;{"a": 1.5}False;"#);
+    assert_eq!(of(dictionary, "{{ '-' if m.content is none else m.content + ';' }}"), r#"x;{"a": 1.5}-"#);
+    assert_eq!(of(dictionary, "{{ m.content + ';' }}"), r#"x;{"a": 1.5};"#);
+}
+
+#[test]
+fn variables_reach_the_template_and_some_names_are_taken() {
+    let source = "{{ enable_thinking }}{{ bos_token }}{{ deep.a[1] }}{{ documents|length }}";
+    let template = ChatTemplate::new(source, special()).unwrap();
+    let render = |variables: serde_json::Value| {
+        let variables = variables.as_object().unwrap().clone();
+        let chat = Chat { variables, ..vec![message("user", "x")].into() };
+        template.render(&chat, GenerationPrompt::Add, None)
+    };
+    let all = serde_json::json!({"enable_thinking": false, "bos_token": "B", "deep": {"a": [1, 2]}, "documents": [1]});
+    assert_eq!(render(all).unwrap(), "FalseB21");
+    for name in ["messages", "tools", "add_generation_prompt"] {
+        assert_eq!(
+            render(serde_json::json!({name: 1})).unwrap_err(),
+            TextError::Reserved { name: name.into() }
+        );
+    }
+    let mut deep = serde_json::json!(1);
+    for _ in 0..49 {
+        deep = serde_json::json!([deep]);
+    }
+    let error = render(serde_json::json!({ "deep": deep })).unwrap_err();
+    assert_eq!(error, TextError::TooDeep { what: "deep".into(), limit: 48 });
+}
+
+#[test]
+fn arguments_that_are_no_object_are_refused() {
+    for arguments in
+        ["[1]", "null", "{", "1 2", "\"{}\"", &format!("{}1{}", "{\"a\":".repeat(49), "}".repeat(49))]
+    {
+        let error = ToolCall::new(None, "f".into(), arguments.into()).unwrap_err().to_string();
+        assert!(error.contains("\"f\"") && error.len() < 300, "{error}");
+    }
 }
 
 #[test]
@@ -129,7 +254,7 @@ fn refuse_hostile_templates() {
         ),
         ("a number too large to repeat", "{{ 'a' * 10**18 }}".into()),
         ("division by zero", "{{ 1 // 0 }}".into()),
-        ("an unknown tag", "{% generation %}{% endgeneration %}".into()),
+        ("an unknown tag", "{% generations %}{% endgenerations %}".into()),
         ("an open tag", "{{ 'a".into()),
         ("a long source", r("x", (64 << 10) + 1)),
         ("json of a deep value", format!("{}{{{{ ns.x | tojson }}}}", deep_value())),
@@ -181,8 +306,9 @@ fn chains_as_long_as_a_source_may_be_do_not_exhaust_the_stack() {
 #[test]
 fn values_as_deep_as_the_steps_allow_do_not_exhaust_the_stack() {
     let show = format!("{}{{{{ ns.x }}}}", deep_value());
-    let text = render(&show, &[]).unwrap();
-    assert!(text.starts_with("[[[["));
+    assert!(render(&show, &[]).unwrap_err().to_string().contains("nested more than"));
+    let join = format!("{}{{{{ ns.x ~ '' }}}}", deep_value());
+    assert!(render(&join, &[]).unwrap().starts_with("[[[["));
     let compare = format!("{}{{% set y = ns.x %}}{{{{ y == ns.x }}}}", deep_value());
     assert_eq!(render(&compare, &[]).unwrap(), "True");
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{DEMO, LLAMA_DECODER, file, llama, llama_json, mixtral};
-use muster_text::{GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
+use muster_text::{Chat, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
 use proptest::prelude::*;
 
 fn load(json: &str, config: &str) -> Result<Tokenizer, TextError> {
@@ -107,10 +107,12 @@ fn a_bad_template_leaves_the_tokenizer_usable() {
 #[test]
 fn a_separate_template_replaces_the_configurations() {
     let config = r#"{"bos_token": "<s>", "chat_template": "old"}"#;
-    let tokenizer = load(&llama_json(), config).unwrap().with_chat_template(b"{{ bos_token }}new\n");
-    let rendered = tokenizer.chat_template().unwrap().render(&[], GenerationPrompt::Omit, None).unwrap();
+    let tokenizer =
+        load(&llama_json(), config).unwrap().with_chat_templates(Some(b"{{ bos_token }}new\n"), None);
+    let rendered =
+        tokenizer.chat_template().unwrap().render(&Chat::default(), GenerationPrompt::Omit, None).unwrap();
     assert_eq!(rendered, "<s>new");
-    let broken = tokenizer.with_chat_template(b"\xff");
+    let broken = tokenizer.with_chat_templates(Some(b"\xff"), None);
     assert!(broken.chat_template().unwrap_err().to_string().starts_with("chat_template.jinja: "));
 }
 
@@ -140,4 +142,45 @@ proptest! {
             prop_assert!(tokenizer.decode(&ids, SpecialText::Drop).is_ok());
         }
     }
+}
+
+#[test]
+fn conversations_with_tools_take_the_template_for_tools() {
+    let named = r#"{"chat_template": [{"name": "default", "template": "d"}, {"name": "rag", "template": "{%"},
+        {"name": "tool_use", "template": "t{{ tools|length }}"}]}"#;
+    let tools = vec![serde_json::json!({"type": "function"})];
+    let text = |tokenizer: &Tokenizer, tools: &[serde_json::Value]| {
+        let chat = Chat { tools: tools.to_vec(), ..Chat::default() };
+        tokenizer.chat_template().unwrap().render(&chat, GenerationPrompt::Omit, None)
+    };
+    let tokenizer = load(&llama_json(), named).unwrap();
+    assert_eq!(text(&tokenizer, &[]).unwrap(), "d");
+    assert_eq!(text(&tokenizer, &tools).unwrap(), "t1");
+    // Files of their own replace all that the configuration has.
+    let files = tokenizer.clone().with_chat_templates(Some(b"file {{ tools is none }}"), None);
+    assert_eq!(text(&files, &[]).unwrap(), "file True");
+    assert_eq!(text(&files, &tools).unwrap(), "file False");
+    let files = tokenizer.clone().with_chat_templates(Some(b"file"), Some(b"tool file {{ tools|length }}"));
+    assert_eq!(text(&files, &[]).unwrap(), "file");
+    assert_eq!(text(&files, &tools).unwrap(), "tool file 1");
+    assert_eq!(text(&tokenizer.clone().with_chat_templates(None, None), &[]).unwrap(), "d");
+    let only = tokenizer.with_chat_templates(None, Some(b"{{ tools }}"));
+    assert!(text(&only, &[]).unwrap_err().to_string().contains("with tools only"));
+    let broken = only.with_chat_templates(None, Some(b"\xff"));
+    let error = broken.chat_template().unwrap_err().to_string();
+    assert!(error.starts_with("additional_chat_templates/tool_use.jinja: "), "{error}");
+}
+
+#[test]
+fn special_tokens_of_every_form_reach_the_template() {
+    let config = r#"{"bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": false, "special": true},
+        "eos_token": "</s>", "cls_token": "<s>", "sep_token": {"content": "</s>"}, "mask_token": null,
+        "added_tokens_decoder": {"1": {"content": "<s>", "special": true}}, "additional_special_tokens": ["<s>"],
+        "chat_template": "{{ bos_token }}{{ eos_token }}{{ cls_token }}{{ sep_token }}{{ mask_token is defined }}"}"#;
+    let tokenizer = load(&llama_json(), config).unwrap();
+    let template = tokenizer.chat_template().unwrap();
+    assert_eq!(
+        template.render(&Chat::default(), GenerationPrompt::Omit, None).unwrap(),
+        "<s></s><s></s>False"
+    );
 }

@@ -173,6 +173,21 @@ fn a_hub_cache_links_to_its_blobs_and_nowhere_else() {
 }
 
 #[test]
+fn the_template_for_tools_is_in_a_folder_of_its_own() {
+    let dir = Model::mixtral().written();
+    let checkpoint = open(dir.path()).unwrap();
+    assert_eq!(checkpoint.tool_template().unwrap(), None);
+    let folder = dir.path().join("additional_chat_templates");
+    fs::create_dir(&folder).unwrap();
+    assert_eq!(checkpoint.tool_template().unwrap(), None);
+    fs::write(folder.join("tool_use.jinja"), "t").unwrap();
+    assert_eq!(checkpoint.tool_template().unwrap().as_deref(), Some(b"t".as_slice()));
+    fs::remove_file(folder.join("tool_use.jinja")).unwrap();
+    symlink("/etc/hostname", folder.join("tool_use.jinja")).unwrap();
+    assert!(checkpoint.tool_template().is_err());
+}
+
+#[test]
 fn side_files_are_read_by_plain_name_and_capped() {
     let dir = Model::mixtral().written();
     fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();

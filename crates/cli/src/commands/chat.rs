@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, IsTerminal};
 
-use muster_text::ChatMessage;
+use muster_proto::v1::ChatMessage;
 use tokio::sync::mpsc;
 
 use crate::args::ChatArgs;

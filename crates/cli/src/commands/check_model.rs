@@ -94,10 +94,9 @@ fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, Failure> {
     let config = file("tokenizer_config.json")?;
     let tokenizer =
         Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab).map_err(Failure::input)?;
-    Ok(Some(match file("chat_template.jinja")? {
-        Some(template) => tokenizer.with_chat_template(&template),
-        None => tokenizer,
-    }))
+    let default = file("chat_template.jinja")?;
+    let tool_use = checkpoint.tool_template().map_err(Failure::input)?;
+    Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
 }
 
 /// Reads every weight once, which finds damage that headers do not show.

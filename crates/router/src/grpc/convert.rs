@@ -53,7 +53,8 @@ fn prompt(prompt: Option<v1::generate_request::Prompt>) -> Result<Prompt, Reques
         Some(Asked::Text(text)) => Ok(Prompt::Text(text)),
         Some(Asked::Tokens(tokens)) => Ok(Prompt::Tokens(tokens.ids)),
         Some(Asked::Chat(chat)) => {
-            chat.messages.into_iter().map(message).collect::<Result<_, _>>().map(Prompt::Chat)
+            let messages = chat.messages.into_iter().map(message).collect::<Result<Vec<_>, _>>()?;
+            Ok(Prompt::Chat(messages.into()))
         }
     }
 }
@@ -65,7 +66,7 @@ fn message(message: v1::ChatMessage) -> Result<ChatMessage, RequestError> {
         let message = format!("has the role {role:?}; it must be \"system\", \"user\" or \"assistant\"");
         return Err(RequestError::invalid("chat.messages", message));
     }
-    Ok(ChatMessage { role, content })
+    Ok(ChatMessage::new(role, content))
 }
 
 fn sampling(asked: v1::Sampling) -> RawSampling {

@@ -156,6 +156,56 @@ async fn what_the_service_refuses() {
 }
 
 #[tokio::test]
+async fn tools_and_variables_go_into_the_template() {
+    let template = "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}{{ extra }}{% for m in messages %}\
+        {{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments|tojson }}{% endfor %}{% endfor %}";
+    let tokenizer = fake::tokenizer(template);
+    let (service, mut prompts) = fake::chat_service(tokenizer.clone());
+    let server = Server::start(service).await;
+    let tool = json!({"type": "function", "function": {"name": "f"}});
+    let call = json!({"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}});
+    let request = json!({
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "q"}]},
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "r"}
+        ],
+        "tools": [tool], "chat_template_kwargs": {"extra": "x"}, "max_tokens": 2
+    });
+    let (status, _, body) = server.post("/v1/chat/completions", &request).await;
+    assert_eq!(status, 200, "{body}");
+    let message = &parse(&body)["choices"][0]["message"];
+    assert!(message["content"].is_string() && message.get("tool_calls").is_none(), "{body}");
+    assert_eq!(prompts.recv().await.unwrap(), tokenizer.encode_chat("f;xq{\"a\": 1}r").unwrap());
+
+    let messages = json!([{"role": "user", "content": "q"}]);
+    let mut nested = json!(1);
+    for _ in 0..47 {
+        nested = json!([nested]);
+    }
+    for (fields, param) in [
+        (json!({"chat_template_kwargs": {"tools": 1}}), "chat_template_kwargs"),
+        (json!({"chat_template_kwargs": {"a": [nested]}}), "chat_template_kwargs"),
+        (json!({"tools": [tool], "tool_choice": "required"}), "tool_choice"),
+    ] {
+        let mut request = json!({ "messages": messages });
+        request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let (status, _, body) = server.post("/v1/chat/completions", &request).await;
+        assert_eq!((status, &parse(&body)["error"]["param"]), (400, &json!(param)), "{body}");
+    }
+
+    let without_tools = fake::tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}");
+    let (service, _prompts) = fake::chat_service(without_tools);
+    let server = Server::start(service).await;
+    let request = json!({"messages": messages, "tools": [tool]});
+    let (status, _, body) = server.post("/v1/chat/completions", &request).await;
+    assert_eq!((status, &parse(&body)["error"]["param"]), (400, &json!("tools")), "{body}");
+    assert!(body.contains("does not take tools"), "{body}");
+    let request = json!({"messages": messages, "tools": [tool], "tool_choice": "none", "max_tokens": 2});
+    assert_eq!(server.post("/v1/chat/completions", &request).await.0, 200);
+}
+
+#[tokio::test]
 async fn paths_methods_and_bodies() {
     let server = Server::start(fake::service(fake::echo)).await;
     let cases = [

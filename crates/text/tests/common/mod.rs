@@ -73,7 +73,7 @@ pub(crate) fn llama() -> Tokenizer {
 }
 
 pub(crate) fn message(role: &str, content: &str) -> ChatMessage {
-    ChatMessage { role: role.into(), content: content.into() }
+    ChatMessage::new(role, content)
 }
 
 pub(crate) fn read_message(value: &Value) -> ChatMessage {

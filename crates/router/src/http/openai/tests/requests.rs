@@ -1,5 +1,6 @@
 //! Requests read, table by table.
 
+use muster_text::{Chat, ChatMessage, Content, ToolCall};
 use muster_types::Limits;
 
 use super::super::common::{Asked, Mode, StreamUsage};
@@ -197,7 +198,6 @@ fn what_is_not_supported_is_refused_by_name() {
         ("reasoning_effort", "\"high\""),
         ("modalities", "[\"audio\"]"),
         ("audio", "{\"voice\": \"x\"}"),
-        ("chat_template_kwargs", "{}"),
         ("guided_regex", "\"(a+)+\""),
         ("pattern", "\"a\""),
         ("", "1"),
@@ -210,6 +210,7 @@ fn what_is_not_supported_is_refused_by_name() {
         refused(with(&field), Some(name), &field);
         refused(chat_with(&field), Some(name), &field);
     }
+    refused(with(r#", "chat_template_kwargs": {}"#), Some("chat_template_kwargs"), "for completions");
     refused(with(r#", "best_of": 2"#), Some("best_of"), "best_of");
     refused(with(r#", "n": 2, "best_of": 1"#), Some("best_of"), "best_of");
     refused(chat_with(r#", "prompt": "x""#), Some("prompt"), "a prompt for chat");
@@ -292,14 +293,115 @@ fn messages_become_a_conversation() {
         br#"{"messages": [
             {"role": "developer", "content": "be brief", "name": "x"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "b", "type": "text"}]},
-            {"role": "assistant", "content": "c", "refusal": null, "tool_calls": [], "audio": null}
+            {"role": "assistant", "content": "c", "refusal": null, "tool_calls": [], "audio": null,
+             "reasoning_content": "hm"}
         ]}"#,
         &bounds(),
     )
     .unwrap();
-    let Prompt::Chat(messages) = &asked.requests[0].prompt else { panic!("{asked:?}") };
-    let read: Vec<_> = messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
-    assert_eq!(read, [("system", "be brief"), ("user", "a\nb"), ("assistant", "c")]);
+    let name = |text: &str| Some(text.to_owned());
+    let expected = [
+        ChatMessage { name: name("x"), ..ChatMessage::new("system", "be brief") },
+        ChatMessage { content: Content::Parts(vec!["a".into(), "b".into()]), ..ChatMessage::new("user", "") },
+        ChatMessage { reasoning: name("hm"), ..ChatMessage::new("assistant", "c") },
+    ];
+    assert_eq!(chat_of(&asked).messages, expected);
+}
+
+fn chat_of(asked: &Asked) -> &Chat {
+    match &asked.requests[0].prompt {
+        Prompt::Chat(chat) => chat,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn calls_and_their_answers_become_messages() {
+    let asked = chat_request::parse(
+        br#"{"messages": [
+            {"role": "user", "content": "weather?"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": [1, 2.0]}"}},
+                {"index": 1, "id": "c2", "function": {"name": "g", "arguments": ""}}]},
+            {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "sun"},
+            {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "rain"}]}
+        ]}"#,
+        &bounds(),
+    )
+    .unwrap();
+    let [_, calls, first, second] = &chat_of(&asked).messages[..] else { panic!("{asked:?}") };
+    let call = |id: &str, name: &str, arguments: &str| {
+        ToolCall::new(Some(id.into()), name.into(), arguments.into()).unwrap()
+    };
+    assert_eq!(calls.content, Content::Absent);
+    assert_eq!(calls.tool_calls, [call("c1", "f", r#"{"a": [1, 2.0]}"#), call("c2", "g", "")]);
+    assert_eq!((first.role.as_str(), first.tool_call_id.as_deref()), ("tool", Some("c1")));
+    assert_eq!((first.name.as_deref(), second.tool_call_id.as_deref()), (Some("f"), Some("c2")));
+}
+
+const TOOL: &str = r#"{"type": "function", "function": {"name": "f", "description": "does", "strict": true,
+    "parameters": {"type": "object", "properties": {"b": {}, "a": {}}}}}"#;
+
+#[test]
+fn tools_and_variables_reach_the_template_as_they_are() {
+    let fields = format!(
+        r#", "tools": [{TOOL}], "tool_choice": "auto", "parallel_tool_calls": true,
+        "chat_template_kwargs": {{"enable_thinking": false, "documents": [{{"text": "x"}}]}}"#
+    );
+    let asked = chat_with(&fields).unwrap();
+    let expected: serde_json::Value = serde_json::from_str(TOOL).unwrap();
+    assert_eq!(chat_of(&asked).tools, std::slice::from_ref(&expected));
+    assert_eq!(chat_of(&asked).tools[0].to_string(), expected.to_string());
+    let variables = serde_json::json!({"enable_thinking": false, "documents": [{"text": "x"}]});
+    assert_eq!(serde_json::Value::Object(chat_of(&asked).variables.clone()), variables);
+    // A model that is to call nothing is told of nothing.
+    let none = chat_with(&format!(r#", "tools": [{TOOL}], "tool_choice": "none""#)).unwrap();
+    assert!(chat_of(&none).tools.is_empty());
+    let nothing = chat_with(r#", "tools": null, "tool_choice": null, "chat_template_kwargs": null"#).unwrap();
+    assert_eq!(chat_of(&nothing).tools.len() + chat_of(&nothing).variables.len(), 0);
+}
+
+#[test]
+fn tools_that_are_refused() {
+    let many = vec![TOOL; 129].join(",");
+    let deep = format!(r#"{{"a": {}1{}}}"#, "[".repeat(60), "]".repeat(60));
+    let cases = [
+        "{}",
+        "1",
+        "[1]",
+        "[{}]",
+        r#"[{"type": "function"}]"#,
+        r#"[{"type": "function", "function": {}}]"#,
+        r#"[{"type": "function", "function": {"name": ""}}]"#,
+        r#"[{"type": "function", "function": {"name": 1}}]"#,
+        r#"[{"type": "function", "function": {"name": "f", "description": 1}}]"#,
+        r#"[{"type": "function", "function": {"name": "f", "parameters": []}}]"#,
+        r#"[{"type": "function", "function": {"name": "f", "name": "g"}}]"#,
+        r#"[{"type": "web_search", "function": {"name": "f"}}]"#,
+        &format!("[{many}]"),
+        &format!(r#"[{{"type": "function", "function": {{"name": "f", "parameters": {deep}}}}}]"#),
+        &format!(
+            r#"[{{"type": "function", "function": {{"name": "f", "parameters": {{"a": [{}1]}}}}}}]"#,
+            "1,".repeat(1 << 16)
+        ),
+    ];
+    for case in cases {
+        refused(chat_with(&format!(r#", "tools": {case}"#)), Some("tools"), case);
+    }
+    let error = chat_with(r#", "tools": [{"type": "web_search"}]"#).unwrap_err();
+    assert!(error.body.message.contains("web_search"), "{}", error.body.message);
+    for case in [r#""required""#, r#"{"type": "function", "function": {"name": "f"}}"#, "1", "[]"] {
+        let fields = format!(r#", "tools": [{TOOL}], "tool_choice": {case}"#);
+        refused(chat_with(&fields), Some("tool_choice"), case);
+    }
+    let variables: Vec<String> = (0..33).map(|n| format!("\"v{n}\": 1")).collect();
+    for case in ["[]", "1", "\"x\"", &deep, &format!("{{{}}}", variables.join(","))] {
+        refused(
+            chat_with(&format!(r#", "chat_template_kwargs": {case}"#)),
+            Some("chat_template_kwargs"),
+            case,
+        );
+    }
 }
 
 #[test]
@@ -323,6 +425,18 @@ fn messages_that_are_refused() {
         r#"{"role": "user", "content": "x", "more": 1}"#,
         r#"{"role": "user", "content": "x", "content": "y"}"#,
         r#"{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}"#,
+        r#"{"role": "assistant", "content": null}"#,
+        r#"{"role": "assistant", "content": null, "tool_calls": []}"#,
+        r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}"#,
+        r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}"#,
+        r#"{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}"#,
+        r#"{"role": "assistant", "tool_calls": [{"type": "custom", "function": {"name": "f", "arguments": ""}}]}"#,
+        r#"{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}"#,
+        r#"{"role": "user", "content": "x", "tool_call_id": "1"}"#,
+        r#"{"role": "user", "content": "x", "reasoning_content": "y"}"#,
+        r#"{"role": "assistant", "content": "x", "reasoning_content": "y", "reasoning": "z"}"#,
+        r#"{"role": "tool", "tool_call_id": "1"}"#,
+        r#"{"role": "function", "name": "f", "content": "x"}"#,
     ];
     for case in cases {
         refused(message(case), Some("messages"), case);
