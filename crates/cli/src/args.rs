@@ -372,6 +372,10 @@ pub(crate) struct RouterArgs {
     /// Whether requests that begin alike share keys and values: true or false [default: true].
     #[arg(long, value_name = "BOOL")]
     pub(crate) prefix_cache: Option<String>,
+    /// A variable of the chat template that requests may set (chat_template_kwargs), such as enable_thinking; given once
+    /// for each. Others are refused.
+    #[arg(long = "template-variable", value_name = "NAME")]
+    pub(crate) template_variables: Vec<String>,
     /// Most sequences in the batch [default: 256].
     #[arg(long, value_name = "N")]
     pub(crate) max_running: Option<String>,

@@ -39,6 +39,7 @@ const KEYS: &[Key] = &[
     Key { name: "step_tokens", kind: ValueKind::Number, default: Some("1024") },
     Key { name: "prefill_chunk", kind: ValueKind::Number, default: Some("512") },
     Key { name: "prefix_cache", kind: ValueKind::Switch, default: Some("true") },
+    Key { name: "template_variables", kind: ValueKind::List, default: None },
     Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
     Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
@@ -101,6 +102,8 @@ pub struct RouterSettings {
     pub prefill_chunk: u32,
     /// Whether keys and values are reused between requests that begin with the same tokens.
     pub prefix_cache: bool,
+    /// Variables of the chat template that requests may set.
+    pub template_variables: Vec<String>,
     /// Most sequences in the batch.
     pub max_running: usize,
     /// Most sequences that wait for a place in it.
@@ -236,6 +239,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         reader.problem("prefill_chunk", format!("is {chunk}, more than step_tokens, which is {step}"));
     }
     let prefix_cache = reader.switch("prefix_cache");
+    let template_variables = reader.list("template_variables", variable);
     let tls = tls(reader);
     let admin = reader.optional("admin", parse_socket);
     let leave_after = reader.required("leave_after", pause);
@@ -281,6 +285,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         step_tokens: step_tokens?,
         prefill_chunk: prefill_chunk?,
         prefix_cache,
+        template_variables,
         max_running: max_running? as usize,
         max_queue: max_queue? as usize,
         expert_timeout: expert_timeout?,
@@ -308,6 +313,15 @@ fn workers(reader: &mut Reader) -> Vec<Address> {
         reader.problem("workers", "port 0 is nowhere; give the port the worker listens on".to_owned());
     }
     workers
+}
+
+/// The name of a variable.
+fn variable(text: &str) -> Result<String, String> {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if text.is_empty() || text.len() > 64 || !text.chars().all(word) {
+        return Err(format!("{text:?} is no name of letters, digits and _, 1 to 64 of them"));
+    }
+    Ok(text.to_owned())
 }
 
 fn discover(reader: &mut Reader) -> Vec<Source> {

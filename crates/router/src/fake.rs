@@ -1,5 +1,6 @@
 //! A [`Service`] for tests of the edges: no model, and an engine that does what the test says.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use muster_text::Tokenizer;
@@ -29,7 +30,7 @@ pub(crate) fn service_with(health: HealthProbe, mut act: impl FnMut(NewChoice) +
             admission.choices.into_iter().for_each(&mut act);
         }
     });
-    Service::new(model(), Limits::default(), None, Vec::new(), health, commands)
+    Service::new(model(), Limits::default(), None, BTreeSet::new(), Vec::new(), health, commands)
 }
 
 /// A tokenizer of 320 ids with `template` for chats.
@@ -58,7 +59,8 @@ pub(crate) fn chat_service(tokenizer: Tokenizer) -> (Service, mpsc::Receiver<Vec
     });
     let model = ModelInfo { has_chat_template: true, ..model() };
     let ready: HealthProbe = Arc::new(|| Health::Ready);
-    (Service::new(model, Limits::default(), Some(tokenizer), Vec::new(), ready, commands), seen)
+    let variables = ["a", "extra", "tools"].map(str::to_owned).into();
+    (Service::new(model, Limits::default(), Some(tokenizer), variables, Vec::new(), ready, commands), seen)
 }
 
 fn model() -> ModelInfo {

@@ -1,5 +1,6 @@
 //! The handle that API edges hold: checks requests, tokenizes off the async threads, admits, streams.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -75,6 +76,8 @@ struct Inner {
     model: ModelInfo,
     limits: Limits,
     tokenizer: Option<Tokenizer>,
+    /// Variables of the chat template that requests may set.
+    template_variables: BTreeSet<String>,
     eos: Vec<u32>,
     health: HealthProbe,
     commands: mpsc::Sender<Command>,
@@ -104,11 +107,13 @@ impl Service {
         model: ModelInfo,
         limits: Limits,
         tokenizer: Option<Tokenizer>,
+        template_variables: BTreeSet<String>,
         eos: Vec<u32>,
         health: HealthProbe,
         commands: mpsc::Sender<Command>,
     ) -> Self {
-        Self { inner: Arc::new(Inner { model, limits, tokenizer, eos, health, commands }) }
+        let inner = Inner { model, limits, tokenizer, template_variables, eos, health, commands };
+        Self { inner: Arc::new(inner) }
     }
 
     /// The model served.
@@ -288,6 +293,15 @@ impl Service {
         if !self.inner.model.has_chat_template {
             let message = "this model has no chat template; use completions with a prompt instead";
             return Err(RequestError::invalid("messages", message));
+        }
+        let allowed = &self.inner.template_variables;
+        if let Some(name) = chat.variables.keys().find(|name| !allowed.contains(*name)) {
+            let which = match allowed.is_empty() {
+                true => "requests may set none here".to_owned(),
+                false => format!("requests may set {}", allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ")),
+            };
+            let message = format!("has {name:?}; {which} (the router's template_variables)");
+            return Err(RequestError::invalid("chat_template_kwargs", message));
         }
         let (today, limit) = (today(), self.inner.limits.prompt_bytes);
         let render = move |tokenizer: &Tokenizer| {

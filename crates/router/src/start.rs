@@ -2,6 +2,7 @@
 //!
 //! Used by [`serve`](crate::serve) with experts behind gRPC, and by anyone who wants a whole engine in one process.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -64,6 +65,8 @@ pub struct EngineSettings {
     pub prefill_chunk: u32,
     /// Whether keys and values are reused between requests that begin alike.
     pub prefix_cache: PrefixCache,
+    /// Variables of the chat template that requests may set.
+    pub template_variables: BTreeSet<String>,
     /// How long to wait for one layer's experts.
     pub expert_timeout: Duration,
     /// Caps on requests.
@@ -77,6 +80,7 @@ impl Default for EngineSettings {
             step_tokens: 1024,
             prefill_chunk: 512,
             prefix_cache: PrefixCache::On,
+            template_variables: BTreeSet::new(),
             expert_timeout: Duration::from_secs(30),
             limits: Limits::default(),
         }
@@ -205,7 +209,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
             engine.run();
         })
         .map_err(StartError::Thread)?;
-    let service = Service::new(model, limits, tokenizer, eos, health, sender);
+    let service = Service::new(model, limits, tokenizer, settings.template_variables, eos, health, sender);
     Ok((service, EngineHandle { ended, abort }))
 }
 

@@ -1,5 +1,6 @@
 //! The configuration keys of rotary embedding: how much of a head turns, how fast, and for how long a context.
 
+use std::fmt;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -83,7 +84,8 @@ fn rotated(
         };
         let reason =
             format!("of {head_dim} elements of a head that rotates {dim}; it must be an even number");
-        return Err(config.conflict(key, &part, reason));
+        let said: &dyn fmt::Display = if key == PART { &part } else { &dim };
+        return Err(config.conflict(key, said, reason));
     }
     Ok(dim)
 }

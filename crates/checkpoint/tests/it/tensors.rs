@@ -119,6 +119,17 @@ fn linear_weights_share_a_dtype_and_norms_need_not() {
 }
 
 #[test]
+fn a_bias_that_the_configuration_has_and_the_shards_have_not_is_named() {
+    let mut model = Model::qwen3_moe();
+    model.remove("model.layers.3.self_attn.v_proj.bias");
+    refused(
+        "a bias",
+        model.written().path(),
+        &["layers.3.self_attn.v_proj.bias", "layer 3 value bias", "no shard has"],
+    );
+}
+
+#[test]
 fn half_precision_is_widened_and_a_gate_may_be_finer() {
     let mut model = Model::mixtral();
     model.store_as_f16();

@@ -82,6 +82,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("step_tokens", args.step_tokens.as_deref())
         .text("prefill_chunk", args.prefill_chunk.as_deref())
         .text("prefix_cache", args.prefix_cache.as_deref())
+        .list("template_variables", &args.template_variables)
         .text("max_running", args.max_running.as_deref())
         .text("max_queue", args.max_queue.as_deref())
         .text("expert_timeout", args.expert_timeout.as_deref())
@@ -135,6 +136,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             step_tokens: settings.step_tokens,
             prefill_chunk: settings.prefill_chunk,
             prefix_cache: if settings.prefix_cache { PrefixCache::On } else { PrefixCache::Off },
+            template_variables: settings.template_variables.into_iter().collect(),
             expert_timeout: settings.expert_timeout,
             limits: Limits { running: settings.max_running, queue: settings.max_queue, ..Limits::default() },
         },

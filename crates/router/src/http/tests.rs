@@ -185,6 +185,7 @@ async fn tools_and_variables_go_into_the_template() {
     }
     for (fields, param) in [
         (json!({"chat_template_kwargs": {"tools": 1}}), "chat_template_kwargs"),
+        (json!({"chat_template_kwargs": {"extra": 1, "not_allowed": 1}}), "chat_template_kwargs"),
         (json!({"chat_template_kwargs": {"a": [nested]}}), "chat_template_kwargs"),
         (json!({"tools": [tool], "tool_choice": "required"}), "tool_choice"),
     ] {
