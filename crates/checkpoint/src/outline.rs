@@ -5,7 +5,9 @@
 
 use muster_types::DType;
 
-use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, Sees, SharedSpec};
+use crate::spec::{
+    AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, Sees, SharedSpec,
+};
 
 /// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,7 +121,17 @@ pub enum Use {
     Head,
     /// A projection of attention, of a dense MLP or of a shared expert.
     Linear,
-    /// `[experts, hidden]`.
+    /// What makes keys and values of a compressed row, held head by head: for each, rows for a key that is not rotated and
+    /// rows for a value.
+    HeadByHead {
+        /// How many.
+        heads: usize,
+        /// Rows of one for a key.
+        key: usize,
+        /// Rows of one for a value.
+        value: usize,
+    },
+    /// `[experts, hidden]`, or `[1, hidden]` of a shared expert.
     Gate,
     /// Norms and biases.
     Vector,
@@ -264,7 +276,7 @@ impl Outline {
         let experts =
             self.moe_layers().map(|moe| u64::from(moe.count) * moe.stored_bytes(self.hidden, self.experts));
         let trunk = self.trunk().map(|piece| match piece.used_as {
-            Use::Linear => self.linears.bytes(piece.rows, piece.cols),
+            Use::Linear | Use::HeadByHead { .. } => self.linears.bytes(piece.rows, piece.cols),
             Use::Vector => self.stored.vector_bytes(piece.elements()),
             Use::SelectionBias => StoredAs::Plain(DType::F32).vector_bytes(piece.elements()),
             Use::Embedding | Use::Head | Use::Gate => self.stored.bytes(piece.rows, piece.cols),
@@ -313,7 +325,8 @@ impl LayerOutline {
                 linear(hidden, self.dense),
             ]);
         }
-        pieces.extend(self.shared_scale.then(|| vector(hidden)));
+        let scale = Piece { used_as: Use::Gate, rows: 1, cols: hidden };
+        pieces.extend(self.shared_scale.then_some(scale));
         if let Some(moe) = &self.experts {
             let count = moe.count as usize;
             pieces.push(Piece { used_as: Use::Gate, rows: count, cols: hidden });
@@ -383,7 +396,10 @@ impl AttentionOutline {
                 pieces.extend([
                     linear(kv_rank + rope, hidden),
                     vector(kv_rank),
-                    linear(heads * (nope + value), kv_rank),
+                    Piece {
+                        used_as: Use::HeadByHead { heads, key: nope, value },
+                        ..linear(heads * (nope + value), kv_rank)
+                    },
                     linear(hidden, heads * value),
                 ]);
                 pieces

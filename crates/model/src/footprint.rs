@@ -36,6 +36,12 @@ impl Footprint {
             Use::Embedding => packed(outline.stored, compute, embedded, rows, cols),
             Use::Head => packed(outline.stored, compute, trunk, rows, cols),
             Use::Linear => packed(outline.linears, compute, trunk, rows, cols),
+            // What makes keys is applied to queries, so it is turned.
+            Use::HeadByHead { heads, key, value } => {
+                let [key, value] =
+                    [(cols, key), (value, cols)].map(|(n, k)| packed(outline.linears, compute, trunk, n, k));
+                key?.checked_add(value?)?.checked_mul(heads as u64)
+            }
             // Gates choose experts and stay as they are.
             Use::Gate => packed(outline.stored, compute, WeightDType::Native, rows, cols),
             Use::Vector | Use::SelectionBias => Some(0),

@@ -124,7 +124,9 @@ impl<'a> Loader<'a> {
 
 fn pack(rows: usize, cols: usize, data: &WeightData, packing: Packing) -> Result<Matrix, KernelError> {
     match (data, packing) {
-        (WeightData::Mxfp4 { blocks, scales }, Packing::Mxfp4) => Matrix::pack_mxfp4(rows, cols, blocks, scales),
+        (WeightData::Mxfp4 { blocks, scales }, Packing::Mxfp4) => {
+            Matrix::pack_mxfp4(rows, cols, blocks, scales)
+        }
         (WeightData::Mxfp4 { blocks, scales }, _) => {
             pack(rows, cols, &WeightData::F32(mxfp4::widen(blocks, scales)), packing)
         }

@@ -89,7 +89,16 @@ impl ExpertDispatch for Apart {
 
 #[test]
 fn steps_after_the_first_allocate_nothing() {
-    for family in ["mixtral_bf16", "qwen3_moe", "olmoe", "granitemoe"] {
+    for family in [
+        "mixtral_bf16",
+        "qwen3_moe",
+        "olmoe",
+        "granitemoe",
+        "deepseek_v3",
+        "gpt_oss",
+        "llama4_top2",
+        "phimoe",
+    ] {
         let directory =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden").join(family);
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
@@ -105,7 +114,10 @@ fn steps_after_the_first_allocate_nothing() {
         let mut dispatch = Apart(Local::new(Arc::clone(&cpu), experts));
         let vocab = checkpoint.spec().vocab;
         let tokens: Vec<TokenId> = TokenId::all(vocab).take(20).collect();
-        let mut kv = trunk.new_kv(8).unwrap();
+        // Every sequence has two blocks in each group of layers.
+        let groups = trunk.kv_groups().reaches().len() as u32;
+        let mut kv = trunk.new_kv(6 * groups as usize).unwrap();
+        let blocks = [0, 1, 2].map(|of| (2 * groups * of..2 * groups * (of + 1)).collect::<Vec<u32>>());
         let mut state = StepState::default();
         let mut scratch = SampleScratch::default();
         let sampling =
@@ -124,7 +136,7 @@ fn steps_after_the_first_allocate_nothing() {
                 timeout: Duration::from_secs(60),
                 observe: None,
             };
-            let [first, second] = [&[input(&[0, 1]), input(&[2, 3])][..], &[input(&[4, 5])]];
+            let [first, second] = [&[input(&blocks[0]), input(&blocks[1])][..], &[input(&blocks[2])]];
             trunk.forward(&mut ctx, [first, second], &mut state);
             for (lane, sequence) in [(0, 0), (0, 1), (1, 0)] {
                 let logits = state.logits(lane, sequence, vocab as usize).unwrap();

@@ -17,8 +17,14 @@ fn cold_and_warm_are_the_same_bits() {
         ("mixtral_bf16", Compute::Bf16),
         ("qwen3_moe", Compute::F32),
         ("olmoe", Compute::Bf16),
+        ("deepseek_v3", Compute::Bf16),
+        ("gpt_oss", Compute::Bf16),
+        ("llama4", Compute::F32),
     ] {
         let model = Model::open(&fixtures().join(family), compute);
+        // A block of every group of layers for each that one group would need.
+        let groups = model.trunk.kv_groups().reaches().len() as u32;
+        let config = |prefixes, blocks, chunk| config(&model, prefixes, blocks * groups, chunk);
         let long = model.tokens((0..57).map(|i| i * 7 + 3));
         let other_end = model.tokens((0..57).map(|i| if i < 40 { i * 7 + 3 } else { i * 5 + 1 }));
         let short = model.tokens((0..33).map(|i| i * 7 + 3));
@@ -33,7 +39,7 @@ fn cold_and_warm_are_the_same_bits() {
                 .iter()
                 .flat_map(|prompt| {
                     let waves = [vec![prompt.clone()]];
-                    let (outputs, stats) = serve(config(&model, PrefixCache::Off, 6, 64), &waves);
+                    let (outputs, stats) = serve(config(PrefixCache::Off, 6, 64), &waves);
                     assert_eq!((stats.prefix_hits, stats.blocks_cached), (0, 0));
                     outputs
                 })
@@ -41,16 +47,18 @@ fn cold_and_warm_are_the_same_bits() {
             let one_by_one = prompts.clone().map(|prompt| vec![prompt]);
             let together = [prompts[..1].to_vec(), prompts[1..].to_vec()];
             for chunk in [64, 16, 5] {
-                let (outputs, stats) = serve(config(&model, PrefixCache::On, 30, chunk), &one_by_one);
+                let (outputs, stats) = serve(config(PrefixCache::On, 30, chunk), &one_by_one);
                 assert!(outputs == alone, "{family} at {temperature} in chunks of {chunk}: one by one");
                 // 32 of the second and of the third, 48 of the last.
                 assert_eq!(stats.prefix_hits, 32 + 32 + 48);
-                let (outputs, stats) = serve(config(&model, PrefixCache::On, 30, chunk), &together);
+                let (outputs, stats) = serve(config(PrefixCache::On, 30, chunk), &together);
                 assert!(outputs == alone, "{family} at {temperature} in chunks of {chunk}: together");
                 assert_eq!(stats.prefix_hits, 32 + 32 + 48);
-                let (outputs, stats) = serve(config(&model, PrefixCache::On, 5, chunk), &together);
+                let (outputs, stats) = serve(config(PrefixCache::On, 5, chunk), &together);
                 assert!(outputs == alone, "{family} at {temperature} in chunks of {chunk}: in few blocks");
-                assert!(stats.preemptions > 0 && stats.prefix_hits > 0, "{stats:?}");
+                assert!(stats.prefix_hits > 0, "{stats:?}");
+                // Windows give blocks up, so fewer may do.
+                assert!(stats.preemptions > 0 || groups > 1, "{stats:?}");
             }
         }
     }

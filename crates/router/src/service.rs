@@ -298,7 +298,10 @@ impl Service {
         if let Some(name) = chat.variables.keys().find(|name| !allowed.contains(*name)) {
             let which = match allowed.is_empty() {
                 true => "requests may set none here".to_owned(),
-                false => format!("requests may set {}", allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ")),
+                false => format!(
+                    "requests may set {}",
+                    allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
+                ),
             };
             let message = format!("has {name:?}; {which} (the router's template_variables)");
             return Err(RequestError::invalid("chat_template_kwargs", message));

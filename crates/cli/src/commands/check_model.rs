@@ -60,7 +60,7 @@ struct TokenizerReport {
     chat_template_problem: Option<String>,
 }
 
-#[derive(Serialize, PartialEq, Eq)]
+#[derive(Serialize)]
 struct LayerReport {
     trunk_bytes: u64,
     experts: u32,
@@ -169,12 +169,43 @@ fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> Layer
     }
 }
 
-/// Neighbouring layers that are alike.
+impl LayerReport {
+    /// What the table shows.
+    const fn columns(&self) -> (u64, u32, u32, u64) {
+        (self.trunk_bytes, self.experts, self.experts_per_token, self.expert_bytes)
+    }
+}
+
+/// What a part is in the layers that have it; where it is not the same in all of them, in which it is what.
+fn in_kinds(layers: &[LayerReport], part: fn(&LayerReport) -> Option<&String>) -> Vec<String> {
+    const SHOWN: usize = 4;
+    let mut kinds: Vec<(&String, Vec<usize>)> = Vec::new();
+    for (number, words) in
+        layers.iter().enumerate().filter_map(|(number, layer)| Some((number, part(layer)?)))
+    {
+        match kinds.iter_mut().find(|(other, _)| *other == words) {
+            Some((_, numbers)) => numbers.push(number),
+            None => kinds.push((words, vec![number])),
+        }
+    }
+    if let [(words, _)] = kinds.as_slice() {
+        return vec![(*words).clone()];
+    }
+    let kind = |(words, numbers): (&String, Vec<usize>)| {
+        let shown: Vec<String> = numbers.iter().take(SHOWN).map(ToString::to_string).collect();
+        let more = if numbers.len() > SHOWN { ", …" } else { "" };
+        let layers = if numbers.len() == 1 { "layer" } else { "layers" };
+        format!("{layers} {}{more}: {words}", shown.join(", "))
+    };
+    kinds.into_iter().map(kind).collect()
+}
+
+/// Neighbouring layers whose rows in the table are alike.
 fn alike(layers: &[LayerReport]) -> Vec<(RangeInclusive<usize>, &LayerReport)> {
     let mut groups: Vec<(RangeInclusive<usize>, &LayerReport)> = Vec::new();
     for (number, layer) in layers.iter().enumerate() {
         match groups.last_mut() {
-            Some((range, first)) if *first == layer => *range = *range.start()..=number,
+            Some((range, first)) if first.columns() == layer.columns() => *range = *range.start()..=number,
             _ => groups.push((number..=number, layer)),
         }
     }
@@ -237,21 +268,14 @@ fn for_people(report: &Report) -> String {
     ];
     let groups = alike(&report.layers);
     facts.push(("layers", layers_in_words(&report.layers)));
-    for (_, layer) in &groups {
-        let attention = Some(&layer.attention);
-        let parts = [
-            ("attention", attention),
-            ("gate", layer.gate.as_ref()),
-            ("expert", layer.expert.as_ref()),
-            ("shared expert", layer.shared_expert.as_ref()),
-        ];
-        for (name, words) in parts {
-            if let Some(words) = words
-                && !facts.iter().any(|(other, value)| *other == name && value == words)
-            {
-                facts.push((name, words.clone()));
-            }
-        }
+    let parts: [(&str, fn(&LayerReport) -> Option<&String>); 4] = [
+        ("attention", |layer| Some(&layer.attention)),
+        ("gate", |layer| layer.gate.as_ref()),
+        ("expert", |layer| layer.expert.as_ref()),
+        ("shared expert", |layer| layer.shared_expert.as_ref()),
+    ];
+    for (name, part) in parts {
+        facts.extend(in_kinds(&report.layers, part).into_iter().map(|words| (name, words)));
     }
     for LeftAlone { begins_with, tensors, bytes } in &report.left_alone {
         let words = format!("{tensors} tensors of {}: {begins_with}*", text::bytes(*bytes));
@@ -302,6 +326,28 @@ mod tests {
         let layers = [layer(0), layer(8), layer(8), layer(8), layer(0)];
         let ranges: Vec<_> = alike(&layers).into_iter().map(|(range, _)| range).collect();
         assert_eq!(ranges, [0..=0, 1..=3, 4..=4]);
+    }
+
+    #[test]
+    fn parts_that_differ_say_where() {
+        let layer = |attention: &str, gate: Option<&str>| LayerReport {
+            trunk_bytes: 1,
+            experts: 0,
+            experts_per_token: 0,
+            expert_bytes: 0,
+            gate: gate.map(str::to_owned),
+            expert: None,
+            shared_expert: None,
+            attention: attention.to_owned(),
+        };
+        let layers: Vec<LayerReport> = (0..11)
+            .map(|n| layer(if n % 2 == 0 { "near" } else { "far" }, (n > 0).then_some("top-2")))
+            .collect();
+        let attention = in_kinds(&layers, |layer| Some(&layer.attention));
+        assert_eq!(attention, ["layers 0, 2, 4, 6, …: near", "layers 1, 3, 5, 7, …: far"]);
+        assert_eq!(in_kinds(&layers, |layer| layer.gate.as_ref()), ["top-2"]);
+        assert!(in_kinds(&layers, |layer| layer.expert.as_ref()).is_empty());
+        assert_eq!(alike(&layers).len(), 1);
     }
 
     #[test]

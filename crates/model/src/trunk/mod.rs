@@ -165,8 +165,7 @@ struct Lane {
     normed: Vec<f32>,
     attention: attention::Buffers,
     gate_logits: Vec<f32>,
-    /// Rows times the weights of their experts, where weights multiply the input.
-    weighted: Vec<f32>,
+    weighted: WeightedInputs,
     wire: Vec<u16>,
     moe_out: Vec<f32>,
     /// Rows of `moe_out` that are added up to one.
@@ -190,6 +189,15 @@ struct Lane {
     outcomes: Vec<Result<std::ops::Range<usize>, StepError>>,
     /// Set when the lane as a whole failed.
     failed: Option<DispatchError>,
+}
+
+/// Rows for experts whose weights multiply their input.
+#[derive(Default)]
+struct WeightedInputs {
+    /// A row for every choice, multiplied by the choice's weight.
+    rows: Vec<f32>,
+    ids: Vec<ExpertId>,
+    ones: Vec<f32>,
 }
 
 impl StepState {
@@ -357,19 +365,19 @@ impl Trunk {
         if let Some(observe) = &mut ctx.observe {
             observe(View::Gate(GateView { layer, lane: number, choices: &choices }));
         }
-        let weighted;
-        let (sent, sent_choices) = match moe.spec.weight_on {
-            WeightOn::Output => (&lane.normed, &choices),
-            WeightOn::Input => {
-                weighted = match weigh_inputs(&choices, &lane.normed, &mut lane.weighted) {
-                    Ok(weighted) => weighted,
-                    Err(invalid) => {
-                        lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
-                        return;
-                    }
-                };
-                (&lane.weighted, &weighted)
-            }
+        let weighted = match moe.spec.weight_on {
+            WeightOn::Output => None,
+            WeightOn::Input => match lane.weighted.fill(&choices, &lane.normed) {
+                Ok(weighted) => Some(weighted),
+                Err(invalid) => {
+                    lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
+                    return;
+                }
+            },
+        };
+        let (sent, sent_choices) = match &weighted {
+            None => (&lane.normed, &choices),
+            Some(weighted) => (&lane.weighted.rows, weighted),
         };
         lane.copies = sent_choices.rows() / choices.rows();
         let rows = match self.compute {
@@ -385,6 +393,9 @@ impl Trunk {
             Err(error) => lane.failed = Some(error),
         }
         (lane.ids, lane.weights) = choices.into_parts();
+        if let Some(weighted) = weighted {
+            (lane.weighted.ids, lane.weighted.ones) = weighted.into_parts();
+        }
         lane.shared_out.clear();
         if let Some(shared) = &moe.shared
             && lane.in_flight.is_some()
@@ -540,16 +551,23 @@ impl Lane {
     }
 }
 
-/// A row for every choice, multiplied by the choice's weight, and the choice of its expert with weight one.
-fn weigh_inputs(choices: &Choices, x: &[f32], weighted: &mut Vec<f32>) -> Result<Choices, InvalidChoices> {
-    let hidden = x.len() / choices.rows();
-    weighted.clear();
-    for (row, weights) in x.chunks_exact(hidden).zip(choices.weights().chunks_exact(choices.k())) {
-        for weight in weights {
-            weighted.extend(row.iter().map(|x| x * weight));
+impl WeightedInputs {
+    /// Makes the rows, and says where each goes: to its expert alone, with weight one.
+    fn fill(&mut self, choices: &Choices, x: &[f32]) -> Result<Choices, InvalidChoices> {
+        let hidden = x.len() / choices.rows();
+        self.rows.clear();
+        for (row, weights) in x.chunks_exact(hidden).zip(choices.weights().chunks_exact(choices.k())) {
+            for weight in weights {
+                self.rows.extend(row.iter().map(|x| x * weight));
+            }
         }
+        let (mut ids, mut ones) = (std::mem::take(&mut self.ids), std::mem::take(&mut self.ones));
+        ids.clear();
+        ids.extend_from_slice(choices.experts());
+        ones.clear();
+        ones.resize(ids.len(), 1.0);
+        Choices::new(1, ids, ones)
     }
-    Choices::new(1, choices.experts().to_vec(), vec![1.0; choices.weights().len()])
 }
 
 /// Every `copies` rows become one, added up in their order.
