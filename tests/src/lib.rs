@@ -39,8 +39,9 @@ pub fn golden_model(family: &str) -> PathBuf {
 /// When there are none.
 #[must_use]
 pub fn families() -> Vec<String> {
-    let names = std::fs::read_dir(fixtures()).unwrap().map(|entry| entry.unwrap().file_name());
-    let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
+    let entries = std::fs::read_dir(fixtures()).expect("golden checkpoints can be listed");
+    let names = entries.map(|entry| entry.expect("they can be listed to the end").file_name());
+    let mut names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
     names.sort();
     assert!(!names.is_empty(), "{} is empty", fixtures().display());
     names

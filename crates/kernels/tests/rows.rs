@@ -201,7 +201,8 @@ fn scaled_frequencies_follow_their_formulas() {
         turns => plain(i) / 8.0 * (4.0 - turns) / 3.0 + plain(i) * (turns - 1.0) / 3.0,
     };
     let llama_scaling = Llama3 { factor: 8.0, original_context: context, low: 1.0, high: 4.0 };
-    let cases: [(RopeScaling<'_>, f64, Box<dyn Fn(usize) -> f64>); 5] = [
+    type Formula<'f> = Box<dyn Fn(usize) -> f64 + 'f>;
+    let cases: [(RopeScaling<'_>, f64, Formula<'_>); 5] = [
         (RopeScaling::Linear(2.5), 1.0, Box::new(move |i| plain(i) / 2.5)),
         (RopeScaling::Yarn(yarn(true)), 1.25, Box::new(yarned(true))),
         (RopeScaling::Yarn(yarn(false)), 1.25, Box::new(yarned(false))),

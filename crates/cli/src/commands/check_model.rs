@@ -176,8 +176,11 @@ impl LayerReport {
     }
 }
 
+/// A part of a layer, in words, where it has one.
+type Part = fn(&LayerReport) -> Option<&String>;
+
 /// What a part is in the layers that have it; where it is not the same in all of them, in which it is what.
-fn in_kinds(layers: &[LayerReport], part: fn(&LayerReport) -> Option<&String>) -> Vec<String> {
+fn in_kinds(layers: &[LayerReport], part: Part) -> Vec<String> {
     const SHOWN: usize = 4;
     let mut kinds: Vec<(&String, Vec<usize>)> = Vec::new();
     for (number, words) in
@@ -268,7 +271,7 @@ fn for_people(report: &Report) -> String {
     ];
     let groups = alike(&report.layers);
     facts.push(("layers", layers_in_words(&report.layers)));
-    let parts: [(&str, fn(&LayerReport) -> Option<&String>); 4] = [
+    let parts: [(&str, Part); 4] = [
         ("attention", |layer| Some(&layer.attention)),
         ("gate", |layer| layer.gate.as_ref()),
         ("expert", |layer| layer.expert.as_ref()),
