@@ -3,20 +3,20 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, Rotary, WIDEST_HEAD, intermediate, shared_experts};
-use super::glm4_moe::{experts, sigmoid_gate};
+use super::glm4_moe::{NAMES, sigmoid_gate};
 use super::rope::yarn_scale;
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{
     AttentionSpec, GateRecipe, GroupWorth, LatentSpec, ModelSpec, MoeSpec, Renormalise, RopePairs,
     RopeScaling, RopeSpec, Score,
 };
 
-pub(super) const V2: Family = Family::new("deepseek_v2", v2, experts);
-pub(super) const V3: Family = Family::new("deepseek_v3", v3, experts);
+pub(super) const V2: Family = Family::new("deepseek_v2", v2, ExpertTensors::Split(&NAMES));
+pub(super) const V3: Family = Family::new("deepseek_v3", v3, ExpertTensors::Split(&NAMES));
 /// Kimi K2 is a DeepSeek-V3 with other sizes.
-pub(super) const KIMI_K2: Family = Family::new("kimi_k2", kimi_k2, experts);
+pub(super) const KIMI_K2: Family = Family::new("kimi_k2", kimi_k2, ExpertTensors::Split(&NAMES));
 
 const V2_DEFAULTS: Defaults = Defaults {
     vocab: 102_400,

@@ -3,15 +3,13 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate, shared_experts};
-use super::trunk::{SelectionBias, SplitNames, split_experts};
+use super::trunk::{SelectionBias, SplitNames};
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, ModelSpec, MoeSpec, Renormalise, RopePairs, RopeSpec, Score};
 
-pub(super) const FAMILY: Family = Family::new("ernie4_5_moe", spec, experts);
+pub(super) const FAMILY: Family = Family::new("ernie4_5_moe", spec, ExpertTensors::Split(&NAMES));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 103_424,
@@ -74,13 +72,4 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     // Layers that predict more tokens ahead have names of their own.
     let unused = vec!["model.mtp_".to_owned()];
     Ok(ModelSpec { unused, ..base.model(FAMILY.model_type, dtype, layers) })
-}
-
-fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

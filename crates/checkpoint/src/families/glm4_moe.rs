@@ -3,15 +3,13 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, Rotary, intermediate, shared_experts};
-use super::trunk::{SelectionBias, SplitNames, split_experts};
+use super::trunk::{SelectionBias, SplitNames};
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, GroupWorth, ModelSpec, MoeSpec, QkNorm, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family::new("glm4_moe", spec, experts);
+pub(super) const FAMILY: Family = Family::new("glm4_moe", spec, ExpertTensors::Split(&NAMES));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 151_552,
@@ -33,7 +31,7 @@ const DEFAULTS: Defaults = Defaults {
     },
 };
 
-const NAMES: SplitNames = SplitNames {
+pub(super) const NAMES: SplitNames = SplitNames {
     selection_bias: Some(SelectionBias::Vector("gate.e_score_correction_bias")),
     ..SplitNames::USUAL
 };
@@ -68,13 +66,4 @@ pub(super) fn sigmoid_gate(config: &Config, scale: f64) -> Result<GateRecipe, Co
         scale: config.positive("routed_scaling_factor", scale)? as f32,
         ..GateRecipe::plain(Score::SigmoidThenTopK, renormalise)
     })
-}
-
-pub(super) fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

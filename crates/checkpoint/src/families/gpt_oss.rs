@@ -4,8 +4,8 @@
 use muster_types::DType;
 use serde_json::Value;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate, window};
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, MXFP4_GROUP, PlanBuilder, View};
@@ -14,7 +14,7 @@ use crate::spec::{
     Renormalise, Role, RopeScaling, RopeSpec, Score, Sees, YarnSpec,
 };
 
-pub(super) const FAMILY: Family = Family::new("gpt_oss", spec, experts);
+pub(super) const FAMILY: Family = Family::new("gpt_oss", spec, ExpertTensors::Own(experts));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 201_088,

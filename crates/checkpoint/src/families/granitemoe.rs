@@ -3,8 +3,8 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, WIDEST_MLP, intermediate};
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};
@@ -13,8 +13,8 @@ use crate::spec::{
     Role, Score, SharedSpec,
 };
 
-pub(super) const FAMILY: Family = Family::new("granitemoe", spec, experts);
-pub(super) const SHARED: Family = Family::new("granitemoeshared", with_shared, experts);
+pub(super) const FAMILY: Family = Family::new("granitemoe", spec, ExpertTensors::Own(experts));
+pub(super) const SHARED: Family = Family::new("granitemoeshared", with_shared, ExpertTensors::Own(experts));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 32000,

@@ -3,19 +3,17 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, MOST_EXPERTS, MOST_EXPERTS_IN_ALL, count, intermediate};
-use super::trunk::{SplitNames, TrunkNames, split_experts};
+use super::trunk::{SplitNames, TrunkNames};
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
 use crate::spec::{
     AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score, SharedSpec,
 };
 
 pub(super) const FAMILY: Family = Family {
     names: &TrunkNames { qk_norms: ["query_layernorm", "key_layernorm"], ..TrunkNames::USUAL },
-    ..Family::new("hunyuan_v1_moe", spec, experts)
+    ..Family::new("hunyuan_v1_moe", spec, ExpertTensors::Split(&NAMES))
 };
 
 const DEFAULTS: Defaults = Defaults {
@@ -87,13 +85,4 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     };
     let layers = experts.iter().zip(&top_k).map(layer).collect::<Result<Vec<_>, _>>()?;
     Ok(base.model(FAMILY.model_type, dtype, layers))
-}
-
-fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

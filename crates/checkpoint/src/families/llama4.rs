@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::base::{Base, Defaults, Habits, intermediate};
 use super::trunk::TrunkNames;
-use super::{Family, PartOf};
+use super::{ExpertTensors, Family, PartOf};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};
@@ -18,7 +18,7 @@ use crate::spec::{
 
 pub(super) const TEXT: Family = Family {
     names: &TrunkNames { dense: "feed_forward", ..TrunkNames::USUAL },
-    ..Family::new("llama4_text", text, experts)
+    ..Family::new("llama4_text", text, ExpertTensors::Own(experts))
 };
 /// As it is published, with a part that looks at images, which is left alone.
 pub(super) const WHOLE: Family = Family {

@@ -2,17 +2,13 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, Rotary, intermediate};
-use super::trunk::{SelectionBias, SplitNames, split_experts};
+use super::trunk::{SelectionBias, SplitNames};
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
-use crate::spec::{
-    AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score,
-};
+use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, QkNorm, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family::new("minimax_m2", spec, experts);
+pub(super) const FAMILY: Family = Family::new("minimax_m2", spec, ExpertTensors::Split(&NAMES));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 200_064,
@@ -36,12 +32,8 @@ const DEFAULTS: Defaults = Defaults {
 };
 
 const NAMES: SplitNames = SplitNames {
-    block: "block_sparse_moe",
-    gate: "w1",
-    up: "w3",
-    down: "w2",
     selection_bias: Some(SelectionBias::Vector("e_score_correction_bias")),
-    ..SplitNames::USUAL
+    ..SplitNames::NUMBERED
 };
 
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
@@ -72,13 +64,4 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     // Layers that predict more tokens ahead have names of their own.
     let unused = vec!["model.mtp".to_owned()];
     Ok(ModelSpec { unused, ..base.model(FAMILY.model_type, dtype, layers) })
-}
-
-fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

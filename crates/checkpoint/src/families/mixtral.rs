@@ -3,15 +3,13 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate, window};
-use super::trunk::{SplitNames, split_experts};
+use super::trunk::SplitNames;
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
-use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise, Score};
+use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family::new("mixtral", spec, experts);
+pub(super) const FAMILY: Family = Family::new("mixtral", spec, ExpertTensors::Split(&SplitNames::NUMBERED));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 32000,
@@ -29,9 +27,6 @@ const DEFAULTS: Defaults = Defaults {
     habits: Habits::USUAL,
 };
 
-const NAMES: SplitNames =
-    SplitNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2", ..SplitNames::USUAL };
-
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     let gate = GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::SUM);
@@ -41,13 +36,4 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     };
     let layers = vec![layer; base.layers];
     Ok(base.model(FAMILY.model_type, dtype, layers))
-}
-
-fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

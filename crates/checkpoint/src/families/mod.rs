@@ -28,7 +28,7 @@ use crate::config::{Config, ConfigError};
 use crate::error::{CheckpointError, clip};
 use crate::plan::PlanBuilder;
 use crate::spec::{MlpSpec, ModelSpec, MoeSpec};
-use trunk::TrunkNames;
+use trunk::{SplitNames, TrunkNames};
 
 pub use presets::Preset;
 
@@ -39,17 +39,25 @@ pub(crate) struct Family {
     model_type: &'static str,
     /// Configuration to spec; the dtype is that of the stored matrices.
     spec: fn(&Config, DType) -> Result<ModelSpec, ConfigError>,
-    /// Plans the gate and the experts of one layer: its number, the model's hidden size, the experts.
-    experts: fn(&mut PlanBuilder<'_>, u32, usize, &MoeSpec) -> Result<(), CheckpointError>,
+    experts: ExpertTensors,
     /// What it calls the rest.
     names: &'static TrunkNames,
     /// The text model is part of a larger one.
     part_of: Option<PartOf>,
 }
 
+/// Which tensors hold the gate and the experts of a layer.
+#[derive(Clone, Copy)]
+enum ExpertTensors {
+    /// One by one, or stacked, under these names.
+    Split(&'static SplitNames),
+    /// As this plans them, given the layer's number, the model's hidden size and the experts.
+    Own(fn(&mut PlanBuilder<'_>, u32, usize, &MoeSpec) -> Result<(), CheckpointError>),
+}
+
 /// Where a text model is found in a larger one, whose other parts are left alone.
 #[derive(Clone, Copy)]
-pub(crate) struct PartOf {
+struct PartOf {
     /// Key of its configuration.
     config: &'static str,
     /// Before the names of its tensors.
@@ -95,7 +103,7 @@ impl Family {
     const fn new(
         model_type: &'static str,
         spec: fn(&Config, DType) -> Result<ModelSpec, ConfigError>,
-        experts: fn(&mut PlanBuilder<'_>, u32, usize, &MoeSpec) -> Result<(), CheckpointError>,
+        experts: ExpertTensors,
     ) -> Self {
         Self { model_type, spec, experts, names: &TrunkNames::USUAL, part_of: None }
     }
@@ -134,7 +142,12 @@ impl Family {
         for (layer, number) in spec.layers.iter().zip(0u32..) {
             trunk::layer(plan, number, spec, &layer.attention, self.names)?;
             match &layer.mlp {
-                MlpSpec::Moe(moe) => (self.experts)(plan, number, spec.hidden, moe)?,
+                MlpSpec::Moe(moe) => match self.experts {
+                    ExpertTensors::Split(names) => {
+                        trunk::split_experts(plan, number, spec.hidden, moe, names)?;
+                    }
+                    ExpertTensors::Own(experts) => experts(plan, number, spec.hidden, moe)?,
+                },
                 MlpSpec::Dense { intermediate } => {
                     trunk::dense(plan, number, spec.hidden, *intermediate, self.names)?;
                 }

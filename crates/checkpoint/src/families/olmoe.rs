@@ -2,13 +2,14 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate};
-use super::qwen3_moe::{experts, renormalise};
+use super::qwen3_moe::renormalise;
+use super::trunk::SplitNames;
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, QkNorm, Score};
 
-pub(super) const FAMILY: Family = Family::new("olmoe", spec, experts);
+pub(super) const FAMILY: Family = Family::new("olmoe", spec, ExpertTensors::Split(&SplitNames::USUAL));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 50304,

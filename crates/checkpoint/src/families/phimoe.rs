@@ -2,17 +2,13 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate, window};
-use super::trunk::{SplitNames, split_experts};
+use super::trunk::SplitNames;
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
-use crate::spec::{
-    AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, Renormalise, Score,
-};
+use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, NormKind, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family::new("phimoe", spec, experts);
+pub(super) const FAMILY: Family = Family::new("phimoe", spec, ExpertTensors::Split(&SplitNames::NUMBERED));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 32064,
@@ -30,9 +26,6 @@ const DEFAULTS: Defaults = Defaults {
     habits: Habits { modules: &["configuration_phimoe", "modeling_phimoe"], ..Habits::USUAL },
 };
 
-const NAMES: SplitNames =
-    SplitNames { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2", ..SplitNames::USUAL };
-
 fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     config.refuse_unless("num_experts_per_tok", "SparseMixer picks 2 experts", |value| value == 2)?;
@@ -48,13 +41,4 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
         head_bias: config.flag("lm_head_bias", false)?,
         ..base.model(FAMILY.model_type, dtype, layers)
     })
-}
-
-fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

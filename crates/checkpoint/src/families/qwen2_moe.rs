@@ -2,16 +2,14 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate};
 use super::qwen3_moe::{layers, renormalise};
-use super::trunk::{SplitNames, split_experts};
+use super::trunk::SplitNames;
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, ModelSpec, MoeSpec, Score, SharedSpec};
 
-pub(super) const FAMILY: Family = Family::new("qwen2_moe", spec, experts);
+pub(super) const FAMILY: Family = Family::new("qwen2_moe", spec, ExpertTensors::Split(&NAMES));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 151_936,
@@ -45,13 +43,4 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     };
     let layers = layers(config, &base, &attention, &moe, intermediate(config, "intermediate_size", 5632)?)?;
     Ok(base.model(FAMILY.model_type, dtype, layers))
-}
-
-fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &NAMES)
 }

@@ -3,15 +3,13 @@
 
 use muster_types::DType;
 
-use super::Family;
 use super::base::{Base, Defaults, Habits, intermediate};
-use super::trunk::{SplitNames, split_experts};
+use super::trunk::SplitNames;
+use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::plan::PlanBuilder;
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score};
 
-pub(super) const FAMILY: Family = Family::new("qwen3_moe", spec, experts);
+pub(super) const FAMILY: Family = Family::new("qwen3_moe", spec, ExpertTensors::Split(&SplitNames::USUAL));
 
 const DEFAULTS: Defaults = Defaults {
     vocab: 151_936,
@@ -62,13 +60,4 @@ pub(super) fn layers(
 /// `norm_topk_prob`, by which some families say whether selected weights are renormalised; their classes say no.
 pub(super) fn renormalise(config: &Config) -> Result<Renormalise, ConfigError> {
     Ok(if config.flag("norm_topk_prob", false)? { Renormalise::SUM } else { Renormalise::None })
-}
-
-pub(super) fn experts(
-    plan: &mut PlanBuilder<'_>,
-    layer: u32,
-    hidden: usize,
-    moe: &MoeSpec,
-) -> Result<(), CheckpointError> {
-    split_experts(plan, layer, hidden, moe, &SplitNames::USUAL)
 }

@@ -166,6 +166,9 @@ impl SplitNames {
         shared: "shared_experts",
         shared_scale: "shared_expert_gate",
     };
+    /// Those of Mixtral and families after it.
+    pub(super) const NUMBERED: Self =
+        Self { block: "block_sparse_moe", gate: "w1", up: "w3", down: "w2", ..Self::USUAL };
 }
 
 /// The gate of one layer, its experts, each in three tensors of its own, and its shared expert.
