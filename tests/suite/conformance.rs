@@ -1,10 +1,12 @@
 //! Every family against transformers: in one process, and through a router's trunk and two worker processes, which
 //! must agree with each other to the bit.
 
+use muster_proto::v1::inference_client::InferenceClient;
 use muster_tests::client::{generate, greedy};
 use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::elastic::{Elastic, copies};
 use muster_tests::golden::{Tensors, farthest, ids, json, logits};
-use muster_tests::process::run;
+use muster_tests::process::{eventually, run};
 use muster_tests::{families, golden_model};
 use serde_json::Value;
 
@@ -134,5 +136,32 @@ async fn a_router_and_two_workers_give_the_golden_tokens_of_every_family() {
             let atol = meta["tolerance"]["atol"]["greedy_logprobs"].as_f64().unwrap() as f32;
             assert!(off <= atol, "{family} {prompt}: log-probabilities are off by {off}, allowed {atol}");
         }
+    }
+}
+
+/// Workers without a model of their own take what they need to know from the router, and experts from it or each other:
+/// biases, activation and published forms have to come along.
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_join_without_a_model_give_the_golden_tokens() {
+    const KINDS: [&str; 3] = ["gpt_oss", "llama4", "deepseek_v3_fp8"];
+    for family in families().iter().filter(|family| KINDS.iter().any(|kind| family.starts_with(kind))) {
+        let directory = golden_model(family);
+        let golden = Tensors::read(&directory.join("golden.safetensors"));
+        let mut cluster = Elastic::start(&directory, 1, &["--compute", "f32", "--replicas", "2"]);
+        cluster.join(&[]);
+        cluster.settled(1).await;
+        cluster.join(&[]);
+        eventually("each has every expert", async || {
+            let status = cluster.status(0).await;
+            (copies(&status) == 2 * status.experts).then_some(())
+        })
+        .await;
+        // One of them alone, so that the other's copies count.
+        cluster.workers[0].kill();
+        let url = format!("http://{}", cluster.grpc()[0]);
+        let client = InferenceClient::connect(url).await.unwrap();
+        let request = greedy(&golden.ids("prompt1.input_ids"), 24);
+        let output = generate(&client, request).await.unwrap().remove(0);
+        assert_eq!(output.ids, golden.ids("prompt1.greedy_ids"), "{family}");
     }
 }
