@@ -214,6 +214,36 @@ mod tests {
         }
     }
 
+    /// Transposes rows.
+    struct Transpose([[f32; LANES]; LANES]);
+
+    impl Kernel for Transpose {
+        type Output = [[f32; LANES]; LANES];
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Self::Output {
+            let mut rows = [s.splat(0.0); LANES];
+            for (to, row) in rows.iter_mut().zip(&self.0) {
+                *to = s.load(row);
+            }
+            let mut out = [[0.0; LANES]; LANES];
+            for (to, row) in out.iter_mut().zip(s.transpose(rows)) {
+                s.store(row, to);
+            }
+            out
+        }
+    }
+
+    #[test]
+    fn rows_become_columns_on_every_instruction_set() {
+        let rows = std::array::from_fn(|row| std::array::from_fn(|lane| (row * LANES + lane) as f32));
+        for isa in Isa::available() {
+            let found = dispatch(isa, Transpose(rows));
+            for (i, found) in found.iter().enumerate() {
+                assert_eq!(*found, rows.map(|row| row[i]), "{isa}");
+            }
+        }
+    }
+
     /// Numbers of all kinds, most of them so that sums, products and quotients end near the least normal number.
     fn operand(state: &mut u64) -> f32 {
         *state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);

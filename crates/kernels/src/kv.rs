@@ -1,8 +1,9 @@
 //! Keys and values of past tokens, in blocks of sixteen positions.
 //!
 //! What must hold: a block holds, for every layer and KV head, the keys transposed (`[head_dim][16]`, so that sixteen
-//! scores are sixteen lanes) and then the values (`[16][value_dim]`, each padded to whole lines of sixteen); nothing is
-//! resident before it is written. Of a table, only the entries of positions that are written or seen are looked at. It
+//! scores are sixteen lanes) and then the values (`[16][value_dim]`, each padded to whole lines of sixteen); where values
+//! are the ends of keys, they are held once, as values, and only what comes before them as keys. Nothing is resident
+//! before it is written. Of a table, only the entries of positions that are written or seen are looked at. It
 //! does not know which layers of a model share a table, which sequence owns a block, nor whether a position was written:
 //! block tables and positions come from the caller, who has checked them.
 
@@ -18,6 +19,15 @@ pub const BLOCK_TOKENS: usize = 16;
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block's positions are the lanes of a vector");
 
+/// Where a head's values come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvValues {
+    /// They are beside the keys.
+    Apart,
+    /// The last `value_dim` elements of a key are its value.
+    EndOfKey,
+}
+
 /// What a cache holds per position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvShape {
@@ -29,12 +39,17 @@ pub struct KvShape {
     pub head_dim: usize,
     /// Elements of a head's value.
     pub value_dim: usize,
+    /// Where values come from.
+    pub values: KvValues,
 }
 
 impl KvShape {
-    /// Lines of sixteen elements that the keys of a block and head take.
+    /// Lines of sixteen elements that the keys of a block and head take, as far as they are no values.
     fn key_lines(self) -> usize {
-        self.head_dim
+        match self.values {
+            KvValues::Apart => self.head_dim,
+            KvValues::EndOfKey => self.head_dim.saturating_sub(self.value_dim),
+        }
     }
 
     /// Lines that the values of a block and head take.
@@ -115,7 +130,14 @@ impl<E: Element> Lines<E> {
         ((block * layers + layer) * kv_heads + head) * (self.shape.key_lines() + self.shape.value_lines())
     }
 
-    /// Keys (`head_dim` lines of sixteen positions) and values (sixteen positions of whole lines).
+    /// Where values come from.
+    #[inline(always)]
+    pub(crate) fn values(&self) -> KvValues {
+        self.shape.values
+    }
+
+    /// Keys (lines of sixteen positions, one per element that is no value's) and values (sixteen positions of whole
+    /// lines).
     #[inline(always)]
     pub(crate) fn head(&self, block: usize, layer: usize, head: usize) -> (&[[E; LANES]], &[[E; LANES]]) {
         let start = self.start(block, layer, head);
@@ -124,9 +146,12 @@ impl<E: Element> Lines<E> {
     }
 
     fn write(&mut self, layer: usize, rows: &[KvSlot<'_>], k: &[f32], v: &[f32]) {
-        let KvShape { kv_heads, head_dim, value_dim, .. } = self.shape;
-        let heads = k.chunks_exact(head_dim).zip(v.chunks_exact(value_dim));
-        for (index, (k, v)) in heads.enumerate() {
+        let KvShape { kv_heads, head_dim, value_dim, values, .. } = self.shape;
+        for (index, k) in k.chunks_exact(head_dim).enumerate() {
+            let (k, v) = match values {
+                KvValues::Apart => (k, &v[index * value_dim..][..value_dim]),
+                KvValues::EndOfKey => k.split_at(head_dim - value_dim),
+            };
             let (row, head) = (&rows[index / kv_heads], index % kv_heads);
             let position = row.position as usize;
             let lane = position % BLOCK_TOKENS;
@@ -162,9 +187,10 @@ impl KvCache {
     /// Memory becomes resident as blocks are used.
     ///
     /// # Errors
-    /// [`KernelError::Size`] if a size is zero or above what u32 counts, [`KernelError::TooLarge`] or [`KernelError::OutOfMemory`] if there cannot be so many blocks.
+    /// [`KernelError::Size`] if a size is zero or above what u32 counts, or values longer than the keys that they end;
+    /// [`KernelError::TooLarge`] or [`KernelError::OutOfMemory`] if there cannot be so many blocks.
     pub fn new(shape: KvShape, blocks: usize, precision: Precision) -> Result<Self, KernelError> {
-        let KvShape { layers, kv_heads, head_dim, value_dim } = shape;
+        let KvShape { layers, kv_heads, head_dim, value_dim, values } = shape;
         for (field, value) in [
             ("layers", layers),
             ("kv_heads", kv_heads),
@@ -176,6 +202,10 @@ impl KvCache {
             if value == 0 || u32::try_from(value).is_err() {
                 return Err(KernelError::Size { field, value, rule: "at least 1 and below 2^32" });
             }
+        }
+        if values == KvValues::EndOfKey && value_dim > head_dim {
+            let rule = "at most head_dim where values are the ends of keys";
+            return Err(KernelError::Size { field: "value_dim", value: value_dim, rule });
         }
         let store = match precision {
             Precision::F32 => Store::F32(Lines::new(shape, blocks)?),
@@ -217,7 +247,7 @@ impl KvCache {
     }
 
     /// Writes keys and values of rows to their places in `layer`. `k` is `[rows, kv_heads * head_dim]`, `v`
-    /// `[rows, kv_heads * value_dim]`.
+    /// `[rows, kv_heads * value_dim]`, or empty where values are the ends of keys.
     ///
     /// # Panics
     /// If `layer`, a block number or a slice's length does not fit the cache, or a table has no entry for its row.
@@ -225,11 +255,13 @@ impl KvCache {
         self.check(layer, rows, |position| position);
         let heads = rows.len() * self.shape.kv_heads;
         assert_eq!(k.len(), heads * self.shape.head_dim, "k: its length must be rows * kv_heads * head_dim");
-        assert_eq!(
-            v.len(),
-            heads * self.shape.value_dim,
-            "v: its length must be rows * kv_heads * value_dim"
-        );
+        match self.shape.values {
+            KvValues::Apart => {
+                let len = heads * self.shape.value_dim;
+                assert_eq!(v.len(), len, "v: its length must be rows * kv_heads * value_dim");
+            }
+            KvValues::EndOfKey => assert_eq!(v.len(), 0, "v: values are the ends of keys"),
+        }
         match &mut self.store {
             Store::F32(lines) => lines.write(layer, rows, k, v),
             Store::Bf16(lines) => lines.write(layer, rows, k, v),
@@ -275,7 +307,8 @@ impl fmt::Debug for KvCache {
 mod tests {
     use super::*;
 
-    const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 3, head_dim: 20, value_dim: 20 };
+    const SHAPE: KvShape =
+        KvShape { layers: 2, kv_heads: 3, head_dim: 20, value_dim: 20, values: KvValues::Apart };
 
     #[test]
     fn rows_land_in_their_block_and_lane_and_nowhere_else() {
@@ -304,6 +337,32 @@ mod tests {
     }
 
     #[test]
+    fn values_that_end_keys_are_held_once() {
+        let shape = KvShape { head_dim: 23, value_dim: 18, values: KvValues::EndOfKey, ..SHAPE };
+        let mut cache = KvCache::new(shape, 4, Precision::F32).unwrap();
+        let k: Vec<f32> = (1..=69_u8).map(f32::from).collect();
+        cache.write(1, &[KvSlot { position: 21, blocks: &[0, 2] }], &k, &[]);
+        // Sixteen keys of 5 and values padded to 32.
+        assert_eq!(cache.bytes(), 4 * 2 * 3 * 16 * (5 + 32) * 4);
+        let Store::F32(lines) = &cache.store else { panic!("f32 expected") };
+        for (head, k) in k.chunks(23).enumerate() {
+            let (keys, values) = lines.head(2, 1, head);
+            assert!(keys.iter().map(|line| line[5]).eq(k[..5].iter().copied()));
+            assert_eq!(values.as_flattened()[5 * 32..][..18], k[5..]);
+        }
+        let written = lines.lines.iter().flatten().filter(|value| **value != 0.0).count();
+        assert_eq!(written, k.len());
+    }
+
+    #[test]
+    #[should_panic(expected = "v: values are the ends of keys")]
+    fn values_beside_the_keys_that_they_end_are_refused() {
+        let shape = KvShape { values: KvValues::EndOfKey, ..SHAPE };
+        let mut cache = KvCache::new(shape, 4, Precision::F32).unwrap();
+        cache.write(0, &[KvSlot { position: 0, blocks: &[0] }], &[0.0; 60], &[0.0; 60]);
+    }
+
+    #[test]
     fn bf16_caches_round_and_take_half_the_bytes() {
         let mut cache = KvCache::new(SHAPE, 4, Precision::Bf16).unwrap();
         let x = vec![1.003_f32; 60];
@@ -322,8 +381,13 @@ mod tests {
         let none = message(KvShape { head_dim: 0, ..SHAPE }, 1);
         assert_eq!(none, "head_dim is 0: it must be at least 1 and below 2^32");
         assert_eq!(message(SHAPE, 0), "blocks is 0: it must be at least 1 and below 2^32");
-        let many =
-            KvShape { layers: u32::MAX as usize, kv_heads: u32::MAX as usize, head_dim: 512, value_dim: 512 };
+        let ends = KvShape { value_dim: 21, values: KvValues::EndOfKey, ..SHAPE };
+        assert_eq!(
+            message(ends, 1),
+            "value_dim is 21: it must be at most head_dim where values are the ends of keys"
+        );
+        let most = u32::MAX as usize;
+        let many = KvShape { layers: most, kv_heads: most, head_dim: 512, value_dim: 512, ..SHAPE };
         assert!(message(many, 7).contains("more bytes than an address can count"));
         assert_eq!(KvCache::bytes_per_block(many, Precision::F32), usize::MAX);
     }

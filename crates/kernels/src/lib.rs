@@ -55,7 +55,7 @@ pub use error::KernelError;
 pub use ffn::{Expert, ExpertRows, FfnScratch, grouped_ffn};
 pub use gating::{Biases, Gating};
 pub use isa::Isa;
-pub use kv::{BLOCK_TOKENS, KvCache, KvShape, KvSlot};
+pub use kv::{BLOCK_TOKENS, KvCache, KvShape, KvSlot, KvValues};
 pub use linear::linear;
 pub use matrix::Matrix;
 pub use norm::{layer_norm, rms_norm, rms_norm_in_place};

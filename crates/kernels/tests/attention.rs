@@ -5,10 +5,15 @@ mod common;
 use std::ops::Range;
 
 use common::{Numbers, assert_same, cpu, cpus, to_bf16_values, tree_sum};
-use muster_kernels::{AttentionShape, Cpu, Isa, KvCache, KvShape, KvSlot, Precision, Sees, attention, math};
+use muster_kernels::{
+    AttentionShape, Cpu, Isa, KvCache, KvShape, KvSlot, KvValues, Precision, Sees, attention, math,
+};
 use proptest::prelude::*;
 
 const LAYER: usize = 1;
+
+const ONE_NUMBER: KvShape =
+    KvShape { layers: 1, kv_heads: 1, head_dim: 1, value_dim: 1, values: KvValues::Apart };
 
 /// A sequence with all its queries, keys and values, and the blocks that it owns.
 struct Sequence {
@@ -26,6 +31,19 @@ impl Sequence {
         let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = shape;
         let (q, k, v) = (rows(heads * head_dim), rows(kv_heads * head_dim), rows(kv_heads * value_dim));
         Self { shape, q, k, v, blocks }
+    }
+
+    /// One whose values are the ends of its keys.
+    fn ending_in_values(
+        numbers: &mut Numbers,
+        shape: AttentionShape<'static>,
+        len: usize,
+        blocks: Vec<u32>,
+    ) -> Self {
+        let mut sequence = Self::new(numbers, shape, len, blocks);
+        let keys = sequence.k.chunks_exact(shape.head_dim);
+        sequence.v = keys.flat_map(|key| &key[shape.head_dim - shape.value_dim..]).copied().collect();
+        sequence
     }
 
     fn len(&self) -> usize {
@@ -49,6 +67,7 @@ impl Sequence {
         let part = |width: usize| rows.start * width..rows.end * width;
         let (k, v) =
             (&self.k[part(self.kv_width())], &self.v[part(self.shape.kv_heads * self.shape.value_dim)]);
+        let v = if kv.shape().values == KvValues::Apart { v } else { &[] };
         kv.write(LAYER, &self.slots(rows), k, v);
     }
 
@@ -151,14 +170,24 @@ impl Sequence {
 
 /// A cache whose every element is NaN or infinite until it is written: what a former owner may have left.
 fn poisoned(shape: &AttentionShape<'_>, blocks: usize, precision: Precision) -> KvCache {
+    poisoned_with(KvValues::Apart, shape, blocks, precision)
+}
+
+fn poisoned_with(
+    values: KvValues,
+    shape: &AttentionShape<'_>,
+    blocks: usize,
+    precision: Precision,
+) -> KvCache {
     let &AttentionShape { kv_heads, head_dim, value_dim, .. } = shape;
-    let kv_shape = KvShape { layers: 2, kv_heads, head_dim, value_dim };
+    let kv_shape = KvShape { layers: 2, kv_heads, head_dim, value_dim, values };
     let mut kv = KvCache::new(kv_shape, blocks, precision).expect("the shape fits");
     let table: Vec<u32> = (0..blocks as u32).collect();
     for layer in 0..2 {
         for position in 0..blocks as u32 * 16 {
             let bad = if position % 2 == 0 { f32::NAN } else { f32::INFINITY };
-            let (k, v) = (vec![bad; kv_heads * head_dim], vec![bad; kv_heads * value_dim]);
+            let apart = usize::from(values == KvValues::Apart);
+            let (k, v) = (vec![bad; kv_heads * head_dim], vec![bad; apart * kv_heads * value_dim]);
             kv.write(layer, &[KvSlot { position, blocks: &table }], &k, &v);
         }
     }
@@ -213,6 +242,82 @@ fn every_instruction_set_follows_the_stated_order() {
                 let found = sequence.attend(&cpu, &kv, 0..53);
                 assert_same(&found, &want, &format!("{} {shape:?} {precision:?}", cpu.isa()));
             }
+        }
+    }
+}
+
+/// Shapes of attention whose values are the ends of keys: whole stretches and parts of them, keys that are nothing but a
+/// value, starts within a group of four and within a line, passes of fewer heads than there are.
+fn ending_in_values() -> Vec<AttentionShape<'static>> {
+    let widths = [(576, 512), (192, 128), (36, 20), (37, 33), (150, 129), (143, 141), (20, 20), (7, 1)];
+    let sees = [Sees::All, Sees::Last(9), Sees::Chunk(7), Sees::Chunk(40), Sees::Last(16)];
+    let heads = [(16, 1), (6, 1), (4, 2), (40, 1), (3, 1), (8, 1), (7, 1), (5, 5)];
+    let shapes = widths.into_iter().zip(heads).enumerate().map(|(index, ((head_dim, value_dim), heads))| {
+        let plain = shape(heads.0, heads.1, head_dim, sees[index % sees.len()]);
+        AttentionShape { value_dim, ..plain }
+    });
+    let shapes: Vec<_> = shapes.collect();
+    let with_sinks = shapes.clone().into_iter().filter(|shape| shape.heads <= SINKS.len()).enumerate();
+    let with_sinks = with_sinks.map(|(index, shape)| AttentionShape {
+        sinks: Some(&SINKS[..shape.heads]),
+        sees: sees[index % sees.len()],
+        ..shape
+    });
+    let with_sinks: Vec<_> = with_sinks.collect();
+    [shapes, with_sinks].concat()
+}
+
+#[test]
+fn values_held_as_the_ends_of_keys_give_the_bits_of_values_apart() {
+    let mut numbers = Numbers(27);
+    for shape in ending_in_values() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let first = Sequence::ending_in_values(&mut numbers, shape, 53, vec![4, 1, 6, 0]);
+            let other = Sequence::ending_in_values(&mut numbers, shape, 40, vec![5, 2, 3]);
+            let [apart, ends] = [KvValues::Apart, KvValues::EndOfKey].map(|values| {
+                let mut kv = poisoned_with(values, &shape, 7, precision);
+                first.write(&mut kv, 0..53);
+                other.write(&mut kv, 0..40);
+                kv
+            });
+            assert!(ends.bytes() < apart.bytes());
+            let in_order: Vec<f32> = (0..53)
+                .flat_map(|position| (0..shape.heads).map(move |head| (position, head)))
+                .flat_map(|(position, head)| first.in_order(position, head))
+                .collect();
+            for cpu in cpus() {
+                let name = format!("{} {shape:?} {precision:?}", cpu.isa());
+                assert_same(&first.attend(&cpu, &ends, 0..53), &in_order, &name);
+                // Rows of two sequences in one call, some of which look at a block that others have passed.
+                for parts in [
+                    [(&first, 52..53), (&other, 39..40), (&first, 3..5)],
+                    [(&other, 0..40), (&first, 17..18), (&first, 30..53)],
+                ] {
+                    let want = attend_together(&cpu, &apart, &parts);
+                    assert_same(&attend_together(&cpu, &ends, &parts), &want, &name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_show_where_heads_are_shared_out() {
+    let mut numbers = Numbers(28);
+    for heads in [5, 16, 70] {
+        let shape = AttentionShape { value_dim: 128, ..shape(heads, 1, 144, Sees::All) };
+        let sequence = Sequence::ending_in_values(&mut numbers, shape, 100, (0..7).collect());
+        for values in [KvValues::Apart, KvValues::EndOfKey] {
+            let mut kv = poisoned_with(values, &shape, 7, Precision::Bf16);
+            sequence.write(&mut kv, 0..100);
+            let [alone, two, seven] =
+                [1, 2, 7].map(|threads| sequence.attend(&cpu(threads, Isa::detect()), &kv, 97..100));
+            assert_same(&two, &alone, "two threads");
+            assert_same(&seven, &alone, "seven threads");
+            let want = (97..100).flat_map(|position| (0..heads).map(move |head| (position, head)));
+            let want: Vec<f32> =
+                want.flat_map(|(position, head)| sequence.in_order(position, head)).collect();
+            assert_same(&alone, &want, "one thread");
         }
     }
 }
@@ -302,10 +407,11 @@ fn a_block_that_a_row_sees_must_be_there() {
 fn attend_together(cpu: &Cpu, kv: &KvCache, parts: &[(&Sequence, Range<usize>)]) -> Vec<f32> {
     let (mut q, mut slots) = (Vec::new(), Vec::new());
     for (sequence, rows) in parts {
-        q.extend_from_slice(&sequence.q[rows.start * sequence.width()..rows.end * sequence.width()]);
+        let width = sequence.shape.heads * sequence.shape.head_dim;
+        q.extend_from_slice(&sequence.q[rows.start * width..rows.end * width]);
         slots.extend(sequence.slots(rows.clone()));
     }
-    let mut out = vec![f32::NAN; q.len()];
+    let mut out = vec![f32::NAN; slots.len() * parts[0].0.width()];
     attention(cpu, &parts[0].0.shape, LAYER, &q, &slots, kv, &mut out);
     out
 }
@@ -355,9 +461,7 @@ proptest! {
 fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
     let shape = AttentionShape { scale: 1.0, ..shape(1, 1, 1, Sees::All) };
     let run = |q: f32, k: [f32; 2]| {
-        let mut kv =
-            KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
-                .unwrap();
+        let mut kv = KvCache::new(ONE_NUMBER, 1, Precision::F32).unwrap();
         let slots = [0, 1].map(|position| KvSlot { position, blocks: &[0] });
         kv.write(0, &slots, &k, &[3.0, 5.0]);
         let mut out = [0.0; 2];
@@ -372,9 +476,7 @@ fn scores_beyond_range_stay_visible_and_large_ones_are_exact() {
 
 #[test]
 fn a_sink_beside_one_score_takes_its_share() {
-    let mut kv =
-        KvCache::new(KvShape { layers: 1, kv_heads: 1, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
-            .unwrap();
+    let mut kv = KvCache::new(ONE_NUMBER, 1, Precision::F32).unwrap();
     let slots = [KvSlot { position: 0, blocks: &[0] }];
     kv.write(0, &slots, &[1.0], &[6.0]);
     let run = |score: f32, sink: f32| {
@@ -399,6 +501,13 @@ fn sinks_of_another_number_are_refused() {
 }
 
 #[test]
+fn no_rows_are_no_work() {
+    let shape = shape(4, 2, 16, Sees::All);
+    let kv = poisoned(&shape, 1, Precision::F32);
+    attention(&cpu(2, Isa::detect()), &shape, LAYER, &[], &[], &kv, &mut []);
+}
+
+#[test]
 fn a_row_that_sees_nothing_is_refused() {
     for sees in [Sees::Last(0), Sees::Chunk(0)] {
         let shape = shape(4, 4, 16, sees);
@@ -414,8 +523,7 @@ fn a_row_that_sees_nothing_is_refused() {
 #[test]
 #[should_panic(expected = "shape: heads must divide by kv_heads")]
 fn heads_that_do_not_divide_are_refused() {
-    let kv = KvCache::new(KvShape { layers: 1, kv_heads: 2, head_dim: 1, value_dim: 1 }, 1, Precision::F32)
-        .unwrap();
+    let kv = KvCache::new(KvShape { kv_heads: 2, ..ONE_NUMBER }, 1, Precision::F32).unwrap();
     let shape = shape(3, 2, 1, Sees::All);
     attention(&cpu(1, Isa::Portable), &shape, 0, &[], &[], &kv, &mut []);
 }

@@ -8,7 +8,7 @@ use std::num::NonZero;
 
 use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, StoredAs, Use};
 use muster_engine::reach::{LayerGroups, most_held};
-use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape};
+use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape, KvValues};
 use muster_types::{Compute, WeightDType};
 
 use crate::experts::precision;
@@ -93,12 +93,16 @@ fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, c
 fn kv_bytes(attention: &AttentionOutline, compute: Compute) -> u64 {
     let shape = match *attention {
         AttentionOutline::Grouped { kv_heads, head_dim, .. } => {
-            KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim }
+            KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim, values: KvValues::Apart }
         }
-        // The compressed row is kept as a key, beside what is rotated, and as a value.
-        AttentionOutline::Latent { kv_rank, rope, .. } => {
-            KvShape { layers: 1, kv_heads: 1, head_dim: kv_rank + rope, value_dim: kv_rank }
-        }
+        // The compressed row, which is a value, ends the key.
+        AttentionOutline::Latent { kv_rank, rope, .. } => KvShape {
+            layers: 1,
+            kv_heads: 1,
+            head_dim: kv_rank + rope,
+            value_dim: kv_rank,
+            values: KvValues::EndOfKey,
+        },
     };
     (KvCache::bytes_per_block(shape, precision(compute)) / BLOCK_TOKENS) as u64
 }

@@ -57,10 +57,10 @@ fn computed_sizes_are_those_of_loaded_models() {
 }
 
 #[test]
-fn latent_attention_keeps_the_latent_as_key_and_as_value_and_one_rotated_key() {
+fn latent_attention_keeps_the_latent_once_and_one_rotated_key() {
     let outline = Preset::find("deepseek-v3").unwrap().outline();
     let footprint = Footprint::of(&outline, Compute::Bf16, WeightDType::Native, WeightDType::Native).unwrap();
-    assert_eq!(footprint.kv_token_bytes, 61 * (512 + 64 + 512) * 2);
+    assert_eq!(footprint.kv_token_bytes, 61 * (64 + 512) * 2);
     assert_eq!((footprint.expert_bytes[2], outline.experts), (0, StoredAs::Fp8));
     // FP8 is held in bf16.
     assert_eq!(footprint.expert_bytes[3], 3 * 7168 * 2048 * 2);

@@ -1,6 +1,6 @@
 //! Prints what the kernels reach, beside what this machine can do at most:
 //! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head, ffn,
-//! quantised or attention. Without arguments: one thread and two, every kernel, the best instruction set.
+//! quantised, attention or latent. Without arguments: one thread and two, every kernel, the best instruction set.
 //!
 //! Shapes are those of a model of hidden size 1024 with 32 experts of width 512, eight per token, and a head of
 //! 49,155 tokens. Weights are cold: calls go round more of them than caches hold, except where it says warm.
@@ -14,8 +14,8 @@ use std::num::NonZeroUsize;
 use std::time::Instant;
 
 use muster_kernels::{
-    AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, Matrix, Precision,
-    Quantisation, Sees, attention, grouped_ffn, linear,
+    AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, KvValues, Matrix,
+    Precision, Quantisation, Sees, attention, grouped_ffn, linear,
 };
 use roofline::Roofline;
 
@@ -192,7 +192,7 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
 
 fn attentions(cpu: &Cpu) {
     let (heads, kv_heads, head_dim, context) = (32, 8, 128, 4096_u32);
-    let shape = KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim };
+    let shape = KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim, values: KvValues::Apart };
     let blocks: Vec<u32> = (0..context / 16).collect();
     let mut kv = KvCache::new(shape, blocks.len(), Precision::Bf16).expect("the shape fits");
     let slots: Vec<_> = (0..context).map(|position| KvSlot { position, blocks: &blocks }).collect();
@@ -213,6 +213,44 @@ fn attentions(cpu: &Cpu) {
     }
 }
 
+/// Attention over compressed rows: the last 512 of 576 elements of the only key are its value.
+fn latents(cpu: &Cpu) {
+    let (head_dim, value_dim, context) = (576, 512, 4096_u32);
+    let blocks: Vec<u32> = (0..context / 16).collect();
+    let slots: Vec<_> = (0..context).map(|position| KvSlot { position, blocks: &blocks }).collect();
+    let k = numbers(context as usize * head_dim);
+    let caches = [KvValues::Apart, KvValues::EndOfKey].map(|values| {
+        let shape = KvShape { layers: 1, kv_heads: 1, head_dim, value_dim, values };
+        let mut kv = KvCache::new(shape, blocks.len(), Precision::Bf16).expect("the shape fits");
+        let ends = k.chunks_exact(head_dim).flat_map(|key| &key[head_dim - value_dim..]).copied();
+        let v: Vec<f32> = if values == KvValues::Apart { ends.collect() } else { Vec::new() };
+        kv.write(0, &slots, &k, &v);
+        kv
+    });
+    for (heads, rows) in [(16, 1), (16, 64), (128, 1), (128, 8)] {
+        let shape = AttentionShape {
+            heads,
+            kv_heads: 1,
+            head_dim,
+            value_dim,
+            scale: 0.04,
+            sees: Sees::All,
+            sinks: None,
+        };
+        let slots = &slots[slots.len() - rows..];
+        let (q, mut out) = (numbers(rows * heads * head_dim), vec![0.0; rows * heads * value_dim]);
+        for kv in &caches {
+            let time = best(cpu, || attention(cpu, &shape, 0, black_box(&q), slots, kv, &mut out));
+            println!(
+                "attention over {context} compressed rows, {heads:3} heads, {rows:2} rows, values {:8}: {:7.1} us {:6.1} GFLOP/s",
+                format!("{:?}", kv.shape().values),
+                time * 1e6,
+                (2 * rows * heads * (head_dim + value_dim) * context as usize) as f64 / time / 1e9,
+            );
+        }
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let mut threads: Vec<NonZeroUsize> =
@@ -224,7 +262,7 @@ fn main() {
     if sets.is_empty() {
         sets.push(Isa::detect());
     }
-    let known = ["linear", "head", "ffn", "quantised", "attention"];
+    let known = ["linear", "head", "ffn", "quantised", "attention", "latent"];
     let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|name| known.contains(name)).collect();
     let wanted = |name: &str| names.is_empty() || names.contains(&name);
     for (&threads, &isa) in threads.iter().flat_map(|threads| sets.iter().map(move |isa| (threads, isa))) {
@@ -253,6 +291,9 @@ fn main() {
         }
         if wanted("attention") {
             attentions(&cpu);
+        }
+        if wanted("latent") {
+            latents(&cpu);
         }
     }
 }

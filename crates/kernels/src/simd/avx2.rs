@@ -76,6 +76,31 @@ unsafe fn round_half(v: __m256) -> __m256 {
     })
 }
 
+/// Lane `j` of result `i` is lane `i` of `rows[j]`.
+#[inline(always)]
+unsafe fn transpose_eight(rows: [__m256; 8]) -> [__m256; 8] {
+    let (mut blocks, mut out) = (rows, rows);
+    avx2!({
+        // Within groups of four rows: element 4 i + j of each comes to half i of register j.
+        for group in [0, 4] {
+            let [a, b, c, d] = [rows[group], rows[group + 1], rows[group + 2], rows[group + 3]];
+            let low =
+                [_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpacklo_ps(c, d))];
+            let high =
+                [_mm256_castps_pd(_mm256_unpackhi_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d))];
+            blocks[group] = _mm256_castpd_ps(_mm256_unpacklo_pd(low[0], low[1]));
+            blocks[group + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low[0], low[1]));
+            blocks[group + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high[0], high[1]));
+            blocks[group + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high[0], high[1]));
+        }
+        for j in 0..4 {
+            out[j] = _mm256_permute2f128_ps::<0x20>(blocks[j], blocks[4 + j]);
+            out[4 + j] = _mm256_permute2f128_ps::<0x31>(blocks[j], blocks[4 + j]);
+        }
+    });
+    out
+}
+
 /// The codes' bytes at `shift`.
 const fn half_codes(shift: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
@@ -180,6 +205,28 @@ impl Simd for Avx2 {
                 }
             }
         });
+    }
+    #[inline(always)]
+    fn transpose(self, rows: [V16; LANES]) -> [V16; LANES] {
+        let (mut out, mut part) = (rows, [rows[0].0; 8]);
+        for half in [0, 8] {
+            for (to, row) in part.iter_mut().zip(&rows[half..]) {
+                *to = row.0;
+            }
+            let low = avx2!(transpose_eight(part));
+            for (to, row) in part.iter_mut().zip(&rows[half..]) {
+                *to = row.1;
+            }
+            let high = avx2!(transpose_eight(part));
+            for j in 0..8 {
+                if half == 0 {
+                    (out[j].0, out[8 + j].0) = (low[j], high[j]);
+                } else {
+                    (out[j].1, out[8 + j].1) = (low[j], high[j]);
+                }
+            }
+        }
+        out
     }
     #[inline(always)]
     fn prefetch(self, line: *const u8) {

@@ -134,6 +134,35 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         });
     }
     #[inline(always)]
+    fn transpose(self, rows: [__m512; LANES]) -> [__m512; LANES] {
+        let (mut blocks, mut out) = (rows, rows);
+        avx512!({
+            // Within groups of four rows: element 4 i + j of each comes to quarter i of register j.
+            for group in [0, 4, 8, 12] {
+                let [a, b, c, d] = [rows[group], rows[group + 1], rows[group + 2], rows[group + 3]];
+                let low =
+                    [_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d))];
+                let high =
+                    [_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d))];
+                blocks[group] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1]));
+                blocks[group + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1]));
+                blocks[group + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
+                blocks[group + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
+            }
+            // Quarters of the four groups side by side.
+            for j in 0..4 {
+                let [a, b, c, d] = [blocks[j], blocks[4 + j], blocks[8 + j], blocks[12 + j]];
+                let even = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)];
+                let odd = [_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(c, d)];
+                out[j] = _mm512_shuffle_f32x4::<0x88>(even[0], even[1]);
+                out[4 + j] = _mm512_shuffle_f32x4::<0x88>(odd[0], odd[1]);
+                out[8 + j] = _mm512_shuffle_f32x4::<0xdd>(even[0], even[1]);
+                out[12 + j] = _mm512_shuffle_f32x4::<0xdd>(odd[0], odd[1]);
+            }
+        });
+        out
+    }
+    #[inline(always)]
     fn prefetch(self, line: *const u8) {
         avx512!(_mm_prefetch::<_MM_HINT_T0>(line.cast()));
     }

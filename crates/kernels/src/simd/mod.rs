@@ -97,6 +97,23 @@ pub(crate) trait Simd: Arith {
             }
         }
     }
+    /// Lane `j` of result `i` is lane `i` of `rows[j]`.
+    #[inline(always)]
+    fn transpose(self, rows: [Self::V; LANES]) -> [Self::V; LANES] {
+        let mut from = [[0.0; LANES]; LANES];
+        for (to, row) in from.iter_mut().zip(rows) {
+            self.store(row, to);
+        }
+        let mut out = rows;
+        for (i, out) in out.iter_mut().enumerate() {
+            let mut column = [0.0; LANES];
+            for (to, row) in column.iter_mut().zip(&from) {
+                *to = row[i];
+            }
+            *out = self.load(&column);
+        }
+        out
+    }
     /// Asks for the cache line at `line`, which may be any address; changes no result.
     #[inline(always)]
     fn prefetch(self, _line: *const u8) {}
@@ -143,24 +160,26 @@ pub(crate) fn store_bf16_pairs<S: Simd>(s: S, v: S::V, to: &mut [u32; LANES / 2]
 
 /// Sum of sixteen lanes in one fixed order: halves are added until one lane is left.
 #[inline(always)]
-pub(crate) fn tree_sum(mut v: [f32; LANES]) -> f32 {
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            v[i] += v[i + width];
-        }
-    }
-    v[0]
+pub(crate) fn tree_sum(v: [f32; LANES]) -> f32 {
+    tree(v, |a, b| a + b)
 }
 
 /// Greatest of sixteen lanes in the same fixed order; a NaN may or may not be found.
 #[inline(always)]
-pub(crate) fn tree_max(mut v: [f32; LANES]) -> f32 {
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            v[i] = if v[i] > v[i + width] { v[i] } else { v[i + width] };
-        }
+pub(crate) fn tree_max(v: [f32; LANES]) -> f32 {
+    tree(v, |a, b| if a > b { a } else { b })
+}
+
+#[inline(always)]
+fn tree(v: [f32; LANES], both: impl Fn(f32, f32) -> f32) -> f32 {
+    let (mut eight, mut four) = ([0.0; 8], [0.0; 4]);
+    for i in 0..8 {
+        eight[i] = both(v[i], v[i + 8]);
     }
-    v[0]
+    for i in 0..4 {
+        four[i] = both(eight[i], eight[i + 4]);
+    }
+    both(both(four[0], four[2]), both(four[1], four[3]))
 }
 
 /// Up to sixteen numbers in an array, the rest being `fill`.

@@ -2,8 +2,8 @@
 //!
 //! What makes keys of a compressed row is applied to queries instead, and what makes values of it to the output: with
 //! `k = A c`, `q k = (transposed A q) c`, and a mix of values `B c` is `B` of the mix of `c`. So a head's query becomes
-//! as wide as the cached row, all heads share one cached key, `[rotated part, compressed row]`, and their values are
-//! the compressed row. Knows nothing about the cache.
+//! as wide as the cached row, all heads share one cached key, `[rotated part, compressed row]`, and their value is its
+//! end, the compressed row. Knows nothing about the cache.
 
 use muster_checkpoint::spec::{AttentionSpec, LatentSpec};
 use muster_kernels::{Cpu, Matrix, linear, rms_norm_in_place};
@@ -30,6 +30,7 @@ pub(super) struct Latent {
 #[derive(Default)]
 pub(super) struct Buffers {
     compressed: Vec<f32>,
+    normed: Vec<f32>,
     queries: Vec<f32>,
     of_head: Vec<f32>,
     made: Vec<f32>,
@@ -44,7 +45,7 @@ impl Latent {
             + heads.map(|matrix| matrix.bytes()).sum::<usize>()
     }
 
-    /// Queries, keys and values of the rows of `x`, as the cache has them.
+    /// Queries and keys of the rows of `x`, as the cache has them; values are the ends of keys.
     pub(super) fn project(
         &self,
         cpu: &Cpu,
@@ -54,7 +55,7 @@ impl Latent {
         buffers: &mut attention::Buffers,
     ) {
         let attention::Buffers { q, k, v, latent, .. } = buffers;
-        let Buffers { compressed, queries, of_head, made } = latent;
+        let Buffers { compressed, normed, queries, of_head, made } = latent;
         let LatentSpec { kv_rank, plain_dim, norm_eps, .. } = self.spec;
         let (precision, rotated) = (precision(trunk.compute), spec.rotated());
         match &self.q_down {
@@ -85,13 +86,14 @@ impl Latent {
             }
         }
         self.kv_down.apply(cpu, x, precision, compressed);
-        v.clear();
+        normed.clear();
         for row in compressed.chunks_exact(kv_rank + rotated) {
-            v.extend_from_slice(&row[..kv_rank]);
+            normed.extend_from_slice(&row[..kv_rank]);
         }
-        rms_norm_in_place(cpu, v, &self.kv_norm, norm_eps);
+        rms_norm_in_place(cpu, normed, &self.kv_norm, norm_eps);
+        v.clear();
         k.clear();
-        for (row, normed) in compressed.chunks_exact(kv_rank + rotated).zip(v.chunks_exact(kv_rank)) {
+        for (row, normed) in compressed.chunks_exact(kv_rank + rotated).zip(normed.chunks_exact(kv_rank)) {
             k.extend_from_slice(&row[kv_rank..]);
             k.extend_from_slice(normed);
         }

@@ -23,8 +23,8 @@ use muster_engine::dispatch::{
 };
 use muster_engine::reach::{LayerGroups, LayerPlace};
 use muster_kernels::{
-    Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, Matrix, Rope, add_scaled,
-    all_finite, linear, round_bf16, to_bf16,
+    Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, KvValues, Matrix, Rope,
+    add_scaled, all_finite, linear, round_bf16, to_bf16,
 };
 use muster_types::{Compute, ExpertId, LayerId, TokenId, WeightDType};
 
@@ -254,6 +254,7 @@ impl Trunk {
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
             value_dim: attention.cached_value(),
+            values: if attention.latent.is_some() { KvValues::EndOfKey } else { KvValues::Apart },
         }
     }
 

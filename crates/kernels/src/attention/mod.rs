@@ -14,19 +14,28 @@
 //!
 //! So whole prefill, chunked prefill, a reused prefix and decode agree to the bit. Positions that the row does not see
 //! are never read as values, so what another sequence left there cannot matter; of blocks that the row sees nothing of, not
-//! even the number is looked at. No memory grows with the context.
+//! even the number is looked at. No memory grows with the context. Where the cache holds the ends of keys as values alone,
+//! they are made lines of keys again, a stretch at a time, for all queries of a pass that look at the block; the order of
+//! a score is the same.
+
+mod products;
 
 use std::ops::RangeInclusive;
 
+use self::products::{Stretched, add_products};
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Kernel, dispatch};
-use crate::kv::{BLOCK_TOKENS, Element, KvCache, KvSlot, Lines, Store};
+use crate::kv::{BLOCK_TOKENS, Element, KvCache, KvSlot, KvValues, Lines, Store};
 use crate::math::{exp_lanes, exp_scalar};
 use crate::simd::{LANES, Simd, lanes, load_part, store_part, tree_max, tree_sum};
 
 /// Queries that read a block's keys and values while they are in the innermost cache.
 const QUERIES_PER_PASS: usize = 32;
+/// Queries that go through a block's lines side by side.
+const TOGETHER: usize = 4;
+/// Lines of values that are added for them at a time, where registers suffice.
+const LINES: usize = 4;
 
 /// Which of the positions up to its own a row attends to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,23 +140,26 @@ fn run<E: Element>(
 ) {
     let positions: usize = rows.iter().map(|row| shape.sees.visible(row.position).count()).sum();
     let work = positions.saturating_mul(shape.heads * (shape.head_dim + shape.value_dim));
-    // Rows of a chunk share their sequence's blocks, so some go together, but never so many that a thread idles.
-    let share = rows.len() * shape.kv_heads / (cpu.threads_for(work) * 4);
-    let per_task = share.clamp(1, (QUERIES_PER_PASS / shape.group()).max(1));
+    let (threads, group) = (cpu.threads_for(work), shape.group());
+    // Rows of a chunk share their sequence's blocks, so some go together, and all heads share them, but never so many go
+    // together that a thread idles.
+    let share = rows.len() * shape.kv_heads / (threads * 4);
+    let per_task = share.clamp(1, (QUERIES_PER_PASS / group).max(1));
     let tiles = rows.len().div_ceil(per_task);
+    let share = (rows.len() * shape.heads).div_ceil(threads).next_multiple_of(TOGETHER);
+    let heads = share.clamp(TOGETHER, QUERIES_PER_PASS).min(group);
+    let parts = group.div_ceil(heads);
     let out = Disjoint::new(out);
     // Rows change fastest, so that a KV head's blocks stay in cache.
-    cpu.run(tiles * shape.kv_heads, work, &|task| {
-        let (kv_head, first_row) = (task / tiles, task % tiles * per_task);
+    cpu.run(tiles * shape.kv_heads * parts, work, &|task| {
+        let (part, first_row) = (task / tiles, task % tiles * per_task);
+        let (kv_head, first) = (part / parts, part % parts * heads);
         let rows = &rows[first_row..rows.len().min(first_row + per_task)];
-        for first in (0..shape.group()).step_by(QUERIES_PER_PASS) {
-            let heads = QUERIES_PER_PASS.min(shape.group() - first);
-            let first_head = kv_head * shape.group() + first;
-            dispatch(
-                cpu.isa(),
-                Pass { shape, layer, kv_head, first_row, rows, first_head, heads, cache, q, out: &out },
-            );
-        }
+        let (first_head, heads) = (kv_head * group + first, heads.min(group - first));
+        dispatch(
+            cpu.isa(),
+            Pass { shape, layer, kv_head, first_row, rows, first_head, heads, cache, q, out: &out },
+        );
     });
 }
 
@@ -182,6 +194,11 @@ struct Query<'a> {
     /// First and last visible position.
     first: usize,
     last: usize,
+    /// What it sees of the block that is looked at.
+    view: Option<View>,
+    /// Weights of that block's values, and the factor for what was added up before.
+    weights: [f32; LANES],
+    factor: f32,
     max: f32,
     sum: f32,
 }
@@ -208,17 +225,22 @@ impl<E: Element> Kernel for Pass<'_, E> {
                 (query.first, query.last) = (*visible.start(), *visible.end());
             }
         }
+        let mut stretched = match self.cache.values() {
+            KvValues::Apart => None,
+            KvValues::EndOfKey => Some(Stretched::new(s)),
+        };
         for index in first..=last {
+            for query in queries.iter_mut() {
+                query.view = query.view_of(index);
+            }
+            let block = |query: &Query<'_>| query.view.map(|view| view.block);
             let mut rest = &mut *queries;
-            while let Some(view) = rest.first().map(|query| query.view(index)) {
-                let four = rest.len() >= 4 && rest[1..4].iter().all(|query| query.view(index) == view);
-                let (now, later) = rest.split_at_mut(if four { 4 } else { 1 });
+            while let Some(of_first) = rest.first().map(block) {
+                let same = rest.iter().take_while(|query| block(query) == of_first).count();
+                let (now, later) = rest.split_at_mut(same);
                 rest = later;
-                let Some(view) = view else { continue };
-                if let Some(now) = now.first_chunk_mut::<4>() {
-                    self.add_block(s, now, view);
-                } else if let Some(now) = now.first_chunk_mut::<1>() {
-                    self.add_block(s, now, view);
+                if let Some(block) = of_first {
+                    self.add_block(s, now, block, stretched.as_mut());
                 }
             }
         }
@@ -234,36 +256,114 @@ impl<E: Element> Kernel for Pass<'_, E> {
 }
 
 impl<E: Element> Pass<'_, E> {
-    /// Takes a block into the softmax of `Q` queries that have the same view of it.
+    /// Takes a block into the softmax of queries that all see something of it.
     #[inline(always)]
-    fn add_block<S: Simd, const Q: usize>(&self, s: S, queries: &mut [Query<'_>; Q], view: View) {
-        let (keys, values) = self.cache.head(view.block, self.layer, self.kv_head);
-        let products = products::<S, E, Q>(s, queries, keys);
-        let mut weights = [[0.0; LANES]; Q];
-        let mut factors = [1.0; Q];
-        for i in 0..Q {
-            let mut scores = lanes(s, s.mul(products[i], s.splat(self.shape.scale)));
-            scores[..view.first].fill(f32::NEG_INFINITY);
-            scores[view.last + 1..].fill(f32::NEG_INFINITY);
-            (weights[i], factors[i]) = queries[i].take(s, &scores);
-        }
-        let lines = self.shape.value_dim.div_ceil(LANES);
-        for part in 0..lines {
-            let from = part * LANES;
-            let to = self.shape.value_dim.min(from + LANES);
-            let mut totals = [s.splat(0.0); Q];
-            for i in 0..Q {
-                let total = load_part(s, &queries[i].out[from..to]);
-                totals[i] = s.mul(total, s.splat(factors[i]));
+    fn add_block<S: Simd>(
+        &self,
+        s: S,
+        queries: &mut [Query<'_>],
+        block: usize,
+        stretched: Option<&mut Stretched<S::V>>,
+    ) {
+        let (keys, values) = self.cache.head(block, self.layer, self.kv_head);
+        let scale = self.shape.scale;
+        if let Some(stretched) = stretched {
+            stretched.multiply(s, queries, keys, values);
+            for (query, sums) in queries.iter_mut().zip(&stretched.sums) {
+                query.take(s, sums, scale);
             }
-            for lane in view.first..=view.last {
-                let value = E::load(s, &values[lane * lines + part]);
-                for i in 0..Q {
-                    totals[i] = s.fma(s.splat(weights[i][lane]), value, totals[i]);
+        } else {
+            let (fours, ones) = queries.as_chunks_mut::<TOGETHER>();
+            for queries in fours {
+                take_products(s, queries, keys, scale);
+            }
+            for query in ones.as_chunks_mut::<1>().0 {
+                take_products(s, query, keys, scale);
+            }
+        }
+        let mut rest = queries;
+        while let Some(view) = rest.first().and_then(|query| query.view) {
+            let same = rest.iter().take_while(|query| query.view == Some(view)).count();
+            let (now, later) = rest.split_at_mut(same);
+            rest = later;
+            self.add_values(s, now, values, view);
+        }
+    }
+
+    /// Adds a block's values to the output of queries that have the same view of it.
+    #[inline(always)]
+    fn add_values<S: Simd>(&self, s: S, queries: &mut [Query<'_>], values: &[[E; LANES]], view: View) {
+        let (whole, lines) = (self.shape.value_dim / LANES, self.shape.value_dim.div_ceil(LANES));
+        let values = &values[view.first * lines..(view.last + 1) * lines];
+        let (fours, ones) = queries.as_chunks_mut::<TOGETHER>();
+        let mut part = 0;
+        while part < lines {
+            let several = S::REGISTERS >= 2 * TOGETHER * LINES && part + LINES <= whole;
+            for queries in fours.iter_mut() {
+                if several {
+                    add_lines::<S, E, TOGETHER, LINES>(s, queries, values, lines, part, view.first);
+                } else {
+                    add_lines::<S, E, TOGETHER, 1>(s, queries, values, lines, part, view.first);
                 }
             }
-            for i in 0..Q {
-                store_part(s, totals[i], &mut queries[i].out[from..to]);
+            for query in ones.as_chunks_mut::<1>().0 {
+                if several {
+                    add_lines::<S, E, 1, LINES>(s, query, values, lines, part, view.first);
+                } else {
+                    add_lines::<S, E, 1, 1>(s, query, values, lines, part, view.first);
+                }
+            }
+            part += if several { LINES } else { 1 };
+        }
+    }
+}
+
+/// Adds values, `P` of their `lines` lines from `part` on, to the output of `Q` queries; the first has weight `first`.
+/// Several lines must be whole.
+#[inline(always)]
+fn add_lines<S: Simd, E: Element, const Q: usize, const P: usize>(
+    s: S,
+    queries: &mut [Query<'_>; Q],
+    values: &[[E; LANES]],
+    lines: usize,
+    part: usize,
+    first: usize,
+) {
+    let mut totals = [[s.splat(0.0); P]; Q];
+    for i in 0..Q {
+        let factor = s.splat(queries[i].factor);
+        let out = &queries[i].out[part * LANES..];
+        if P == 1 {
+            totals[i][0] = s.mul(load_part(s, &out[..LANES.min(out.len())]), factor);
+        } else {
+            let out: &[[f32; LANES]; P] = out.as_chunks().0.first_chunk().expect("the lines are whole");
+            for p in 0..P {
+                totals[i][p] = s.mul(s.load(&out[p]), factor);
+            }
+        }
+    }
+    for (row, lane) in values.chunks_exact(lines).zip(first..LANES) {
+        let row: &[[E; LANES]; P] = row[part..].first_chunk().expect("the lines are within a value");
+        let mut value = [s.splat(0.0); P];
+        for p in 0..P {
+            value[p] = E::load(s, &row[p]);
+        }
+        for i in 0..Q {
+            let weight = s.splat(queries[i].weights[lane]);
+            for p in 0..P {
+                totals[i][p] = s.fma(weight, value[p], totals[i][p]);
+            }
+        }
+    }
+    for i in 0..Q {
+        let out = &mut queries[i].out[part * LANES..];
+        if P == 1 {
+            let len = LANES.min(out.len());
+            store_part(s, totals[i][0], &mut out[..len]);
+        } else {
+            let out: &mut [[f32; LANES]; P] = out.as_chunks_mut().0.first_chunk_mut().expect("as above");
+            for p in 0..P {
+                s.store(totals[i][p], &mut out[p]);
             }
         }
     }
@@ -271,12 +371,23 @@ impl<E: Element> Pass<'_, E> {
 
 impl Query<'_> {
     fn none() -> Self {
-        Self { q: &[], out: &mut [], blocks: &[], first: 0, last: 0, max: f32::NEG_INFINITY, sum: 0.0 }
+        Self {
+            q: &[],
+            out: &mut [],
+            blocks: &[],
+            first: 0,
+            last: 0,
+            view: None,
+            weights: [0.0; LANES],
+            factor: 1.0,
+            max: f32::NEG_INFINITY,
+            sum: 0.0,
+        }
     }
 
     /// What the query sees of the block that holds positions `16 * index` to `16 * index + 15`.
     #[inline(always)]
-    fn view(&self, index: usize) -> Option<View> {
+    fn view_of(&self, index: usize) -> Option<View> {
         let start = index * BLOCK_TOKENS;
         if self.last < start || self.first >= start + BLOCK_TOKENS {
             return None;
@@ -285,20 +396,24 @@ impl Query<'_> {
         Some(View { block: self.blocks[index] as usize, first, last })
     }
 
-    /// Takes a block's scores, negative infinity where the query sees nothing. Returns the weights of the block's
-    /// values and the factor for what was added up before.
+    /// Takes the scores of what it sees of a block into the softmax, from the sums of its products with sixteen keys.
     #[inline(always)]
-    fn take<S: Simd>(&mut self, s: S, scores: &[f32; LANES]) -> ([f32; LANES], f32) {
-        let top = tree_max(*scores);
-        let mut factor = 1.0;
+    fn take<S: Simd>(&mut self, s: S, sums: &[S::V; 4], scale: f32) {
+        let product = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
+        let mut scores = lanes(s, s.mul(product, s.splat(scale)));
+        if let Some(view) = self.view {
+            scores[..view.first].fill(f32::NEG_INFINITY);
+            scores[view.last + 1..].fill(f32::NEG_INFINITY);
+        }
+        let top = tree_max(scores);
+        self.factor = 1.0;
         if top > self.max {
             // From negative infinity, before the first block, the factor is 0 and multiplies zeros.
-            factor = exp_scalar(self.max - top);
+            self.factor = exp_scalar(self.max - top);
             self.max = top;
         }
-        let weights = lanes(s, exp_lanes(s, s.sub(s.load(scores), s.splat(self.max))));
-        self.sum = self.sum * factor + tree_sum(weights);
-        (weights, factor)
+        self.weights = lanes(s, exp_lanes(s, s.sub(s.load(&scores), s.splat(self.max))));
+        self.sum = self.sum * self.factor + tree_sum(self.weights);
     }
 
     /// Takes in a score that has no value.
@@ -316,39 +431,17 @@ impl Query<'_> {
     }
 }
 
-/// `Q` queries times sixteen keys.
+/// Takes sixteen keys into the softmax of `Q` queries.
 #[inline(always)]
-fn products<S: Simd, E: Element, const Q: usize>(
+fn take_products<S: Simd, E: Element, const Q: usize>(
     s: S,
-    queries: &[Query<'_>; Q],
+    queries: &mut [Query<'_>; Q],
     keys: &[[E; LANES]],
-) -> [S::V; Q] {
+    scale: f32,
+) {
     let mut sums = [[s.splat(0.0); 4]; Q];
-    let whole = keys.len() / 4 * 4;
-    for start in (0..whole).step_by(4) {
-        let keys: &[[E; LANES]; 4] = keys[start..].first_chunk().expect("four keys are left");
-        let mut part = [&[0.0; 4]; Q];
-        for i in 0..Q {
-            part[i] = queries[i].q[start..].first_chunk().expect("queries are as long as keys");
-        }
-        for d in 0..4 {
-            let key = E::load(s, &keys[d]);
-            for i in 0..Q {
-                sums[i][d] = s.fma(s.splat(part[i][d]), key, sums[i][d]);
-            }
-        }
-    }
-    for d in 0..3 {
-        if whole + d < keys.len() {
-            let key = E::load(s, &keys[whole + d]);
-            for i in 0..Q {
-                sums[i][d] = s.fma(s.splat(queries[i].q[whole + d]), key, sums[i][d]);
-            }
-        }
-    }
-    let mut out = [s.splat(0.0); Q];
+    add_products(s, queries, 0, keys, &mut sums);
     for i in 0..Q {
-        out[i] = s.add(s.add(sums[i][0], sums[i][1]), s.add(sums[i][2], sums[i][3]));
+        queries[i].take(s, &sums[i], scale);
     }
-    out
 }
