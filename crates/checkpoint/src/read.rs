@@ -164,7 +164,7 @@ static E4M3: LazyLock<[f32; 256]> = LazyLock::new(|| {
 });
 
 /// The value of bits of bf16.
-pub(crate) fn widen(bits: u16) -> f32 {
+fn widen(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 

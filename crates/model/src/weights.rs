@@ -78,24 +78,12 @@ impl<'a> Loader<'a> {
         dtype: WeightDType,
     ) -> Result<Vec<Matrix>, ModelError> {
         let packing = packing(self.form(role), self.compute, dtype);
-        let Weight { data, .. } = self.read(role)?;
-        // Groups do not survive being taken apart.
-        let data = match data {
-            WeightData::Mxfp4 { .. } => WeightData::F32(widen(data)),
-            plain => plain,
-        };
+        // Widened, because groups of few bits do not survive being taken apart; packing as bf16 gives bf16 back.
+        let values = widen(self.read(role)?.data);
         let packed = parts.map(|(rows, cols, place)| {
             let places = (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col)));
-            let part = match &data {
-                WeightData::F32(values) => {
-                    WeightData::F32(places.map(|(row, col)| values[place(row, col)]).collect())
-                }
-                WeightData::Bf16(bits) => {
-                    WeightData::Bf16(places.map(|(row, col)| bits[place(row, col)]).collect())
-                }
-                WeightData::Mxfp4 { .. } => WeightData::F32(Vec::new()),
-            };
-            pack(rows, cols, &part, packing)
+            let part = places.map(|(row, col)| values[place(row, col)]).collect();
+            pack(rows, cols, &WeightData::F32(part), packing)
         });
         let packed: Result<Vec<_>, _> = packed.collect();
         packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })

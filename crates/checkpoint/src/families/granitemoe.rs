@@ -4,13 +4,14 @@
 use muster_types::DType;
 
 use super::base::{Base, Defaults, Habits, WIDEST_MLP, intermediate};
+use super::trunk::stacked_experts;
 use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};
 use crate::spec::{
-    AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise,
-    Role, Score, SharedSpec,
+    AttentionSpec, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise, Role, Score,
+    SharedSpec,
 };
 
 pub(super) const FAMILY: Family = Family::new("granitemoe", spec, ExpertTensors::Own(experts));
@@ -76,22 +77,10 @@ fn experts(
     moe: &MoeSpec,
 ) -> Result<(), CheckpointError> {
     let block = format!("model.layers.{layer}.block_sparse_moe");
-    let (input, output) = (format!("{block}.input_linear.weight"), format!("{block}.output_linear.weight"));
-    let (count, width) = (moe.experts as usize, moe.intermediate);
     let gate = Role::Layer(layer, LayerRole::Gate);
-    plan.gate(gate, &format!("{block}.router.layer.weight"), count, hidden)?;
-    for expert in 0..moe.experts {
-        let role = |role| Role::Expert(layer, expert, role);
-        let index = expert as usize;
-        let mut rows = |part, name, shape: [usize; 3], first, rows| {
-            let view = View::rows(index * shape[1] + first, rows, shape[2]);
-            plan.view(role(part), name, &shape, Kind::Matrix, view)
-        };
-        let halves = [count, 2 * width, hidden];
-        rows(ExpertRole::Gate, &input, halves, 0, width)?;
-        rows(ExpertRole::Up, &input, halves, width, width)?;
-        rows(ExpertRole::Down, &output, [count, hidden, width], 0, hidden)?;
-    }
+    plan.gate(gate, &format!("{block}.router.layer.weight"), moe.experts as usize, hidden)?;
+    let names = ["input_linear", "output_linear"].map(|name| format!("{block}.{name}.weight"));
+    stacked_experts(plan, layer, hidden, moe, &names)?;
     if let Some(width) = moe.shared.intermediate() {
         let role = |role| Role::Layer(layer, role);
         let name = |name: &str| format!("model.layers.{layer}.shared_mlp.{name}_linear.weight");

@@ -12,8 +12,8 @@ use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};
 use crate::spec::{
-    AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm,
-    Renormalise, Role, RopePairs, RopeSpec, Score, Sees, SharedSpec, Temperature, WeightOn,
+    AttentionSpec, ExpertRole, GateRecipe, LayerRole, ModelSpec, MoeSpec, QkNorm, Renormalise, Role,
+    RopePairs, RopeSpec, Score, Sees, SharedSpec, Temperature, WeightOn,
 };
 
 pub(super) const TEXT: Family = Family {
@@ -86,14 +86,13 @@ fn described(family: &'static str, config: &Config, dtype: DType) -> Result<Mode
     };
     let dense = intermediate(config, "intermediate_size_mlp", 16384)?;
     let with_experts = layers_with_experts(config, base.layers)?;
-    let layer = |(number, sees)| LayerSpec {
-        attention: AttentionSpec { sees, ..if rotates[number] { rotating.clone() } else { still.clone() } },
-        mlp: match with_experts(number) {
-            true => MlpSpec::Moe(moe.clone()),
-            false => MlpSpec::Dense { intermediate: dense },
-        },
-    };
-    let layers = sees.into_iter().enumerate().map(layer).collect();
+    let mut layers = base.mixed_layers(&rotating, &moe, dense, with_experts);
+    for ((layer, sees), rotates) in layers.iter_mut().zip(sees).zip(rotates) {
+        if !rotates {
+            layer.attention = still.clone();
+        }
+        layer.attention.sees = sees;
+    }
     Ok(base.model(family, dtype, layers))
 }
 

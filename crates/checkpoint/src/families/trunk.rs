@@ -192,7 +192,8 @@ pub(super) fn split_experts(
         }
     }
     if plan.has(&format!("{block}.experts.gate_up_proj")) {
-        stacked(plan, layer, hidden, moe, &block)?;
+        let names = ["gate_up_proj", "down_proj"].map(|name| format!("{block}.experts.{name}"));
+        stacked_experts(plan, layer, hidden, moe, &names)?;
     } else {
         for expert in 0..moe.experts {
             let role = |role| Role::Expert(layer, expert, role);
@@ -215,22 +216,21 @@ pub(super) fn split_experts(
     Ok(())
 }
 
-/// Experts stored as transformers holds them since version 5: `[experts, 2 * intermediate, hidden]`, an expert's gate
-/// rows before its up rows, and `[experts, hidden, intermediate]`.
-fn stacked(
+/// Experts in two tensors: `[experts, 2 * intermediate, hidden]`, an expert's gate rows before its up rows, and
+/// `[experts, hidden, intermediate]`. So GraniteMoE publishes them, and transformers holds them since version 5.
+pub(super) fn stacked_experts(
     plan: &mut PlanBuilder<'_>,
     layer: u32,
     hidden: usize,
     moe: &MoeSpec,
-    block: &str,
+    [input, output]: &[String; 2],
 ) -> Result<(), CheckpointError> {
     let (count, width) = (moe.experts as usize, moe.intermediate);
-    let (input, output) = (format!("{block}.experts.gate_up_proj"), format!("{block}.experts.down_proj"));
     for (expert, index) in (0..moe.experts).zip(0..) {
         let parts = [
-            (ExpertRole::Gate, &input, [count, 2 * width, hidden], 0, width),
-            (ExpertRole::Up, &input, [count, 2 * width, hidden], width, width),
-            (ExpertRole::Down, &output, [count, hidden, width], 0, hidden),
+            (ExpertRole::Gate, input, [count, 2 * width, hidden], 0, width),
+            (ExpertRole::Up, input, [count, 2 * width, hidden], width, width),
+            (ExpertRole::Down, output, [count, hidden, width], 0, hidden),
         ];
         for (part, name, shape, first, rows) in parts {
             let view = View::rows(index * shape[1] + first, rows, shape[2]);
