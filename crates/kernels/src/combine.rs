@@ -2,8 +2,10 @@
 //!
 //! What must hold: a sum starts at 0.0 and takes its terms in the order given; each product and each sum is rounded to
 //! f32, with no fused multiply-add, which would round once and give other bits. An output counts as rounded to the
-//! precision it travels in, whether it did travel or not. An output that is not finite is found in the same pass that uses
-//! it. Bytes are little-endian. It does not know what the rows mean or who asked for them.
+//! precision it travels in, whether it did travel or not. An output or a sum that is not finite is found in the same pass
+//! that makes use of it or makes it: neither is ever given back as a result. Bytes are little-endian. It does not know what the rows mean or who asked for them.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::convert::Precision;
 use crate::cpu::Cpu;
@@ -83,7 +85,8 @@ pub enum NotFinite {
 /// `starts[r]..starts[r + 1]`.
 ///
 /// # Errors
-/// The first row with an output that is not finite; `out` is unspecified then.
+/// The first term with an output that is not finite; else the first row whose sum is not, as when it overflows. `out` is
+/// unspecified then.
 ///
 /// # Panics
 /// If `starts` does not fit `terms` and `out`, or a term is outside its source.
@@ -95,22 +98,19 @@ pub fn combine(
     terms: &[Term],
     out: &mut [f32],
 ) -> Result<(), NotFinite> {
-    let rows = check(hidden, sources, starts, terms);
-    assert_eq!(out.len(), rows * hidden, "out: it must be [rows, hidden]");
+    let sums = Sums::new(hidden, sources, starts, terms);
+    assert_eq!(out.len(), sums.rows * hidden, "out: it must be [rows, hidden]");
     let out = Disjoint::new(out);
-    let finite = over_rows(cpu, hidden, rows, terms.len(), &|row| {
+    sums.write(cpu, &|row| {
         // SAFETY: every row is one task's.
-        let out = unsafe { out.piece(row * hidden, hidden) };
-        let terms = &terms[starts[row] as usize..starts[row + 1] as usize];
-        dispatch(cpu.isa(), SumRow { hidden, sources, terms, out: Target::F32(out) })
-    });
-    if finite { Ok(()) } else { Err(find(hidden, sources, terms).unwrap_or(NotFinite::Sum { row: 0 })) }
+        Target::F32(unsafe { out.piece(row * hidden, hidden) })
+    })
 }
 
 /// The sums of [`combine`], rounded to `wire` and written as bytes.
 ///
 /// # Errors
-/// As [`combine`]; also the first sum that is not finite once it is rounded.
+/// As [`combine`], of sums as they are once they are rounded.
 ///
 /// # Panics
 /// As [`combine`].
@@ -123,25 +123,59 @@ pub fn combine_to_wire(
     wire: Precision,
     out: &mut [u8],
 ) -> Result<(), NotFinite> {
-    let rows = check(hidden, sources, starts, terms);
+    let sums = Sums::new(hidden, sources, starts, terms);
     let width = hidden * wire.bytes();
-    assert_eq!(out.len(), rows * width, "out: it must be [rows, hidden] in the wire's type");
+    assert_eq!(out.len(), sums.rows * width, "out: it must be [rows, hidden] in the wire's type");
     let out = Disjoint::new(out);
-    let bad = std::sync::atomic::AtomicUsize::new(usize::MAX);
-    let finite = over_rows(cpu, hidden, rows, terms.len(), &|row| {
+    sums.write(cpu, &|row| {
         // SAFETY: every row is one task's.
-        let out = unsafe { out.piece(row * width, width) };
-        let terms = &terms[starts[row] as usize..starts[row + 1] as usize];
-        let finite = dispatch(cpu.isa(), SumRow { hidden, sources, terms, out: target(wire, out) });
-        if !finite {
-            bad.fetch_min(row, std::sync::atomic::Ordering::Relaxed);
+        target(wire, unsafe { out.piece(row * width, width) })
+    })
+}
+
+/// The sums of all rows, checked to fit each other.
+struct Sums<'a> {
+    hidden: usize,
+    sources: &'a [Outputs<'a>],
+    starts: &'a [u32],
+    terms: &'a [Term],
+    rows: usize,
+}
+
+impl<'a> Sums<'a> {
+    fn new(hidden: usize, sources: &'a [Outputs<'a>], starts: &'a [u32], terms: &'a [Term]) -> Self {
+        assert!(hidden > 0, "hidden: it must not be 0");
+        let ends = starts.last().map(|&end| end as usize);
+        assert_eq!(ends, Some(terms.len()), "starts: the last must be the number of terms");
+        assert!(starts.is_sorted(), "starts: they must ascend");
+        for term in terms {
+            let len = sources[term.source as usize].len();
+            assert!((term.row as usize + 1) * hidden <= len, "terms: a row must lie in its source");
         }
-        finite
-    });
-    if finite {
-        return Ok(());
+        Self { hidden, sources, starts, terms, rows: starts.len() - 1 }
     }
-    Err(find(hidden, sources, terms).unwrap_or(NotFinite::Sum { row: bad.into_inner() }))
+
+    /// Writes every row where `target` says.
+    fn write<'out>(
+        &self,
+        cpu: &Cpu,
+        target: &(dyn Fn(usize) -> Target<'out> + Sync),
+    ) -> Result<(), NotFinite> {
+        let &Self { hidden, sources, starts, terms, rows } = self;
+        let bad = AtomicUsize::new(usize::MAX);
+        let finite = over_rows(cpu, hidden, rows, terms.len(), &|row| {
+            let terms = &terms[starts[row] as usize..starts[row + 1] as usize];
+            let finite = dispatch(cpu.isa(), SumRow { hidden, sources, terms, out: target(row) });
+            if !finite {
+                bad.fetch_min(row, Ordering::Relaxed);
+            }
+            finite
+        });
+        if finite {
+            return Ok(());
+        }
+        Err(find(hidden, sources, terms).unwrap_or(NotFinite::Sum { row: bad.into_inner() }))
+    }
 }
 
 /// Writes rows of computed outputs as bytes, rounded to `wire`: those of each of `ranges`, one range after another.
@@ -213,19 +247,6 @@ impl Outputs<'_> {
     }
 }
 
-/// Rows of the result.
-fn check(hidden: usize, sources: &[Outputs<'_>], starts: &[u32], terms: &[Term]) -> usize {
-    assert!(hidden > 0, "hidden: it must not be 0");
-    let ends = starts.last().map(|&end| end as usize);
-    assert_eq!(ends, Some(terms.len()), "starts: the last must be the number of terms");
-    assert!(starts.is_sorted(), "starts: they must ascend");
-    for term in terms {
-        let len = sources[term.source as usize].len();
-        assert!((term.row as usize + 1) * hidden <= len, "terms: a row must lie in its source");
-    }
-    starts.len() - 1
-}
-
 /// Runs `row` for every row; whether all of them gave true.
 fn over_rows(
     cpu: &Cpu,
@@ -236,11 +257,11 @@ fn over_rows(
 ) -> bool {
     let elements = terms.max(rows) * hidden;
     let per_task = (rows * TASK_ELEMENTS).div_ceil(elements.max(1)).max(1);
-    let finite = std::sync::atomic::AtomicBool::new(true);
+    let finite = AtomicBool::new(true);
     cpu.run(rows.div_ceil(per_task), elements, &|task| {
         let all = (task * per_task..rows.min((task + 1) * per_task)).fold(true, |all, at| all & row(at));
         if !all {
-            finite.store(false, std::sync::atomic::Ordering::Relaxed);
+            finite.store(false, Ordering::Relaxed);
         }
     });
     finite.into_inner()
@@ -348,7 +369,7 @@ struct SumRow<'a> {
 }
 
 impl Kernel for SumRow<'_> {
-    /// Whether all that was read, and all that was written as bytes, is finite.
+    /// Whether all that was read and all that was written is finite.
     type Output = bool;
 
     #[inline(always)]
@@ -356,7 +377,6 @@ impl Kernel for SumRow<'_> {
         let zero = s.splat(0.0);
         // 0 * x is 0 for every finite x and NaN for the others.
         let mut finite = zero;
-        let to_wire = !matches!(self.out, Target::F32(_));
         let mut at = 0;
         while at + BLOCK * LANES <= self.hidden {
             let mut sums = [zero; BLOCK];
@@ -371,7 +391,7 @@ impl Kernel for SumRow<'_> {
             }
             for (index, sum) in sums.into_iter().enumerate() {
                 let written = self.out.store(s, at + index * LANES, LANES, sum);
-                finite = if to_wire { s.fma(written, zero, finite) } else { finite };
+                finite = s.fma(written, zero, finite);
             }
             at += BLOCK * LANES;
         }
@@ -385,7 +405,7 @@ impl Kernel for SumRow<'_> {
                 sum = s.add(sum, s.mul(s.splat(term.weight), y));
             }
             let written = self.out.store(s, at, len, sum);
-            finite = if to_wire { s.fma(written, zero, finite) } else { finite };
+            finite = s.fma(written, zero, finite);
             at += len;
         }
         lanes(s, finite).into_iter().fold(true, |all, lane| all & (lane == 0.0))
@@ -582,14 +602,94 @@ mod tests {
         }
     }
 
+    /// Rows of one term each, but for the last two: of two terms that overflow together, and of two that do so on the way
+    /// and not in the end.
+    fn overflowing(hidden: usize, at: usize, top: f32) -> (Vec<f32>, Vec<u32>, Vec<Term>) {
+        let mut x = values(8 * hidden, 3);
+        x[5 * hidden + at] = top;
+        x[6 * hidden + at] = top;
+        x[7 * hidden + at] = -top;
+        let term = |row, weight| Term { source: 0, row, weight };
+        let mut terms: Vec<Term> = (0..5).map(|row| term(row, 0.5)).collect();
+        let mut starts: Vec<u32> = (0..=5).collect();
+        terms.extend([term(5, 1.0), term(6, 1.0), term(5, 2.0), term(7, 2.0)]);
+        starts.extend([7, 9]);
+        (x, starts, terms)
+    }
+
     #[test]
-    fn a_sum_that_overflows_is_not_sent() {
-        let cpu = Cpu::new(NonZeroUsize::MIN).unwrap();
-        let x = [1.0, 3e38];
-        let sources = [Outputs::Computed(&x, Precision::F32)];
-        let terms = [0, 1].map(|row| Term { source: 0, row, weight: 2.0 });
-        let mut out = [0; 8];
-        let outcome = combine_to_wire(&cpu, 1, &sources, &[0, 1, 2], &terms, Precision::F32, &mut out);
-        assert_eq!(outcome, Err(NotFinite::Sum { row: 1 }));
+    fn a_sum_that_overflows_is_named_on_every_instruction_set() {
+        // Of f32, and of bf16, whose greatest value is the smaller one.
+        let greatest = [(Precision::F32, f32::MAX), (Precision::Bf16, Precision::Bf16.round(3.38e38))];
+        for hidden in [1, 15, 16, 17, 64, 100, 1024] {
+            for (at, (precision, top)) in [0, hidden / 2, hidden - 1].into_iter().zip(greatest.iter().cycle())
+            {
+                let (x, starts, terms) = overflowing(hidden, at, *top);
+                let (wide, narrow) = (bytes(&x, Precision::F32), bytes(&x, Precision::Bf16));
+                let kinds = [
+                    Outputs::Computed(&x, *precision),
+                    if precision.rounds() {
+                        Outputs::WireBf16(narrow.as_chunks().0)
+                    } else {
+                        Outputs::WireF32(wide.as_chunks().0)
+                    },
+                ];
+                for cpu in cpus() {
+                    for source in kinds {
+                        // The last row alone overflows as well: its products do.
+                        for (rows, bad) in [(5, None), (6, Some(5)), (7, Some(5))] {
+                            let what =
+                                format!("hidden {hidden}, at {at}, {precision:?}, {rows} rows, {cpu:?}");
+                            let (starts, terms) = (&starts[..=rows], &terms[..starts[rows] as usize]);
+                            let want = bad.map_or(Ok(()), |row| Err(NotFinite::Sum { row }));
+                            let mut out = vec![0.0; rows * hidden];
+                            assert_eq!(
+                                combine(&cpu, hidden, &[source], starts, terms, &mut out),
+                                want,
+                                "{what}"
+                            );
+                            for wire in [Precision::F32, Precision::Bf16] {
+                                let mut out = vec![0; rows * hidden * wire.bytes()];
+                                let outcome =
+                                    combine_to_wire(&cpu, hidden, &[source], starts, terms, wire, &mut out);
+                                assert_eq!(outcome, want, "{what} to {wire:?}");
+                            }
+                        }
+                        let last = [Term { row: 5, ..terms[7] }, terms[8]];
+                        let mut out = vec![0.0; hidden];
+                        let outcome = combine(&cpu, hidden, &[source], &[0, 2], &last, &mut out);
+                        assert_eq!(outcome, Err(NotFinite::Sum { row: 0 }), "inf - inf, {cpu:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_output_that_is_not_finite_goes_before_a_sum_that_is_not() {
+        for cpu in cpus() {
+            let (mut x, starts, mut terms) = overflowing(64, 9, f32::MAX);
+            x[7 * 64] = f32::NAN;
+            let sources = [Outputs::Computed(&x, Precision::F32)];
+            let mut out = vec![0.0; 7 * 64];
+            let named = Err(NotFinite::Output { source: 0, row: 7 });
+            assert_eq!(combine(&cpu, 64, &sources, &starts, &terms, &mut out), named);
+            // A weight of zero hides no output, and its row has no sum either.
+            terms[8].weight = 0.0;
+            assert_eq!(combine(&cpu, 64, &sources, &starts, &terms, &mut out), named);
+        }
+    }
+
+    #[test]
+    fn a_sum_that_is_finite_until_it_is_rounded_is_not_sent() {
+        for cpu in cpus() {
+            let x = [1.0, f32::MAX];
+            let sources = [Outputs::Computed(&x, Precision::F32)];
+            let terms = [0, 1].map(|row| Term { source: 0, row, weight: 1.0 });
+            let (mut sums, mut wire) = ([0.0; 2], [0; 4]);
+            assert_eq!(combine(&cpu, 1, &sources, &[0, 1, 2], &terms, &mut sums), Ok(()));
+            let outcome = combine_to_wire(&cpu, 1, &sources, &[0, 1, 2], &terms, Precision::Bf16, &mut wire);
+            assert_eq!(outcome, Err(NotFinite::Sum { row: 1 }));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Prints what the kernels reach, beside what this machine can do at most:
 //! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head, ffn,
-//! quantised, attention or latent. Without arguments: one thread and two, every kernel, the best instruction set.
+//! quantised, combine, attention or latent. Without arguments: one thread and two, every kernel, the best instruction set.
 //!
 //! Shapes are those of a model of hidden size 1024 with 32 experts of width 512, eight per token, and a head of
 //! 49,155 tokens. Weights are cold: calls go round more of them than caches hold, except where it says warm.
@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use muster_kernels::{
     AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, KvValues, Matrix,
-    Precision, Quantisation, Sees, attention, grouped_ffn, linear,
+    Outputs, Precision, Quantisation, Sees, Term, attention, combine, combine_to_wire, grouped_ffn, linear,
 };
 use roofline::Roofline;
 
@@ -190,6 +190,32 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
     }
 }
 
+/// Weighted sums of eight experts' outputs, warm, and of one row per worker; to f32 as in a router, and to the wire as in a
+/// worker.
+fn combines(cpu: &Cpu) {
+    const HIDDEN: usize = 1024;
+    for (rows, terms) in [(1, 8), (8, 8), (64, 8), (512, 8), (8, 2), (512, 1)] {
+        let x = numbers(rows * terms * HIDDEN);
+        let sources = [Outputs::Computed(&x, Precision::Bf16)];
+        let starts: Vec<u32> = (0..=rows).map(|row| (row * terms) as u32).collect();
+        let of: Vec<Term> =
+            (0..rows * terms).map(|row| Term { source: 0, row: row as u32, weight: 0.125 }).collect();
+        let (mut sums, mut wire) = (vec![0.0; rows * HIDDEN], vec![0; rows * HIDDEN * 2]);
+        let here = best(cpu, || {
+            combine(cpu, HIDDEN, black_box(&sources), &starts, &of, &mut sums).expect("they are finite");
+        });
+        let sent = best(cpu, || {
+            combine_to_wire(cpu, HIDDEN, black_box(&sources), &starts, &of, Precision::Bf16, &mut wire)
+                .expect("they are finite");
+        });
+        println!(
+            "combine {rows:3} rows of {terms} terms: {:8.2} us, to bf16 {:8.2} us",
+            here * 1e6,
+            sent * 1e6
+        );
+    }
+}
+
 fn attentions(cpu: &Cpu) {
     let (heads, kv_heads, head_dim, context) = (32, 8, 128, 4096_u32);
     let shape = KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim, values: KvValues::Apart };
@@ -262,7 +288,7 @@ fn main() {
     if sets.is_empty() {
         sets.push(Isa::detect());
     }
-    let known = ["linear", "head", "ffn", "quantised", "attention", "latent"];
+    let known = ["linear", "head", "ffn", "quantised", "combine", "attention", "latent"];
     let names: Vec<&str> = arguments.iter().map(String::as_str).filter(|name| known.contains(name)).collect();
     let wanted = |name: &str| names.is_empty() || names.contains(&name);
     for (&threads, &isa) in threads.iter().flat_map(|threads| sets.iter().map(move |isa| (threads, isa))) {
@@ -288,6 +314,9 @@ fn main() {
         }
         if wanted("quantised") {
             quantised(&cpu, 1024, 512);
+        }
+        if wanted("combine") {
+            combines(&cpu);
         }
         if wanted("attention") {
             attentions(&cpu);
