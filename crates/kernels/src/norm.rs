@@ -3,7 +3,8 @@
 //! What must hold: RMS gives `(x * (1 / sqrt(mean(x²) + eps))) * weight`; a layer's gives
 //! `(d * (1 / sqrt(mean(d²) + eps))) * weight + bias` with `d = x - mean(x)`. Squares are added with fused multiply-add and
 //! numbers with plain additions, in sixteen lanes (element i in lane i % 16, ascending), and the lanes by a fixed tree;
-//! every other operation, square root and divisions too, is rounded once. It does not round to bf16; callers do.
+//! every other operation, square root and divisions too, is rounded once. A row whose squares overflow becomes NaN, as one that
+//! is not finite does. It does not round to bf16; callers do.
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
@@ -75,7 +76,7 @@ impl Kernel for Row<'_> {
     fn run<S: Simd>(self, s: S) {
         let len = self.x.len();
         let (chunks, rest) = self.x.as_chunks_mut::<LANES>();
-        let factor = 1.0 / (sum_of_squares(s, chunks, rest) / len as f32 + self.eps).sqrt();
+        let factor = inverse_root(sum_of_squares(s, chunks, rest) / len as f32 + self.eps);
         let (weights, weights_rest) = self.weight.as_chunks::<LANES>();
         for (chunk, weight) in chunks.iter_mut().zip(weights) {
             let y = s.mul(s.mul(s.load(chunk), s.splat(factor)), s.load(weight));
@@ -98,6 +99,14 @@ fn sum_of_squares<S: Simd>(s: S, chunks: &[[f32; LANES]], rest: &[f32]) -> f32 {
     let x = s.load(&padded(rest, 0.0));
     squares = s.fma(x, x, squares);
     tree_sum(lanes(s, squares))
+}
+
+/// What a row is scaled by. Squares that overflow give NaN: a factor of zero would make zeros of the row, as if nothing were
+/// wrong with it.
+#[inline(always)]
+fn inverse_root(mean: f32) -> f32 {
+    let factor = 1.0 / mean.sqrt();
+    if factor == 0.0 { f32::NAN } else { factor }
 }
 
 struct CentredRow<'a> {
@@ -125,7 +134,7 @@ impl Kernel for CentredRow<'_> {
         for x in rest.iter_mut() {
             *x -= mean;
         }
-        let factor = 1.0 / (sum_of_squares(s, chunks, rest) / len as f32 + self.eps).sqrt();
+        let factor = inverse_root(sum_of_squares(s, chunks, rest) / len as f32 + self.eps);
         let (weights, weights_rest) = self.weight.as_chunks::<LANES>();
         let (biases, biases_rest) = self.bias.as_chunks::<LANES>();
         for ((chunk, weight), bias) in chunks.iter_mut().zip(weights).zip(biases) {

@@ -8,12 +8,17 @@ use muster_kernels::{
     rms_norm_in_place, rotate,
 };
 
+/// Of a mean of squares that is finite; NaN for others.
+fn inverse_root(mean: f32) -> f32 {
+    if mean.is_finite() { 1.0 / mean.sqrt() } else { f32::NAN }
+}
+
 fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     let mut lanes = [0.0_f32; 16];
     for (i, x) in x.iter().enumerate() {
         lanes[i % 16] = x.mul_add(*x, lanes[i % 16]);
     }
-    let factor = 1.0 / (tree_sum(lanes) / x.len() as f32 + eps).sqrt();
+    let factor = inverse_root(tree_sum(lanes) / x.len() as f32 + eps);
     x.iter().zip(weight).map(|(x, weight)| (x * factor) * weight).collect()
 }
 
@@ -27,7 +32,7 @@ fn in_lanes(x: &[f32], add: impl Fn(f32, f32) -> f32) -> f32 {
 fn centred_norm(x: &[f32], weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
     let mean = in_lanes(x, |x, sum| sum + x) / x.len() as f32;
     let centred: Vec<f32> = x.iter().map(|x| x - mean).collect();
-    let factor = 1.0 / (in_lanes(&centred, |d, sum| d.mul_add(d, sum)) / x.len() as f32 + eps).sqrt();
+    let factor = inverse_root(in_lanes(&centred, |d, sum| d.mul_add(d, sum)) / x.len() as f32 + eps);
     let scaled = centred.iter().zip(weight).map(|(d, weight)| (d * factor) * weight);
     scaled.zip(bias).map(|(y, bias)| y + bias).collect()
 }
@@ -96,6 +101,31 @@ fn norms_follow_their_order_in_place_or_not() {
             let mut x = x.clone();
             rms_norm_in_place(&cpu, &mut x, &weight, 1e-6);
             assert_same(&x, &want, &format!("{} {width} in place", cpu.isa()));
+        }
+    }
+}
+
+#[test]
+fn rows_whose_squares_overflow_become_nan_and_no_others() {
+    // The square of the first is finite, those of the others are not, nor is the last itself.
+    for (large, finite) in [(1.8e19, true), (3e19, false), (f32::MAX, false), (f32::INFINITY, false)] {
+        for width in [1, 5, 16, 37, 64] {
+            let mut numbers = Numbers(35);
+            let (mut x, weight, bias) = (numbers.vec(3 * width), numbers.vec(width), numbers.vec(width));
+            x[width + width / 2] = large;
+            for isa in Isa::available() {
+                let (mut rms, mut layer) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+                rms_norm(&cpu(1, isa), &x, &weight, 1e-6, &mut rms);
+                layer_norm(&cpu(1, isa), &x, &weight, &bias, 1e-6, &mut layer);
+                for (name, out) in [("rms", rms), ("layer", layer)] {
+                    // What is alone in its row is its own mean, and nothing is left of it.
+                    let finite = finite || (name == "layer" && width == 1 && large.is_finite());
+                    let rows: Vec<bool> =
+                        out.chunks(width).map(|row| row.iter().all(|y| y.is_finite())).collect();
+                    assert_eq!(rows, [true, finite, true], "{name}, {large} in {width}, {isa}");
+                    assert!(finite || out[width..2 * width].iter().all(|y| y.is_nan()), "{name}, {large}");
+                }
+            }
         }
     }
 }
