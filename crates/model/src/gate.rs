@@ -115,7 +115,10 @@ pub fn choose(
     Ok(())
 }
 
-/// Ranks experts of all but the best groups below every other.
+/// Ranks experts of all but the best groups below every other: none of them is chosen, also where the selection bias makes
+/// every rank of the groups that are left negative. So do DeepSeek's own code and transformers 5.24 for sigmoid scores;
+/// earlier releases of the latter ranked them 0. DeepSeek-V2's are ranked 0 by both, which is below every softmax but 0, whose
+/// weight is 0.
 fn leave_out_groups(recipe: &ExpertGroups, ranks: &mut [f32], worths: &mut Vec<f32>, picked: &mut Vec<u32>) {
     let size = ranks.len() / recipe.groups as usize;
     worths.clear();
@@ -402,6 +405,54 @@ mod tests {
             let all = GateRecipe { groups: Some(ExpertGroups { groups: 1, kept: 1, worth }), ..SIGMOID };
             let logits = [0.3, 0.1, 0.9, 0.2];
             assert_eq!(run(&all, &logits, &[], 2), run(&SIGMOID, &logits, &[], 2));
+        }
+    }
+
+    /// Choices of `DeepseekV3TopkRouter` and `Glm4MoeTopkRouter`, which agree, in transformers 5.24.0 on torch 2.15.0: 4 of 16
+    /// experts, from 2 of 4 groups, over these logits. Were experts of the groups that are left out ranked 0, it would be
+    /// 5, 6, 7, 8; 9, 10, 11, 12; and 6, 7, 8, 12.
+    #[test]
+    fn groups_that_are_left_out_give_no_expert_however_low_the_others_rank() {
+        let groups = Some(ExpertGroups { groups: 4, kept: 2, worth: GroupWorth::BestTwo });
+        let renormalise = Renormalise::Sum { plus: 1e-20 };
+        let recipe = GateRecipe { selection_bias: true, groups, renormalise, scale: 2.5, ..SIGMOID };
+        let first = [
+            -1.625, 0.75, 1.75, -2.75, -0.375, 0.625, -1.25, -1.75, 1.875, -1.125, -2.375, -0.875, 1.375,
+            2.0, 0.5, 2.125,
+        ];
+        let second = [
+            -3.125, -0.625, 3.875, -0.625, 0.375, 1.625, 2.125, -1.5, -0.375, -0.375, -3.625, -0.75, -4.125,
+            1.375, -2.625, -2.75,
+        ];
+        let all_below_zero = [
+            -1.546875, -1.5625, -1.5, -1.59375, -2.234375, -1.765625, -1.578125, -1.734375, -1.90625, -1.5,
+            -1.609375, -2.03125, -1.78125, -1.59375, -1.59375, -1.6875,
+        ];
+        let some_below_zero = [
+            -0.6875, -0.734375, -0.609375, -0.796875, -2.078125, -1.125, -0.75, -0.140625, 0.21875, -0.59375,
+            -0.8125, -1.65625, -0.03125, -0.796875, -0.78125, -0.21875,
+        ];
+        let golden: [(&[f32], &[f32], [u32; 4], [f32; 4]); 3] = [
+            (
+                &first,
+                &all_below_zero,
+                [1, 2, 13, 15],
+                [0.513_713_96, 0.644_395_95, 0.666_213_04, 0.675_677_12],
+            ),
+            (
+                &second,
+                &all_below_zero,
+                [1, 2, 5, 6],
+                [0.285_110_44, 0.801_139_83, 0.683_230_82, 0.730_518_94],
+            ),
+            (&second, &some_below_zero, [6, 7, 8, 9], [1.181_375, 0.241_252_33, 0.538_686_28, 0.538_686_28]),
+        ];
+        for (logits, bias, ids, weights) in golden {
+            let (chosen, weighed) = run(&recipe, logits, bias, 4).unwrap();
+            assert_eq!(chosen, ids);
+            for (ours, theirs) in weighed.iter().zip(weights) {
+                assert!((ours - theirs).abs() <= 1e-6, "{ours} {theirs}");
+            }
         }
     }
 
