@@ -6,6 +6,7 @@
 //! who decides, or how weights are had.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use muster_dispatch_grpc::{Custody, Held, WeightSource};
 use muster_model::experts::{Expert, ExpertError, ExpertSet, Picked};
 use muster_proto::control::Assignment;
 use muster_types::{ExpertId, ExpertKey, LayerId};
+use tokio::sync::Notify;
 
 /// How long what is no longer wanted can still be asked for.
 const RELEASE: Duration = Duration::from_millis(500);
@@ -45,6 +47,8 @@ pub(crate) struct Holder {
     experts: RwLock<ExpertSet>,
     state: Mutex<State>,
     changed: Condvar,
+    /// Orders, for whoever waits asynchronously.
+    news: Notify,
     /// When the process began to be a worker.
     started: Instant,
 }
@@ -121,7 +125,13 @@ impl Holder {
         if !state.wanted.is_empty() {
             state.note(started);
         }
-        Self { experts: RwLock::new(experts), state: Mutex::new(state), changed: Condvar::new(), started }
+        Self {
+            experts: RwLock::new(experts),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            news: Notify::new(),
+            started,
+        }
     }
 
     /// The experts of a call. They stay in memory, and are counted, until it is over.
@@ -240,6 +250,25 @@ impl Holder {
         drop(unused);
     }
 
+    /// Whether an expert is still to be loaded.
+    pub(crate) fn is_asked_for(&self, key: ExpertKey) -> bool {
+        let state = self.state();
+        !state.stopped && state.tasks.iter().any(|task| task.key == key)
+    }
+
+    /// Waits until an expert is no longer to be loaded.
+    pub(crate) async fn called_off(&self, key: ExpertKey) {
+        loop {
+            let mut news = pin!(self.news.notified());
+            // From here on nothing is missed.
+            news.as_mut().enable();
+            if !self.is_asked_for(key) {
+                return;
+            }
+            news.await;
+        }
+    }
+
     /// An expert could not be loaded: others come first.
     pub(crate) fn defer(&self, key: ExpertKey) {
         let mut state = self.state();
@@ -253,6 +282,7 @@ impl Holder {
     pub(crate) fn stop(&self) {
         self.state().stopped = true;
         self.changed.notify_all();
+        self.news.notify_waiters();
     }
 }
 
@@ -282,6 +312,7 @@ impl Custody for Holder {
         let is_new = *wanted != before;
         drop(state);
         self.changed.notify_all();
+        self.news.notify_waiters();
         if is_new {
             tracing::info!(%router, %operation, hold, load, release, "new orders");
         }
@@ -417,6 +448,24 @@ mod tests {
         drop(fetch);
         assert!(matches!(holder.next(), Work::Released));
         assert_eq!((holder.bytes(), holder.next_release()), (all / 2, None));
+    }
+
+    #[tokio::test]
+    async fn a_load_is_called_off_by_orders_without_it_and_by_a_stop() {
+        let holder = Arc::new(holder(&[0]));
+        let waiting = |key| {
+            let holder = holder.clone();
+            tokio::spawn(async move { holder.called_off(key).await })
+        };
+        holder.assign(orders(&[0], &[1, 2]));
+        let (first, second) = (waiting(key(1)), waiting(key(2)));
+        tokio::task::yield_now().await;
+        holder.assign(orders(&[0], &[2]));
+        first.await.unwrap();
+        assert!(!second.is_finished() && holder.is_asked_for(key(2)));
+        holder.stop();
+        second.await.unwrap();
+        holder.called_off(key(7)).await;
     }
 
     #[test]

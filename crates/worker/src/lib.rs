@@ -311,6 +311,7 @@ pub async fn run(
         _ = &mut computing => Err(WorkerError::Experts),
         _ = &mut loading => Err(WorkerError::Loading),
         ended = &mut serving => {
+            holder.stop();
             server.close();
             return match ended {
                 Ok(Ok(())) | Err(_) => Err(WorkerError::Server),
@@ -334,8 +335,13 @@ pub async fn run(
         tracing::warn!("a router keeps its connection open; leaving it");
         serving.abort();
     }
-    // After a panic it has ended long ago; else it finishes the shard it has.
-    let _ = tokio::time::timeout(CLOSE_TIMEOUT, &mut computing).await;
+    // One finishes the shard it has, the other what it reads of an expert.
+    for thread in [&mut computing, &mut loading] {
+        // Else it has ended before, which is why all ends.
+        if !thread.is_terminated() {
+            let _ = tokio::time::timeout(CLOSE_TIMEOUT, thread).await;
+        }
+    }
     outcome
 }
 

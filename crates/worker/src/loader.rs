@@ -91,13 +91,17 @@ impl Loader {
         let peers = task.peers.iter().filter_map(|peer| peer.parse().ok());
         let fetched = self.fetch(fetcher, task.key, peers, &form, bytes).map(|expert| (expert, "peer"));
         let found = fetched.or_else(|| match &self.sources.checkpoint {
+            _ if !self.holder.is_asked_for(task.key) => None,
             Some(checkpoint) => self.read(checkpoint, task.key).map(|expert| (expert, "checkpoint")),
             None => {
                 let routers = self.sources.routers.iter().cloned();
                 self.fetch(fetcher, task.key, routers, &form, bytes).map(|expert| (expert, "router"))
             }
         });
-        let (expert, source) = found.ok_or(later)?;
+        let Some((expert, source)) = found else {
+            // What was called off meanwhile has not failed.
+            return if self.holder.is_asked_for(task.key) { Err(later) } else { Ok(()) };
+        };
         self.holder.take_in(task.key, expert);
         metrics::counter!("muster_worker_experts_loaded_total", "source" => source).increment(1);
         metrics::counter!("muster_worker_expert_bytes_loaded_total", "source" => source)
@@ -111,27 +115,33 @@ impl Loader {
         Some((form, form.bytes()?))
     }
 
-    /// From the first of these that gives it.
+    /// From the first of these that gives it, until it is called off.
     fn fetch(
         &self,
         fetcher: &mut Fetcher,
         key: ExpertKey,
-        mut from: impl Iterator<Item = Address>,
+        from: impl Iterator<Item = Address>,
         form: &ExpertForm,
         bytes: usize,
     ) -> Option<Expert> {
         let Sources { fingerprint, compute, dtype, .. } = self.sources;
         let fetch = Fetch { fingerprint, compute, experts: dtype, key };
-        from.find_map(|address| {
-            let fetched = self.runtime.block_on(fetcher.fetch(&address, &fetch, bytes));
-            let reason = match fetched.map(|packed| form.unpack(&packed)) {
+        for address in from {
+            let fetched = self.runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    () = self.holder.called_off(key) => None,
+                    fetched = fetcher.fetch(&address, &fetch, bytes) => Some(fetched),
+                }
+            });
+            let reason = match fetched?.map(|packed| form.unpack(&packed)) {
                 Ok(Ok(expert)) => return Some(expert),
                 Ok(Err(error)) => error.to_string(),
                 Err(error) => error.to_string(),
             };
             tracing::debug!(expert = %key, %address, reason, "not fetched");
-            None
-        })
+        }
+        None
     }
 
     fn read(&self, checkpoint: &Checkpoint, key: ExpertKey) -> Option<Expert> {
@@ -141,5 +151,101 @@ impl Loader {
             metrics::counter!("muster_worker_expert_load_errors_total").increment(1);
         };
         experts::read_one(checkpoint, key, compute, dtype).inspect_err(failed).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
+
+    use muster_dispatch_grpc::{Custody, ServerConfig};
+    use muster_kernels::Packing;
+    use muster_model::experts::{ExpertSet, Gating};
+    use muster_placement::Shape;
+    use muster_proto::control::{Assignment, Load};
+    use muster_proto::convert::RouterName;
+    use muster_proto::description::{Description, Phase};
+    use muster_types::{Epoch, ExpertId, LayerId, NumericsClass, Speed, WorkerId};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn key() -> ExpertKey {
+        ExpertKey { layer: LayerId::new(0, 1).unwrap(), expert: ExpertId::new(3, 8).unwrap() }
+    }
+
+    fn loader(runtime: Handle) -> Loader {
+        let (compute, dtype, fingerprint) = (Compute::F32, WeightDType::Native, Fingerprint::new([1; 32]));
+        let holder = Arc::new(Holder::new(ExpertSet::new(16, compute, dtype), Instant::now()));
+        let config = ServerConfig {
+            shape: Shape::new(vec![8]),
+            hidden: NonZeroU32::new(16).unwrap(),
+            top_k: NonZeroU32::MIN,
+            queue: NonZeroUsize::MIN,
+            streams: NonZeroUsize::MIN,
+            max_deadline: PATIENCE,
+            busy_poll: Duration::ZERO,
+            fetch_rate: NonZeroUsize::MIN,
+        };
+        let description = Description {
+            worker: WorkerId::new("w").unwrap(),
+            fingerprint,
+            numerics: NumericsClass::CpuCanonical,
+            compute,
+            experts: dtype,
+            epoch: Epoch::new(1),
+            holdings: Vec::new(),
+            resident_bytes: 0,
+            phase: Phase::Serving,
+            max_rows: NonZeroU32::MIN,
+            capacity: 1 << 20,
+            speed: Speed::ONE,
+            domain: None,
+            loading: 0,
+            useful: None,
+            full: None,
+        };
+        let (server, _) = ExpertServer::new(&config, description, holder.clone());
+        let packings = [Packing::F32; 3];
+        let form = ExpertForm { hidden: 16, intermediate: 16, packings, gating: Gating::Silu, biases: false };
+        let forms = vec![Some(form)];
+        let sources = Sources {
+            checkpoint: None,
+            routers: Vec::new(),
+            fingerprint,
+            compute,
+            dtype,
+            forms,
+            capacity: 1 << 20,
+        };
+        Loader { holder, server, sources, runtime, dialer: Dialer::default() }
+    }
+
+    #[test]
+    fn a_stop_ends_a_fetch_and_nobody_else_is_asked() {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let silent = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let next = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        next.set_nonblocking(true).unwrap();
+        let loader = loader(runtime.handle().clone());
+        let holder = loader.holder.clone();
+        holder.assign(Assignment {
+            router: RouterName::new("r").unwrap(),
+            term: NonZeroU64::MIN,
+            operation: NonZeroU64::MIN,
+            seen: Epoch::new(1),
+            keep: Vec::new(),
+            load: vec![Load { key: key(), peers: vec![0, 1] }],
+            peers: [silent.local_addr(), next.local_addr()].map(|peer| peer.unwrap().to_string()).to_vec(),
+        });
+        let loading = std::thread::spawn(move || loader.run());
+        let asked = runtime.block_on(async { tokio::time::timeout(PATIENCE, silent.accept()).await });
+        let _says_nothing = asked.expect("the first is asked").unwrap();
+        holder.stop();
+        loading.join().expect("the loader ends");
+        let error = next.accept().expect_err("the next one was asked although all was over");
+        assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
     }
 }
