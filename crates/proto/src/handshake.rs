@@ -117,7 +117,7 @@ impl Terms {
     /// The first field that is malformed or differs. The version comes first: the rest of another version's
     /// message need not mean what it means here.
     pub fn admit(&self, hello: &v1::Hello) -> Result<Greeting, HandshakeError> {
-        agree(hello.protocol_version, hello.newest_protocol_version)?;
+        let version = agree(hello.protocol_version, hello.newest_protocol_version)?;
         let router = RouterName::new(&hello.router_id)?;
         if hello.lane as usize >= LANES {
             return Err(WireError::rule("lane", format!("{} is not one of 0 and 1", hello.lane)).into());
@@ -141,7 +141,7 @@ impl Terms {
         }
         same(Term::Experts, &self.experts, &experts)?;
         same(Term::Numerics, &self.numerics, &numerics)?;
-        Ok(Greeting { router, lane: hello.lane, combine })
+        Ok(Greeting { router, lane: hello.lane, combine, version })
     }
 
     /// For routers: holds a worker's description against these terms. What it holds is not looked at.
@@ -186,6 +186,8 @@ pub struct Greeting {
     pub lane: u32,
     /// How outputs come back on it.
     pub combine: Combine,
+    /// The protocol's version in common.
+    pub version: u32,
 }
 
 #[cfg(test)]
@@ -219,9 +221,9 @@ mod tests {
             let hello = v1::Hello { protocol_version: oldest, newest_protocol_version: newest, ..hello() };
             assert!(terms().admit(&hello).is_ok(), "{oldest} to {newest}");
         }
-        let later = v1::Hello { protocol_version: 3, newest_protocol_version: 4, ..hello() };
+        let later = v1::Hello { protocol_version: 4, newest_protocol_version: 5, ..hello() };
         let text = terms().admit(&later).unwrap_err().to_string();
-        assert_eq!(text, "protocol version differs: ours is 1 to 2, the peer's is 3 to 4");
+        assert_eq!(text, "protocol version differs: ours is 2 to 3, the peer's is 4 to 5");
     }
 
     #[test]
@@ -249,7 +251,7 @@ mod tests {
         let cases: [(Term, v1::Hello); 6] = [
             (
                 Term::Version,
-                v1::Hello { protocol_version: 3, newest_protocol_version: 4, combine: 99, ..hello() },
+                v1::Hello { protocol_version: 4, newest_protocol_version: 5, combine: 99, ..hello() },
             ),
             (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),

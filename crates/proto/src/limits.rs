@@ -33,7 +33,7 @@ impl MessageLimits {
         let entry = entries.saturating_mul(VARINT + FLOAT);
         let numbers = entry.saturating_add((experts as usize * 2).saturating_mul(VARINT));
         let request = rows.saturating_mul(row).saturating_add(numbers).saturating_add(SLACK);
-        let reply = entries.saturating_mul(row).saturating_add(SLACK);
+        let reply = entries.saturating_mul(row.saturating_add(VARINT)).saturating_add(SLACK);
         Self { request_bytes: request.min(CEILING), reply_bytes: reply.min(CEILING) }
     }
 
@@ -77,7 +77,11 @@ mod tests {
         assert!(request.encoded_len() <= limits.request_bytes);
         assert!(request.encoded_len() + SLACK > limits.request_bytes);
         let data = vec![0; (rows * top_k * hidden * 2) as usize].into();
-        let body = v1::dispatch_reply::Body::Rows(v1::ExpertRows { rows: rows * top_k, data });
+        let body = v1::dispatch_reply::Body::Rows(v1::ExpertRows {
+            rows: rows * top_k,
+            data,
+            not_finite: vec![u32::MAX; (rows * top_k) as usize],
+        });
         let reply = v1::DispatchReply { id: 1, body: Some(body), compute_us: 1, queue_us: 1 };
         assert!(reply.encoded_len() <= limits.reply_bytes);
         assert!(reply.encoded_len() + SLACK > limits.reply_bytes);

@@ -142,6 +142,14 @@ pub enum LinkError {
         /// The other's address.
         other: String,
     },
+    /// The same, and whether that one is still there is being found out.
+    #[error("calls itself {worker}, as the worker at {other} did, which is asked for a sign of life")]
+    Contested {
+        /// The name.
+        worker: String,
+        /// The other's address.
+        other: String,
+    },
     /// Its holdings make no placement.
     #[error("holdings do not fit the others': {0}")]
     Placement(String),
@@ -151,7 +159,7 @@ impl LinkError {
     /// Whether waiting cannot help: something is set up wrongly.
     #[must_use]
     pub const fn is_fatal(&self) -> bool {
-        !matches!(self, Self::Unreachable(_) | Self::Silent(_))
+        !matches!(self, Self::Unreachable(_) | Self::Silent(_) | Self::Contested { .. })
     }
 
     /// What to do about it.
@@ -175,7 +183,9 @@ impl LinkError {
             }
             Self::MaxRows { .. } => "raise the worker's largest shard or lower the router's largest batch",
             Self::Refused(_) => "see the worker's log",
-            Self::SameName { .. } => "give every worker a name of its own, and list each only once",
+            Self::SameName { .. } | Self::Contested { .. } => {
+                "give every worker a name of its own, and list each only once"
+            }
         }
     }
 }

@@ -33,6 +33,8 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(600);
 const LONGEST_SIGN: Duration = Duration::from_secs(5);
 /// A link that lasted so long did not end soon.
 const LASTED: Duration = Duration::from_secs(60);
+/// Links in a row that end soon and bring nothing, from which on the worker is left alone for longer each time.
+const MOST_USELESS: u32 = 4;
 /// Shards written to a stream and not yet taken by the transport.
 const SEND_QUEUE: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -52,7 +54,7 @@ pub(super) struct LinkConfig {
 /// Keeps a worker connected, for as long as it is polled.
 pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>) {
     let Some(address) = board.address(peer) else { return };
-    let (mut pause, mut sign) = (FIRST_PAUSE, SIGN_OF_LIFE);
+    let (mut pause, mut sign, mut useless) = (FIRST_PAUSE, SIGN_OF_LIFE, 0);
     loop {
         let opened = match open(&address, &config, (pause * STEP_IN_PAUSES).min(STEP_TIMEOUT)).await {
             Ok(link) => board
@@ -70,7 +72,8 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 let ended = carry(peer, session, tasks, inbound, watch, &board, &config).await;
                 tracing::warn!(%address, ?ended, "worker lost");
                 metrics::counter!("muster_dispatch_links_lost_total").increment(1);
-                if matches!(ended, Ended::Bad(_)) {
+                useless = if board.is_useful(peer) || since.elapsed() >= LASTED { 0 } else { useless + 1 };
+                if matches!(ended, Ended::Bad(_)) || useless >= MOST_USELESS {
                     board.strike(peer);
                 }
                 board.down(peer, session, ended);
@@ -185,7 +188,10 @@ async fn ask_in_doubt(
     while board.doubt(peer, session).await {
         let asked = client.describe(v1::DescribeRequest {});
         match tokio::time::timeout(patience, asked).await {
-            Ok(Ok(_)) => tokio::time::sleep(patience).await,
+            Ok(Ok(_)) => {
+                board.is_alive(peer, session);
+                tokio::time::sleep(patience).await;
+            }
             Ok(Err(status)) => return Ended::Lost(describe(&status)),
             Err(_) => return Ended::Lost(format!("gave no sign of life within {patience:?}")),
         }
@@ -234,7 +240,7 @@ async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, b
         };
         let delivered = match Reply::parse(message) {
             Ok(Reply::Answer { id, outcome, timing }) => {
-                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing, at: Instant::now() });
+                let outcome = outcome.map(|outputs| Arrived { outputs, timing, at: Instant::now() });
                 board.deliver(stream, id.get(), outcome)
             }
             Ok(Reply::Ack { .. }) => Err("it acknowledged a stream twice".into()),

@@ -334,7 +334,13 @@ impl OneRow {
 /// Takes home one row.
 pub fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
     let mut out = vec![0.0; HIDDEN];
-    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
+    match dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out))?.pop() {
+        None => Ok(out),
+        Some(lost) => {
+            assert_eq!(lost.rows, [0]);
+            Err(lost.error)
+        }
+    }
 }
 
 /// Sends one row off and takes it home.
