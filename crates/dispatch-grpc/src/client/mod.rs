@@ -2,9 +2,11 @@
 //!
 //! [`GrpcDispatch`] belongs to the engine thread; it groups, encodes, waits, decodes and adds. The network thread
 //! moves bytes and keeps links alive. They meet in [`board::Board`], under one lock that is held for as long as a
-//! few map operations take. What always holds: a shard is on the board before it can be answered, and leaves it
+//! few map operations take; routes are built beside it. What always holds: a shard is on the board before it can be answered, and leaves it
 //! with its answer, its link or its ticket, whichever ends first; so a reply that nobody waits for changes nothing.
 
+#[cfg(test)]
+mod announcing;
 mod board;
 mod cluster;
 mod complete;

@@ -8,6 +8,8 @@
 //! the transport. A sequence fails alone, whatever fails it: it leaves the step at once, and the others go on.
 
 mod attention;
+#[cfg(test)]
+mod failing;
 mod latent;
 mod load;
 mod moe;
