@@ -231,10 +231,24 @@ impl ExpertSet {
         self.dtype
     }
 
-    /// Runs experts of one layer over hidden rows in the wire dtype.
+    /// Experts of one layer, taken out to compute with: they stay as they are whatever becomes of the set.
     ///
-    /// `groups` says which row numbers each expert gets. `out` is set to one row `[hidden]` per (expert, row),
-    /// group after group, neither rounded to the wire dtype nor checked: whoever uses a row does both on the way.
+    /// # Errors
+    /// The first that is not here.
+    pub fn pick(
+        &self,
+        layer: LayerId,
+        experts: impl Iterator<Item = ExpertId>,
+    ) -> Result<Picked, ExpertError> {
+        let pick = |expert| {
+            let key = ExpertKey { layer, expert };
+            self.get(key).ok_or(ExpertError::NotHeld(key))
+        };
+        let experts = experts.map(pick).collect::<Result<_, _>>()?;
+        Ok(Picked { compute: self.compute, hidden: self.hidden, experts })
+    }
+
+    /// As [`Picked::forward`], of experts that are picked here.
     ///
     /// # Errors
     /// See [`ExpertError`]; `out` is unspecified then.
@@ -243,6 +257,35 @@ impl ExpertSet {
         cpu: &Cpu,
         scratch: &mut ExpertScratch,
         layer: LayerId,
+        groups: &[(ExpertId, &[u32])],
+        rows: Rows<'_>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ExpertError> {
+        let picked = self.pick(layer, groups.iter().map(|&(expert, _)| expert))?;
+        picked.forward(cpu, scratch, groups, rows, out)
+    }
+}
+
+/// Experts of one layer, in the order in which they were asked for.
+pub struct Picked {
+    compute: Compute,
+    hidden: usize,
+    experts: Vec<Arc<Expert>>,
+}
+
+impl Picked {
+    /// Runs the experts over hidden rows in the wire dtype.
+    ///
+    /// `groups` says which row numbers each expert gets, for the experts that were picked. `out` is set to one row `[hidden]`
+    /// per (expert, row), group after group, neither rounded to the wire dtype nor checked: whoever uses a row does both on
+    /// the way.
+    ///
+    /// # Errors
+    /// [`ExpertError::Shape`]; `out` is unspecified then.
+    pub fn forward(
+        &self,
+        cpu: &Cpu,
+        scratch: &mut ExpertScratch,
         groups: &[(ExpertId, &[u32])],
         rows: Rows<'_>,
         out: &mut Vec<f32>,
@@ -260,16 +303,22 @@ impl ExpertSet {
         if !x.len().is_multiple_of(self.hidden) {
             return Err(ExpertError::Shape(format!("{} values are no rows of {}", x.len(), self.hidden)));
         }
+        if groups.len() != self.experts.len() {
+            return Err(ExpertError::Shape(format!(
+                "{} groups for {} experts",
+                groups.len(),
+                self.experts.len()
+            )));
+        }
         let mut total = 0;
         let work = groups
             .iter()
-            .map(|&(expert, rows)| {
-                let key = ExpertKey { layer, expert };
+            .zip(&self.experts)
+            .map(|(&(_, rows), expert)| {
                 if let Some(&bad) = rows.iter().find(|&&row| row as usize >= count) {
                     return Err(ExpertError::Shape(format!("row {bad} of {count}")));
                 }
                 total += rows.len();
-                let expert = self.experts.get(&key).ok_or(ExpertError::NotHeld(key))?;
                 Ok(ExpertRows { expert, rows })
             })
             .collect::<Result<Vec<_>, _>>()?;

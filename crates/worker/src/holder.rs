@@ -1,20 +1,23 @@
 //! What a worker holds and what it shall hold: the only place where experts come and go.
 //!
 //! Always holds: what is announced is in memory and wanted; what is no longer wanted stays in memory, unannounced, until
-//! routers have had the time to learn of it; and memory is not taken beyond what the worker has. Does not know who
-//! decides, or how weights are had.
+//! routers have had the time to learn of it; and memory is not taken beyond what the worker has: what was given up counts
+//! until its last user is done. No lock is held while anything computes, reads or waits for the other lock. Does not know
+//! who decides, or how weights are had.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{Custody, Held, WeightSource};
-use muster_model::experts::{Expert, ExpertSet};
+use muster_model::experts::{Expert, ExpertError, ExpertSet, Picked};
 use muster_proto::control::Assignment;
-use muster_types::ExpertKey;
+use muster_types::{ExpertId, ExpertKey, LayerId};
 
 /// How long what is no longer wanted can still be asked for.
 const RELEASE: Duration = Duration::from_millis(500);
+/// How long what was given up and is in use is left alone before it is looked at again.
+const IN_USE: Duration = Duration::from_millis(10);
 
 /// An expert to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +40,8 @@ pub(crate) enum Work {
 
 /// See the module.
 pub(crate) struct Holder {
+    /// What can be computed with. Locked for as long as an operation of the map takes and under no other lock, since the
+    /// experts' thread waits for it. Changed by the loader alone.
     experts: RwLock<ExpertSet>,
     state: Mutex<State>,
     changed: Condvar,
@@ -46,10 +51,16 @@ pub(crate) struct Holder {
 
 struct State {
     wanted: BTreeSet<ExpertKey>,
+    /// Experts that can be asked for: each is in the set before it is here, and leaves the set after it left here.
+    held: BTreeSet<ExpertKey>,
     /// Wanted and not there, the most urgent first.
     tasks: VecDeque<Task>,
-    /// In memory and not wanted, with the moment from which it may go.
+    /// Held and not wanted, with the moment from which it may go.
     released: BTreeMap<ExpertKey, Instant>,
+    /// Given up, but perhaps in use by a call or a fetch that began before.
+    leaving: Vec<Arc<Expert>>,
+    /// Of all that is in memory.
+    bytes: u64,
     stopped: bool,
     /// Counts orders.
     orders: u64,
@@ -67,15 +78,41 @@ impl State {
             self.full.get_or_insert(since);
         }
     }
+
+    /// Experts that were given up and are in use no more. Their memory is not counted from now on.
+    fn take_unused(&mut self) -> Vec<Arc<Expert>> {
+        let unused: Vec<_> = self.leaving.extract_if(.., |expert| Arc::strong_count(expert) == 1).collect();
+        self.bytes -= unused.iter().map(|expert| expert.bytes() as u64).sum::<u64>();
+        unused
+    }
+
+    /// Withdraws what was released long enough ago.
+    fn take_due(&mut self, now: Instant) -> Vec<ExpertKey> {
+        let due: Vec<_> = self.released.extract_if(.., |_, at| *at <= now).map(|(key, _)| key).collect();
+        for key in &due {
+            self.held.remove(key);
+        }
+        due
+    }
+
+    /// When memory that nobody wants may be had.
+    fn next_release(&self, now: Instant) -> Option<Instant> {
+        let in_use = (!self.leaving.is_empty()).then(|| now + IN_USE);
+        self.released.values().copied().chain(in_use).min()
+    }
 }
 
 impl Holder {
     /// Of experts that are loaded and wanted, in a worker that was started then.
     pub(crate) fn new(experts: ExpertSet, started: Instant) -> Self {
+        let held: BTreeSet<ExpertKey> = experts.keys().into_iter().collect();
         let mut state = State {
-            wanted: experts.keys().into_iter().collect(),
+            wanted: held.clone(),
+            held,
             tasks: VecDeque::new(),
             released: BTreeMap::new(),
+            leaving: Vec::new(),
+            bytes: experts.bytes(),
             stopped: false,
             orders: 0,
             useful: None,
@@ -87,10 +124,25 @@ impl Holder {
         Self { experts: RwLock::new(experts), state: Mutex::new(state), changed: Condvar::new(), started }
     }
 
-    /// To compute with.
-    pub(crate) fn experts(&self) -> RwLockReadGuard<'_, ExpertSet> {
+    /// The experts of a call. They stay in memory, and are counted, until it is over.
+    ///
+    /// # Errors
+    /// When one is not held.
+    pub(crate) fn pick(
+        &self,
+        layer: LayerId,
+        experts: impl Iterator<Item = ExpertId>,
+    ) -> Result<Picked, ExpertError> {
+        self.set().pick(layer, experts)
+    }
+
+    fn set(&self) -> RwLockReadGuard<'_, ExpertSet> {
         // Nothing panics while it holds the lock for writing.
         self.experts.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self) -> RwLockWriteGuard<'_, ExpertSet> {
+        self.experts.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -110,7 +162,7 @@ impl Holder {
 
     /// Bytes in memory.
     pub(crate) fn bytes(&self) -> u64 {
-        self.experts().bytes()
+        self.state().bytes
     }
 
     /// Waits for something to do. Gives up what may go.
@@ -120,24 +172,31 @@ impl Holder {
             if state.stopped {
                 return Work::Stop;
             }
-            let now = Instant::now();
-            let is_due = |(&key, at): (&ExpertKey, &Instant)| (*at <= now).then_some(key);
-            let due: Vec<ExpertKey> = state.released.iter().filter_map(is_due).collect();
-            if !due.is_empty() {
-                let mut set = self.experts.write().unwrap_or_else(PoisonError::into_inner);
-                let gone: Vec<_> = due.iter().map(|&key| set.remove(key)).collect();
-                drop(set);
-                state.released.retain(|key, _| !due.contains(key));
+            let unused = state.take_unused();
+            if !unused.is_empty() {
                 drop(state);
                 // Memory is given back without the locks.
-                drop(gone);
+                drop(unused);
                 return Work::Released;
+            }
+            let now = Instant::now();
+            let due = state.take_due(now);
+            if !due.is_empty() {
+                drop(state);
+                let gone: Vec<_> = {
+                    let mut set = self.change();
+                    due.iter().filter_map(|&key| set.remove(key)).collect()
+                };
+                state = self.state();
+                state.leaving.extend(gone);
+                continue;
             }
             if let Some(task) = state.tasks.front() {
                 return Work::Load(task.clone());
             }
-            state = match state.released.values().min().map(|at| at.saturating_duration_since(now)) {
-                Some(left) => {
+            state = match state.next_release(now) {
+                Some(at) => {
+                    let left = at.saturating_duration_since(now);
                     self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
                 }
                 None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
@@ -156,17 +215,29 @@ impl Holder {
 
     /// When memory that is taken by what nobody wants may be had.
     pub(crate) fn next_release(&self) -> Option<Instant> {
-        self.state().released.values().min().copied()
+        self.state().next_release(Instant::now())
     }
 
-    /// An expert is there. It is dropped when nobody wants it any more.
+    /// Stores a loaded expert; discards it if the assignment no longer includes it.
     pub(crate) fn take_in(&self, key: ExpertKey, expert: Expert) {
+        let bytes = expert.bytes() as u64;
+        // Before it can be announced.
+        self.change().insert(key, expert);
         let mut state = self.state();
+        state.bytes += bytes;
         state.tasks.retain(|task| task.key != key);
         if state.wanted.contains(&key) {
-            self.experts.write().unwrap_or_else(PoisonError::into_inner).insert(key, expert);
+            state.held.insert(key);
             state.note(self.started);
+            return;
         }
+        drop(state);
+        let discarded = self.change().remove(key);
+        let mut state = self.state();
+        state.leaving.extend(discarded);
+        let unused = state.take_unused();
+        drop(state);
+        drop(unused);
     }
 
     /// An expert could not be loaded: others come first.
@@ -188,50 +259,39 @@ impl Holder {
 impl Custody for Holder {
     fn assign(&self, assignment: Assignment) {
         let Assignment { keep, load, peers, router, operation, .. } = assignment;
-        let mut state = self.state();
-        let held: BTreeSet<ExpertKey> = self.experts().keys().into_iter().collect();
-        let before = std::mem::take(&mut state.wanted);
-        state.orders += 1;
-        state.wanted = keep.into_iter().chain(load.iter().map(|load| load.key)).collect();
         let task = |key, of: &[u32]| Task {
             key,
             peers: of.iter().filter_map(|&peer| peers.get(peer as usize).cloned()).collect(),
         };
-        state.tasks = load
-            .iter()
-            .filter(|load| !held.contains(&load.key))
-            .map(|load| task(load.key, &load.peers))
-            .collect();
-        // What it is to keep and lost without being told to is loaded again.
         let listed: BTreeSet<ExpertKey> = load.iter().map(|load| load.key).collect();
-        let lost: Vec<Task> = state
-            .wanted
-            .iter()
-            .filter(|key| !held.contains(key) && !listed.contains(key))
-            .map(|&key| task(key, &[]))
-            .collect();
-        state.tasks.extend(lost);
+        let wanted: BTreeSet<ExpertKey> = keep.into_iter().chain(listed.iter().copied()).collect();
+        let mut state = self.state();
+        state.orders += 1;
+        let before = std::mem::replace(&mut state.wanted, wanted);
+        let State { wanted, held, tasks, released, .. } = &mut *state;
+        // What it is to keep and lost without being told to is loaded again.
+        let lost = wanted.iter().filter(|key| !listed.contains(key)).map(|&key| task(key, &[]));
+        let told = load.iter().map(|load| task(load.key, &load.peers));
+        *tasks = told.chain(lost).filter(|task| !held.contains(&task.key)).collect();
         let at = Instant::now() + RELEASE;
-        let State { wanted, released, .. } = &mut *state;
         released.retain(|key, _| !wanted.contains(key));
         for key in held.iter().filter(|key| !wanted.contains(key)) {
             released.entry(*key).or_insert(at);
         }
-        if *wanted != before {
-            let (load, release) = (state.tasks.len(), state.released.len());
-            tracing::info!(%router, %operation, hold = state.wanted.len(), load, release, "new orders");
-        }
+        let (hold, load, release) = (wanted.len(), tasks.len(), released.len());
+        let is_new = *wanted != before;
         drop(state);
         self.changed.notify_all();
+        if is_new {
+            tracing::info!(%router, %operation, hold, load, release, "new orders");
+        }
     }
 
     fn held(&self) -> Held {
         let state = self.state();
-        let set = self.experts();
-        let experts = set.keys().into_iter().filter(|key| state.wanted.contains(key)).collect();
         Held {
-            experts,
-            resident_bytes: set.bytes(),
+            experts: state.held.intersection(&state.wanted).copied().collect(),
+            resident_bytes: state.bytes,
             loading: state.tasks.len(),
             useful: state.useful,
             full: state.full,
@@ -241,7 +301,7 @@ impl Custody for Holder {
 
 impl WeightSource for Holder {
     fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
-        self.experts().get(key)
+        self.set().get(key)
     }
 }
 
@@ -252,7 +312,7 @@ mod tests {
     use muster_kernels::Matrix;
     use muster_proto::control::Load;
     use muster_proto::convert::RouterName;
-    use muster_types::{Compute, ExpertId, LayerId, WeightDType};
+    use muster_types::{Compute, WeightDType};
 
     use super::*;
 
@@ -334,6 +394,29 @@ mod tests {
         // What it is to keep and does not have is loaded too.
         holder.assign(orders(&[0, 3, 4], &[]));
         assert_eq!(next(&holder), Task { key: key(4), peers: vec![] });
+    }
+
+    #[test]
+    fn what_is_given_up_counts_until_its_last_user_is_done() {
+        let holder = holder(&[0, 1]);
+        let all = holder.bytes();
+        let call = holder.pick(key(0).layer, [key(1).expert].into_iter()).unwrap();
+        let fetch = holder.get(key(1));
+        holder.assign(orders(&[0], &[]));
+        // It is no longer to be had once it may go, and its memory is not yet free.
+        while holder.get(key(1)).is_some() {
+            assert!(holder.next_release().is_some());
+            holder.assign(orders(&[0], &[2]));
+            let Work::Load(_) = holder.next() else { panic!("the memory is in use") };
+        }
+        assert!(holder.pick(key(0).layer, [key(1).expert].into_iter()).is_err());
+        drop(call);
+        assert!(matches!(holder.next(), Work::Load(_)));
+        assert_eq!(holder.bytes(), all, "somebody still fetches it");
+        assert!(holder.next_release().is_some());
+        drop(fetch);
+        assert!(matches!(holder.next(), Work::Released));
+        assert_eq!((holder.bytes(), holder.next_release()), (all / 2, None));
     }
 
     #[test]

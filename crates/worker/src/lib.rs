@@ -357,7 +357,7 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
             break;
         }
         if now >= deadline {
-            let experts = holder.experts().keys().len();
+            let experts = holder.held().experts.len();
             tracing::warn!(
                 ?timeout,
                 experts,

@@ -17,10 +17,10 @@ use super::weights::WeightSource;
 
 /// Whoever holds a worker's experts and changes what they are.
 pub trait Custody: WeightSource {
-    /// Takes note of what shall be held from now on, and returns at once.
+    /// Takes note of what shall be held from now on, and returns soon. Called from a thread that may block.
     fn assign(&self, assignment: Assignment);
 
-    /// What is held and shall be.
+    /// What is held and shall be. Called from a thread that may block.
     fn held(&self) -> Held;
 }
 
@@ -70,7 +70,7 @@ impl Obedience {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `epoch` gives that of the description.
+    /// `epoch` gives that of the description, once the lead is granted.
     pub(super) fn lead(&self, ask: &LeadAsk, epoch: impl FnOnce() -> Epoch) -> LeadAnswer {
         let (now, mut state) = (self.origin.elapsed(), self.lock());
         let before = state.grant.term();
@@ -84,7 +84,6 @@ impl Obedience {
             holder: reply.holder.and_then(|name| RouterName::new(&name).ok()),
             term: reply.term.get(),
             left: reply.left,
-            // Read while no order can be carried out, so that what is announced later was granted before.
             epoch: epoch(),
         }
     }
@@ -94,13 +93,9 @@ impl Obedience {
         self.lock().grant.is_held(self.origin.elapsed())
     }
 
-    /// Has an order carried out if it is the leader's, and not older than the last.
-    pub(super) fn obey<T>(
-        &self,
-        assignment: Assignment,
-        carry: impl FnOnce(Assignment) -> T,
-    ) -> Result<T, Disobeyed> {
-        // Held until it is carried out, so that two orders are not carried out the wrong way round.
+    /// Takes an order if it is the leader's, and not older than the last. Orders are taken one at a time, each carried out
+    /// before the next.
+    pub(super) fn admit(&self, assignment: &Assignment) -> Result<(), Disobeyed> {
         let mut state = self.lock();
         let (term, operation) = (Term::new(assignment.term.get()), assignment.operation);
         if !state.grant.obeys(assignment.router.as_str(), term) {
@@ -110,7 +105,7 @@ impl Obedience {
             return Err(Disobeyed::Older { given: operation.get(), last: last.get() });
         }
         state.operation = Some((term, operation));
-        Ok(carry(assignment))
+        Ok(())
     }
 }
 
@@ -159,10 +154,6 @@ mod tests {
         }
     }
 
-    fn take(obedience: &Obedience, order: Assignment) -> Result<(), Disobeyed> {
-        obedience.obey(order, |_| ())
-    }
-
     fn lead(obedience: &Obedience, ask: &LeadAsk) -> LeadAnswer {
         obedience.lead(ask, || Epoch::new(1))
     }
@@ -171,20 +162,20 @@ mod tests {
     fn orders_are_the_leader_s_and_never_older() {
         let obedience = Obedience::new();
         assert!(!obedience.is_led());
-        assert_eq!(take(&obedience, order("a", 1, 1)), Err(Disobeyed::NotLeader));
+        assert_eq!(obedience.admit(&order("a", 1, 1)), Err(Disobeyed::NotLeader));
         assert!(lead(&obedience, &ask("a", 1)).granted);
         assert!(obedience.is_led());
-        assert_eq!(take(&obedience, order("a", 1, 2)), Ok(()));
-        assert_eq!(take(&obedience, order("a", 1, 2)), Ok(()), "again");
-        assert_eq!(take(&obedience, order("a", 1, 1)), Err(Disobeyed::Older { given: 1, last: 2 }));
-        assert_eq!(take(&obedience, order("a", 2, 9)), Err(Disobeyed::NotLeader));
-        assert_eq!(take(&obedience, order("b", 1, 9)), Err(Disobeyed::NotLeader));
+        assert_eq!(obedience.admit(&order("a", 1, 2)), Ok(()));
+        assert_eq!(obedience.admit(&order("a", 1, 2)), Ok(()), "again");
+        assert_eq!(obedience.admit(&order("a", 1, 1)), Err(Disobeyed::Older { given: 1, last: 2 }));
+        assert_eq!(obedience.admit(&order("a", 2, 9)), Err(Disobeyed::NotLeader));
+        assert_eq!(obedience.admit(&order("b", 1, 9)), Err(Disobeyed::NotLeader));
         let refused = lead(&obedience, &ask("b", 2));
         assert!(!refused.granted);
         assert_eq!(refused.holder.map(|name| name.to_string()).as_deref(), Some("a"));
         // A higher term of the same router begins to count anew.
         assert!(lead(&obedience, &ask("a", 3)).granted);
-        assert_eq!(take(&obedience, order("a", 3, 1)), Ok(()));
+        assert_eq!(obedience.admit(&order("a", 3, 1)), Ok(()));
     }
 
     #[test]

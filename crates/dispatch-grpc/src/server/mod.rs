@@ -15,7 +15,7 @@ mod weights;
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use muster_placement::Shape;
@@ -81,7 +81,8 @@ struct Shared {
     rules: ShardRules,
     limits: MessageLimits,
     description: watch::Sender<Description>,
-    /// The epoch since which each expert of the description is announced.
+    /// The epoch since which each expert of the description is announced. Locked by one change of what is announced at a
+    /// time, from asking the custody on, and so never on the network's thread.
     since: Mutex<BTreeMap<ExpertKey, Epoch>>,
     jobs: Arc<Jobs>,
     in_flight: watch::Sender<usize>,
@@ -89,6 +90,8 @@ struct Shared {
     capacity: usize,
     custody: Arc<dyn Custody>,
     obedience: Obedience,
+    /// Held by whoever asks for the lead or has an order carried out: one after the other.
+    turn: Arc<tokio::sync::Mutex<()>>,
     rows: Arc<RowCounts>,
     weights: WeightsService,
     /// Nothing new is taken.
@@ -97,30 +100,51 @@ struct Shared {
 }
 
 impl Shared {
-    /// Brings the description up to date with what is held; says whether that changed it. The epoch after the
-    /// description's is that of the change.
-    fn update(&self, description: &mut Description) -> bool {
-        // Asked while the description is locked, so that what is announced last is what was last.
-        let Held { experts, resident_bytes, loading, useful, full } = self.custody.held();
+    fn since(&self) -> MutexGuard<'_, BTreeMap<ExpertKey, Epoch>> {
+        // A change that panics has announced nothing; the next one compares with what is held anyway.
+        self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Announces what is held now. The caller has `since` locked, so that what is announced last is what was last; the
+    /// description, which every shard looks at, is not locked while the custody is asked.
+    fn refresh(&self, since: &mut BTreeMap<ExpertKey, Epoch>) {
+        let Held { mut experts, resident_bytes, loading, useful, full } = self.custody.held();
         let loading = u32::try_from(loading).unwrap_or(u32::MAX);
-        let same = experts == description.holdings;
-        let figures = (resident_bytes, loading, useful, full);
-        let before = (description.resident_bytes, description.loading, description.useful, description.full);
-        if same && figures == before {
-            return false;
-        }
-        if !same {
-            let next = description.epoch.next();
-            let mut since = self.since.lock().unwrap_or_else(PoisonError::into_inner);
-            let before = std::mem::take(&mut *since);
-            *since = experts.iter().map(|key| (*key, before.get(key).copied().unwrap_or(next))).collect();
-            description.holdings = experts;
-        }
-        description.resident_bytes = resident_bytes;
-        description.capacity = description.capacity.max(resident_bytes);
-        description.loading = loading;
-        (description.useful, description.full) = (useful, full);
-        true
+        let new: Vec<ExpertKey> = experts.iter().filter(|key| !since.contains_key(key)).copied().collect();
+        let before = since.len();
+        since.retain(|key, _| experts.binary_search(key).is_ok());
+        let same = new.is_empty() && since.len() == before;
+        let epoch = self.describe(|description| {
+            let figures = (resident_bytes, loading, useful, full);
+            let before =
+                (description.resident_bytes, description.loading, description.useful, description.full);
+            if same && figures == before {
+                return false;
+            }
+            if !same {
+                std::mem::swap(&mut description.holdings, &mut experts);
+            }
+            description.resident_bytes = resident_bytes;
+            description.capacity = description.capacity.max(resident_bytes);
+            description.loading = loading;
+            (description.useful, description.full) = (useful, full);
+            true
+        });
+        since.extend(new.into_iter().map(|key| (key, epoch)));
+    }
+
+    /// Changes the description; `change` says whether it did, and does no more than that. Gives its epoch.
+    fn describe(&self, change: impl FnOnce(&mut Description) -> bool) -> Epoch {
+        let mut epoch = None;
+        self.description.send_if_modified(|description| {
+            let changed = change(description);
+            if changed {
+                description.epoch = description.epoch.next();
+            }
+            epoch = Some(description.epoch);
+            changed
+        });
+        epoch.unwrap_or_else(|| self.description.borrow().epoch)
     }
 }
 
@@ -175,6 +199,7 @@ impl ExpertServer {
             capacity,
             custody,
             obedience: Obedience::new(),
+            turn: Arc::default(),
             rows,
             is_leaving: AtomicBool::new(false),
             stop: CancellationToken::new(),
@@ -182,34 +207,29 @@ impl ExpertServer {
         (Self { shared: Arc::new(shared) }, queue)
     }
 
-    /// Announces what is held now.
+    /// Announces what is held now. Blocks while an order is carried out.
     pub fn announce(&self) {
-        self.describe(|description| self.shared.update(description));
+        self.shared.refresh(&mut self.shared.since());
     }
 
-    /// Has an order carried out. Gives the epoch of the description that shows it.
+    /// Has an order carried out. Gives the epoch of the description that shows it. Blocks for as long as the custody does.
     fn obey(&self, mut assignment: Assignment) -> Epoch {
-        self.describe(|description| {
-            let since = self.shared.since.lock().unwrap_or_else(PoisonError::into_inner);
-            // The leader may not have known of these.
-            let asked: BTreeSet<ExpertKey> = assignment.load.iter().map(|load| load.key).collect();
-            let unknown = |(key, at): (&ExpertKey, &Epoch)| {
-                (*at > assignment.seen && !asked.contains(key)).then_some(*key)
-            };
-            let unknown: Vec<ExpertKey> = since.iter().filter_map(unknown).collect();
-            drop(since);
-            assignment.keep.extend(unknown);
-            assignment.keep.sort_unstable();
-            assignment.keep.dedup();
-            self.shared.custody.assign(assignment);
-            self.shared.update(description)
-        });
+        let mut since = self.shared.since();
+        // The leader may not have known of these.
+        let asked: BTreeSet<ExpertKey> = assignment.load.iter().map(|load| load.key).collect();
+        let unknown = since.iter().filter(|(key, at)| **at > assignment.seen && !asked.contains(key));
+        assignment.keep.extend(unknown.map(|(key, _)| *key));
+        assignment.keep.sort_unstable();
+        assignment.keep.dedup();
+        self.shared.custody.assign(assignment);
+        self.shared.refresh(&mut since);
+        drop(since);
         self.shared.description.borrow().epoch
     }
 
     /// Announces that this worker is to stop. It serves what it holds as before.
     pub fn drain(&self) {
-        self.describe(|description| {
+        self.shared.describe(|description| {
             std::mem::replace(&mut description.phase, Phase::Draining) == Phase::Serving
         });
     }
@@ -223,17 +243,6 @@ impl ExpertServer {
     #[must_use]
     pub fn is_led(&self) -> bool {
         self.shared.obedience.is_led()
-    }
-
-    /// Changes the description; `change` says whether it did.
-    fn describe(&self, change: impl FnOnce(&mut Description) -> bool) {
-        self.shared.description.send_if_modified(|description| {
-            let changed = change(description);
-            if changed {
-                description.epoch = description.epoch.next();
-            }
-            changed
-        });
     }
 
     /// Waits until no shard is queued or computed.
@@ -349,6 +358,8 @@ impl Experts for ExpertServer {
 impl Control for ExpertServer {
     async fn lead(&self, request: Request<v1::LeadRequest>) -> Result<Response<v1::LeadReply>, Status> {
         let ask = LeadAsk::parse(request.get_ref()).map_err(|error| invalid(&error))?;
+        // No order is carried out meanwhile, so that what is announced later was granted before.
+        let _turn = self.shared.turn.lock().await;
         let epoch = || self.shared.description.borrow().epoch;
         Ok(Response::new(self.shared.obedience.lead(&ask, epoch).to_wire()))
     }
@@ -356,9 +367,18 @@ impl Control for ExpertServer {
     async fn assign(&self, request: Request<v1::AssignRequest>) -> Result<Response<v1::AssignReply>, Status> {
         let assignment = Assignment::parse(request.get_ref(), &self.shared.rules.experts);
         let assignment = assignment.map_err(|error| invalid(&error))?;
+        // Goes along with the order, which is carried out even if whoever gave it no longer waits.
+        let turn = self.shared.turn.clone().lock_owned().await;
         let disobeyed = |error: control::Disobeyed| Status::failed_precondition(error.to_string());
-        let carry = |assignment| self.obey(assignment);
-        let epoch = self.shared.obedience.obey(assignment, carry).map_err(disobeyed)?;
+        self.shared.obedience.admit(&assignment).map_err(disobeyed)?;
+        let server = self.clone();
+        // Whoever holds the experts may take its time, which the network's thread has not.
+        let carried = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            server.obey(assignment)
+        });
+        let failed = |_| Status::internal("the order was not carried out; see the worker's log");
+        let epoch = carried.await.map_err(failed)?;
         Ok(Response::new(v1::AssignReply { epoch: epoch.get() }))
     }
 

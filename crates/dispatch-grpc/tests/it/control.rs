@@ -2,6 +2,7 @@
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, GrpcDispatch, ServerConfig, Start};
@@ -64,6 +65,47 @@ fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
     assert_eq!(worker.ledger.orders.lock().unwrap()[1].keep, [all()[3]], "announced in epoch 2");
     assert_eq!(worker.ledger.orders.lock().unwrap()[2].keep, []);
     eventually("the router learns what is held", || health.missing_experts() == all().len());
+}
+
+#[test]
+fn whoever_holds_the_experts_may_take_its_time() {
+    let worker = TestWorker::start("w0", all(), Compute::F32);
+    let mut dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    let known = dispatch.cluster().workers().remove(0);
+    let (runtime, patience) = (runtime(), Duration::from_secs(5));
+    assert!(runtime.block_on(known.lead(&ask("a", 1, 60), patience)).unwrap().granted);
+
+    let (ledger, row) = (worker.ledger.clone(), OneRow::new(2, &[0, 1, 3]));
+    let asked = |times| eventually("it is asked", || ledger.asked.load(Ordering::SeqCst) == times);
+    let counted = || runtime.block_on(known.count_rows(shape().experts())).map(|rows| rows[2][0]);
+
+    // Something was loaded, and is to be announced.
+    let slow = ledger.held.lock().unwrap();
+    let server = worker.server.clone();
+    let announcing = std::thread::spawn(move || server.announce());
+    asked(1);
+    assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+    assert_eq!(counted(), Ok(1));
+    assert!(runtime.block_on(known.lead(&ask("a", 1, 60), patience)).unwrap().granted);
+    assert!(!announcing.is_finished());
+    drop(slow);
+    announcing.join().unwrap();
+
+    // An order is to be carried out.
+    let slow = ledger.held.lock().unwrap();
+    let order = Assignment { keep: all(), load: vec![], ..order("a", 1, 1) };
+    let (told, first) = (known.clone(), order.clone());
+    let telling = runtime.spawn(async move { told.assign(&first).await });
+    asked(2);
+    assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+    assert_eq!(counted(), Ok(2));
+    assert_eq!(*ledger.orders.lock().unwrap(), []);
+    drop(slow);
+    // Whether its caller still waited for it or not, it is carried out, and before the one after it.
+    drop(runtime.block_on(telling));
+    let second = Assignment { operation: NonZeroU64::new(2).unwrap(), ..order.clone() };
+    eventually("the next order is carried out", || runtime.block_on(known.assign(&second)).is_ok());
+    assert_eq!(ledger.orders.lock().unwrap()[..2], [order, second]);
 }
 
 #[test]

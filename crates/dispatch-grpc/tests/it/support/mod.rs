@@ -74,9 +74,11 @@ pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Descr
     }
 }
 
-/// Holds what it is said to hold, and takes note of orders.
+/// Holds what it is said to hold, and takes note of orders. Whoever locks `held` makes it slow.
 #[derive(Default)]
 pub struct Ledger {
+    /// How often it was asked what is held or told what to hold.
+    pub asked: AtomicU32,
     pub held: Mutex<Vec<ExpertKey>>,
     pub orders: Mutex<Vec<Assignment>>,
     pub experts: Mutex<BTreeMap<ExpertKey, Arc<Expert>>>,
@@ -84,6 +86,7 @@ pub struct Ledger {
 
 impl Custody for Ledger {
     fn assign(&self, assignment: Assignment) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         let mut held = self.held.lock().unwrap();
         held.clone_from(&assignment.keep);
         held.extend(assignment.load.iter().map(|load| load.key));
@@ -92,6 +95,7 @@ impl Custody for Ledger {
     }
 
     fn held(&self) -> Held {
+        self.asked.fetch_add(1, Ordering::SeqCst);
         Held {
             experts: self.held.lock().unwrap().clone(),
             resident_bytes: 1,
