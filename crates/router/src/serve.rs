@@ -30,8 +30,8 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::{
     CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig, card, expert_sizes,
 };
+use crate::door::Door;
 use crate::health::Health;
-use crate::net::Door;
 use crate::service::Service;
 use crate::start::{Ending, EngineSettings, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
@@ -182,8 +182,8 @@ pub async fn run(
     hooks: Hooks,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), RouterError> {
-    let http_listener = bind("http", config.http).await?;
-    let grpc_listener = bind("grpc", config.grpc).await?;
+    let http_listener = bind("http", config.http)?;
+    let grpc_listener = bind("grpc", config.grpc)?;
     let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
     let (drain, leave_after) = (config.drain_timeout, config.leave_after);
     let (identity, access) = (config.identity.clone(), config.access.clone());
@@ -304,8 +304,8 @@ fn readiness(service: Service) -> impl Fn() -> Readiness {
     }
 }
 
-async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
-    TcpListener::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
+fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
+    muster_net::listen::tcp(address).map_err(|source| RouterError::Bind { what, address, source })
 }
 
 fn address(listener: &TcpListener, what: &'static str) -> Result<SocketAddr, RouterError> {

@@ -30,7 +30,7 @@ impl Server {
         let shutdown = CancellationToken::new();
         let metrics = Arc::new(|| "muster_up 1\n".to_owned());
         let task =
-            tokio::spawn(super::serve(service, metrics, crate::net::Door::open(listener), shutdown.clone()));
+            tokio::spawn(super::serve(service, metrics, crate::door::Door::open(listener), shutdown.clone()));
         Self { address, shutdown, task }
     }
 
@@ -257,6 +257,37 @@ async fn heads_that_are_too_large_or_wrong() {
     for (request, expected) in cases {
         let (status, ..) = server.raw(request.as_bytes()).await;
         assert_eq!(status, expected, "{:.60}", request);
+    }
+}
+
+#[tokio::test]
+async fn a_request_is_for_one_host() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    for path in ["/healthz", "/v1/models", "/nothing"] {
+        let expected = if path == "/nothing" { 404 } else { 200 };
+        let target = format!("http://y{path}");
+        let cases = [
+            (path, "1.1", "", 400),
+            (path, "1.1", "host: x\r\nhost: x\r\n", 400),
+            (path, "1.1", "host: x\r\nhost: y\r\n", 400),
+            (path, "1.1", "host: user@x\r\n", 400),
+            (path, "1.1", "host: x/y\r\n", 400),
+            (path, "1.1", "host: x:8080\r\n", expected),
+            (path, "1.1", "host:\r\n", expected),
+            (path, "1.0", "", expected),
+            (path, "1.0", "host: x\r\nhost: y\r\n", 400),
+            // The target's host counts, whatever the header says; but there has to be one.
+            (&target, "1.1", "host: x\r\n", expected),
+            (&target, "1.1", "", 400),
+        ];
+        for (target, version, host, expected) in cases {
+            let request = format!("GET {target} HTTP/{version}\r\n{host}connection: close\r\n\r\n");
+            let (status, _, body) = server.raw(request.as_bytes()).await;
+            assert_eq!(status, expected, "{request}{body}");
+            if status == 400 {
+                assert_eq!(parse(&body)["error"]["type"], "invalid_request_error", "{body}");
+            }
+        }
     }
 }
 
