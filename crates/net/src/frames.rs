@@ -147,13 +147,13 @@ impl Frames {
                         let [a, b, c, kind, ..] = self.header;
                         let length = u32::from_be_bytes([0, a, b, c]);
                         seen(Head { length, kind });
-                        self.state = if length == 0 { State::Header(0) } else { State::Payload(length as usize) };
+                        self.state =
+                            if length == 0 { State::Header(0) } else { State::Payload(length as usize) };
                     }
                 }
                 State::Payload(left) => {
                     let taken = bytes.len().min(left);
-                    self.state =
-                        if taken == left { State::Header(0) } else { State::Payload(left - taken) };
+                    self.state = if taken == left { State::Header(0) } else { State::Payload(left - taken) };
                     bytes = &bytes[taken..];
                 }
             }

@@ -9,6 +9,7 @@ mod access;
 pub(crate) mod cluster;
 mod convert;
 mod inference;
+mod joins;
 #[cfg(test)]
 mod tests;
 
@@ -30,6 +31,7 @@ use tonic_health::server::HealthReporter;
 
 use self::access::ClientsOnly;
 use self::inference::Api;
+pub(crate) use self::joins::Joins;
 use crate::door::Door;
 use crate::health::Health;
 use crate::service::Service;

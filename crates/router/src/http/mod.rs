@@ -8,6 +8,7 @@ mod admin;
 mod body;
 mod error;
 mod openai;
+mod places;
 #[cfg(test)]
 mod tests;
 
@@ -31,8 +32,8 @@ use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
-use self::body::Large;
 use self::error::ApiError;
+use self::places::Large;
 use crate::door::Door;
 use crate::service::Service;
 
@@ -67,7 +68,7 @@ pub(crate) async fn serve(
     shutdown: CancellationToken,
 ) {
     let Door { listener, tls, access } = door;
-    let routes = routes(App { service, metrics, large: Large::new(), access });
+    let routes = routes(App { service, metrics, large: Large::default(), access });
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
     // Ends with `shutdown`, when the handshakes under way are done.

@@ -291,6 +291,66 @@ async fn a_request_is_for_one_host() {
     }
 }
 
+/// The status of an answer's first bytes.
+fn status(answer: &[u8]) -> Option<u16> {
+    std::str::from_utf8(answer).ok()?.split(' ').nth(1)?.parse().ok()
+}
+
+/// The status of an answer, also of one that comes before the request was read.
+async fn attempt(address: std::net::SocketAddr, request: &[u8]) -> Option<u16> {
+    let (mut from, mut to) = TcpStream::connect(address).await.unwrap().into_split();
+    let request = request.to_vec();
+    let sending = tokio::spawn(async move { to.write_all(&request).await.map(|()| to) });
+    let mut answer = [0; 12];
+    let read = from.read_exact(&mut answer).await;
+    let _ = sending.await;
+    read.ok().and_then(|_| status(&answer))
+}
+
+#[tokio::test]
+async fn peers_that_stall_with_large_bodies_keep_nobody_out() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let mut peers = Vec::new();
+    for _ in 0..40 {
+        let mut peer = TcpStream::connect(server.address).await.unwrap();
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                    content-length: 1000000\r\n\r\n";
+        peer.write_all(head.as_bytes()).await.unwrap();
+        peer.write_all(&[b' '; 100 << 10]).await.unwrap();
+        peers.push(peer);
+    }
+    let mut body = json!({"prompt": [5], "max_tokens": 2}).to_string();
+    body.insert_str(1, &" ".repeat(500 << 10));
+    let length = body.len();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    );
+    timeout(SOON, async {
+        // The first moment belongs to those that came before it.
+        while attempt(server.address, request.as_bytes()).await != Some(200) {}
+    })
+    .await
+    .expect("a large body gets through");
+    // Of those that stall, the ones beyond the places were told to come back, and no others.
+    let mut told = Vec::new();
+    timeout(SOON, async {
+        while told.len() < 8 {
+            peers.retain(|peer| {
+                let mut answer = [0; 12];
+                let read = peer.try_read(&mut answer);
+                told.extend(read.is_ok().then(|| status(&answer)));
+                read.is_err()
+            });
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("peers gave way");
+    assert!(told.iter().all(|&status| status == Some(503)), "{told:?}");
+    assert!(peers.len() >= 31, "{} still stall", peers.len());
+}
+
 #[tokio::test]
 async fn readiness_tells_the_truth() {
     let probe = || Health::NotReady { reason: "layer 1 expert 2 has no live worker".into() };
