@@ -253,6 +253,13 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
             reader.problem(key, without_keys(&address.to_string()));
         }
     }
+    if let Some(address) = grpc.filter(|grpc| !grpc.ip().is_loopback())
+        && tls.is_none()
+        && plaintext
+        && api_keys.is_some()
+    {
+        reader.problem("grpc", keys_do_not_guard(&address.to_string()));
+    }
     if no_keys && api_keys.is_some() {
         let problem = "is given although there are api_keys; leave one of them out".to_owned();
         reader.problem("insecure_no_keys", problem);
@@ -392,5 +399,14 @@ fn without_keys(address: &str) -> String {
     format!(
         "{address} can be reached from other machines and everybody may ask; give --api-keys (`muster keys new` makes \
          one), or ask for that by name with --insecure-no-keys"
+    )
+}
+
+fn keys_do_not_guard(address: &str) -> String {
+    format!(
+        "{address} can be reached from other machines without TLS, and API keys guard only what clients ask there: workers \
+         show certificates, so without TLS everybody may join and fetch the experts' weights; give --tls-cert, --tls-key \
+         and --tls-ca (`muster certs init` makes them), listen with --grpc on a loopback address, or leave the keys out and \
+         say --insecure-no-keys"
     )
 }

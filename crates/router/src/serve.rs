@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -30,10 +31,10 @@ use tokio_util::sync::CancellationToken;
 use crate::cluster::{
     CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig, card, expert_sizes,
 };
+use crate::door::Door;
 use crate::health::Health;
-use crate::net::Door;
 use crate::service::Service;
-use crate::start::{Ending, EngineSettings, Parts, Pulse, StartError, start};
+use crate::start::{Ending, EngineHandle, EngineSettings, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
 
 /// Bytes a second that workers without a model may read through a router.
@@ -182,8 +183,8 @@ pub async fn run(
     hooks: Hooks,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), RouterError> {
-    let http_listener = bind("http", config.http).await?;
-    let grpc_listener = bind("grpc", config.grpc).await?;
+    let http_listener = bind("http", config.http)?;
+    let grpc_listener = bind("grpc", config.grpc)?;
     let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
     let (drain, leave_after) = (config.drain_timeout, config.leave_after);
     let (identity, access) = (config.identity.clone(), config.access.clone());
@@ -204,25 +205,108 @@ pub async fn run(
         parts = assembled => parts.map_err(|_| RouterError::Engine)??,
         () = &mut shutdown => return Ok(()),
     };
+    // Before this router leads, so that what can fail by itself has.
+    let (service, engine) = start(parts)?;
     let stop = CancellationToken::new();
     let leading = leader.map(|leader| {
         let leader = Leader::new(workers.clone(), leader, cluster.leader.clone());
-        tokio::spawn(leader.run(stop.clone()))
+        tokio::spawn(lead(leader, service.clone(), stop.clone()))
     });
-    if let Some(timeout) = wait {
+    let doors = [
+        Door { listener: http_listener, tls: http_tls, access: access.clone() },
+        Door { listener: grpc_listener, tls: grpc_tls, access },
+    ];
+    let router = Router { service, engine, cluster, workers, weights, is_known: identity.is_some(), doors };
+    let times = Times { wait, leave_after, drain };
+    let outcome = serve(router, times, bound, ready, metrics, &admin, &stop, shutdown.as_mut()).await;
+    // Whatever ended it: others need not wait until the lead runs out.
+    stop.cancel();
+    if let Some(leading) = leading {
+        // A panic over there is in the log already.
+        let _ = leading.await;
+    }
+    let end = outcome?;
+    if end != End::NotBegun {
+        tracing::info!("safe to terminate");
+        admin.drained();
+    }
+    if end == End::Drained {
+        // Whoever asked ends the process.
+        shutdown.await;
+    }
+    Ok(())
+}
+
+/// Leads when it may, until stopped; then gives the lead back, which takes no longer than [`RESIGN`]. Until then there is a
+/// service, and with it the connections to the workers.
+async fn lead(leader: Leader, service: Service, stop: CancellationToken) {
+    let patience = async {
+        stop.cancelled().await;
+        tokio::time::sleep(RESIGN).await;
+    };
+    tokio::select! {
+        () = leader.run(stop.clone()) => {}
+        () = patience => tracing::warn!("the lead could not be given back in time; it runs out by itself"),
+    }
+    drop(service);
+}
+
+/// What serves.
+struct Router {
+    service: Service,
+    engine: EngineHandle,
+    cluster: Arc<Cluster>,
+    workers: ClusterHandle,
+    weights: HandedOut,
+    /// Whether certificates say who calls.
+    is_known: bool,
+    /// HTTP's and gRPC's.
+    doors: [Door; 2],
+}
+
+/// How long things may take.
+struct Times {
+    /// Until every expert has a worker, at the start; `None`: not at all.
+    wait: Option<Duration>,
+    leave_after: Duration,
+    drain: Duration,
+}
+
+/// How serving ended, if not by an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The process was told to end before it served.
+    NotBegun,
+    /// The process was told to end.
+    Told,
+    /// Somebody asked for a drain alone.
+    Drained,
+}
+
+/// Serves until `shutdown`, a drain that is asked for or an error, and drains.
+#[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
+async fn serve(
+    router: Router,
+    times: Times,
+    bound: Bound,
+    ready: Box<dyn FnOnce(Bound) + Send>,
+    metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    admin: &Admin,
+    stop: &CancellationToken,
+    mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
+) -> Result<End, RouterError> {
+    let Router { service, mut engine, cluster, workers, weights, is_known, doors } = router;
+    if let Some(timeout) = times.wait {
         let covering = workers.clone();
         let covered = tokio::task::spawn_blocking(move || covering.await_coverage(Instant::now() + timeout));
         let is_covered = tokio::select! {
             covered = covered => covered.unwrap_or(false),
-            () = &mut shutdown => return Ok(()),
+            () = &mut shutdown => return Ok(End::NotBegun),
         };
         if !is_covered {
-            stop.cancel();
             return Err(ConnectError::MissingExperts { missing: cluster.workers.missing() }.into());
         }
     }
-    let card = weights.card.clone();
-    let (service, mut engine) = start(parts)?;
     if cluster.is_covered() {
         // Whoever is told that it is ready finds it so.
         pulse::take(&service, &cluster.pulse).await;
@@ -234,34 +318,30 @@ pub async fn run(
         move || covered.is_covered(),
         stop.clone(),
     ));
+    let [http_door, grpc_door] = doors;
     let api = grpc::cluster::Api {
         cluster: cluster.clone(),
         workers,
-        card,
+        card: weights.card,
         stop: stop.clone(),
-        workers_only: Only(identity.is_some().then_some(&[Role::Worker])),
-        access: access.clone(),
+        joins: grpc::Joins::default(),
+        workers_only: Only(is_known.then_some(&[Role::Worker])),
+        access: grpc_door.access.clone(),
     };
     let with_workers = grpc::Workers {
         cluster: api,
         weights: weights.service,
-        weights_only: Only(identity.is_some().then_some(&[Role::Worker, Role::Router])),
+        weights_only: Only(is_known.then_some(&[Role::Worker, Role::Router])),
     };
-    let http_door = Door { listener: http_listener, tls: http_tls, access: access.clone() };
-    let grpc_door = Door { listener: grpc_listener, tls: grpc_tls, access };
     admin.ask(readiness(service.clone()));
     let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_door, stop.clone()));
     let mut grpc_server = tokio::spawn(grpc::serve(service, Some(with_workers), grpc_door, stop.clone()));
     tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
     ready(bound);
 
-    let mut is_told = false;
     let outcome = tokio::select! {
-        () = &mut shutdown => {
-            is_told = true;
-            Ok(())
-        }
-        () = admin.drain_asked() => Ok(()),
+        () = &mut shutdown => Ok(End::Told),
+        () = admin.drain_asked() => Ok(End::Drained),
         () = engine.ended() => return Err(RouterError::Engine),
         ended = &mut http_server => Err(failed("http", ended.err().map(|error| error.to_string()))),
         ended = &mut grpc_server => Err(failed("grpc", match ended {
@@ -270,7 +350,8 @@ pub async fn run(
             Err(error) => Some(error.to_string()),
         })),
     };
-    if outcome.is_ok() && !leave_after.is_zero() {
+    if outcome.is_ok() && !times.leave_after.is_zero() {
+        let leave_after = times.leave_after;
         tracing::info!(?leave_after, "leaving: not ready any more, new requests are taken for a while");
         cluster.leave();
         tokio::time::sleep(leave_after).await;
@@ -279,18 +360,8 @@ pub async fn run(
     admin.not_ready("it drains");
     stop.cancel();
     // The servers hold the service until their last request is answered; then the engine ends by itself.
-    if engine.stop(drain).await == Ending::CutOff {
-        tracing::warn!(?drain, "requests were still running when the drain time was up");
-    }
-    if let Some(leading) = leading {
-        // It gives the lead back, which takes no longer.
-        let _ = tokio::time::timeout(RESIGN, leading).await;
-    }
-    tracing::info!("safe to terminate");
-    admin.drained();
-    if outcome.is_ok() && !is_told {
-        // Whoever asked ends the process.
-        shutdown.await;
+    if engine.stop(times.drain).await == Ending::CutOff {
+        tracing::warn!(drain = ?times.drain, "requests were still running when the drain time was up");
     }
     outcome
 }
@@ -304,8 +375,8 @@ fn readiness(service: Service) -> impl Fn() -> Readiness {
     }
 }
 
-async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
-    TcpListener::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
+fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
+    muster_net::listen::tcp(address).map_err(|source| RouterError::Bind { what, address, source })
 }
 
 fn address(listener: &TcpListener, what: &'static str) -> Result<SocketAddr, RouterError> {

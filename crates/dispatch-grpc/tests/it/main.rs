@@ -7,5 +7,6 @@ mod connect;
 mod control;
 mod failover;
 mod failure;
+mod floods;
 mod server;
 mod support;
