@@ -29,8 +29,6 @@ use crate::busy::BusyPoll;
 
 /// Workers that a router knows at most.
 const MOST_PEERS: usize = 4096;
-/// How long a worker that joined is dialled before another may take its place.
-const JOIN_GRACE: Duration = Duration::from_secs(1);
 /// How many times longer than building routes took nothing is built afterwards, and how long at most.
 const ROUTES_REST: u32 = 4;
 const LONGEST_REST: Duration = Duration::from_millis(50);
@@ -346,13 +344,7 @@ impl Board {
             return Ok(None);
         }
         if state.peers.len() >= MOST_PEERS {
-            let idle = state.peers.iter().filter_map(|(&number, peer)| Some((peer.idle_since()?, number)));
-            let (since, longest) = idle.min().ok_or(Crowded)?;
-            if since.elapsed() < JOIN_GRACE {
-                return Err(Crowded);
-            }
-            // Its task notices.
-            state.peers.remove(&longest);
+            return Err(Crowded);
         }
         let number = state.next_peer;
         state.next_peer += 1;

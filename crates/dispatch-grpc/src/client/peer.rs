@@ -88,8 +88,6 @@ pub(super) struct Peer {
     faults: u32,
     /// Its session gave outputs.
     useful: bool,
-    /// Since when it is known.
-    known: Instant,
     /// Until when it is not connected again, because it broke the protocol.
     banned: Option<Instant>,
     /// How often it broke it.
@@ -139,7 +137,6 @@ impl Peer {
             owed: 0,
             faults: 0,
             useful: false,
-            known: Instant::now(),
             banned: None,
             strikes: 0,
         }
@@ -223,14 +220,6 @@ impl Peer {
     /// Whether its session, or the one before, gave any outputs.
     pub(super) const fn is_useful(&self) -> bool {
         self.useful
-    }
-
-    /// Since when it joined and was not connected; `None` when it is to be kept.
-    pub(super) fn idle_since(&self) -> Option<Instant> {
-        match self.state {
-            LinkState::Down { since, .. } if self.origin == Origin::Joined => Some(since.max(self.known)),
-            _ => None,
-        }
     }
 
     /// Its link ended.
