@@ -17,3 +17,4 @@ mod operations;
 mod python_clients;
 mod resume;
 mod security;
+mod weights;

@@ -5,13 +5,13 @@
 //! decides, or how weights are had.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
-use muster_dispatch_grpc::{Custody, Held, WeightSource};
+use muster_dispatch_grpc::{Custody, Handed, Held, WeightSource};
 use muster_model::experts::{Expert, ExpertSet};
 use muster_proto::control::Assignment;
-use muster_types::ExpertKey;
+use muster_types::{ExpertKey, WeightDigest};
 
 /// How long what is no longer wanted can still be asked for.
 const RELEASE: Duration = Duration::from_millis(500);
@@ -22,6 +22,8 @@ pub(crate) struct Task {
     pub(crate) key: ExpertKey,
     /// Addresses of workers that are said to have it.
     pub(crate) peers: Vec<String>,
+    /// What its weights must be, where the leader says so.
+    pub(crate) digest: Option<WeightDigest>,
 }
 
 /// What the loader is to do.
@@ -50,6 +52,10 @@ struct State {
     tasks: VecDeque<Task>,
     /// In memory and not wanted, with the moment from which it may go.
     released: BTreeMap<ExpertKey, Instant>,
+    /// Of all that is in memory, as it was when it was loaded.
+    digests: BTreeMap<ExpertKey, WeightDigest>,
+    /// The last source that was passed over because what it has is damaged or different.
+    trouble: Option<String>,
     stopped: bool,
     /// Counts orders.
     orders: u64,
@@ -70,12 +76,18 @@ impl State {
 }
 
 impl Holder {
-    /// Of experts that are loaded and wanted, in a worker that was started then.
-    pub(crate) fn new(experts: ExpertSet, started: Instant) -> Self {
+    /// Of experts that are loaded and wanted, with their digests, in a worker that was started then.
+    pub(crate) fn new(
+        experts: ExpertSet,
+        digests: BTreeMap<ExpertKey, WeightDigest>,
+        started: Instant,
+    ) -> Self {
         let mut state = State {
             wanted: experts.keys().into_iter().collect(),
             tasks: VecDeque::new(),
             released: BTreeMap::new(),
+            digests,
+            trouble: None,
             stopped: false,
             orders: 0,
             useful: None,
@@ -128,6 +140,7 @@ impl Holder {
                 let gone: Vec<_> = due.iter().map(|&key| set.remove(key)).collect();
                 drop(set);
                 state.released.retain(|key, _| !due.contains(key));
+                state.digests.retain(|key, _| !due.contains(key));
                 drop(state);
                 // Memory is given back without the locks.
                 drop(gone);
@@ -160,13 +173,19 @@ impl Holder {
     }
 
     /// An expert is there. It is dropped when nobody wants it any more.
-    pub(crate) fn take_in(&self, key: ExpertKey, expert: Expert) {
+    pub(crate) fn take_in(&self, key: ExpertKey, expert: Expert, digest: WeightDigest) {
         let mut state = self.state();
         state.tasks.retain(|task| task.key != key);
         if state.wanted.contains(&key) {
             self.experts.write().unwrap_or_else(PoisonError::into_inner).insert(key, expert);
+            state.digests.insert(key, digest);
             state.note(self.started);
         }
+    }
+
+    /// A source was passed over because what it has is damaged or different; in words.
+    pub(crate) fn trouble(&self, text: String) {
+        self.state().trouble = Some(text);
     }
 
     /// An expert could not be loaded: others come first.
@@ -193,14 +212,15 @@ impl Custody for Holder {
         let before = std::mem::take(&mut state.wanted);
         state.orders += 1;
         state.wanted = keep.into_iter().chain(load.iter().map(|load| load.key)).collect();
-        let task = |key, of: &[u32]| Task {
+        let task = |key, of: &[u32], digest| Task {
             key,
+            digest,
             peers: of.iter().filter_map(|&peer| peers.get(peer as usize).cloned()).collect(),
         };
         state.tasks = load
             .iter()
             .filter(|load| !held.contains(&load.key))
-            .map(|load| task(load.key, &load.peers))
+            .map(|load| task(load.key, &load.peers, load.digest))
             .collect();
         // What it is to keep and lost without being told to is loaded again.
         let listed: BTreeSet<ExpertKey> = load.iter().map(|load| load.key).collect();
@@ -208,7 +228,7 @@ impl Custody for Holder {
             .wanted
             .iter()
             .filter(|key| !held.contains(key) && !listed.contains(key))
-            .map(|&key| task(key, &[]))
+            .map(|&key| task(key, &[], None))
             .collect();
         state.tasks.extend(lost);
         let at = Instant::now() + RELEASE;
@@ -228,9 +248,14 @@ impl Custody for Holder {
     fn held(&self) -> Held {
         let state = self.state();
         let set = self.experts();
-        let experts = set.keys().into_iter().filter(|key| state.wanted.contains(key)).collect();
+        // What is in memory has its digest beside it: both come and go under the lock.
+        let held = set.keys().into_iter().filter(|key| state.wanted.contains(key));
+        let (experts, digests) =
+            held.filter_map(|key| Some((key, state.digests.get(&key).copied()?))).unzip();
         Held {
             experts,
+            digests,
+            trouble: state.trouble.clone(),
             resident_bytes: set.bytes(),
             loading: state.tasks.len(),
             useful: state.useful,
@@ -240,8 +265,10 @@ impl Custody for Holder {
 }
 
 impl WeightSource for Holder {
-    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
-        self.experts().get(key)
+    fn get(&self, key: ExpertKey) -> Option<Handed> {
+        let state = self.state();
+        let digest = state.digests.get(&key).copied();
+        Some(Handed { expert: self.experts().get(key)?, digest })
     }
 }
 
@@ -265,12 +292,17 @@ mod tests {
         Expert::new(matrix(), matrix(), matrix()).unwrap()
     }
 
+    fn digest(expert: u32) -> WeightDigest {
+        WeightDigest::of([&expert.to_le_bytes()[..]])
+    }
+
     fn holder(held: &[u32]) -> Holder {
+        let digests = held.iter().map(|&n| (key(n), digest(n))).collect();
         let mut set = ExpertSet::new(4, Compute::F32, WeightDType::Native);
         for &n in held {
             set.insert(key(n), expert());
         }
-        Holder::new(set, Instant::now())
+        Holder::new(set, digests, Instant::now())
     }
 
     fn orders(keep: &[u32], load: &[u32]) -> Assignment {
@@ -280,13 +312,19 @@ mod tests {
             operation: NonZeroU64::MIN,
             seen: muster_types::Epoch::new(1),
             keep: keep.iter().map(|&n| key(n)).collect(),
-            load: load.iter().map(|&n| Load { key: key(n), peers: vec![1] }).collect(),
+            load: load
+                .iter()
+                .map(|&n| Load { key: key(n), peers: vec![1], digest: Some(digest(n)) })
+                .collect(),
             peers: vec!["a:1".into(), "b:2".into()],
         }
     }
 
     fn announced(holder: &Holder) -> Vec<u32> {
-        holder.held().experts.iter().map(|key| key.expert.get()).collect()
+        let held = holder.held();
+        let digests: Vec<_> = held.experts.iter().map(|key| digest(key.expert.get())).collect();
+        assert_eq!(held.digests, digests, "each has its own");
+        held.experts.iter().map(|key| key.expert.get()).collect()
     }
 
     fn next(holder: &Holder) -> Task {
@@ -321,19 +359,19 @@ mod tests {
         let holder = holder(&[0]);
         holder.assign(orders(&[0], &[5, 3]));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0], 2));
-        assert_eq!(next(&holder), Task { key: key(5), peers: vec!["b:2".into()] });
+        assert_eq!(next(&holder), Task { key: key(5), peers: vec!["b:2".into()], digest: Some(digest(5)) });
         holder.defer(key(5));
         assert_eq!(next(&holder).key, key(3));
-        holder.take_in(key(3), expert());
+        holder.take_in(key(3), expert(), digest(3));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 1));
         // What came too late to be wanted is not kept.
         holder.assign(orders(&[0, 3], &[]));
-        holder.take_in(key(5), expert());
+        holder.take_in(key(5), expert(), digest(5));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 0));
         assert!(holder.get(key(5)).is_none());
         // What it is to keep and does not have is loaded too.
         holder.assign(orders(&[0, 3, 4], &[]));
-        assert_eq!(next(&holder), Task { key: key(4), peers: vec![] });
+        assert_eq!(next(&holder), Task { key: key(4), peers: vec![], digest: None });
     }
 
     #[test]

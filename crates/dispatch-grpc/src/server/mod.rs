@@ -43,7 +43,7 @@ pub use pressure::{Pressure, Smoothed};
 use queue::Jobs;
 pub use queue::{ComputeQueue, Network};
 pub use stream::Replies;
-pub use weights::{WeightSource, WeightTerms, WeightsService};
+pub use weights::{Handed, WeightSource, WeightTerms, WeightsService};
 
 /// Time a router has to say hello on a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -101,12 +101,12 @@ impl Shared {
     /// description's is that of the change.
     fn update(&self, description: &mut Description) -> bool {
         // Asked while the description is locked, so that what is announced last is what was last.
-        let Held { experts, resident_bytes, loading, useful, full } = self.custody.held();
+        let Held { experts, digests, resident_bytes, loading, useful, full, trouble } = self.custody.held();
         let loading = u32::try_from(loading).unwrap_or(u32::MAX);
         let same = experts == description.holdings;
         let figures = (resident_bytes, loading, useful, full);
         let before = (description.resident_bytes, description.loading, description.useful, description.full);
-        if same && figures == before {
+        if same && figures == before && digests == description.digests && trouble == description.trouble {
             return false;
         }
         if !same {
@@ -116,6 +116,7 @@ impl Shared {
             *since = experts.iter().map(|key| (*key, before.get(key).copied().unwrap_or(next))).collect();
             description.holdings = experts;
         }
+        (description.digests, description.trouble) = (digests, trouble);
         description.resident_bytes = resident_bytes;
         description.capacity = description.capacity.max(resident_bytes);
         description.loading = loading;

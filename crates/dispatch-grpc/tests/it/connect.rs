@@ -98,10 +98,10 @@ fn another_hidden_size_is_refused_by_the_worker() {
 
 #[test]
 fn another_version_is_refused_before_anything_else_is_read() {
-    let description = v1::WorkerDescription { protocol_version: 3, ..Default::default() };
+    let description = v1::WorkerDescription { protocol_version: 4, ..Default::default() };
     let worker = LyingWorker::describing(description, Box::new(|_| None));
     let text = error(connect_config(&[&worker.address], Compute::F32)).to_string();
-    assert!(text.contains("protocol version differs: ours is 1 to 2, the peer's is 3"), "{text}");
+    assert!(text.contains("protocol version differs: ours is 2 to 3, the peer's is 4"), "{text}");
     assert!(text.contains("at most one apart"), "{text}");
 }
 
