@@ -2,7 +2,7 @@
 
 pub mod client;
 pub mod cluster;
-pub mod damage;
+pub mod damaged;
 pub mod disturbed;
 pub mod elastic;
 pub mod golden;

@@ -4,7 +4,7 @@ use std::net::TcpListener;
 
 use muster_tests::client::{generate, greedy};
 use muster_tests::cluster::{Cluster, Setup};
-use muster_tests::damage::with_tensor;
+use muster_tests::damaged::{copy_of, edit};
 use muster_tests::process::{Process, eventually};
 use muster_tests::{demo_model, golden_model, http};
 use tokio::task::JoinSet;
@@ -166,7 +166,8 @@ async fn sigterm_lets_running_requests_finish() {
 /// Two workers that hold every expert, of a model in which one expert overflows.
 fn poisoned(combine: &str) -> (Cluster, tempfile::TempDir) {
     let tensor = "model.layers.3.block_sparse_moe.experts.5.w2.weight";
-    let model = with_tensor(&demo_model(), tensor, |bytes| {
+    let model = copy_of(&demo_model());
+    edit(model.path(), tensor, |bytes| {
         // As large as bf16 goes, and finite.
         bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
     });

@@ -18,3 +18,4 @@ mod python_clients;
 mod resume;
 mod security;
 mod specification;
+mod weights;

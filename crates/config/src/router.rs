@@ -22,6 +22,7 @@ use crate::value::{
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
     Key { name: "model_name", kind: ValueKind::Text, default: None },
+    Key { name: "digests", kind: ValueKind::Text, default: None },
     Key { name: "workers", kind: ValueKind::List, default: None },
     Key { name: "discover", kind: ValueKind::List, default: None },
     Key { name: "lease", kind: ValueKind::Text, default: None },
@@ -68,6 +69,8 @@ pub struct RouterSettings {
     pub model: String,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
+    /// The file with digests of the experts' weights; `None` looks beside the model and in the user's cache.
+    pub digests: Option<PathBuf>,
     /// Where the workers are, none twice; others may join.
     pub workers: Vec<Address>,
     /// Where to look for more, none twice.
@@ -200,6 +203,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     // Everything is read before anything is given up, so that all problems are found.
     let model = reader.required("model", text);
     let model_name = reader.optional("model_name", model_name);
+    let digests = reader.optional("digests", text).map(PathBuf::from);
     let workers = workers(reader);
     let (discover, lease) = (discover(reader), reader.optional("lease", parsed));
     let placement = reader.required("placement", str::parse::<PlacementMode>);
@@ -275,6 +279,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     Some(RouterSettings {
         model: model?,
         model_name,
+        digests,
         workers,
         discover,
         lease,

@@ -216,14 +216,16 @@ mod tests {
 
     #[test]
     fn routers_of_neighbouring_versions_are_admitted() {
-        // From before ranges were told, of this version and of the next one.
-        for (oldest, newest) in [(1, 0), (1, 2), (2, 3)] {
+        // Of one version, and ranges up to the one before, to this one and to the next.
+        for (oldest, newest) in [(2, 0), (1, 2), (2, 3), (3, 4)] {
             let hello = v1::Hello { protocol_version: oldest, newest_protocol_version: newest, ..hello() };
             assert!(terms().admit(&hello).is_ok(), "{oldest} to {newest}");
         }
         let later = v1::Hello { protocol_version: 4, newest_protocol_version: 5, ..hello() };
         let text = terms().admit(&later).unwrap_err().to_string();
         assert_eq!(text, "protocol version differs: ours is 2 to 3, the peer's is 4 to 5");
+        let first = v1::Hello { protocol_version: 1, newest_protocol_version: 0, ..hello() };
+        assert!(terms().admit(&first).is_err(), "two versions back");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use muster_types::DType;
+use muster_types::{DType, WeightDigest};
 
 /// Room for what a message has besides its payload and its lists of numbers.
 const SLACK: usize = 64 << 10;
@@ -40,14 +40,14 @@ impl MessageLimits {
     /// Bytes of a worker's description, for a model with this many routed experts in all.
     #[must_use]
     pub const fn description_bytes(experts: usize) -> usize {
-        experts.saturating_mul(VARINT * 2).saturating_add(SLACK)
+        experts.saturating_mul(VARINT * 3 + WeightDigest::BYTES).saturating_add(SLACK)
     }
 
     /// Bytes of an order to a worker, for a model with this many routed experts in all: each with some peers that have
     /// it, and as many peers as there may be.
     #[must_use]
     pub const fn assignment_bytes(experts: usize) -> usize {
-        experts.saturating_mul(VARINT * 12).saturating_add(1 << 20)
+        experts.saturating_mul(VARINT * 13 + WeightDigest::BYTES).saturating_add(1 << 20)
     }
 }
 

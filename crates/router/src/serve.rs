@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use muster_admin::{Admin, Readiness};
+use muster_checkpoint::digests::Places;
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
 use muster_discovery::{Api as KubernetesApi, ObjectName, Source as WorkerSource};
 use muster_dispatch_grpc::secured::Only;
@@ -28,6 +29,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::digests::{self, Checking};
 use crate::cluster::{
     CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig, card, expert_sizes,
 };
@@ -47,6 +49,8 @@ const RESIGN: Duration = Duration::from_secs(3);
 pub struct RouterConfig {
     /// The model.
     pub source: Source,
+    /// Where digests of its experts may be kept, beside its own directory.
+    pub digests: Places,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
     /// Name of this router in logs of workers.
@@ -168,6 +172,9 @@ pub enum RouterError {
     /// A size of the model is out of the protocol's range.
     #[error("the model has a size that the protocol cannot carry")]
     Card,
+    /// A thread could not be started.
+    #[error("cannot start the thread that checks weights: {0}; check the limit on processes and threads")]
+    Thread(std::io::Error),
     /// The engine thread died.
     #[error("the engine stopped unexpectedly; see the log above")]
     Engine,
@@ -200,7 +207,8 @@ pub async fn run(
     beside.spawn(access.clone().keep_fresh());
 
     tokio::pin!(shutdown);
-    let assembled = tokio::task::spawn_blocking(move || assemble(config, progress));
+    let starting = admin.clone();
+    let assembled = tokio::task::spawn_blocking(move || assemble(config, progress, &starting));
     let Assembled { parts, cluster, workers, leader, weights, wait } = tokio::select! {
         parts = assembled => parts.map_err(|_| RouterError::Engine)??,
         () = &mut shutdown => return Ok(()),
@@ -304,7 +312,8 @@ async fn serve(
             () = &mut shutdown => return Ok(End::NotBegun),
         };
         if !is_covered {
-            return Err(ConnectError::MissingExperts { missing: cluster.workers.missing() }.into());
+            let (missing, refused) = (cluster.workers.missing(), cluster.digests.refusals());
+            return Err(ConnectError::MissingExperts { missing, refused }.into());
         }
     }
     if cluster.is_covered() {
@@ -409,6 +418,7 @@ struct HandedOut {
 fn assemble(
     config: RouterConfig,
     mut progress: Box<dyn FnMut(LoadProgress) + Send>,
+    admin: &Admin,
 ) -> Result<Assembled, RouterError> {
     let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
     let spec = checkpoint.spec();
@@ -418,6 +428,21 @@ fn assemble(
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
+    let model = match &config.source {
+        Source::Directory(path) => Some(path.clone()),
+        Source::Embedded { .. } => None,
+    };
+    let digests = digests::start(Checking {
+        checkpoint: checkpoint.clone(),
+        compute,
+        dtype: config.experts,
+        threads: config.threads,
+        places: Places { model, ..config.digests },
+    })
+    .map_err(RouterError::Thread)?;
+    let checking = digests.clone();
+    admin
+        .ask(move || Readiness::NotReady(checking.progress().unwrap_or_else(|| "it is starting".to_owned())));
     let shape = expert_shape(&checkpoint);
     let card = Arc::new(card(&checkpoint, compute, config.experts).ok_or(RouterError::Card)?);
     // A name that no other process has: what was promised to another must not be taken for promised to this one.
@@ -431,10 +456,19 @@ fn assemble(
             shape: shape.clone(),
             replicas: config.replicas,
             lease: config.lease.map(|lease| (kubernetes.clone(), lease)),
+            digests: digests.clone(),
         }),
     };
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
     let is_alone = config.workers.is_empty();
+    if !is_alone {
+        // They are waited for, which is of no use before they can be connected.
+        let total_bytes = checkpoint.inventory().total_bytes;
+        digests.wait(|known, experts| {
+            let done_bytes = total_bytes / experts.max(1) as u64 * known as u64;
+            progress(LoadProgress { done_bytes, total_bytes });
+        });
+    }
     let is_told = !config.discover.is_empty();
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
     let fallback = match config.fallback {
@@ -453,6 +487,7 @@ fn assemble(
         hidden: spec.hidden,
         compute,
         experts: config.experts,
+        digests: digests.clone(),
         shape: shape.clone(),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: config.engine.step_tokens,
@@ -470,6 +505,7 @@ fn assemble(
     let cluster = Arc::new(Cluster {
         router: config.router_id,
         workers: dispatch.health(),
+        digests: digests.clone(),
         leader: Arc::default(),
         pulse: Arc::clone(&pulse),
         discovery: Discovery::start(config.discover, &kubernetes, &handle),
@@ -485,7 +521,8 @@ fn assemble(
         shape: shape.experts().to_vec(),
         rate: HAND_OUT,
     };
-    let source = CheckpointWeights { checkpoint: checkpoint.clone(), compute, dtype: config.experts };
+    let source =
+        CheckpointWeights { checkpoint: checkpoint.clone(), compute, dtype: config.experts, digests };
     let probe = Arc::clone(&cluster);
     let parts = Parts {
         checkpoint,

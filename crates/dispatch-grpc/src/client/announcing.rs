@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
 use muster_proto::handshake::LANES;
-use muster_types::{Compute, Epoch, ExpertKey, Fingerprint, NumericsClass, Speed, WeightDType, WorkerId};
+use muster_types::{
+    Compute, Epoch, ExpertKey, Fingerprint, NumericsClass, Speed, WeightDType, WeightDigest, WorkerId,
+};
 use tokio::sync::mpsc;
 use tonic::transport::Endpoint;
 
@@ -32,6 +34,8 @@ fn describe(worker: u32, holdings: Vec<ExpertKey>, epoch: u64) -> Description {
         experts: WeightDType::Native,
         epoch: Epoch::new(epoch),
         resident_bytes: holdings.len() as u64,
+        digests: vec![WeightDigest::new([7; 32]); holdings.len()],
+        trouble: None,
         holdings,
         phase: Phase::Serving,
         max_rows: NonZeroU32::MIN,

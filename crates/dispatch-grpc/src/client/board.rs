@@ -284,6 +284,8 @@ impl Board {
             for peer in state.peers.values() {
                 match &peer.state {
                     LinkState::Up { .. } => {}
+                    // Waiting does not mend its files, and others may hold the same.
+                    LinkState::Down { error: Some(LinkError::Weights(_)), .. } => {}
                     LinkState::Down { error: Some(error), .. } if error.is_fatal() => {
                         return Gathered::Fatal(peer.address.clone(), error.clone());
                     }

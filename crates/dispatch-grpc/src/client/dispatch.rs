@@ -99,6 +99,7 @@ impl GrpcDispatch {
             experts: experts.clone(),
             combine: config.combine,
             dialer: config.dialer,
+            digests: config.digests,
         };
         let board = Board::new(config.shape, addresses)
             .map_err(|source| ConnectError::Worker { address: "none".into(), source })?;
@@ -188,7 +189,10 @@ impl GrpcDispatch {
         }
         match self.board.routes().elsewhere.missing() {
             missing if missing.is_empty() => Ok(()),
-            missing => Err(ConnectError::MissingExperts { missing }),
+            missing => {
+                let refused = self.cluster.link.digests.refusals();
+                Err(ConnectError::MissingExperts { missing, refused })
+            }
         }
     }
 

@@ -91,6 +91,7 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         experts: terms.experts,
         epoch: Epoch::new(1),
         holdings: board.keys(),
+        digests: Vec::new(),
         resident_bytes: 0,
         phase: Phase::Serving,
         max_rows,
@@ -100,6 +101,7 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         loading: 0,
         useful: None,
         full: None,
+        trouble: None,
     })
 }
 

@@ -11,6 +11,7 @@ mod board;
 mod cluster;
 mod complete;
 mod config;
+mod digests;
 mod dispatch;
 mod flight;
 mod handle;
@@ -21,6 +22,7 @@ mod routes;
 
 pub use cluster::{ClusterHandle, ConnectedWorker, ControlError, Crowded, Joined};
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
+pub use digests::{Digests, DigestsTeller, OtherWeights, Reference};
 pub use dispatch::GrpcDispatch;
 pub use handle::{DispatchStats, HealthHandle, Sample, StatsHandle, WorkerHealth, WorkerState};
 pub use here::Fallback;

@@ -5,6 +5,7 @@
 mod conformance;
 mod connect;
 mod control;
+mod digests;
 mod failover;
 mod failure;
 mod floods;
