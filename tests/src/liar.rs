@@ -10,6 +10,7 @@ use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_reply::Body;
 use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
+use muster_proto::expert::v1::shard_error::Code;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -33,12 +34,34 @@ pub enum Lie {
     IdOfNone,
     /// The id of a shard that went to somebody else, or was answered before.
     IdOfAnother,
+    /// Every output is marked as not finite.
+    Marks,
+    /// An error of this code, about no expert or about this one.
+    Error(Code, Option<u32>),
 }
 
 impl Lie {
-    /// Every way.
-    pub const ALL: [Self; 5] =
-        [Self::NotANumber, Self::RowMissing, Self::RowTooMany, Self::IdOfNone, Self::IdOfAnother];
+    /// Outputs that are none.
+    pub const OUTPUTS: [Self; 6] = [
+        Self::NotANumber,
+        Self::RowMissing,
+        Self::RowTooMany,
+        Self::IdOfNone,
+        Self::IdOfAnother,
+        Self::Marks,
+    ];
+
+    /// Errors in the place of outputs.
+    pub const ERRORS: [Self; 8] = [
+        Self::Error(Code::NotHeld, None),
+        Self::Error(Code::Draining, None),
+        Self::Error(Code::Overloaded, None),
+        Self::Error(Code::BadRequest, None),
+        Self::Error(Code::Deadline, None),
+        Self::Error(Code::NonFinite, None),
+        Self::Error(Code::NonFinite, Some(1)),
+        Self::Error(Code::Internal, None),
+    ];
 
     fn tell(self, reply: &mut v1::DispatchReply) {
         let Some(Body::Rows(rows)) = &mut reply.body else { return };
@@ -57,6 +80,12 @@ impl Lie {
             }
             Self::IdOfNone => reply.id += 1 << 32,
             Self::IdOfAnother => reply.id -= 1,
+            Self::Marks => rows.not_finite = (0..rows.rows).collect(),
+            Self::Error(code, expert) => {
+                let error = v1::ShardError { code: code.into(), message: "a lie".into(), expert };
+                reply.body = Some(Body::Error(error));
+                return;
+            }
         }
         rows.data = data.into();
     }
@@ -74,30 +103,30 @@ struct Shared {
     name: String,
     honest: ExpertsClient<Channel>,
     lies: AtomicBool,
-    /// The next of [`Lie::ALL`].
+    kinds: &'static [Lie],
+    /// The next of them.
     next: AtomicUsize,
-    told: [AtomicU64; Lie::ALL.len()],
+    told: Vec<AtomicU64>,
 }
 
 impl Liar {
-    /// A worker of this name in front of the one at `host:port`, which will begin with this lie and go on with the others in
-    /// turn.
+    /// A worker of this name in front of the one at `host:port`, which will tell these lies in turn and begin with one of them.
     ///
     /// # Errors
     /// When it cannot listen, or nobody is there to pass anything on to.
-    pub async fn start(name: &str, honest: &str, first: Lie) -> io::Result<Self> {
+    pub async fn start(name: &str, honest: &str, lies: &'static [Lie], first: usize) -> io::Result<Self> {
         let channel = ExpertsClient::connect(format!("http://{honest}")).await.map_err(io::Error::other)?;
         let honest =
             channel.max_decoding_message_size(MESSAGE_BYTES).max_encoding_message_size(MESSAGE_BYTES);
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?.to_string();
-        let first = Lie::ALL.iter().position(|lie| *lie == first).unwrap_or(0);
         let shared = Arc::new(Shared {
             name: name.to_owned(),
             honest,
             lies: AtomicBool::new(false),
+            kinds: lies,
             next: AtomicUsize::new(first),
-            told: [const { AtomicU64::new(0) }; Lie::ALL.len()],
+            told: lies.iter().map(|_| AtomicU64::new(0)).collect(),
         });
         let service = ExpertsServer::new(Service(Arc::clone(&shared)))
             .max_decoding_message_size(MESSAGE_BYTES)
@@ -115,10 +144,10 @@ impl Liar {
         self.shared.lies.store(true, Ordering::Relaxed);
     }
 
-    /// How often it told this lie.
+    /// How often it told each of its lies.
     #[must_use]
-    pub fn told(&self, lie: Lie) -> u64 {
-        self.shared.told[lie as usize].load(Ordering::Relaxed)
+    pub fn told(&self) -> Vec<u64> {
+        self.shared.told.iter().map(|told| told.load(Ordering::Relaxed)).collect()
     }
 }
 
@@ -133,8 +162,8 @@ impl Shared {
         match &mut reply.body {
             Some(Body::Ack(ack)) => ack.worker_id.clone_from(&self.name),
             Some(Body::Rows(_)) if self.lies.load(Ordering::Relaxed) => {
-                let number = self.next.fetch_add(1, Ordering::Relaxed) % Lie::ALL.len();
-                Lie::ALL[number].tell(reply);
+                let number = self.next.fetch_add(1, Ordering::Relaxed) % self.kinds.len();
+                self.kinds[number].tell(reply);
                 self.told[number].fetch_add(1, Ordering::Relaxed);
             }
             _ => {}

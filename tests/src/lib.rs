@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod cluster;
+pub mod damaged;
 pub mod disturbed;
 pub mod elastic;
 pub mod golden;

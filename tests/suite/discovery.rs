@@ -1,9 +1,11 @@
 //! Routers that find their workers in EndpointSlices, and lead only while they hold a Lease.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use muster_proto::cluster::v1::StatusReply;
 use muster_proto::cluster::v1::worker_status::State;
+use muster_proto::expert::v1::control_client::ControlClient;
+use muster_proto::expert::v1::{LeadReply, LeadRequest};
 use muster_tests::elastic::{Observer, serving};
 use muster_tests::kubernetes::ApiServer;
 use muster_tests::process::{Process, eventually, muster};
@@ -149,4 +151,56 @@ async fn only_who_holds_the_lease_leads() {
     assert!(readyz(&routers[left]).contains("may not use leases"), "{}", readyz(&routers[left]));
     api.denies(false);
     eventually("it leads when that is mended", async || leads(left).await.then_some(())).await;
+}
+
+/// What a worker says to somebody who asks for the lead, for no time to speak of.
+async fn lead(worker: &Process, term: u64) -> LeadReply {
+    let mut control = ControlClient::connect(format!("http://{}", worker.address("listen"))).await.unwrap();
+    let request = LeadRequest { router_id: "asks".into(), term, ttl_ms: 1 };
+    control.lead(request).await.unwrap().into_inner()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_ends_before_it_serves_gives_the_lead_back_too() {
+    let api = ApiServer::start();
+    // Without memory, so that experts are missing for ever.
+    let worker = start(
+        &api,
+        "worker",
+        &["--id", "w0", "--share", "none", "--memory", "64KiB", "--listen", "127.0.0.1:0"],
+    );
+    let (model, listen) = (demo_model().display().to_string(), worker.address("listen"));
+    let router = |patience: &str| {
+        let mut command = Command::new(muster());
+        command.args(["router", "--id", "r0", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
+        command.args(["--model", &model, "--worker", &listen, "--lease", "kubernetes:leader"]);
+        command.args(["--connect-timeout", patience]);
+        command.env("KUBECONFIG", api.kubeconfig()).env("KUBERNETES_SERVICE_HOST", "127.0.0.1");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command
+    };
+    let leads = async |child: &mut std::process::Child| {
+        eventually("it leads", async || {
+            assert!(child.try_wait().unwrap().is_none(), "it ended first");
+            let held = api.holder().is_some_and(|holder| holder.starts_with("r0/"));
+            let obeyed = lead(&worker, 1).await;
+            (held && obeyed.router_id.starts_with("r0/") && obeyed.left_ms > 0).then_some(obeyed.term)
+        })
+        .await
+    };
+    for (patience, is_told) in [("15s", false), ("600s", true)] {
+        let mut child = router(patience).spawn().unwrap();
+        let term = leads(&mut child).await;
+        if is_told {
+            // SAFETY: the process is a child that was not waited for.
+            assert_eq!(unsafe { libc::kill(child.id().try_into().unwrap(), libc::SIGTERM) }, 0);
+        }
+        let output = tokio::task::spawn_blocking(|| child.wait_with_output()).await.unwrap().unwrap();
+        let answer = lead(&worker, term + 1).await;
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.success(), is_told, "{log}");
+        assert!(is_told || log.contains("no live worker") || log.contains("missing"), "{log}");
+        assert!(api.holder().is_none_or(|holder| holder.is_empty()), "{:?}\n{log}", api.holder());
+        assert!(answer.granted, "the worker still waits for it: {answer:?}\n{log}");
+    }
 }

@@ -4,6 +4,7 @@ use std::net::TcpListener;
 
 use muster_tests::client::{generate, greedy};
 use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::damaged::{copy_of, edit};
 use muster_tests::process::{Process, eventually};
 use muster_tests::{demo_model, golden_model, http};
 use tokio::task::JoinSet;
@@ -159,5 +160,63 @@ async fn sigterm_lets_running_requests_finish() {
     for worker in &mut cluster.workers {
         worker.signal(libc::SIGTERM);
         assert!(worker.wait().expect("it ends").success(), "{}", worker.log());
+    }
+}
+
+/// Two workers that hold every expert, of a model in which one expert overflows.
+fn poisoned(combine: &str) -> (Cluster, tempfile::TempDir) {
+    let tensor = "model.layers.3.block_sparse_moe.experts.5.w2.weight";
+    let model = copy_of(&demo_model());
+    edit(model.path(), tensor, |bytes| {
+        // As large as bf16 goes, and finite.
+        bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
+    });
+    let setup = Setup::new(model.path()).shares(&["all", "all"]).router_args(&["--combine", combine]);
+    (Cluster::start(setup), model)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_expert_poisoned_everywhere_ends_the_streams_that_choose_it_and_no_other() {
+    const STREAMS: u32 = 32;
+    // Short, so that not every one meets the expert.
+    let request = |n: u32| greedy(&[6 + n * 113, 900 + n], 3 + n % 3);
+    let healthy = Cluster::start(Setup::new(&demo_model()).shares(&["all", "all"]));
+    let client = healthy.client().await;
+    let mut expected = Vec::new();
+    for n in 0..STREAMS {
+        expected.push(generate(&client, request(n)).await.unwrap().remove(0).ids);
+    }
+    drop(healthy);
+    for combine in ["exact", "partial"] {
+        let (cluster, _model) = poisoned(combine);
+        let client = cluster.client().await;
+        let mut alone = Vec::new();
+        for n in 0..STREAMS {
+            alone.push(generate(&client, request(n)).await.is_ok());
+        }
+        let whole = alone.iter().filter(|is_whole| **is_whole).count();
+        assert!((4..=28).contains(&whole), "{whole} of {STREAMS} do not meet the expert");
+        for _ in 0..5 {
+            let mut running = JoinSet::new();
+            for n in 0..STREAMS {
+                let client = client.clone();
+                running.spawn(async move { (n as usize, generate(&client, request(n)).await) });
+            }
+            while let Some(done) = running.join_next().await {
+                match done.unwrap() {
+                    (n, Ok(outputs)) => {
+                        assert!(alone[n], "{combine}: stream {n} met the expert and ended well");
+                        assert_eq!(outputs[0].ids, expected[n], "{combine}: stream {n}");
+                    }
+                    (n, Err(status)) => {
+                        assert!(!alone[n], "{combine}: stream {n} failed for another: {status}");
+                        assert_eq!(status.code(), tonic::Code::FailedPrecondition, "{status}");
+                        assert!(status.message().contains("not finite"), "{status}");
+                    }
+                }
+            }
+        }
+        let banned = http::metric(&cluster.http(), "muster_dispatch_workers_banned_total");
+        assert_eq!(banned, 0.0, "{combine}: workers that tell the truth are not taken for liars");
     }
 }

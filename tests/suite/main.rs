@@ -17,3 +17,5 @@ mod operations;
 mod python_clients;
 mod resume;
 mod security;
+mod specification;
+mod weights;

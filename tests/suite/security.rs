@@ -215,6 +215,66 @@ async fn no_route_or_method_but_liveness_is_open() {
     assert_eq!(call(&stranger, "/grpc.health.v1.Health/Check", None).await, Code::Ok);
 }
 
+/// What stands open to whoever shows nothing, in every way in which a router can be started.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stands_open_was_asked_for_by_name() {
+    let secrets = Secrets::new();
+    let (model, keys) = (demo_model().display().to_string(), secrets.path("keys").display().to_string());
+    let start = |grpc: &str, tls: bool, more: &[&str]| {
+        let args =
+            ["router", "--model", &model, "--http", "127.0.0.1:0", "--grpc", grpc, "--fallback", "local"];
+        let files = if tls { secrets.flags("router") } else { Vec::new() };
+        let args = args.iter().chain(more).map(ToString::to_string).chain(files);
+        Process::start(&args.collect::<Vec<_>>())
+    };
+    let (near, far) = ("127.0.0.1:0", "0.0.0.0:0");
+    let (plain, no_keys, keys) = ("--insecure-plaintext", "--insecure-no-keys", ["--api-keys", &keys]);
+    // Where, whether with TLS, flags; whether clients' methods are open, and workers'.
+    let served: [(&str, bool, &[&str], bool, bool); 9] = [
+        (near, false, &[], true, true),
+        (near, false, &keys, false, true),
+        (near, true, &[], false, false),
+        (near, true, &keys, false, false),
+        (near, true, &[no_keys], true, false),
+        (far, false, &[plain, no_keys], true, true),
+        (far, true, &[], false, false),
+        (far, true, &keys, false, false),
+        (far, true, &[no_keys], true, false),
+    ];
+    for (grpc, tls, flags, clients, workers) in served {
+        let router = start(grpc, tls, flags).unwrap();
+        let address = router.address("grpc");
+        let channel = if tls {
+            secrets.channel(&address, None).await
+        } else {
+            let port = address.rsplit(':').next().unwrap().to_owned();
+            Endpoint::from_shared(format!("http://127.0.0.1:{port}")).unwrap().connect().await
+        };
+        let channel = channel.unwrap();
+        for method in methods() {
+            let is_for_workers = method.ends_with("/Join") || method.ends_with("/Fetch");
+            let is_open = if is_for_workers { workers } else { clients };
+            let code = call(&channel, &method, None).await;
+            assert_eq!(
+                code != Code::Unauthenticated,
+                is_open,
+                "{grpc} tls {tls} {flags:?} {method}: {code:?}"
+            );
+        }
+    }
+    let refused: [(&str, bool, &[&str], &str); 5] = [
+        (far, false, &[], "ask for plaintext by name with --insecure-plaintext"),
+        (far, false, &keys, "ask for plaintext by name with --insecure-plaintext"),
+        (far, false, &[no_keys], "ask for plaintext by name with --insecure-plaintext"),
+        (far, false, &[plain], "ask for that by name with --insecure-no-keys"),
+        (far, false, &[plain, keys[0], keys[1]], "everybody may join and fetch the experts' weights"),
+    ];
+    for (grpc, tls, flags, reason) in refused {
+        let error = start(grpc, tls, flags).map(drop).unwrap_err();
+        assert!(error.contains(reason), "{grpc} tls {tls} {flags:?}: {error}");
+    }
+}
+
 /// What a router serves and its interface describes, but for health.
 fn methods() -> Vec<String> {
     let set = prost_types::FileDescriptorSet::decode(muster_proto::DESCRIPTORS).unwrap();

@@ -4,20 +4,21 @@
 //! before anything is loaded, and lets nobody but this host ask for a drain. Knows nothing of what the process does.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
+use muster_net::{Acceptor, Patience, Socket, host};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 /// Connections at once.
@@ -28,8 +29,8 @@ const HEAD: Duration = Duration::from_secs(10);
 const HEAD_BYTES: usize = 16 << 10;
 /// A connection lives no longer.
 const LONGEST: Duration = Duration::from_secs(3600);
-/// Pause after an accept that failed for lack of something.
-const PAUSE: Duration = Duration::from_millis(100);
+/// The rest of a peer's time is bounded by HTTP's own timers.
+const PATIENCE: Patience = Patience { stall: Duration::from_secs(10), silence: None };
 
 /// Whether the process is ready; why it is not, or not quite, in a sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,7 +121,7 @@ impl Admin {
     /// When the address cannot be had.
     pub async fn listen(&self, address: SocketAddr) -> Result<SocketAddr, BindError> {
         let failed = |source| BindError { address, source };
-        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let listener = muster_net::listen::tcp(address).map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         tokio::spawn(serve(listener, self.shared.clone()));
         Ok(bound)
@@ -128,42 +129,39 @@ impl Admin {
 }
 
 async fn serve(listener: TcpListener, shared: Arc<Shared>) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
     let routes = Router::new()
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/drain", post(drain))
+        .layer(middleware::from_fn(one_host))
         .with_state(shared);
+    let mut acceptor = Acceptor::with_places(listener, PATIENCE, CONNECTIONS);
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, peer)) => {
-                let routes = routes.clone().layer(Extension(Peer(peer)));
-                tokio::spawn(async move {
-                    let _ = tokio::time::timeout(LONGEST, connection(stream, routes)).await;
-                    drop(place);
-                });
-            }
-            Err(error) => {
-                tracing::debug!(%error, "accept failed");
-                tokio::time::sleep(PAUSE).await;
-            }
-        }
+        let socket = acceptor.next().await;
+        let routes = routes.clone().layer(Extension(Peer(socket.peer())));
+        tokio::spawn(tokio::time::timeout(LONGEST, connection(socket, routes)));
     }
 }
 
-async fn connection(stream: TcpStream, routes: Router) {
+async fn connection(socket: Socket<TcpStream>, routes: Router) {
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD).max_buf_size(HEAD_BYTES);
-    let serving = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    let serving = builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(routes));
     if let Err(error) = serving.await {
         tracing::debug!(error, "a connection for probes ended early");
     }
 }
 
+async fn one_host(request: Request, next: Next) -> Response {
+    match host::check(request.version(), request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(bad) => (StatusCode::BAD_REQUEST, format!("{bad}\n")).into_response(),
+    }
+}
+
 #[derive(Clone, Copy)]
-struct Peer(SocketAddr);
+struct Peer(Option<IpAddr>);
 
 async fn healthz() -> &'static str {
     "ok\n"
@@ -186,7 +184,7 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 async fn drain(State(shared): State<Arc<Shared>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
-    if !peer.ip().to_canonical().is_loopback() {
+    if !peer.is_some_and(|peer| peer.is_loopback()) {
         return (StatusCode::FORBIDDEN, "a drain can only be asked for on this host\n").into_response();
     }
     shared.drain.cancel();
@@ -201,8 +199,11 @@ mod tests {
     use super::*;
 
     async fn ask(address: SocketAddr, line: &str) -> String {
+        send(address, &format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")).await
+    }
+
+    async fn send(address: SocketAddr, request: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -229,6 +230,10 @@ mod tests {
         assert!(ask(address, "GET /metrics").await.ends_with("muster_x 1\n"));
         assert!(ask(address, "GET /drain").await.starts_with("HTTP/1.1 405"));
         assert!(ask(address, "GET /v1/models").await.starts_with("HTTP/1.1 404"));
+        for hosts in ["", "host: x\r\nhost: y\r\n"] {
+            let request = format!("GET /healthz HTTP/1.1\r\n{hosts}connection: close\r\n\r\n");
+            assert!(send(address, &request).await.starts_with("HTTP/1.1 400"), "{hosts}");
+        }
         assert!(!admin.is_drain_asked());
         let error = admin.listen(address).await.unwrap_err();
         assert!(error.to_string().contains("--admin"), "{error}");

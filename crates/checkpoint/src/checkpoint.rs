@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::SystemTime;
 
 use muster_types::{DType, Fingerprint};
 use sha2::{Digest, Sha256};
@@ -81,6 +82,17 @@ pub struct Stored<'a> {
     pub bytes: u64,
 }
 
+/// One file of weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shard<'a> {
+    /// Its plain name.
+    pub name: &'a str,
+    /// Bytes.
+    pub length: u64,
+    /// When it was changed last; `None` where that is not known, as of what is built into the program.
+    pub modified: Option<SystemTime>,
+}
+
 /// Tensors that nothing needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unused {
@@ -152,6 +164,19 @@ impl Checkpoint {
             cols: slice.cols,
             bytes: slice.bytes(),
         })
+    }
+
+    /// The name of the file that a weight lies in; `None` when the model has no such weight.
+    #[must_use]
+    pub fn file_of(&self, role: Role) -> Option<&str> {
+        let slice = self.plan.get(&role)?;
+        Some(self.catalog.shard_name(&self.catalog.tensors[slice.tensor]))
+    }
+
+    /// The files that weights lie in, as they were when they were opened.
+    pub fn shards(&self) -> impl Iterator<Item = Shard<'_>> {
+        let shards = self.catalog.shards.iter();
+        shards.map(|blob| Shard { name: &blob.name, length: blob.length, modified: blob.modified() })
     }
 
     /// Reads one weight: exactly its bytes, in one positioned read, or the stretch that they are strewn over.

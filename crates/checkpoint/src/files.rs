@@ -237,6 +237,14 @@ impl Blob {
         }
     }
 
+    /// When it was changed last, as of when it was opened.
+    pub(crate) fn modified(&self) -> Option<SystemTime> {
+        match &self.data {
+            Data::Static(_) => None,
+            Data::File { modified, .. } => *modified,
+        }
+    }
+
     fn changed(&self, now: u64) -> CheckpointError {
         CheckpointError::Changed { file: self.name.clone(), was: self.length, now }
     }

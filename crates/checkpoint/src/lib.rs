@@ -20,6 +20,7 @@
 mod catalog;
 mod checkpoint;
 mod config;
+pub mod digests;
 mod error;
 mod families;
 mod files;
@@ -35,7 +36,7 @@ mod read;
 pub mod spec;
 mod survey;
 
-pub use checkpoint::{Checkpoint, Stored, Unused, Weight, WeightData};
+pub use checkpoint::{Checkpoint, Shard, Stored, Unused, Weight, WeightData};
 pub use config::ConfigError;
 pub use error::CheckpointError;
 pub use families::Preset;

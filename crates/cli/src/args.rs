@@ -319,6 +319,11 @@ pub(crate) struct RouterArgs {
     /// Name to serve the model under [default: that of its directory].
     #[arg(long, value_name = "NAME")]
     pub(crate) model_name: Option<String>,
+    /// File with digests of the experts' weights, which workers must have. It is made where there is none or where it is
+    /// not of the model's files as they are [default: one in the model's directory, made by `muster check-model --digests`,
+    /// else one in the user's cache].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) digests: Option<String>,
     /// A worker, as host:port or unix:/path; given once for each. Others can join while it runs.
     #[arg(long = "worker", value_name = "ADDR")]
     pub(crate) workers: Vec<String>,
@@ -570,8 +575,18 @@ pub(crate) struct CheckModelArgs {
     #[arg(value_name = "MODEL")]
     pub(crate) model: String,
     /// Check configuration and headers only; do not read the weights.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "digests")]
     pub(crate) headers_only: bool,
+    /// Compute a digest of each expert's weights and write them to this file, so that routers need not; without a name, to
+    /// the model's directory. They depend on --compute and --expert-dtype.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    pub(crate) digests: Option<Option<PathBuf>>,
+    /// With --digests: how routers and workers are to compute.
+    #[arg(long, default_value = "auto", value_name = "MODE", requires = "digests")]
+    pub(crate) compute: ComputeMode,
+    /// With --digests: how workers are to hold experts, as they are computed (native), in 8 bits (q8) or in 4 bits (q4).
+    #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype, requires = "digests")]
+    pub(crate) expert_dtype: WeightDType,
     /// Also measure how far bf16 computation is from f32, and q8 and q4 experts from native ones: KL divergence and
     /// top-1 agreement.
     #[arg(long, conflicts_with = "headers_only")]

@@ -6,7 +6,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::{ConnectConfig, Dialer, GrpcDispatch, Start, StatsHandle};
+use muster_dispatch_grpc::{ConnectConfig, Dialer, Digests, GrpcDispatch, Start, StatsHandle};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
@@ -142,6 +142,8 @@ fn connect(
         hidden: spec.hidden,
         compute: mode.compute,
         experts: mode.experts,
+        // They are children of this process, on the same files.
+        digests: Digests::unchecked(),
         shape: expert_shape(checkpoint),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: MOST_ROWS,

@@ -49,6 +49,13 @@ pub(crate) fn open(model: &str) -> Result<Checkpoint, Failure> {
     Checkpoint::open(&source(model)?).map_err(|error| Failure::input(format!("model {model}: {error}")))
 }
 
+/// Where this program may keep what it computed, if the user has a directory for such things.
+pub(crate) fn cache() -> Option<PathBuf> {
+    let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let caches = path("XDG_CACHE_HOME").or_else(|| path("HOME").map(|home| home.join(".cache")));
+    caches.filter(|caches| caches.is_absolute()).map(|caches| caches.join("muster"))
+}
+
 /// Directories of Hugging Face hub caches, in the order in which the hub's own library looks.
 fn hub_roots() -> Vec<PathBuf> {
     let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);

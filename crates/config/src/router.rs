@@ -22,6 +22,7 @@ use crate::value::{
 const KEYS: &[Key] = &[
     Key { name: "model", kind: ValueKind::Text, default: None },
     Key { name: "model_name", kind: ValueKind::Text, default: None },
+    Key { name: "digests", kind: ValueKind::Text, default: None },
     Key { name: "workers", kind: ValueKind::List, default: None },
     Key { name: "discover", kind: ValueKind::List, default: None },
     Key { name: "lease", kind: ValueKind::Text, default: None },
@@ -68,6 +69,8 @@ pub struct RouterSettings {
     pub model: String,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
+    /// The file with digests of the experts' weights; `None` looks beside the model and in the user's cache.
+    pub digests: Option<PathBuf>,
     /// Where the workers are, none twice; others may join.
     pub workers: Vec<Address>,
     /// Where to look for more, none twice.
@@ -200,6 +203,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     // Everything is read before anything is given up, so that all problems are found.
     let model = reader.required("model", text);
     let model_name = reader.optional("model_name", model_name);
+    let digests = reader.optional("digests", text).map(PathBuf::from);
     let workers = workers(reader);
     let (discover, lease) = (discover(reader), reader.optional("lease", parsed));
     let placement = reader.required("placement", str::parse::<PlacementMode>);
@@ -253,6 +257,13 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
             reader.problem(key, without_keys(&address.to_string()));
         }
     }
+    if let Some(address) = grpc.filter(|grpc| !grpc.ip().is_loopback())
+        && tls.is_none()
+        && plaintext
+        && api_keys.is_some()
+    {
+        reader.problem("grpc", keys_do_not_guard(&address.to_string()));
+    }
     if no_keys && api_keys.is_some() {
         let problem = "is given although there are api_keys; leave one of them out".to_owned();
         reader.problem("insecure_no_keys", problem);
@@ -268,6 +279,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     Some(RouterSettings {
         model: model?,
         model_name,
+        digests,
         workers,
         discover,
         lease,
@@ -392,5 +404,14 @@ fn without_keys(address: &str) -> String {
     format!(
         "{address} can be reached from other machines and everybody may ask; give --api-keys (`muster keys new` makes \
          one), or ask for that by name with --insecure-no-keys"
+    )
+}
+
+fn keys_do_not_guard(address: &str) -> String {
+    format!(
+        "{address} can be reached from other machines without TLS, and API keys guard only what clients ask there: workers \
+         show certificates, so without TLS everybody may join and fetch the experts' weights; give --tls-cert, --tls-key \
+         and --tls-ca (`muster certs init` makes them), listen with --grpc on a loopback address, or leave the keys out and \
+         say --insecure-no-keys"
     )
 }

@@ -222,6 +222,9 @@ fn leaving_loopback_must_be_asked_for_by_name() {
         router("", &[], &flags().on("insecure_plaintext").on("insecure_no_keys")).unwrap().settings;
     assert_eq!((settings.tls, settings.access), (None, AccessMode::Open));
     let keys = flags().on("insecure_plaintext").text("api_keys", Some("k"));
+    assert!(router("", &[], &keys).unwrap_err().to_string().contains("everybody may join"));
+    let http = minimal().text("http", Some("0.0.0.0:8080"));
+    let keys = http.on("insecure_plaintext").text("api_keys", Some("k"));
     assert_eq!(router("", &[], &keys).unwrap().settings.access, AccessMode::Keys("k".into()));
     assert!(router("", &[], &keys.on("insecure_no_keys")).is_err());
     let tls = flags().text("tls_cert", Some("c")).text("tls_key", Some("k")).text("tls_ca", Some("a"));
@@ -244,6 +247,47 @@ fn leaving_loopback_must_be_asked_for_by_name() {
     for open in ["0.0.0.0:1", "[::]:1", "example.org:1", "10.0.0.1:1"] {
         assert!(worker(open, Flags::new()).is_err(), "{open}");
         assert!(worker(open, Flags::new().on("insecure_plaintext")).is_ok(), "{open}");
+    }
+}
+
+/// What a router answers on gRPC: that of clients is guarded by keys, that of workers by certificates. Where neither can be
+/// asked for, that was said by name; and nobody who gives keys has half of it stand open.
+#[test]
+fn what_is_guarded_by_nothing_was_asked_for_by_name() {
+    for (grpc, is_near) in
+        [("127.0.0.1:1", true), ("[::1]:1", true), ("0.0.0.0:1", false), ("10.0.0.5:1", false)]
+    {
+        for (tls, keys) in [(false, false), (false, true), (true, false), (true, true)] {
+            for (plaintext, no_keys) in [(false, false), (false, true), (true, false), (true, true)] {
+                let flags = minimal().text("grpc", Some(grpc));
+                let flags = if keys { flags.text("api_keys", Some("k")) } else { flags };
+                let tls_file = tls.then_some("f");
+                let flags =
+                    ["tls_cert", "tls_key", "tls_ca"].into_iter().fold(flags, |f, key| f.text(key, tls_file));
+                let flags = if plaintext { flags.on("insecure_plaintext") } else { flags };
+                let flags = if no_keys { flags.on("insecure_no_keys") } else { flags };
+                let case = format!("{grpc} tls {tls} keys {keys} plaintext {plaintext} no keys {no_keys}");
+                let outcome = router("", &[], &flags);
+                let expected = if keys && no_keys {
+                    Some("insecure_no_keys: is given although there are api_keys")
+                } else if is_near || tls {
+                    None
+                } else if !plaintext {
+                    Some("there is no TLS")
+                } else if keys {
+                    Some("API keys guard only what clients ask there")
+                } else if !no_keys {
+                    Some("everybody may ask")
+                } else {
+                    None
+                };
+                match (expected, outcome) {
+                    (None, outcome) => assert!(outcome.is_ok(), "{case}: {}", outcome.unwrap_err()),
+                    (Some(_), Ok(_)) => panic!("{case} is taken"),
+                    (Some(text), Err(error)) => assert!(error.to_string().contains(text), "{case}: {error}"),
+                }
+            }
+        }
     }
 }
 

@@ -1,12 +1,14 @@
 //! Fetching the weights of an expert from a process that has them.
 //!
-//! Always holds: what is handed over is as long as it must be and has the digest that its sender gave it.
+//! Always holds: what is handed over is as long as it must be, has the digest that its sender gave it, and is what it was
+//! expected to be, where that is known.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use muster_proto::control::Fetch;
 use muster_proto::expert::v1::weights_client::WeightsClient;
+use muster_types::{WeightDigest, WeightHasher};
 use sha2::{Digest, Sha256};
 use tonic::transport::Channel;
 
@@ -32,6 +34,14 @@ pub enum FetchError {
     /// What it sent is not what it must be.
     #[error("the weights were damaged on the way or are others: {0}")]
     Damaged(String),
+    /// It came as it was sent, and is not what it must be.
+    #[error("the weights have digest {theirs} there and must have {ours}")]
+    Others {
+        /// What it must be.
+        ours: WeightDigest,
+        /// What was sent.
+        theirs: WeightDigest,
+    },
 }
 
 /// Fetches experts; keeps connections from one to the next.
@@ -47,19 +57,34 @@ impl Fetcher {
         Self { dialer, channels: HashMap::new() }
     }
 
-    /// The packed weights of an expert, which are this many bytes.
+    /// The packed weights of an expert, which are this many bytes, and their digest, which must be the one that is expected,
+    /// if any is.
     ///
     /// # Errors
     /// See [`FetchError`]. Another process may have them.
-    pub async fn fetch(&mut self, from: &Address, what: &Fetch, bytes: usize) -> Result<Vec<u8>, FetchError> {
-        let fetched = self.receive(from, what, bytes).await;
+    pub async fn fetch(
+        &mut self,
+        from: &Address,
+        what: &Fetch,
+        bytes: usize,
+        expected: Option<WeightDigest>,
+    ) -> Result<(Vec<u8>, WeightDigest), FetchError> {
+        let fetched = self.receive(from, what, bytes).await.and_then(|(data, theirs)| match expected {
+            Some(ours) if ours != theirs => Err(FetchError::Others { ours, theirs }),
+            _ => Ok((data, theirs)),
+        });
         if fetched.is_err() {
             self.channels.remove(from);
         }
         fetched
     }
 
-    async fn receive(&mut self, from: &Address, what: &Fetch, bytes: usize) -> Result<Vec<u8>, FetchError> {
+    async fn receive(
+        &mut self,
+        from: &Address,
+        what: &Fetch,
+        bytes: usize,
+    ) -> Result<(Vec<u8>, WeightDigest), FetchError> {
         let channel = match self.channels.get(from) {
             Some(channel) => channel.clone(),
             None => {
@@ -78,7 +103,7 @@ impl Fetcher {
         let mut client = WeightsClient::new(channel).max_decoding_message_size(MESSAGE);
         let mut parts = patiently(client.fetch(what.to_wire())).await?.map_err(refused)?.into_inner();
         let mut data = Vec::new();
-        let mut digest = Sha256::new();
+        let mut hasher = WeightHasher::default();
         loop {
             let Some(part) = patiently(parts.message()).await?.map_err(refused)? else {
                 return Err(FetchError::Damaged(format!("it ended after {} of {bytes} bytes", data.len())));
@@ -90,17 +115,24 @@ impl Fetcher {
                 // Only what a sender that has begun to send will fill.
                 data.reserve_exact(bytes);
             }
-            digest.update(&part.data);
+            hasher.update(&part.data);
             data.extend_from_slice(&part.data);
-            if !part.digest.is_empty() {
-                if data.len() != bytes {
-                    return Err(FetchError::Damaged(format!("{} bytes instead of {bytes}", data.len())));
-                }
-                if digest.finalize().as_slice() != part.digest.as_ref() {
-                    return Err(FetchError::Damaged("their digest is another".into()));
-                }
-                return Ok(data);
+            if part.digest.is_empty() && part.weight_digest.is_empty() {
+                continue;
             }
+            if data.len() != bytes {
+                return Err(FetchError::Damaged(format!("{} bytes instead of {bytes}", data.len())));
+            }
+            let digest = hasher.finish();
+            let is_whole = match part.weight_digest.is_empty() {
+                false => digest.as_bytes() == part.weight_digest.as_ref(),
+                // Of a version that knows no other.
+                true => Sha256::digest(&data).as_slice() == part.digest.as_ref(),
+            };
+            if !is_whole {
+                return Err(FetchError::Damaged("their digest is another".into()));
+            }
+            return Ok((data, digest));
         }
     }
 }

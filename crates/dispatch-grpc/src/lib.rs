@@ -20,14 +20,14 @@ mod transport;
 
 pub use address::{Address, AddressError};
 pub use client::{
-    ClusterHandle, ConnectConfig, ConnectError, DispatchStats, Fallback, GrpcDispatch, HealthHandle,
-    LinkError, Sample, Start, StatsHandle, WorkerHealth, WorkerState,
+    ClusterHandle, ConnectConfig, ConnectError, Digests, DigestsTeller, DispatchStats, Fallback,
+    GrpcDispatch, HealthHandle, LinkError, Reference, Sample, Start, StatsHandle, WorkerHealth, WorkerState,
 };
 pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};
 pub use join::{JoinError, Membership, join, reached_at};
 pub use server::{
-    BindError, Bound, ComputeQueue, Custody, ExpertServer, Held, Network, Pressure, ServeError, ServerConfig,
-    Smoothed, WeightSource, WeightTerms, WeightsService,
+    BindError, Bound, ComputeQueue, Custody, ExpertServer, Handed, Held, Network, Pressure, ServeError,
+    ServerConfig, Smoothed, WeightSource, WeightTerms, WeightsService,
 };
 pub use transport::Dialer;

@@ -1,17 +1,18 @@
 //! Accepted connections, behind a TLS handshake where there is an identity, and who is at their other end.
 //!
 //! Always holds: handshakes run beside each other, as many as [`HANDSHAKES`] and each for at most [`HANDSHAKE`], so that
-//! a peer that stalls in one keeps nobody else out; what fails in one ends that connection alone. Knows nothing of what is
-//! said on a connection.
+//! a peer that stalls in one keeps nobody else out; what fails in one ends that connection alone; a connection whose peer
+//! floods it with frames ends. Knows nothing of what is said on a connection beyond that.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use muster_identity::{PeerId, Role, peer_of};
+use muster_net::{Meter, Socket};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::task::JoinSet;
@@ -27,26 +28,45 @@ const HANDSHAKES: usize = 256;
 /// How long one may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// Who is at the other end, as far as a certificate says so.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Caller(pub Option<PeerId>);
+/// Who is at the other end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Caller {
+    /// As far as a certificate says so.
+    pub peer: Option<PeerId>,
+    /// Where; `None` over a Unix socket.
+    pub address: Option<IpAddr>,
+}
+
+/// What is spoken on the connections of a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaks {
+    /// HTTP/1.1, whose requests are what they cost.
+    Http1,
+    /// HTTP/2, whose frames are counted.
+    Http2,
+}
 
 /// An accepted connection.
-pub enum Connection<I> {
-    /// Without TLS.
-    Plain(I),
-    /// After its handshake.
-    Tls(Box<TlsStream<I>>, Caller),
+pub struct Connection<I> {
+    io: Layer<I>,
+    caller: Caller,
+    meter: Option<Meter>,
+}
+
+enum Layer<I> {
+    Plain(Socket<I>),
+    Tls(Box<TlsStream<Socket<I>>>),
 }
 
 impl<I> Connection<I> {
+    fn new(io: Layer<I>, caller: Caller, speaks: Speaks) -> Self {
+        Self { io, caller, meter: (speaks == Speaks::Http2).then(Meter::default) }
+    }
+
     /// Who is at the other end.
     #[must_use]
     pub fn caller(&self) -> Caller {
-        match self {
-            Self::Plain(_) => Caller(None),
-            Self::Tls(_, caller) => caller.clone(),
-        }
+        self.caller.clone()
     }
 }
 
@@ -59,25 +79,26 @@ impl<I> Connected for Connection<I> {
 }
 
 /// Connections of a listener, with their handshakes done if there is a TLS configuration.
-pub fn secured<S, I>(incoming: S, tls: Option<Arc<ServerConfig>>) -> Secured<S, I>
+pub fn secured<S, I>(incoming: S, tls: Option<Arc<ServerConfig>>, speaks: Speaks) -> Secured<S, I>
 where
-    S: Stream<Item = io::Result<I>> + Unpin,
+    S: Stream<Item = io::Result<Socket<I>>> + Unpin,
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    Secured { incoming, tls: tls.map(TlsAcceptor::from), running: JoinSet::new(), is_over: false }
+    Secured { incoming, tls: tls.map(TlsAcceptor::from), speaks, running: JoinSet::new(), is_over: false }
 }
 
 /// See [`secured`].
 pub struct Secured<S, I> {
     incoming: S,
     tls: Option<TlsAcceptor>,
+    speaks: Speaks,
     running: JoinSet<Option<Connection<I>>>,
     is_over: bool,
 }
 
 impl<S, I> Stream for Secured<S, I>
 where
-    S: Stream<Item = io::Result<I>> + Unpin,
+    S: Stream<Item = io::Result<Socket<I>>> + Unpin,
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     type Item = io::Result<Connection<I>>;
@@ -94,8 +115,11 @@ where
             }
             match Pin::new(&mut this.incoming).poll_next(cx) {
                 Poll::Ready(Some(Ok(io))) => match &this.tls {
-                    None => return Poll::Ready(Some(Ok(Connection::Plain(io)))),
-                    Some(tls) => drop(this.running.spawn(handshake(tls.clone(), io))),
+                    None => {
+                        let caller = Caller { peer: None, address: io.peer() };
+                        return Poll::Ready(Some(Ok(Connection::new(Layer::Plain(io), caller, this.speaks))));
+                    }
+                    Some(tls) => drop(this.running.spawn(handshake(tls.clone(), io, this.speaks))),
                 },
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error))),
                 Poll::Ready(None) => this.is_over = true,
@@ -105,31 +129,22 @@ where
     }
 }
 
-async fn handshake<I>(tls: TlsAcceptor, io: I) -> Option<Connection<I>>
+async fn handshake<I>(tls: TlsAcceptor, io: Socket<I>, speaks: Speaks) -> Option<Connection<I>>
 where
     I: AsyncRead + AsyncWrite + Unpin,
 {
+    let address = io.peer();
     let reason = match tokio::time::timeout(HANDSHAKE, tls.accept(io)).await {
         Ok(Ok(stream)) => {
-            let caller = Caller(peer_of(stream.get_ref().1.peer_certificates()));
-            return Some(Connection::Tls(Box::new(stream), caller));
+            let caller = Caller { peer: peer_of(stream.get_ref().1.peer_certificates()), address };
+            return Some(Connection::new(Layer::Tls(Box::new(stream)), caller, speaks));
         }
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("it was not done within {HANDSHAKE:?}"),
     };
     metrics::counter!("muster_access_denied_total", "what" => "handshake").increment(1);
-    if is_worth_a_line() {
-        tracing::warn!(reason, "a TLS handshake failed");
-    }
+    tracing::warn!(reason, address = address.map(tracing::field::display), "a TLS handshake failed");
     None
-}
-
-/// Whether a second has passed since the last line of this kind: anybody can cause them.
-fn is_worth_a_line() -> bool {
-    static START: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let now = START.elapsed().as_secs();
-    NEXT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |next| (now >= next).then_some(now + 1)).is_ok()
 }
 
 /// Lets in who has one of these roles; everybody, where there is no TLS to tell.
@@ -143,7 +158,7 @@ impl Only {
     /// When the caller is somebody else.
     pub fn check(self, extensions: &tonic::Extensions) -> Result<(), Status> {
         let Some(roles) = self.0 else { return Ok(()) };
-        let peer = extensions.get::<Caller>().and_then(|caller| caller.0.as_ref());
+        let peer = extensions.get::<Caller>().and_then(|caller| caller.peer.as_ref());
         let wanted = || roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(" or ");
         let denied = match peer {
             Some(peer) if roles.contains(&peer.role()) => return Ok(()),
@@ -168,21 +183,47 @@ impl Interceptor for Only {
     }
 }
 
+impl<I> Connection<I> {
+    fn sent(&mut self, bytes: &[u8]) {
+        if let Some(meter) = &mut self.meter {
+            meter.sent(bytes);
+        }
+    }
+
+    /// Looks at what a peer sent before it goes further.
+    fn received(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Some(meter) = &mut self.meter else { return Ok(()) };
+        meter.received(bytes, Instant::now).map_err(|flood| {
+            metrics::counter!("muster_connections_flooding_total").increment(1);
+            let (peer, address) = (self.caller.peer.as_ref(), self.caller.address);
+            let (peer, address) = (peer.map(tracing::field::display), address.map(tracing::field::display));
+            tracing::warn!(address, peer, "a connection ends: {flood}");
+            io::Error::other(flood)
+        })
+    }
+}
+
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Connection<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(io) => Pin::new(io).poll_read(cx, buf),
-            Self::Tls(stream, _) => Pin::new(stream).poll_read(cx, buf),
-        }
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        ready!(match &mut this.io {
+            Layer::Plain(io) => Pin::new(io).poll_read(cx, buf),
+            Layer::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        })?;
+        Poll::Ready(this.received(&buf.filled()[before..]))
     }
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<I> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(io) => Pin::new(io).poll_write(cx, buf),
-            Self::Tls(stream, _) => Pin::new(stream).poll_write(cx, buf),
-        }
+        let this = self.get_mut();
+        let written = ready!(match &mut this.io {
+            Layer::Plain(io) => Pin::new(io).poll_write(cx, buf),
+            Layer::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        })?;
+        this.sent(&buf[..written]);
+        Poll::Ready(Ok(written))
     }
 
     fn poll_write_vectored(
@@ -190,30 +231,38 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<I> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(io) => Pin::new(io).poll_write_vectored(cx, bufs),
-            Self::Tls(stream, _) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        let this = self.get_mut();
+        let written = ready!(match &mut this.io {
+            Layer::Plain(io) => Pin::new(io).poll_write_vectored(cx, bufs),
+            Layer::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        })?;
+        let mut left = written;
+        for buf in bufs {
+            let taken = left.min(buf.len());
+            this.sent(&buf[..taken]);
+            left -= taken;
         }
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Plain(io) => io.is_write_vectored(),
-            Self::Tls(stream, _) => stream.is_write_vectored(),
+        match &self.io {
+            Layer::Plain(io) => io.is_write_vectored(),
+            Layer::Tls(stream) => stream.is_write_vectored(),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(io) => Pin::new(io).poll_flush(cx),
-            Self::Tls(stream, _) => Pin::new(stream).poll_flush(cx),
+        match &mut self.get_mut().io {
+            Layer::Plain(io) => Pin::new(io).poll_flush(cx),
+            Layer::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(io) => Pin::new(io).poll_shutdown(cx),
-            Self::Tls(stream, _) => Pin::new(stream).poll_shutdown(cx),
+        match &mut self.get_mut().io {
+            Layer::Plain(io) => Pin::new(io).poll_shutdown(cx),
+            Layer::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

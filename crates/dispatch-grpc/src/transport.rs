@@ -90,7 +90,7 @@ impl Dialer {
     }
 }
 
-/// Sets up a connection of either side.
+/// Sets up a connection of a client.
 ///
 /// # Errors
 /// When it is closed already.
@@ -107,7 +107,7 @@ const RESEND_AFTER: Duration = Duration::from_millis(5);
 /// A layer waits for a packet that is lost, and the system's 200 ms are meant for the Internet. The system adds the round
 /// trip and its variation by itself, and acknowledges sooner than this too.
 #[cfg(target_os = "linux")]
-fn resend_soon(stream: &TcpStream) {
+pub(crate) fn resend_soon(stream: &TcpStream) {
     use std::os::fd::AsRawFd;
 
     /// `TCP_RTO_MIN_US` of linux/tcp.h, from Linux 6.15 on; others refuse it and keep their 200 ms.
@@ -130,7 +130,7 @@ fn resend_soon(stream: &TcpStream) {
 }
 
 #[cfg(not(target_os = "linux"))]
-const fn resend_soon(_: &TcpStream) {}
+pub(crate) const fn resend_soon(_: &TcpStream) {}
 
 /// A server whose sockets match.
 pub(crate) fn server() -> Server {

@@ -124,39 +124,70 @@ pub struct StandIn {
     pub places: Vec<u32>,
 }
 
-/// Plans again what one shard of `layer` was to compute, with other workers or other ranks. Each of its (row, expert)
-/// pairs is in exactly one of the parts.
-///
-/// # Errors
-/// `NoOwner` when no usable worker holds one of its experts.
+/// What takes the place of outputs of a shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StandIns {
+    /// One per worker, in ascending order of workers.
+    pub plans: Vec<StandIn>,
+    /// Places whose expert no usable worker holds, ascending.
+    pub orphans: Vec<u32>,
+}
+
+/// Plans outputs of one shard of `layer` again, with other workers or other ranks. `places` are those of the outputs in the
+/// shard, ascending. Each of them is in exactly one plan or an orphan.
+#[must_use]
 pub fn stand_ins(
     layer: LayerId,
     shard: &ShardPlan,
+    places: &[u32],
     placement: &Placement,
     rank: &dyn Fn(WorkerIx) -> Rank,
-) -> Result<Vec<StandIn>, DispatchError> {
+) -> StandIns {
+    let usable = |expert: ExpertId| {
+        let owners = placement.owners(ExpertKey { layer, expert });
+        owners.iter().any(|&owner| rank(owner) != Rank::Unusable)
+    };
+    let (mut wanted, mut orphans) = (Vec::new(), Vec::new());
+    let (mut left, mut end) = (places, 0);
+    for (&expert, &count) in shard.experts.iter().zip(&shard.counts) {
+        end += count;
+        let (its, rest) = left.split_at(left.partition_point(|&place| place < end));
+        left = rest;
+        match usable(expert) {
+            _ if its.is_empty() => {}
+            true => wanted.push((expert, its)),
+            false => orphans.extend_from_slice(its),
+        }
+    }
+    // Counted in 32 bits by the shard.
+    let rows = |its: &[u32]| its.len() as u32;
     let active: Vec<Active> =
-        shard.experts.iter().zip(&shard.counts).map(|(&expert, &rows)| Active { expert, rows }).collect();
-    let owners = choose_owners(layer, &active, placement, rank)?;
+        wanted.iter().map(|&(expert, its)| Active { expert, rows: rows(its) }).collect();
+    // Every one of them has a usable owner.
+    let owners = choose_owners(layer, &active, placement, rank).unwrap_or_default();
     let mut workers = owners.clone();
     workers.sort_unstable();
     workers.dedup();
-    Ok(workers.into_iter().map(|worker| stand_in(shard, worker, &owners)).collect())
+    let plan = |worker| {
+        let its = wanted.iter().zip(&owners).filter(|(_, owner)| **owner == worker).map(|(its, _)| *its);
+        stand_in(shard, worker, its)
+    };
+    StandIns { plans: workers.into_iter().map(plan).collect(), orphans }
 }
 
-/// The experts of `shard` whose new owner is `worker`.
-fn stand_in(shard: &ShardPlan, worker: WorkerIx, owners: &[WorkerIx]) -> StandIn {
+/// What `worker` computes for `shard`: experts and the places of their outputs.
+fn stand_in<'a>(
+    shard: &ShardPlan,
+    worker: WorkerIx,
+    wanted: impl Iterator<Item = (ExpertId, &'a [u32])>,
+) -> StandIn {
     let mut experts = Vec::new();
     let mut counts = Vec::new();
     let mut places = Vec::new();
-    let mut place = 0;
-    for ((&expert, &count), &owner) in shard.experts.iter().zip(&shard.counts).zip(owners) {
-        if owner == worker {
-            experts.push(expert);
-            counts.push(count);
-            places.extend(place..place + count);
-        }
-        place += count;
+    for (expert, its) in wanted {
+        experts.push(expert);
+        counts.push(its.len() as u32);
+        places.extend_from_slice(its);
     }
     let indices: Vec<u32> = places.iter().map(|&place| shard.indices[place as usize]).collect();
     let mut picked = indices.clone();
@@ -429,7 +460,11 @@ mod tests {
         }
 
         #[test]
-        fn stand_ins_cover_a_shard_once_and_spare_the_unusable((placement, choices) in batches(), seed in 0_usize..6) {
+        fn stand_ins_cover_open_places_once_and_spare_the_unusable(
+            (placement, choices) in batches(),
+            seed in 0_usize..6,
+            open in prop::collection::vec(any::<bool>(), 16),
+        ) {
             let plan = group(layer(), &choices, &placement, &good).unwrap();
             for shard in &plan.shards {
                 let rank = |worker: WorkerIx| match (worker.index() + seed) % 3 {
@@ -437,15 +472,15 @@ mod tests {
                     0 => Rank::Poor,
                     _ => Rank::Good,
                 };
-                let alone = |expert: &ExpertId| {
-                    placement.owners(ExpertKey { layer: layer(), expert: *expert }).len() == 1
-                };
-                let parts = stand_ins(layer(), shard, &placement, &rank);
-                prop_assert_eq!(parts.is_err(), shard.experts.iter().any(alone));
-                let Ok(parts) = parts else { continue };
+                let wanted: Vec<u32> = (0..shard.indices.len() as u32)
+                    .filter(|&place| open[(place as usize + seed) % open.len()])
+                    .collect();
+                let StandIns { plans: parts, orphans } =
+                    stand_ins(layer(), shard, &wanted, &placement, &rank);
                 let mut places: Vec<u32> = parts.iter().flat_map(|part| part.places.clone()).collect();
+                places.extend(&orphans);
                 places.sort_unstable();
-                prop_assert_eq!(places, (0..shard.indices.len() as u32).collect::<Vec<_>>());
+                prop_assert_eq!(places, wanted);
                 // The expert of every output row of the shard.
                 let experts: Vec<ExpertId> = shard
                     .experts
@@ -453,6 +488,10 @@ mod tests {
                     .zip(&shard.counts)
                     .flat_map(|(&expert, &count)| std::iter::repeat_n(expert, count as usize))
                     .collect();
+                for &orphan in &orphans {
+                    let key = ExpertKey { layer: layer(), expert: experts[orphan as usize] };
+                    prop_assert_eq!(placement.owners(key), &[shard.worker], "another holds it");
+                }
                 for part in &parts {
                     let StandIn { plan, picked, places } = part;
                     prop_assert!(plan.worker != shard.worker);

@@ -164,6 +164,15 @@ impl Ticket {
     }
 }
 
+/// Rows of a micro-batch that have no sum, for one reason.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Loss {
+    /// Numbers of the rows, ascending.
+    pub rows: Vec<u32>,
+    /// Why there is none.
+    pub error: DispatchError,
+}
+
 /// Why expert outputs did not come.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum DispatchError {
@@ -215,6 +224,12 @@ pub enum DispatchError {
         /// The expert.
         expert: ExpertId,
     },
+    /// Outputs are finite and their weighted sum is not.
+    #[error("layer {layer}: the weighted sum of expert outputs is not finite")]
+    NonFiniteSum {
+        /// The layer.
+        layer: LayerId,
+    },
     /// The caller broke the contract: wrong shape, unknown layer, unknown or spent ticket.
     #[error("invalid dispatch: {0}")]
     Invalid(String),
@@ -233,7 +248,7 @@ impl DispatchError {
             | Self::BadReply { .. }
             | Self::Deadline { .. } => Retry::Later,
             Self::Refused { retry, .. } => *retry,
-            Self::NonFinite { .. } | Self::Invalid(_) => Retry::Never,
+            Self::NonFinite { .. } | Self::NonFiniteSum { .. } | Self::Invalid(_) => Retry::Never,
             Self::Closed => Retry::Elsewhere,
         }
     }
@@ -256,9 +271,18 @@ pub trait ExpertDispatch: Send {
 
     /// Waits for a micro-batch and writes its combined rows to `out`. Spends the ticket, whatever the outcome.
     ///
+    /// Gives the rows that have no sum, each in one [`Loss`]; what `out` has for them is unspecified. The others are whole:
+    /// a failure costs only rows that were sent to an expert which failed.
+    ///
     /// # Errors
-    /// See [`DispatchError`]; `out` is unspecified then. A ticket that is unknown or already spent is `Invalid`.
-    fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError>;
+    /// `Invalid` when `out` has the wrong size or the ticket is unknown or already spent, `Closed` after [`Self::close`].
+    /// `out` is unspecified then.
+    fn collect(
+        &mut self,
+        ticket: Ticket,
+        deadline: Instant,
+        out: RowsMut<'_>,
+    ) -> Result<Vec<Loss>, DispatchError>;
 
     /// Changes whenever an answer may have become possible that was not before: a worker came, or holds more.
     fn version(&self) -> u64 {

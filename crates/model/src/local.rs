@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, RowsMut, Ticket};
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, RowsMut, Ticket};
 use muster_kernels::{Cpu, NotFinite, Outputs, Term, combine};
 use muster_types::{ExpertId, ExpertKey, LayerId};
 
@@ -80,7 +80,12 @@ impl ExpertDispatch for Local {
         Ok(ticket)
     }
 
-    fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError> {
+    fn collect(
+        &mut self,
+        ticket: Ticket,
+        deadline: Instant,
+        out: RowsMut<'_>,
+    ) -> Result<Vec<Loss>, DispatchError> {
         if self.closed {
             return Err(DispatchError::Closed);
         }
@@ -94,11 +99,10 @@ impl ExpertDispatch for Local {
         let outcome = if out.len() != want {
             Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
         } else if Instant::now() >= deadline {
-            Err(DispatchError::Deadline { layer: done.layer })
+            let error = DispatchError::Deadline { layer: done.layer };
+            Ok(vec![Loss { rows: (0..).take(done.rows).collect(), error }])
         } else {
-            let outputs = [Outputs::Computed(&done.outputs, precision(self.experts.compute()))];
-            combine(&self.cpu, hidden, &outputs, &done.starts, &done.terms, out)
-                .map_err(|bad| done.error(bad))
+            Ok(self.sum(&done, out))
         };
         self.spare.push(done.outputs);
         outcome
@@ -116,15 +120,36 @@ impl ExpertDispatch for Local {
     }
 }
 
+impl Local {
+    /// Adds up a micro-batch. Where a row has no sum, every row is tried alone.
+    fn sum(&self, done: &Done, out: &mut [f32]) -> Vec<Loss> {
+        let hidden = self.experts.hidden();
+        let outputs = [Outputs::Computed(&done.outputs, precision(self.experts.compute()))];
+        if combine(&self.cpu, hidden, &outputs, &done.starts, &done.terms, out).is_ok() {
+            return Vec::new();
+        }
+        let mut lost = Vec::new();
+        for ((row, bounds), out) in (0..).zip(done.starts.windows(2)).zip(out.chunks_exact_mut(hidden)) {
+            let terms = &done.terms[bounds[0] as usize..bounds[1] as usize];
+            if let Err(bad) = combine(&self.cpu, hidden, &outputs, &[0, bounds[1] - bounds[0]], terms, out) {
+                lost.push(Loss { rows: vec![row], error: done.error(bad) });
+            }
+        }
+        lost
+    }
+}
+
 impl Done {
     fn error(&self, bad: NotFinite) -> DispatchError {
-        let row = match bad {
-            NotFinite::Output { row, .. } => row,
-            NotFinite::Sum { .. } => 0,
-        };
-        match self.owners.iter().rev().find(|(first, _)| *first <= row) {
-            Some(&(_, expert)) => DispatchError::NonFinite { layer: self.layer, expert },
-            None => DispatchError::Invalid("an output without an expert".into()),
+        let layer = self.layer;
+        match bad {
+            NotFinite::Output { row, .. } => {
+                match self.owners.iter().rev().find(|(first, _)| *first <= row) {
+                    Some(&(_, expert)) => DispatchError::NonFinite { layer, expert },
+                    None => DispatchError::Invalid("an output without an expert".into()),
+                }
+            }
+            NotFinite::Sum { .. } => DispatchError::NonFiniteSum { layer },
         }
     }
 }

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_checkpoint::{Checkpoint, Source};
-use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, RowsMut, Ticket};
+use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, RowsMut, Ticket};
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::Local;
@@ -76,7 +76,12 @@ impl ExpertDispatch for Apart {
     fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError> {
         self.uncounted(|local| local.submit(batch))
     }
-    fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError> {
+    fn collect(
+        &mut self,
+        ticket: Ticket,
+        deadline: Instant,
+        out: RowsMut<'_>,
+    ) -> Result<Vec<Loss>, DispatchError> {
         self.uncounted(|local| local.collect(ticket, deadline, out))
     }
     fn cancel(&mut self, ticket: Ticket) {

@@ -1,5 +1,6 @@
 //! An immutable snapshot of who holds what.
 
+use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::num::NonZero;
 
@@ -72,10 +73,10 @@ impl Placement {
     ///
     /// # Errors
     /// When a worker is listed twice, or announces an expert twice or one that is not in `shape`.
-    pub fn from_holdings(
+    pub fn from_holdings<W: Borrow<WorkerId>, K: AsRef<[ExpertKey]>>(
         epoch: Epoch,
         shape: &Shape,
-        holdings: &[(WorkerId, Vec<ExpertKey>)],
+        holdings: &[(W, K)],
     ) -> Result<Self, PlacementError> {
         if holdings.len() > WorkerIx::LIMIT {
             return Err(PlacementError::TooManyWorkers { given: holdings.len(), limit: WorkerIx::LIMIT });
@@ -84,10 +85,11 @@ impl Placement {
         let mut owners: Vec<_> =
             shape.experts().iter().map(|&experts| vec![Vec::new(); experts as usize]).collect();
         for (ix, (worker, keys)) in (0..=u16::MAX).map(WorkerIx).zip(holdings) {
+            let worker: &WorkerId = worker.borrow();
             if !names.insert(worker) {
                 return Err(PlacementError::DuplicateWorker { worker: worker.clone() });
             }
-            for &key in keys {
+            for &key in keys.as_ref() {
                 if !shape.contains(key) {
                     return Err(PlacementError::OutOfShape { worker: worker.clone(), key });
                 }
@@ -99,7 +101,7 @@ impl Placement {
                 owners.push(ix);
             }
         }
-        let workers = holdings.iter().map(|(worker, _)| worker.clone()).collect();
+        let workers = holdings.iter().map(|(worker, _)| worker.borrow().clone()).collect();
         Ok(Self { epoch, workers, owners })
     }
 

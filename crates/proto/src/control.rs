@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::num::NonZeroU64;
 use std::time::Duration;
 
-use muster_types::{Compute, Epoch, ExpertKey, Fingerprint, WeightDType};
+use muster_types::{Compute, Epoch, ExpertKey, Fingerprint, WeightDType, WeightDigest};
 
 use crate::convert::{
     RouterName, WireError, compute_from_wire, compute_to_wire, expert_dtype_from_wire, expert_dtype_to_wire,
@@ -12,7 +12,7 @@ use crate::convert::{
 use crate::description::{holdings_to_wire, key_of, parse_holdings};
 use crate::expert::v1;
 use crate::handshake::{agree, fingerprint_from_wire};
-use crate::version::OURS;
+use crate::version::{OURS, WITH_DIGESTS};
 
 /// Peers of one assignment.
 const MOST_PEERS: usize = 1024;
@@ -125,6 +125,8 @@ pub struct Load {
     pub key: ExpertKey,
     /// Who holds it: indices into [`Assignment::peers`].
     pub peers: Vec<u32>,
+    /// Of its weights; `None` where the leader is of a version that tells none.
+    pub digest: Option<WeightDigest>,
 }
 
 impl Assignment {
@@ -135,6 +137,7 @@ impl Assignment {
             layer: load.key.layer.get(),
             expert: load.key.expert.get(),
             peers: load.peers.clone(),
+            digest: load.digest.map_or_else(Vec::new, |digest| digest.as_bytes().to_vec()).into(),
         };
         v1::AssignRequest {
             router_id: self.router.as_str().to_owned(),
@@ -175,7 +178,10 @@ impl Assignment {
                 let reason = format!("{key} is said to be with peer {bad} of {}", message.peers.len());
                 return Err(WireError::rule("load.peers", reason));
             }
-            load.push(Load { key, peers: entry.peers.clone() });
+            let digest = (!entry.digest.is_empty()).then(|| WeightDigest::from_slice(&entry.digest));
+            let digest =
+                digest.transpose().map_err(|error| WireError::rule("load.digest", error.to_string()))?;
+            load.push(Load { key, peers: entry.peers.clone(), digest });
         }
         let (seen, peers) = (Epoch::new(message.seen_epoch), message.peers.clone());
         Ok(Self { router, term, operation, seen, keep, load, peers })
@@ -213,6 +219,31 @@ pub fn rows_from_wire(message: &v1::CountRowsReply, experts: &[u32]) -> Result<V
     Ok(rows)
 }
 
+/// The digest that weights are sent with: the newest that both processes know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seal {
+    /// Of versions 1 and 2.
+    Sha256,
+    /// That of [`WeightDigest`].
+    Blake3,
+}
+
+impl Seal {
+    /// For whoever asks so.
+    ///
+    /// # Errors
+    /// When there is no version in common.
+    pub fn of(message: &v1::FetchRequest) -> Result<Self, WireError> {
+        let common = common(message)?;
+        Ok(if common >= WITH_DIGESTS { Self::Blake3 } else { Self::Sha256 })
+    }
+}
+
+fn common(message: &v1::FetchRequest) -> Result<u32, WireError> {
+    agree(message.protocol_version, message.newest_protocol_version)
+        .map_err(|error| WireError::rule("protocol_version", error.to_string()))
+}
+
 /// An expert that another process wants to have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetch {
@@ -247,8 +278,7 @@ impl Fetch {
     /// # Errors
     /// The first field that breaks a rule. Whether the two processes fit is for the caller to see.
     pub fn parse(message: &v1::FetchRequest, experts: &[u32]) -> Result<Self, WireError> {
-        agree(message.protocol_version, message.newest_protocol_version)
-            .map_err(|error| WireError::rule("protocol_version", error.to_string()))?;
+        common(message)?;
         Ok(Self {
             fingerprint: fingerprint_from_wire(&message.fingerprint)?,
             compute: compute_from_wire(message.compute)?,
@@ -292,7 +322,11 @@ mod tests {
             peers in prop::collection::vec(0u32..2, 0..2),
         ) {
             let keep = keys[..split.index(keys.len() + 1)].to_vec();
-            let load = keys[keep.len()..].iter().rev().map(|&key| Load { key, peers: peers.clone() });
+            let load = keys[keep.len()..].iter().rev().map(|&key| Load {
+                key,
+                peers: peers.clone(),
+                digest: (key.expert.get() % 2 == 0).then(|| WeightDigest::new([key.expert.get() as u8; 32])),
+            });
             let before = assignment(keep, load.collect());
             prop_assert_eq!(Assignment::parse(&before.to_wire(), &EXPERTS).unwrap(), before);
         }
@@ -324,13 +358,21 @@ mod tests {
     #[test]
     fn assignments_that_contradict_themselves_are_refused() {
         let keys = all_keys();
-        let load = |key| Load { key, peers: vec![] };
+        let load = |key| Load { key, peers: vec![], digest: None };
         let good = assignment(vec![keys[0]], vec![load(keys[1])]).to_wire();
         assert!(Assignment::parse(&good, &EXPERTS).is_ok());
         let bad = [
             ("load", assignment(vec![keys[0]], vec![load(keys[0])]).to_wire()),
             ("load", assignment(vec![], vec![load(keys[0]), load(keys[0])]).to_wire()),
-            ("load.peers", assignment(vec![], vec![Load { key: keys[0], peers: vec![2] }]).to_wire()),
+            (
+                "load.peers",
+                assignment(vec![], vec![Load { key: keys[0], peers: vec![2], digest: None }]).to_wire(),
+            ),
+            ("load.digest", {
+                let mut load = good.load.clone();
+                load[0].digest = vec![1; 31].into();
+                v1::AssignRequest { load, ..good.clone() }
+            }),
             ("term", v1::AssignRequest { term: 0, ..good.clone() }),
             ("operation_id", v1::AssignRequest { operation_id: 0, ..good.clone() }),
             ("router_id", v1::AssignRequest { router_id: "a b".into(), ..good.clone() }),
@@ -341,6 +383,20 @@ mod tests {
             let error = Assignment::parse(&message, &EXPERTS).unwrap_err().to_string();
             assert!(error.contains(field), "{field}: {error}");
         }
+    }
+
+    #[test]
+    fn weights_are_sealed_by_the_newest_digest_that_both_know() {
+        let seal = |protocol_version, newest_protocol_version| {
+            Seal::of(&v1::FetchRequest {
+                protocol_version,
+                newest_protocol_version,
+                ..v1::FetchRequest::default()
+            })
+        };
+        assert_eq!(seal(1, 2), Ok(Seal::Sha256));
+        assert_eq!((seal(2, 3), seal(3, 4)), (Ok(Seal::Blake3), Ok(Seal::Blake3)));
+        assert!(seal(0, 0).is_err() && seal(9, 9).is_err());
     }
 
     #[test]

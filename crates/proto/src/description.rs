@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use muster_types::{
     Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, OutOfRange, Speed, WeightDType,
-    WorkerId,
+    WeightDigest, WorkerId,
 };
 
 use crate::convert::{
@@ -42,6 +42,8 @@ pub struct Description {
     pub epoch: Epoch,
     /// The experts it holds, strictly ascending.
     pub holdings: Vec<ExpertKey>,
+    /// Of the weights of each of `holdings`; of a version that tells none, or where nothing is held, empty.
+    pub digests: Vec<WeightDigest>,
     /// Bytes of resident weights.
     pub resident_bytes: u64,
     /// Whether it takes shards.
@@ -60,16 +62,25 @@ pub struct Description {
     pub useful: Option<Duration>,
     /// From its start until it held all that it was told to hold first.
     pub full: Option<Duration>,
+    /// The last source of weights that it passed over because what it has is damaged or different.
+    pub trouble: Option<String>,
 }
 
 /// Longest name of a failure domain, bytes.
 const LONGEST_DOMAIN: usize = 253;
+/// Characters of a trouble; the rest is cut off.
+const LONGEST_TROUBLE: usize = 512;
 
 impl Description {
     /// As a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::WorkerDescription {
-        let held = holdings_to_wire(&self.holdings);
+        let mut held = holdings_to_wire(&self.holdings);
+        let mut digests = self.digests.iter();
+        for entry in &mut held {
+            let of_layer = digests.by_ref().take(entry.experts.len());
+            entry.digests = of_layer.flat_map(WeightDigest::as_bytes).copied().collect::<Vec<u8>>().into();
+        }
         let (protocol_version, newest_protocol_version) = OURS.to_wire();
         v1::WorkerDescription {
             protocol_version,
@@ -90,6 +101,7 @@ impl Description {
             loading: self.loading,
             useful_ms: millis_to_wire(self.useful),
             full_ms: millis_to_wire(self.full),
+            trouble: self.trouble.as_deref().map_or_else(String::new, printable),
         }
     }
 
@@ -110,6 +122,7 @@ impl Description {
             experts: expert_dtype_from_wire(message.expert_dtype)?,
             epoch: Epoch::new(message.epoch),
             holdings: parse_holdings("held", &message.held, experts)?,
+            digests: parse_digests(&message.held)?,
             resident_bytes: message.resident_bytes,
             phase: if message.draining { Phase::Draining } else { Phase::Serving },
             max_rows: NonZeroU32::new(message.max_rows).ok_or(WireError::Missing("max_rows"))?,
@@ -119,8 +132,32 @@ impl Description {
             loading: message.loading,
             useful: millis_from_wire(message.useful_ms),
             full: millis_from_wire(message.full_ms),
+            trouble: (!message.trouble.is_empty()).then(|| printable(&message.trouble)),
         })
     }
+}
+
+/// What may stand in a log line, of bounded length.
+fn printable(text: &str) -> String {
+    text.chars().take(LONGEST_TROUBLE).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// One for every expert, or none at all.
+fn parse_digests(held: &[v1::HeldExperts]) -> Result<Vec<WeightDigest>, WireError> {
+    let field = "held.digests";
+    if held.iter().all(|entry| entry.digests.is_empty()) {
+        return Ok(Vec::new());
+    }
+    let mut digests = Vec::new();
+    for v1::HeldExperts { layer, experts, digests: bytes } in held {
+        let (whole, rest) = bytes.as_chunks::<{ WeightDigest::BYTES }>();
+        if whole.len() != experts.len() || !rest.is_empty() {
+            let reason = format!("layer {layer} has {} bytes for {} experts", bytes.len(), experts.len());
+            return Err(WireError::rule(field, reason));
+        }
+        digests.extend(whole.iter().copied().map(WeightDigest::new));
+    }
+    Ok(digests)
 }
 
 /// At least 1, for 0 is none.
@@ -165,7 +202,11 @@ pub(crate) fn holdings_to_wire<'a>(keys: impl IntoIterator<Item = &'a ExpertKey>
         let layer = key.layer.get();
         match held.last_mut().filter(|last| last.layer == layer) {
             Some(last) => last.experts.push(key.expert.get()),
-            None => held.push(v1::HeldExperts { layer, experts: vec![key.expert.get()] }),
+            None => held.push(v1::HeldExperts {
+                layer,
+                experts: vec![key.expert.get()],
+                ..v1::HeldExperts::default()
+            }),
         }
     }
     held
@@ -214,8 +255,13 @@ mod tests {
 
     const EXPERTS: [u32; 3] = [4, 0, 8];
 
+    fn digest(key: &ExpertKey) -> WeightDigest {
+        WeightDigest::of([&[key.layer.get() as u8, key.expert.get() as u8][..]])
+    }
+
     fn description(holdings: Vec<ExpertKey>) -> Description {
         Description {
+            digests: holdings.iter().map(digest).collect(),
             worker: WorkerId::new("w0").unwrap(),
             fingerprint: Fingerprint::new([1; 32]),
             numerics: NumericsClass::CpuCanonical,
@@ -232,11 +278,17 @@ mod tests {
             loading: 3,
             useful: Some(Duration::from_millis(40)),
             full: None,
+            trouble: Some("from its checkpoint: it changed".into()),
         }
     }
 
     fn wire(held: &[(u32, &[u32])]) -> v1::WorkerDescription {
-        let held = held.iter().map(|&(layer, e)| v1::HeldExperts { layer, experts: e.to_vec() }).collect();
+        let held = held.iter().map(|&(layer, e)| v1::HeldExperts {
+            layer,
+            experts: e.to_vec(),
+            ..v1::HeldExperts::default()
+        });
+        let held = held.collect();
         v1::WorkerDescription { held, ..description(vec![]).to_wire() }
     }
 
@@ -278,6 +330,37 @@ mod tests {
             assert!(Description::parse(&wire(held), &EXPERTS).is_err(), "{held:?}");
         }
         assert!(Description::parse(&wire(&[(0, &[0, 3]), (2, &[7])]), &EXPERTS).is_ok());
+    }
+
+    #[test]
+    fn digests_are_one_for_each_expert_or_none_at_all() {
+        let key = |expert| ExpertKey {
+            layer: LayerId::new(0, 3).unwrap(),
+            expert: ExpertId::new(expert, 4).unwrap(),
+        };
+        let good = description(vec![key(0), key(3)]);
+        let mut message = good.to_wire();
+        assert_eq!(message.held[0].digests.len(), 64);
+        assert_eq!(Description::parse(&message, &EXPERTS).unwrap().digests, good.digests);
+        // As a version that knows of none announces it.
+        message.held[0].digests.clear();
+        assert!(Description::parse(&message, &EXPERTS).unwrap().digests.is_empty());
+        for bytes in [32, 63, 65, 96] {
+            message.held[0].digests = vec![1; bytes].into();
+            let error = Description::parse(&message, &EXPERTS).unwrap_err().to_string();
+            assert!(error.contains("held.digests"), "{error}");
+        }
+        message.held[0].digests = vec![1; 64].into();
+        message.held.push(v1::HeldExperts { layer: 2, experts: vec![1], ..v1::HeldExperts::default() });
+        assert!(Description::parse(&message, &EXPERTS).is_err(), "of some layers only");
+    }
+
+    #[test]
+    fn what_a_worker_says_of_its_trouble_cannot_break_a_log_line() {
+        let message =
+            v1::WorkerDescription { trouble: format!("a\nb{}", "x".repeat(9999)), ..wire(&[(0, &[0])]) };
+        let trouble = Description::parse(&message, &EXPERTS).unwrap().trouble.unwrap();
+        assert!(trouble.starts_with("a b") && trouble.len() == LONGEST_TROUBLE, "{trouble}");
     }
 
     #[test]

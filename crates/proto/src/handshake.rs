@@ -117,7 +117,7 @@ impl Terms {
     /// The first field that is malformed or differs. The version comes first: the rest of another version's
     /// message need not mean what it means here.
     pub fn admit(&self, hello: &v1::Hello) -> Result<Greeting, HandshakeError> {
-        agree(hello.protocol_version, hello.newest_protocol_version)?;
+        let version = agree(hello.protocol_version, hello.newest_protocol_version)?;
         let router = RouterName::new(&hello.router_id)?;
         if hello.lane as usize >= LANES {
             return Err(WireError::rule("lane", format!("{} is not one of 0 and 1", hello.lane)).into());
@@ -141,7 +141,7 @@ impl Terms {
         }
         same(Term::Experts, &self.experts, &experts)?;
         same(Term::Numerics, &self.numerics, &numerics)?;
-        Ok(Greeting { router, lane: hello.lane, combine })
+        Ok(Greeting { router, lane: hello.lane, combine, version })
     }
 
     /// For routers: holds a worker's description against these terms. What it holds is not looked at.
@@ -186,6 +186,8 @@ pub struct Greeting {
     pub lane: u32,
     /// How outputs come back on it.
     pub combine: Combine,
+    /// The protocol's version in common.
+    pub version: u32,
 }
 
 #[cfg(test)]
@@ -214,14 +216,16 @@ mod tests {
 
     #[test]
     fn routers_of_neighbouring_versions_are_admitted() {
-        // From before ranges were told, of this version and of the next one.
-        for (oldest, newest) in [(1, 0), (1, 2), (2, 3)] {
+        // Of one version, and ranges up to the one before, to this one and to the next.
+        for (oldest, newest) in [(2, 0), (1, 2), (2, 3), (3, 4)] {
             let hello = v1::Hello { protocol_version: oldest, newest_protocol_version: newest, ..hello() };
             assert!(terms().admit(&hello).is_ok(), "{oldest} to {newest}");
         }
-        let later = v1::Hello { protocol_version: 3, newest_protocol_version: 4, ..hello() };
+        let later = v1::Hello { protocol_version: 4, newest_protocol_version: 5, ..hello() };
         let text = terms().admit(&later).unwrap_err().to_string();
-        assert_eq!(text, "protocol version differs: ours is 1 to 2, the peer's is 3 to 4");
+        assert_eq!(text, "protocol version differs: ours is 2 to 3, the peer's is 4 to 5");
+        let first = v1::Hello { protocol_version: 1, newest_protocol_version: 0, ..hello() };
+        assert!(terms().admit(&first).is_err(), "two versions back");
     }
 
     #[test]
@@ -249,7 +253,7 @@ mod tests {
         let cases: [(Term, v1::Hello); 6] = [
             (
                 Term::Version,
-                v1::Hello { protocol_version: 3, newest_protocol_version: 4, combine: 99, ..hello() },
+                v1::Hello { protocol_version: 4, newest_protocol_version: 5, combine: 99, ..hello() },
             ),
             (Term::Fingerprint, v1::Hello { fingerprint: vec![8; 32].into(), ..hello() }),
             (Term::Hidden, v1::Hello { hidden: 65, ..hello() }),

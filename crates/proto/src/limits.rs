@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use muster_types::DType;
+use muster_types::{DType, WeightDigest};
 
 /// Room for what a message has besides its payload and its lists of numbers.
 const SLACK: usize = 64 << 10;
@@ -33,21 +33,21 @@ impl MessageLimits {
         let entry = entries.saturating_mul(VARINT + FLOAT);
         let numbers = entry.saturating_add((experts as usize * 2).saturating_mul(VARINT));
         let request = rows.saturating_mul(row).saturating_add(numbers).saturating_add(SLACK);
-        let reply = entries.saturating_mul(row).saturating_add(SLACK);
+        let reply = entries.saturating_mul(row.saturating_add(VARINT)).saturating_add(SLACK);
         Self { request_bytes: request.min(CEILING), reply_bytes: reply.min(CEILING) }
     }
 
     /// Bytes of a worker's description, for a model with this many routed experts in all.
     #[must_use]
     pub const fn description_bytes(experts: usize) -> usize {
-        experts.saturating_mul(VARINT * 2).saturating_add(SLACK)
+        experts.saturating_mul(VARINT * 3 + WeightDigest::BYTES).saturating_add(SLACK)
     }
 
     /// Bytes of an order to a worker, for a model with this many routed experts in all: each with some peers that have
     /// it, and as many peers as there may be.
     #[must_use]
     pub const fn assignment_bytes(experts: usize) -> usize {
-        experts.saturating_mul(VARINT * 12).saturating_add(1 << 20)
+        experts.saturating_mul(VARINT * 13 + WeightDigest::BYTES).saturating_add(1 << 20)
     }
 }
 
@@ -77,7 +77,11 @@ mod tests {
         assert!(request.encoded_len() <= limits.request_bytes);
         assert!(request.encoded_len() + SLACK > limits.request_bytes);
         let data = vec![0; (rows * top_k * hidden * 2) as usize].into();
-        let body = v1::dispatch_reply::Body::Rows(v1::ExpertRows { rows: rows * top_k, data });
+        let body = v1::dispatch_reply::Body::Rows(v1::ExpertRows {
+            rows: rows * top_k,
+            data,
+            not_finite: vec![u32::MAX; (rows * top_k) as usize],
+        });
         let reply = v1::DispatchReply { id: 1, body: Some(body), compute_us: 1, queue_us: 1 };
         assert!(reply.encoded_len() <= limits.reply_bytes);
         assert!(reply.encoded_len() + SLACK > limits.reply_bytes);

@@ -153,6 +153,30 @@ impl Timing {
     }
 }
 
+/// The outputs of a shard.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OutputRows {
+    /// Rows claimed, not yet held against what was asked.
+    pub rows: u32,
+    /// Their payload, not yet held against `rows`.
+    pub data: Bytes,
+    /// Rows with a value that is not finite: zeros in `data`. Strictly ascending, below `rows`.
+    pub not_finite: Vec<u32>,
+}
+
+impl OutputRows {
+    fn parse(rows: v1::ExpertRows) -> Result<Self, WireError> {
+        let v1::ExpertRows { rows, data, not_finite } = rows;
+        let is_sound =
+            not_finite.is_sorted_by(|a, b| a < b) && not_finite.last().is_none_or(|&last| last < rows);
+        if !is_sound {
+            let reason = format!("its entries must be strictly ascending and below rows ({rows})");
+            return Err(WireError::rule("rows.not_finite", reason));
+        }
+        Ok(Self { rows, data, not_finite })
+    }
+}
+
 /// One reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
@@ -167,8 +191,8 @@ pub enum Reply {
     Answer {
         /// The shard.
         id: NonZeroU64,
-        /// Rows claimed and their payload, not yet held against what was asked; or why there are none.
-        outcome: Result<(u32, Bytes), Fault>,
+        /// Its outputs, or why there are none.
+        outcome: Result<OutputRows, Fault>,
         /// Where its time went.
         timing: Timing,
     },
@@ -187,7 +211,9 @@ impl Reply {
             }
             Self::Answer { id, outcome, timing } => {
                 let body = match outcome {
-                    Ok((rows, data)) => Body::Rows(v1::ExpertRows { rows, data }),
+                    Ok(OutputRows { rows, data, not_finite }) => {
+                        Body::Rows(v1::ExpertRows { rows, data, not_finite })
+                    }
                     Err(Fault { kind, message, expert }) => {
                         Body::Error(v1::ShardError { code: kind.to_wire().into(), message, expert })
                     }
@@ -223,7 +249,7 @@ impl Reply {
                 let worker = WorkerId::new(&ack.worker_id).map_err(worker_id_error)?;
                 return Ok(Self::Ack { worker, epoch: Epoch::new(ack.epoch) });
             }
-            Body::Rows(rows) => Ok((rows.rows, rows.data)),
+            Body::Rows(rows) => Ok(OutputRows::parse(rows)?),
             Body::Error(error) => Err(Fault::parse(&error)?),
         };
         let id = NonZeroU64::new(message.id).ok_or(WireError::Missing("id"))?;
@@ -277,6 +303,11 @@ mod tests {
         assert_eq!(parse(1, None), Err(WireError::Missing("body")));
         let rows = v1::dispatch_reply::Body::Rows(v1::ExpertRows::default());
         assert_eq!(parse(0, Some(rows)), Err(WireError::Missing("id")));
+        for not_finite in [vec![2], vec![1, 1], vec![1, 0]] {
+            let rows = v1::ExpertRows { rows: 2, not_finite, ..v1::ExpertRows::default() };
+            let refused = parse(1, Some(v1::dispatch_reply::Body::Rows(rows)));
+            assert!(refused.is_err_and(|error| error.to_string().contains("rows.not_finite")));
+        }
         let error = v1::dispatch_reply::Body::Error(v1::ShardError::default());
         assert_eq!(parse(1, Some(error)), Err(WireError::Missing("error.code")));
         let ack = v1::dispatch_reply::Body::Ack(v1::HelloAck { worker_id: "w".into(), epoch: 1 });

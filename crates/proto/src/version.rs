@@ -16,10 +16,16 @@ pub struct Versions {
     newest: u32,
 }
 
-/// The newest version. 2: workers tell how long they took to be useful and to be full.
+/// The newest version. 2: workers tell how long they took to be useful and to be full. 3: workers tell a digest of each
+/// expert's weights; an answer marks the output rows that are not finite, and has the others.
 ///
 /// Built with `MUSTER_NEXT_VERSION` in the environment it is one ahead, for trying a rolling upgrade before there is anything new.
-const NEWEST: u32 = if option_env!("MUSTER_NEXT_VERSION").is_some() { 3 } else { 2 };
+const NEWEST: u32 = if option_env!("MUSTER_NEXT_VERSION").is_some() { 4 } else { 3 };
+
+/// The version since which an answer marks output rows.
+pub const MARKS: u32 = 3;
+/// The version from which on weights have digests.
+pub const WITH_DIGESTS: u32 = 3;
 
 /// What this build speaks.
 pub const OURS: Versions = Versions { oldest: NEWEST - 1, newest: NEWEST };

@@ -283,7 +283,6 @@ impl Engine {
         let since = *active.stalled.get_or_insert(started);
         let patient = since.elapsed() < self.expert_timeout;
         match error {
-            StepError::Interrupted => self.scheduler.undo(item),
             StepError::Dispatch(DispatchError::Closed) => self.fail(item.seq, error, table),
             StepError::Dispatch(error) if patient && error.retry() != Retry::Never => {
                 tracing::debug!(sequence = %item.seq, %error, "waiting for experts");
@@ -343,8 +342,7 @@ impl Engine {
         counter!("muster_requests_failed_total").increment(1);
         let error = match error {
             StepError::Dispatch(error) => RequestError::from_dispatch(error),
-            StepError::Gate { .. } | StepError::Logits => RequestError::NonFinite,
-            StepError::Interrupted => RequestError::Internal,
+            StepError::Gate { .. } | StepError::Hidden { .. } | StepError::Logits => RequestError::NonFinite,
         };
         let _ = active.events.try_send(Err(error));
         let request = active.request;

@@ -5,6 +5,7 @@
 //! ([`grpc`], [`http`]) translate, and decide nothing.
 
 pub mod cluster;
+mod door;
 mod engine;
 #[cfg(test)]
 mod fake;
@@ -12,7 +13,6 @@ pub mod grpc;
 pub mod health;
 pub mod http;
 mod lanes;
-mod net;
 mod output;
 mod pace;
 mod pulse;

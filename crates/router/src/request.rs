@@ -234,7 +234,7 @@ impl RequestError {
             DispatchError::Deadline { .. } => {
                 Self::ExpertsUnavailable("a worker did not answer in time".into())
             }
-            DispatchError::NonFinite { .. } => Self::NonFinite,
+            DispatchError::NonFinite { .. } | DispatchError::NonFiniteSum { .. } => Self::NonFinite,
             DispatchError::Invalid(_) => Self::Internal,
             DispatchError::Closed => Self::ShuttingDown,
         }

@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use muster_admin::{Admin, Readiness};
+use muster_checkpoint::digests::Places;
 use muster_checkpoint::{Checkpoint, CheckpointError, Source};
 use muster_discovery::{Api as KubernetesApi, ObjectName, Source as WorkerSource};
 use muster_dispatch_grpc::secured::Only;
@@ -27,13 +29,14 @@ use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::cluster::digests::{self, Checking};
 use crate::cluster::{
     CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig, card, expert_sizes,
 };
+use crate::door::Door;
 use crate::health::Health;
-use crate::net::Door;
 use crate::service::Service;
-use crate::start::{Ending, EngineSettings, Parts, Pulse, StartError, start};
+use crate::start::{Ending, EngineHandle, EngineSettings, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
 
 /// Bytes a second that workers without a model may read through a router.
@@ -46,6 +49,8 @@ const RESIGN: Duration = Duration::from_secs(3);
 pub struct RouterConfig {
     /// The model.
     pub source: Source,
+    /// Where digests of its experts may be kept, beside its own directory.
+    pub digests: Places,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
     /// Name of this router in logs of workers.
@@ -167,6 +172,9 @@ pub enum RouterError {
     /// A size of the model is out of the protocol's range.
     #[error("the model has a size that the protocol cannot carry")]
     Card,
+    /// A thread could not be started.
+    #[error("cannot start the thread that checks weights: {0}; check the limit on processes and threads")]
+    Thread(std::io::Error),
     /// The engine thread died.
     #[error("the engine stopped unexpectedly; see the log above")]
     Engine,
@@ -182,8 +190,8 @@ pub async fn run(
     hooks: Hooks,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), RouterError> {
-    let http_listener = bind("http", config.http).await?;
-    let grpc_listener = bind("grpc", config.grpc).await?;
+    let http_listener = bind("http", config.http)?;
+    let grpc_listener = bind("grpc", config.grpc)?;
     let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
     let (drain, leave_after) = (config.drain_timeout, config.leave_after);
     let (identity, access) = (config.identity.clone(), config.access.clone());
@@ -199,30 +207,115 @@ pub async fn run(
     beside.spawn(access.clone().keep_fresh());
 
     tokio::pin!(shutdown);
-    let assembled = tokio::task::spawn_blocking(move || assemble(config, progress));
+    let starting = admin.clone();
+    let assembled = tokio::task::spawn_blocking(move || assemble(config, progress, &starting));
     let Assembled { parts, cluster, workers, leader, weights, wait } = tokio::select! {
         parts = assembled => parts.map_err(|_| RouterError::Engine)??,
         () = &mut shutdown => return Ok(()),
     };
+    // Before this router leads, so that what can fail by itself has.
+    let (service, engine) = start(parts)?;
     let stop = CancellationToken::new();
     let leading = leader.map(|leader| {
         let leader = Leader::new(workers.clone(), leader, cluster.leader.clone());
-        tokio::spawn(leader.run(stop.clone()))
+        tokio::spawn(lead(leader, service.clone(), stop.clone()))
     });
-    if let Some(timeout) = wait {
+    let doors = [
+        Door { listener: http_listener, tls: http_tls, access: access.clone() },
+        Door { listener: grpc_listener, tls: grpc_tls, access },
+    ];
+    let router = Router { service, engine, cluster, workers, weights, is_known: identity.is_some(), doors };
+    let times = Times { wait, leave_after, drain };
+    let outcome = serve(router, times, bound, ready, metrics, &admin, &stop, shutdown.as_mut()).await;
+    // Whatever ended it: others need not wait until the lead runs out.
+    stop.cancel();
+    if let Some(leading) = leading {
+        // A panic over there is in the log already.
+        let _ = leading.await;
+    }
+    let end = outcome?;
+    if end != End::NotBegun {
+        tracing::info!("safe to terminate");
+        admin.drained();
+    }
+    if end == End::Drained {
+        // Whoever asked ends the process.
+        shutdown.await;
+    }
+    Ok(())
+}
+
+/// Leads when it may, until stopped; then gives the lead back, which takes no longer than [`RESIGN`]. Until then there is a
+/// service, and with it the connections to the workers.
+async fn lead(leader: Leader, service: Service, stop: CancellationToken) {
+    let patience = async {
+        stop.cancelled().await;
+        tokio::time::sleep(RESIGN).await;
+    };
+    tokio::select! {
+        () = leader.run(stop.clone()) => {}
+        () = patience => tracing::warn!("the lead could not be given back in time; it runs out by itself"),
+    }
+    drop(service);
+}
+
+/// What serves.
+struct Router {
+    service: Service,
+    engine: EngineHandle,
+    cluster: Arc<Cluster>,
+    workers: ClusterHandle,
+    weights: HandedOut,
+    /// Whether certificates say who calls.
+    is_known: bool,
+    /// HTTP's and gRPC's.
+    doors: [Door; 2],
+}
+
+/// How long things may take.
+struct Times {
+    /// Until every expert has a worker, at the start; `None`: not at all.
+    wait: Option<Duration>,
+    leave_after: Duration,
+    drain: Duration,
+}
+
+/// How serving ended, if not by an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// The process was told to end before it served.
+    NotBegun,
+    /// The process was told to end.
+    Told,
+    /// Somebody asked for a drain alone.
+    Drained,
+}
+
+/// Serves until `shutdown`, a drain that is asked for or an error, and drains.
+#[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
+async fn serve(
+    router: Router,
+    times: Times,
+    bound: Bound,
+    ready: Box<dyn FnOnce(Bound) + Send>,
+    metrics: Arc<dyn Fn() -> String + Send + Sync>,
+    admin: &Admin,
+    stop: &CancellationToken,
+    mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
+) -> Result<End, RouterError> {
+    let Router { service, mut engine, cluster, workers, weights, is_known, doors } = router;
+    if let Some(timeout) = times.wait {
         let covering = workers.clone();
         let covered = tokio::task::spawn_blocking(move || covering.await_coverage(Instant::now() + timeout));
         let is_covered = tokio::select! {
             covered = covered => covered.unwrap_or(false),
-            () = &mut shutdown => return Ok(()),
+            () = &mut shutdown => return Ok(End::NotBegun),
         };
         if !is_covered {
-            stop.cancel();
-            return Err(ConnectError::MissingExperts { missing: cluster.workers.missing() }.into());
+            let (missing, refused) = (cluster.workers.missing(), cluster.digests.refusals());
+            return Err(ConnectError::MissingExperts { missing, refused }.into());
         }
     }
-    let card = weights.card.clone();
-    let (service, mut engine) = start(parts)?;
     if cluster.is_covered() {
         // Whoever is told that it is ready finds it so.
         pulse::take(&service, &cluster.pulse).await;
@@ -234,34 +327,30 @@ pub async fn run(
         move || covered.is_covered(),
         stop.clone(),
     ));
+    let [http_door, grpc_door] = doors;
     let api = grpc::cluster::Api {
         cluster: cluster.clone(),
         workers,
-        card,
+        card: weights.card,
         stop: stop.clone(),
-        workers_only: Only(identity.is_some().then_some(&[Role::Worker])),
-        access: access.clone(),
+        joins: grpc::Joins::default(),
+        workers_only: Only(is_known.then_some(&[Role::Worker])),
+        access: grpc_door.access.clone(),
     };
     let with_workers = grpc::Workers {
         cluster: api,
         weights: weights.service,
-        weights_only: Only(identity.is_some().then_some(&[Role::Worker, Role::Router])),
+        weights_only: Only(is_known.then_some(&[Role::Worker, Role::Router])),
     };
-    let http_door = Door { listener: http_listener, tls: http_tls, access: access.clone() };
-    let grpc_door = Door { listener: grpc_listener, tls: grpc_tls, access };
     admin.ask(readiness(service.clone()));
     let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_door, stop.clone()));
     let mut grpc_server = tokio::spawn(grpc::serve(service, Some(with_workers), grpc_door, stop.clone()));
     tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
     ready(bound);
 
-    let mut is_told = false;
     let outcome = tokio::select! {
-        () = &mut shutdown => {
-            is_told = true;
-            Ok(())
-        }
-        () = admin.drain_asked() => Ok(()),
+        () = &mut shutdown => Ok(End::Told),
+        () = admin.drain_asked() => Ok(End::Drained),
         () = engine.ended() => return Err(RouterError::Engine),
         ended = &mut http_server => Err(failed("http", ended.err().map(|error| error.to_string()))),
         ended = &mut grpc_server => Err(failed("grpc", match ended {
@@ -270,7 +359,8 @@ pub async fn run(
             Err(error) => Some(error.to_string()),
         })),
     };
-    if outcome.is_ok() && !leave_after.is_zero() {
+    if outcome.is_ok() && !times.leave_after.is_zero() {
+        let leave_after = times.leave_after;
         tracing::info!(?leave_after, "leaving: not ready any more, new requests are taken for a while");
         cluster.leave();
         tokio::time::sleep(leave_after).await;
@@ -279,18 +369,8 @@ pub async fn run(
     admin.not_ready("it drains");
     stop.cancel();
     // The servers hold the service until their last request is answered; then the engine ends by itself.
-    if engine.stop(drain).await == Ending::CutOff {
-        tracing::warn!(?drain, "requests were still running when the drain time was up");
-    }
-    if let Some(leading) = leading {
-        // It gives the lead back, which takes no longer.
-        let _ = tokio::time::timeout(RESIGN, leading).await;
-    }
-    tracing::info!("safe to terminate");
-    admin.drained();
-    if outcome.is_ok() && !is_told {
-        // Whoever asked ends the process.
-        shutdown.await;
+    if engine.stop(times.drain).await == Ending::CutOff {
+        tracing::warn!(drain = ?times.drain, "requests were still running when the drain time was up");
     }
     outcome
 }
@@ -304,8 +384,8 @@ fn readiness(service: Service) -> impl Fn() -> Readiness {
     }
 }
 
-async fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
-    TcpListener::bind(address).await.map_err(|source| RouterError::Bind { what, address, source })
+fn bind(what: &'static str, address: SocketAddr) -> Result<TcpListener, RouterError> {
+    muster_net::listen::tcp(address).map_err(|source| RouterError::Bind { what, address, source })
 }
 
 fn address(listener: &TcpListener, what: &'static str) -> Result<SocketAddr, RouterError> {
@@ -338,6 +418,7 @@ struct HandedOut {
 fn assemble(
     config: RouterConfig,
     mut progress: Box<dyn FnMut(LoadProgress) + Send>,
+    admin: &Admin,
 ) -> Result<Assembled, RouterError> {
     let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
     let spec = checkpoint.spec();
@@ -347,6 +428,21 @@ fn assemble(
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
+    let model = match &config.source {
+        Source::Directory(path) => Some(path.clone()),
+        Source::Embedded { .. } => None,
+    };
+    let digests = digests::start(Checking {
+        checkpoint: checkpoint.clone(),
+        compute,
+        dtype: config.experts,
+        threads: config.threads,
+        places: Places { model, ..config.digests },
+    })
+    .map_err(RouterError::Thread)?;
+    let checking = digests.clone();
+    admin
+        .ask(move || Readiness::NotReady(checking.progress().unwrap_or_else(|| "it is starting".to_owned())));
     let shape = expert_shape(&checkpoint);
     let card = Arc::new(card(&checkpoint, compute, config.experts).ok_or(RouterError::Card)?);
     // A name that no other process has: what was promised to another must not be taken for promised to this one.
@@ -360,10 +456,19 @@ fn assemble(
             shape: shape.clone(),
             replicas: config.replicas,
             lease: config.lease.map(|lease| (kubernetes.clone(), lease)),
+            digests: digests.clone(),
         }),
     };
     let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
     let is_alone = config.workers.is_empty();
+    if !is_alone {
+        // They are waited for, which is of no use before they can be connected.
+        let total_bytes = checkpoint.inventory().total_bytes;
+        digests.wait(|known, experts| {
+            let done_bytes = total_bytes / experts.max(1) as u64 * known as u64;
+            progress(LoadProgress { done_bytes, total_bytes });
+        });
+    }
     let is_told = !config.discover.is_empty();
     let workers = u32::try_from(config.workers.len()).unwrap_or(u32::MAX);
     let fallback = match config.fallback {
@@ -382,6 +487,7 @@ fn assemble(
         hidden: spec.hidden,
         compute,
         experts: config.experts,
+        digests: digests.clone(),
         shape: shape.clone(),
         top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
         max_rows: config.engine.step_tokens,
@@ -399,6 +505,7 @@ fn assemble(
     let cluster = Arc::new(Cluster {
         router: config.router_id,
         workers: dispatch.health(),
+        digests: digests.clone(),
         leader: Arc::default(),
         pulse: Arc::clone(&pulse),
         discovery: Discovery::start(config.discover, &kubernetes, &handle),
@@ -414,7 +521,8 @@ fn assemble(
         shape: shape.experts().to_vec(),
         rate: HAND_OUT,
     };
-    let source = CheckpointWeights { checkpoint: checkpoint.clone(), compute, dtype: config.experts };
+    let source =
+        CheckpointWeights { checkpoint: checkpoint.clone(), compute, dtype: config.experts, digests };
     let probe = Arc::clone(&cluster);
     let parts = Parts {
         checkpoint,

@@ -1,10 +1,12 @@
 //! Logs, metrics and their names.
 //!
 //! Owns the one log subscriber and the one metrics recorder of a process, and the names under which every crate
-//! counts. A log event is one line, whatever values it carries. Knows nothing about where settings come from: the
+//! counts. A log event is one line, whatever values it carries, and
+//! nobody outside can have lines written without end. Knows nothing about where settings come from: the
 //! caller passes the filter and the format.
 
 mod escape;
+mod limit;
 mod logs;
 mod metrics;
 pub mod names;

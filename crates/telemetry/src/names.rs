@@ -27,6 +27,10 @@ metric_names! {
     describe_counter GRPC_REQUESTS = "muster_grpc_requests_total", Count, "gRPC calls answered, by method and status code.";
     describe_counter ACCEPT_ERRORS = "muster_accept_errors_total", Count, "Connections that could not be accepted, for lack of file descriptors or the like.";
     describe_counter CONNECTIONS_EVICTED = "muster_connections_evicted_total", Count, "Connections closed because their peer made no progress.";
+    describe_counter CONNECTIONS_FLOODING = "muster_connections_flooding_total", Count, "Connections closed because their peer sent more control frames than its traffic needs.";
+    describe_counter BODIES_EVICTED = "muster_bodies_evicted_total", Count, "Large HTTP bodies given up because they came slowest, or too slowly.";
+    describe_counter JOINS_EVICTED = "muster_joins_evicted_total", Count, "Workers that joined, were never reached and gave way to others.";
+    describe_counter LOG_LINES_LEFT_OUT = "muster_log_lines_left_out_total", Count, "Log lines left out because the same place had written too many; the next line from there says how many.";
     // Certificates and keys.
     describe_gauge CERTIFICATE_END = "muster_certificate_end_seconds", Seconds, "When this process's certificate ends, since 1970.";
     describe_gauge API_KEYS = "muster_api_keys", Count, "API keys that are good.";
@@ -65,6 +69,7 @@ metric_names! {
     describe_counter DISPATCH_FAULTS = "muster_dispatch_faults_total", Count, "Shards that failed: lost with their connection, bad replies, and errors that workers reported, by code.";
     describe_counter DISPATCH_RESENT = "muster_dispatch_resent_shards_total", Count, "Shards sent to stand in for one that failed or was late.";
     describe_counter DISPATCH_BANNED = "muster_dispatch_workers_banned_total", Count, "Workers cut off for a while because they broke the protocol.";
+    describe_counter DISPATCH_REFUSED = "muster_dispatch_workers_refused_total", Count, "Workers refused because they hold other weights than the router's checkpoint.";
     describe_counter DISPATCH_LINKS_LOST = "muster_dispatch_links_lost_total", Count, "Connections to workers that broke.";
     describe_counter DISPATCH_FALLBACK_SHARDS = "muster_dispatch_fallback_shards_total", Count, "Shards computed by the router itself, for lack of a worker.";
     describe_gauge ROUTER_HEALTH = "muster_router_health", Count, "2 ready, 1 degraded, 0 not ready.";
@@ -91,10 +96,10 @@ metric_names! {
     describe_gauge WORKER_START_SECONDS = "muster_worker_start_seconds", Seconds, "From a worker's start until it was useful (first expert) and full (all that it was told to hold first).";
     describe_counter WORKER_EXPERTS_LOADED = "muster_worker_experts_loaded_total", Count, "Experts loaded on orders, by source: peer, checkpoint or router.";
     describe_counter WORKER_EXPERT_BYTES_LOADED = "muster_worker_expert_bytes_loaded_total", Bytes, "Bytes of these, packed.";
-    describe_counter WORKER_EXPERT_LOAD_ERRORS = "muster_worker_expert_load_errors_total", Count, "Experts that the checkpoint did not give.";
+    describe_counter WORKER_EXPERT_LOAD_ERRORS = "muster_worker_expert_load_errors_total", Count, "Experts that a source did not give as they must be.";
     describe_counter EXPERTS_SENT = "muster_experts_sent_total", Count, "Experts whose weights were sent to another process.";
+    describe_counter EXPERTS_WITHHELD = "muster_experts_withheld_total", Count, "Experts that were not handed on because they are no longer what they were when they were loaded.";
     describe_counter WORKER_HANDSHAKES_REFUSED = "muster_worker_handshakes_refused_total", Count, "Routers refused at the handshake.";
-    describe_counter WORKER_ACCEPT_ERRORS = "muster_worker_accept_errors_total", Count, "Connections that a worker could not accept.";
     describe_histogram WORKER_QUEUE_SECONDS = "muster_worker_queue_seconds", Seconds, "Between the arrival of a shard and the start of its computation.";
     describe_histogram WORKER_COMPUTE_SECONDS = "muster_worker_compute_seconds", Seconds, "Computation of one shard.";
 }

@@ -3,7 +3,9 @@
 
 use std::time::{Duration, Instant};
 
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_engine::dispatch::{
+    Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket,
+};
 use muster_types::{Compute, ExpertId, LayerId};
 
 use crate::fake::round;
@@ -61,6 +63,7 @@ pub fn run<D: ExpertDispatch>(mut make: impl FnMut() -> Harness<D>) {
     wrong_dtypes_are_refused(&mut make());
     layers_and_experts_that_do_not_exist_are_refused(&mut make());
     a_deadline_in_the_past_is_missed(&mut make());
+    a_row_that_overflows_is_lost_alone(&mut make());
     cancelled_work_is_gone(&mut make());
     a_ticket_is_spent_by_collecting(&mut make());
     closing_is_final_and_may_be_repeated(&mut make());
@@ -187,7 +190,9 @@ fn collect<D: ExpertDispatch>(
 ) -> Result<Vec<f32>, DispatchError> {
     // Not zero, so that adding instead of overwriting shows.
     let mut out = vec![7.0; batch.rows.len()];
-    harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
+    let lost = harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out))?;
+    assert_eq!(lost, [], "nothing fails");
+    Ok(out)
 }
 
 fn assert_reference(model: &Model, batch: &Batch, got: &[f32], clause: &str) {
@@ -339,13 +344,46 @@ fn a_deadline_in_the_past_is_missed<D: ExpertDispatch>(harness: &mut Harness<D>)
     let ticket = submit(harness, &batch, 0);
     let mut out = vec![0.0; batch.rows.len()];
     let outcome = harness.dispatch.collect(ticket, Instant::now(), RowsMut::HostF32(&mut out));
-    assert_eq!(
-        outcome,
-        Err(DispatchError::Deadline { layer: batch.layer }),
-        "a deadline in the past is missed"
-    );
+    let lost = Loss {
+        rows: (0..).take(batch.choices.rows()).collect(),
+        error: DispatchError::Deadline { layer: batch.layer },
+    };
+    assert_eq!(outcome, Ok(vec![lost]), "a deadline in the past is missed by every row");
     assert_invalid(&collect(harness, ticket, &batch), "a missed ticket is spent");
     assert_still_works(harness, "after a missed deadline");
+}
+
+/// The largest values of bf16 but a few: no expert that multiplies keeps them finite.
+const HUGE: f32 = f32::from_bits(0x7f60_0000);
+
+fn a_row_that_overflows_is_lost_alone<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let clause = "a row that overflows is lost alone";
+    const BAD: usize = 2;
+    let model = &harness.model;
+    let mut batch = first_batch(model, 11);
+    batch.rows[BAD * model.hidden..][..model.hidden].fill(HUGE);
+    let batch = Batch::new(batch.layer, batch.rows, batch.choices);
+    let overflows = |expert: &ExpertId| {
+        let output = (model.oracle)(batch.layer, *expert, &vec![HUGE; model.hidden]);
+        output.iter().any(|y| !y.is_finite())
+    };
+    let picked = &batch.choices.experts()[BAD * model.top_k..][..model.top_k];
+    assert!(picked.iter().any(overflows), "the harness's experts do not overflow");
+    let ticket = submit(harness, &batch, 0);
+    let mut out = vec![7.0; batch.rows.len()];
+    let lost = harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).expect(clause);
+    let [Loss { rows, error: DispatchError::NonFinite { layer, expert } }] = &lost[..] else {
+        panic!("{clause}: {lost:?}")
+    };
+    assert_eq!((&rows[..], *layer), (&[BAD as u32][..], batch.layer), "{clause}");
+    assert!(picked.contains(expert), "{clause}: expert {expert} is not the row's");
+    let want = batch.reference(&harness.model);
+    let hidden = harness.model.hidden;
+    for (row, (got, want)) in out.chunks(hidden).zip(want.chunks(hidden)).enumerate() {
+        let same = got.iter().zip(want).all(|(got, want)| got.to_bits() == want.to_bits());
+        assert!(same || row == BAD, "{clause}: row {row} is not whole");
+    }
+    assert_still_works(harness, clause);
 }
 
 fn cancelled_work_is_gone<D: ExpertDispatch>(harness: &mut Harness<D>) {
@@ -396,7 +434,8 @@ mod tests {
         compute: Compute,
         experts: Vec<u32>,
         hidden: usize,
-        done: BTreeMap<Ticket, (LayerId, Vec<f32>)>,
+        /// Sums, and the rows that are not finite, each with an expert.
+        done: BTreeMap<Ticket, (LayerId, Vec<f32>, Vec<(u32, ExpertId)>)>,
         next: u64,
         closed: bool,
     }
@@ -410,6 +449,8 @@ mod tests {
         IgnoresClose,
         IgnoresDeadline,
         AddsToOutput,
+        LosesAll,
+        LosesNone,
     }
 
     impl ExpertDispatch for Plain {
@@ -429,7 +470,7 @@ mod tests {
             if rows.len() != batch.choices.rows() * self.hidden || count == 0 || !known {
                 return Err(DispatchError::Invalid("shape".into()));
             }
-            let mut sums = vec![0.0f32; rows.len()];
+            let (mut sums, mut lost) = (vec![0.0f32; rows.len()], Vec::new());
             let k = batch.choices.k();
             let mut pairs: Vec<(usize, (&ExpertId, &f32))> =
                 batch.choices.experts().iter().zip(batch.choices.weights()).enumerate().collect();
@@ -441,12 +482,15 @@ mod tests {
             for (pair, (&expert, &weight)) in pairs {
                 let at = pair / k * self.hidden;
                 let y = fake::output(self.compute, batch.layer, expert, &rows[at..at + self.hidden]);
+                if y.iter().any(|y| !y.is_finite()) && lost.iter().all(|&(row, _)| row != (pair / k) as u32) {
+                    lost.push(((pair / k) as u32, expert));
+                }
                 for (sum, y) in sums[at..].iter_mut().zip(y) {
                     *sum += weight * y;
                 }
             }
             self.next += 1;
-            self.done.insert(Ticket::new(self.next), (batch.layer, sums));
+            self.done.insert(Ticket::new(self.next), (batch.layer, sums, lost));
             Ok(Ticket::new(self.next))
         }
 
@@ -455,12 +499,12 @@ mod tests {
             ticket: Ticket,
             deadline: Instant,
             out: RowsMut<'_>,
-        ) -> Result<(), DispatchError> {
+        ) -> Result<Vec<Loss>, DispatchError> {
             if self.closed {
                 return Err(DispatchError::Closed);
             }
             let unknown = DispatchError::Invalid("ticket".into());
-            let (layer, sums) = self.done.get(&ticket).cloned().ok_or(unknown)?;
+            let (layer, sums, lost) = self.done.get(&ticket).cloned().ok_or(unknown)?;
             if self.fault != Fault::KeepsTickets {
                 self.done.remove(&ticket);
             }
@@ -469,14 +513,21 @@ mod tests {
                 return Err(DispatchError::Invalid("room".into()));
             }
             if Instant::now() >= deadline && self.fault != Fault::IgnoresDeadline {
-                return Err(DispatchError::Deadline { layer });
+                let rows = (0..).take(sums.len() / self.hidden).collect();
+                return Ok(vec![Loss { rows, error: DispatchError::Deadline { layer } }]);
             }
             if self.fault == Fault::AddsToOutput {
                 out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
             } else {
                 out.copy_from_slice(&sums);
             }
-            Ok(())
+            let rows: Vec<u32> = match self.fault {
+                Fault::LosesAll if !lost.is_empty() => (0..).take(sums.len() / self.hidden).collect(),
+                Fault::LosesNone => Vec::new(),
+                _ => lost.iter().map(|(row, _)| *row).collect(),
+            };
+            let error = |expert| DispatchError::NonFinite { layer, expert };
+            Ok(lost.first().map(|&(_, expert)| Loss { rows, error: error(expert) }).into_iter().collect())
         }
 
         fn cancel(&mut self, ticket: Ticket) {
@@ -512,6 +563,8 @@ mod tests {
             Fault::IgnoresClose,
             Fault::IgnoresDeadline,
             Fault::AddsToOutput,
+            Fault::LosesAll,
+            Fault::LosesNone,
         ];
         for fault in faults {
             let outcome = std::panic::catch_unwind(|| run(|| plain(fault, Compute::F32)));

@@ -48,7 +48,7 @@ mod tests {
 
     use muster_admin::Readiness;
     use muster_dispatch_grpc::{
-        Bound, ConnectConfig, Custody, Dialer, ExpertServer, GrpcDispatch, ServerConfig, Start,
+        Bound, ConnectConfig, Custody, Dialer, Digests, ExpertServer, GrpcDispatch, ServerConfig, Start,
     };
     use muster_engine::dispatch::{Choices, ExpertDispatch, LayerBatch, RowsMut};
     use muster_kernels::Matrix;
@@ -58,7 +58,8 @@ mod tests {
     use muster_proto::convert::RouterName;
     use muster_proto::description::{Description, Phase};
     use muster_types::{
-        Combine, Compute, Epoch, ExpertKey, Fingerprint, NumericsClass, Speed, WeightDType, WorkerId,
+        Combine, Compute, Epoch, ExpertKey, Fingerprint, NumericsClass, Speed, WeightDType, WeightDigest,
+        WorkerId,
     };
 
     use super::*;
@@ -115,6 +116,8 @@ mod tests {
             experts: WeightDType::Native,
             epoch: Epoch::new(1),
             holdings: vec![key(0)],
+            digests: vec![WeightDigest::new([0; 32])],
+            trouble: None,
             resident_bytes: 1,
             phase: Phase::Serving,
             max_rows: NonZeroU32::new(ROWS as u32).unwrap(),
@@ -130,6 +133,7 @@ mod tests {
     fn connect(worker: String, cpu: Arc<Cpu>) -> GrpcDispatch {
         GrpcDispatch::connect(ConnectConfig {
             dialer: Dialer::default(),
+            digests: Digests::unchecked(),
             workers: vec![worker],
             router_id: "test".into(),
             fingerprint: Fingerprint::new([1; 32]),
@@ -157,7 +161,7 @@ mod tests {
             operation: NonZeroU64::new(u64::from(number)).unwrap(),
             seen: Epoch::new(1),
             keep: (0..number).map(key).collect(),
-            load: vec![Load { key: key(number), peers: vec![] }],
+            load: vec![Load { key: key(number), peers: vec![], digest: None }],
             peers: vec![],
         }
     }
@@ -178,7 +182,8 @@ mod tests {
         let cpu = || Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let mut set = ExpertSet::new(HIDDEN, Compute::F32, WeightDType::Native);
         set.insert(key(0), expert(INTERMEDIATE));
-        let holder = Arc::new(Holder::new(set, Instant::now()));
+        let holder =
+            Arc::new(Holder::new(set, [(key(0), WeightDigest::new([0; 32]))].into(), Instant::now()));
         let config = ServerConfig {
             shape: Shape::new(vec![EXPERTS]),
             hidden: NonZeroU32::new(HIDDEN as u32).unwrap(),
@@ -220,7 +225,7 @@ mod tests {
             eventually("the order is carried out", carried);
             assert!(matches!(standing.readiness(), Readiness::Degraded(_)));
             // As the loader does.
-            holder.take_in(key(number), expert(16));
+            holder.take_in(key(number), expert(16), WeightDigest::new([number as u8; 32]));
             server.announce();
             assert_eq!(standing.readiness(), Readiness::Ready);
             assert!(!ended.load(Ordering::SeqCst), "the call was over after {number} of {ORDERS} orders");

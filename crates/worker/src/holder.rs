@@ -10,10 +10,10 @@ use std::pin::pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use muster_dispatch_grpc::{Custody, Held, WeightSource};
+use muster_dispatch_grpc::{Custody, Handed, Held, WeightSource};
 use muster_model::experts::{Expert, ExpertError, ExpertSet, Picked};
 use muster_proto::control::Assignment;
-use muster_types::{ExpertId, ExpertKey, LayerId};
+use muster_types::{ExpertId, ExpertKey, LayerId, WeightDigest};
 use tokio::sync::Notify;
 
 /// How long what is no longer wanted can still be asked for.
@@ -27,6 +27,8 @@ pub(crate) struct Task {
     pub(crate) key: ExpertKey,
     /// Addresses of workers that are said to have it.
     pub(crate) peers: Vec<String>,
+    /// What its weights must be, where the leader says so.
+    pub(crate) digest: Option<WeightDigest>,
 }
 
 /// What the loader is to do.
@@ -55,8 +57,9 @@ pub(crate) struct Holder {
 
 struct State {
     wanted: BTreeSet<ExpertKey>,
-    /// Experts that can be asked for: each is in the set before it is here, and leaves the set after it left here.
-    held: BTreeSet<ExpertKey>,
+    /// Experts that can be asked for, with the digests of what was loaded: each is in the set before it is here, and leaves the
+    /// set after it left here.
+    held: BTreeMap<ExpertKey, WeightDigest>,
     /// Wanted and not there, the most urgent first.
     tasks: VecDeque<Task>,
     /// Held and not wanted, with the moment from which it may go.
@@ -65,6 +68,8 @@ struct State {
     leaving: Vec<Arc<Expert>>,
     /// Of all that is in memory.
     bytes: u64,
+    /// The last source that was passed over because what it has is damaged or different.
+    trouble: Option<String>,
     stopped: bool,
     /// Counts orders.
     orders: u64,
@@ -107,16 +112,16 @@ impl State {
 }
 
 impl Holder {
-    /// Of experts that are loaded and wanted, in a worker that was started then.
-    pub(crate) fn new(experts: ExpertSet, started: Instant) -> Self {
-        let held: BTreeSet<ExpertKey> = experts.keys().into_iter().collect();
+    /// Of experts that are loaded and wanted, with their digests, in a worker that was started then.
+    pub(crate) fn new(experts: ExpertSet, held: BTreeMap<ExpertKey, WeightDigest>, started: Instant) -> Self {
         let mut state = State {
-            wanted: held.clone(),
+            wanted: held.keys().copied().collect(),
             held,
             tasks: VecDeque::new(),
             released: BTreeMap::new(),
             leaving: Vec::new(),
             bytes: experts.bytes(),
+            trouble: None,
             stopped: false,
             orders: 0,
             useful: None,
@@ -229,7 +234,7 @@ impl Holder {
     }
 
     /// Stores a loaded expert; discards it if the assignment no longer includes it.
-    pub(crate) fn take_in(&self, key: ExpertKey, expert: Expert) {
+    pub(crate) fn take_in(&self, key: ExpertKey, expert: Expert, digest: WeightDigest) {
         let bytes = expert.bytes() as u64;
         // Before it can be announced.
         self.change().insert(key, expert);
@@ -237,7 +242,7 @@ impl Holder {
         state.bytes += bytes;
         state.tasks.retain(|task| task.key != key);
         if state.wanted.contains(&key) {
-            state.held.insert(key);
+            state.held.insert(key, digest);
             state.note(self.started);
             return;
         }
@@ -269,6 +274,11 @@ impl Holder {
         }
     }
 
+    /// A source was passed over because what it has is damaged or different; in words.
+    pub(crate) fn trouble(&self, text: String) {
+        self.state().trouble = Some(text);
+    }
+
     /// An expert could not be loaded: others come first.
     pub(crate) fn defer(&self, key: ExpertKey) {
         let mut state = self.state();
@@ -289,8 +299,9 @@ impl Holder {
 impl Custody for Holder {
     fn assign(&self, assignment: Assignment) {
         let Assignment { keep, load, peers, router, operation, .. } = assignment;
-        let task = |key, of: &[u32]| Task {
+        let task = |key, of: &[u32], digest| Task {
             key,
+            digest,
             peers: of.iter().filter_map(|&peer| peers.get(peer as usize).cloned()).collect(),
         };
         let listed: BTreeSet<ExpertKey> = load.iter().map(|load| load.key).collect();
@@ -300,12 +311,12 @@ impl Custody for Holder {
         let before = std::mem::replace(&mut state.wanted, wanted);
         let State { wanted, held, tasks, released, .. } = &mut *state;
         // What it is to keep and lost without being told to is loaded again.
-        let lost = wanted.iter().filter(|key| !listed.contains(key)).map(|&key| task(key, &[]));
-        let told = load.iter().map(|load| task(load.key, &load.peers));
-        *tasks = told.chain(lost).filter(|task| !held.contains(&task.key)).collect();
+        let lost = wanted.iter().filter(|key| !listed.contains(key)).map(|&key| task(key, &[], None));
+        let told = load.iter().map(|load| task(load.key, &load.peers, load.digest));
+        *tasks = told.chain(lost).filter(|task| !held.contains_key(&task.key)).collect();
         let at = Instant::now() + RELEASE;
         released.retain(|key, _| !wanted.contains(key));
-        for key in held.iter().filter(|key| !wanted.contains(key)) {
+        for key in held.keys().filter(|key| !wanted.contains(key)) {
             released.entry(*key).or_insert(at);
         }
         let (hold, load, release) = (wanted.len(), tasks.len(), released.len());
@@ -320,8 +331,12 @@ impl Custody for Holder {
 
     fn held(&self) -> Held {
         let state = self.state();
+        let held = state.held.iter().filter(|(key, _)| state.wanted.contains(key));
+        let (experts, digests) = held.map(|(&key, &digest)| (key, digest)).unzip();
         Held {
-            experts: state.held.intersection(&state.wanted).copied().collect(),
+            experts,
+            digests,
+            trouble: state.trouble.clone(),
             resident_bytes: state.bytes,
             loading: state.tasks.len(),
             useful: state.useful,
@@ -331,8 +346,9 @@ impl Custody for Holder {
 }
 
 impl WeightSource for Holder {
-    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
-        self.set().get(key)
+    fn get(&self, key: ExpertKey) -> Option<Handed> {
+        let digest = self.state().held.get(&key).copied();
+        Some(Handed { expert: self.set().get(key)?, digest })
     }
 }
 
@@ -356,12 +372,17 @@ mod tests {
         Expert::new(matrix(), matrix(), matrix()).unwrap()
     }
 
+    fn digest(expert: u32) -> WeightDigest {
+        WeightDigest::of([&expert.to_le_bytes()[..]])
+    }
+
     fn holder(held: &[u32]) -> Holder {
+        let digests = held.iter().map(|&n| (key(n), digest(n))).collect();
         let mut set = ExpertSet::new(4, Compute::F32, WeightDType::Native);
         for &n in held {
             set.insert(key(n), expert());
         }
-        Holder::new(set, Instant::now())
+        Holder::new(set, digests, Instant::now())
     }
 
     fn orders(keep: &[u32], load: &[u32]) -> Assignment {
@@ -371,13 +392,19 @@ mod tests {
             operation: NonZeroU64::MIN,
             seen: muster_types::Epoch::new(1),
             keep: keep.iter().map(|&n| key(n)).collect(),
-            load: load.iter().map(|&n| Load { key: key(n), peers: vec![1] }).collect(),
+            load: load
+                .iter()
+                .map(|&n| Load { key: key(n), peers: vec![1], digest: Some(digest(n)) })
+                .collect(),
             peers: vec!["a:1".into(), "b:2".into()],
         }
     }
 
     fn announced(holder: &Holder) -> Vec<u32> {
-        holder.held().experts.iter().map(|key| key.expert.get()).collect()
+        let held = holder.held();
+        let digests: Vec<_> = held.experts.iter().map(|key| digest(key.expert.get())).collect();
+        assert_eq!(held.digests, digests, "each has its own");
+        held.experts.iter().map(|key| key.expert.get()).collect()
     }
 
     fn next(holder: &Holder) -> Task {
@@ -412,19 +439,19 @@ mod tests {
         let holder = holder(&[0]);
         holder.assign(orders(&[0], &[5, 3]));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0], 2));
-        assert_eq!(next(&holder), Task { key: key(5), peers: vec!["b:2".into()] });
+        assert_eq!(next(&holder), Task { key: key(5), peers: vec!["b:2".into()], digest: Some(digest(5)) });
         holder.defer(key(5));
         assert_eq!(next(&holder).key, key(3));
-        holder.take_in(key(3), expert());
+        holder.take_in(key(3), expert(), digest(3));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 1));
         // What came too late to be wanted is not kept.
         holder.assign(orders(&[0, 3], &[]));
-        holder.take_in(key(5), expert());
+        holder.take_in(key(5), expert(), digest(5));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 0));
         assert!(holder.get(key(5)).is_none());
         // What it is to keep and does not have is loaded too.
         holder.assign(orders(&[0, 3, 4], &[]));
-        assert_eq!(next(&holder), Task { key: key(4), peers: vec![] });
+        assert_eq!(next(&holder), Task { key: key(4), peers: vec![], digest: None });
     }
 
     #[test]

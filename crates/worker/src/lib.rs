@@ -265,8 +265,8 @@ pub async fn run(
     let mut description = describe(&config, &loaded);
     let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
     let server_config = server_config(&config, &loaded);
-    let Loaded { cpu, experts: set, sources, .. } = loaded;
-    let holder = Arc::new(Holder::new(set, started));
+    let Loaded { cpu, experts: set, digests, sources, .. } = loaded;
+    let holder = Arc::new(Holder::new(set, digests, started));
     let Held { useful, full, .. } = holder.held();
     (description.useful, description.full) = (useful, full);
     let (server, queue) = ExpertServer::new(&server_config, description, holder.clone());
@@ -389,6 +389,8 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
         experts: loaded.experts.dtype(),
         epoch: Epoch::new(1),
         holdings: loaded.experts.keys(),
+        // As ascending as the keys.
+        digests: loaded.digests.values().copied().collect(),
         resident_bytes: loaded.experts.bytes(),
         phase: Phase::Serving,
         max_rows: config.max_rows,
@@ -398,6 +400,7 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
         loading: 0,
         useful: None,
         full: None,
+        trouble: None,
     }
 }
 

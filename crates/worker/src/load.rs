@@ -1,5 +1,6 @@
 //! From a model on disk to a worker that can serve: what the model is, and the experts it starts with.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,10 +9,11 @@ use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::{Cpu, Packing, Quantisation};
 use muster_model::LoadProgress;
-use muster_model::experts::{ExpertForm, ExpertSet, Gating, faster_mode};
+use muster_model::digests::digest;
+use muster_model::experts::{self, ExpertForm, ExpertSet, Gating, faster_mode};
 use muster_placement::{Shape, split};
 use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
-use muster_types::{Compute, ExpertKey};
+use muster_types::{Compute, ExpertKey, WeightDigest};
 use tokio::sync::oneshot;
 
 use crate::loader::Sources;
@@ -21,6 +23,8 @@ use crate::{Share, WorkerConfig, WorkerError, memory_for_experts, on_thread};
 pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) experts: ExpertSet,
+    /// Of each of them.
+    pub(crate) digests: BTreeMap<ExpertKey, WeightDigest>,
     pub(crate) sources: Sources,
     pub(crate) shape: Shape,
     pub(crate) hidden: NonZeroU32,
@@ -59,6 +63,7 @@ fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> 
     Ok(Loaded {
         cpu,
         experts: ExpertSet::new(hidden, card.compute, card.experts),
+        digests: BTreeMap::new(),
         sources: Sources {
             checkpoint: None,
             routers: config.join.clone(),
@@ -108,19 +113,23 @@ fn load(
     if let Some(memory) = config.memory.filter(|&memory| needed > memory) {
         return Err(WorkerError::Memory { needed, memory });
     }
-    let experts = ExpertSet::load(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
+    let (mut experts, mut digests) = (ExpertSet::new(spec.hidden, compute, config.experts), BTreeMap::new());
+    experts::read(&checkpoint, &keys, compute, config.experts, &mut *progress, &mut |key, expert| {
+        digests.insert(key, digest(&expert));
+        experts.insert(key, expert);
+    })?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
     let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory_for_experts()));
     let sources = Sources {
         fingerprint: checkpoint.fingerprint(),
         checkpoint: Some(checkpoint),
-        routers: Vec::new(),
+        routers: config.join.clone(),
         compute,
         dtype: config.experts,
         forms,
         capacity,
     };
-    Ok(Loaded { cpu, experts, sources, shape, hidden, top_k })
+    Ok(Loaded { cpu, experts, digests, sources, shape, hidden, top_k })
 }
 
 /// Bytes of these experts, packed.

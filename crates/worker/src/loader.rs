@@ -1,17 +1,22 @@
 //! Has the experts that are wanted loaded, one after the other, while the worker serves.
 //!
-//! An expert comes from a worker that holds it, if one is named and gives it, else from the checkpoint, or from a router
-//! that has one. Serving comes first: the thread asks the system for the smaller part of the processor.
+//! An expert comes from a worker that holds it, if one is named and gives it, else from the checkpoint, else from a router.
+//! A source that fails, or gives other weights than the leader says they are, is passed over. Serving comes first: the
+//! thread asks the system for the smaller part of the processor.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::{Address, Dialer, ExpertServer, Fetcher};
+use muster_dispatch_grpc::{Address, Dialer, ExpertServer, FetchError, Fetcher};
+use muster_kernels::KernelError;
 use muster_model::ModelError;
+use muster_model::digests::digest;
 use muster_model::experts::{self, Expert, ExpertForm};
 use muster_proto::control::Fetch;
-use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
+use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType, WeightDigest};
 use tokio::runtime::Handle;
 
 use crate::holder::{Holder, Task, Work};
@@ -22,12 +27,14 @@ const NICE: i32 = 10;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Experts that are loaded in less time are announced together.
 const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
+/// Messages that are remembered so as not to be repeated; beyond that, all are forgotten.
+const SAID: usize = 1024;
 
 /// What weights are, and where they are.
 pub(crate) struct Sources {
     /// `None` where weights come from others alone.
     pub(crate) checkpoint: Option<Checkpoint>,
-    /// Routers that read the checkpoint for workers that have none.
+    /// Routers that read their checkpoint for others.
     pub(crate) routers: Vec<Address>,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) compute: Compute,
@@ -47,21 +54,90 @@ pub(crate) struct Loader {
     pub(crate) dialer: Dialer,
 }
 
+/// Where weights can be had.
+enum Source<'a> {
+    Peer(Address),
+    Checkpoint(&'a Checkpoint),
+    Router(Address),
+}
+
+impl Source<'_> {
+    /// For metrics.
+    const fn kind(&self) -> &'static str {
+        match self {
+            Self::Peer(_) => "peer",
+            Self::Checkpoint(_) => "checkpoint",
+            Self::Router(_) => "router",
+        }
+    }
+}
+
+impl fmt::Display for Source<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Peer(address) => write!(f, "the worker at {address}"),
+            Self::Checkpoint(checkpoint) => write!(f, "this worker's own files of {}", checkpoint.name()),
+            Self::Router(address) => write!(f, "the router at {address}"),
+        }
+    }
+}
+
+/// Why a source was passed over.
+#[derive(Debug, thiserror::Error)]
+enum Passed {
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error(transparent)]
+    Unpack(#[from] KernelError),
+    #[error(transparent)]
+    Read(#[from] ModelError),
+    #[error("its weights have digest {theirs} and must have {ours}")]
+    Others { ours: WeightDigest, theirs: WeightDigest },
+    #[error("it is no longer to be loaded")]
+    CalledOff,
+}
+
+impl Passed {
+    /// Whether somebody has to look at it: the source is damaged, not only busy or away.
+    const fn is_damage(&self) -> bool {
+        match self {
+            Self::Fetch(FetchError::Others { .. } | FetchError::Damaged(_)) => true,
+            Self::Fetch(FetchError::Refused(_) | FetchError::Silent) | Self::CalledOff => false,
+            Self::Unpack(_) | Self::Read(_) | Self::Others { .. } => true,
+        }
+    }
+}
+
+/// What the loading thread keeps from one expert to the next.
+struct Hands {
+    fetcher: Fetcher,
+    /// What was logged already.
+    said: HashSet<String>,
+}
+
+impl Hands {
+    /// Whether this was not said before.
+    fn is_news(&mut self, text: &str) -> bool {
+        if self.said.len() >= SAID {
+            self.said.clear();
+        }
+        self.said.insert(text.to_owned())
+    }
+}
+
 impl Loader {
     /// Loads until the holder is stopped.
     pub(crate) fn run(self) {
         if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICE) {
             tracing::debug!(%error, "the loader has the same priority as others");
         }
-        let mut fetcher = Fetcher::new(self.dialer.clone());
+        let mut hands = Hands { fetcher: Fetcher::new(self.dialer.clone()), said: HashSet::new() };
         let mut announced = Instant::now();
         loop {
             let outcome = match self.holder.next() {
                 Work::Stop => return,
                 Work::Released => Ok(()),
-                Work::Load(task) => {
-                    self.load(&mut fetcher, &task).inspect_err(|_| self.holder.defer(task.key))
-                }
+                Work::Load(task) => self.load(&mut hands, &task).inspect_err(|_| self.holder.defer(task.key)),
             };
             let is_done = self.holder.loading() == 0;
             if is_done || outcome.is_err() || announced.elapsed() >= ANNOUNCE_EVERY {
@@ -75,7 +151,7 @@ impl Loader {
     }
 
     /// Loads an expert, or says when to try again.
-    fn load(&self, fetcher: &mut Fetcher, task: &Task) -> Result<(), Instant> {
+    fn load(&self, hands: &mut Hands, task: &Task) -> Result<(), Instant> {
         let later = Instant::now() + PAUSE;
         let Some((form, bytes)) = self.form(task.key) else {
             tracing::error!(expert = %task.key, "told to load an expert that the model does not have");
@@ -88,21 +164,11 @@ impl Loader {
             }));
         }
         let started = Instant::now();
-        let peers = task.peers.iter().filter_map(|peer| peer.parse().ok());
-        let fetched = self.fetch(fetcher, task.key, peers, &form, bytes).map(|expert| (expert, "peer"));
-        let found = fetched.or_else(|| match &self.sources.checkpoint {
-            _ if !self.holder.is_asked_for(task.key) => None,
-            Some(checkpoint) => self.read(checkpoint, task.key).map(|expert| (expert, "checkpoint")),
-            None => {
-                let routers = self.sources.routers.iter().cloned();
-                self.fetch(fetcher, task.key, routers, &form, bytes).map(|expert| (expert, "router"))
-            }
-        });
-        let Some((expert, source)) = found else {
+        let Some((expert, digest, source)) = self.find(hands, task, &form, bytes) else {
             // What was called off meanwhile has not failed.
             return if self.holder.is_asked_for(task.key) { Err(later) } else { Ok(()) };
         };
-        self.holder.take_in(task.key, expert);
+        self.holder.take_in(task.key, expert, digest);
         metrics::counter!("muster_worker_experts_loaded_total", "source" => source).increment(1);
         metrics::counter!("muster_worker_expert_bytes_loaded_total", "source" => source)
             .increment(bytes as u64);
@@ -115,42 +181,78 @@ impl Loader {
         Some((form, form.bytes()?))
     }
 
-    /// From the first of these that gives it, until it is called off.
-    fn fetch(
+    /// From the first source that has what it must be, and which kind that was; `None` also once it is called off.
+    fn find(
         &self,
-        fetcher: &mut Fetcher,
-        key: ExpertKey,
-        from: impl Iterator<Item = Address>,
+        hands: &mut Hands,
+        task: &Task,
         form: &ExpertForm,
         bytes: usize,
-    ) -> Option<Expert> {
-        let Sources { fingerprint, compute, dtype, .. } = self.sources;
-        let fetch = Fetch { fingerprint, compute, experts: dtype, key };
-        for address in from {
-            let fetched = self.runtime.block_on(async {
-                tokio::select! {
-                    biased;
-                    () = self.holder.called_off(key) => None,
-                    fetched = fetcher.fetch(&address, &fetch, bytes) => Some(fetched),
-                }
-            });
-            let reason = match fetched?.map(|packed| form.unpack(&packed)) {
-                Ok(Ok(expert)) => return Some(expert),
-                Ok(Err(error)) => error.to_string(),
-                Err(error) => error.to_string(),
+    ) -> Option<(Expert, WeightDigest, &'static str)> {
+        let peers = task.peers.iter().filter_map(|peer| peer.parse().ok()).map(Source::Peer);
+        let own = self.sources.checkpoint.iter().map(Source::Checkpoint);
+        let routers = self.sources.routers.iter().cloned().map(Source::Router);
+        let mut reasons = Vec::new();
+        for source in peers.chain(own).chain(routers) {
+            if !self.holder.is_asked_for(task.key) {
+                return None;
+            }
+            let passed = match self.take_from(&mut hands.fetcher, &source, task, form, bytes) {
+                Ok((expert, digest)) => return Some((expert, digest, source.kind())),
+                Err(passed) => passed,
             };
-            tracing::debug!(expert = %key, %address, reason, "not fetched");
+            let text = format!("{} from {source}: {passed}", task.key);
+            if passed.is_damage() {
+                metrics::counter!("muster_worker_expert_load_errors_total").increment(1);
+                if hands.is_news(&text) {
+                    tracing::error!(expert = %task.key, %source, reason = %passed, "a source of weights is passed over");
+                }
+                self.holder.trouble(text);
+            } else {
+                tracing::debug!(expert = %task.key, %source, reason = %passed, "not fetched");
+            }
+            reasons.push(format!("{source}: {passed}"));
+        }
+        let reasons =
+            if reasons.is_empty() { "nobody is named that has it".to_owned() } else { reasons.join("; ") };
+        if hands.is_news(&format!("{} {reasons}", task.key)) {
+            tracing::warn!(expert = %task.key, reasons, "an expert cannot be had anywhere; trying again");
         }
         None
     }
 
-    fn read(&self, checkpoint: &Checkpoint, key: ExpertKey) -> Option<Expert> {
-        let Sources { compute, dtype, .. } = self.sources;
-        let failed = |error: &ModelError| {
-            tracing::error!(expert = %key, %error, "an expert could not be loaded");
-            metrics::counter!("muster_worker_expert_load_errors_total").increment(1);
-        };
-        experts::read_one(checkpoint, key, compute, dtype).inspect_err(failed).ok()
+    fn take_from(
+        &self,
+        fetcher: &mut Fetcher,
+        source: &Source<'_>,
+        task: &Task,
+        form: &ExpertForm,
+        bytes: usize,
+    ) -> Result<(Expert, WeightDigest), Passed> {
+        let Sources { fingerprint, compute, dtype, .. } = self.sources;
+        match source {
+            Source::Peer(address) | Source::Router(address) => {
+                let fetch = Fetch { fingerprint, compute, experts: dtype, key: task.key };
+                let fetching = fetcher.fetch(address, &fetch, bytes, task.digest);
+                let fetched = self.runtime.block_on(async {
+                    tokio::select! {
+                        biased;
+                        () = self.holder.called_off(task.key) => Err(Passed::CalledOff),
+                        fetched = fetching => Ok(fetched?),
+                    }
+                });
+                let (packed, digest) = fetched?;
+                Ok((form.unpack(&packed)?, digest))
+            }
+            Source::Checkpoint(checkpoint) => {
+                let expert = experts::read_one(checkpoint, task.key, compute, dtype)?;
+                let theirs = digest(&expert);
+                match task.digest {
+                    Some(ours) if ours != theirs => Err(Passed::Others { ours, theirs }),
+                    _ => Ok((expert, theirs)),
+                }
+            }
+        }
     }
 }
 
@@ -177,7 +279,7 @@ mod tests {
 
     fn loader(runtime: Handle) -> Loader {
         let (compute, dtype, fingerprint) = (Compute::F32, WeightDType::Native, Fingerprint::new([1; 32]));
-        let holder = Arc::new(Holder::new(ExpertSet::new(16, compute, dtype), Instant::now()));
+        let holder = Arc::new(Holder::new(ExpertSet::new(16, compute, dtype), [].into(), Instant::now()));
         let config = ServerConfig {
             shape: Shape::new(vec![8]),
             hidden: NonZeroU32::new(16).unwrap(),
@@ -196,6 +298,7 @@ mod tests {
             experts: dtype,
             epoch: Epoch::new(1),
             holdings: Vec::new(),
+            digests: Vec::new(),
             resident_bytes: 0,
             phase: Phase::Serving,
             max_rows: NonZeroU32::MIN,
@@ -205,6 +308,7 @@ mod tests {
             loading: 0,
             useful: None,
             full: None,
+            trouble: None,
         };
         let (server, _) = ExpertServer::new(&config, description, holder.clone());
         let packings = [Packing::F32; 3];
@@ -237,7 +341,7 @@ mod tests {
             operation: NonZeroU64::MIN,
             seen: Epoch::new(1),
             keep: Vec::new(),
-            load: vec![Load { key: key(), peers: vec![0, 1] }],
+            load: vec![Load { key: key(), peers: vec![0, 1], digest: None }],
             peers: [silent.local_addr(), next.local_addr()].map(|peer| peer.unwrap().to_string()).to_vec(),
         });
         let loading = std::thread::spawn(move || loader.run());

@@ -46,7 +46,7 @@ pub(crate) async fn measure(holder: Arc<Holder>, capacity: u64, pressure: Arc<Pr
         let part = smoothed.look(pressure.worked_so_far(), now - looked);
         looked = now;
         metrics::gauge!("muster_worker_pressure").set(part);
-        let Held { experts, resident_bytes, loading, useful, full } = holder.held();
+        let Held { experts, resident_bytes, loading, useful, full, .. } = holder.held();
         metrics::gauge!("muster_worker_experts").set(experts.len() as f64);
         metrics::gauge!("muster_worker_loading_experts").set(loading as f64);
         metrics::gauge!("muster_worker_resident_bytes").set(resident_bytes as f64);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use muster_admin::Admin;
 use muster_checkpoint::{Checkpoint, Source};
-use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, GrpcDispatch, Rows, Start, WorkerState};
+use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, Digests, GrpcDispatch, Rows, Start, WorkerState};
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::Local;
@@ -137,6 +137,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         hidden: spec.hidden,
         compute,
         experts: WeightDType::Native,
+        digests: Digests::unchecked(),
         shape: Shape::new(experts.clone()),
         top_k,
         max_rows: 64,

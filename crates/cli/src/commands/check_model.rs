@@ -8,6 +8,7 @@ use muster_model::LoadProgress;
 use muster_text::Tokenizer;
 use serde::Serialize;
 
+use super::digests::{self, Digested};
 use super::in_words;
 use super::quality::{self, Quality};
 use crate::args::CheckModelArgs;
@@ -33,6 +34,8 @@ struct Report {
     /// Tensors of the checkpoint that serving it does not need.
     left_alone: Vec<LeftAlone>,
     quality: Option<Quality>,
+    /// Files with digests of the experts' weights, compared or written.
+    digests: Vec<Digested>,
 }
 
 #[derive(Serialize)]
@@ -78,7 +81,13 @@ pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
     if !args.headers_only {
         read_everything(&checkpoint)?;
     }
+    let digests = match digests::make(args, &checkpoint)? {
+        Some(made) => vec![made],
+        None if args.headers_only => Vec::new(),
+        None => digests::compare(args, &checkpoint)?,
+    };
     let mut report = report(&checkpoint, tokenizer.as_ref(), !args.headers_only);
+    report.digests = digests;
     if args.quality {
         report.quality = Some(quality::measure(args, checkpoint)?);
     }
@@ -140,6 +149,7 @@ fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) ->
         layers: layers.iter().enumerate().map(|(number, layer)| layer_report(spec, number, *layer)).collect(),
         left_alone: checkpoint.unused().into_iter().map(left_alone).collect(),
         quality: None,
+        digests: Vec::new(),
     }
 }
 
@@ -286,6 +296,7 @@ fn for_people(report: &Report) -> String {
     }
     facts.push(("fingerprint", report.fingerprint.clone()));
     facts.push(("loads", loads.to_owned()));
+    facts.extend(report.digests.iter().map(|digested| ("digests", digested.in_words())));
     let lines: String = facts.iter().map(|(name, value)| format!("{name:<14} {value}\n")).collect();
     let rows: Vec<Vec<String>> = groups.iter().map(|(range, layer)| row(range, layer)).collect();
     let header = ["layers", "trunk each", "experts", "per token", "expert each", "experts each layer"];

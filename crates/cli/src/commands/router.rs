@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use muster_admin::Admin;
+use muster_checkpoint::digests::Places;
 use muster_config::{AccessMode, Environment, Fallback, Flags, PlacementMode, RouterSettings, Sources};
 use muster_identity::Access;
 use muster_router::serve::{Bound, Hooks, Placement, RouterConfig, RouterError, run as run_router};
@@ -65,6 +66,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
     let flags = Flags::new()
         .text("model", args.model.as_deref())
         .text("model_name", args.model_name.as_deref())
+        .text("digests", args.digests.as_deref())
         .list("workers", &args.workers)
         .list("discover", &args.discover)
         .text("lease", args.lease.as_deref())
@@ -101,6 +103,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
 fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
     Ok(RouterConfig {
         source: models::source(&settings.model)?,
+        digests: Places { file: settings.digests, cache: models::cache(), ..Places::default() },
         model_name: settings.model_name,
         router_id: settings.id,
         workers: settings.workers.iter().map(ToString::to_string).collect(),

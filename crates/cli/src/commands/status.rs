@@ -48,6 +48,11 @@ struct Worker {
     useful_ms: u64,
     /// Milliseconds from its start until it held all that it was told to hold first; 0: not yet.
     full_ms: u64,
+    /// Experts whose weights were not compared with the router's, because the worker runs an older version.
+    unverified_experts: u32,
+    /// The last source of weights that it passed over, and why.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    trouble: String,
 }
 
 pub(crate) async fn run(args: &StatusArgs) -> Result<(), Failure> {
@@ -120,6 +125,8 @@ fn worker(worker: WorkerStatus) -> Worker {
         rows: worker.rows,
         useful_ms: worker.useful_ms,
         full_ms: worker.full_ms,
+        unverified_experts: worker.unverified_experts,
+        trouble: worker.trouble,
     }
 }
 
@@ -163,6 +170,16 @@ fn page(report: &Report) -> String {
     page.push('\n');
     for worker in report.workers.iter().filter(|worker| !worker.reason.is_empty()) {
         page += &format!("  {}: {}\n", worker.address, worker.reason);
+    }
+    for Worker { name, unverified_experts, trouble, .. } in &report.workers {
+        if *unverified_experts > 0 {
+            page += &format!(
+                "  {name}: its version tells no digests, so the weights of {unverified_experts} experts are not verified\n"
+            );
+        }
+        if !trouble.is_empty() {
+            page += &format!("  {name}: passed over a source of weights: {trouble}\n");
+        }
     }
     page
 }

@@ -1,17 +1,20 @@
 //! The state that the engine thread and the network's tasks share: links, shards in flight, tickets, routes.
+//!
+//! What always holds: the lock is held for a few map operations, whatever workers announce. Routes take longer: a thread of
+//! their own builds them without the lock from what was announced, and swaps them in; until then a worker that is gone is
+//! ranked unusable in those that are in force.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use muster_engine::batcher::Rank;
 use muster_engine::dispatch::{DispatchError, Ticket};
 use muster_placement::Shape;
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
-use muster_proto::reply::{Fault, Timing};
+use muster_proto::reply::{Fault, OutputRows, Timing};
 use muster_types::{Epoch, ExpertKey, WorkerId};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::timeout_at;
@@ -20,12 +23,15 @@ use super::cluster::{ConnectedWorker, Crowded};
 use super::config::LinkError;
 use super::handle::WorkerHealth;
 use super::peer::{Control, Lanes, LinkState, Peer};
-use super::routes::{Hop, Routes};
+use super::routes::{Announced, Hop, Routes};
 use crate::address::Address;
 use crate::busy::BusyPoll;
 
 /// Workers that a router knows at most.
 const MOST_PEERS: usize = 4096;
+/// How many times longer than building routes took nothing is built afterwards, and how long at most.
+const ROUTES_REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_millis(50);
 
 /// The stream that a shard went down on. One that is opened later is another, even to the same worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,8 +43,7 @@ pub(super) struct StreamKey {
 
 /// What came back for one shard.
 pub(super) struct Arrived {
-    pub(super) rows: u32,
-    pub(super) data: Bytes,
+    pub(super) outputs: OutputRows,
     pub(super) timing: Timing,
     /// When it was here.
     pub(super) at: Instant,
@@ -122,6 +127,7 @@ struct State {
     peers: BTreeMap<usize, Peer>,
     next_peer: usize,
     routes: Arc<Routes>,
+    freshness: Freshness,
     shards: HashMap<u64, Pending>,
     tickets: HashMap<Ticket, Progress>,
     /// The last shard id given out.
@@ -129,6 +135,16 @@ struct State {
     sessions: u64,
     late_replies: u64,
     closed: bool,
+}
+
+/// Whether routes are those of what was announced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Freshness {
+    Fresh,
+    /// Something was announced since.
+    Stale,
+    /// Others are being built.
+    Building,
 }
 
 /// How waiting for the first connections went.
@@ -149,8 +165,10 @@ pub(super) struct Board {
     /// Tells those who wait for another.
     versions: watch::Sender<()>,
     state: Mutex<State>,
-    /// A link came or went; for `gather`.
+    /// A link came or went, or there are other routes; for `gather`.
     links: Condvar,
+    /// Routes are out of date; for the thread that builds them.
+    outdated: Condvar,
     /// A ticket may have come to its end; for `wait`, of which there is one at a time.
     answered: Notify,
 }
@@ -163,6 +181,7 @@ impl Board {
             next_peer: peers.len(),
             peers,
             routes,
+            freshness: Freshness::Fresh,
             shards: HashMap::new(),
             tickets: HashMap::new(),
             issued: 0,
@@ -170,9 +189,64 @@ impl Board {
             late_replies: 0,
             closed: false,
         };
-        let (links, answered) = (Condvar::new(), Notify::new());
+        let (links, outdated, answered) = (Condvar::new(), Condvar::new(), Notify::new());
         let (version, versions) = (AtomicU64::new(1), watch::Sender::new(()));
-        Ok(Self { shape, version, versions, state: Mutex::new(state), links, answered })
+        Ok(Self { shape, version, versions, state: Mutex::new(state), links, outdated, answered })
+    }
+
+    /// Keeps routes up to date, on a thread of its own that ends with the board.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub(super) fn start(self: &Arc<Self>) -> std::io::Result<()> {
+        let board = Arc::clone(self);
+        std::thread::Builder::new().name("muster-routes".into()).spawn(move || board.keep_routes())?;
+        Ok(())
+    }
+
+    fn keep_routes(&self) {
+        let mut state = self.lock();
+        loop {
+            if state.closed {
+                return;
+            }
+            if state.freshness == Freshness::Fresh {
+                state = self.outdated.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state.freshness = Freshness::Building;
+            let (live, here) = state.announced();
+            let epoch = state.routes.placement.epoch().next();
+            drop(state);
+            let began = Instant::now();
+            let built = Routes::new(epoch, &self.shape, &live, here.as_ref());
+            let pause = began.elapsed().saturating_mul(ROUTES_REST).min(LONGEST_REST);
+            match built {
+                Ok(routes) => self.swap(routes),
+                // What is announced was checked, name by name.
+                Err(error) => tracing::error!(%error, "workers that were compatible no longer are"),
+            }
+            self.links.notify_all();
+            // What is announced meanwhile is built in one go.
+            std::thread::sleep(pause);
+            state = self.lock();
+        }
+    }
+
+    /// Puts routes in force.
+    fn swap(&self, routes: Routes) {
+        let version = routes.placement.epoch().get();
+        let mut state = self.lock();
+        let before = std::mem::replace(&mut state.routes, Arc::new(routes));
+        state.rank();
+        if state.freshness == Freshness::Building {
+            state.freshness = Freshness::Fresh;
+        }
+        self.version.store(version, Ordering::Release);
+        drop(state);
+        drop(before);
+        self.versions.send_replace(());
+        self.answered.notify_one();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -210,6 +284,8 @@ impl Board {
             for peer in state.peers.values() {
                 match &peer.state {
                     LinkState::Up { .. } => {}
+                    // Waiting does not mend its files, and others may hold the same.
+                    LinkState::Down { error: Some(LinkError::Weights(_)), .. } => {}
                     LinkState::Down { error: Some(error), .. } if error.is_fatal() => {
                         return Gathered::Fatal(peer.address.clone(), error.clone());
                     }
@@ -219,7 +295,7 @@ impl Board {
                     }
                 }
             }
-            if missing.is_empty() {
+            if missing.is_empty() && state.freshness == Freshness::Fresh {
                 return Gathered::All;
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
@@ -279,13 +355,13 @@ impl Board {
     }
 
     /// This process computes as well, for what nobody else can be asked for. Gives its number and session.
-    pub(super) fn here(&self, description: Description, lanes: Lanes) -> Result<(usize, u64), LinkError> {
+    pub(super) fn here(&self, description: Description, lanes: Lanes) -> (usize, u64) {
         let mut state = self.lock();
         let (number, session) = (state.next_peer, state.sessions + 1);
         (state.next_peer, state.sessions) = (number + 1, session);
         state.peers.insert(number, Peer::here(description, session, lanes));
-        self.reroute(&mut state)?;
-        Ok((number, session))
+        self.reroute(&mut state);
+        (number, session)
     }
 
     /// Who said so is gone.
@@ -313,6 +389,7 @@ impl Board {
         state.shards.clear();
         state.tickets.clear();
         self.links.notify_all();
+        self.outdated.notify_all();
         self.answered.notify_one();
     }
 }
@@ -348,9 +425,7 @@ impl Board {
             let put = state.sender(hop, lane).is_some_and(|sender| sender.try_send(message).is_ok());
             if !put {
                 // The link broke this moment. What went out already is answered into nothing.
-                for id in sent {
-                    state.shards.remove(&id);
-                }
+                sent.into_iter().for_each(|id| state.give_up(id));
                 return Err(Unsent::Broken(worker));
             }
             state.shards.insert(id, Pending { ticket: Some(ticket), part, stream, late: false });
@@ -446,7 +521,7 @@ impl Board {
             match state.shards.get_mut(&id) {
                 // Its answer will tell that the worker answers again.
                 Some(pending) if pending.late => pending.ticket = None,
-                _ => drop(state.shards.remove(&id)),
+                _ => state.give_up(id),
             }
         }
         state.tickets.remove(&ticket);
@@ -469,34 +544,49 @@ impl Board {
     ) -> Result<u64, LinkError> {
         let mut state = self.lock();
         let state = &mut *state;
-        let same_name = |(at, other): &(&usize, &Peer)| {
-            **at != peer
-                && other.is_up()
-                && other.announced.as_ref().is_some_and(|d| d.worker == description.worker)
-        };
-        if let Some((_, other)) = state.peers.iter().find(same_name) {
-            let worker = description.worker.to_string();
-            return Err(LinkError::SameName { worker, other: other.address.to_string() });
+        let worker = &description.worker;
+        let same_name =
+            |(at, other): &(&usize, &mut Peer)| **at != peer && other.is_up() && other.is_called(worker);
+        if let Some((_, other)) = state.peers.iter_mut().find(same_name) {
+            return Err(other.contest(worker));
         }
         state.sessions += 1;
         let session = state.sessions;
-        if let Some(peer) = state.peers.get_mut(&peer) {
-            peer.up(description, session, lanes, control);
-        }
-        self.reroute(state)?;
+        let Some(peer) = state.peers.get_mut(&peer) else {
+            return Err(LinkError::Unreachable("nobody says any more that it is there".into()));
+        };
+        peer.up(description, session, lanes, control);
+        self.reroute(state);
         Ok(session)
     }
 
     /// A connected worker says something new about itself.
     pub(super) fn announce(&self, peer: usize, description: Description) -> Result<(), LinkError> {
+        let before = self.lock().peers.get(&peer).and_then(|peer| peer.announced.clone());
+        match before.as_deref() {
+            Some(before) if *before == description => return Ok(()),
+            Some(before) if before.worker != description.worker => {
+                let (before, now) = (&before.worker, &description.worker);
+                return Err(LinkError::NotAWorker(format!("it was called {before} and calls itself {now}")));
+            }
+            _ => {}
+        }
+        let description = Arc::new(description);
         let mut state = self.lock();
         if let Some(peer) = state.peers.get_mut(&peer) {
-            if peer.announced.as_deref() == Some(&description) {
-                return Ok(());
-            }
-            peer.announced = Some(Arc::new(description));
+            peer.announced = Some(description);
+            self.reroute(&mut state);
         }
-        self.reroute(&mut state)
+        Ok(())
+    }
+
+    /// A worker that was in doubt has given a sign of life.
+    pub(super) fn is_alive(&self, peer: usize, session: u64) {
+        if let Some(peer) = self.lock().peers.get_mut(&peer)
+            && peer.is_in(session)
+        {
+            peer.confirm();
+        }
     }
 
     /// A worker could not be connected.
@@ -528,9 +618,9 @@ impl Board {
             }
             !broken
         });
-        if let Err(error) = self.reroute(state) {
-            tracing::error!(%error, "workers that were compatible no longer are");
-        }
+        // At once, for routes that lead there are still in force.
+        state.rank();
+        self.reroute(state);
         self.links.notify_all();
         self.answered.notify_one();
     }
@@ -552,11 +642,13 @@ impl Board {
             None if id > state.issued => return Err(format!("it answered shard {id}, which was never sent")),
             None => {
                 state.count_late_reply();
-                return Ok(());
+                let owed = state.peers.get_mut(&stream.peer).is_some_and(|peer| peer.is_owed());
+                return if owed { Ok(()) } else { Err(format!("it answered shard {id} twice")) };
             }
         }
         let state = &mut *state;
         let Some(pending) = state.shards.remove(&id) else { return Ok(()) };
+        let conduct = state.peers.get_mut(&stream.peer).map_or(Ok(()), |peer| peer.judge(&outcome));
         if pending.late
             && let Some(peer) = state.peers.get_mut(&pending.stream.peer)
         {
@@ -575,7 +667,7 @@ impl Board {
             }
             None => state.count_late_reply(),
         }
-        Ok(())
+        conduct
     }
 
     /// Waits until there is doubt whether a worker is there; false when its session is over.
@@ -590,6 +682,11 @@ impl Board {
         }
     }
 
+    /// Whether a worker's last session brought anything.
+    pub(super) fn is_useful(&self, peer: usize) -> bool {
+        self.lock().peers.get(&peer).is_some_and(Peer::is_useful)
+    }
+
     /// How long a worker that broke the protocol is still to be left alone.
     pub(super) fn banned_for(&self, peer: usize) -> Duration {
         self.lock().peers.get(&peer).map_or(Duration::ZERO, Peer::banned_for)
@@ -602,14 +699,13 @@ impl Board {
         }
     }
 
-    /// Makes new routes from the workers that are there now.
-    fn reroute(&self, state: &mut State) -> Result<(), LinkError> {
-        state.reroute(&self.shape)?;
-        self.version.store(state.routes.placement.epoch().get(), Ordering::Release);
-        self.versions.send_replace(());
+    /// Has new routes made from the workers that are there now.
+    fn reroute(&self, state: &mut State) {
+        let live = state.peers.values().filter(|peer| peer.is_up() && !peer.is_here()).count();
+        metrics::gauge!("muster_dispatch_workers").set(live as f64);
+        state.freshness = Freshness::Stale;
+        self.outdated.notify_all();
         self.links.notify_all();
-        self.answered.notify_one();
-        Ok(())
     }
 }
 
@@ -625,14 +721,27 @@ impl State {
 
     /// Ranks the workers of the routes anew.
     fn rank(&mut self) {
-        let rank = |hop: &Hop| self.peers.get(&hop.peer).map_or(Rank::Unusable, Peer::rank);
+        let rank = |hop: &Hop| {
+            let peer = self.peers.get(&hop.peer).filter(|peer| peer.is_in(hop.session));
+            peer.map_or(Rank::Unusable, Peer::rank)
+        };
         if let Some(ranked) = self.routes.ranked(rank) {
             self.routes = Arc::new(ranked);
         }
     }
 
-    /// Makes new routes from the workers that are there now.
-    fn reroute(&mut self, shape: &Shape) -> Result<(), LinkError> {
+    /// Nobody waits for a shard any more; its answer may still come.
+    fn give_up(&mut self, id: u64) {
+        if let Some(pending) = self.shards.remove(&id)
+            && let Some(peer) = self.peers.get_mut(&pending.stream.peer)
+            && peer.is_in(pending.stream.session)
+        {
+            peer.owe();
+        }
+    }
+
+    /// What workers that are connected announce, and what this process does.
+    fn announced(&self) -> (Vec<Announced>, Option<Announced>) {
         let (mut live, mut here) = (Vec::new(), None);
         for (&at, peer) in &self.peers {
             match peer.route(at) {
@@ -640,10 +749,6 @@ impl State {
                 route => live.extend(route),
             }
         }
-        metrics::gauge!("muster_dispatch_workers").set(live.len() as f64);
-        let routes = Routes::new(self.routes.placement.epoch().next(), shape, &live, here)?;
-        self.routes = Arc::new(routes);
-        self.rank();
-        Ok(())
+        (live, here)
     }
 }

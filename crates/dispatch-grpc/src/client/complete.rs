@@ -1,21 +1,21 @@
 //! Bringing a micro-batch to its end: waiting, checking, asking others where somebody fails, adding up.
 //!
 //! What must hold: nothing is added up that was not checked; whatever a worker does, the engine thread waits no longer
-//! than the deadline; a failure is an error only when nobody is left to ask.
+//! than the deadline; a failure costs only the rows that nobody is left to ask for.
 
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use muster_engine::dispatch::{DispatchError, Ticket};
+use muster_engine::dispatch::{DispatchError, Loss, Ticket};
 use muster_kernels::{NotFinite, Outputs, combine};
 use muster_placement::hedge::{Hedge, Outcome, Rules};
 use muster_proto::frame;
-use muster_proto::reply::{Fault, FaultKind};
-use muster_types::{DType, ExpertId};
+use muster_proto::reply::OutputRows;
+use muster_types::DType;
 
 use super::board::{Arrived, Failure, Unsent};
 use super::dispatch::GrpcDispatch;
-use super::flight::{Flight, Part, Shard, Standing};
+use super::flight::{Flight, Part, Shard, Sum};
 use super::handle::Sample;
 use crate::busy::BusyPoll;
 
@@ -36,8 +36,8 @@ const MOST_KNOWN: usize = 4096;
 enum Unsound {
     /// A part has something in it that is no number.
     Part(usize, String),
-    /// Outputs, this expert's among them, are numbers and their sum is none.
-    Sum(ExpertId),
+    /// Outputs are numbers and the sums of these rows are none.
+    Sums(Vec<u32>),
 }
 
 /// What a shard's time depends on: its outputs.
@@ -46,40 +46,50 @@ fn size(shard: &Shard) -> u32 {
 }
 
 impl GrpcDispatch {
-    /// Brings a micro-batch to its end, whoever fails on the way as long as somebody else can stand in.
+    /// Brings a micro-batch to its end, whoever fails on the way as long as somebody else can stand in. Gives the rows for
+    /// which nobody could.
     pub(super) fn complete(
         &mut self,
         ticket: Ticket,
         flight: &mut Flight,
         deadline: Instant,
         out: &mut [f32],
-    ) -> Result<(), DispatchError> {
+    ) -> Result<Vec<Loss>, DispatchError> {
         let away = flight.sent.elapsed();
         let mut busy = BusyPoll::start(self.busy_poll);
         // Nobody drove the network for certain before, so this is where waiting begins.
         let mut now = Instant::now();
         flight.begin(now, |shard| self.patience(shard));
         loop {
-            if flight.standing() == Standing::Complete {
+            for part in flight.take_contradicted() {
+                self.lied(flight, part, "another worker contradicts its error");
+            }
+            if flight.is_complete() {
                 match self.finish(flight, now, away, out) {
                     Ok(()) => {
                         self.learn(flight, now);
-                        return Ok(());
+                        return Ok(flight.losses());
                     }
-                    Err(Unsound::Part(part, reason)) => self.lied(flight, part, reason),
-                    Err(Unsound::Sum(expert)) => {
-                        return Err(DispatchError::NonFinite { layer: flight.layer, expert });
+                    Err(Unsound::Part(part, reason)) => {
+                        self.lied(flight, part, &reason);
+                        flight.disown(part, reason);
+                    }
+                    Err(Unsound::Sums(rows)) => {
+                        let error = DispatchError::NonFiniteSum { layer: flight.layer };
+                        rows.into_iter().for_each(|row| flight.lose(row, error.clone()));
+                        continue;
                     }
                 }
             }
             flight.look_again(self.board.version());
             self.replace(ticket, flight, now)?;
-            if let Standing::Lost(part) = flight.standing() {
-                return Err(lost(flight, part));
+            if flight.is_complete() {
+                continue;
             }
             if now >= deadline {
                 metrics::counter!("muster_dispatch_deadlines_total").increment(1);
-                return Err(DispatchError::Deadline { layer: flight.layer });
+                flight.expire();
+                continue;
             }
             let until = flight.next_due().map_or(deadline, |due| due.min(deadline));
             let news = self.reins.drive(self.board.wait(ticket, flight.version, until, &mut busy));
@@ -103,15 +113,18 @@ impl GrpcDispatch {
                 let Part { shard, since, .. } = &flight.parts()[part];
                 self.observe(shard, arrived.at.saturating_duration_since(*since));
                 let answers = flight.answers(part);
-                let checked = if arrived.rows as usize == answers {
-                    frame::check_len(&arrived.data, answers, self.hidden, self.wire)
-                        .map_err(|error| error.to_string())
+                let OutputRows { rows, data, .. } = &arrived.outputs;
+                let checked = if *rows as usize == answers {
+                    frame::check_len(data, answers, self.hidden, self.wire).map_err(|error| error.to_string())
                 } else {
-                    Err(format!("{} rows instead of {answers}", arrived.rows))
+                    Err(format!("{rows} rows instead of {answers}"))
                 };
                 match checked {
                     Ok(()) => flight.arrive(part, arrived),
-                    Err(reason) => self.lied(flight, part, reason),
+                    Err(reason) => {
+                        self.lied(flight, part, &reason);
+                        flight.fail(part, Failure::Bad(reason));
+                    }
                 }
             }
             Err(failure) => {
@@ -126,22 +139,17 @@ impl GrpcDispatch {
         }
     }
 
-    /// A reply breaks the protocol: it is not used, nor is anything else that this worker says for a while.
-    fn lied(&self, flight: &mut Flight, part: usize, reason: String) {
+    /// A reply is a lie: nothing else that its worker says is used for a while.
+    fn lied(&self, flight: &Flight, part: usize, reason: &str) {
         metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
         let Shard { worker, hop, .. } = &flight.parts()[part].shard;
-        tracing::warn!(%worker, reason, "bad reply");
-        self.board.ban(*hop, &reason);
-        flight.fail(part, Failure::Bad(reason));
+        tracing::warn!(%worker, layer = %flight.layer, reason, "bad reply");
+        self.board.ban(*hop, reason);
     }
 
     /// Sends what failed, and what is late, to other owners, as far as there are any.
     fn replace(&mut self, ticket: Ticket, flight: &mut Flight, now: Instant) -> Result<(), DispatchError> {
         for number in flight.to_replace(now) {
-            if flight.is_final(number) {
-                flight.leave_alone(number);
-                continue;
-            }
             if flight.is_waiting(number) {
                 let Part { shard, deferred, .. } = &flight.parts()[number];
                 tracing::debug!(worker = %shard.worker, layer = %flight.layer, "a shard is late");
@@ -164,13 +172,13 @@ impl GrpcDispatch {
         loop {
             let routes = self.board.routes();
             let rank = |worker| routes.rank(worker);
-            let planned = flight.plan_stand_ins(number, &routes.placement, &rank, &unreachable);
-            let Some(stand_ins) = planned else {
-                if flight.is_waiting(number) {
-                    self.board.needs(flight.parts()[number].shard.id);
-                }
+            let stand_ins = flight.plan_stand_ins(number, &routes.placement, &rank, &unreachable);
+            if flight.needs(number) {
+                self.board.needs(flight.parts()[number].shard.id);
+            }
+            if stand_ins.is_empty() {
                 return Ok(());
-            };
+            }
             let first = self.board.issue(stand_ins.len());
             let mut shards = Vec::with_capacity(stand_ins.len());
             let mut places = Vec::with_capacity(stand_ins.len());
@@ -250,22 +258,23 @@ impl GrpcDispatch {
         let sources: Vec<Outputs<'_>> = arrived
             .iter()
             .map(|arrived| match self.wire {
-                DType::F32 => Outputs::WireF32(arrived.data.as_chunks().0),
-                DType::Bf16 => Outputs::WireBf16(arrived.data.as_chunks().0),
+                DType::F32 => Outputs::WireF32(arrived.outputs.data.as_chunks().0),
+                DType::Bf16 => Outputs::WireBf16(arrived.outputs.data.as_chunks().0),
             })
             .collect();
-        if flight.rows > 0 {
+        if !flight.is_lost() {
             let sums = combine(&self.cpu, self.hidden, &sources, &sum.starts, &sum.terms, out);
             sums.map_err(|error| match error {
                 NotFinite::Output { source, row } => {
                     let reason = format!("row {row} has a value that is not finite");
                     Unsound::Part(sum.sources[source], reason)
                 }
-                NotFinite::Sum { row } => {
-                    let term = sum.terms[sum.starts[row] as usize];
-                    Unsound::Sum(flight.expert_of(sum.sources[term.source as usize], term.row))
-                }
+                NotFinite::Sum { .. } => Unsound::Sums(self.overflown(&sum, &sources, out)),
             })?;
+        }
+        // What was not added up says nothing of the time that takes.
+        if flight.is_lost() {
+            return Ok(());
         }
         let sample = Sample {
             layer: flight.layer,
@@ -280,24 +289,17 @@ impl GrpcDispatch {
         self.samples.push(sample);
         Ok(())
     }
-}
 
-/// What it means for the micro-batch that a part is lost.
-fn lost(flight: &Flight, part: usize) -> DispatchError {
-    let Some(failure) = flight.failure(part) else {
-        return DispatchError::Invalid(format!("part {part} has not failed"));
-    };
-    let Shard { worker, plan, .. } = &flight.parts()[part].shard;
-    let worker = worker.clone();
-    let Fault { kind, message, expert } = match failure.clone() {
-        Failure::Lost(reason) => return DispatchError::WorkerLost { worker, reason },
-        Failure::Bad(reason) => return DispatchError::BadReply { worker, reason },
-        Failure::Fault(fault) => fault,
-    };
-    let expert = plan.experts.iter().copied().find(|known| Some(known.get()) == expert);
-    match (kind, expert) {
-        (FaultKind::Deadline, _) => DispatchError::Deadline { layer: flight.layer },
-        (FaultKind::NonFinite, Some(expert)) => DispatchError::NonFinite { layer: flight.layer, expert },
-        _ => DispatchError::Refused { worker, reason: message, retry: kind.retry() },
+    /// The rows whose sums are not finite: every row is added up alone.
+    fn overflown(&self, sum: &Sum, sources: &[Outputs<'_>], out: &mut [f32]) -> Vec<u32> {
+        let rows = (0..).zip(sum.starts.windows(2)).zip(out.chunks_exact_mut(self.hidden));
+        let bad = rows.filter_map(|((row, bounds), out)| {
+            let terms = &sum.terms[bounds[0] as usize..bounds[1] as usize];
+            let alone = combine(&self.cpu, self.hidden, sources, &[0, bounds[1] - bounds[0]], terms, out);
+            alone.is_err().then_some(row)
+        });
+        let bad: Vec<u32> = bad.collect();
+        // What is not finite together and finite alone is not to be trusted.
+        if bad.is_empty() { (0..).take(sum.starts.len() - 1).collect() } else { bad }
     }
 }

@@ -8,6 +8,7 @@ use muster_placement::Shape;
 use muster_proto::handshake::{HandshakeError, Term};
 use muster_types::{Combine, Compute, ExpertKey, Fingerprint, WeightDType};
 
+use super::digests::{Digests, OtherWeights};
 use crate::address::AddressError;
 use crate::transport::Dialer;
 
@@ -37,6 +38,8 @@ pub struct ConnectConfig {
     pub compute: Compute,
     /// How the workers hold experts.
     pub experts: WeightDType,
+    /// What the experts' weights must be. No worker is connected before that is known.
+    pub digests: Digests,
     /// Routed experts of every layer.
     pub shape: Shape,
     /// Most experts per token.
@@ -91,10 +94,12 @@ pub enum ConnectError {
         source: LinkError,
     },
     /// Every worker is there, but not every expert.
-    #[error("no worker holds {}; start workers that do", name_some(.missing))]
+    #[error("no worker holds {}; start workers that do{}", name_some(.missing), .refused.iter().map(|why| format!("; {why}")).collect::<String>())]
     MissingExperts {
         /// The experts, ascending.
         missing: Vec<ExpertKey>,
+        /// Why workers were refused that have other weights.
+        refused: Vec<String>,
     },
 }
 
@@ -142,16 +147,27 @@ pub enum LinkError {
         /// The other's address.
         other: String,
     },
+    /// The same, and whether that one is still there is being found out.
+    #[error("calls itself {worker}, as the worker at {other} did, which is asked for a sign of life")]
+    Contested {
+        /// The name.
+        worker: String,
+        /// The other's address.
+        other: String,
+    },
+    /// It has other weights.
+    #[error(transparent)]
+    Weights(Box<OtherWeights>),
     /// Its holdings make no placement.
     #[error("holdings do not fit the others': {0}")]
     Placement(String),
 }
 
 impl LinkError {
-    /// Whether waiting cannot help: something is set up wrongly.
+    /// Whether waiting cannot help: something is set up wrongly. Damaged weights are not: others may hold the same experts.
     #[must_use]
     pub const fn is_fatal(&self) -> bool {
-        !matches!(self, Self::Unreachable(_) | Self::Silent(_))
+        !matches!(self, Self::Unreachable(_) | Self::Silent(_) | Self::Contested { .. } | Self::Weights(_))
     }
 
     /// What to do about it.
@@ -174,8 +190,11 @@ impl LinkError {
                 "run the same version of muster and the same model on both sides"
             }
             Self::MaxRows { .. } => "raise the worker's largest shard or lower the router's largest batch",
+            Self::Weights(_) => OtherWeights::REMEDY,
             Self::Refused(_) => "see the worker's log",
-            Self::SameName { .. } => "give every worker a name of its own, and list each only once",
+            Self::SameName { .. } | Self::Contested { .. } => {
+                "give every worker a name of its own, and list each only once"
+            }
         }
     }
 }

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use metrics::Histogram;
-use muster_engine::batcher::{BatchPlan, group};
-use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_engine::batcher::{BatchPlan, Rank, group};
+use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket};
 use muster_kernels::Cpu;
 use muster_placement::hedge::{Budget, Hedge};
 use muster_proto::convert::RouterName;
@@ -33,9 +33,6 @@ const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
 /// sockets' buffers, and the engine thread may have something else to compute meanwhile.
 const LARGE_BYTES: usize = 256 << 10;
-/// How often a micro-batch is planned again because a link broke before it was sent.
-const SEND_TRIES: u32 = 3;
-
 /// Experts in other processes.
 pub struct GrpcDispatch {
     experts: Vec<u32>,
@@ -102,10 +99,12 @@ impl GrpcDispatch {
             experts: experts.clone(),
             combine: config.combine,
             dialer: config.dialer,
+            digests: config.digests,
         };
         let board = Board::new(config.shape, addresses)
             .map_err(|source| ConnectError::Worker { address: "none".into(), source })?;
         let board = Arc::new(board);
+        board.start()?;
         let (driver, link) = (Driver::start("muster-dispatch")?, Arc::new(link));
         for peer in 0..peers {
             drop(driver.spawn(link::keep(peer, board.clone(), link.clone())));
@@ -190,7 +189,10 @@ impl GrpcDispatch {
         }
         match self.board.routes().elsewhere.missing() {
             missing if missing.is_empty() => Ok(()),
-            missing => Err(ConnectError::MissingExperts { missing }),
+            missing => {
+                let refused = self.cluster.link.digests.refusals();
+                Err(ConnectError::MissingExperts { missing, refused })
+            }
         }
     }
 
@@ -229,19 +231,26 @@ impl GrpcDispatch {
         }
     }
 
-    /// Groups a micro-batch by worker and sends it off, again when a link breaks in between.
+    /// Groups a micro-batch by worker and sends it off; again without a worker that cannot be sent anything.
     fn send_off(
         &mut self,
         batch: &LayerBatch<'_>,
         ticket: Ticket,
         submitted: Instant,
     ) -> Result<Flight, DispatchError> {
-        let mut tries = 0;
+        let mut unsent: Vec<Unsent> = Vec::new();
         loop {
             let routes = self.board.routes();
-            let rank = |worker| routes.rank(worker);
+            let rank = |worker| match routes.hop(worker) {
+                Some((_, name)) if unsent.iter().any(|unsent| unsent.worker() == Some(name)) => {
+                    Rank::Unusable
+                }
+                _ => routes.rank(worker),
+            };
+            let planned = group(batch.layer, batch.choices, &routes.placement, &rank);
+            // What nobody else holds is told of the one that has it.
             let BatchPlan { shards: plans, slots } =
-                group(batch.layer, batch.choices, &routes.placement, &rank)?;
+                planned.map_err(|error| unsent.pop().map_or(error, DispatchError::from))?;
             let mut weights = match self.combine {
                 Combine::Exact => vec![Vec::new(); plans.len()],
                 Combine::Partial => flight::weights(batch.choices, &plans, &slots),
@@ -263,9 +272,8 @@ impl GrpcDispatch {
                     return Ok(flight);
                 }
                 Err(Unsent::Closed) => return Err(DispatchError::Closed),
-                Err(unsent) if tries == SEND_TRIES => return Err(unsent.into()),
-                // The board knows of the loss now, or will in a moment.
-                Err(_) => tries += 1,
+                // As often as there are workers.
+                Err(other) => unsent.push(other),
             }
         }
     }
@@ -302,6 +310,16 @@ impl GrpcDispatch {
     }
 }
 
+impl Unsent {
+    /// Who could not be sent anything.
+    const fn worker(&self) -> Option<&WorkerId> {
+        match self {
+            Self::Closed => None,
+            Self::Broken(worker) | Self::Full(worker) => Some(worker),
+        }
+    }
+}
+
 impl From<Unsent> for DispatchError {
     fn from(unsent: Unsent) -> Self {
         match unsent {
@@ -331,7 +349,12 @@ impl ExpertDispatch for GrpcDispatch {
         Ok(ticket)
     }
 
-    fn collect(&mut self, ticket: Ticket, deadline: Instant, out: RowsMut<'_>) -> Result<(), DispatchError> {
+    fn collect(
+        &mut self,
+        ticket: Ticket,
+        deadline: Instant,
+        out: RowsMut<'_>,
+    ) -> Result<Vec<Loss>, DispatchError> {
         if self.driver.is_none() {
             return Err(DispatchError::Closed);
         }

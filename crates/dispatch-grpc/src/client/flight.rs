@@ -1,23 +1,24 @@
-//! A micro-batch between `submit` and `collect`: the shards that carry it, and those that stand in for them.
+//! A micro-batch between `submit` and `collect`: the shards that carry it, and what has become of every (row, expert) pair.
 //!
-//! A micro-batch leaves in *parts*, one shard each. When a part fails, or is late, its (row, expert) pairs are sent to
-//! other owners as further parts, its *stand-ins*; stand-ins can fail in turn. What always holds: a part counts as
-//! resolved when it has arrived itself or all its stand-ins are resolved, and only resolved parts are combined; every
-//! (row, expert) pair is taken from exactly one arrived part; no worker is asked twice for the same pair. It does not
-//! know how parts are sent, nor how long they may take.
+//! A micro-batch leaves in *parts*, one shard each. When a part fails, is late, or marks outputs that are not finite, the pairs
+//! it owes are sent to other owners as further parts, its *stand-ins*; stand-ins can fail in turn. What always holds: one part
+//! is responsible for a pair at a time; every pair is taken from exactly one part, or its row is lost; no worker is asked
+//! twice for the same pair; what one worker says that others could contradict is final only when a second one agrees or nobody
+//! else can be asked. It does not know how parts are sent, nor how long they may take.
 
-use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use muster_engine::batcher::{Rank, ShardPlan, Slot, StandIn, stand_ins};
-use muster_engine::dispatch::{Choices, LayerBatch};
+use muster_engine::batcher::{Rank, ShardPlan, Slot, StandIn, StandIns, stand_ins};
+use muster_engine::dispatch::{Choices, DispatchError, LayerBatch, Loss};
 use muster_kernels::{Term, terms_by_row};
 use muster_placement::{Placement, WorkerIx};
 use muster_proto::expert::v1;
+use muster_proto::reply::{Fault, FaultKind};
 use muster_types::{Combine, ExpertId, LayerId, Retry, WorkerId};
 
-use super::board::{Arrived, Failure};
+use super::board::{Arrived, Failure, Unsent};
 use super::routes::Hop;
 
 /// See the module.
@@ -26,16 +27,50 @@ pub(super) struct Flight {
     pub(super) lane: usize,
     pub(super) rows: usize,
     combine: Combine,
-    /// Terms of each row's sum; sources are the parts that were sent first. Empty where workers add up.
-    starts: Vec<u32>,
-    terms: Vec<Term>,
+    /// Experts of a row.
+    k: usize,
+    /// Expert and weight of every pair, row by row.
+    experts: Vec<ExpertId>,
+    weights: Vec<f32>,
+    pairs: Vec<Pair>,
+    /// Pairs that are to come.
+    open: usize,
     parts: Vec<Part>,
-    /// Parts that were sent first; the others stand in for one of these or for another stand-in.
-    first: usize,
+    claims: Vec<Claim>,
+    /// Parts whose worker said what another one contradicted.
+    contradicted: Vec<usize>,
+    /// Rows that have no sum.
+    lost: BTreeMap<u32, DispatchError>,
     /// Version of the routes that stand-ins were last looked for in.
     pub(super) version: u64,
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
+}
+
+/// A (row, expert) pair.
+struct Pair {
+    /// The part that is responsible for it.
+    part: usize,
+    state: PairState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum PairState {
+    Open,
+    /// It is in that output row of that part.
+    Answered {
+        part: usize,
+        row: u32,
+    },
+    /// Its row is lost.
+    Lost,
+}
+
+/// A worker says of a pair that nobody can compute it.
+struct Claim {
+    pair: usize,
+    part: usize,
+    error: DispatchError,
 }
 
 /// A shard to be sent.
@@ -58,15 +93,19 @@ pub(super) struct Part {
     /// When it is late.
     due: Instant,
     state: State,
-    stand_ins: Vec<usize>,
-    /// Nobody else can be asked.
+    /// The pair of each of its outputs.
+    pairs: Vec<usize>,
+    /// Open pairs that it is responsible for.
+    owes: usize,
+    /// Nobody else can be asked for what it owes.
     alone: bool,
     /// Others were asked because it was late.
     pub(super) hedged: bool,
     /// It was late when no hedge could be afforded, and was given more time.
     pub(super) deferred: bool,
-    /// The part that this one stands in for, and the places of its outputs there.
-    of: Option<(usize, Vec<u32>)>,
+    /// The part that this one stands in for, and the one of those sent first that all of them stand in for.
+    of: Option<usize>,
+    first: usize,
 }
 
 enum State {
@@ -76,23 +115,12 @@ enum State {
 }
 
 /// The sums that a flight's rows are.
-pub(super) struct Sum<'a> {
+pub(super) struct Sum {
     /// Numbers of the parts that are the sources.
     pub(super) sources: Vec<usize>,
-    /// Where each row's terms begin.
-    pub(super) starts: Cow<'a, [u32]>,
-    pub(super) terms: Cow<'a, [Term]>,
-}
-
-/// How a flight stands.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Standing {
-    /// Everything is there.
-    Complete,
-    /// Something is still to come.
-    Open,
-    /// This part will never be there, nor a stand-in.
-    Lost(usize),
+    /// Where each row's terms begin. Lost rows have none.
+    pub(super) starts: Vec<u32>,
+    pub(super) terms: Vec<Term>,
 }
 
 impl Flight {
@@ -106,14 +134,34 @@ impl Flight {
         submitted: Instant,
     ) -> Self {
         let LayerBatch { layer, lane, choices, .. } = *batch;
-        let (starts, terms) = match combine {
-            Combine::Exact => by_pair(choices, slots),
-            Combine::Partial => (Vec::new(), Vec::new()),
-        };
         let sent = Instant::now();
-        let parts: Vec<Part> = shards.into_iter().map(|shard| Part::new(shard, sent, sent, None)).collect();
-        let (rows, first) = (choices.rows(), parts.len());
-        Self { layer, lane, rows, combine, starts, terms, parts, first, version, submitted, sent }
+        let outputs = |shard: &Shard| vec![0; shard.plan.indices.len()];
+        let mut pairs_of: Vec<Vec<usize>> = shards.iter().map(outputs).collect();
+        for (pair, slot) in slots.iter().enumerate() {
+            pairs_of[slot.shard as usize][slot.position as usize] = pair;
+        }
+        let pair = |slot: &Slot| Pair { part: slot.shard as usize, state: PairState::Open };
+        let parts = shards.into_iter().zip(pairs_of).enumerate();
+        Self {
+            layer,
+            lane,
+            rows: choices.rows(),
+            combine,
+            k: choices.k(),
+            experts: choices.experts().to_vec(),
+            weights: choices.weights().to_vec(),
+            pairs: slots.iter().map(pair).collect(),
+            open: slots.len(),
+            parts: parts
+                .map(|(number, (shard, pairs))| Part::new(shard, pairs, sent, sent, None, number))
+                .collect(),
+            claims: Vec::new(),
+            contradicted: Vec::new(),
+            lost: BTreeMap::new(),
+            version,
+            submitted,
+            sent,
+        }
     }
 
     /// Waiting for it begins.
@@ -132,22 +180,185 @@ impl Flight {
         self.parts.iter().map(|part| part.shard.id)
     }
 
-    pub(super) fn arrive(&mut self, part: usize, arrived: Arrived) {
-        self.parts[part].state = State::Arrived(arrived);
+    /// Whether every pair is answered or lost.
+    pub(super) const fn is_complete(&self) -> bool {
+        self.open == 0
     }
 
-    pub(super) fn fail(&mut self, part: usize, failure: Failure) {
-        self.parts[part].state = State::Failed(failure);
+    /// Takes in the outputs of a part, which are as many as were asked for.
+    pub(super) fn arrive(&mut self, part: usize, arrived: Arrived) {
+        self.parts[part].state = State::Arrived(arrived);
+        self.absorb(part);
+    }
+
+    /// Answers with a part's outputs what is open, and takes its marks for claims.
+    fn absorb(&mut self, number: usize) {
+        let part = &mut self.parts[number];
+        let State::Arrived(arrived) = &part.state else { return };
+        let marked = arrived.outputs.not_finite.clone();
+        let pairs = std::mem::take(&mut part.pairs);
+        match self.combine {
+            Combine::Exact => {
+                for (row, pair) in (0..).zip(&pairs) {
+                    self.settle(number, row, &[*pair], &marked);
+                }
+            }
+            Combine::Partial => {
+                for (row, pairs) in (0..).zip(by_row(&self.parts[number].shard.plan, &pairs)) {
+                    self.settle(number, row, &pairs, &marked);
+                }
+            }
+        }
+        self.parts[number].pairs = pairs;
+    }
+
+    /// One output row is there, which is that of these pairs.
+    fn settle(&mut self, part: usize, row: u32, pairs: &[usize], marked: &[u32]) {
+        if marked.binary_search(&row).is_ok() {
+            for &pair in pairs {
+                let error = DispatchError::NonFinite { layer: self.layer, expert: self.experts[pair] };
+                self.claim(Claim { pair, part, error });
+            }
+        } else if pairs.iter().all(|&pair| self.pairs[pair].state == PairState::Open) {
+            for &pair in pairs {
+                self.close(pair, PairState::Answered { part, row });
+            }
+        }
+    }
+
+    /// Nothing more is waited for where this pair is concerned.
+    fn close(&mut self, pair: usize, state: PairState) {
+        let Pair { part, state: before } = &mut self.pairs[pair];
+        if std::mem::replace(before, state) == PairState::Open {
+            self.open -= 1;
+            self.parts[*part].owes -= 1;
+        }
+        if let PairState::Answered { part, .. } = state {
+            let others = self.claims.iter().filter(|claim| claim.pair == pair && claim.part != part);
+            self.contradicted.extend(others.map(|claim| claim.part));
+        }
+    }
+
+    /// Takes note of a claim. When another worker said the same, it is the truth.
+    fn claim(&mut self, claim: Claim) {
+        match self.pairs[claim.pair].state {
+            PairState::Answered { part, .. } if part != claim.part => self.contradicted.push(claim.part),
+            PairState::Open => {
+                let worker = |part: usize| &self.parts[part].shard.worker;
+                let known = self.claims.iter().find(|known| known.pair == claim.pair);
+                match known.map(|known| worker(known.part) != worker(claim.part)) {
+                    Some(true) => self.lose(self.row_of(claim.pair), claim.error),
+                    Some(false) => {}
+                    None => self.claims.push(claim),
+                }
+            }
+            PairState::Answered { .. } | PairState::Lost => {}
+        }
+    }
+
+    /// Parts whose worker said what another one has contradicted since this was last asked.
+    pub(super) fn take_contradicted(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.contradicted)
+    }
+
+    /// A part gave nothing.
+    pub(super) fn fail(&mut self, number: usize, failure: Failure) {
+        if let Failure::Fault(fault) = &failure
+            && fault.kind.retry() == Retry::Never
+        {
+            let (named, error) = self.accusation(number, fault);
+            let part = &self.parts[number];
+            let plan = &part.shard.plan;
+            let of = plan.experts.iter().zip(&plan.counts);
+            let of = of.flat_map(|(expert, &count)| std::iter::repeat_n(*expert, count as usize));
+            let accused =
+                part.pairs.iter().zip(of).filter(|(_, expert)| named.is_none_or(|named| named == *expert));
+            let accused: Vec<usize> = accused.map(|(&pair, _)| pair).collect();
+            for pair in accused {
+                self.claim(Claim { pair, part: number, error: error.clone() });
+            }
+        }
+        self.parts[number].state = State::Failed(failure);
+    }
+
+    /// The expert of the part that a fault is about, and what it says.
+    fn accusation(&self, part: usize, fault: &Fault) -> (Option<ExpertId>, DispatchError) {
+        let Shard { worker, plan, .. } = &self.parts[part].shard;
+        let named = plan.experts.iter().copied().find(|known| Some(known.get()) == fault.expert);
+        let error = match (fault.kind, named) {
+            (FaultKind::NonFinite, Some(expert)) => DispatchError::NonFinite { layer: self.layer, expert },
+            _ => {
+                let (worker, reason) = (worker.clone(), fault.message.clone());
+                DispatchError::Refused { worker, reason, retry: fault.kind.retry() }
+            }
+        };
+        (named, error)
+    }
+
+    /// What a part gave is a lie: none of it is used, and nothing that its worker claimed.
+    pub(super) fn disown(&mut self, number: usize, reason: String) {
+        self.parts[number].state = State::Failed(Failure::Bad(reason));
+        self.claims.retain(|claim| claim.part != number);
+        for pair in 0..self.pairs.len() {
+            if matches!(self.pairs[pair].state, PairState::Answered { part, .. } if part == number) {
+                let is_lost = self.lost.contains_key(&self.row_of(pair));
+                let Pair { part, state } = &mut self.pairs[pair];
+                *state = if is_lost { PairState::Lost } else { PairState::Open };
+                if !is_lost {
+                    self.open += 1;
+                    self.parts[*part].owes += 1;
+                }
+            }
+        }
+        // Somebody who stood in for it may have answered already.
+        (0..self.parts.len()).for_each(|other| self.absorb(other));
+    }
+
+    fn row_of(&self, pair: usize) -> u32 {
+        // Pairs are counted in 32 bits by the plan.
+        (pair / self.k) as u32
+    }
+
+    /// A row has no sum. What else is in it is not waited for.
+    pub(super) fn lose(&mut self, row: u32, error: DispatchError) {
+        let pairs = row as usize * self.k..(row as usize + 1) * self.k;
+        for pair in pairs {
+            if self.pairs[pair].state == PairState::Open {
+                self.close(pair, PairState::Lost);
+            }
+        }
+        self.lost.entry(row).or_insert(error);
+    }
+
+    /// Loses every row that something is to come for.
+    pub(super) fn expire(&mut self) {
+        for pair in 0..self.pairs.len() {
+            if self.pairs[pair].state == PairState::Open {
+                self.lose(self.row_of(pair), DispatchError::Deadline { layer: self.layer });
+            }
+        }
+    }
+
+    /// Whether no row has a sum.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.len() == self.rows
+    }
+
+    /// The rows that have no sum.
+    pub(super) fn losses(&self) -> Vec<Loss> {
+        let mut losses: Vec<Loss> = Vec::new();
+        for (&row, error) in &self.lost {
+            match losses.iter_mut().find(|loss| loss.error == *error) {
+                Some(loss) => loss.rows.push(row),
+                None => losses.push(Loss { rows: vec![row], error: error.clone() }),
+            }
+        }
+        losses
     }
 
     /// Whether a part is still to come.
     pub(super) fn is_waiting(&self, part: usize) -> bool {
         matches!(self.parts[part].state, State::Waiting)
-    }
-
-    /// Whether a part failed in a way that nobody else can mend.
-    pub(super) fn is_final(&self, part: usize) -> bool {
-        matches!(self.failure(part), Some(Failure::Fault(fault)) if fault.kind.retry() == Retry::Never)
     }
 
     /// Workers came or went: who was alone may not be any more.
@@ -162,101 +373,114 @@ impl Flight {
         answers(&self.parts[part].shard.plan, self.combine)
     }
 
-    /// How it stands.
-    pub(super) fn standing(&self) -> Standing {
-        let mut complete = true;
-        for part in 0..self.first {
-            if !self.is_resolved(part) {
-                complete = false;
-                if let Some(lost) = self.lost(part) {
-                    return Standing::Lost(lost);
-                }
-            }
-        }
-        if complete { Standing::Complete } else { Standing::Open }
-    }
-
-    /// Why a part failed, if it has.
-    pub(super) fn failure(&self, part: usize) -> Option<&Failure> {
-        match &self.parts[part].state {
-            State::Failed(failure) => Some(failure),
-            State::Waiting | State::Arrived(_) => None,
-        }
-    }
-
-    fn is_resolved(&self, part: usize) -> bool {
-        let Part { state, stand_ins, .. } = &self.parts[part];
-        matches!(state, State::Arrived(_))
-            || (!stand_ins.is_empty() && stand_ins.iter().all(|&other| self.is_resolved(other)))
-    }
-
-    /// The part on account of which `part` can no longer be resolved; `None` while it can.
-    fn lost(&self, part: usize) -> Option<usize> {
-        let Part { state, stand_ins, .. } = &self.parts[part];
-        if !matches!(state, State::Failed(_)) {
-            return None;
-        }
-        if stand_ins.is_empty() {
-            return Some(part);
-        }
-        stand_ins.iter().find_map(|&other| self.lost(other))
-    }
-
-    /// Parts whose place others should take now: those that failed, and those that are late.
+    /// Parts that owe what others should be asked for now: those that gave too little, and those that are late.
     pub(super) fn to_replace(&self, now: Instant) -> Vec<usize> {
         let is_due = |part: &usize| !self.is_waiting(*part) || now >= self.parts[*part].due;
-        self.open().filter(is_due).collect()
+        self.owing().filter(is_due).collect()
     }
 
-    /// When the next part becomes late whose place others could take.
+    /// When the next part becomes late that owes what others could be asked for.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.open().filter(|&part| self.is_waiting(part)).map(|part| self.parts[part].due).min()
+        self.owing().filter(|&part| self.is_waiting(part)).map(|part| self.parts[part].due).min()
     }
 
-    /// Parts that are not there, that nobody stands in for, and that others might.
-    fn open(&self) -> impl Iterator<Item = usize> {
-        (0..self.parts.len()).filter(|&part| {
-            let Part { state, stand_ins, alone, .. } = &self.parts[part];
-            let is_there = matches!(state, State::Arrived(_));
-            !is_there && stand_ins.is_empty() && !alone && !self.is_settled(part)
-        })
+    fn owing(&self) -> impl Iterator<Item = usize> {
+        (0..self.parts.len()).filter(|&part| self.parts[part].owes > 0 && !self.parts[part].alone)
     }
 
-    /// Whether something that `part` stands in for is there without it.
-    fn is_settled(&self, part: usize) -> bool {
-        let mut at = part;
-        while let Some((of, _)) = &self.parts[at].of {
-            if matches!(self.parts[*of].state, State::Arrived(_)) {
-                return true;
-            }
-            at = *of;
-        }
-        false
-    }
-
-    /// Plans stand-ins for a part, on workers that were not asked for its pairs yet and are not `unreachable`. `None`:
-    /// there is nobody, and the part is left to itself.
+    /// Plans stand-ins for what a part owes, on workers that were not asked for it yet and are not `unreachable`. What
+    /// nobody else can be asked for is left to the part while it may still come, and lost else.
     pub(super) fn plan_stand_ins(
         &mut self,
-        part: usize,
+        number: usize,
         placement: &Placement,
         rank: &dyn Fn(WorkerIx) -> Rank,
         unreachable: &[WorkerId],
-    ) -> Option<Vec<StandIn>> {
-        let asked: Vec<&WorkerId> = self.asked(part).chain(unreachable).collect();
+    ) -> Vec<StandIn> {
+        let part = &self.parts[number];
+        let plan = &part.shard.plan;
+        let asked: Vec<&WorkerId> = self.asked(number).chain(unreachable).collect();
         let of_others = |worker: WorkerIx| {
             let known = placement.workers().get(worker.index());
             if known.is_none_or(|worker| asked.contains(&worker)) { Rank::Unusable } else { rank(worker) }
         };
-        let planned = stand_ins(self.layer, &self.parts[part].shard.plan, placement, &of_others);
-        self.parts[part].alone = planned.is_err();
-        planned.ok()
+        let owed = |&(_, &pair): &(u32, &usize)| {
+            let Pair { part, state } = &self.pairs[pair];
+            *part == number && *state == PairState::Open
+        };
+        let owed: Vec<u32> = (0..).zip(&part.pairs).filter(owed).map(|(place, _)| place).collect();
+        let StandIns { mut plans, orphans } = stand_ins(self.layer, plan, &owed, placement, &of_others);
+        if orphans.is_empty() {
+            return plans;
+        }
+        if self.is_waiting(number) {
+            if self.combine == Combine::Partial {
+                // A row's sum on one worker is of all its pairs there, or of none.
+                let kept: Vec<u32> = orphans.iter().map(|&place| plan.indices[place as usize]).collect();
+                let whole = |place: &u32| !kept.contains(&plan.indices[*place as usize]);
+                let owed: Vec<u32> = owed.into_iter().filter(whole).collect();
+                plans = stand_ins(self.layer, plan, &owed, placement, &of_others).plans;
+            }
+            self.parts[number].alone = true;
+            return plans;
+        }
+        let orphans: Vec<usize> = orphans.iter().map(|&place| part.pairs[place as usize]).collect();
+        // What a claim says of a row counts before what is only missing in it.
+        let is_claimed = |pair: usize| self.claims.iter().any(|claim| claim.pair == pair);
+        let (claimed, missing): (Vec<usize>, Vec<usize>) =
+            orphans.into_iter().partition(|&pair| is_claimed(pair));
+        for pair in claimed.into_iter().chain(missing) {
+            self.lose(self.row_of(pair), self.reason(number, pair, unreachable));
+        }
+        // Of rows that are lost now nothing is asked for; what is left is planned in the next round.
+        if plans.iter().any(|plan| plan.places.iter().any(|&place| !self.is_open(number, place))) {
+            return self.plan_stand_ins(number, placement, rank, unreachable);
+        }
+        plans
+    }
+
+    /// Whether a part is late and owes what nobody else can be asked for.
+    pub(super) fn needs(&self, part: usize) -> bool {
+        let Part { alone, owes, .. } = &self.parts[part];
+        *alone && *owes > 0 && self.is_waiting(part)
+    }
+
+    fn is_open(&self, part: usize, place: u32) -> bool {
+        self.pairs[self.parts[part].pairs[place as usize]].state == PairState::Open
+    }
+
+    /// Why nothing will come of a pair that a part owes and nobody else can be asked for.
+    fn reason(&self, number: usize, pair: usize, unreachable: &[WorkerId]) -> DispatchError {
+        if let Some(worker) = unreachable.first() {
+            // Somebody could have contradicted.
+            return Unsent::Broken(worker.clone()).into();
+        }
+        if let Some(claim) = self.claims.iter().find(|claim| claim.pair == pair) {
+            return claim.error.clone();
+        }
+        let (layer, worker) = (self.layer, self.parts[number].shard.worker.clone());
+        match &self.parts[number].state {
+            State::Failed(Failure::Lost(reason)) => {
+                DispatchError::WorkerLost { worker, reason: reason.clone() }
+            }
+            State::Failed(Failure::Bad(reason)) => DispatchError::BadReply { worker, reason: reason.clone() },
+            State::Failed(Failure::Fault(Fault { kind: FaultKind::Deadline, .. })) => {
+                DispatchError::Deadline { layer }
+            }
+            State::Failed(Failure::Fault(Fault { kind, message, .. })) => {
+                // Final was only what it named.
+                let retry = if kind.retry() == Retry::Never { Retry::Later } else { kind.retry() };
+                DispatchError::Refused { worker, reason: message.clone(), retry }
+            }
+            State::Waiting | State::Arrived(_) => {
+                DispatchError::Invalid(format!("part {number} owes nothing that is lost"))
+            }
+        }
     }
 
     /// Workers that were asked for the pairs of `part`.
     fn asked(&self, part: usize) -> impl Iterator<Item = &WorkerId> {
-        let next = |&at: &usize| self.parts[at].of.as_ref().map(|(of, _)| *of);
-        std::iter::successors(Some(part), next).map(|at| &self.parts[at].shard.worker)
+        std::iter::successors(Some(part), |&at| self.parts[at].of).map(|at| &self.parts[at].shard.worker)
     }
 
     /// The weights that a stand-in's outputs have, where workers add up.
@@ -270,7 +494,8 @@ impl Flight {
         }
     }
 
-    /// Takes note of stand-ins that were sent for `part`; the first of them is part number `parts().len()`.
+    /// Makes stand-ins that were sent for `part` responsible for what is in them; the first of them is part number
+    /// `parts().len()`.
     pub(super) fn replace(
         &mut self,
         part: usize,
@@ -281,9 +506,15 @@ impl Flight {
         self.parts[part].hedged = self.is_waiting(part);
         for (shard, places) in sent {
             let number = self.parts.len();
-            self.parts[part].stand_ins.push(number);
+            let pairs: Vec<usize> =
+                places.iter().map(|&place| self.parts[part].pairs[place as usize]).collect();
+            for &pair in &pairs {
+                self.pairs[pair].part = number;
+            }
+            self.parts[part].owes -= pairs.len();
             let due = now + patience(&shard);
-            self.parts.push(Part::new(shard, now, due, Some((part, places))));
+            let first = self.parts[part].first;
+            self.parts.push(Part::new(shard, pairs, now, due, Some(part), first));
         }
     }
 
@@ -294,46 +525,58 @@ impl Flight {
         part.due += more;
     }
 
-    /// Nobody else can be asked for what is in `part`.
-    pub(super) fn leave_alone(&mut self, part: usize) {
-        self.parts[part].alone = true;
-    }
-
     /// What is to be combined once it is complete.
-    pub(super) fn sum(&self) -> Sum<'_> {
-        let mut sources = Vec::with_capacity(self.first);
-        for part in 0..self.first {
-            self.gather_sources(part, &mut sources);
-        }
-        match self.combine {
-            Combine::Partial => {
-                let (starts, terms) =
-                    by_shard(self.rows, sources.iter().map(|&part| &self.parts[part].shard.plan));
-                Sum { sources, starts: Cow::Owned(starts), terms: Cow::Owned(terms) }
-            }
-            Combine::Exact => {
-                let mut terms = Cow::Borrowed(&self.terms[..]);
-                // Unless something stood in, every source is where it was planned to be.
-                if !sources.iter().copied().eq(0..self.first) {
-                    self.redirect(&sources, terms.to_mut());
-                }
-                Sum { sources, starts: Cow::Borrowed(&self.starts), terms }
-            }
-        }
+    pub(super) fn sum(&self) -> Sum {
+        let mut sources: Vec<usize> =
+            (0..self.parts.len()).filter(|&part| self.arrived(part).is_some()).collect();
+        // A stand-in counts where that stands which it stands in for.
+        sources.sort_by_key(|&part| (self.parts[part].first, part));
+        let (starts, terms) = match self.combine {
+            Combine::Exact => self.by_pair(&sources),
+            Combine::Partial => self.by_part(&sources),
+        };
+        Sum { sources, starts, terms }
     }
 
-    /// The expert of an output row of a part; of a row that several experts are added up in, the first.
-    pub(super) fn expert_of(&self, part: usize, row: u32) -> ExpertId {
-        let plan = &self.parts[part].shard.plan;
-        let mut ends = plan.counts.iter().scan(0, |end, count| {
-            *end += count;
-            Some(*end)
-        });
-        let at = match self.combine {
-            Combine::Exact => ends.position(|end| row < end).unwrap_or(0),
-            Combine::Partial => 0,
-        };
-        plan.experts[at]
+    /// Exact combine: every output is a term.
+    fn by_pair(&self, sources: &[usize]) -> (Vec<u32>, Vec<Term>) {
+        let mut source_of = vec![0; self.parts.len()];
+        for (source, &part) in (0..).zip(sources) {
+            source_of[part] = source;
+        }
+        let (mut starts, mut terms) =
+            (Vec::with_capacity(self.rows + 1), Vec::with_capacity(self.pairs.len()));
+        starts.push(0);
+        for (row, pairs) in (0..).zip(self.pairs.chunks_exact(self.k)) {
+            if self.lost.is_empty() || !self.lost.contains_key(&row) {
+                let weights = &self.weights[row as usize * self.k..];
+                for (pair, &weight) in pairs.iter().zip(weights) {
+                    let PairState::Answered { part, row } = pair.state else { continue };
+                    terms.push(Term { source: source_of[part], row, weight });
+                }
+            }
+            // Pairs are counted in 32 bits by the plan.
+            starts.push(terms.len() as u32);
+        }
+        (starts, terms)
+    }
+
+    /// Partial combine: every part with the row gives one term, in the order of the parts.
+    fn by_part(&self, sources: &[usize]) -> (Vec<u32>, Vec<Term>) {
+        let mut terms: Vec<(u32, Term)> = Vec::new();
+        for (source, &part) in (0..).zip(sources) {
+            let Part { shard, pairs, .. } = &self.parts[part];
+            for (position, pairs) in (0..).zip(by_row(&shard.plan, pairs)) {
+                let taken = PairState::Answered { part, row: position };
+                let row = shard.plan.rows[position as usize];
+                if pairs.first().is_some_and(|&pair| self.pairs[pair].state == taken)
+                    && !self.lost.contains_key(&row)
+                {
+                    terms.push((row, Term { source, row: position, weight: 1.0 }));
+                }
+            }
+        }
+        terms_by_row(self.rows, terms.into_iter())
     }
 
     /// What arrived as part `part`.
@@ -343,51 +586,20 @@ impl Flight {
             State::Waiting | State::Failed(_) => None,
         }
     }
-
-    fn gather_sources(&self, part: usize, sources: &mut Vec<usize>) {
-        let Part { state, stand_ins, .. } = &self.parts[part];
-        if matches!(state, State::Arrived(_)) {
-            sources.push(part);
-        } else {
-            stand_ins.iter().for_each(|&other| self.gather_sources(other, sources));
-        }
-    }
-
-    /// Points terms at the parts that really arrived.
-    fn redirect(&self, sources: &[usize], terms: &mut [Term]) {
-        // For each of the first parts: source and row of each of its places.
-        let mut found: Vec<Vec<(u32, u32)>> =
-            self.parts[..self.first].iter().map(|part| vec![(0, 0); part.shard.plan.indices.len()]).collect();
-        for (source, &part) in (0..).zip(sources) {
-            let mut places: Vec<u32> = (0..).take(self.parts[part].shard.plan.indices.len()).collect();
-            let mut at = part;
-            while let Some((of, there)) = &self.parts[at].of {
-                places.iter_mut().for_each(|place| *place = there[*place as usize]);
-                at = *of;
-            }
-            for (row, place) in (0..).zip(places) {
-                found[at][place as usize] = (source, row);
-            }
-        }
-        for term in terms {
-            (term.source, term.row) = found[term.source as usize][term.row as usize];
-        }
-    }
 }
 
 impl Part {
-    fn new(shard: Shard, since: Instant, due: Instant, of: Option<(usize, Vec<u32>)>) -> Self {
-        Self {
-            shard,
-            since,
-            due,
-            state: State::Waiting,
-            stand_ins: Vec::new(),
-            alone: false,
-            hedged: false,
-            deferred: false,
-            of,
-        }
+    fn new(
+        shard: Shard,
+        pairs: Vec<usize>,
+        since: Instant,
+        due: Instant,
+        of: Option<usize>,
+        first: usize,
+    ) -> Self {
+        let owes = pairs.len();
+        let (state, alone, hedged, deferred) = (State::Waiting, false, false, false);
+        Self { shard, since, due, state, pairs, owes, alone, hedged, deferred, of, first }
     }
 }
 
@@ -410,22 +622,13 @@ impl Shard {
     }
 }
 
-/// Exact combine: every output is a term.
-fn by_pair(choices: &Choices, slots: &[Slot]) -> (Vec<u32>, Vec<Term>) {
-    let term = |(slot, &weight): (&Slot, &f32)| Term { source: slot.shard, row: slot.position, weight };
-    let terms = slots.iter().zip(choices.weights()).map(term).collect();
-    // Pairs are counted in 32 bits by the plan.
-    let starts = (0..=choices.rows()).map(|row| (row * choices.k()) as u32).collect();
-    (starts, terms)
-}
-
-/// Partial combine: every shard with the row gives one term, in the order of the shards.
-fn by_shard<'a>(rows: usize, plans: impl Iterator<Item = &'a ShardPlan> + Clone) -> (Vec<u32>, Vec<Term>) {
-    let terms = (0..).zip(plans).flat_map(|(source, plan)| {
-        let term = move |(position, &row): (u32, &u32)| (row, Term { source, row: position, weight: 1.0 });
-        (0..).zip(&plan.rows).map(term)
-    });
-    terms_by_row(rows, terms)
+/// The pairs of each row of a plan, given the pair of each output.
+fn by_row(plan: &ShardPlan, pairs: &[usize]) -> Vec<Vec<usize>> {
+    let mut rows = vec![Vec::new(); plan.rows.len()];
+    for (&index, &pair) in plan.indices.iter().zip(pairs) {
+        rows[index as usize].push(pair);
+    }
+    rows
 }
 
 /// Output rows that a shard brings.

@@ -13,7 +13,7 @@ use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_request::Body;
 use muster_proto::handshake::{LANES, Terms};
-use muster_proto::reply::{Fault, FaultKind, Timing};
+use muster_proto::reply::{Fault, FaultKind, OutputRows, Timing};
 use muster_proto::shard::{ShardRules, ShardView};
 use muster_types::{Combine, Epoch, InvalidWorkerId, Speed, WorkerId};
 use tokio::sync::mpsc;
@@ -47,7 +47,7 @@ pub(super) fn start(
     let Ok(lanes) = lanes.try_into() else { return Err(std::io::Error::other("lanes were miscounted")) };
     let description = describe(board, terms, rules.max_rows).map_err(std::io::Error::other)?;
     let epoch = description.epoch;
-    let (peer, session) = board.here(description, lanes).map_err(std::io::Error::other)?;
+    let (peer, session) = board.here(description, lanes);
     // Holding the board would keep it, and with it the lanes, for good.
     let board = Arc::downgrade(board);
     let run = move || {
@@ -69,9 +69,9 @@ pub(super) fn start(
             let (id, at) = (shard.id, Instant::now());
             let outcome = ShardView::parse(shard, &rules, combine, epoch)
                 .and_then(|view| compute(&view, &mut call, &cpu, &rules, experts.as_mut()))
-                .map(|(rows, data, compute)| {
+                .map(|(outputs, compute)| {
                     let timing = Timing { queue: at.elapsed().saturating_sub(compute), compute };
-                    Arrived { rows, data, timing, at: Instant::now() }
+                    Arrived { outputs, timing, at: Instant::now() }
                 });
             // It was sent on this very lane.
             let _ = board.deliver(StreamKey { peer, session, lane }, id, outcome);
@@ -91,6 +91,7 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         experts: terms.experts,
         epoch: Epoch::new(1),
         holdings: board.keys(),
+        digests: Vec::new(),
         resident_bytes: 0,
         phase: Phase::Serving,
         max_rows,
@@ -100,10 +101,9 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         loading: 0,
         useful: None,
         full: None,
+        trouble: None,
     })
 }
-
-type Computed = (u32, bytes::Bytes, Duration);
 
 fn compute(
     view: &ShardView,
@@ -111,11 +111,11 @@ fn compute(
     cpu: &Cpu,
     rules: &ShardRules,
     experts: &mut dyn ExpertCompute,
-) -> Result<Computed, Fault> {
+) -> Result<(OutputRows, Duration), Fault> {
     call.clear();
     call.admit(view, Duration::ZERO, rules)?;
     let outcome = call.run(&[view], cpu, rules, experts).pop();
     let missing = || Fault::new(FaultKind::Internal, "the experts gave nothing");
-    let (data, compute) = outcome.ok_or_else(missing)?;
-    Ok((view.answers(), data?, compute))
+    let (outputs, compute) = outcome.ok_or_else(missing)?;
+    Ok((outputs?, compute))
 }

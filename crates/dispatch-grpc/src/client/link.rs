@@ -3,13 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use muster_proto::WireError;
 use muster_proto::convert::RouterName;
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::experts_client::ExpertsClient;
-use muster_proto::handshake::{HandshakeError, LANES, Terms};
+use muster_proto::handshake::{HandshakeError, LANES, Terms, agree};
 use muster_proto::limits::MessageLimits;
 use muster_proto::reply::Reply;
+use muster_proto::version::WITH_DIGESTS;
 use muster_types::Combine;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -19,6 +21,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::board::{Arrived, Board, Ended, StreamKey};
 use super::config::LinkError;
+use super::digests::Digests;
 use super::peer::Control;
 use crate::address::Address;
 use crate::transport::{self, Dialer};
@@ -33,6 +36,8 @@ const SIGN_OF_LIFE: Duration = Duration::from_millis(600);
 const LONGEST_SIGN: Duration = Duration::from_secs(5);
 /// A link that lasted so long did not end soon.
 const LASTED: Duration = Duration::from_secs(60);
+/// Links in a row that end soon and bring nothing, from which on the worker is left alone for longer each time.
+const MOST_USELESS: u32 = 4;
 /// Shards written to a stream and not yet taken by the transport.
 const SEND_QUEUE: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -47,22 +52,33 @@ pub(super) struct LinkConfig {
     pub(super) limits: MessageLimits,
     pub(super) combine: Combine,
     pub(super) dialer: Dialer,
+    /// What the experts' weights must be.
+    pub(super) digests: Digests,
 }
 
 /// Keeps a worker connected, for as long as it is polled.
 pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>) {
     let Some(address) = board.address(peer) else { return };
-    let (mut pause, mut sign) = (FIRST_PAUSE, SIGN_OF_LIFE);
+    config.digests.settled().await;
+    let (mut pause, mut sign, mut useless) = (FIRST_PAUSE, SIGN_OF_LIFE, 0);
     loop {
+        let mut unverified = 0;
         let opened = match open(&address, &config, (pause * STEP_IN_PAUSES).min(STEP_TIMEOUT)).await {
-            Ok(link) => board
-                .up(peer, link.description, link.senders, link.control)
-                .map(|session| (session, link.client, link.inbound, link.watch)),
+            Ok(link) => {
+                unverified = link.description.holdings.len() - link.description.digests.len();
+                board
+                    .up(peer, link.description, link.senders, link.control)
+                    .map(|session| (session, link.client, link.inbound, link.watch))
+            }
             Err(error) => Err(error),
         };
+        let is_news = config.digests.note(peer, opened.as_ref().map(|_| ()));
         match opened {
             Ok((session, client, inbound, watch)) => {
                 tracing::info!(%address, "worker connected");
+                if unverified > 0 {
+                    tracing::warn!(%address, experts = unverified, "its weights are not verified: it runs a version that tells no digests; upgrade it");
+                }
                 pause = FIRST_PAUSE;
                 let since = Instant::now();
                 let mut tasks = JoinSet::new();
@@ -70,18 +86,25 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 let ended = carry(peer, session, tasks, inbound, watch, &board, &config).await;
                 tracing::warn!(%address, ?ended, "worker lost");
                 metrics::counter!("muster_dispatch_links_lost_total").increment(1);
-                if matches!(ended, Ended::Bad(_)) {
+                useless = if board.is_useful(peer) || since.elapsed() >= LASTED { 0 } else { useless + 1 };
+                if matches!(ended, Ended::Bad(_)) || useless >= MOST_USELESS {
                     board.strike(peer);
                 }
                 board.down(peer, session, ended);
                 sign = if since.elapsed() < LASTED { (sign * 2).min(LONGEST_SIGN) } else { SIGN_OF_LIFE };
             }
             Err(error) => {
-                tracing::debug!(%address, %error, "worker not connected");
+                if is_news {
+                    tracing::error!(%address, %error, "worker refused");
+                    metrics::counter!("muster_dispatch_workers_refused_total").increment(1);
+                } else {
+                    tracing::debug!(%address, %error, "worker not connected");
+                }
                 board.unreachable(peer, error);
             }
         }
         if board.forget_peer(peer) {
+            config.digests.note(peer, Ok(()));
             tracing::info!(%address, "worker left");
             return;
         }
@@ -144,6 +167,11 @@ fn check(described: &v1::WorkerDescription, config: &LinkConfig) -> Result<Descr
     if theirs < ours {
         return Err(LinkError::MaxRows { ours, theirs });
     }
+    let tells = agree(described.protocol_version, described.newest_protocol_version)? >= WITH_DIGESTS;
+    if tells && description.digests.len() != description.holdings.len() {
+        return Err(HandshakeError::Wire(WireError::Missing("held.digests")).into());
+    }
+    config.digests.compare(&description)?;
     Ok(description)
 }
 
@@ -185,7 +213,10 @@ async fn ask_in_doubt(
     while board.doubt(peer, session).await {
         let asked = client.describe(v1::DescribeRequest {});
         match tokio::time::timeout(patience, asked).await {
-            Ok(Ok(_)) => tokio::time::sleep(patience).await,
+            Ok(Ok(_)) => {
+                board.is_alive(peer, session);
+                tokio::time::sleep(patience).await;
+            }
             Ok(Err(status)) => return Ended::Lost(describe(&status)),
             Err(_) => return Ended::Lost(format!("gave no sign of life within {patience:?}")),
         }
@@ -215,6 +246,10 @@ async fn carry(
                 Err(ended) => return ended,
             };
             if let Err(error) = announced {
+                if config.digests.note(peer, Err(&error)) {
+                    tracing::error!(peer, %error, "worker refused");
+                    metrics::counter!("muster_dispatch_workers_refused_total").increment(1);
+                }
                 return Ended::Bad(error.to_string());
             }
         }
@@ -234,7 +269,7 @@ async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, b
         };
         let delivered = match Reply::parse(message) {
             Ok(Reply::Answer { id, outcome, timing }) => {
-                let outcome = outcome.map(|(rows, data)| Arrived { rows, data, timing, at: Instant::now() });
+                let outcome = outcome.map(|outputs| Arrived { outputs, timing, at: Instant::now() });
                 board.deliver(stream, id.get(), outcome)
             }
             Ok(Reply::Ack { .. }) => Err("it acknowledged a stream twice".into()),

@@ -10,13 +10,15 @@ use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::control_client::ControlClient;
 use muster_proto::handshake::LANES;
+use muster_proto::reply::{Fault, FaultKind};
+use muster_types::WorkerId;
 use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
 
 use super::cluster::ConnectedWorker;
 use super::config::LinkError;
 use super::handle::{WorkerHealth, WorkerState};
-use super::routes::Hop;
+use super::routes::{Announced, Hop};
 use crate::address::Address;
 
 /// How long a worker that broke the protocol is left alone, the first time.
@@ -25,6 +27,10 @@ const FIRST_BAN: Duration = Duration::from_secs(1);
 const MOST_STRIKES: u32 = 6;
 /// After so long without another breach it begins anew.
 const GOOD_CONDUCT: Duration = Duration::from_secs(300);
+/// Errors in a row, with no outputs in between, after which a worker is left alone.
+const MOST_FAULTS: u32 = 16;
+/// How long a sign of life shows that a worker is there.
+const CONFIRMED: Duration = Duration::from_secs(5);
 
 pub(super) type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
 
@@ -74,6 +80,14 @@ pub(super) struct Peer {
     pub(super) doubted: bool,
     /// Told when doubt begins.
     pub(super) doubt: Arc<Notify>,
+    /// When it last gave a sign of life because there was doubt.
+    confirmed: Option<Instant>,
+    /// Shards of its session that nobody waits for and that it has yet to answer.
+    owed: usize,
+    /// Errors since it last gave outputs.
+    faults: u32,
+    /// Its session gave outputs.
+    useful: bool,
     /// Until when it is not connected again, because it broke the protocol.
     banned: Option<Instant>,
     /// How often it broke it.
@@ -119,6 +133,10 @@ impl Peer {
             joined: 0,
             doubted: false,
             doubt: Arc::default(),
+            confirmed: None,
+            owed: 0,
+            faults: 0,
+            useful: false,
             banned: None,
             strikes: 0,
         }
@@ -141,13 +159,75 @@ impl Peer {
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
         self.announced = Some(Arc::new(description));
         self.state = LinkState::Up { session, lanes, control: Some(control) };
+        (self.owed, self.useful, self.confirmed) = (0, false, None);
         self.all_answered();
+    }
+
+    /// Whether it announces itself by this name.
+    pub(super) fn is_called(&self, worker: &WorkerId) -> bool {
+        self.announced.as_ref().is_some_and(|announced| announced.worker == *worker)
+    }
+
+    /// Another says that it has this one's name: whoever is alive keeps it. Says what the other is to do.
+    pub(super) fn contest(&mut self, worker: &WorkerId) -> LinkError {
+        let (worker, other) = (worker.to_string(), self.address.to_string());
+        if self.is_here() || self.confirmed.is_some_and(|at| at.elapsed() < CONFIRMED) {
+            return LinkError::SameName { worker, other };
+        }
+        self.doubted = true;
+        self.doubt.notify_one();
+        LinkError::Contested { worker, other }
+    }
+
+    /// It gave a sign of life. What is late still is.
+    pub(super) fn confirm(&mut self) {
+        self.confirmed = Some(Instant::now());
+        self.doubted = self.late > 0;
+    }
+
+    /// Nobody waits for one of its shards any more.
+    pub(super) const fn owe(&mut self) {
+        self.owed += 1;
+    }
+
+    /// It answered a shard that nobody waits for; false when it had answered that before.
+    pub(super) const fn is_owed(&mut self) -> bool {
+        let owed = self.owed > 0;
+        self.owed = self.owed.saturating_sub(1);
+        owed
+    }
+
+    /// Takes note of an answer.
+    ///
+    /// # Errors
+    /// When nothing but errors has come for long.
+    pub(super) fn judge<T>(&mut self, outcome: &Result<T, Fault>) -> Result<(), String> {
+        match outcome {
+            Ok(_) => (self.faults, self.useful) = (0, true),
+            // It says so for its own good.
+            Err(Fault { kind: FaultKind::Overloaded | FaultKind::Draining, .. }) => {}
+            Err(fault) => {
+                self.faults += 1;
+                if self.faults >= MOST_FAULTS {
+                    self.faults = 0;
+                    return Err(format!("{MOST_FAULTS} errors in a row; the last: {fault}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether its session, or the one before, gave any outputs.
+    pub(super) const fn is_useful(&self) -> bool {
+        self.useful
     }
 
     /// Its link ended.
     pub(super) fn down(&mut self, reason: String) {
         self.state = LinkState::Down { since: Instant::now(), error: None, reason };
         self.all_answered();
+        // Whoever carries the link ends it.
+        self.doubt.notify_one();
     }
 
     /// It has answered what was late, or nobody waits for that.
@@ -166,10 +246,10 @@ impl Peer {
     }
 
     /// The way to it as peer number `at`, and what it announces; `None` when it is not connected.
-    pub(super) fn route(&self, at: usize) -> Option<(Hop, &Description)> {
+    pub(super) fn route(&self, at: usize) -> Option<Announced> {
         match (&self.state, &self.announced) {
             (LinkState::Up { session, .. }, Some(announced)) => {
-                Some((Hop { peer: at, session: *session, epoch: announced.epoch }, announced))
+                Some((Hop { peer: at, session: *session, epoch: announced.epoch }, Arc::clone(announced)))
             }
             _ => None,
         }

@@ -31,25 +31,20 @@ impl Routes {
     pub(super) fn new(
         epoch: Epoch,
         shape: &Shape,
-        live: &[(Hop, &Description)],
-        here: Option<(Hop, &Description)>,
+        live: &[Announced],
+        here: Option<&Announced>,
     ) -> Result<Self, LinkError> {
-        let place = |held: &[(WorkerId, Vec<ExpertKey>)]| {
-            let placement = Placement::from_holdings(epoch, shape, held);
+        let place = |announced: &[&Announced]| {
+            let held: Vec<(&WorkerId, &[ExpertKey])> =
+                announced.iter().map(|(_, told)| (&told.worker, &told.holdings[..])).collect();
+            let placement = Placement::from_holdings(epoch, shape, &held);
             placement.map(Arc::new).map_err(|error| LinkError::Placement(error.to_string()))
         };
-        let mut held: Vec<(WorkerId, Vec<ExpertKey>)> =
-            live.iter().map(|(_, d)| (d.worker.clone(), d.holdings.clone())).collect();
-        let mut hops: Vec<Hop> = live.iter().map(|(hop, _)| *hop).collect();
-        let elsewhere = place(&held)?;
-        let placement = match here {
-            None => Arc::clone(&elsewhere),
-            Some((hop, description)) => {
-                held.push((description.worker.clone(), description.holdings.clone()));
-                hops.push(hop);
-                place(&held)?
-            }
-        };
+        let mut all: Vec<&Announced> = live.iter().collect();
+        let elsewhere = place(&all)?;
+        all.extend(here);
+        let placement = if here.is_some() { place(&all)? } else { Arc::clone(&elsewhere) };
+        let hops: Vec<Hop> = all.iter().map(|(hop, _)| *hop).collect();
         Ok(Self { placement, elsewhere, ranks: vec![Rank::Good; hops.len()], hops })
     }
 
@@ -73,6 +68,9 @@ impl Routes {
         self.hops.get(worker.index()).copied().zip(self.placement.workers().get(worker.index()))
     }
 }
+
+/// The way to a worker, and what it announces.
+pub(super) type Announced = (Hop, Arc<Description>);
 
 /// The way to a worker.
 #[derive(Debug, Clone, Copy)]

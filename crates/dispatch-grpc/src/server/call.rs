@@ -4,18 +4,17 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use muster_engine::dispatch::Rows;
-use muster_kernels::{Cpu, NotFinite, Outputs, Precision, Term, combine_to_wire, terms_by_row, to_wire};
+use muster_kernels::{Cpu, Outputs, Precision, Term, combine_to_wire, terms_by_row, to_wire};
 use muster_proto::frame::{FrameError, RowBuffer, byte_len};
-use muster_proto::reply::{Fault, FaultKind};
+use muster_proto::reply::{Fault, FaultKind, OutputRows};
 use muster_proto::shard::{ShardRules, ShardView};
 use muster_types::{DType, ExpertId, ExpertKey};
 
 use crate::compute::{ComputeError, ExpertCompute};
 
 /// What a shard gets, and how long the experts took.
-pub(crate) type Outcome = (Result<Bytes, Fault>, Duration);
+pub(crate) type Outcome = (Result<OutputRows, Fault>, Duration);
 
 /// Buffers of a call, kept from one to the next.
 #[derive(Default)]
@@ -127,36 +126,75 @@ impl Call {
         (outcome, compute)
     }
 
-    /// A shard's reply: its outputs, or the sums of their weighted rows.
+    /// A shard's reply: its outputs, or the sums of their weighted rows. Those that are not finite are marked and zero.
     fn answer(
         &self,
         view: &ShardView,
         places: &[Range<usize>],
         cpu: &Cpu,
         rules: &ShardRules,
-    ) -> Result<Bytes, Fault> {
+    ) -> Result<OutputRows, Fault> {
         let (hidden, wire) = (rules.hidden as usize, precision(rules.wire));
-        let bytes = byte_len(view.answers() as usize, hidden, rules.wire)
+        let rows = view.answers();
+        let bytes = byte_len(rows as usize, hidden, rules.wire)
             .map_err(|error| Fault::new(FaultKind::Internal, error.to_string()))?;
         let mut data = vec![0; bytes];
+        let mut not_finite = Vec::new();
+        // One row, or all: where something is not finite, every row is tried alone.
+        let mut mark = |row: u32, is_finite: bool, data: &mut [u8]| {
+            if !is_finite {
+                data.fill(0);
+                not_finite.push(row);
+            }
+        };
         match view.weights() {
-            None => to_wire(cpu, hidden, &self.output, &joined(places), wire, &mut data)
-                .map_err(|row| non_finite(view, places, row))?,
+            None => {
+                let write = |places: &[Range<usize>], data: &mut [u8]| {
+                    to_wire(cpu, hidden, &self.output, places, wire, data).is_ok()
+                };
+                if !write(&joined(places), &mut data) {
+                    let alone = places.iter().cloned().flatten();
+                    for ((row, place), data) in
+                        (0..).zip(alone).zip(data.chunks_exact_mut(bytes / rows as usize))
+                    {
+                        mark(row, write(&[place..place + 1], data), data);
+                    }
+                }
+            }
             Some(weights) => {
                 let (starts, terms) = terms(view, places, weights);
                 let outputs = [Outputs::Computed(&self.output, wire)];
-                combine_to_wire(cpu, hidden, &outputs, &starts, &terms, wire, &mut data).map_err(|bad| {
-                    match bad {
-                        NotFinite::Output { row, .. } => non_finite(view, places, row),
-                        NotFinite::Sum { row } => {
-                            let reason = format!("the weighted sum of row {row} is not finite");
-                            Fault::new(FaultKind::NonFinite, reason)
-                        }
+                let write = |starts: &[u32], terms: &[Term], data: &mut [u8]| {
+                    combine_to_wire(cpu, hidden, &outputs, starts, terms, wire, data).is_ok()
+                };
+                if !write(&starts, &terms, &mut data) {
+                    let rows_of = data.chunks_exact_mut(bytes / rows as usize);
+                    for ((row, bounds), data) in (0..).zip(starts.windows(2)).zip(rows_of) {
+                        let terms = &terms[bounds[0] as usize..bounds[1] as usize];
+                        mark(row, write(&[0, bounds[1] - bounds[0]], terms, data), data);
                     }
-                })?;
+                }
             }
         }
-        Ok(data.into())
+        Ok(OutputRows { rows, data: data.into(), not_finite })
+    }
+}
+
+/// What a router gets that knows of no marks: its whole shard is lost.
+pub(crate) fn unmarked(view: &ShardView, rows: OutputRows) -> Result<OutputRows, Fault> {
+    let Some(&first) = rows.not_finite.first() else { return Ok(rows) };
+    let mut end = 0;
+    let of = |(expert, indices): (ExpertId, &[u32])| {
+        end += indices.len();
+        ((first as usize) < end).then_some(expert)
+    };
+    match view.groups().into_iter().find_map(of) {
+        // Where the worker adds up, an output is not one expert's.
+        Some(expert) if view.weights().is_none() => {
+            let key = ExpertKey { layer: view.layer(), expert };
+            Err(Fault::of_expert(FaultKind::NonFinite, expert.get(), format!("{key}: output is not finite")))
+        }
+        _ => Err(Fault::new(FaultKind::NonFinite, format!("output row {first} is not finite"))),
     }
 }
 
@@ -235,19 +273,6 @@ fn input_fault(error: &FrameError) -> Fault {
         _ => FaultKind::BadRequest,
     };
     Fault::new(kind, format!("field data: {error}"))
-}
-
-/// An output row has a value that is not finite: whose it is.
-fn non_finite(view: &ShardView, places: &[Range<usize>], row: usize) -> Fault {
-    let groups = view.groups();
-    let found = groups.iter().zip(places).find(|(_, place)| place.contains(&row));
-    match found {
-        Some(((expert, _), _)) => {
-            let key = ExpertKey { layer: view.layer(), expert: *expert };
-            Fault::of_expert(FaultKind::NonFinite, expert.get(), format!("{key}: output is not finite"))
-        }
-        None => Fault::new(FaultKind::NonFinite, "an output is not finite"),
-    }
 }
 
 fn compute_fault(error: &ComputeError) -> Fault {

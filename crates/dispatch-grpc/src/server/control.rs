@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use muster_placement::lease::{Ask, Grant, Term, Verdict};
 use muster_proto::control::{Assignment, LeadAnswer, LeadAsk};
 use muster_proto::convert::RouterName;
-use muster_types::{Epoch, ExpertId, ExpertKey, LayerId};
+use muster_types::{Epoch, ExpertId, ExpertKey, LayerId, WeightDigest};
 
 use super::weights::WeightSource;
 
@@ -29,6 +29,8 @@ pub trait Custody: WeightSource {
 pub struct Held {
     /// Those that may be asked for, strictly ascending.
     pub experts: Vec<ExpertKey>,
+    /// Of the weights of each of them.
+    pub digests: Vec<WeightDigest>,
     /// Bytes of all that is in memory.
     pub resident_bytes: u64,
     /// Experts that are to be loaded and are not.
@@ -37,6 +39,8 @@ pub struct Held {
     pub useful: Option<Duration>,
     /// From the start until all were there that were to be there first.
     pub full: Option<Duration>,
+    /// The last source of weights that was passed over because what it has is damaged or different.
+    pub trouble: Option<String>,
 }
 
 /// The state of a worker's obedience.

@@ -4,25 +4,25 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::pin::{Pin, pin};
-use std::task::{Context, Poll, ready};
+use std::pin::pin;
 use std::time::Duration;
 
 use muster_identity::{Clients, Identity, Role};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::oneshot;
-use tokio::time::Sleep;
-use tokio_stream::Stream;
+use muster_net::{Acceptor, Patience};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
 use super::{ExpertServer, Network};
 use crate::address::Address;
 use crate::driver::Driver;
-use crate::secured::{Only, secured};
+use crate::secured::{Only, Speaks, secured};
 use crate::transport;
 
-/// Pause after an accept that failed for lack of something, such as file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Routers ping all the time, so that none is silent for long.
+const PATIENCE: Patience =
+    Patience { stall: Duration::from_secs(30), silence: Some(Duration::from_secs(25)) };
 
 /// A socket that cannot be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -131,20 +131,25 @@ impl Bound {
             .add_service(InterceptedService::new(server.service(), only(&[Role::Router])))
             .add_service(InterceptedService::new(server.control(), only(&[Role::Router])))
             .add_service(InterceptedService::new(server.weights(), only(&[Role::Router, Role::Worker])));
-        let (stop, stopped) = oneshot::channel::<()>();
-        let stopped = async {
-            // Resolves also when the other half is gone.
-            let _ = stopped.await;
-        };
+        // Also when this future is dropped.
+        let stop = CancellationToken::new();
+        let stopping = stop.clone().drop_guard();
         let mut serving = driver.spawn(async move {
             match listener {
                 Listener::Tcp(listener) => {
-                    let incoming = secured(Incoming { listener, pause: None }, tls);
-                    router.serve_with_incoming_shutdown(incoming, stopped).await
+                    let incoming = Acceptor::new(listener, PATIENCE).into_stream(stop.clone());
+                    let incoming = incoming.map(|socket| {
+                        let socket = socket?;
+                        transport::resend_soon(socket.get_ref());
+                        Ok(socket)
+                    });
+                    let incoming = secured(incoming, tls, Speaks::Http2);
+                    router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
                 }
                 Listener::Unix(listener, _file) => {
-                    let incoming = secured(Incoming { listener, pause: None }, None);
-                    router.serve_with_incoming_shutdown(incoming, stopped).await
+                    let incoming = Acceptor::new(listener, PATIENCE).into_stream(stop.clone());
+                    let incoming = secured(incoming, None, Speaks::Http2);
+                    router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await
                 }
             }
         });
@@ -152,7 +157,7 @@ impl Bound {
         let served = tokio::select! {
             served = &mut serving => served,
             () = &mut shutdown => {
-                drop(stop);
+                drop(stopping);
                 serving.await
             }
         };
@@ -171,13 +176,13 @@ async fn listen(address: &Address) -> Result<(Listener, Address), BindError> {
     };
     match address {
         Address::Tcp { host, port } => {
-            let listener = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
+            let listener = muster_net::listen::tcp_named(host, *port).await.map_err(failed)?;
             let address = listener.local_addr().map_err(failed)?.into();
             Ok((Listener::Tcp(listener), address))
         }
         Address::Unix(path) => {
             remove_stale(path, address).await?;
-            let listener = UnixListener::bind(path).map_err(failed)?;
+            let listener = muster_net::listen::unix(path).map_err(failed)?;
             Ok((Listener::Unix(listener, SocketFile(path.clone())), address.clone()))
         }
     }
@@ -193,58 +198,4 @@ async fn remove_stale(path: &Path, address: &Address) -> Result<(), BindError> {
         return Err(BindError::InUse { address: address.clone() });
     }
     std::fs::remove_file(path).map_err(|source| BindError::Io { address: address.clone(), source })
-}
-
-/// A listener of either kind.
-trait Accept: Unpin {
-    type Io;
-
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Io>>;
-}
-
-impl Accept for TcpListener {
-    type Io = TcpStream;
-
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
-        let (stream, _) = ready!(Self::poll_accept(self, cx))?;
-        // The server does this only for sockets that it accepts itself.
-        transport::prepare(&stream)?;
-        Poll::Ready(Ok(stream))
-    }
-}
-
-impl Accept for UnixListener {
-    type Io = UnixStream;
-
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<UnixStream>> {
-        Poll::Ready(Ok(ready!(Self::poll_accept(self, cx))?.0))
-    }
-}
-
-/// Accepted connections, without end: the server takes an error for its own end, and running out of file
-/// descriptors must not be that.
-struct Incoming<L> {
-    listener: L,
-    pause: Option<Pin<Box<Sleep>>>,
-}
-
-impl<L: Accept> Stream for Incoming<L> {
-    type Item = io::Result<L::Io>;
-
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        loop {
-            if let Some(pause) = &mut self.pause {
-                ready!(pause.as_mut().poll(cx));
-                self.pause = None;
-            }
-            match ready!(self.listener.poll_accept(cx)) {
-                Ok(stream) => return Poll::Ready(Some(Ok(stream))),
-                Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection");
-                    metrics::counter!("muster_worker_accept_errors_total").increment(1);
-                    self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
-                }
-            }
-        }
-    }
 }

@@ -43,7 +43,7 @@ pub use pressure::{Pressure, Smoothed};
 use queue::Jobs;
 pub use queue::{ComputeQueue, Network};
 pub use stream::Replies;
-pub use weights::{WeightSource, WeightTerms, WeightsService};
+pub use weights::{Handed, WeightSource, WeightTerms, WeightsService};
 
 /// Time a router has to say hello on a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
@@ -108,7 +108,8 @@ impl Shared {
     /// Announces what is held now. The caller has `since` locked, so that what is announced last is what was last; the
     /// description, which every shard looks at, is not locked while the custody is asked.
     fn refresh(&self, since: &mut BTreeMap<ExpertKey, Epoch>) {
-        let Held { mut experts, resident_bytes, loading, useful, full } = self.custody.held();
+        let Held { mut experts, mut digests, resident_bytes, loading, useful, full, mut trouble } =
+            self.custody.held();
         let loading = u32::try_from(loading).unwrap_or(u32::MAX);
         let new: Vec<ExpertKey> = experts.iter().filter(|key| !since.contains_key(key)).copied().collect();
         let before = since.len();
@@ -118,12 +119,14 @@ impl Shared {
             let figures = (resident_bytes, loading, useful, full);
             let before =
                 (description.resident_bytes, description.loading, description.useful, description.full);
-            if same && figures == before {
+            if same && figures == before && digests == description.digests && trouble == description.trouble {
                 return false;
             }
             if !same {
                 std::mem::swap(&mut description.holdings, &mut experts);
             }
+            std::mem::swap(&mut description.digests, &mut digests);
+            std::mem::swap(&mut description.trouble, &mut trouble);
             description.resident_bytes = resident_bytes;
             description.capacity = description.capacity.max(resident_bytes);
             description.loading = loading;

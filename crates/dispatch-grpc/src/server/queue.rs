@@ -9,16 +9,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use metrics::{Counter, Histogram};
 use muster_kernels::Cpu;
 use muster_proto::expert::v1;
-use muster_proto::reply::{Fault, FaultKind, Reply, Timing};
+use muster_proto::reply::{Fault, FaultKind, OutputRows, Reply, Timing};
 use muster_proto::shard::{ShardRules, ShardView};
+use muster_proto::version::MARKS;
 use tokio::sync::{Notify, mpsc, watch};
 use tonic::Status;
 
-use super::call::Call;
+use super::call::{self, Call};
 use super::control::RowCounts;
 use super::pressure::Pressure;
 use crate::busy::BusyPoll;
@@ -63,11 +63,11 @@ impl Answer {
         self.place = None;
     }
 
-    fn send(mut self, outcome: Result<(u32, Bytes), Fault>, timing: Timing) {
+    fn send(mut self, outcome: Result<OutputRows, Fault>, timing: Timing) {
         self.put(outcome, timing);
     }
 
-    fn put(&mut self, outcome: Result<(u32, Bytes), Fault>, timing: Timing) {
+    fn put(&mut self, outcome: Result<OutputRows, Fault>, timing: Timing) {
         let Some(place) = self.place.take() else { return };
         let code = outcome.as_ref().map_or_else(|fault| fault.kind.name(), |_| "ok");
         metrics::counter!("muster_worker_shards_total", "code" => code).increment(1);
@@ -85,6 +85,8 @@ impl Drop for Answer {
 /// A checked shard on its way to the experts.
 pub(super) struct Job {
     pub(super) view: ShardView,
+    /// Of the protocol, on its stream.
+    pub(super) version: u32,
     pub(super) received: Instant,
     /// Only asked whether anybody still listens.
     pub(super) stream: mpsc::Sender<Item>,
@@ -206,7 +208,7 @@ pub struct ComputeQueue {
 }
 
 /// An answer that is ready to be sent.
-type Ready = (Answer, Result<(u32, Bytes), Fault>, Timing);
+type Ready = (Answer, Result<OutputRows, Fault>, Timing);
 
 impl ComputeQueue {
     pub(super) fn new(
@@ -279,7 +281,7 @@ impl ComputeQueue {
         let started = Instant::now();
         call.clear();
         let mut members = Vec::with_capacity(jobs.len());
-        for Job { view, received, stream, answer } in jobs {
+        for Job { view, version, received, stream, answer } in jobs {
             if stream.is_closed() {
                 answer.abandon();
                 continue;
@@ -287,7 +289,7 @@ impl ComputeQueue {
             let queue = started.duration_since(received);
             self.queue_seconds.record(queue);
             match call.admit(&view, queue, &self.rules) {
-                Ok(()) => members.push((view, answer, queue)),
+                Ok(()) => members.push((view, version, answer, queue)),
                 Err(fault) => ready.push((answer, Err(fault), Timing { queue, compute: Duration::ZERO })),
             }
         }
@@ -296,7 +298,7 @@ impl ComputeQueue {
         if views.len() > 1 {
             self.merged.increment(views.len() as u64);
         }
-        for ((view, answer, queue), (outcome, compute)) in members.into_iter().zip(outcomes) {
+        for ((view, version, answer, queue), (outcome, compute)) in members.into_iter().zip(outcomes) {
             if outcome.is_ok() {
                 self.rows.increment(view.outputs() as u64);
                 for (expert, rows) in view.row_counts() {
@@ -304,7 +306,10 @@ impl ComputeQueue {
                 }
                 self.compute_seconds.record(compute);
             }
-            let outcome = outcome.map(|data| (view.answers(), data));
+            let outcome = match version {
+                MARKS.. => outcome,
+                _ => outcome.and_then(|rows| call::unmarked(&view, rows)),
+            };
             ready.push((answer, outcome, Timing { compute, queue }));
         }
     }
@@ -316,8 +321,8 @@ impl Drop for ComputeQueue {
     }
 }
 
-fn is_large(outcome: &Result<(u32, Bytes), Fault>) -> bool {
-    outcome.as_ref().is_ok_and(|(_, data)| data.len() >= LARGE_BYTES)
+fn is_large(outcome: &Result<OutputRows, Fault>) -> bool {
+    outcome.as_ref().is_ok_and(|rows| rows.data.len() >= LARGE_BYTES)
 }
 
 /// A bound socket's network, for the experts' thread to drive.

@@ -10,7 +10,6 @@ use muster_proto::expert::v1;
 use muster_proto::handshake::Greeting;
 use muster_proto::reply::{Fault, FaultKind, Reply};
 use muster_proto::shard::{ShardIds, ShardView};
-use muster_types::Combine;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
@@ -37,7 +36,7 @@ pub(super) async fn open(
     let _ = replies.send(Ok(Reply::Ack { worker, epoch }.into_wire())).await;
     tokio::spawn(async move {
         tracing::info!(router = %greeting.router, lane = greeting.lane, combine = %greeting.combine, "stream opened");
-        let end = read(&shared, greeting.combine, inbound, &replies).await;
+        let end = read(&shared, &greeting, inbound, &replies).await;
         let reason = end.as_ref().map_or_else(Status::message, |()| "closed by the router");
         tracing::info!(router = %greeting.router, lane = greeting.lane, reason, "stream ended");
         if let Err(status) = end {
@@ -66,7 +65,7 @@ impl Stream for Replies {
 /// Reads until the router closes its side or goes away (`Ok`), or the stream must be ended with a status.
 async fn read(
     shared: &Arc<Shared>,
-    combine: Combine,
+    greeting: &Greeting,
     mut inbound: Streaming<v1::DispatchRequest>,
     replies: &mpsc::Sender<Item>,
 ) -> Result<(), Status> {
@@ -88,7 +87,7 @@ async fn read(
         };
         let id = ids.accept(shard.id).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let answer = Answer::new(id, place, shared.in_flight.clone());
-        if let Err((answer, fault)) = accept(shared, combine, shard, answer, replies) {
+        if let Err((answer, fault)) = accept(shared, greeting, shard, answer, replies) {
             answer.refuse(fault);
         }
     }
@@ -97,7 +96,7 @@ async fn read(
 /// Checks a shard and queues it; gives the answer back with a fault when that cannot be.
 fn accept(
     shared: &Shared,
-    combine: Combine,
+    greeting: &Greeting,
     shard: v1::LayerShard,
     answer: Answer,
     replies: &mpsc::Sender<Item>,
@@ -106,11 +105,12 @@ fn accept(
         return Err((answer, Fault::new(FaultKind::Draining, "the worker is about to stop")));
     }
     let epoch = shared.description.borrow().epoch;
-    let view = match ShardView::parse(shard, &shared.rules, combine, epoch) {
+    let view = match ShardView::parse(shard, &shared.rules, greeting.combine, epoch) {
         Ok(view) => view,
         Err(fault) => return Err((answer, fault)),
     };
-    let job = Job { view, received: Instant::now(), stream: replies.clone(), answer };
+    let (version, stream) = (greeting.version, replies.clone());
+    let job = Job { view, version, received: Instant::now(), stream, answer };
     shared.jobs.push(job).map_err(|refused| match refused {
         Refused::Full(job) => (job.answer, Fault::new(FaultKind::Overloaded, "the worker's queue is full")),
         Refused::Closed(job) => {

@@ -1,16 +1,17 @@
 //! Handing out weights to processes that are to hold them too.
 //!
-//! Always holds: so many fetches at a time and so many bytes a second, so that serving does not suffer.
+//! Always holds: so many fetches at a time and so many bytes a second, so that serving does not suffer; and what is sent to
+//! its end has the digest that it had when it was loaded.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_kernels::Expert;
-use muster_proto::control::Fetch;
+use muster_proto::control::{Fetch, Seal};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::weights_server::{Weights, WeightsServer};
-use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType};
+use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType, WeightDigest, WeightHasher};
 use sha2::{Digest, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -26,7 +27,16 @@ const FETCHES: usize = 2;
 /// Whoever has packed experts.
 pub trait WeightSource: Send + Sync {
     /// An expert, if it is here. May take as long as reading it from a disk.
-    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>>;
+    fn get(&self, key: ExpertKey) -> Option<Handed>;
+}
+
+/// An expert to be handed out.
+#[derive(Clone)]
+pub struct Handed {
+    /// The expert.
+    pub expert: Arc<Expert>,
+    /// What its weights must be; `None` where that is not known.
+    pub digest: Option<WeightDigest>,
 }
 
 /// What the weights are that a process has.
@@ -72,8 +82,9 @@ impl Weights for WeightsService {
 
     async fn fetch(&self, request: Request<v1::FetchRequest>) -> Result<Response<Self::FetchStream>, Status> {
         let terms = &self.terms;
-        let fetch = Fetch::parse(request.get_ref(), &terms.shape);
-        let fetch = fetch.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let parsed = Fetch::parse(request.get_ref(), &terms.shape)
+            .and_then(|fetch| Ok((fetch, Seal::of(request.get_ref())?)));
+        let (fetch, seal) = parsed.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let differs =
             |what| Err(Status::failed_precondition(format!("{what} differs from what this process has")));
         match () {
@@ -88,28 +99,34 @@ impl Weights for WeightsService {
         let source = self.source.clone();
         let found = tokio::task::spawn_blocking(move || source.get(fetch.key)).await;
         let missing = || Status::not_found(format!("{} is not held here", fetch.key));
-        let expert = found.ok().flatten().ok_or_else(missing)?;
+        let handed = found.ok().flatten().ok_or_else(missing)?;
         let rate = terms.rate.get().div_ceil(FETCHES);
-        Ok(Response::new(ReceiverStream::new(send(expert, rate, place))))
+        Ok(Response::new(ReceiverStream::new(send(fetch.key, handed, seal, rate, place))))
     }
 }
 
 /// Sends an expert from a thread of its own, at so many bytes a second.
 fn send(
-    expert: Arc<Expert>,
+    key: ExpertKey,
+    handed: Handed,
+    seal: Seal,
     rate: usize,
     place: OwnedSemaphorePermit,
 ) -> mpsc::Receiver<Result<v1::FetchReply, Status>> {
     let (parts, receiver) = mpsc::channel(PARTS_AHEAD);
     tokio::task::spawn_blocking(move || {
         let _place = place;
-        let mut digest = Sha256::new();
+        let (mut digest, mut older) = (WeightHasher::default(), (seal == Seal::Sha256).then(Sha256::new));
         let (started, mut sent) = (Instant::now(), 0_usize);
-        let packed = expert.packed();
+        let packed = handed.expert.packed();
         for part in packed.iter().flat_map(|bytes| bytes.chunks(PART)) {
-            digest.update(part);
-            let reply = v1::FetchReply { data: part.to_vec().into(), digest: bytes::Bytes::new() };
-            if parts.blocking_send(Ok(reply)).is_err() {
+            // Of what is sent, not of what lies in memory, which may change in between.
+            let data = bytes::Bytes::copy_from_slice(part);
+            digest.update(&data);
+            if let Some(older) = &mut older {
+                older.update(&data);
+            }
+            if parts.blocking_send(Ok(v1::FetchReply { data, ..v1::FetchReply::default() })).is_err() {
                 // Nobody wants it any more.
                 return;
             }
@@ -117,10 +134,30 @@ fn send(
             let due = Duration::from_secs_f64(sent as f64 / rate as f64);
             std::thread::sleep(due.saturating_sub(started.elapsed()));
         }
-        let digest = digest.finalize().to_vec().into();
-        metrics::counter!("muster_experts_sent_total").increment(1);
+        let digest = digest.finish();
+        let last = match handed.digest.filter(|expected| *expected != digest) {
+            Some(expected) => {
+                tracing::error!(expert = %key, %digest, %expected, "weights to be handed out are not what they must be");
+                metrics::counter!("muster_experts_withheld_total").increment(1);
+                let text = format!("the weights of {key} have digest {digest} here and must have {expected}");
+                Err(Status::data_loss(text))
+            }
+            None => {
+                metrics::counter!("muster_experts_sent_total").increment(1);
+                Ok(match older {
+                    Some(older) => {
+                        let digest = older.finalize().to_vec().into();
+                        v1::FetchReply { digest, ..v1::FetchReply::default() }
+                    }
+                    None => {
+                        let weight_digest = digest.as_bytes().to_vec().into();
+                        v1::FetchReply { weight_digest, ..v1::FetchReply::default() }
+                    }
+                })
+            }
+        };
         // Nobody may want it any more.
-        let _ = parts.blocking_send(Ok(v1::FetchReply { data: bytes::Bytes::new(), digest }));
+        let _ = parts.blocking_send(last);
     });
     receiver
 }

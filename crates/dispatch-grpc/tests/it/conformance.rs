@@ -4,7 +4,9 @@ use crate::support::{
     Fake, HIDDEN, TOP_K, TestWorker, all, connect_config, cpu, describe, server_config, shape, share, socket,
 };
 use muster_dispatch_grpc::{ConnectConfig, Fallback, GrpcDispatch, Start};
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
+use muster_engine::dispatch::{
+    Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket,
+};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake;
 use muster_types::{Combine, Compute, ExpertId, ExpertKey};
@@ -25,7 +27,7 @@ impl ExpertDispatch for Cluster {
         ticket: Ticket,
         deadline: std::time::Instant,
         out: RowsMut<'_>,
-    ) -> Result<(), DispatchError> {
+    ) -> Result<Vec<Loss>, DispatchError> {
         self.dispatch.collect(ticket, deadline, out)
     }
 

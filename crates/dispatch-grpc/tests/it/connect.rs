@@ -11,6 +11,7 @@ use crate::support::{
 use muster_dispatch_grpc::{ConnectConfig, ConnectError, GrpcDispatch, LinkError, Start, WorkerState};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
 use muster_proto::expert::v1;
+use muster_proto::version::OURS;
 use muster_types::{Compute, Fingerprint, WeightDType};
 
 fn error(config: ConnectConfig) -> ConnectError {
@@ -98,10 +99,11 @@ fn another_hidden_size_is_refused_by_the_worker() {
 
 #[test]
 fn another_version_is_refused_before_anything_else_is_read() {
-    let description = v1::WorkerDescription { protocol_version: 3, ..Default::default() };
+    let description = v1::WorkerDescription { protocol_version: 9, ..Default::default() };
     let worker = LyingWorker::describing(description, Box::new(|_| None));
     let text = error(connect_config(&[&worker.address], Compute::F32)).to_string();
-    assert!(text.contains("protocol version differs: ours is 1 to 2, the peer's is 3"), "{text}");
+    let differs = format!("protocol version differs: ours is {OURS}, the peer's is 9");
+    assert!(text.contains(&differs), "{text}");
     assert!(text.contains("at most one apart"), "{text}");
 }
 

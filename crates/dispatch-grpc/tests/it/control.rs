@@ -5,12 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, GrpcDispatch, ServerConfig, Start};
+use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, GrpcDispatch, Handed, ServerConfig, Start};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::{Expert, Matrix};
 use muster_proto::control::{Assignment, Fetch, LeadAsk, Load};
 use muster_proto::convert::RouterName;
-use muster_types::{Compute, Epoch, WeightDType};
+use muster_proto::expert::v1;
+use muster_proto::expert::v1::weights_client::WeightsClient;
+use muster_types::{Compute, Epoch, WeightDType, WeightDigest};
 
 use crate::support::*;
 
@@ -26,7 +28,7 @@ fn order(router: &str, term: u64, operation: u64) -> Assignment {
         operation: NonZeroU64::new(operation).unwrap(),
         seen: Epoch::new(1),
         keep: vec![all()[0]],
-        load: vec![Load { key: all()[3], peers: vec![0] }],
+        load: vec![Load { key: all()[3], peers: vec![0], digest: Some(digest(all()[3])) }],
         peers: vec!["unix:/x".into()],
     }
 }
@@ -167,7 +169,9 @@ fn weights_are_fetched_whole_or_not_at_all() {
     let worker = TestWorker::with("127.0.0.1:0", &config, description, experts);
     let expert = some_expert();
     let packed = expert.matrices().map(Matrix::packed).concat();
-    worker.ledger.experts.lock().unwrap().insert(all()[2], expert);
+    let theirs = WeightDigest::of([&packed[..]]);
+    let hand = |digest| Handed { expert: expert.clone(), digest: Some(digest) };
+    worker.ledger.experts.lock().unwrap().insert(all()[2], hand(theirs));
     let address: Address = worker.address.parse().unwrap();
     let fetch = Fetch {
         fingerprint: FINGERPRINT,
@@ -177,17 +181,21 @@ fn weights_are_fetched_whole_or_not_at_all() {
     };
     runtime().block_on(async {
         let mut fetcher = Fetcher::new(Dialer::default());
-        for _ in 0..2 {
-            assert_eq!(fetcher.fetch(&address, &fetch, packed.len()).await.as_ref(), Ok(&packed));
+        for expected in [None, Some(theirs)] {
+            let fetched = fetcher.fetch(&address, &fetch, packed.len(), expected).await;
+            assert_eq!(fetched, Ok((packed.clone(), theirs)));
         }
+        let ours = WeightDigest::new([1; 32]);
+        let outcome = fetcher.fetch(&address, &fetch, packed.len(), Some(ours)).await;
+        assert_eq!(outcome, Err(FetchError::Others { ours, theirs }), "it has not what it must be");
         for wrong in [packed.len() - 1, packed.len() + 1, 0] {
-            let outcome = fetcher.fetch(&address, &fetch, wrong).await;
+            let outcome = fetcher.fetch(&address, &fetch, wrong, None).await;
             assert!(matches!(outcome, Err(FetchError::Damaged(_))), "{outcome:?}");
         }
         let refused = |fetch: Fetch| {
             let address = address.clone();
             async move {
-                match Fetcher::new(Dialer::default()).fetch(&address, &fetch, 1).await {
+                match Fetcher::new(Dialer::default()).fetch(&address, &fetch, 1, None).await {
                     Err(FetchError::Refused(reason)) => reason,
                     other => panic!("{other:?}"),
                 }
@@ -199,6 +207,43 @@ fn weights_are_fetched_whole_or_not_at_all() {
         let other = muster_types::Fingerprint::new([1; 32]);
         assert!(refused(Fetch { fingerprint: other, ..fetch.clone() }).await.contains("model"));
         let nobody: Address = "127.0.0.1:1".parse().unwrap();
-        assert!(matches!(fetcher.fetch(&nobody, &fetch, 1).await, Err(FetchError::Refused(_))));
+        assert!(matches!(fetcher.fetch(&nobody, &fetch, 1, None).await, Err(FetchError::Refused(_))));
+        // What changed since it was loaded is not handed on, whoever asks.
+        worker.ledger.experts.lock().unwrap().insert(all()[2], hand(ours));
+        let outcome = fetcher.fetch(&address, &fetch, packed.len(), None).await;
+        let Err(FetchError::Refused(reason)) = &outcome else { panic!("{outcome:?}") };
+        for part in [&theirs.to_string(), &ours.to_string(), "layer"] {
+            assert!(reason.contains(part), "{part} in {reason}");
+        }
+    });
+}
+
+#[test]
+fn the_version_before_fetches_with_the_digest_that_it_knows() {
+    let description = describe("w0", all(), Compute::F32);
+    let worker =
+        TestWorker::with("127.0.0.1:0", &server_config(), description, Fake::new(&all(), Compute::F32));
+    let expert = some_expert();
+    let packed = expert.matrices().map(Matrix::packed).concat();
+    let digest = Some(WeightDigest::of([&packed[..]]));
+    worker.ledger.experts.lock().unwrap().insert(all()[2], Handed { expert, digest });
+    let fetch = Fetch {
+        fingerprint: FINGERPRINT,
+        compute: Compute::F32,
+        experts: WeightDType::Native,
+        key: all()[2],
+    };
+    runtime().block_on(async {
+        let url = format!("http://{}", worker.address);
+        let mut client = WeightsClient::connect(url).await.unwrap();
+        for (newest, sealed) in [(2, (32, 0)), (3, (0, 32))] {
+            let request = v1::FetchRequest { newest_protocol_version: newest, ..fetch.to_wire() };
+            let mut parts = client.fetch(request).await.unwrap().into_inner();
+            let mut last = v1::FetchReply::default();
+            while let Some(part) = parts.message().await.unwrap() {
+                last = part;
+            }
+            assert_eq!((last.digest.len(), last.weight_digest.len()), sealed, "up to version {newest}");
+        }
     });
 }

@@ -8,11 +8,11 @@ use crate::support::{
     expert, once, server_config, share, soon,
 };
 use muster_dispatch_grpc::{Fallback, GrpcDispatch, WorkerState};
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut};
+use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::shard_error::Code;
 use muster_testkit::proxy::{FaultProxy, Weather};
-use muster_types::{Combine, Compute};
+use muster_types::{Combine, Compute, Retry};
 
 fn connect(addresses: &[&str]) -> GrpcDispatch {
     GrpcDispatch::connect(connect_config(addresses, Compute::F32)).expect("the workers fit")
@@ -75,21 +75,95 @@ fn lies_are_found_out_and_others_asked() {
     }
 }
 
+/// Answers every shard with this error, about the expert with this place in it.
+fn refuse(code: Code, at: Option<usize>) -> Lie {
+    Box::new(move |shard| {
+        let expert = at.and_then(|at| shard.experts.get(at).copied());
+        let error = v1::ShardError { code: code.into(), message: "no".into(), expert };
+        let body = Some(v1::dispatch_reply::Body::Error(error));
+        Some(Ok(v1::DispatchReply { id: shard.id, body, compute_us: 0, queue_us: 0 }))
+    })
+}
+
+/// Marks these output rows of every shard and answers the others like this.
+fn mark(marked: Vec<u32>, value: f32) -> Lie {
+    Box::new(move |shard| {
+        let mut reply = rows(shard, shard.indices.len(), value);
+        if let Some(v1::dispatch_reply::Body::Rows(rows)) = &mut reply.body {
+            rows.not_finite = marked.iter().copied().filter(|&row| row < rows.rows).collect();
+        }
+        Some(Ok(reply))
+    })
+}
+
 #[test]
-fn refusals_send_rows_elsewhere_and_what_nobody_can_mend_fails() {
-    let refuse = |code: Code| -> Lie {
-        Box::new(move |shard| {
-            let error =
-                v1::ShardError { code: code.into(), message: "no".into(), expert: Some(shard.experts[0]) };
-            let body = Some(v1::dispatch_reply::Body::Error(error));
-            Some(Ok(v1::DispatchReply { id: shard.id, body, compute_us: 0, queue_us: 0 }))
-        })
-    };
-    for code in [Code::NotHeld, Code::Draining, Code::Overloaded, Code::Internal, Code::Deadline] {
-        assert_eq!(lied_to(refuse(code)).3, Ok(row().sum()), "{code:?}");
+fn refusals_send_rows_elsewhere_whatever_they_say() {
+    let codes = [
+        Code::NotHeld,
+        Code::Draining,
+        Code::Overloaded,
+        Code::Internal,
+        Code::Deadline,
+        Code::BadRequest,
+        Code::NonFinite,
+    ];
+    for code in codes {
+        for expert in [None, Some(0), Some(2)] {
+            let (dispatch, _liar, _honest, outcome) = lied_to(refuse(code, expert));
+            assert_eq!(outcome, Ok(row().sum()), "{code:?} of {expert:?}");
+            let is_final = matches!(code, Code::BadRequest | Code::NonFinite);
+            let first = &dispatch.health().workers()[0];
+            // What it said of the rows themselves, others have contradicted.
+            assert_eq!(first.banned > Duration::ZERO, is_final, "{code:?} of {expert:?}: {first:?}");
+        }
     }
+}
+
+#[test]
+fn a_mark_that_another_worker_contradicts_is_a_lie() {
+    let (dispatch, _liar, _honest, outcome) = lied_to(mark(vec![0, 1, 2], 0.0));
+    assert_eq!(outcome, Ok(row().sum()));
+    assert!(dispatch.health().workers()[0].banned > Duration::ZERO);
+}
+
+#[test]
+fn two_workers_that_agree_are_believed_for_the_rows_they_name() {
+    // Of the two rows of a shard each marks the output of the second; what it says of the first counts.
+    let liars =
+        ["a", "b"].map(|name| LyingWorker::start(&describe(name, all(), Compute::F32), mark(vec![1], 3.0)));
+    let mut dispatch = connect(&[&liars[0].address, &liars[1].address]);
+    let x = [0.5; 2 * HIDDEN];
+    let choices = Choices::new(1, vec![expert(2); 2], vec![1.0; 2]).unwrap();
+    let layer = crate::support::layer(0);
+    let ticket = dispatch.submit(&LayerBatch { layer, lane: 0, rows: Rows::HostF32(&x), choices: &choices });
+    let mut out = [0.0; 2 * HIDDEN];
+    let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::HostF32(&mut out)).unwrap();
+    // The first one's second row went alone to the other, where it was the first, and not marked.
+    assert_eq!((lost, out), (vec![], [3.0; 2 * HIDDEN]));
+    assert!(dispatch.health().workers().iter().any(|worker| worker.banned > Duration::ZERO));
+
+    let liars = ["a", "b"].map(|name| {
+        let lie: Lie = Box::new(|shard| {
+            // The last row of a shard, whichever it is.
+            let last = shard.indices.len() as u32 - 1;
+            mark(vec![last], 3.0)(shard)
+        });
+        LyingWorker::start(&describe(name, all(), Compute::F32), lie)
+    });
+    let mut dispatch = connect(&[&liars[0].address, &liars[1].address]);
+    let ticket = dispatch.submit(&LayerBatch { layer, lane: 0, rows: Rows::HostF32(&x), choices: &choices });
+    let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::HostF32(&mut out)).unwrap();
+    let error = DispatchError::NonFinite { layer, expert: expert(2) };
+    assert_eq!(lost, [Loss { rows: vec![1], error }]);
+    assert_eq!(out[..HIDDEN], [3.0; HIDDEN]);
+    assert!(dispatch.health().workers().iter().all(|worker| worker.banned == Duration::ZERO));
+
     for code in [Code::BadRequest, Code::NonFinite] {
-        assert!(lied_to(refuse(code)).3.is_err(), "{code:?}: every replica would say the same");
+        let liars = ["a", "b"]
+            .map(|name| LyingWorker::start(&describe(name, all(), Compute::F32), refuse(code, Some(0))));
+        let mut dispatch = connect(&[&liars[0].address, &liars[1].address]);
+        let error = once(&mut dispatch, &row()).expect_err("they agree");
+        assert_eq!(error.retry(), Retry::Never, "{code:?}: {error}");
     }
 }
 
@@ -284,7 +358,7 @@ fn rows_of_a_large_batch_are_each_counted_once_whoever_fails() {
     let run = |dispatch: &mut GrpcDispatch| {
         let ticket = dispatch.submit(&batch).unwrap();
         let mut out = vec![0.0; ROWS * HIDDEN];
-        dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).unwrap();
+        assert_eq!(dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)), Ok(vec![]));
         out
     };
     for combine in [Combine::Exact, Combine::Partial] {
@@ -332,4 +406,29 @@ fn what_dies_with_its_rows_is_computed_here_where_that_is_allowed() {
     only.kill();
     assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()));
     assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
+}
+
+/// A worker whose address moved while the router still takes its old connection for good.
+#[test]
+fn a_worker_that_comes_back_at_another_address_is_taken_as_soon_as_the_old_one_is_found_dead() {
+    let runtime = crate::support::runtime();
+    let before = TestWorker::start("a", all(), Compute::F32);
+    let proxy = runtime.block_on(FaultProxy::start(&before.address)).unwrap();
+    let mut dispatch = connect(&[&proxy.address()]);
+    assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()));
+    let (cluster, health) = (dispatch.cluster(), dispatch.health());
+    // While the old one is alive, it stays.
+    let now = TestWorker::start("a", all(), Compute::F32);
+    let _joined = cluster.join(now.address.parse().unwrap()).unwrap();
+    eventually("the newcomer is told whose name it has", || match &health.workers()[1].state {
+        WorkerState::Down { reason, .. } => reason.contains("as the worker at"),
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(health.workers()[0].state, WorkerState::Connected);
+    // A machine that is gone says nothing, not even that it is.
+    proxy.set(Weather::BlackHole);
+    eventually("the one that is alive has the name", || health.workers()[1].state == WorkerState::Connected);
+    let WorkerState::Down { reason, .. } = &health.workers()[0].state else { panic!("both are connected") };
+    assert!(reason.contains("sign of life"), "found by its silence, not by keepalive: {reason}");
+    eventually("its experts can be reached", || once(&mut dispatch, &row()) == Ok(row().sum()));
 }

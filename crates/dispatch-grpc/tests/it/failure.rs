@@ -8,7 +8,7 @@ use crate::support::{
     server_config, socket,
 };
 use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
-use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
+use muster_engine::dispatch::{DispatchError, ExpertDispatch, Loss, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::shard_error::Code;
 use muster_types::{Compute, Retry, WorkerId};
@@ -38,7 +38,7 @@ fn a_killed_worker_fails_what_it_had_and_is_used_again_when_it_is_back() {
     }
     let no_owner = DispatchError::NoOwner { layer: row.layer, expert: crate::support::expert(1) };
     assert_eq!(dispatch.submit(&row.batch()), Err(no_owner), "nobody is left to ask");
-    assert_eq!(health.missing(), all());
+    eventually("all of its experts are missing", || health.missing() == all());
     assert!(matches!(health.workers()[0].state, WorkerState::Down { .. }));
 
     let experts = Fake::new(&all(), Compute::F32);
@@ -113,7 +113,8 @@ fn a_late_reply_is_dropped_and_counted() {
     let mut out = vec![0.0; HIDDEN];
     let deadline = Instant::now() + Duration::from_millis(5);
     let outcome = dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut out));
-    assert_eq!(outcome, Err(DispatchError::Deadline { layer: early.layer }));
+    let error = DispatchError::Deadline { layer: early.layer };
+    assert_eq!(outcome, Ok(vec![Loss { rows: vec![0], error }]));
     assert!(Instant::now() >= deadline);
 
     let ticket = dispatch.submit(&late.batch()).unwrap();
@@ -209,10 +210,10 @@ fn a_stream_that_ends_loses_the_shard() {
 }
 
 #[test]
-fn a_second_answer_to_one_shard_is_late() {
+fn a_second_answer_to_one_shard_ends_the_link() {
     let liar = LyingWorker::start(
         &describe("w0", all(), Compute::F32),
-        // Every shard is answered, and every shard but the first a second time by the answer before its own.
+        // The second shard is answered as the first one, which had its answer.
         Box::new(|shard| {
             let mut reply = rows(shard, 1, 1.0);
             if shard.id == 2 {
@@ -222,13 +223,50 @@ fn a_second_answer_to_one_shard_is_late() {
         }),
     );
     let mut dispatch = connect(&liar.address);
-    let stats = dispatch.stats();
     let row = OneRow::new(0, &[4]);
     assert_eq!(once(&mut dispatch, &row), Ok(vec![1.0; HIDDEN]));
-    let ticket = dispatch.submit(&row.batch()).unwrap();
-    eventually("the second answer came", || stats.snapshot().late_replies == 1);
-    dispatch.cancel(ticket);
-    assert_eq!(once(&mut dispatch, &row), Ok(vec![1.0; HIDDEN]), "and the link lives on");
+    match once(&mut dispatch, &row) {
+        Err(DispatchError::BadReply { reason, .. }) => assert_eq!(reason, "it answered shard 1 twice"),
+        other => panic!("{other:?}"),
+    }
+    let health = dispatch.health();
+    assert!(health.workers()[0].banned > Duration::ZERO);
+}
+
+#[test]
+fn a_worker_that_only_errs_is_left_alone() {
+    let errs: Lie = Box::new(|shard| {
+        let error = v1::ShardError { code: Code::Internal.into(), message: "no".into(), expert: None };
+        let body = Some(v1::dispatch_reply::Body::Error(error));
+        Some(Ok(v1::DispatchReply { id: shard.id, body, compute_us: 0, queue_us: 0 }))
+    });
+    let liar = LyingWorker::start(&describe("w0", all(), Compute::F32), errs);
+    let mut dispatch = connect(&liar.address);
+    let row = OneRow::new(0, &[4]);
+    for _ in 0..15 {
+        assert!(matches!(once(&mut dispatch, &row), Err(DispatchError::Refused { .. })));
+    }
+    let health = dispatch.health();
+    assert_eq!(health.workers()[0].state, WorkerState::Connected, "some errors are no reason");
+    assert!(once(&mut dispatch, &row).is_err());
+    eventually("it is left alone", || health.workers()[0].banned > Duration::ZERO);
+    let WorkerState::Down { reason, .. } = &health.workers()[0].state else { panic!("it is connected") };
+    assert_eq!(reason, "16 errors in a row; the last: no");
+}
+
+#[test]
+fn a_worker_that_closes_each_time_is_left_alone_for_longer_and_longer() {
+    let liar = LyingWorker::start(&describe("w0", all(), Compute::F32), Box::new(|_| None));
+    let mut dispatch = connect(&liar.address);
+    let (health, row) = (dispatch.health(), OneRow::new(0, &[4]));
+    let mut longest = Duration::ZERO;
+    eventually("it is left alone", || {
+        if health.workers()[0].state == WorkerState::Connected {
+            assert!(once(&mut dispatch, &row).is_err());
+        }
+        longest = longest.max(health.workers()[0].banned);
+        longest > Duration::from_secs(1)
+    });
 }
 
 #[test]

@@ -5,7 +5,9 @@
 mod conformance;
 mod connect;
 mod control;
+mod digests;
 mod failover;
 mod failure;
+mod floods;
 mod server;
 mod support;

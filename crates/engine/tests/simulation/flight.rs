@@ -142,9 +142,11 @@ impl Flight {
         let of_others = |worker: WorkerIx| {
             if asked.contains(&names[worker.index()]) { Rank::Unusable } else { rank(worker) }
         };
-        let planned = stand_ins(self.layer, &self.parts[part].plan, placement, &of_others);
-        self.parts[part].alone = planned.is_err();
-        planned.ok()
+        let plan = &self.parts[part].plan;
+        let places: Vec<u32> = (0..plan.indices.len() as u32).collect();
+        let planned = stand_ins(self.layer, plan, &places, placement, &of_others);
+        self.parts[part].alone = !planned.orphans.is_empty();
+        planned.orphans.is_empty().then_some(planned.plans)
     }
 
     /// Workers that were asked for the pairs of a part.

@@ -5,9 +5,11 @@
 //! attends and sends the next rows off, so one lane's attention overlaps the other lane's experts.
 //!
 //! What always holds: a row's bits depend on its own sequence only, never on the lane, the batch, the chunking or
-//! the transport. A lane whose experts fail, fails alone; a sequence whose numbers go bad, fails alone.
+//! the transport. A sequence fails alone, whatever fails it: it leaves the step at once, and the others go on.
 
 mod attention;
+#[cfg(test)]
+mod failing;
 mod latent;
 mod load;
 mod moe;
@@ -15,11 +17,12 @@ mod norm;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use muster_checkpoint::spec::{ModelSpec, WeightOn};
 use muster_engine::dispatch::{
-    Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Rows, RowsMut, Ticket,
+    Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Loss, Rows, RowsMut, Ticket,
 };
 use muster_engine::reach::{LayerGroups, LayerPlace};
 use muster_kernels::{
@@ -99,12 +102,15 @@ pub enum StepError {
         /// What was wrong.
         source: GateError,
     },
-    /// The experts of its lane did not answer.
+    /// An input of the gate is NaN or infinite.
+    #[error("layer {layer}: hidden values are not finite")]
+    Hidden {
+        /// The layer.
+        layer: LayerId,
+    },
+    /// Its experts gave nothing.
     #[error(transparent)]
     Dispatch(#[from] DispatchError),
-    /// Experts that another sequence of its lane needs could not be had. It can go on without that one.
-    #[error("the step was given up for another sequence's experts")]
-    Interrupted,
     /// A logit is NaN or infinite.
     #[error("logits are not finite")]
     Logits,
@@ -153,7 +159,17 @@ pub struct StepState {
     lanes: [Lane; 2],
 }
 
-/// One lane's rows and buffers. All matrices are `[rows, …]`, row-major.
+/// What a lane was given.
+struct Run<'a> {
+    /// Number of the lane.
+    number: usize,
+    sequences: &'a [SeqInput<'a>],
+    /// Of the rows that are in the step, for one group of layers after the other.
+    slots: Vec<KvSlot<'a>>,
+}
+
+/// One lane's rows and buffers. All matrices are `[rows, …]`, row-major. Rows are those of the sequences that have not
+/// failed, one sequence after the other.
 #[derive(Default)]
 struct Lane {
     rows: usize,
@@ -186,9 +202,7 @@ struct Lane {
     /// `[wanted rows, vocab]`.
     logits: Vec<f32>,
     /// Per sequence: its rows in `logits`, or why there are none.
-    outcomes: Vec<Result<std::ops::Range<usize>, StepError>>,
-    /// Set when the lane as a whole failed.
-    failed: Option<DispatchError>,
+    outcomes: Vec<Result<Range<usize>, StepError>>,
 }
 
 /// Rows for experts whose weights multiply their input.
@@ -269,38 +283,40 @@ impl Trunk {
     /// Runs one step through all layers. Outcomes are in `state`, sequence by sequence.
     pub fn forward(&self, ctx: &mut StepContext<'_>, lanes: [&[SeqInput<'_>]; 2], state: &mut StepState) {
         let groups = self.kv_groups.reaches().len();
-        let mut slots = [0, 1]
-            .map(|lane: usize| slots_of(lanes[lane], groups, std::mem::take(&mut state.lanes[lane].slots)));
-        for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
-            self.embed(lane, sequences);
+        let mut runs = [0, 1].map(|number: usize| {
+            let sequences = lanes[number];
+            let memory = std::mem::take(&mut state.lanes[number].slots);
+            Run { number, sequences, slots: slots_of(sequences, groups, memory) }
+        });
+        for (lane, run) in state.lanes.iter_mut().zip(&runs) {
+            self.embed(lane, run.sequences);
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            for (number, lane) in state.lanes.iter_mut().enumerate() {
-                if lane.rows == 0 || lane.failed.is_some() {
+            for (lane, run) in state.lanes.iter_mut().zip(&mut runs) {
+                self.take_home(ctx, lane, run, index);
+                if lane.rows == 0 {
                     continue;
                 }
-                self.take_home(ctx, lane, index);
-                self.attend(ctx, index, layer, lane, &slots[number]);
+                self.attend(ctx, index, layer, lane, &run.slots);
                 match &layer.mlp {
-                    Mlp::Moe(moe) => self.send_off(ctx, index, number, moe, lane, lanes[number]),
+                    Mlp::Moe(moe) => self.send_off(ctx, index, moe, lane, run),
                     Mlp::Dense(expert) => self.dense(ctx, expert, lane),
                 }
             }
         }
-        for (lane, sequences) in state.lanes.iter_mut().zip(lanes) {
+        for (lane, run) in state.lanes.iter_mut().zip(&mut runs) {
+            self.take_home(ctx, lane, run, self.layers.len());
             if lane.rows > 0 {
-                self.take_home(ctx, lane, self.layers.len());
-                self.head(ctx, lane, sequences);
+                self.head(ctx, lane, run.sequences);
             }
         }
-        for (lane, slots) in state.lanes.iter_mut().zip(&mut slots) {
-            lane.slots = emptied(std::mem::take(slots));
+        for (lane, run) in state.lanes.iter_mut().zip(runs) {
+            lane.slots = emptied(run.slots);
         }
     }
 
     fn embed(&self, lane: &mut Lane, sequences: &[SeqInput<'_>]) {
         let hidden = self.spec.hidden;
-        lane.failed = None;
         lane.in_flight = None;
         lane.outcomes.clear();
         lane.outcomes.resize(sequences.len(), Ok(0..0));
@@ -309,10 +325,7 @@ impl Trunk {
             lane.positions.extend((sequence.start..).take(sequence.tokens.len()));
         }
         lane.rows = lane.positions.len();
-        lane.angles.resize_with(self.ropes.len(), Angles::default);
-        for (rope, angles) in self.ropes.iter().zip(&mut lane.angles) {
-            rope.angles(&lane.positions, angles);
-        }
+        lane.turn(&self.ropes);
         lane.residual.resize(lane.rows * hidden, 0.0);
         let tokens = sequences.iter().flat_map(|sequence| sequence.tokens);
         for (token, row) in tokens.zip(lane.residual.chunks_exact_mut(hidden)) {
@@ -344,58 +357,40 @@ impl Trunk {
         self.round(&mut lane.normed);
     }
 
-    /// Gates the lane's rows and submits them; computes what they get from shared experts while they are away.
+    /// Gates the lane's rows and submits them; computes what they get from shared experts while they are away. Sequences
+    /// whose experts nobody holds leave the step.
     fn send_off(
         &self,
         ctx: &mut StepContext<'_>,
         index: usize,
-        number: usize,
         moe: &Moe,
         lane: &mut Lane,
-        sequences: &[SeqInput<'_>],
+        run: &mut Run<'_>,
     ) {
         // Checked when the model was loaded: layers are counted in u32.
         let Ok(layer) = LayerId::new(index as u32, self.layers.len() as u32) else { return };
-        let choices = match self.choose(ctx.cpu, layer, moe, lane, sequences) {
-            Ok(choices) => choices,
-            Err(invalid) => {
-                lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
-                return;
-            }
-        };
-        if let Some(observe) = &mut ctx.observe {
-            observe(View::Gate(GateView { layer, lane: number, choices: &choices }));
-        }
-        let weighted = match moe.spec.weight_on {
-            WeightOn::Output => None,
-            WeightOn::Input => match lane.weighted.fill(&choices, &lane.normed) {
-                Ok(weighted) => Some(weighted),
-                Err(invalid) => {
-                    lane.failed = Some(DispatchError::Invalid(invalid.to_string()));
-                    return;
+        let k = moe.spec.top_k as usize;
+        self.choose(ctx.cpu, layer, moe, lane, run);
+        let mut is_seen = false;
+        while lane.rows > 0 {
+            let choices = Choices::new(k, std::mem::take(&mut lane.ids), std::mem::take(&mut lane.weights));
+            let submitted = choices.map_err(invalid).and_then(|choices| {
+                if let Some(observe) = &mut ctx.observe
+                    && !std::mem::replace(&mut is_seen, true)
+                {
+                    observe(View::Gate(GateView { layer, lane: run.number, choices: &choices }));
                 }
-            },
-        };
-        let (sent, sent_choices) = match &weighted {
-            None => (&lane.normed, &choices),
-            Some(weighted) => (&lane.weighted.rows, weighted),
-        };
-        lane.copies = sent_choices.rows() / choices.rows();
-        let rows = match self.compute {
-            Compute::F32 => Rows::HostF32(sent),
-            Compute::Bf16 | Compute::Bf16Pairs => {
-                lane.wire.resize(sent.len(), 0);
-                to_bf16(sent, &mut lane.wire);
-                Rows::HostBf16(&lane.wire)
+                let submitted = self.submit(ctx, layer, run.number, moe.spec.weight_on, lane, &choices);
+                (lane.ids, lane.weights) = choices.into_parts();
+                submitted
+            });
+            match submitted {
+                Ok(ticket) => {
+                    lane.in_flight = Some(ticket);
+                    break;
+                }
+                Err(error) => self.lose(lane, run, &[lane.refused(error)]),
             }
-        };
-        match ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: sent_choices }) {
-            Ok(ticket) => lane.in_flight = Some(ticket),
-            Err(error) => lane.failed = Some(error),
-        }
-        (lane.ids, lane.weights) = choices.into_parts();
-        if let Some(weighted) = weighted {
-            (lane.weighted.ids, lane.weighted.ones) = weighted.into_parts();
         }
         lane.shared_out.clear();
         if let Some(shared) = &moe.shared
@@ -408,63 +403,143 @@ impl Trunk {
         }
     }
 
-    /// The gate's choice for every row. A row whose logits are bad fails its sequence; so that the lane keeps its
-    /// shape the row travels on as zeros with weight zero, and is thrown away at the end.
-    fn choose(
+    /// Sends the lane's rows to the experts that were chosen for them.
+    fn submit(
         &self,
-        cpu: &Cpu,
+        ctx: &mut StepContext<'_>,
         layer: LayerId,
-        moe: &Moe,
+        number: usize,
+        weight_on: WeightOn,
         lane: &mut Lane,
-        sequences: &[SeqInput<'_>],
-    ) -> Result<Choices, InvalidChoices> {
+        choices: &Choices,
+    ) -> Result<Ticket, DispatchError> {
+        let weighted = match weight_on {
+            WeightOn::Output => None,
+            WeightOn::Input => Some(lane.weighted.fill(choices, &lane.normed).map_err(invalid)?),
+        };
+        let (sent, sent_choices) = match &weighted {
+            None => (&lane.normed, choices),
+            Some(weighted) => (&lane.weighted.rows, weighted),
+        };
+        lane.copies = sent_choices.rows() / choices.rows();
+        let rows = match self.compute {
+            Compute::F32 => Rows::HostF32(sent),
+            Compute::Bf16 | Compute::Bf16Pairs => {
+                lane.wire.resize(sent.len(), 0);
+                to_bf16(sent, &mut lane.wire);
+                Rows::HostBf16(&lane.wire)
+            }
+        };
+        let submitted = ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: sent_choices });
+        if let Some(weighted) = weighted {
+            (lane.weighted.ids, lane.weighted.ones) = weighted.into_parts();
+        }
+        submitted
+    }
+
+    /// The gate's choice for every row, into `ids` and `weights`. Sequences that have a row without a usable one leave the
+    /// step.
+    fn choose(&self, cpu: &Cpu, layer: LayerId, moe: &Moe, lane: &mut Lane, run: &mut Run<'_>) {
         let (experts, k) = (moe.spec.experts as usize, moe.spec.top_k as usize);
-        moe.gate.apply(cpu, &lane.normed, precision(self.compute), &mut lane.gate_logits);
         lane.ids.clear();
         lane.weights.clear();
-        let mut row = 0;
-        for (sequence, outcome) in sequences.iter().zip(&mut lane.outcomes) {
-            for _ in sequence.tokens {
-                let logits = &lane.gate_logits[row * experts..][..experts];
-                let (ids, weights) = (&mut lane.ids, &mut lane.weights);
-                let (recipe, bias) = (&moe.spec.gate, &moe.selection_bias);
-                if let Err(source) = gate::choose(recipe, logits, bias, k, &mut lane.gate, ids, weights) {
-                    lane.ids.extend(ExpertId::all(moe.spec.experts).take(k));
-                    lane.weights.extend(std::iter::repeat_n(0.0, k));
-                    let hidden = self.spec.hidden;
-                    lane.normed[row * hidden..][..hidden].fill(0.0);
-                    lane.residual[row * hidden..][..hidden].fill(0.0);
-                    if outcome.is_ok() {
-                        *outcome = Err(StepError::Gate { layer, source });
-                    }
-                }
-                row += 1;
+        if !all_finite(&lane.normed) {
+            let hidden = self.spec.hidden;
+            let bad: Vec<bool> = lane.normed.chunks_exact(hidden).map(|row| !all_finite(row)).collect();
+            self.withdraw(lane, run, |rows| bad[rows].contains(&true).then_some(StepError::Hidden { layer }));
+            if lane.rows == 0 {
+                return;
             }
         }
-        Choices::new(k, std::mem::take(&mut lane.ids), std::mem::take(&mut lane.weights))
+        moe.gate.apply(cpu, &lane.normed, precision(self.compute), &mut lane.gate_logits);
+        let mut bad = Vec::new();
+        for (row, logits) in lane.gate_logits.chunks_exact(experts).enumerate() {
+            let (ids, weights) = (&mut lane.ids, &mut lane.weights);
+            let (recipe, bias) = (&moe.spec.gate, &moe.selection_bias);
+            if let Err(source) = gate::choose(recipe, logits, bias, k, &mut lane.gate, ids, weights) {
+                // In the place of its choice, which leaves with it.
+                lane.ids.extend(ExpertId::all(moe.spec.experts).take(k));
+                lane.weights.extend(std::iter::repeat_n(0.0, k));
+                bad.push((row, source));
+            }
+        }
+        if !bad.is_empty() {
+            self.withdraw(lane, run, |rows| {
+                let (_, source) = bad.iter().find(|(row, _)| rows.contains(row))?;
+                Some(StepError::Gate { layer, source: source.clone() })
+            });
+        }
     }
 
     /// Waits for the lane's experts, if any are out, and adds what they and shared ones say to the residual.
     /// `next` is the layer that comes then.
-    fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, next: usize) {
+    fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, run: &mut Run<'_>, next: usize) {
         if let Some(ticket) = lane.in_flight.take() {
             lane.moe_out.resize(lane.residual.len() * lane.copies, 0.0);
             let deadline = Instant::now() + ctx.timeout;
-            match ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out)) {
-                Ok(()) => {
-                    add_up(&mut lane.moe_out, lane.copies, self.spec.hidden);
-                    if !lane.shared_out.is_empty() {
-                        add_scaled(&mut lane.moe_out, &lane.shared_out, 1.0);
-                    }
-                    add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier);
-                }
-                Err(error) => lane.failed = Some(error),
+            let collected = ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out));
+            add_up(&mut lane.moe_out, lane.copies, self.spec.hidden);
+            if !lane.shared_out.is_empty() {
+                add_scaled(&mut lane.moe_out, &lane.shared_out, 1.0);
             }
+            add_scaled(&mut lane.residual, &lane.moe_out, self.spec.residual_multiplier);
+            let mut lost = match collected {
+                Ok(lost) => lost,
+                Err(error) => vec![lane.all_lost(error)],
+            };
+            if !lost.is_empty() {
+                let copies = lane.copies as u32;
+                lost.iter_mut().flat_map(|loss| &mut loss.rows).for_each(|row| *row /= copies);
+                self.lose(lane, run, &lost);
+            }
+        }
+        if lane.rows == 0 {
+            return;
         }
         let layer = next.checked_sub(1).map(|layer| LayerId::new(layer as u32, self.layers.len() as u32));
         if let (Some(observe), Some(Ok(layer))) = (&mut ctx.observe, layer) {
             observe(View::Hidden { layer, rows: &lane.residual });
         }
+    }
+
+    /// Takes sequences out of the step whose rows are lost.
+    fn lose(&self, lane: &mut Lane, run: &mut Run<'_>, lost: &[Loss]) {
+        self.withdraw(lane, run, |rows| {
+            let has = |loss: &&Loss| loss.rows.iter().any(|&row| rows.contains(&(row as usize)));
+            lost.iter().find(has).map(|loss| StepError::Dispatch(loss.error.clone()))
+        });
+    }
+
+    /// Takes sequences out of the step: those for whose rows `why` has an error. What is kept of the rows is what the rest
+    /// of the layer reads.
+    fn withdraw(
+        &self,
+        lane: &mut Lane,
+        run: &mut Run<'_>,
+        mut why: impl FnMut(Range<usize>) -> Option<StepError>,
+    ) {
+        let (before, hidden) = (lane.rows, self.spec.hidden);
+        let mut kept: Vec<Range<usize>> = Vec::new();
+        let mut end = 0;
+        for (sequence, outcome) in run.sequences.iter().zip(&mut lane.outcomes) {
+            if outcome.is_ok() {
+                let rows = end..end + sequence.tokens.len();
+                end = rows.end;
+                match why(rows.clone()) {
+                    Some(error) => *outcome = Err(error),
+                    None => kept.push(rows),
+                }
+            }
+        }
+        lane.rows = kept.iter().map(ExactSizeIterator::len).sum();
+        let k = lane.ids.len() / before;
+        retain(&mut lane.ids, before, k, &kept);
+        retain(&mut lane.weights, before, k, &kept);
+        retain(&mut lane.residual, before, hidden, &kept);
+        retain(&mut lane.normed, before, hidden, &kept);
+        retain(&mut lane.positions, before, 1, &kept);
+        retain(&mut run.slots, before, 1, &kept);
+        lane.turn(&self.ropes);
     }
 
     fn dense(&self, ctx: &mut StepContext<'_>, expert: &Expert, lane: &mut Lane) {
@@ -475,14 +550,11 @@ impl Trunk {
     }
 
     fn head(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, sequences: &[SeqInput<'_>]) {
-        if lane.failed.is_some() {
-            lane.give_up(sequences);
-            return;
-        }
         let (hidden, vocab) = (self.spec.hidden, self.spec.vocab as usize);
         lane.head_rows.clear();
         let mut first = 0;
         for (sequence, outcome) in sequences.iter().zip(&mut lane.outcomes) {
+            let Ok(range) = outcome else { continue };
             let end = first + sequence.tokens.len();
             let wanted = match sequence.logits {
                 WantLogits::None => end..end,
@@ -490,11 +562,9 @@ impl Trunk {
                 WantLogits::All => first..end,
             };
             first = end;
-            if let Ok(range) = outcome {
-                let start = lane.head_rows.len() / hidden;
-                *range = start..start + wanted.len();
-                lane.head_rows.extend_from_slice(&lane.residual[wanted.start * hidden..wanted.end * hidden]);
-            }
+            let start = lane.head_rows.len() / hidden;
+            *range = start..start + wanted.len();
+            lane.head_rows.extend_from_slice(&lane.residual[wanted.start * hidden..wanted.end * hidden]);
         }
         let rows = lane.head_rows.len() / hidden;
         self.final_norm.apply(ctx.cpu, &lane.head_rows, &mut lane.normed);
@@ -533,23 +603,55 @@ impl Lane {
         self.every_row.extend((0..).take(self.rows));
     }
 
-    /// Says what the lane's failure means for each of its sequences.
-    fn give_up(&mut self, sequences: &[SeqInput<'_>]) {
-        let Some(error) = &self.failed else { return };
-        // The choices are those of the layer that failed.
-        let k = self.ids.len() / self.rows;
-        let mut ids = &self.ids[..];
-        for (sequence, outcome) in sequences.iter().zip(&mut self.outcomes) {
-            let (its, rest) = ids.split_at(k * sequence.tokens.len());
-            ids = rest;
-            if outcome.is_ok() {
-                *outcome = Err(match error {
-                    DispatchError::NoOwner { expert, .. } if !its.contains(expert) => StepError::Interrupted,
-                    _ => StepError::Dispatch(error.clone()),
-                });
-            }
+    /// Brings the angles up to date with the positions.
+    fn turn(&mut self, ropes: &[Rope]) {
+        self.angles.resize_with(ropes.len(), Angles::default);
+        for (rope, angles) in ropes.iter().zip(&mut self.angles) {
+            rope.angles(&self.positions, angles);
         }
     }
+
+    /// What it means for the rows that their micro-batch was not taken: where an expert has no owner, only for those that
+    /// chose it.
+    fn refused(&self, error: DispatchError) -> Loss {
+        let k = self.ids.len() / self.rows;
+        let rows: Vec<u32> = match &error {
+            DispatchError::NoOwner { expert, .. } => (0..)
+                .zip(self.ids.chunks(k))
+                .filter(|(_, ids)| ids.contains(expert))
+                .map(|(row, _)| row)
+                .collect(),
+            _ => Vec::new(),
+        };
+        if rows.is_empty() { self.all_lost(error) } else { Loss { rows, error } }
+    }
+
+    fn all_lost(&self, error: DispatchError) -> Loss {
+        // Rows of a step are counted in 32 bits.
+        Loss { rows: (0..self.rows as u32 * self.copies.max(1) as u32).collect(), error }
+    }
+}
+
+fn invalid(error: InvalidChoices) -> DispatchError {
+    DispatchError::Invalid(error.to_string())
+}
+
+/// Keeps ranges of rows, each of `width` values, in every block of `rows` rows.
+fn retain<T: Copy>(values: &mut Vec<T>, rows: usize, width: usize, kept: &[Range<usize>]) {
+    let block = rows * width;
+    if block == 0 {
+        return;
+    }
+    let mut to = 0;
+    for start in (0..values.len()).step_by(block) {
+        for range in kept {
+            let from = start + range.start * width..start + range.end * width;
+            let end = to + from.len();
+            values.copy_within(from, to);
+            to = end;
+        }
+    }
+    values.truncate(to);
 }
 
 impl WeightedInputs {

@@ -18,15 +18,22 @@ use crate::local::Local;
 
 const PROMPT: usize = 45;
 
-struct Model {
-    trunk: Trunk,
+pub(super) struct Model {
+    pub(super) trunk: Trunk,
     experts: Arc<ExpertSet>,
-    cpu: Arc<Cpu>,
+    pub(super) cpu: Arc<Cpu>,
     /// Sequences of up to 90 tokens: the first two begin alike.
     sequences: [Vec<TokenId>; 3],
 }
 
 impl Model {
+    /// As it is stored, with all layers in one group.
+    pub(super) fn plain() -> Self {
+        let mut model = Self::open([Sees::All; 3]);
+        model.trunk.kv_groups = LayerGroups::of(&[Reach::All; 3]);
+        model
+    }
+
     /// Three layers that see this.
     fn open(layers: [Sees; 3]) -> Self {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
@@ -49,7 +56,7 @@ impl Model {
         Self { trunk, experts, cpu, sequences }
     }
 
-    fn dispatch(&self) -> Local {
+    pub(super) fn dispatch(&self) -> Local {
         Local::new(Arc::clone(&self.cpu), Arc::clone(&self.experts))
     }
 

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_discovery::{Api, Held, LeaseTimes, ObjectName, Tenure};
-use muster_dispatch_grpc::ClusterHandle;
 use muster_dispatch_grpc::client::ConnectedWorker;
+use muster_dispatch_grpc::{ClusterHandle, Digests};
 use muster_placement::lease::Term;
 use muster_placement::{
     ExpertSizes, Goals, Ledger, Loads, Member, Orders, Present, Shape, Stamp, Target, Transition, plan,
@@ -49,6 +49,8 @@ pub(crate) struct LeaderConfig {
     pub(crate) replicas: NonZeroU32,
     /// What to hold to be let to ask workers for the lead.
     pub(crate) lease: Option<(Api, ObjectName)>,
+    /// What the experts' weights must be.
+    pub(crate) digests: Digests,
 }
 
 /// See the module.
@@ -60,6 +62,7 @@ pub(crate) struct Leader {
     lead: Lead,
     /// To be held to be let to ask workers for the lead.
     lease: Option<(Api, ObjectName)>,
+    digests: Digests,
     view: Arc<LeaderView>,
     evidence: Evidence,
     counted: Instant,
@@ -115,7 +118,7 @@ struct Told {
 
 impl Leader {
     pub(crate) fn new(cluster: ClusterHandle, config: LeaderConfig, view: Arc<LeaderView>) -> Self {
-        let LeaderConfig { name, shape, sizes, replicas, lease } = config;
+        let LeaderConfig { name, shape, sizes, replicas, lease, digests } = config;
         let goals = Goals { min_replicas: replicas, ..Goals::default() };
         let (lead, evidence) = (Lead::new(name), Evidence::new(&shape));
         Self {
@@ -125,6 +128,7 @@ impl Leader {
             goals,
             lead,
             lease,
+            digests,
             view,
             evidence,
             counted: Instant::now(),
@@ -333,7 +337,7 @@ impl Leader {
             else {
                 continue;
             };
-            let (peers, load) = sources(load, worker, workers);
+            let (peers, load) = sources(load, worker, workers, &self.digests);
             let assignment = Assignment {
                 router: self.lead.name().clone(),
                 term,
@@ -427,7 +431,12 @@ fn member(worker: &Subject) -> Member {
 }
 
 /// Where a worker finds what it is to load: a few of those that hold each expert, not always the same.
-fn sources(load: &[ExpertKey], to: &Subject, workers: &[Subject]) -> (Vec<String>, Vec<Load>) {
+fn sources(
+    load: &[ExpertKey],
+    to: &Subject,
+    workers: &[Subject],
+    digests: &Digests,
+) -> (Vec<String>, Vec<Load>) {
     let others: Vec<&Subject> = workers.iter().filter(|worker| worker.session != to.session).collect();
     let peers = others.iter().map(|worker| worker.address.clone()).collect();
     let load = load
@@ -441,7 +450,7 @@ fn sources(load: &[ExpertKey], to: &Subject, workers: &[Subject]) -> (Vec<String
             let turn = nth % holders.len().max(1);
             holders.rotate_left(turn);
             holders.truncate(PEERS);
-            Load { key, peers: holders }
+            Load { key, peers: holders, digest: digests.expected(key) }
         })
         .collect();
     (peers, load)

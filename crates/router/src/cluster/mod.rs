@@ -1,6 +1,7 @@
 //! The workers of a router beside the data plane: who leads, what they shall hold, and how they come in.
 
 mod card;
+pub(crate) mod digests;
 mod discovery;
 mod evidence;
 mod fallback;

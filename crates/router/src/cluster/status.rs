@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use muster_dispatch_grpc::{HealthHandle, WorkerHealth, WorkerState};
+use muster_dispatch_grpc::{Digests, HealthHandle, WorkerHealth, WorkerState};
 use muster_proto::cluster::v1;
 use muster_proto::cluster::v1::status_reply::Health as WireHealth;
 use muster_proto::cluster::v1::worker_status::State as WireState;
@@ -63,6 +63,8 @@ impl LeaderView {
 pub(crate) struct Cluster {
     pub(crate) router: String,
     pub(crate) workers: HealthHandle,
+    /// What the experts' weights must be, and who has others.
+    pub(crate) digests: Digests,
     pub(crate) leader: Arc<LeaderView>,
     pub(crate) pulse: Arc<Pulse>,
     pub(crate) discovery: Discovery,
@@ -93,7 +95,10 @@ impl Cluster {
         }
         let missing = self.workers.missing_experts();
         if missing > 0 && !self.has_fallback {
-            let mut reasons = vec![format!("{missing} experts have no live worker")];
+            // Before it is known what weights must be, nobody is connected.
+            let none = || format!("{missing} experts have no live worker");
+            let mut reasons = vec![self.digests.progress().unwrap_or_else(none)];
+            reasons.extend(self.digests.refusals());
             reasons.extend(self.discovery.findings());
             reasons.extend(self.leader.bar());
             return Health::NotReady { reason: reasons.join("; ") };
@@ -113,7 +118,12 @@ impl Cluster {
         }
         let of =
             |is: fn(&WorkerState) -> bool| self.workers.workers().iter().filter(|w| is(&w.state)).count();
-        match of(|state| matches!(state, WorkerState::Down { .. })) {
+        reasons.extend(self.digests.progress());
+        let refused = self.digests.refusals();
+        // They can be reached.
+        let down = of(|state| matches!(state, WorkerState::Down { .. })).saturating_sub(refused.len());
+        reasons.extend(refused);
+        match down {
             0 => {}
             1 => reasons.push("a worker cannot be reached".to_owned()),
             down => reasons.push(format!("{down} workers cannot be reached")),
@@ -175,6 +185,10 @@ fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerS
         banned_ms: u32::try_from(worker.banned.as_millis()).unwrap_or(u32::MAX),
         useful_ms: millis(announced.and_then(|d| d.useful)),
         full_ms: millis(announced.and_then(|d| d.full)),
+        unverified_experts: announced.map_or(0, |d| {
+            u32::try_from(d.holdings.len() - d.digests.len().min(d.holdings.len())).unwrap_or(u32::MAX)
+        }),
+        trouble: announced.and_then(|d| d.trouble.clone()).unwrap_or_default(),
         rows: worker.session.and_then(|session| rows.get(&session)).copied().unwrap_or(0),
     }
 }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::WeightSource;
+use muster_dispatch_grpc::{Digests, Handed, WeightSource};
 use muster_model::ModelError;
-use muster_model::experts::{self, Expert};
+use muster_model::experts;
 use muster_types::{Compute, ExpertKey, WeightDType};
 
 /// Reads and packs an expert whenever it is asked for; keeps none.
@@ -13,14 +13,17 @@ pub(crate) struct CheckpointWeights {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) compute: Compute,
     pub(crate) dtype: WeightDType,
+    /// What the weights must be: nothing else is handed out.
+    pub(crate) digests: Digests,
 }
 
 impl WeightSource for CheckpointWeights {
-    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
+    fn get(&self, key: ExpertKey) -> Option<Handed> {
         let failed = |error: &ModelError| {
             tracing::error!(expert = %key, %error, "a worker asked for an expert that cannot be read");
         };
         let read = experts::read_one(&self.checkpoint, key, self.compute, self.dtype);
-        read.inspect_err(failed).ok().map(Arc::new)
+        let expert = Arc::new(read.inspect_err(failed).ok()?);
+        Some(Handed { expert, digest: self.digests.expected(key) })
     }
 }

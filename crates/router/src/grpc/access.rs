@@ -11,7 +11,7 @@ use tonic::{Extensions, Request, Status};
 /// # Errors
 /// `UNAUTHENTICATED` or `PERMISSION_DENIED` when that is not enough.
 pub(super) fn let_in(access: &Access, metadata: &MetadataMap, extensions: &Extensions) -> Result<(), Status> {
-    let peer = extensions.get::<Caller>().and_then(|caller| caller.0.as_ref());
+    let peer = extensions.get::<Caller>().and_then(|caller| caller.peer.as_ref());
     let shown = metadata.get("authorization").map(|value| value.as_bytes());
     access.client(peer, shown).map_err(|denied| {
         metrics::counter!("muster_access_denied_total", "what" => "grpc").increment(1);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_dispatch_grpc::client::Joined;
-use muster_dispatch_grpc::secured::Only;
+use muster_dispatch_grpc::secured::{Caller, Only};
 use muster_dispatch_grpc::{Address, ClusterHandle};
 use muster_identity::Access;
 use muster_proto::card::ModelCard;
@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::access::let_in;
+use super::joins::{Joins, Reached, Stay};
 use crate::cluster::Cluster;
 
 /// Longest address of a worker, bytes.
@@ -31,6 +32,8 @@ pub(crate) struct Api {
     pub(crate) workers: ClusterHandle,
     pub(crate) card: Arc<ModelCard>,
     pub(crate) stop: CancellationToken,
+    /// Who did.
+    pub(crate) joins: Joins,
     /// Who may join.
     pub(crate) workers_only: Only,
     /// Who may ask for the status.
@@ -43,6 +46,7 @@ impl ClusterApi for Api {
 
     async fn join(&self, request: Request<v1::JoinRequest>) -> Result<Response<Self::JoinStream>, Status> {
         self.workers_only.check(request.extensions())?;
+        let from = request.extensions().get::<Caller>().and_then(|caller| caller.address);
         let request = request.into_inner();
         let invalid = |text: String| Status::invalid_argument(text);
         agree(request.protocol_version, request.newest_protocol_version)
@@ -65,13 +69,19 @@ impl ClusterApi for Api {
                 return Err(Status::failed_precondition(text));
             }
         }
-        let joined =
-            self.workers.join(address).map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let exhausted = |text: String| Status::resource_exhausted(text);
+        let stay = self.joins.enter(&address, from, || reached(&self.workers));
+        let stay = stay.map_err(|error| exhausted(error.to_string()))?;
+        let joined = self.workers.join(address.clone()).map_err(|error| {
+            self.joins.make_room(&reached(&self.workers));
+            exhausted(error.to_string())
+        })?;
         let (replies, stream) = mpsc::channel(1);
         let first = v1::JoinReply { model: Some(self.card.to_wire()) };
         // The channel is empty and its receiver is right here.
         let _ = replies.send(Ok(first)).await;
-        tokio::spawn(stay(joined, replies, self.stop.clone()));
+        let guest = Guest { address, joined, stay, workers: self.workers.clone() };
+        tokio::spawn(guest.stay(replies, self.stop.clone()));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
@@ -81,16 +91,40 @@ impl ClusterApi for Api {
     }
 }
 
-/// Keeps a worker's place until its stream ends.
-async fn stay(joined: Joined, replies: mpsc::Sender<Result<v1::JoinReply, Status>>, stop: CancellationToken) {
-    tokio::select! {
-        () = replies.closed() => {}
-        () = stop.cancelled() => return,
+/// Where workers are connected.
+fn reached(workers: &ClusterHandle) -> Reached {
+    workers.workers().into_iter().map(|worker| worker.address).collect()
+}
+
+/// A worker that joined.
+struct Guest {
+    address: Address,
+    joined: Joined,
+    stay: Stay,
+    workers: ClusterHandle,
+}
+
+impl Guest {
+    /// Keeps a worker's place until its stream ends, or it has to give way. One that is not reached keeps it no longer.
+    async fn stay(self, replies: mpsc::Sender<Result<v1::JoinReply, Status>>, stop: CancellationToken) {
+        let Self { address, joined, stay, workers } = self;
+        tokio::select! {
+            () = replies.closed() => {}
+            () = stay.gives_way() => {
+                let text = format!("nobody was reached at {address}, and others wait; check --advertise");
+                // The worker has read the first reply, or is not reading.
+                let _ = replies.try_send(Err(Status::unavailable(text)));
+                return;
+            }
+            () = stop.cancelled() => return,
+        }
+        drop(replies);
+        if reached(&workers).contains(&address.to_string()) {
+            tokio::select! {
+                () = tokio::time::sleep(LINGER) => {}
+                () = stop.cancelled() => {}
+            }
+        }
+        drop((joined, stay));
     }
-    drop(replies);
-    tokio::select! {
-        () = tokio::time::sleep(LINGER) => {}
-        () = stop.cancelled() => {}
-    }
-    drop(joined);
 }

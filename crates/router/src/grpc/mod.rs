@@ -9,14 +9,16 @@ mod access;
 pub(crate) mod cluster;
 mod convert;
 mod inference;
+mod joins;
 #[cfg(test)]
 mod tests;
 
 use std::time::Duration;
 
 use muster_dispatch_grpc::WeightsService;
-use muster_dispatch_grpc::secured::{Only, secured};
+use muster_dispatch_grpc::secured::{Only, Speaks, secured};
 use muster_identity::Access;
+use muster_net::{Acceptor, Patience};
 use muster_proto::cluster::v1::cluster_server::{ClusterServer, SERVICE_NAME as CLUSTER};
 use muster_proto::expert::v1::weights_server::SERVICE_NAME as WEIGHTS;
 use muster_proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
@@ -29,8 +31,9 @@ use tonic_health::server::HealthReporter;
 
 use self::access::ClientsOnly;
 use self::inference::Api;
+pub(crate) use self::joins::Joins;
+use crate::door::Door;
 use crate::health::Health;
-use crate::net::{Acceptor, Door, Patience};
 use crate::service::Service;
 
 /// What reflection lists: the services that are here, not all that are described.
@@ -88,7 +91,8 @@ pub(crate) async fn serve(
     let Door { listener, tls, access } = door;
     let routes = routes(&service, workers, &reporter, &access)?;
     let health = follow_health(service, reporter, shutdown.clone());
-    let sockets = secured(Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone()), tls);
+    let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
+    let sockets = secured(sockets, tls, Speaks::Http2);
     let server = Server::builder()
         .timeout(REQUEST_TIMEOUT)
         .max_concurrent_streams(STREAMS)

@@ -22,12 +22,16 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
 
+use muster_telemetry::MetricsHandle;
+use muster_testkit::flood::{Flood, flood};
+
 use super::*;
 use crate::fake;
 
 const SOON: Duration = Duration::from_secs(10);
 
 struct Running {
+    address: String,
     channel: Channel,
     shutdown: CancellationToken,
     task: JoinHandle<Result<(), GrpcError>>,
@@ -39,7 +43,7 @@ async fn start(service: Service) -> Running {
     let shutdown = CancellationToken::new();
     let task = tokio::spawn(serve(service, None, Door::open(listener), shutdown.clone()));
     let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
-    Running { channel, shutdown, task }
+    Running { address: address.to_string(), channel, shutdown, task }
 }
 
 fn ask(ids: &[u32], max_tokens: u32) -> v1::GenerateRequest {
@@ -257,4 +261,50 @@ async fn reflection_lists_what_is_served() {
         names,
         ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "muster.v1.Inference"]
     );
+}
+
+/// Connections that ended for their frames, so far.
+fn floods(metrics: &MetricsHandle) -> u64 {
+    let text = metrics.render();
+    let line = text.lines().find_map(|line| line.strip_prefix("muster_connections_flooding_total "));
+    line.map_or(0, |count| count.parse().unwrap())
+}
+
+/// One test for all: what is counted is of the process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn floods_end_and_what_is_asked_for_goes_on() {
+    let metrics = muster_telemetry::install_metrics().unwrap();
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    for kind in Flood::ALL {
+        let before = floods(&metrics);
+        flood(&server.address, "/muster.v1.Inference/Generate", kind, SOON).await;
+        // The library has limits of its own for some, and is sometimes first.
+        let may_end_otherwise =
+            matches!(kind, Flood::RapidReset | Flood::Continuation | Flood::Resets | Flood::EmptyData);
+        assert!(floods(&metrics) == before + 1 || may_end_otherwise, "{kind:?}");
+        assert!(
+            timeout(SOON, client.get_model(v1::GetModelRequest {})).await.unwrap().is_ok(),
+            "after {kind:?}"
+        );
+    }
+
+    // A client that works is no flood, however long it goes on, in small windows and with all the pings there are.
+    let before = floods(&metrics);
+    let channel = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
+    let channel = channel
+        .initial_stream_window_size(64)
+        .initial_connection_window_size(1 << 16)
+        .http2_adaptive_window(false)
+        .http2_keep_alive_interval(Duration::from_millis(1))
+        .connect()
+        .await
+        .unwrap();
+    let mut client = InferenceClient::new(channel);
+    for _ in 0..3000 {
+        let stream = client.generate(ask(&[5, 6], 16)).await.unwrap().into_inner();
+        let events = stream.map(|event| event.unwrap()).fold(0, |count, _| count + 1);
+        assert_eq!(events.await, 18);
+    }
+    assert_eq!(floods(&metrics), before);
 }

@@ -1,14 +1,13 @@
 //! Reading a JSON body: of the right type, within the cap, in time, and parsed where it does not block others.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{HeaderMap, StatusCode, header};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_stream::StreamExt;
 
 use super::error::ApiError;
+use super::places::{Large, Lost, Place};
 
 /// A body has to be complete within this time.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -17,31 +16,18 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// less than half a millisecond.
 const SMALL: usize = 64 << 10;
 
-/// Bodies above [`SMALL`] in memory at once; one more is shed.
-const LARGE_BODIES: usize = 32;
-
-/// The places for large bodies.
-#[derive(Clone)]
-pub(super) struct Large(Arc<Semaphore>);
-
-impl Large {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Semaphore::new(LARGE_BODIES)))
-    }
-}
-
 /// A complete body. Gives its place back when dropped.
 pub(super) struct JsonBody {
     bytes: Vec<u8>,
-    _place: Option<OwnedSemaphorePermit>,
+    _place: Option<Place>,
 }
 
 impl JsonBody {
     /// Reads a body of at most `limit` bytes that is complete within `patience`.
     ///
     /// # Errors
-    /// 415 for another content type or a compressed body, 413 above the limit, 408 when it takes too long, 503
-    /// when too many large bodies are under way, 400 when the client breaks off.
+    /// 415 for another content type or a compressed body, 413 above the limit, 408 when it takes too long or comes too
+    /// slowly, 503 when too many large bodies are under way and this one is not faster, 400 when the client breaks off.
     pub(super) async fn read(
         headers: &HeaderMap,
         body: Body,
@@ -104,21 +90,37 @@ fn check_headers(headers: &HeaderMap, limit: usize) -> Result<(), ApiError> {
 
 async fn collect(body: Body, limit: usize, large: &Large) -> Result<JsonBody, ApiError> {
     let mut bytes = Vec::new();
-    let mut place = None;
+    let mut place: Option<Place> = None;
     let mut chunks = body.into_data_stream();
-    while let Some(chunk) = chunks.next().await {
+    loop {
+        let chunk = match &place {
+            Some(place) => place.keep(chunks.next()).await.map_err(lost)?,
+            None => chunks.next().await,
+        };
+        let Some(chunk) = chunk else { break };
         let chunk = chunk.map_err(|_| ApiError::bad_body("the body ended before it was complete"))?;
         if chunk.len() > limit - bytes.len() {
             return Err(too_large(limit));
         }
-        if place.is_none() && bytes.len() + chunk.len() > SMALL {
-            let taken = Arc::clone(&large.0).try_acquire_owned();
-            let refused = |_| ApiError::busy("too many large requests are under way; try again in a moment");
-            place = Some(taken.map_err(refused)?);
+        if let Some(place) = &mut place {
+            place.advance(chunk.len());
+        } else if bytes.len() + chunk.len() > SMALL {
+            let refused = || ApiError::busy("too many large requests are under way; try again in a moment");
+            place = Some(large.take().ok_or_else(refused)?);
         }
         bytes.extend_from_slice(&chunk);
     }
+    if let Some(place) = &place {
+        place.complete();
+    }
     Ok(JsonBody { bytes, _place: place })
+}
+
+fn lost(lost: Lost) -> ApiError {
+    match lost {
+        Lost::GaveWay => ApiError::busy(lost),
+        Lost::TooSlow => ApiError::status(StatusCode::REQUEST_TIMEOUT, lost),
+    }
 }
 
 fn too_large(limit: usize) -> ApiError {
@@ -132,6 +134,7 @@ mod tests {
     use axum::http::HeaderValue;
 
     use super::*;
+    use crate::http::places::PLACES;
 
     fn json() -> HeaderMap {
         HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))])
@@ -148,7 +151,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_limit_holds_whatever_the_header_says() {
-        let large = Large::new();
+        let large = Large::default();
         assert_eq!(status(&json(), chunks(10, 10), 100, &large).await, None);
         assert_eq!(status(&json(), chunks(10, 11), 100, &large).await, Some(413));
         let mut headers = json();
@@ -158,7 +161,7 @@ mod tests {
 
     #[tokio::test]
     async fn only_plain_json_is_taken() {
-        let large = Large::new();
+        let large = Large::default();
         assert_eq!(status(&HeaderMap::new(), chunks(1, 1), 100, &large).await, Some(415));
         for (name, value, expected) in [
             ("content-type", "application/json; charset=utf-8", None),
@@ -177,15 +180,15 @@ mod tests {
     #[tokio::test]
     async fn a_body_that_never_comes_times_out() {
         let body = Body::from_stream(tokio_stream::pending::<Result<Bytes, std::io::Error>>());
-        let read = JsonBody::read(&json(), body, 100, &Large::new(), Duration::from_millis(20)).await;
+        let read = JsonBody::read(&json(), body, 100, &Large::default(), Duration::from_millis(20)).await;
         assert_eq!(read.err().unwrap().status, StatusCode::REQUEST_TIMEOUT);
     }
 
     #[tokio::test]
     async fn large_bodies_are_few() {
-        let large = Large::new();
+        let large = Large::default();
         let mut held = Vec::new();
-        for _ in 0..LARGE_BODIES {
+        for _ in 0..PLACES {
             held.push(JsonBody::read(&json(), chunks(SMALL, 2), 1 << 20, &large, PATIENCE).await.unwrap());
         }
         assert_eq!(status(&json(), chunks(SMALL, 2), 1 << 20, &large).await, Some(503));

@@ -8,6 +8,7 @@ mod admin;
 mod body;
 mod error;
 mod openai;
+mod places;
 #[cfg(test)]
 mod tests;
 
@@ -23,15 +24,17 @@ use axum::{Extension, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use muster_dispatch_grpc::secured::{Caller, Connection, secured};
+use muster_dispatch_grpc::secured::{Caller, Connection, Speaks, secured};
 use muster_identity::Access;
+use muster_net::{Acceptor, Patience, host};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
-use self::body::Large;
 use self::error::ApiError;
-use crate::net::{Acceptor, Door, Patience, Socket};
+use self::places::Large;
+use crate::door::Door;
 use crate::service::Service;
 
 /// A request's head has to be complete within this time, and an idle connection is closed after it.
@@ -65,11 +68,12 @@ pub(crate) async fn serve(
     shutdown: CancellationToken,
 ) {
     let Door { listener, tls, access } = door;
-    let routes = routes(App { service, metrics, large: Large::new(), access });
+    let routes = routes(App { service, metrics, large: Large::default(), access });
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
     // Ends with `shutdown`, when the handshakes under way are done.
-    let mut accepted = secured(Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone()), tls);
+    let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
+    let mut accepted = secured(sockets, tls, Speaks::Http1);
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -88,7 +92,7 @@ pub(crate) async fn serve(
 
 async fn connection(
     builder: Builder<TokioExecutor>,
-    socket: Connection<Socket>,
+    socket: Connection<TcpStream>,
     routes: Router,
     shutdown: CancellationToken,
 ) {
@@ -119,6 +123,7 @@ fn routes(app: App) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(app.clone(), let_in))
+        .layer(middleware::from_fn(one_host))
         .layer(middleware::from_fn(count))
         .with_state(app)
 }
@@ -136,7 +141,7 @@ async fn let_in(State(app): State<App>, request: Request, next: Next) -> Respons
     if request.uri().path() == ALIVE {
         return next.run(request).await;
     }
-    let caller = request.extensions().get::<Caller>().and_then(|caller| caller.0.as_ref());
+    let caller = request.extensions().get::<Caller>().and_then(|caller| caller.peer.as_ref());
     let shown = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes);
     match app.access.client(caller, shown) {
         Ok(()) => next.run(request).await,
@@ -144,6 +149,14 @@ async fn let_in(State(app): State<App>, request: Request, next: Next) -> Respons
             metrics::counter!("muster_access_denied_total", "what" => "http").increment(1);
             ApiError::denied(&denied).into_response()
         }
+    }
+}
+
+/// A request that could be taken for one to another host goes no further.
+async fn one_host(request: Request, next: Next) -> Response {
+    match host::check(request.version(), request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(bad) => ApiError::status(StatusCode::BAD_REQUEST, bad.to_string()).into_response(),
     }
 }
 

@@ -30,7 +30,7 @@ impl Server {
         let shutdown = CancellationToken::new();
         let metrics = Arc::new(|| "muster_up 1\n".to_owned());
         let task =
-            tokio::spawn(super::serve(service, metrics, crate::net::Door::open(listener), shutdown.clone()));
+            tokio::spawn(super::serve(service, metrics, crate::door::Door::open(listener), shutdown.clone()));
         Self { address, shutdown, task }
     }
 
@@ -258,6 +258,97 @@ async fn heads_that_are_too_large_or_wrong() {
         let (status, ..) = server.raw(request.as_bytes()).await;
         assert_eq!(status, expected, "{:.60}", request);
     }
+}
+
+#[tokio::test]
+async fn a_request_is_for_one_host() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    for path in ["/healthz", "/v1/models", "/nothing"] {
+        let expected = if path == "/nothing" { 404 } else { 200 };
+        let target = format!("http://y{path}");
+        let cases = [
+            (path, "1.1", "", 400),
+            (path, "1.1", "host: x\r\nhost: x\r\n", 400),
+            (path, "1.1", "host: x\r\nhost: y\r\n", 400),
+            (path, "1.1", "host: user@x\r\n", 400),
+            (path, "1.1", "host: x/y\r\n", 400),
+            (path, "1.1", "host: x:8080\r\n", expected),
+            (path, "1.1", "host:\r\n", expected),
+            (path, "1.0", "", expected),
+            (path, "1.0", "host: x\r\nhost: y\r\n", 400),
+            // The target's host counts, whatever the header says; but there has to be one.
+            (&target, "1.1", "host: x\r\n", expected),
+            (&target, "1.1", "", 400),
+        ];
+        for (target, version, host, expected) in cases {
+            let request = format!("GET {target} HTTP/{version}\r\n{host}connection: close\r\n\r\n");
+            let (status, _, body) = server.raw(request.as_bytes()).await;
+            assert_eq!(status, expected, "{request}{body}");
+            if status == 400 {
+                assert_eq!(parse(&body)["error"]["type"], "invalid_request_error", "{body}");
+            }
+        }
+    }
+}
+
+/// The status of an answer's first bytes.
+fn status(answer: &[u8]) -> Option<u16> {
+    std::str::from_utf8(answer).ok()?.split(' ').nth(1)?.parse().ok()
+}
+
+/// The status of an answer, also of one that comes before the request was read.
+async fn attempt(address: std::net::SocketAddr, request: &[u8]) -> Option<u16> {
+    let (mut from, mut to) = TcpStream::connect(address).await.unwrap().into_split();
+    let request = request.to_vec();
+    let sending = tokio::spawn(async move { to.write_all(&request).await.map(|()| to) });
+    let mut answer = [0; 12];
+    let read = from.read_exact(&mut answer).await;
+    let _ = sending.await;
+    read.ok().and_then(|_| status(&answer))
+}
+
+#[tokio::test]
+async fn peers_that_stall_with_large_bodies_keep_nobody_out() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    let mut peers = Vec::new();
+    for _ in 0..40 {
+        let mut peer = TcpStream::connect(server.address).await.unwrap();
+        let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+                    content-length: 1000000\r\n\r\n";
+        peer.write_all(head.as_bytes()).await.unwrap();
+        peer.write_all(&[b' '; 100 << 10]).await.unwrap();
+        peers.push(peer);
+    }
+    let mut body = json!({"prompt": [5], "max_tokens": 2}).to_string();
+    body.insert_str(1, &" ".repeat(500 << 10));
+    let length = body.len();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    );
+    timeout(SOON, async {
+        // The first moment belongs to those that came before it.
+        while attempt(server.address, request.as_bytes()).await != Some(200) {}
+    })
+    .await
+    .expect("a large body gets through");
+    // Of those that stall, the ones beyond the places were told to come back, and no others.
+    let mut told = Vec::new();
+    timeout(SOON, async {
+        while told.len() < 8 {
+            peers.retain(|peer| {
+                let mut answer = [0; 12];
+                let read = peer.try_read(&mut answer);
+                told.extend(read.is_ok().then(|| status(&answer)));
+                read.is_err()
+            });
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("peers gave way");
+    assert!(told.iter().all(|&status| status == Some(503)), "{told:?}");
+    assert!(peers.len() >= 31, "{} still stall", peers.len());
 }
 
 #[tokio::test]

@@ -40,7 +40,7 @@ impl LyingWorker {
 /// An answer with as many rows as were asked for, each value the same.
 pub fn rows(shard: &v1::LayerShard, count: usize, value: f32) -> v1::DispatchReply {
     let data: Vec<u8> = std::iter::repeat_n(value.to_le_bytes(), count * HIDDEN).flatten().collect();
-    let rows = v1::ExpertRows { rows: count as u32, data: data.into() };
+    let rows = v1::ExpertRows { rows: count as u32, data: data.into(), not_finite: Vec::new() };
     let body = Some(v1::dispatch_reply::Body::Rows(rows));
     v1::DispatchReply { id: shard.id, body, compute_us: 0, queue_us: 0 }
 }

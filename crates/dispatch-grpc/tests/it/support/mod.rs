@@ -13,8 +13,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{
-    Address, Bound, ComputeError, ConnectConfig, Custody, Dialer, ExpertCompute, ExpertServer, GrpcDispatch,
-    Held, ServerConfig, Start, WeightSource,
+    Address, Bound, ComputeError, ConnectConfig, Custody, Dialer, Digests, ExpertCompute, ExpertServer,
+    GrpcDispatch, Handed, Held, Reference, ServerConfig, Start, WeightSource,
 };
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_kernels::{Cpu, Expert};
@@ -24,7 +24,7 @@ use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
     Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed, WeightDType,
-    WorkerId,
+    WeightDigest, WorkerId,
 };
 use tokio::runtime::Runtime;
 
@@ -53,8 +53,22 @@ pub fn expert(number: u32) -> ExpertId {
     ExpertId::new(number, 8).unwrap()
 }
 
+/// That of the weights that an expert of this model has.
+pub fn digest(key: ExpertKey) -> WeightDigest {
+    WeightDigest::of([key.to_string().as_bytes()])
+}
+
+pub fn reference() -> Reference {
+    let mut layers = vec![Vec::new(); shape().experts().len()];
+    for key in all() {
+        layers[key.layer.index()].push((digest(key), "model.safetensors".into()));
+    }
+    Reference::new(layers)
+}
+
 pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Description {
     Description {
+        digests: holdings.iter().copied().map(digest).collect(),
         worker: WorkerId::new(name).unwrap(),
         fingerprint: FINGERPRINT,
         numerics: NumericsClass::CpuCanonical,
@@ -71,6 +85,7 @@ pub fn describe(name: &str, holdings: Vec<ExpertKey>, compute: Compute) -> Descr
         loading: 0,
         useful: None,
         full: None,
+        trouble: None,
     }
 }
 
@@ -81,7 +96,9 @@ pub struct Ledger {
     pub asked: AtomicU32,
     pub held: Mutex<Vec<ExpertKey>>,
     pub orders: Mutex<Vec<Assignment>>,
-    pub experts: Mutex<BTreeMap<ExpertKey, Arc<Expert>>>,
+    pub experts: Mutex<BTreeMap<ExpertKey, Handed>>,
+    /// Experts whose weights are others than they must be.
+    pub damaged: Mutex<BTreeSet<ExpertKey>>,
 }
 
 impl Custody for Ledger {
@@ -96,8 +113,15 @@ impl Custody for Ledger {
 
     fn held(&self) -> Held {
         self.asked.fetch_add(1, Ordering::SeqCst);
+        let experts = self.held.lock().unwrap().clone();
+        let damaged = self.damaged.lock().unwrap();
+        let other = |key: &ExpertKey| {
+            if damaged.contains(key) { WeightDigest::new([0xdd; 32]) } else { digest(*key) }
+        };
         Held {
-            experts: self.held.lock().unwrap().clone(),
+            digests: experts.iter().map(other).collect(),
+            experts,
+            trouble: None,
             resident_bytes: 1,
             loading: 0,
             useful: None,
@@ -107,7 +131,7 @@ impl Custody for Ledger {
 }
 
 impl WeightSource for Ledger {
-    fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
+    fn get(&self, key: ExpertKey) -> Option<Handed> {
         self.experts.lock().unwrap().get(&key).cloned()
     }
 }
@@ -134,6 +158,7 @@ pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
         hidden: HIDDEN,
         compute,
         experts: WeightDType::Native,
+        digests: Digests::known(reference()),
         shape: shape(),
         top_k: TOP_K,
         max_rows: MAX_ROWS,
@@ -338,7 +363,13 @@ impl OneRow {
 /// Takes home one row.
 pub fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
     let mut out = vec![0.0; HIDDEN];
-    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).map(|()| out)
+    match dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out))?.pop() {
+        None => Ok(out),
+        Some(lost) => {
+            assert_eq!(lost.rows, [0]);
+            Err(lost.error)
+        }
+    }
 }
 
 /// Sends one row off and takes it home.

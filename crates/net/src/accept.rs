@@ -1,26 +1,25 @@
-//! Sockets of the public side: accepted one at a time, counted, and given up on when the peer stops playing.
-//!
-//! A [`Socket`] holds one of a fixed number of places, has Nagle's algorithm off, and fails with `TimedOut` when
-//! the peer takes no bytes for [`Patience::stall`] or, where asked for, sends none for [`Patience::silence`]. No
-//! error of `accept` ends the loop. Knows nothing about HTTP or gRPC.
+//! Connections: accepted one at a time, counted, and given up on when the peer stops playing.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use muster_identity::Access;
-use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-/// Connections of one listener at once. More wait in the kernel's backlog.
+/// Connections of one listener at once, where there are descriptors enough. More wait in the system's backlog.
 const CONNECTIONS: usize = 8192;
+
+/// Part of a process's descriptors that one listener's connections may take; the rest is for other listeners, peers and
+/// files.
+const SHARE: usize = 4;
 
 /// Pause after `accept` failed for want of descriptors or memory; trying at once would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -30,57 +29,74 @@ const OPENING_BYTES: usize = 24;
 
 /// How long a peer may do nothing.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Patience {
+pub struct Patience {
     /// Without taking a byte that waits to be sent.
-    pub(crate) stall: Duration,
+    pub stall: Duration,
     /// Without sending a byte. `None` where the protocol has its own timers.
-    pub(crate) silence: Option<Duration>,
+    pub silence: Option<Duration>,
 }
 
-/// A public listener, how its connections are secured, and who is let in.
-pub(crate) struct Door {
-    pub(crate) listener: TcpListener,
-    pub(crate) tls: Option<Arc<ServerConfig>>,
-    pub(crate) access: Access,
+/// A socket that listens.
+pub trait Listener: Send + Sync + 'static {
+    /// Its connections.
+    type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection and where it comes from. Nothing is lost when the future is dropped.
+    fn accept(&self) -> impl Future<Output = io::Result<(Self::Io, Option<IpAddr>)>> + Send;
 }
 
-impl Door {
-    /// Open to everybody, without TLS.
-    #[cfg(test)]
-    pub(crate) const fn open(listener: TcpListener) -> Self {
-        Self { listener, tls: None, access: Access::Open }
+impl Listener for TcpListener {
+    type Io = TcpStream;
+
+    async fn accept(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
+        let (stream, peer) = Self::accept(self).await?;
+        // A socket that is gone already says so at its first read.
+        let _ = stream.set_nodelay(true);
+        Ok((stream, Some(peer.ip().to_canonical())))
+    }
+}
+
+impl Listener for UnixListener {
+    type Io = UnixStream;
+
+    async fn accept(&self) -> io::Result<(UnixStream, Option<IpAddr>)> {
+        Ok((Self::accept(self).await?.0, None))
     }
 }
 
 /// A listener that hands out [`Socket`]s.
-pub(crate) struct Acceptor {
-    listener: TcpListener,
+pub struct Acceptor<L> {
+    listener: L,
     places: Arc<Semaphore>,
     patience: Patience,
 }
 
-impl Acceptor {
-    pub(crate) fn new(listener: TcpListener, patience: Patience) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(CONNECTIONS)), patience }
+impl<L: Listener> Acceptor<L> {
+    /// With as many places as the process has descriptors for.
+    #[must_use]
+    pub fn new(listener: L, patience: Patience) -> Self {
+        Self::with_places(listener, patience, places())
+    }
+
+    /// With at most so many connections at once.
+    #[must_use]
+    pub fn with_places(listener: L, patience: Patience, places: usize) -> Self {
+        Self { listener, places: Arc::new(Semaphore::new(places)), patience }
     }
 
     /// The next connection. Nothing is lost when this future is dropped.
-    pub(crate) async fn next(&mut self) -> Socket {
+    pub async fn next(&mut self) -> Socket<L::Io> {
         loop {
             let Ok(place) = Arc::clone(&self.places).acquire_owned().await else {
                 // The semaphore is never closed.
                 continue;
             };
             match self.listener.accept().await {
-                Ok((stream, _)) => {
-                    // A socket that is gone already says so at its first read.
-                    let _ = stream.set_nodelay(true);
-                    return Socket::new(stream, place, self.patience);
-                }
+                Ok((stream, peer)) => return Socket::new(stream, peer, place, self.patience),
                 Err(error) if is_of_one_peer(&error) => {}
                 Err(error) => {
                     metrics::counter!("muster_accept_errors_total").increment(1);
-                    tracing::debug!(%error, "accept failed");
+                    tracing::warn!(%error, "cannot accept a connection");
                     sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -88,7 +104,7 @@ impl Acceptor {
     }
 
     /// All connections until `shutdown`; the listener is closed then, whatever the reader of the stream does.
-    pub(crate) fn into_stream(mut self, shutdown: CancellationToken) -> ReceiverStream<io::Result<Socket>> {
+    pub fn into_stream(mut self, shutdown: CancellationToken) -> ReceiverStream<io::Result<Socket<L::Io>>> {
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             loop {
@@ -106,24 +122,34 @@ impl Acceptor {
     }
 }
 
+/// Connections that one listener of this process may have.
+fn places() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+    (limit / SHARE).clamp(1, CONNECTIONS)
+}
+
 fn is_of_one_peer(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// One accepted connection.
-pub(crate) struct Socket {
-    stream: TcpStream,
+/// One accepted connection. Holds its listener's place, and fails with `TimedOut` when the peer takes no bytes for
+/// [`Patience::stall`] or, where asked for, sends none for [`Patience::silence`].
+pub struct Socket<S> {
+    stream: S,
+    peer: Option<IpAddr>,
     _place: OwnedSemaphorePermit,
     reads: Option<Timer>,
     writes: Timer,
     received: usize,
 }
 
-impl Socket {
-    fn new(stream: TcpStream, place: OwnedSemaphorePermit, patience: Patience) -> Self {
+impl<S> Socket<S> {
+    fn new(stream: S, peer: Option<IpAddr>, place: OwnedSemaphorePermit, patience: Patience) -> Self {
         Self {
             stream,
+            peer,
             _place: place,
             reads: patience.silence.map(Timer::new),
             writes: Timer::new(patience.stall),
@@ -131,10 +157,24 @@ impl Socket {
         }
     }
 
+    /// Where the peer is; `None` on this machine's Unix sockets.
+    #[must_use]
+    pub const fn peer(&self) -> Option<IpAddr> {
+        self.peer
+    }
+
+    /// The connection itself, to set it up.
+    #[must_use]
+    pub const fn get_ref(&self) -> &S {
+        &self.stream
+    }
+}
+
+impl<S: Unpin> Socket<S> {
     fn write_with(
         &mut self,
         cx: &mut Context<'_>,
-        write: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<usize>>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         match write(Pin::new(&mut self.stream), cx) {
             Poll::Ready(done) => {
@@ -146,7 +186,7 @@ impl Socket {
     }
 }
 
-impl AsyncRead for Socket {
+impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -167,7 +207,7 @@ impl AsyncRead for Socket {
     }
 }
 
-impl AsyncWrite for Socket {
+impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.write_with(cx, |stream, cx| stream.poll_write(cx, buf))
     }
@@ -196,27 +236,30 @@ impl AsyncWrite for Socket {
 /// Runs while one direction makes no progress.
 struct Timer {
     limit: Duration,
+    /// Since when there is none.
+    since: Option<Instant>,
+    /// Set for no later than the limit after that; looked at again when it is over. A read of a busy connection so costs
+    /// no change of the timer wheel.
     sleep: Option<Pin<Box<Sleep>>>,
-    running: bool,
 }
 
 impl Timer {
     fn new(limit: Duration) -> Self {
-        Self { limit, sleep: None, running: false }
+        Self { limit, since: None, sleep: None }
     }
 
     fn progress(&mut self) {
-        self.running = false;
+        self.since = None;
     }
 
     fn expired(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        let deadline = Instant::now() + self.limit;
+        let deadline = *self.since.get_or_insert_with(Instant::now) + self.limit;
         let sleep = self.sleep.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
-        if !self.running {
-            self.running = true;
-            sleep.as_mut().reset(deadline);
-        }
         ready!(sleep.as_mut().poll(cx));
+        if sleep.deadline() < deadline {
+            sleep.as_mut().reset(deadline);
+            ready!(sleep.as_mut().poll(cx));
+        }
         metrics::counter!("muster_connections_evicted_total").increment(1);
         Poll::Ready(io::ErrorKind::TimedOut.into())
     }
@@ -227,12 +270,13 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
+    use crate::listen;
 
     const PATIENCE: Patience =
         Patience { stall: Duration::from_millis(200), silence: Some(Duration::from_millis(200)) };
 
-    async fn pair() -> (Socket, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    async fn pair() -> (Socket<TcpStream>, TcpStream) {
+        let listener = listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
         let client = tokio::spawn(TcpStream::connect(address));
         let server = Acceptor::new(listener, PATIENCE).next().await;
@@ -254,6 +298,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_peer_of_a_unix_socket_is_given_up_on_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let mut acceptor = Acceptor::new(listen::unix(&path).unwrap(), PATIENCE);
+        let _client = UnixStream::connect(&path).await.unwrap();
+        let mut server = acceptor.next().await;
+        assert_eq!(server.peer(), None);
+        assert_eq!(server.read_u8().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_goes_on_is_waited_for_and_then_no_longer() {
+        let (mut server, mut client) = pair().await;
+        let started = Instant::now();
+        for _ in 0..5 {
+            client.write_all(&[0; OPENING_BYTES]).await.unwrap();
+            server.read_exact(&mut [0; OPENING_BYTES]).await.unwrap();
+            sleep(Duration::from_millis(150)).await;
+        }
+        // Silence counts from the moment that something is waited for.
+        let before = Instant::now();
+        assert_eq!(before - started, Duration::from_millis(750));
+        assert_eq!(server.read_u8().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert!((200..210).contains(&before.elapsed().as_millis()), "{:?}", before.elapsed());
+    }
+
+    #[tokio::test]
     async fn a_trickled_opening_does_not_buy_time() {
         let (mut server, mut client) = pair().await;
         let trickle = tokio::spawn(async move {
@@ -270,8 +341,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn places_are_few_and_come_back() {
+        let listener = listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut acceptor = Acceptor::with_places(listener, PATIENCE, 2);
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            clients.push(TcpStream::connect(address).await.unwrap());
+        }
+        let (first, _second) = (acceptor.next().await, acceptor.next().await);
+        let third = tokio::spawn(async move { acceptor.next().await });
+        tokio::task::yield_now().await;
+        assert!(!third.is_finished());
+        drop(first);
+        assert_eq!(third.await.unwrap().peer(), Some(address.ip()));
+    }
+
+    #[tokio::test]
     async fn the_listener_closes_on_shutdown() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = listen::tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let mut sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());

@@ -1,0 +1,112 @@
+//! How long the token path waits for the board while a fleet announces itself. A benchmark:
+//! `cargo test --release -p muster-dispatch-grpc --lib announcing -- --ignored --nocapture`.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use muster_placement::{Shape, split};
+use muster_proto::description::{Description, Phase};
+use muster_proto::handshake::LANES;
+use muster_types::{
+    Compute, Epoch, ExpertKey, Fingerprint, NumericsClass, Speed, WeightDType, WeightDigest, WorkerId,
+};
+use tokio::sync::mpsc;
+use tonic::transport::Endpoint;
+
+use super::board::Board;
+use super::peer::Control;
+
+const LAYERS: usize = 96;
+const EXPERTS: u32 = 256;
+const WORKERS: u32 = 64;
+/// How often a worker that loads announces.
+const EVERY: Duration = Duration::from_millis(20);
+const LASTS: Duration = Duration::from_secs(10);
+
+fn describe(worker: u32, holdings: Vec<ExpertKey>, epoch: u64) -> Description {
+    Description {
+        worker: WorkerId::new(&format!("w{worker}")).unwrap(),
+        fingerprint: Fingerprint::new([1; 32]),
+        numerics: NumericsClass::CpuCanonical,
+        compute: Compute::Bf16,
+        experts: WeightDType::Native,
+        epoch: Epoch::new(epoch),
+        resident_bytes: holdings.len() as u64,
+        digests: vec![WeightDigest::new([7; 32]); holdings.len()],
+        trouble: None,
+        holdings,
+        phase: Phase::Serving,
+        max_rows: NonZeroU32::MIN,
+        capacity: u64::MAX,
+        speed: Speed::ONE,
+        domain: None,
+        loading: 1,
+        useful: None,
+        full: None,
+    }
+}
+
+#[test]
+#[ignore = "a benchmark: it prints figures"]
+#[allow(clippy::print_stdout, reason = "figures are what it is for")]
+fn the_token_path_while_64_workers_announce_24576_experts() {
+    let shape = Shape::new(vec![EXPERTS; LAYERS]);
+    let address = |worker: u32| format!("10.0.{}.{}:1", worker / 250, worker % 250).parse().unwrap();
+    let board = Arc::new(Board::new(shape.clone(), (0..WORKERS).map(address).collect()).unwrap());
+    board.start().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let count = NonZeroU32::new(WORKERS).unwrap();
+    let held: Vec<Vec<ExpertKey>> = (0..WORKERS).map(|n| split(&shape, count, n).unwrap()).collect();
+    for (worker, held) in (0..).zip(&held) {
+        let lanes = [const { () }; LANES].map(|()| mpsc::channel(1).0);
+        let control = Control::new(Endpoint::from_static("http://127.0.0.1:1").connect_lazy());
+        board.up(worker as usize, describe(worker, held.clone(), 1), lanes, control).unwrap();
+    }
+    let (stop, announced) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let announcing = std::thread::spawn({
+        let (board, stop, announced) = (Arc::clone(&board), Arc::clone(&stop), Arc::clone(&announced));
+        move || {
+            let mut epoch = 1;
+            while !stop.load(Ordering::Relaxed) {
+                epoch += 1;
+                let began = Instant::now();
+                for (worker, held) in (0..).zip(&held) {
+                    // One expert more or fewer each time.
+                    let held = held[..held.len() - (epoch as usize + worker as usize) % 8].to_vec();
+                    board.announce(worker as usize, describe(worker, held, epoch)).unwrap();
+                    announced.fetch_add(1, Ordering::Relaxed);
+                }
+                std::thread::sleep(EVERY.saturating_sub(began.elapsed()));
+            }
+        }
+    });
+    let mut waits = Vec::new();
+    let (began, first) = (Instant::now(), board.version());
+    while began.elapsed() < LASTS {
+        let asked = Instant::now();
+        let routes = board.routes();
+        let _ = board.issue(1);
+        waits.push(asked.elapsed());
+        drop(routes);
+        // About as often as layers are submitted and answered.
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    stop.store(true, Ordering::Relaxed);
+    announcing.join().unwrap();
+    let built = board.version() - first;
+    board.close();
+    waits.sort_unstable();
+    let at = |share: f64| waits[((waits.len() - 1) as f64 * share) as usize];
+    println!(
+        "{} announcements, {built} routes; {} looks at the board: p50 {:?}, p99 {:?}, p99.9 {:?}, longest {:?}",
+        announced.load(Ordering::Relaxed),
+        waits.len(),
+        at(0.5),
+        at(0.99),
+        at(0.999),
+        at(1.0)
+    );
+}
