@@ -51,6 +51,12 @@ fn assembled(
     Service::new(model, limits, prompts, Vec::new(), health, way)
 }
 
+/// A service whose engine never answers, as one in a long step; its requests stay in the channel.
+pub(crate) fn deaf_service() -> (Service, mpsc::Receiver<Command>) {
+    let (commands, received) = mpsc::channel(4096);
+    (assembled(model(), None, BTreeSet::new(), Arc::new(|| Health::Ready), commands), received)
+}
+
 /// A tokenizer of 320 ids with `template` for chats.
 pub(crate) fn tokenizer(template: &str) -> Tokenizer {
     let file = |name| {

@@ -389,3 +389,103 @@ impl Stream for Generation {
         Poll::Ready(item)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use muster_text::ChatMessage;
+    use muster_types::Retry;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::fake;
+
+    const MOMENT: Duration = Duration::from_secs(20);
+
+    fn request(prompt: Prompt, choices: u32) -> GenerateRequest {
+        GenerateRequest {
+            model: None,
+            prompt,
+            max_tokens: Some(1),
+            sampling: RawSampling::default(),
+            seed: None,
+            stop: crate::request::Stop::default(),
+            top_logprobs: None,
+            choices,
+            resume: None,
+        }
+    }
+
+    fn ids(choices: u32) -> GenerateRequest {
+        request(Prompt::Tokens(vec![1, 2]), choices)
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_at_once_and_places_come_back() {
+        let (service, mut engine) = fake::deaf_service();
+        let Limits { queue, running, choices, .. } = *service.limits();
+        let most = u32::try_from(queue + running).unwrap() / choices;
+        let mut waiting = tokio::task::JoinSet::new();
+        for _ in 0..most {
+            let service = service.clone();
+            waiting.spawn(async move { service.generate(ids(choices)).await.map(drop) });
+        }
+        let mut commands = Vec::new();
+        for _ in 0..most {
+            commands.push(timeout(MOMENT, engine.recv()).await.unwrap().unwrap());
+        }
+        let refused = timeout(MOMENT, service.generate(ids(1))).await.expect("it waits for the engine");
+        let error = refused.unwrap_err();
+        assert_eq!(error, RequestError::Overloaded(Overload::Queue { limit: queue }));
+        assert_eq!(error.retry(), Retry::Later);
+        // What is wrong with the request itself comes first, so that nobody tries again in vain.
+        let wrong = request(Prompt::Tokens(vec![1; 64]), 1);
+        assert!(matches!(service.generate(wrong).await, Err(RequestError::Invalid { field: "prompt", .. })));
+        commands.pop();
+        let next = tokio::spawn({
+            let service = service.clone();
+            async move { service.generate(ids(1)).await.map(drop) }
+        });
+        assert!(timeout(MOMENT, engine.recv()).await.unwrap().is_some(), "its place did not come back");
+        next.abort();
+    }
+
+    #[tokio::test]
+    async fn texts_that_cannot_fit_are_refused_and_leave_nothing() {
+        let (service, _seen) = fake::chat_service(fake::tokenizer("{{ messages[0].content }}"));
+        let long = "Once upon a time ".repeat(200_000);
+        let message = |error: RequestError| error.to_string();
+        for text in [long.clone(), "a".repeat(3 << 20), " ".repeat(3 << 20)] {
+            let chat = Prompt::Chat(vec![ChatMessage::new("user", text.as_str())].into());
+            for (prompt, field) in [(Prompt::Text(text), "prompt"), (chat, "messages")] {
+                let error = message(service.generate(request(prompt, 1)).await.unwrap_err());
+                assert!(error.starts_with(&format!("{field}: has ")), "{error}");
+                assert!(
+                    error.ends_with("tokens or more; the model's context of 64 leaves no room for output"),
+                    "{error}"
+                );
+            }
+        }
+        let error = message(service.tokenize(long, Special::Add).await.unwrap_err());
+        assert!(error.starts_with("text: has ") && error.ends_with("at most 64 are allowed"), "{error}");
+        let error = message(service.detokenize(vec![9; 65], SpecialText::Keep).await.unwrap_err());
+        assert_eq!(error, "ids: has 65 entries; at most the context of 64 are allowed");
+        assert_eq!(service.inner.way.text.held(), 0);
+        assert!(service.generate(request(Prompt::Text("hi".into()), 1)).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_while_its_text_is_read_gives_its_place_back() {
+        let (service, _seen) = fake::chat_service(fake::tokenizer("{{ messages[0].content }}"));
+        let Limits { queue, running, choices, .. } = *service.limits();
+        for _ in 0..=(queue + running) / choices as usize {
+            let generation = service.generate(request(Prompt::Text("hi".into()), choices));
+            // Polled once: it has its place, and its text is on its way.
+            let _ = timeout(Duration::ZERO, generation).await;
+        }
+        assert!(
+            timeout(MOMENT, service.generate(request(Prompt::Text("hi".into()), 1))).await.unwrap().is_ok()
+        );
+    }
+}
