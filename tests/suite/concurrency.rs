@@ -105,6 +105,38 @@ async fn a_full_queue_sheds_with_a_retryable_error_and_loses_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_short_queue_refuses_nobody_whom_the_batch_has_room_for() {
+    let cluster = Cluster::start(Setup::new(&demo_model()).router_args(&["--max-queue", "1"]));
+    let client = cluster.client().await;
+    let mut running = JoinSet::new();
+    for n in 0..32 {
+        let client = client.clone();
+        running.spawn(async move { generate(&client, greedy(&[1, 844 + n], 40)).await });
+    }
+    while let Some(done) = running.join_next().await {
+        assert_eq!(done.unwrap().unwrap()[0].ids.len(), 40);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_taken_to_wait_longer_than_is_allowed() {
+    let args = ["--max-running", "1", "--max-queue-wait", "1ms"];
+    let cluster = Cluster::start(Setup::new(&demo_model()).router_args(&args));
+    let client = cluster.client().await;
+    // How long a place takes to come free is known once one did.
+    generate(&client, greedy(&[1, 844], 40)).await.unwrap();
+    let mut stream = client.clone().generate(greedy(&[1, 845], 400)).await.unwrap().into_inner();
+    stream.message().await.unwrap().unwrap();
+    stream.message().await.unwrap().unwrap();
+    let refused = generate(&client, greedy(&[1, 846], 4)).await.unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::ResourceExhausted, "{refused}");
+    assert!(refused.message().contains("would wait"), "{refused}");
+    assert!(refused.metadata().contains_key("retry-after-ms"));
+    drop(stream);
+    eventually("a place that is free", async || generate(&client, greedy(&[1, 846], 4)).await.ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn several_choices_have_one_end_each() {
     let cluster = Cluster::start(Setup::new(&demo_model()));
     let mut request = sampled(&[1, 844, 624], 16, 5);

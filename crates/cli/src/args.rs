@@ -387,6 +387,9 @@ pub(crate) struct RouterArgs {
     /// Most sequences waiting; one more is refused [default: 1024].
     #[arg(long, value_name = "N")]
     pub(crate) max_queue: Option<String>,
+    /// Longest wait for a place in the batch that requests are taken for; who would wait longer is refused [default: 5s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) max_queue_wait: Option<String>,
     /// How long to wait for the experts of one layer [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub(crate) expert_timeout: Option<String>,

@@ -43,6 +43,7 @@ const KEYS: &[Key] = &[
     Key { name: "template_variables", kind: ValueKind::List, default: None },
     Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
+    Key { name: "max_queue_wait", kind: ValueKind::Text, default: Some("5s") },
     Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
     Key { name: "connect_timeout", kind: ValueKind::Text, default: Some("60s") },
     Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
@@ -111,6 +112,8 @@ pub struct RouterSettings {
     pub max_running: usize,
     /// Most sequences that wait for a place in it.
     pub max_queue: usize,
+    /// Longest wait for one that requests are taken for.
+    pub max_queue_wait: Duration,
     /// How long to wait for one layer's experts.
     pub expert_timeout: Duration,
     /// How long to wait for the workers at the start.
@@ -230,6 +233,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     };
     let (step_tokens, prefill_chunk) = (count("step_tokens"), count("prefill_chunk"));
     let (max_running, max_queue) = (count("max_running"), count("max_queue"));
+    let max_queue_wait = reader.required("max_queue_wait", parse_duration);
     let expert_timeout = reader.required("expert_timeout", parse_duration);
     let connect_timeout = reader.required("connect_timeout", parse_duration);
     let drain_timeout = reader.required("drain_timeout", parse_duration);
@@ -300,6 +304,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         template_variables,
         max_running: max_running? as usize,
         max_queue: max_queue? as usize,
+        max_queue_wait: max_queue_wait?,
         expert_timeout: expert_timeout?,
         connect_timeout: connect_timeout?,
         drain_timeout: drain_timeout?,

@@ -461,6 +461,33 @@ impl Scheduler {
         }
     }
 
+    /// Whether the batch takes another sequence and nobody waits.
+    #[must_use]
+    pub fn has_place(&self) -> bool {
+        self.waiting.is_empty() && self.running.len() < self.config.max_running
+    }
+
+    /// How many sequences that never ran the next steps can let in, those that wait already included: as far as there are
+    /// places in the batch, and blocks for their known tokens. What they share with others is not counted on.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        let places = self.config.max_running.saturating_sub(self.running.len());
+        let claimed: u64 = self.running.iter().map(|sequence| sequence.blocks_wanted(&self.pool)).sum();
+        let mut unclaimed = u64::from(self.pool.available()).saturating_sub(claimed);
+        let mut room = 0;
+        for sequence in self.waiting.iter().take(places) {
+            let wanted = sequence.blocks_wanted(&self.pool);
+            if wanted > unclaimed {
+                return room;
+            }
+            unclaimed -= wanted;
+            room += usize::from(!sequence.has_run());
+        }
+        // Whoever comes next takes a block of each group at least.
+        let blocks = usize::try_from(unclaimed / self.groups.len() as u64).unwrap_or(usize::MAX);
+        room + places.saturating_sub(self.waiting.len()).min(blocks)
+    }
+
     /// Whether there is no sequence at all.
     #[must_use]
     pub fn is_idle(&self) -> bool {

@@ -114,6 +114,11 @@ impl Sequence {
         self.cached_prompt.unwrap_or(0)
     }
 
+    /// Whether it was in the batch before.
+    pub(crate) const fn has_run(&self) -> bool {
+        self.cached_prompt.is_some()
+    }
+
     /// Full blocks, from the first on, that need not be computed.
     fn adoptable(&mut self, pool: &BlockPool) -> u32 {
         if !pool.keeps_prefixes() {

@@ -469,3 +469,36 @@ fn what_a_sequence_has_left_behind_serves_others() {
     assert_eq!(held(&step.items[1], 2), [3, 9]);
     assert_eq!(step.items[1].blocks[9..17], step.items[0].blocks[11..19], "shared where all is seen");
 }
+
+#[test]
+fn room_is_what_places_and_blocks_are_there_for() {
+    // Eight places and a hundred blocks of four tokens.
+    let mut scheduler = with(roomy(), &[]);
+    assert_eq!((scheduler.room(), scheduler.has_place()), (8, true));
+    scheduler.admit(sequence(1, 8, 9)).unwrap();
+    // The one that waits may run as soon as somebody looks.
+    assert_eq!((scheduler.room(), scheduler.has_place()), (8, false));
+    run(&mut scheduler);
+    assert_eq!((scheduler.room(), scheduler.has_place()), (7, true));
+    // Three of ten blocks are taken; the second waits for four, and then one is left.
+    let mut scheduler = with(SchedulerConfig { blocks: 10, ..roomy() }, &[(1, 12, 9)]);
+    run(&mut scheduler);
+    scheduler.admit(sequence(2, 16, 9)).unwrap();
+    assert_eq!(scheduler.room(), 1 + 3);
+    scheduler.admit(sequence(3, 16, 9)).unwrap();
+    assert_eq!(scheduler.room(), 1, "the third waits for blocks");
+}
+
+#[test]
+fn whoever_was_sent_back_takes_room_and_is_none_of_it() {
+    let config = SchedulerConfig { blocks: 6, ..roomy() };
+    let mut scheduler = with(config, &[(1, 8, 9), (2, 8, 9)]);
+    run(&mut scheduler);
+    let mut preempted = Vec::new();
+    while preempted.is_empty() {
+        preempted = run(&mut scheduler).preempted;
+    }
+    assert_eq!(preempted, [SeqId::new(2)]);
+    assert_eq!(scheduler.stats().waiting, 1);
+    assert_eq!(scheduler.room(), 0, "its blocks come first");
+}

@@ -69,7 +69,7 @@ impl Cpu {
     }
 
     /// Runs `task(0)..task(tasks - 1)`, each once, in any order; `work` is their total in multiply-adds.
-    pub(crate) fn run(&self, tasks: usize, work: usize, task: &(dyn Fn(usize) + Sync)) {
+    pub fn run(&self, tasks: usize, work: usize, task: &(dyn Fn(usize) + Sync)) {
         let threads = self.threads_for(work).min(tasks);
         match &self.helpers {
             Some(pool) if threads > 1 => pool.run(tasks, threads - 1, task),

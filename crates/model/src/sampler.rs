@@ -5,9 +5,14 @@
 //! top-k, top-p, min-p, draw.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use muster_kernels::Cpu;
 use muster_kernels::math::{exp, log_sum_exp};
 use muster_types::TokenId;
+
+/// Biased tokens of one request.
+pub const MAX_BIAS: usize = 1024;
 
 /// Checked sampling settings.
 #[derive(Debug, Clone, PartialEq)]
@@ -95,9 +100,11 @@ impl Sampling {
                 Err(InvalidSampling::range(field, value, range))
             }
         };
-        if raw.bias.len() > 1024 {
+        if raw.bias.len() > MAX_BIAS {
             let count = raw.bias.len();
-            return Err(InvalidSampling::bias(format!("has {count} entries; at most 1024 are allowed")));
+            return Err(InvalidSampling::bias(format!(
+                "has {count} entries; at most {MAX_BIAS} are allowed"
+            )));
         }
         let mut bias = Vec::with_capacity(raw.bias.len());
         for (id, value) in raw.bias {
@@ -135,25 +142,32 @@ impl Sampling {
     pub fn for_choice(&self, index: u32) -> Self {
         Self { seed: self.seed.wrapping_add(u64::from(index)), ..self.clone() }
     }
+
+    /// Whether it matters which tokens a sequence has seen.
+    const fn looks_back(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
 }
 
-/// Which tokens a sequence has seen: what penalties look at.
+/// Which tokens a sequence has seen, where penalties look at them. The default is for settings without.
 #[derive(Debug, Clone, Default)]
 pub struct History {
-    /// Count in the output; 0 for tokens of the prompt only.
-    seen: BTreeMap<TokenId, u32>,
+    /// Count in the output; 0 for tokens of the prompt only. `None` where nobody asks.
+    seen: Option<BTreeMap<TokenId, u32>>,
 }
 
 impl History {
-    /// Of a sequence that starts with this prompt.
+    /// Of a sequence that starts with this prompt and is sampled like this. Reads the prompt only where penalties are set.
     #[must_use]
-    pub fn new(prompt: &[TokenId]) -> Self {
-        Self { seen: prompt.iter().map(|&id| (id, 0)).collect() }
+    pub fn new(sampling: &Sampling, prompt: &[TokenId]) -> Self {
+        Self { seen: sampling.looks_back().then(|| prompt.iter().map(|&id| (id, 0)).collect()) }
     }
 
     /// Counts a generated token.
     pub fn push(&mut self, token: TokenId) {
-        *self.seen.entry(token).or_default() += 1;
+        if let Some(seen) = &mut self.seen {
+            *seen.entry(token).or_default() += 1;
+        }
     }
 }
 
@@ -173,29 +187,66 @@ pub struct SampleScratch {
     candidates: Vec<(f32, TokenId)>,
 }
 
-/// Picks the next token. `position` is the absolute position the token will have; `logits` are finite, one per
-/// token of the vocabulary.
-pub fn sample(
-    sampling: &Sampling,
-    logits: &[f32],
-    history: &History,
-    position: u32,
-    scratch: &mut SampleScratch,
-) -> TokenId {
+/// One token to pick.
+#[derive(Clone, Copy)]
+pub struct Pick<'a> {
+    /// How.
+    pub sampling: &'a Sampling,
+    /// Finite, one per token of the vocabulary.
+    pub logits: &'a [f32],
+    /// What the sequence has seen.
+    pub history: &'a History,
+    /// The absolute position the token will have.
+    pub position: u32,
+}
+
+/// Picks the tokens of a step, on all threads of a [`Cpu`].
+#[derive(Default)]
+pub struct Sampler {
+    /// No more than there are threads.
+    scratch: Mutex<Vec<SampleScratch>>,
+}
+
+impl Sampler {
+    /// The token of each, the same as [`sample`] gives.
+    pub fn sample(&self, cpu: &Cpu, picks: &[Pick<'_>]) -> Vec<TokenId> {
+        /// Multiply-adds that an entry of the vocabulary takes, at most: an exponential or two.
+        const WORK: usize = 16;
+        let free = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens: Vec<OnceLock<TokenId>> = picks.iter().map(|_| OnceLock::new()).collect();
+        let task = |at: usize| {
+            // The lock is not held while a token is picked.
+            let taken = free().pop();
+            let mut scratch = taken.unwrap_or_default();
+            tokens[at].get_or_init(|| sample(&picks[at], &mut scratch));
+            free().push(scratch);
+        };
+        let entries: usize = picks.iter().map(|pick| pick.logits.len()).sum();
+        cpu.run(picks.len(), entries.saturating_mul(WORK), &task);
+        tokens.into_iter().filter_map(OnceLock::into_inner).collect()
+    }
+}
+
+/// Picks the next token.
+#[must_use]
+pub fn sample(pick: &Pick<'_>, scratch: &mut SampleScratch) -> TokenId {
+    let Pick { sampling, logits, history, position } = *pick;
     let SampleScratch { logits: adjusted, candidates } = scratch;
-    adjusted.clear();
-    adjusted.extend_from_slice(logits);
-    penalise(sampling, history, adjusted);
-    let vocab = u32::try_from(logits.len()).unwrap_or(u32::MAX);
-    candidates.clear();
-    candidates.extend(adjusted.iter().copied().zip(TokenId::all(vocab)));
-    let greedy = best(candidates);
+    let logits = if sampling.looks_back() || !sampling.bias.is_empty() {
+        adjusted.clear();
+        adjusted.extend_from_slice(logits);
+        penalise(sampling, history, adjusted);
+        &*adjusted
+    } else {
+        logits
+    };
+    let greedy = best(logits);
     if sampling.temperature == 0.0 {
         return greedy;
     }
-    for (logit, _) in candidates.iter_mut() {
-        *logit /= sampling.temperature;
-    }
+    let vocab = u32::try_from(logits.len()).unwrap_or(u32::MAX);
+    candidates.clear();
+    candidates.extend(logits.iter().map(|logit| logit / sampling.temperature).zip(TokenId::all(vocab)));
     let max = candidates.iter().map(|c| c.0).fold(f32::NEG_INFINITY, f32::max);
     if !max.is_finite() {
         // A temperature close to zero overflows; the limit of that is greedy.
@@ -207,8 +258,8 @@ pub fn sample(
 
 fn penalise(sampling: &Sampling, history: &History, logits: &mut [f32]) {
     let Sampling { repetition_penalty, presence_penalty, frequency_penalty, .. } = *sampling;
-    if (repetition_penalty, presence_penalty, frequency_penalty) != (1.0, 0.0, 0.0) {
-        for (&token, &count) in &history.seen {
+    if sampling.looks_back() {
+        for (&token, &count) in history.seen.iter().flatten() {
             let logit = &mut logits[token.index()];
             *logit = if *logit > 0.0 { *logit / repetition_penalty } else { *logit * repetition_penalty };
             if count > 0 {
@@ -221,10 +272,19 @@ fn penalise(sampling: &Sampling, history: &History, logits: &mut [f32]) {
     }
 }
 
-fn best(candidates: &[(f32, TokenId)]) -> TokenId {
-    let better = |a: (f32, TokenId), b: (f32, TokenId)| if b.0 > a.0 { b } else { a };
-    let first = candidates[0];
-    candidates.iter().copied().fold(first, better).1
+/// The lowest token with the largest logit.
+fn best(logits: &[f32]) -> TokenId {
+    /// As many as a register has, or a multiple.
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    let largest =
+        |lanes: [f32; LANES], chunk: &[f32; LANES]| std::array::from_fn(|at| larger(lanes[at], chunk[at]));
+    let lanes = chunks.iter().fold([f32::NEG_INFINITY; LANES], largest);
+    let max = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    let vocab = u32::try_from(logits.len()).unwrap_or(u32::MAX);
+    let at = logits.iter().position(|&logit| logit == max).unwrap_or(0);
+    TokenId::all(vocab).nth(at).expect("a vocabulary has tokens")
 }
 
 /// Leaves the candidates that top-k, top-p and min-p keep. In descending logit if either of the first two is on,
@@ -317,7 +377,11 @@ mod tests {
     }
 
     fn pick(sampling: &Sampling, logits: &[f32], position: u32) -> u32 {
-        sample(sampling, logits, &History::default(), position, &mut SampleScratch::default()).get()
+        sample(
+            &Pick { sampling, logits, history: &History::default(), position },
+            &mut SampleScratch::default(),
+        )
+        .get()
     }
 
     fn ramp() -> Vec<f32> {
@@ -387,18 +451,53 @@ mod tests {
 
     #[test]
     fn penalties_and_bias_move_logits_as_documented() {
-        let mut history = History::new(&[token(0), token(1)]);
-        history.push(token(1));
-        history.push(token(1));
         let sampling = settings(|raw| {
             raw.repetition_penalty = 2.0;
             raw.presence_penalty = 0.5;
             raw.frequency_penalty = 0.25;
             raw.bias = vec![(3, 1.5)];
         });
+        let mut history = History::new(&sampling, &[token(0), token(1)]);
+        history.push(token(1));
+        history.push(token(1));
         let mut logits = vec![4.0, -4.0, 4.0, 0.0];
         penalise(&sampling, &history, &mut logits);
         assert_eq!(logits, [2.0, -8.0 - 0.5 - 0.5, 4.0, 1.5]);
+    }
+
+    #[test]
+    fn a_history_that_nobody_asks_for_is_not_kept() {
+        let mut history = History::new(&settings(|raw| raw.bias = vec![(3, 1.5)]), &[token(0), token(1)]);
+        history.push(token(1));
+        assert!(history.seen.is_none());
+        for change in [
+            (|raw| raw.repetition_penalty = 1.1) as fn(&mut RawSampling),
+            |raw| raw.presence_penalty = -0.5,
+            |raw| raw.frequency_penalty = 0.5,
+        ] {
+            assert!(History::new(&settings(change), &[token(0)]).seen.is_some());
+        }
+    }
+
+    /// How tokens were picked before nothing was done that a request does not need: over pairs of the whole vocabulary.
+    fn plainly(pick: &Pick<'_>) -> TokenId {
+        let sampling = pick.sampling;
+        let mut adjusted = pick.logits.to_vec();
+        penalise(sampling, pick.history, &mut adjusted);
+        let mut candidates: Vec<(f32, TokenId)> =
+            adjusted.into_iter().zip(TokenId::all(u32::try_from(pick.logits.len()).unwrap())).collect();
+        let better = |a: (f32, TokenId), b: (f32, TokenId)| if b.0 > a.0 { b } else { a };
+        let greedy = candidates.iter().copied().reduce(better).unwrap().1;
+        if sampling.temperature == 0.0 {
+            return greedy;
+        }
+        candidates.iter_mut().for_each(|candidate| candidate.0 /= sampling.temperature);
+        let max = candidates.iter().map(|c| c.0).fold(f32::NEG_INFINITY, f32::max);
+        if !max.is_finite() {
+            return greedy;
+        }
+        filter(sampling, max, &mut candidates);
+        draw(&candidates, max, uniform(sampling.seed, pick.position))
     }
 
     #[test]
@@ -434,7 +533,77 @@ mod tests {
         assert_eq!(logprobs(&ramp(), token(5), 0).1, []);
     }
 
+    fn any_sampling() -> impl Strategy<Value = Sampling> {
+        let range = (
+            prop_oneof![Just(0.0_f32), 1e-6_f32..3.0, Just(1e-40)],
+            0_u32..70,
+            0.001_f32..=1.0,
+            0.0_f32..=1.0,
+        );
+        let penalties = (
+            prop_oneof![2 => Just(1.0_f32), 1 => 0.01_f32..3.0],
+            prop_oneof![2 => Just(0.0_f32), 1 => -2.0_f32..2.0],
+            prop_oneof![2 => Just(0.0_f32), 1 => -2.0_f32..2.0],
+        );
+        let bias = prop::collection::vec((0..VOCAB, -100.0_f32..100.0), 0..3);
+        (range, penalties, bias, any::<u64>()).prop_map(
+            |((temperature, top_k, top_p, min_p), penalties, bias, seed)| {
+                let (repetition_penalty, presence_penalty, frequency_penalty) = penalties;
+                let raw = RawSampling {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    repetition_penalty,
+                    presence_penalty,
+                    frequency_penalty,
+                    seed,
+                    bias,
+                };
+                Sampling::new(raw, VOCAB).unwrap()
+            },
+        )
+    }
+
     proptest! {
+        #[test]
+        fn tokens_of_a_step_are_those_picked_plainly(
+            sequences in prop::collection::vec(
+                (
+                    any_sampling(),
+                    // Coarse ones have ties, and both zeroes are among them.
+                    prop_oneof![
+                        prop::collection::vec((-4_i8..4).prop_map(|x| if x == 3 { -0.0 } else { f32::from(x) }), VOCAB as usize),
+                        prop::collection::vec(-3e38_f32..3e38, VOCAB as usize),
+                        prop::collection::vec(-20.0_f32..20.0, VOCAB as usize),
+                    ],
+                    prop::collection::vec(0..VOCAB, 0..20),
+                    any::<u32>(),
+                ),
+                0..40,
+            ),
+            threads in 1_usize..4,
+        ) {
+            let cpu = Cpu::new(threads.try_into().unwrap()).unwrap();
+            let histories: Vec<History> = sequences
+                .iter()
+                .map(|(sampling, _, tokens, _)| {
+                    let tokens: Vec<TokenId> = tokens.iter().map(|&id| token(id)).collect();
+                    let (prompt, output) = tokens.split_at(tokens.len() / 2);
+                    let mut history = History::new(sampling, prompt);
+                    output.iter().for_each(|&token| history.push(token));
+                    history
+                })
+                .collect();
+            let picks: Vec<Pick<'_>> = sequences
+                .iter()
+                .zip(&histories)
+                .map(|((sampling, logits, _, position), history)| Pick { sampling, logits, history, position: *position })
+                .collect();
+            let plain: Vec<TokenId> = picks.iter().map(plainly).collect();
+            prop_assert_eq!(Sampler::default().sample(&cpu, &picks), plain);
+        }
+
         #[test]
         fn always_a_token_of_the_vocabulary_and_always_the_same(
             logits in prop::collection::vec(-3e38f32..3e38, 1..64),

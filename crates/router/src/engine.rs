@@ -14,7 +14,7 @@ use muster_engine::dispatch::{DispatchError, ExpertDispatch};
 use muster_engine::microbatch;
 use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Step, StepItem};
 use muster_kernels::{Cpu, KvCache};
-use muster_model::sampler::{self, History, SampleScratch, Sampling};
+use muster_model::sampler::{self, History, Pick, Sampler, Sampling};
 use muster_model::trunk::{SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
 use muster_text::Tokenizer;
 use muster_types::{Retry, SeqId, TokenId};
@@ -24,7 +24,11 @@ use crate::lanes::{LaneChoice, Lanes};
 use crate::output::{End, Output, Taken};
 use crate::pace::Pace;
 use crate::pulse::Pulse;
-use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
+use crate::queue::{Queue, QueuePlace};
+use crate::request::{
+    Event, FinishReason, Finished, Overload, RequestError, TokenFrame, TokenLogprob, TokenLogprobs,
+};
+use crate::turns::{Batch, Turns};
 
 /// Rows of a step from which two lanes may pay: below, splitting only makes the messages smaller.
 const LANE_MIN_ROWS: usize = 4;
@@ -49,7 +53,11 @@ pub(crate) struct Admission {
 /// One choice of a checked request.
 pub(crate) struct NewChoice {
     pub(crate) choice: u32,
+    /// Kept until it runs.
+    pub(crate) place: Option<QueuePlace>,
     pub(crate) prompt: Vec<TokenId>,
+    /// Has seen the prompt and what the client has.
+    pub(crate) history: History,
     /// Tokens that the client has from a stream that broke off; at most `max_tokens`, and fewer when it is not `ended`.
     pub(crate) had: Vec<TokenId>,
     /// Has taken them.
@@ -73,6 +81,8 @@ pub(crate) struct Engine {
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) expert_timeout: Duration,
     pub(crate) commands: mpsc::Receiver<Command>,
+    /// Told what there is room for.
+    pub(crate) queue: Arc<Queue>,
     /// Set when shutdown will wait no longer.
     pub(crate) abort: Arc<AtomicBool>,
     /// Told of every token.
@@ -84,6 +94,8 @@ struct Active {
     /// Shared by the choices of one request.
     request: u64,
     choice: u32,
+    /// Kept until it runs.
+    place: Option<QueuePlace>,
     prompt_tokens: u32,
     cached_prompt_tokens: u32,
     generated: u32,
@@ -104,6 +116,8 @@ struct Table {
     next: u64,
     /// Set while sequences are parked because their experts cannot be had.
     parked: Option<Parked>,
+    /// Sequences that left the batch since it was last looked at.
+    ended: usize,
 }
 
 /// Until when sequences stay parked: until something changes about the experts, or for a short while.
@@ -117,13 +131,16 @@ impl Engine {
     pub(crate) fn run(mut self) {
         let mut table = Table::default();
         let mut state = StepState::default();
-        let mut scratch = SampleScratch::default();
-        let (mut pace, mut lane_choice) = (Pace::default(), LaneChoice::default());
+        let sampler = Sampler::default();
+        let (mut pace, mut lane_choice, mut turns) =
+            (Pace::default(), LaneChoice::default(), Turns::default());
         while self.receive(&mut table) {
+            let began = Instant::now();
             self.drop_abandoned(&mut table);
             self.unpark(&mut table);
             let decodes = self.scheduler.decoding();
             let step = self.scheduler.schedule(pace.limit(decodes));
+            let batch = self.let_in(&step, &turns, &mut table);
             if step.items.is_empty() {
                 if table.parked.is_some() {
                     std::thread::sleep(LOOK_AGAIN);
@@ -134,7 +151,7 @@ impl Engine {
                 let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
                 let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
                 let split = self.compute(&step, lanes, &mut state);
-                let whole = self.emit(&step, &split, &state, started, &mut table, &mut scratch);
+                let whole = self.emit(&step, &split, &state, started, &mut table, &sampler);
                 let took = started.elapsed();
                 // What a step took that did not come to its end says nothing.
                 if whole && splits {
@@ -146,6 +163,8 @@ impl Engine {
                 histogram!("muster_step_seconds").record(took.as_secs_f64());
                 counter!("muster_tokens_computed_total").increment(rows as u64);
             }
+            turns.observe(began.elapsed(), batch, std::mem::take(&mut table.ended));
+            self.queue.publish(self.scheduler.room(), turns.between());
             self.report();
         }
         for (_, active) in std::mem::take(&mut table.active) {
@@ -205,9 +224,22 @@ impl Engine {
         let _ = admission.admitted.send(outcome);
     }
 
+    /// Takes the places of sequences that run now, once it is known what there is room for without them.
+    fn let_in(&self, step: &Step, turns: &Turns, table: &mut Table) -> Batch {
+        self.queue.publish(self.scheduler.room(), turns.between());
+        for item in &step.items {
+            if let Some(active) = table.active.get_mut(&item.seq) {
+                active.place = None;
+            }
+        }
+        if self.scheduler.has_place() { Batch::HasRoom } else { Batch::Full }
+    }
+
     fn remove(&mut self, id: SeqId, table: &mut Table) {
         self.scheduler.finish(id);
-        table.active.remove(&id);
+        if table.active.remove(&id).is_some_and(|active| active.place.is_none()) {
+            table.ended += 1;
+        }
     }
 
     fn drop_abandoned(&mut self, table: &mut Table) {
@@ -252,15 +284,16 @@ impl Engine {
         state: &StepState,
         started: Instant,
         table: &mut Table,
-        scratch: &mut SampleScratch,
+        sampler: &Sampler,
     ) -> bool {
         let mut whole = true;
         let vocab = self.trunk.spec().vocab as usize;
+        let mut sampled = Vec::with_capacity(step.items.len());
         for (lane, items) in lanes.iter().enumerate() {
             for (place, &item) in items.iter().enumerate() {
                 let item = &step.items[item];
                 match state.logits(lane, place, vocab) {
-                    Ok(logits) if item.sample => self.advance(item.seq, logits, table, scratch),
+                    Ok(logits) if item.sample => sampled.push((item.seq, logits)),
                     Ok(_) => {
                         if let Some(active) = table.active.get_mut(&item.seq) {
                             active.stalled = None;
@@ -272,6 +305,14 @@ impl Engine {
                     }
                 }
             }
+        }
+        // Those are gone of whose request another choice failed in this very step.
+        sampled.retain(|(seq, _)| table.active.contains_key(seq));
+        let picks: Vec<Pick<'_>> =
+            sampled.iter().filter_map(|&(seq, logits)| Some(table.active.get(&seq)?.pick(logits))).collect();
+        let tokens = sampler.sample(&self.cpu, &picks);
+        for ((seq, logits), token) in sampled.into_iter().zip(tokens) {
+            self.advance(seq, token, logits, table);
         }
         whole
     }
@@ -307,12 +348,9 @@ impl Engine {
         }
     }
 
-    /// Samples a token, tells the client, and ends the sequence where it ends.
-    fn advance(&mut self, id: SeqId, logits: &[f32], table: &mut Table, scratch: &mut SampleScratch) {
-        // Gone when another choice of its request failed in this very step.
+    /// Takes a sampled token, tells the client, and ends the sequence where it ends.
+    fn advance(&mut self, id: SeqId, token: TokenId, logits: &[f32], table: &mut Table) {
         let Some(active) = table.active.get_mut(&id) else { return };
-        let position = active.prompt_tokens + active.generated;
-        let token = sampler::sample(&active.sampling, logits, &active.history, position, scratch);
         active.observe_latency();
         active.stalled = None;
         counter!("muster_tokens_generated_total").increment(1);
@@ -375,16 +413,15 @@ impl NewChoice {
 
 impl Active {
     fn new(request: u64, new: NewChoice) -> Self {
-        let mut history = History::new(&new.prompt);
-        new.had.iter().for_each(|&token| history.push(token));
         Self {
             request,
             choice: new.choice,
+            place: new.place,
             prompt_tokens: u32::try_from(new.prompt.len()).unwrap_or(u32::MAX),
             cached_prompt_tokens: 0,
             generated: u32::try_from(new.had.len()).unwrap_or(u32::MAX),
             sampling: new.sampling,
-            history,
+            history: new.history,
             output: new.output,
             top_logprobs: new.top_logprobs,
             events: new.events,
@@ -392,6 +429,12 @@ impl Active {
             last_token_at: None,
             stalled: None,
         }
+    }
+
+    /// The next token, to be picked from these logits.
+    fn pick<'a>(&'a self, logits: &'a [f32]) -> Pick<'a> {
+        let position = self.prompt_tokens + self.generated;
+        Pick { sampling: &self.sampling, logits, history: &self.history, position }
     }
 
     fn observe_latency(&mut self) {
@@ -445,7 +488,7 @@ fn token_logprobs(logits: &[f32], token: TokenId, top: u32, tokenizer: Option<&T
 
 fn refusal(error: &AdmitError) -> RequestError {
     match error {
-        AdmitError::QueueFull { limit } => RequestError::Overloaded { limit: *limit },
+        AdmitError::QueueFull { limit } => RequestError::Overloaded(Overload::Queue { limit: *limit }),
         AdmitError::EmptyPrompt | AdmitError::TooLong { .. } | AdmitError::NeverFits { .. } => {
             RequestError::invalid("prompt", error.to_string())
         }
@@ -465,14 +508,21 @@ mod tests {
     }
 
     fn choice(had: &[u32], sampling: RawSampling) -> NewChoice {
+        let sampling = Sampling::new(sampling, 8).unwrap();
+        let prompt = vec![token(1), token(2)];
+        let had: Vec<TokenId> = had.iter().map(|&id| token(id)).collect();
+        let mut history = History::new(&sampling, &prompt);
+        had.iter().for_each(|&token| history.push(token));
         NewChoice {
             choice: 0,
-            prompt: vec![token(1), token(2)],
-            had: had.iter().map(|&id| token(id)).collect(),
+            place: None,
+            prompt,
+            had,
+            history,
             output: Output::new(None, &[], Vec::new(), Vec::new()),
             ended: None,
             max_tokens: 6,
-            sampling: Sampling::new(sampling, 8).unwrap(),
+            sampling,
             top_logprobs: None,
             events: mpsc::channel(16).0,
         }
@@ -492,9 +542,7 @@ mod tests {
         // 5 was chosen twice and loses 3, 3 was chosen once and loses 2; 1 stood in the prompt and loses nothing.
         let logits = [0.0, 6.5, 0.0, 8.0, 0.0, 9.0, 0.0, 0.0];
         for active in [&resumed, &undisturbed] {
-            let Active { sampling, history, prompt_tokens, generated, .. } = active;
-            let position = prompt_tokens + generated;
-            let next = sampler::sample(sampling, &logits, history, position, &mut SampleScratch::default());
+            let next = sampler::sample(&active.pick(&logits), &mut sampler::SampleScratch::default());
             assert_eq!(next, token(1));
         }
     }

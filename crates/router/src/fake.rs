@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use muster_text::Tokenizer;
 use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
@@ -9,8 +10,11 @@ use tokio::sync::mpsc;
 
 use crate::engine::{Command, NewChoice};
 use crate::health::Health;
+use crate::prompt::Prompts;
+use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
-use crate::service::{HealthProbe, ModelInfo, Service};
+use crate::service::{HealthProbe, ModelInfo, Service, Way};
+use crate::text_pool::TextPool;
 
 pub(crate) const MODEL: &str = "org/tiny-moe";
 pub(crate) const VOCABULARY: u32 = 1000;
@@ -30,7 +34,27 @@ pub(crate) fn service_with(health: HealthProbe, mut act: impl FnMut(NewChoice) +
             admission.choices.into_iter().for_each(&mut act);
         }
     });
-    Service::new(model(), Limits::default(), None, BTreeSet::new(), Vec::new(), health, commands)
+    assembled(model(), None, BTreeSet::new(), health, commands)
+}
+
+fn assembled(
+    model: ModelInfo,
+    tokenizer: Option<Tokenizer>,
+    variables: BTreeSet<String>,
+    health: HealthProbe,
+    commands: mpsc::Sender<Command>,
+) -> Service {
+    let limits = Limits::default();
+    let prompts = Prompts::new(&model, limits, tokenizer, variables);
+    let queue = Queue::new(limits.queue, limits.running, Duration::from_secs(5));
+    let way = Way { commands, queue, text: TextPool::start().unwrap() };
+    Service::new(model, limits, prompts, Vec::new(), health, way)
+}
+
+/// A service whose engine never answers, as one in a long step; its requests stay in the channel.
+pub(crate) fn deaf_service() -> (Service, mpsc::Receiver<Command>) {
+    let (commands, received) = mpsc::channel(4096);
+    (assembled(model(), None, BTreeSet::new(), Arc::new(|| Health::Ready), commands), received)
 }
 
 /// A tokenizer of 320 ids with `template` for chats.
@@ -60,7 +84,7 @@ pub(crate) fn chat_service(tokenizer: Tokenizer) -> (Service, mpsc::Receiver<Vec
     let model = ModelInfo { has_chat_template: true, ..model() };
     let ready: HealthProbe = Arc::new(|| Health::Ready);
     let variables = ["a", "extra", "tools"].map(str::to_owned).into();
-    (Service::new(model, Limits::default(), Some(tokenizer), variables, Vec::new(), ready, commands), seen)
+    (assembled(model, Some(tokenizer), variables, ready, commands), seen)
 }
 
 fn model() -> ModelInfo {

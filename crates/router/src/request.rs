@@ -3,6 +3,8 @@
 //! Edges build a [`GenerateRequest`] from whatever their protocol carries; [`Service`](crate::service::Service)
 //! checks it. Nothing here is serialisable.
 
+use std::time::Duration;
+
 use muster_engine::dispatch::DispatchError;
 use muster_model::sampler::RawSampling;
 use muster_text::Chat;
@@ -185,15 +187,15 @@ pub enum RequestError {
         /// The name served.
         served: String,
     },
-    /// Too many requests wait already.
-    #[error("the queue is full ({limit} requests wait); try again in a moment")]
-    Overloaded {
-        /// How many may wait.
-        limit: usize,
-    },
+    /// There is more to do than is taken on.
+    #[error("{0}; try again in a moment")]
+    Overloaded(Overload),
     /// Experts could not be reached.
     #[error("experts are unavailable: {0}; try again in a moment")]
     ExpertsUnavailable(String),
+    /// Experts cannot compute this request, however often it is tried.
+    #[error("the experts refused this request: {0}; trying again does not help")]
+    Refused(String),
     /// The model's own numbers are not finite for this input.
     #[error("the model gave values that are not finite for this input")]
     NonFinite,
@@ -203,6 +205,28 @@ pub enum RequestError {
     /// A fault in the router.
     #[error("internal error")]
     Internal,
+}
+
+/// What there is too much of.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Overload {
+    /// Requests that wait.
+    #[error("the queue is full ({limit} requests wait)")]
+    Queue {
+        /// How many may wait.
+        limit: usize,
+    },
+    /// Time until this one would run.
+    #[error("a request would wait about {:.0} s for a place, longer than the {:.0} s it may", expected.as_secs_f64(), limit.as_secs_f64())]
+    Wait {
+        /// At the rate at which requests end now.
+        expected: Duration,
+        /// Longest wait that requests are taken for.
+        limit: Duration,
+    },
+    /// Text that waits to be read.
+    #[error("too much text waits to be read")]
+    Text,
 }
 
 impl RequestError {
@@ -215,28 +239,79 @@ impl RequestError {
     #[must_use]
     pub const fn retry(&self) -> Retry {
         match self {
-            Self::Invalid { .. } | Self::UnknownModel { .. } | Self::NonFinite => Retry::Never,
-            Self::Overloaded { .. } | Self::ExpertsUnavailable(_) => Retry::Later,
+            Self::Invalid { .. } | Self::UnknownModel { .. } | Self::Refused(_) | Self::NonFinite => {
+                Retry::Never
+            }
+            Self::Overloaded(_) | Self::ExpertsUnavailable(_) => Retry::Later,
             Self::ShuttingDown | Self::Internal => Retry::Elsewhere,
         }
     }
 
-    /// What a client may know of a failed dispatch: the kind of failure, no worker names or addresses.
+    /// What a client may know of a failed dispatch: the kind of failure, no worker names or addresses. The advice is the
+    /// error's own.
     pub(crate) fn from_dispatch(error: &DispatchError) -> Self {
-        match error {
+        let what = match error {
             DispatchError::NoOwner { layer, expert } => {
-                Self::ExpertsUnavailable(format!("layer {layer} expert {expert} has no live worker"))
+                format!("layer {layer} expert {expert} has no live worker")
             }
-            DispatchError::WorkerLost { .. } => Self::ExpertsUnavailable("a worker was lost".into()),
-            DispatchError::BadReply { .. } | DispatchError::Refused { .. } => {
-                Self::ExpertsUnavailable("a worker refused or gave a bad reply".into())
-            }
-            DispatchError::Deadline { .. } => {
-                Self::ExpertsUnavailable("a worker did not answer in time".into())
-            }
-            DispatchError::NonFinite { .. } | DispatchError::NonFiniteSum { .. } => Self::NonFinite,
-            DispatchError::Invalid(_) => Self::Internal,
-            DispatchError::Closed => Self::ShuttingDown,
+            DispatchError::WorkerLost { .. } => "a worker was lost".into(),
+            DispatchError::BadReply { .. } => "a worker gave a bad reply".into(),
+            DispatchError::Refused { .. } => "a worker refused it".into(),
+            DispatchError::Deadline { .. } => "a worker did not answer in time".into(),
+            DispatchError::NonFinite { .. } | DispatchError::NonFiniteSum { .. } => return Self::NonFinite,
+            DispatchError::Invalid(_) => return Self::Internal,
+            DispatchError::Closed => return Self::ShuttingDown,
+        };
+        match error.retry() {
+            Retry::Never => Self::Refused(what),
+            // Whoever is elsewhere asks the same workers.
+            Retry::Later | Retry::Elsewhere => Self::ExpertsUnavailable(what),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_types::{ExpertId, LayerId, WorkerId};
+
+    use super::*;
+
+    #[test]
+    fn advice_is_that_of_the_failed_dispatch() {
+        let (layer, expert) = (LayerId::new(1, 2).unwrap(), ExpertId::new(3, 4).unwrap());
+        let worker = || WorkerId::new("w0").unwrap();
+        let reason = String::new;
+        let refused = |retry| DispatchError::Refused { worker: worker(), reason: reason(), retry };
+        let unavailable = |what: &str| RequestError::ExpertsUnavailable(what.into());
+        let cases = [
+            (DispatchError::NoOwner { layer, expert }, unavailable("layer 1 expert 3 has no live worker")),
+            (
+                DispatchError::WorkerLost { worker: worker(), reason: reason() },
+                unavailable("a worker was lost"),
+            ),
+            (
+                DispatchError::BadReply { worker: worker(), reason: reason() },
+                unavailable("a worker gave a bad reply"),
+            ),
+            (refused(Retry::Later), unavailable("a worker refused it")),
+            (refused(Retry::Elsewhere), unavailable("a worker refused it")),
+            (refused(Retry::Never), RequestError::Refused("a worker refused it".into())),
+            (DispatchError::Deadline { layer }, unavailable("a worker did not answer in time")),
+            (DispatchError::NonFinite { layer, expert }, RequestError::NonFinite),
+            (DispatchError::Closed, RequestError::ShuttingDown),
+        ];
+        for (error, expected) in cases {
+            let told = RequestError::from_dispatch(&error);
+            assert_eq!(told, expected);
+            let is_for_good = error.retry() == Retry::Never;
+            assert_eq!(told.retry() == Retry::Never, is_for_good, "{error}");
+            assert_eq!(
+                told.to_string().contains("try again"),
+                !is_for_good && told != RequestError::ShuttingDown,
+                "{told}"
+            );
+        }
+        // A fault of the router's own: another one may have no such.
+        assert_eq!(RequestError::from_dispatch(&DispatchError::Invalid(reason())), RequestError::Internal);
     }
 }

@@ -1,14 +1,15 @@
-//! The handle that API edges hold: checks requests, tokenizes off the async threads, admits, streams.
+//! The handle that API edges hold: checks requests, gives them a place, has them prepared off the async threads, streams.
+//!
+//! What must hold: what takes no work is checked first; then a place in the queue is taken, or the request is refused; only
+//! then is anything done for it, on threads that take on so much and no more.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use muster_model::sampler::{RawSampling, Sampling};
-use muster_text::{Chat, CivilDate, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
+use muster_model::sampler::{History, RawSampling, Sampling};
+use muster_text::{Special, SpecialText};
 use muster_types::{Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
@@ -17,8 +18,14 @@ use uuid::Uuid;
 use crate::engine::{Admission, Command, NewChoice};
 use crate::health::Health;
 use crate::output::Output;
-use crate::request::{Eos, Event, GenerateRequest, Prompt, RequestError, Started};
+use crate::prompt::Prompts;
+use crate::queue::Queue;
+use crate::request::{Eos, Event, GenerateRequest, Overload, Prompt, RequestError, Resume, Started};
 use crate::resume::{self, Standing};
+use crate::text_pool::{TextPool, Wanted};
+
+/// Bytes of ids that are worked on where they are: it takes some ten microseconds.
+const FEW: usize = 4 << 10;
 
 /// What clients may know of the model and the cluster.
 #[derive(Debug, Clone)]
@@ -75,12 +82,40 @@ pub struct Service {
 struct Inner {
     model: ModelInfo,
     limits: Limits,
-    tokenizer: Option<Tokenizer>,
-    /// Variables of the chat template that requests may set.
-    template_variables: BTreeSet<String>,
+    prompts: Arc<Prompts>,
     eos: Vec<u32>,
     health: HealthProbe,
-    commands: mpsc::Sender<Command>,
+    way: Way,
+}
+
+/// The way to the engine.
+pub(crate) struct Way {
+    /// Where requests wait for the engine to take them. Holds as many as the queue gives places.
+    pub(crate) commands: mpsc::Sender<Command>,
+    /// Who gets on it.
+    pub(crate) queue: Arc<Queue>,
+    /// Who does the work before it.
+    pub(crate) text: TextPool,
+}
+
+/// A request, ready for the engine.
+struct Prepared {
+    prompt: Vec<TokenId>,
+    max_tokens: u32,
+    resume_key: String,
+    /// For each choice.
+    standings: Vec<(Standing, History)>,
+}
+
+/// What a request is prepared from.
+struct Raw {
+    prompt: Prompt,
+    max_tokens: Option<u32>,
+    stop_strings: Vec<String>,
+    stop_ids: Vec<TokenId>,
+    resume: Option<Resume>,
+    had: Vec<Vec<TokenId>>,
+    sampling: Sampling,
 }
 
 impl fmt::Debug for Service {
@@ -106,13 +141,12 @@ impl Service {
     pub(crate) fn new(
         model: ModelInfo,
         limits: Limits,
-        tokenizer: Option<Tokenizer>,
-        template_variables: BTreeSet<String>,
+        prompts: Prompts,
         eos: Vec<u32>,
         health: HealthProbe,
-        commands: mpsc::Sender<Command>,
+        way: Way,
     ) -> Self {
-        let inner = Inner { model, limits, tokenizer, template_variables, eos, health, commands };
+        let inner = Inner { model, limits, prompts: Arc::new(prompts), eos, health, way };
         Self { inner: Arc::new(inner) }
     }
 
@@ -131,13 +165,14 @@ impl Service {
     /// Whether requests can be served now.
     #[must_use]
     pub fn health(&self) -> Health {
-        if self.inner.commands.is_closed() {
+        if self.inner.way.commands.is_closed() {
             return Health::NotReady { reason: "the engine has stopped".into() };
         }
         (self.inner.health)()
     }
 
-    /// Checks a request, tokenizes its prompt and waits until the engine has taken it into its queue.
+    /// Checks a request, has its prompt tokenized and waits until the engine has taken it into its queue. Dropping the
+    /// future gives its place back and ends the work.
     ///
     /// # Errors
     /// Every kind of [`RequestError`]. Nothing was started then.
@@ -146,65 +181,101 @@ impl Service {
         let seed = request.seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
         let sampling = self.sampling(&request, seed)?;
         let stop_ids = self.stop_ids(&request)?;
-        let model = &self.inner.model;
+        let Inner { model, way, prompts, .. } = &*self.inner;
         let had = resume::tokens(&request, model.vocabulary, model.context)?;
-        let answers = matches!(request.prompt, Prompt::Chat(_));
-        let prompt = self.prompt_tokens(request.prompt).await?;
-        let max_tokens = self.max_tokens(request.max_tokens, prompt.len())?;
-        // The text of an answer stands by itself; that of a continuation goes on from the prompt's last tokens.
-        let tail = if answers { &[][..] } else { &prompt[prompt.len().saturating_sub(4)..] };
-        let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
-        let resume_key = resume::key(model, &prompt, max_tokens);
-        resume::check_key(request.resume.as_ref(), &resume_key)?;
-        let output = Output::new(self.inner.tokenizer.as_ref(), &tail, request.stop.strings, stop_ids);
-        let standings = replayed(had, output, max_tokens).await?;
+        prompts.check(&request.prompt)?;
+        let places = way.queue.take(request.choices)?;
+        let GenerateRequest { prompt, max_tokens, stop, resume, top_logprobs, choices, .. } = request;
+        let resumes = resume.is_some();
+        let raw = Raw {
+            prompt,
+            max_tokens,
+            stop_strings: stop.strings,
+            stop_ids,
+            resume,
+            had,
+            sampling: sampling.clone(),
+        };
+        let Prepared { prompt, max_tokens, resume_key, standings } = self.prepared(raw).await?;
+        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         // No more can ever be in the channel, so the engine never waits for a slow reader.
-        let frames = (max_tokens as usize + 2) * request.choices as usize;
+        let frames = (max_tokens as usize + 2) * choices as usize;
         let (sender, events) = mpsc::channel(frames.min(tokio::sync::Semaphore::MAX_PERMITS));
-        let choices = (0..request.choices)
-            .zip(standings)
-            .map(|(choice, Standing { had, output, ended })| NewChoice {
-                choice,
-                prompt: prompt.clone(),
-                had,
-                output,
-                ended,
-                max_tokens,
-                sampling: sampling.for_choice(choice),
-                top_logprobs: request.top_logprobs,
-                events: sender.clone(),
-            })
-            .collect();
+        let choice = |((choice, place), (Standing { had, output, ended }, history))| NewChoice {
+            choice,
+            place: Some(place),
+            prompt: prompt.clone(),
+            had,
+            history,
+            output,
+            ended,
+            max_tokens,
+            sampling: sampling.for_choice(choice),
+            top_logprobs,
+            events: sender.clone(),
+        };
+        let choices_of_it = (0..choices).zip(places).zip(standings).map(choice).collect();
         let (admitted, admission) = oneshot::channel();
-        let command = Command::Start(Admission { choices, admitted });
-        self.inner.commands.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => RequestError::Overloaded { limit: self.inner.limits.queue },
+        let command = Command::Start(Admission { choices: choices_of_it, admitted });
+        way.commands.try_send(command).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                RequestError::Overloaded(Overload::Queue { limit: self.inner.limits.queue })
+            }
             mpsc::error::TrySendError::Closed(_) => RequestError::ShuttingDown,
         })?;
         admission.await.map_err(|_| RequestError::ShuttingDown)??;
-        if request.resume.is_some() {
+        if resumes {
             metrics::counter!("muster_requests_resumed_total").increment(1);
         }
-        let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed, resume_key };
-        Ok(Generation { started, events, open_choices: request.choices, ended: false })
+        Ok(Generation { started, events, open_choices: choices, ended: false })
     }
 
-    /// Text to token ids.
+    /// Text to token ids, no more than the context holds.
     ///
     /// # Errors
-    /// When the text is over the byte cap or the model has no tokenizer.
+    /// When the text is too long, too much of it waits, or the model has no tokenizer.
     pub async fn tokenize(&self, text: String, special: Special) -> Result<Vec<u32>, RequestError> {
-        self.check_bytes("text", text.len())?;
-        self.blocking("text", move |tokenizer| tokenizer.encode(&text, special)).await
+        let prompts = Arc::clone(&self.inner.prompts);
+        prompts.check_bytes("text", text.len())?;
+        self.work(text.len(), move |wanted| prompts.tokenize(&text, special, wanted)).await
     }
 
-    /// Token ids to text.
+    /// Token ids to text, no more than the context holds.
     ///
     /// # Errors
-    /// When an id is out of range or the model has no tokenizer.
+    /// When there are too many ids or one is out of range, too much waits, or the model has no tokenizer.
     pub async fn detokenize(&self, ids: Vec<u32>, special: SpecialText) -> Result<String, RequestError> {
-        self.blocking("ids", move |tokenizer| tokenizer.decode(&ids, special)).await
+        let context = self.inner.model.context as usize;
+        if ids.len() > context {
+            let message = format!("has {} entries; at most the context of {context} are allowed", ids.len());
+            return Err(RequestError::invalid("ids", message));
+        }
+        let prompts = Arc::clone(&self.inner.prompts);
+        let bytes = ids.len() * size_of::<u32>();
+        self.work(bytes, move |_| prompts.detokenize(&ids, special)).await
+    }
+
+    /// Does work on about `bytes` bytes that comes before the engine, on the threads that are for it.
+    ///
+    /// # Errors
+    /// Those of the work; [`RequestError::Overloaded`] when too much waits already.
+    pub(crate) async fn work<T: Send + 'static, E: From<RequestError> + Send + 'static>(
+        &self,
+        bytes: usize,
+        work: impl FnOnce(&Wanted) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E> {
+        self.inner.way.text.run(bytes, work).await?
+    }
+
+    async fn prepared(&self, raw: Raw) -> Result<Prepared, RequestError> {
+        let had: usize = raw.had.iter().map(Vec::len).sum();
+        let cost = Prompts::cost(&raw.prompt) + had * size_of::<TokenId>();
+        if matches!(raw.prompt, Prompt::Tokens(_)) && cost <= FEW {
+            return self.inner.prepare(raw, &Wanted::default());
+        }
+        let inner = Arc::clone(&self.inner);
+        self.work(cost, move |wanted| inner.prepare(raw, wanted)).await
     }
 
     fn check(&self, request: &GenerateRequest) -> Result<(), RequestError> {
@@ -256,81 +327,33 @@ impl Service {
         };
         eos.iter().chain(&request.stop.token_ids).map(check).collect()
     }
+}
 
-    async fn prompt_tokens(&self, prompt: Prompt) -> Result<Vec<TokenId>, RequestError> {
-        let (field, ids) = match prompt {
-            Prompt::Tokens(ids) => ("prompt", ids),
-            Prompt::Text(text) => {
-                self.check_bytes("prompt", text.len())?;
-                ("prompt", self.blocking("prompt", move |t| t.encode(&text, Special::Add)).await?)
-            }
-            Prompt::Chat(messages) => ("messages", self.chat_tokens(messages).await?),
+impl Inner {
+    /// Everything that is done for a request before the engine has it.
+    fn prepare(&self, raw: Raw, wanted: &Wanted) -> Result<Prepared, RequestError> {
+        let Raw { prompt, max_tokens, stop_strings, stop_ids, resume, had, sampling } = raw;
+        let answers = matches!(prompt, Prompt::Chat(_));
+        let prompt = self.prompts.tokens(prompt, wanted)?;
+        let max_tokens = self.max_tokens(max_tokens, prompt.len())?;
+        // The text of an answer stands by itself; that of a continuation goes on from the prompt's last tokens.
+        let tail = if answers { &[][..] } else { &prompt[prompt.len().saturating_sub(4)..] };
+        let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
+        let resume_key = resume::key(&self.model, &prompt, max_tokens);
+        resume::check_key(resume.as_ref(), &resume_key)?;
+        let output = Output::new(self.prompts.tokenizer(), &tail, stop_strings, stop_ids);
+        let seen = History::new(&sampling, &prompt);
+        let with_history = |standing: Standing| {
+            let mut history = seen.clone();
+            standing.had.iter().for_each(|&token| history.push(token));
+            (standing, history)
         };
-        if ids.is_empty() {
-            return Err(RequestError::invalid(field, "is empty; at least one token is needed"));
-        }
-        let context = self.inner.model.context as usize;
-        if ids.len() >= context {
-            let message = format!(
-                "has {} tokens; the model's context of {context} leaves no room for output",
-                ids.len()
-            );
-            return Err(RequestError::invalid(field, message));
-        }
-        let check = |id| {
-            TokenId::new(id, self.inner.model.vocabulary)
-                .map_err(|error| RequestError::invalid(field, error.to_string()))
-        };
-        ids.into_iter().map(check).collect()
-    }
-
-    async fn chat_tokens(&self, chat: Chat) -> Result<Vec<u32>, RequestError> {
-        let limit = self.inner.limits.messages;
-        if chat.messages.is_empty() || chat.messages.len() > limit {
-            let message = format!("has {} entries; 1 to {limit} are allowed", chat.messages.len());
-            return Err(RequestError::invalid("messages", message));
-        }
-        if !self.inner.model.has_chat_template {
-            let message = "this model has no chat template; use completions with a prompt instead";
-            return Err(RequestError::invalid("messages", message));
-        }
-        let allowed = &self.inner.template_variables;
-        if let Some(name) = chat.variables.keys().find(|name| !allowed.contains(*name)) {
-            let which = match allowed.is_empty() {
-                true => "requests may set none here".to_owned(),
-                false => format!(
-                    "requests may set {}",
-                    allowed.iter().map(String::as_str).collect::<Vec<_>>().join(", ")
-                ),
-            };
-            let message = format!("has {name:?}; {which} (the router's template_variables)");
-            return Err(RequestError::invalid("chat_template_kwargs", message));
-        }
-        let (today, limit) = (today(), self.inner.limits.prompt_bytes);
-        let render = move |tokenizer: &Tokenizer| {
-            let bytes = chat.bytes();
-            if bytes > limit {
-                return Err(TextError::TextTooLong { bytes, limit });
-            }
-            let template = tokenizer.chat_template()?;
-            tokenizer.encode_chat(&template.render(&chat, GenerationPrompt::Add, today)?)
-        };
-        self.blocking("messages", render).await
-    }
-
-    fn check_bytes(&self, field: &'static str, bytes: usize) -> Result<(), RequestError> {
-        let limit = self.inner.limits.prompt_bytes;
-        if bytes > limit {
-            return Err(RequestError::invalid(
-                field,
-                format!("has {bytes} bytes; at most {limit} are allowed"),
-            ));
-        }
-        Ok(())
+        let standings = resume::replay(had, &output, max_tokens)?.into_iter().map(with_history).collect();
+        Ok(Prepared { prompt, max_tokens, resume_key, standings })
     }
 
     fn max_tokens(&self, asked: Option<u32>, prompt: usize) -> Result<u32, RequestError> {
-        let context = self.inner.model.context;
+        let context = self.model.context;
         let room = context.saturating_sub(u32::try_from(prompt).unwrap_or(u32::MAX));
         match asked {
             None => Ok(room),
@@ -342,30 +365,6 @@ impl Service {
                 ),
             )),
         }
-    }
-
-    async fn blocking<T: Send + 'static>(
-        &self,
-        field: &'static str,
-        work: impl FnOnce(&Tokenizer) -> Result<T, TextError> + Send + 'static,
-    ) -> Result<T, RequestError> {
-        let Some(tokenizer) = self.inner.tokenizer.clone() else {
-            return Err(RequestError::invalid(field, "this model has no tokenizer; send token ids instead"));
-        };
-        tokio::task::spawn_blocking(move || work(&tokenizer))
-            .await
-            .map_err(|_| RequestError::Internal)?
-            .map_err(|error| RequestError::invalid(to_blame(&error, field), error.to_string()))
-    }
-}
-
-/// The field that `error` is about: most are about `field`.
-fn to_blame(error: &TextError, field: &'static str) -> &'static str {
-    match error {
-        TextError::ToolsNotTaken => "tools",
-        TextError::TooDeep { what, .. } if what == "tools" => "tools",
-        TextError::TooDeep { .. } | TextError::Reserved { .. } => "chat_template_kwargs",
-        _ => field,
     }
 }
 
@@ -391,22 +390,102 @@ impl Stream for Generation {
     }
 }
 
-/// Takes the tokens that the client has; off the async threads, for there may be many.
-async fn replayed(
-    had: Vec<Vec<TokenId>>,
-    output: Output,
-    max_tokens: u32,
-) -> Result<Vec<Standing>, RequestError> {
-    if had.iter().all(Vec::is_empty) {
-        return resume::replay(had, &output, max_tokens);
-    }
-    tokio::task::spawn_blocking(move || resume::replay(had, &output, max_tokens))
-        .await
-        .map_err(|_| RequestError::Internal)?
-}
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
 
-/// The date that chat templates may write, in UTC.
-fn today() -> Option<CivilDate> {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
-    Some(CivilDate::from_unix_seconds(since.as_secs()))
+    use muster_text::ChatMessage;
+    use muster_types::Retry;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::fake;
+
+    const MOMENT: Duration = Duration::from_secs(20);
+
+    fn request(prompt: Prompt, choices: u32) -> GenerateRequest {
+        GenerateRequest {
+            model: None,
+            prompt,
+            max_tokens: Some(1),
+            sampling: RawSampling::default(),
+            seed: None,
+            stop: crate::request::Stop::default(),
+            top_logprobs: None,
+            choices,
+            resume: None,
+        }
+    }
+
+    fn ids(choices: u32) -> GenerateRequest {
+        request(Prompt::Tokens(vec![1, 2]), choices)
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_refuses_at_once_and_places_come_back() {
+        let (service, mut engine) = fake::deaf_service();
+        let Limits { queue, running, choices, .. } = *service.limits();
+        let most = u32::try_from(queue + running).unwrap() / choices;
+        let mut waiting = tokio::task::JoinSet::new();
+        for _ in 0..most {
+            let service = service.clone();
+            waiting.spawn(async move { service.generate(ids(choices)).await.map(drop) });
+        }
+        let mut commands = Vec::new();
+        for _ in 0..most {
+            commands.push(timeout(MOMENT, engine.recv()).await.unwrap().unwrap());
+        }
+        let refused = timeout(MOMENT, service.generate(ids(1))).await.expect("it waits for the engine");
+        let error = refused.unwrap_err();
+        assert_eq!(error, RequestError::Overloaded(Overload::Queue { limit: queue }));
+        assert_eq!(error.retry(), Retry::Later);
+        // What is wrong with the request itself comes first, so that nobody tries again in vain.
+        let wrong = request(Prompt::Tokens(vec![1; 64]), 1);
+        assert!(matches!(service.generate(wrong).await, Err(RequestError::Invalid { field: "prompt", .. })));
+        commands.pop();
+        let next = tokio::spawn({
+            let service = service.clone();
+            async move { service.generate(ids(1)).await.map(drop) }
+        });
+        assert!(timeout(MOMENT, engine.recv()).await.unwrap().is_some(), "its place did not come back");
+        next.abort();
+    }
+
+    #[tokio::test]
+    async fn texts_that_cannot_fit_are_refused_and_leave_nothing() {
+        let (service, _seen) = fake::chat_service(fake::tokenizer("{{ messages[0].content }}"));
+        let long = "Once upon a time ".repeat(200_000);
+        let message = |error: RequestError| error.to_string();
+        for text in [long.clone(), "a".repeat(3 << 20), " ".repeat(3 << 20)] {
+            let chat = Prompt::Chat(vec![ChatMessage::new("user", text.as_str())].into());
+            for (prompt, field) in [(Prompt::Text(text), "prompt"), (chat, "messages")] {
+                let error = message(service.generate(request(prompt, 1)).await.unwrap_err());
+                assert!(error.starts_with(&format!("{field}: has ")), "{error}");
+                assert!(
+                    error.ends_with("tokens or more; the model's context of 64 leaves no room for output"),
+                    "{error}"
+                );
+            }
+        }
+        let error = message(service.tokenize(long, Special::Add).await.unwrap_err());
+        assert!(error.starts_with("text: has ") && error.ends_with("at most 64 are allowed"), "{error}");
+        let error = message(service.detokenize(vec![9; 65], SpecialText::Keep).await.unwrap_err());
+        assert_eq!(error, "ids: has 65 entries; at most the context of 64 are allowed");
+        assert_eq!(service.inner.way.text.held(), 0);
+        assert!(service.generate(request(Prompt::Text("hi".into()), 1)).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_goes_while_its_text_is_read_gives_its_place_back() {
+        let (service, _seen) = fake::chat_service(fake::tokenizer("{{ messages[0].content }}"));
+        let Limits { queue, running, choices, .. } = *service.limits();
+        for _ in 0..=(queue + running) / choices as usize {
+            let generation = service.generate(request(Prompt::Text("hi".into()), choices));
+            // Polled once: it has its place, and its text is on its way.
+            let _ = timeout(Duration::ZERO, generation).await;
+        }
+        assert!(
+            timeout(MOMENT, service.generate(request(Prompt::Text("hi".into()), 1))).await.unwrap().is_ok()
+        );
+    }
 }

@@ -22,8 +22,11 @@ use muster_types::{Combine, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Engine};
+use crate::prompt::Prompts;
 pub use crate::pulse::Pulse;
-use crate::service::{HealthProbe, ModelInfo, Service};
+use crate::queue::Queue;
+use crate::service::{HealthProbe, ModelInfo, Service, Way};
+use crate::text_pool::TextPool;
 
 /// KV cache when nobody says how large: enough for every running sequence at full context, up to this.
 const DEFAULT_KV_BYTES: u64 = 512 << 20;
@@ -69,6 +72,8 @@ pub struct EngineSettings {
     pub template_variables: BTreeSet<String>,
     /// How long to wait for one layer's experts.
     pub expert_timeout: Duration,
+    /// Longest wait for a place in the batch that requests are taken for.
+    pub max_queue_wait: Duration,
     /// Caps on requests.
     pub limits: Limits,
 }
@@ -82,6 +87,7 @@ impl Default for EngineSettings {
             prefix_cache: PrefixCache::On,
             template_variables: BTreeSet::new(),
             expert_timeout: Duration::from_secs(30),
+            max_queue_wait: Duration::from_secs(5),
             limits: Limits::default(),
         }
     }
@@ -113,8 +119,8 @@ pub enum StartError {
     /// Sizes that do not fit together.
     #[error(transparent)]
     Sizes(#[from] ConfigError),
-    /// The engine thread could not be started.
-    #[error("the engine thread could not be started: {0}")]
+    /// A thread could not be started.
+    #[error("a thread could not be started: {0}")]
     Thread(std::io::Error),
 }
 
@@ -172,13 +178,15 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     let kv = trunk.new_kv(blocks as usize)?;
     tracing::info!(blocks, bytes = kv.bytes(), context, "kv cache");
     let limits = settings.limits;
+    let most_waiting = limits.queue.saturating_add(limits.running);
     let scheduler = Scheduler::new(SchedulerConfig {
         block_tokens: BLOCK,
         groups: trunk.kv_groups().reaches().to_vec(),
         blocks,
         context,
         max_running: limits.running,
-        max_waiting: limits.queue,
+        // As many as the queue ever lets in at once: whoever has a place is taken.
+        max_waiting: most_waiting,
         step_tokens: settings.step_tokens,
         prefill_chunk: settings.prefill_chunk,
         prefix_cache: settings.prefix_cache,
@@ -186,7 +194,9 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     let model =
         describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, combine, context);
     let eos = trunk.spec().eos.clone();
-    let (sender, commands) = mpsc::channel::<Command>(limits.queue.max(1));
+    let (sender, commands) = mpsc::channel::<Command>(most_waiting.max(1));
+    let queue = Queue::new(limits.queue, limits.running, settings.max_queue_wait);
+    let text = TextPool::start().map_err(StartError::Thread)?;
     let abort = Arc::new(AtomicBool::new(false));
     let engine = Engine {
         scheduler,
@@ -197,6 +207,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         tokenizer: tokenizer.clone(),
         expert_timeout: settings.expert_timeout,
         commands,
+        queue: Arc::clone(&queue),
         abort: Arc::clone(&abort),
         pulse,
     };
@@ -209,7 +220,8 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
             engine.run();
         })
         .map_err(StartError::Thread)?;
-    let service = Service::new(model, limits, tokenizer, settings.template_variables, eos, health, sender);
+    let prompts = Prompts::new(&model, limits, tokenizer, settings.template_variables);
+    let service = Service::new(model, limits, prompts, eos, health, Way { commands: sender, queue, text });
     Ok((service, EngineHandle { ended, abort }))
 }
 

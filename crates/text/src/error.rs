@@ -40,6 +40,28 @@ pub enum TextError {
         /// The cap.
         limit: usize,
     },
+    /// The text has more tokens than were asked for.
+    #[error("has {least} tokens or more; at most {most} are allowed")]
+    TooManyTokens {
+        /// Tokens that it has at least.
+        least: usize,
+        /// Most that are allowed.
+        most: usize,
+    },
+    /// The text holds together for too long.
+    #[error(
+        "has {bytes} bytes without a place to divide them, such as a space between two words; at most {limit} can be \
+         tokenized at once"
+    )]
+    StretchTooLong {
+        /// Bytes that hold together.
+        bytes: usize,
+        /// Most that are taken.
+        limit: usize,
+    },
+    /// The one who asked has gone.
+    #[error("nobody waits for it any more")]
+    Unwanted,
     /// The tokenizer refused a text.
     #[error("tokenizer: {reason}")]
     Encode {

@@ -8,15 +8,18 @@
 //!
 //! All calls are synchronous and may take milliseconds for long text: keep them off async threads.
 
+mod adjacent;
 mod chat;
 mod config;
 mod date;
 mod detokenizer;
 mod error;
+mod floor;
 mod json;
 mod pieces;
 mod probe;
 mod python;
+mod seams;
 mod source;
 mod stops;
 mod template;
@@ -32,4 +35,4 @@ pub use error::TextError;
 pub use json::BoundedJson;
 pub use stops::{StopMatcher, StopOutcome};
 pub use template::{ChatTemplate, GenerationPrompt};
-pub use tokenizer::{Special, SpecialText, Tokenizer};
+pub use tokenizer::{Bounds, Special, SpecialText, Tokenizer};

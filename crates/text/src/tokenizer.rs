@@ -7,7 +7,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::config::{self, SpecialTokens, Templates, TokenizerConfig};
+use crate::floor::{Counts, Floor};
 use crate::pieces::{self, Pieces};
+use crate::seams::Seams;
 use crate::template::ChatTemplate;
 use crate::{Detokenizer, TextError};
 
@@ -16,6 +18,8 @@ const MAX_FILE_BYTES: usize = 64 << 20;
 /// Cap on a text to encode. Edges have smaller caps of their own; this one bounds what the crate can be
 /// made to allocate.
 const MAX_TEXT_BYTES: usize = 16 << 20;
+/// Bytes of a part that a text is tokenized in. The library takes some 200 times as much memory for it.
+const PART_BYTES: usize = 16 << 10;
 /// A text whose ids, with and without special tokens, show which ones the tokenizer adds and where.
 const PROBE: &str = "a";
 
@@ -27,6 +31,16 @@ pub enum Special {
     Add,
     /// Add nothing.
     Omit,
+}
+
+/// How far [`Tokenizer::encode_within`] goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// Most tokens.
+    pub tokens: usize,
+    /// Most bytes that hold together, so that they can only be tokenized at once: a word, or a whole text where nothing is
+    /// known of how the tokenizer splits it.
+    pub stretch: usize,
 }
 
 /// What decoding does with special tokens.
@@ -44,6 +58,8 @@ pub struct Tokenizer {
     library: Arc<tokenizers::Tokenizer>,
     pieces: Arc<Pieces>,
     around: Arc<Around>,
+    seams: Arc<Seams>,
+    floor: Arc<Floor>,
     special: Arc<SpecialTokens>,
     template: Result<Arc<ChatTemplate>, TextError>,
 }
@@ -77,12 +93,15 @@ impl Tokenizer {
         let library = library(tokenizer_json)?;
         let pieces = Pieces::new(&library, vocab)?;
         let around = Around::new(&library, &config)?;
+        let (seams, floor) = (Seams::of(&library), Floor::of(&library, &pieces));
         let Templates { default, tool_use } = &config.templates;
         let template = template(default.as_deref(), tool_use.as_deref(), &config.special);
         Ok(Self {
             library: Arc::new(library),
             pieces: Arc::new(pieces),
             around: Arc::new(around),
+            seams: Arc::new(seams),
+            floor: Arc::new(floor),
             special: Arc::new(config.special),
             template,
         })
@@ -111,15 +130,57 @@ impl Tokenizer {
     /// # Errors
     /// The text is too long, or the tokenizer refuses it (no unknown token where one is needed).
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, TextError> {
+        self.encode_within(text, special, Bounds { tokens: usize::MAX, stretch: usize::MAX }, || true)
+    }
+
+    /// The same, no further than `bounds` and while `is_wanted` says so. It is asked again for every few milliseconds of
+    /// work. A text that has too many tokens whatever they are is refused before any work, any other as soon as there
+    /// are too many; memory is taken for one part at a time.
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; beyond `bounds`, and [`TextError::Unwanted`].
+    pub fn encode_within(
+        &self,
+        text: &str,
+        special: Special,
+        bounds: Bounds,
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<Vec<u32>, TextError> {
         let bytes = text.len();
         if bytes > MAX_TEXT_BYTES {
             return Err(TextError::TextTooLong { bytes, limit: MAX_TEXT_BYTES });
         }
-        let ids = encode(&self.library, text, AddedByLibrary::None)?;
-        Ok(match special {
-            Special::Add => [&self.around.before[..], &ids, &self.around.after].concat(),
-            Special::Omit => ids,
-        })
+        let too_many = |least| TextError::TooManyTokens { least, most: bounds.tokens };
+        let counts = self.floor.counts(text);
+        let mut to_come = counts.sum(text);
+        let least = Counts::tokens(to_come);
+        if least > bounds.tokens {
+            return Err(too_many(least));
+        }
+        let (before, after) = match special {
+            Special::Add => (&self.around.before[..], &self.around.after[..]),
+            Special::Omit => (&[][..], &[][..]),
+        };
+        let mut ids = before.to_vec();
+        let mut rest = text;
+        while !rest.is_empty() {
+            if !is_wanted() {
+                return Err(TextError::Unwanted);
+            }
+            let part = self.seams.first(rest, PART_BYTES);
+            if part.text.len() > bounds.stretch.max(PART_BYTES) {
+                return Err(TextError::StretchTooLong { bytes: part.text.len(), limit: bounds.stretch });
+            }
+            ids.extend(encode(&self.library, part.text, AddedByLibrary::None)?);
+            to_come -= counts.sum(&rest[..rest.len() - part.rest.len()]);
+            rest = part.rest;
+            let least = ids.len() + Counts::tokens(to_come) + after.len();
+            if least > bounds.tokens {
+                return Err(too_many(least));
+            }
+        }
+        ids.extend_from_slice(after);
+        Ok(ids)
     }
 
     /// The ids of a rendered chat template. Nothing is added: templates write their special tokens
@@ -129,6 +190,12 @@ impl Tokenizer {
     /// As [`Self::encode`].
     pub fn encode_chat(&self, rendered: &str) -> Result<Vec<u32>, TextError> {
         self.encode(rendered, Special::Omit)
+    }
+
+    /// How few tokens `text` can have, special tokens aside; 0 where nothing can be said. Reads every byte once.
+    #[must_use]
+    pub fn least_tokens(&self, text: &str) -> usize {
+        Counts::tokens(self.floor.counts(text).sum(text))
     }
 
     /// The text of `ids`; bytes that are not UTF-8 become U+FFFD. Ids below the vocabulary size that the

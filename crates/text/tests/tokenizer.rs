@@ -3,7 +3,9 @@
 mod common;
 
 use common::{DEMO, LLAMA_DECODER, file, llama, llama_json, mixtral};
-use muster_text::{Chat, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
+use std::cell::Cell;
+
+use muster_text::{Bounds, Chat, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
 use proptest::prelude::*;
 
 fn load(json: &str, config: &str) -> Result<Tokenizer, TextError> {
@@ -183,4 +185,72 @@ fn special_tokens_of_every_form_reach_the_template() {
         template.render(&Chat::default(), GenerationPrompt::Omit, None).unwrap(),
         "<s></s><s></s>False"
     );
+}
+
+#[test]
+fn a_text_with_too_many_tokens_is_refused_before_it_is_tokenized() {
+    let within = |text: &str, tokens| {
+        let bounds = Bounds { tokens, stretch: 64 << 10 };
+        common::demo().encode_within(text, Special::Add, bounds, || panic!("it was tokenized"))
+    };
+    for text in ["a".repeat(4 << 20), "one two three ".repeat(300_000), "世".repeat(1 << 20)] {
+        let error = within(&text, 512).unwrap_err();
+        assert!(matches!(error, TextError::TooManyTokens { least, most: 512 } if least > 10_000), "{error}");
+    }
+}
+
+#[test]
+fn a_text_is_tokenized_no_further_than_wanted() {
+    let text = "It was a big smile, she said. ".repeat(20_000);
+    let tokenizer = common::demo();
+    let bounds = Bounds { tokens: usize::MAX, stretch: 64 << 10 };
+    let whole = tokenizer.encode(&text, Special::Add).unwrap();
+    assert_eq!(tokenizer.encode_within(&text, Special::Add, bounds, || true).unwrap(), whole);
+    let asked = Cell::new(0);
+    let stop_at = |last| {
+        let wanted = || asked.replace(asked.get() + 1) < last;
+        tokenizer.encode_within(&text, Special::Add, bounds, wanted)
+    };
+    assert_eq!(stop_at(3), Err(TextError::Unwanted));
+    assert_eq!(asked.get(), 4);
+    // Too many only once they are counted.
+    let parts = Cell::new(0);
+    let bounds = Bounds { tokens: whole.len() - 1, ..bounds };
+    let error =
+        tokenizer.encode_within(&text, Special::Add, bounds, || parts.replace(parts.get() + 1) < 1000);
+    assert!(matches!(error, Err(TextError::TooManyTokens { .. })), "{error:?}");
+    let bounds = Bounds { tokens: whole.len(), ..bounds };
+    assert_eq!(tokenizer.encode_within(&text, Special::Add, bounds, || true).unwrap(), whole);
+}
+
+#[test]
+fn what_holds_together_for_too_long_is_refused() {
+    let bounds = Bounds { tokens: usize::MAX, stretch: 64 << 10 };
+    let error =
+        common::demo().encode_within(&"a".repeat(100_000), Special::Omit, bounds, || true).unwrap_err();
+    assert_eq!(error, TextError::StretchTooLong { bytes: 100_000, limit: 64 << 10 });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// However long its tokens: no text has fewer than are said.
+    #[test]
+    fn no_text_has_fewer_tokens_than_are_said(
+        words in prop::collection::vec(prop::sample::select(vec![
+            " ", "        ", "▁▁", "a", "hi", " hi", "smile", "there", "Once upon a time", "\n\n", "é", "世", "<s>", "<|user|>", "....",
+        ]), 0..60),
+    ) {
+        let text = words.concat();
+        thread_local! {
+            static ALL: [Tokenizer; 3] = [common::demo(), mixtral(), llama()];
+        }
+        ALL.with(|all| {
+            for tokenizer in all {
+                let ids = tokenizer.encode(&text, Special::Omit).unwrap();
+                prop_assert!(tokenizer.least_tokens(&text) <= ids.len(), "{}", text);
+            }
+            Ok(())
+        })?;
+    }
 }

@@ -87,6 +87,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .list("template_variables", &args.template_variables)
         .text("max_running", args.max_running.as_deref())
         .text("max_queue", args.max_queue.as_deref())
+        .text("max_queue_wait", args.max_queue_wait.as_deref())
         .text("expert_timeout", args.expert_timeout.as_deref())
         .text("connect_timeout", args.connect_timeout.as_deref())
         .text("drain_timeout", args.drain_timeout.as_deref())
@@ -141,6 +142,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             prefix_cache: if settings.prefix_cache { PrefixCache::On } else { PrefixCache::Off },
             template_variables: settings.template_variables.into_iter().collect(),
             expert_timeout: settings.expert_timeout,
+            max_queue_wait: settings.max_queue_wait,
             limits: Limits { running: settings.max_running, queue: settings.max_queue, ..Limits::default() },
         },
     })

@@ -1,7 +1,7 @@
 //! Between messages and the router's own types. Absent fields become what the `.proto` comments say; where there is
 //! nothing to say, a missing field is an error that names it.
 
-use muster_model::sampler::RawSampling;
+use muster_model::sampler::{MAX_BIAS, RawSampling};
 use muster_proto::v1;
 use muster_text::ChatMessage;
 use tonic::metadata::MetadataValue;
@@ -32,7 +32,7 @@ pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, Req
         model: Some(model).filter(|name| !name.is_empty()),
         prompt: self::prompt(prompt)?,
         max_tokens,
-        sampling: self::sampling(sampling),
+        sampling: self::sampling(sampling)?,
         seed,
         stop: stop.map(self::stop).unwrap_or_default(),
         top_logprobs,
@@ -69,12 +69,20 @@ fn message(message: v1::ChatMessage) -> Result<ChatMessage, RequestError> {
     Ok(ChatMessage::new(role, content))
 }
 
-fn sampling(asked: v1::Sampling) -> RawSampling {
+fn sampling(asked: v1::Sampling) -> Result<RawSampling, RequestError> {
     let default = RawSampling::default();
+    let count = asked.logit_bias.len();
+    if count > MAX_BIAS {
+        // Before they are sorted.
+        return Err(RequestError::invalid(
+            "logit_bias",
+            format!("has {count} entries; at most {MAX_BIAS} are allowed"),
+        ));
+    }
     let mut bias: Vec<(u32, f32)> = asked.logit_bias.into_iter().collect();
     // The map's order is random; what the first error names should not be.
     bias.sort_unstable_by_key(|&(id, _)| id);
-    RawSampling {
+    Ok(RawSampling {
         temperature: asked.temperature.unwrap_or(default.temperature),
         top_k: asked.top_k.unwrap_or(default.top_k),
         top_p: asked.top_p.unwrap_or(default.top_p),
@@ -84,7 +92,7 @@ fn sampling(asked: v1::Sampling) -> RawSampling {
         frequency_penalty: asked.frequency_penalty.unwrap_or(default.frequency_penalty),
         seed: default.seed,
         bias,
-    }
+    })
 }
 
 fn stop(asked: v1::Stop) -> Stop {
@@ -173,15 +181,15 @@ pub(super) fn model(model: &ModelInfo) -> v1::Model {
 /// How a failure looks to a client. Those that pass carry `retry-after-ms`, and `grpc-retry-pushback-ms`, which
 /// gRPC libraries with a retry policy obey by themselves.
 ///
-/// Values that are not finite are FAILED_PRECONDITION: the request is well-formed, but with this model it cannot
-/// succeed, however often it is tried.
+/// Values that are not finite and rows that experts refuse are FAILED_PRECONDITION: the request is well-formed, but with
+/// this model it cannot succeed, however often it is tried.
 pub(super) fn status(error: &RequestError) -> Status {
     let code = match error {
         RequestError::Invalid { .. } => Code::InvalidArgument,
         RequestError::UnknownModel { .. } => Code::NotFound,
-        RequestError::Overloaded { .. } => Code::ResourceExhausted,
+        RequestError::Overloaded(_) => Code::ResourceExhausted,
         RequestError::ExpertsUnavailable(_) | RequestError::ShuttingDown => Code::Unavailable,
-        RequestError::NonFinite => Code::FailedPrecondition,
+        RequestError::Refused(_) | RequestError::NonFinite => Code::FailedPrecondition,
         RequestError::Internal => Code::Internal,
     };
     let mut status = Status::new(code, text(error));
@@ -204,6 +212,7 @@ fn text(error: &RequestError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::Overload;
 
     fn chat(role: &str) -> v1::GenerateRequest {
         let messages = vec![v1::ChatMessage { role: role.into(), content: "hi".into() }];
@@ -244,6 +253,22 @@ mod tests {
     }
 
     #[test]
+    fn more_biases_than_are_taken_are_refused() {
+        let asked = |count| {
+            let logit_bias = (0..count).map(|id| (id, 1.0)).collect();
+            request(v1::GenerateRequest {
+                sampling: Some(v1::Sampling { logit_bias, ..Default::default() }),
+                ..chat("user")
+            })
+        };
+        assert!(asked(1024).is_ok());
+        assert_eq!(
+            asked(1025).unwrap_err().to_string(),
+            "logit_bias: has 1025 entries; at most 1024 are allowed"
+        );
+    }
+
+    #[test]
     fn a_prompt_and_known_roles_are_needed() {
         let error = request(v1::GenerateRequest::default()).unwrap_err();
         assert!(error.to_string().starts_with("prompt: is absent"), "{error}");
@@ -261,9 +286,11 @@ mod tests {
         let cases = [
             (RequestError::invalid("n", "is 0"), Code::InvalidArgument, false),
             (unknown, Code::NotFound, false),
-            (RequestError::Overloaded { limit: 3 }, Code::ResourceExhausted, true),
+            (RequestError::Overloaded(Overload::Queue { limit: 3 }), Code::ResourceExhausted, true),
+            (RequestError::Overloaded(Overload::Text), Code::ResourceExhausted, true),
             (RequestError::ExpertsUnavailable("a worker was lost".into()), Code::Unavailable, true),
             (RequestError::ShuttingDown, Code::Unavailable, true),
+            (RequestError::Refused("a worker refused it".into()), Code::FailedPrecondition, false),
             (RequestError::NonFinite, Code::FailedPrecondition, false),
             (RequestError::Internal, Code::Internal, false),
         ];

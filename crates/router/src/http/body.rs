@@ -8,6 +8,7 @@ use tokio_stream::StreamExt;
 
 use super::error::ApiError;
 use super::places::{Large, Lost, Place};
+use crate::service::Service;
 
 /// A body has to be complete within this time.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -42,15 +43,20 @@ impl JsonBody {
         })
     }
 
-    /// Parses it, on the blocking pool when it is large.
+    /// Parses it, on the threads for work before admission when it is large.
     ///
     /// # Errors
-    /// Those of `parse`; 500 when the pool is shutting down.
+    /// Those of `parse`; 429 when too much waits for these threads.
     pub(super) async fn parse<T: Send + 'static>(
         self,
+        service: &Service,
         parse: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
-        off_thread(self.bytes.len(), move || parse(&self.bytes)).await?
+        match self.bytes.len() {
+            0..=SMALL => parse(&self.bytes),
+            // The body, and what it becomes.
+            bytes => service.work(bytes * 2, move |_| parse(&self.bytes)).await,
+        }
     }
 }
 

@@ -112,18 +112,21 @@ impl From<RequestError> for ApiError {
         let status = match error {
             RequestError::Invalid { .. } => StatusCode::BAD_REQUEST,
             RequestError::UnknownModel { .. } => StatusCode::NOT_FOUND,
-            RequestError::Overloaded { .. } => StatusCode::TOO_MANY_REQUESTS,
+            RequestError::Overloaded(_) => StatusCode::TOO_MANY_REQUESTS,
             RequestError::ExpertsUnavailable(_) | RequestError::ShuttingDown => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
-            RequestError::NonFinite | RequestError::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            RequestError::Refused(_) | RequestError::NonFinite | RequestError::Internal => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         };
         let mut answer = Self::new(status, retry, &error);
         answer.body.code = match error {
             RequestError::Invalid { .. } => None,
             RequestError::UnknownModel { .. } => Some("model_not_found"),
-            RequestError::Overloaded { .. } => Some("rate_limit_exceeded"),
+            RequestError::Overloaded(_) => Some("rate_limit_exceeded"),
             RequestError::ExpertsUnavailable(_) => Some("experts_unavailable"),
+            RequestError::Refused(_) => Some("experts_refused"),
             RequestError::ShuttingDown => Some("shutting_down"),
             RequestError::NonFinite => Some("non_finite"),
             RequestError::Internal => Some("internal_error"),
@@ -162,21 +165,29 @@ fn cut(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::request::Overload;
 
     #[test]
-    fn every_request_error_has_its_status() {
+    fn every_request_error_has_its_status_and_advice() {
         let unknown = RequestError::UnknownModel { asked: "b".into(), served: "a".into() };
+        let wait = Overload::Wait { expected: Duration::from_secs(9), limit: Duration::from_secs(5) };
         let cases = [
-            (RequestError::invalid("n", "is 0"), 400, Some("n"), false),
-            (unknown, 404, Some("model"), false),
-            (RequestError::Overloaded { limit: 3 }, 429, None, true),
-            (RequestError::ExpertsUnavailable("a worker was lost".into()), 503, None, true),
-            (RequestError::ShuttingDown, 503, None, true),
-            (RequestError::NonFinite, 500, None, false),
-            (RequestError::Internal, 500, None, false),
+            (RequestError::invalid("n", "is 0"), Retry::Never, 400, Some("n"), false),
+            (unknown, Retry::Never, 404, Some("model"), false),
+            (RequestError::Overloaded(Overload::Queue { limit: 3 }), Retry::Later, 429, None, true),
+            (RequestError::Overloaded(wait), Retry::Later, 429, None, true),
+            (RequestError::Overloaded(Overload::Text), Retry::Later, 429, None, true),
+            (RequestError::ExpertsUnavailable("a worker was lost".into()), Retry::Later, 503, None, true),
+            (RequestError::Refused("a worker refused it".into()), Retry::Never, 500, None, false),
+            (RequestError::ShuttingDown, Retry::Elsewhere, 503, None, true),
+            (RequestError::NonFinite, Retry::Never, 500, None, false),
+            (RequestError::Internal, Retry::Elsewhere, 500, None, false),
         ];
-        for (error, status, param, retry_after) in cases {
+        for (error, retry, status, param, retry_after) in cases {
+            assert_eq!(error.retry(), retry, "{error}");
             let answer = ApiError::from(error.clone());
             assert_eq!(answer.status.as_u16(), status, "{error}");
             assert_eq!(answer.body.param.as_deref(), param, "{error}");
@@ -187,8 +198,10 @@ mod tests {
 
     #[test]
     fn a_client_library_is_told_not_to_repeat_what_cannot_succeed() {
-        let response = ApiError::from(RequestError::NonFinite).into_response();
-        assert_eq!(response.headers()[SHOULD_RETRY], "false");
+        for error in [RequestError::NonFinite, RequestError::Refused("a worker refused it".into())] {
+            let response = ApiError::from(error).into_response();
+            assert_eq!(response.headers()[SHOULD_RETRY], "false");
+        }
         let response = ApiError::from(RequestError::Internal).into_response();
         assert!(!response.headers().contains_key(SHOULD_RETRY));
     }

@@ -6,16 +6,13 @@
 
 use std::fmt;
 
-use muster_model::sampler::RawSampling;
+use muster_model::sampler::{MAX_BIAS, RawSampling};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
 use super::super::error::ApiError;
 use super::json::{AtMost, Bounds, Fields, Known, Strings, Unsupported};
 use crate::request::{Eos, GenerateRequest, Prompt, Stop};
-
-/// Biased tokens of one request; the sampler takes no more.
-const BIASES: usize = 1024;
 
 /// A request, ready to run.
 #[derive(Debug)]
@@ -222,8 +219,8 @@ impl<'de> Visitor<'de> for Biases {
         let mut biases = Vec::new();
         while let Some(key) = map.next_key::<String>()? {
             let id = key.parse().map_err(|_| A::Error::custom(format_args!("{key:?} is not a token id")))?;
-            if biases.len() == BIASES {
-                return Err(A::Error::custom(format_args!("more than {BIASES} entries")));
+            if biases.len() == MAX_BIAS {
+                return Err(A::Error::custom(format_args!("more than {MAX_BIAS} entries")));
             }
             biases.push((id, map.next_value()?));
         }

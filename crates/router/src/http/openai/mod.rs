@@ -102,7 +102,7 @@ async fn answer<D: Dialect>(
     let (parts, body) = request.into_parts();
     let limit = bounds.limits.body_bytes;
     let body = JsonBody::read(&parts.headers, body, limit, &app.large, PATIENCE).await?;
-    let asked = body.parse(move |bytes| parse(bytes, &bounds)).await?;
+    let asked = body.parse(&app.service, move |bytes| parse(bytes, &bounds)).await?;
     let (head, mut events) = run::start(&app.service, D::ID, asked.requests).await?;
     match asked.mode {
         Mode::Stream(usage) => {
