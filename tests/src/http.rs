@@ -98,6 +98,15 @@ pub fn raw(address: &str, request: &[u8]) -> Response {
 /// When nothing that looks like HTTP comes back in time.
 #[must_use]
 pub fn secure(address: &str, authority: &str, request: &[u8]) -> Response {
+    exchange(secured(address, authority), request)
+}
+
+/// A connection over TLS to a server that is `localhost` to this authority (PEM).
+///
+/// # Panics
+/// When there is nobody, or the authority is none.
+#[must_use]
+pub fn secured(address: &str, authority: &str) -> StreamOwned<ClientConnection, TcpStream> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).expect("PEM")).expect("an authority");
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -108,7 +117,7 @@ pub fn secure(address: &str, authority: &str, request: &[u8]) -> Response {
         .with_no_client_auth();
     let name = ServerName::try_from("localhost").expect("a name");
     let session = ClientConnection::new(Arc::new(config), name).expect("a session");
-    exchange(StreamOwned::new(session, connect(address)), request)
+    StreamOwned::new(session, connect(address))
 }
 
 fn connect(address: &str) -> TcpStream {

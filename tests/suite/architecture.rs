@@ -103,3 +103,34 @@ fn libraries_stay_where_they_belong() {
         assert!(!dependencies[pure].contains("tokio"), "`{pure}` is synchronous and must not know tokio");
     }
 }
+
+/// A backlog, places and patience are forgotten where a listener is made by hand.
+#[test]
+fn only_one_crate_listens() {
+    fn visit(directory: &std::path::Path, made: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                visit(&entry, made);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&entry).unwrap();
+                let shipped =
+                    text.split("#[cfg(test)]").next().unwrap().split("#[cfg(all(test").next().unwrap();
+                if ["TcpListener::bind", "UnixListener::bind", ".listen(BACKLOG)"]
+                    .iter()
+                    .any(|way| shipped.contains(way))
+                {
+                    made.insert(
+                        entry.strip_prefix(workspace_root().join("crates")).unwrap().display().to_string(),
+                    );
+                }
+            }
+        }
+    }
+    let mut made = BTreeSet::new();
+    for name in dependencies().keys().filter(|name| !["testkit", "tests"].contains(&name.as_str())) {
+        visit(&workspace_root().join("crates").join(name).join("src"), &mut made);
+    }
+    let files: Vec<&str> =
+        made.iter().map(String::as_str).filter(|file| !file.ends_with("/tests.rs")).collect();
+    assert_eq!(files, ["net/src/listen.rs"]);
+}

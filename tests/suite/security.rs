@@ -1,5 +1,7 @@
 //! Certificates and keys: who is let in where, who is not, and that what is secret stays so.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 
 use muster_client::{Client, Credentials, Policy};
@@ -309,6 +311,45 @@ async fn call(channel: &Channel, method: &str, key: Option<&str>) -> Code {
             Ok(_) => Code::Ok,
         },
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flood_behind_tls_ends_and_others_are_served() {
+    let secrets = Secrets::new();
+    let router = router(&demo_model(), &secrets, &["--fallback", "local"]);
+    let worker = worker(&router, &secrets, &["--admin", "127.0.0.1:0"]);
+    ready(&router, &secrets).await;
+    let ca = secrets.read("ca.crt");
+    let pings = muster_testkit::flood::frame(6, 0, 0, &[7; 8]).repeat(1000);
+    let mut peer = http::secured(&router.address("grpc"), &ca);
+    peer.sock.set_write_timeout(Some(muster_tests::process::PATIENCE)).unwrap();
+    peer.write_all(muster_testkit::flood::OPENING).unwrap();
+    let rounds = (0..1_000_000).find(|_| peer.write_all(&pings).is_err());
+    assert!(rounds.is_some(), "it goes on");
+    let metrics = get(&router.address("http"), &ca, "/metrics", Some(&secrets.key)).text();
+    assert!(metrics.contains("muster_connections_flooding_total 1\n"), "{metrics}");
+    eventually("said", async || router.log().contains("more control frames").then_some(())).await;
+    let channel = secrets.channel(&router.address("grpc"), None).await.unwrap();
+    assert_eq!(call(&channel, "/muster.v1.Inference/GetModel", Some(&secrets.key)).await, Code::Ok);
+    // Processes of the cluster are never taken for one.
+    let of_worker = http::get(&worker.address("admin"), "/metrics").text();
+    assert!(!of_worker.contains("muster_connections_flooding_total "), "{of_worker}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_that_stall_in_a_handshake_keep_nobody_out() {
+    let secrets = Secrets::new();
+    let router = router(&demo_model(), &secrets, &["--fallback", "local"]);
+    ready(&router, &secrets).await;
+    let mut peers: Vec<_> = (0..300).map(|_| TcpStream::connect(router.address("grpc")).unwrap()).collect();
+    let channel = secrets.channel(&router.address("grpc"), None).await.unwrap();
+    assert_eq!(call(&channel, "/muster.v1.Inference/GetModel", Some(&secrets.key)).await, Code::Ok);
+    peers.retain_mut(|peer| {
+        peer.set_nonblocking(true).unwrap();
+        peer.read(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    });
+    // The oldest gave way; the others have the time that is theirs.
+    assert!((200..300).contains(&peers.len()), "{} still stall", peers.len());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,21 +1,24 @@
 //! Accepted connections, behind a TLS handshake where there is an identity, and who is at their other end.
 //!
-//! Always holds: handshakes run beside each other, as many as [`HANDSHAKES`] and each for at most [`HANDSHAKE`], so that
-//! a peer that stalls in one keeps nobody else out; what fails in one ends that connection alone; a connection whose peer
-//! floods it with frames ends. Knows nothing of what is said on a connection beyond that.
+//! Always holds: handshakes run beside each other, as many as [`HANDSHAKES`] and each for at most [`HANDSHAKE`]; where there
+//! are as many, the oldest gives way, so that peers that stall in them keep nobody else out; what fails in one ends that
+//! connection alone; a connection whose peer floods it with frames ends. Knows nothing of what is said on a connection
+//! beyond that.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use muster_identity::{PeerId, Role, peer_of};
 use muster_net::{Meter, Socket};
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_stream::Stream;
@@ -23,10 +26,12 @@ use tonic::service::Interceptor;
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
-/// Handshakes at once; who comes then waits in the kernel's backlog.
+/// Handshakes at once.
 const HANDSHAKES: usize = 256;
 /// How long one may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
+/// One that began less than this ago goes on, whoever waits for its place: two round trips of a long way.
+const GOES_ON: Duration = Duration::from_millis(500);
 
 /// Who is at the other end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -84,7 +89,8 @@ where
     S: Stream<Item = io::Result<Socket<I>>> + Unpin,
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    Secured { incoming, tls: tls.map(TlsAcceptor::from), speaks, running: JoinSet::new(), is_over: false }
+    let (tls, running, begun) = (tls.map(TlsAcceptor::from), JoinSet::new(), VecDeque::new());
+    Secured { incoming, tls, speaks, running, begun, wait: None, is_over: false }
 }
 
 /// See [`secured`].
@@ -93,7 +99,33 @@ pub struct Secured<S, I> {
     tls: Option<TlsAcceptor>,
     speaks: Speaks,
     running: JoinSet<Option<Connection<I>>>,
+    /// Those that were not told to end, in the order in which they began.
+    begun: VecDeque<(Instant, AbortHandle)>,
+    /// Until the first of them gives way.
+    wait: Option<Pin<Box<Sleep>>>,
     is_over: bool,
+}
+
+impl<S, I> Secured<S, I> {
+    /// Waits until there is room for another handshake.
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.begun.len() >= HANDSHAKES {
+            self.begun.retain(|(_, handshake)| !handshake.is_finished());
+            let Some((since, oldest)) = self.begun.front().filter(|_| self.begun.len() >= HANDSHAKES) else {
+                break;
+            };
+            let until = *since + GOES_ON;
+            let wait = self.wait.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until)));
+            if wait.deadline() != until {
+                wait.as_mut().reset(until);
+            }
+            ready!(wait.as_mut().poll(cx));
+            oldest.abort();
+            metrics::counter!("muster_connections_evicted_total").increment(1);
+            self.begun.pop_front();
+        }
+        Poll::Ready(())
+    }
 }
 
 impl<S, I> Stream for Secured<S, I>
@@ -110,16 +142,20 @@ where
                 Poll::Ready(Some(Ok(Some(connection)))) => return Poll::Ready(Some(Ok(connection))),
                 Poll::Ready(Some(_)) => continue,
                 Poll::Ready(None) if this.is_over => return Poll::Ready(None),
-                Poll::Pending if this.is_over || this.running.len() >= HANDSHAKES => return Poll::Pending,
+                Poll::Pending if this.is_over => return Poll::Pending,
                 Poll::Ready(None) | Poll::Pending => {}
             }
+            ready!(this.poll_room(cx));
             match Pin::new(&mut this.incoming).poll_next(cx) {
                 Poll::Ready(Some(Ok(io))) => match &this.tls {
                     None => {
                         let caller = Caller { peer: None, address: io.peer() };
                         return Poll::Ready(Some(Ok(Connection::new(Layer::Plain(io), caller, this.speaks))));
                     }
-                    Some(tls) => drop(this.running.spawn(handshake(tls.clone(), io, this.speaks))),
+                    Some(tls) => {
+                        let handshake = this.running.spawn(handshake(tls.clone(), io, this.speaks));
+                        this.begun.push_back((Instant::now(), handshake));
+                    }
                 },
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error))),
                 Poll::Ready(None) => this.is_over = true,
@@ -193,7 +229,7 @@ impl<I> Connection<I> {
     /// Looks at what a peer sent before it goes further.
     fn received(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(meter) = &mut self.meter else { return Ok(()) };
-        meter.received(bytes, Instant::now).map_err(|flood| {
+        meter.received(bytes, std::time::Instant::now).map_err(|flood| {
             metrics::counter!("muster_connections_flooding_total").increment(1);
             let (peer, address) = (self.caller.peer.as_ref(), self.caller.address);
             let (peer, address) = (peer.map(tracing::field::display), address.map(tracing::field::display));

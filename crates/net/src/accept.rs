@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -122,11 +123,20 @@ impl<L: Listener> Acceptor<L> {
     }
 }
 
-/// Connections that one listener of this process may have.
+/// Connections that one listener of this process may have. Shells give a process few descriptors, but let it take more.
 fn places() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
-    (limit / SHARE).clamp(1, CONNECTIONS)
+    let wanted = CONNECTIONS * SHARE;
+    let mut limit = getrlimit(Resource::Nofile);
+    let may_have =
+        |most: Option<u64>| most.map_or(wanted, |most| usize::try_from(most).unwrap_or(wanted).min(wanted));
+    if may_have(limit.current) < may_have(limit.maximum) {
+        limit.current = Some(may_have(limit.maximum) as u64);
+        if let Err(error) = setrlimit(Resource::Nofile, limit) {
+            tracing::debug!(%error, "the limit on descriptors stays as it is");
+            limit = getrlimit(Resource::Nofile);
+        }
+    }
+    (may_have(limit.current) / SHARE).max(1)
 }
 
 fn is_of_one_peer(error: &io::Error) -> bool {
@@ -355,6 +365,17 @@ mod tests {
         assert!(!third.is_finished());
         drop(first);
         assert_eq!(third.await.unwrap().peer(), Some(address.ip()));
+    }
+
+    #[test]
+    fn descriptors_are_taken_as_far_as_the_system_gives_them() {
+        let given = getrlimit(Resource::Nofile);
+        let few = given.maximum.map_or(1024, |most| most.min(1024));
+        setrlimit(Resource::Nofile, rustix::process::Rlimit { current: Some(few), ..given }).unwrap();
+        let places = places();
+        let most = given.maximum.map_or(usize::MAX, |most| most as usize);
+        assert_eq!(places, (most / SHARE).min(CONNECTIONS));
+        assert!(getrlimit(Resource::Nofile).current.is_none_or(|now| now as usize >= places * SHARE));
     }
 
     #[tokio::test]
