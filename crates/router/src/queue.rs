@@ -44,16 +44,23 @@ impl Queue {
     /// # Errors
     /// When the queue is full, or the last of them would wait too long.
     pub(crate) fn take(self: &Arc<Self>, count: u32) -> Result<Vec<QueuePlace>, RequestError> {
-        let count = count as usize;
+        let taken = self.try_take(count as usize);
+        if taken.is_err() {
+            metrics::counter!("muster_requests_refused_total").increment(1);
+        }
+        taken.map_err(RequestError::Overloaded)
+    }
+
+    fn try_take(self: &Arc<Self>, count: usize) -> Result<Vec<QueuePlace>, Overload> {
         let mut now = self.now();
         let waiting = (now.taken + count).saturating_sub(now.room);
         if waiting > self.limit {
-            return Err(RequestError::Overloaded(Overload::Queue { limit: self.limit }));
+            return Err(Overload::Queue { limit: self.limit });
         }
         let turns = u32::try_from(waiting).unwrap_or(u32::MAX);
         let wait = now.turn.map_or(Duration::ZERO, |turn| turn.saturating_mul(turns));
         if wait > self.patience {
-            return Err(RequestError::Overloaded(Overload::Wait { expected: wait, limit: self.patience }));
+            return Err(Overload::Wait { expected: wait, limit: self.patience });
         }
         now.taken += count;
         drop(now);

@@ -15,8 +15,8 @@ use tokio::sync::oneshot;
 
 use crate::request::{Overload, RequestError};
 
-/// Bytes up to which work is short: some ten milliseconds of tokenizing.
-const SHORT: usize = 8 << 10;
+/// Bytes up to which work is short: some tens of milliseconds of tokenizing at most.
+const SHORT: usize = 32 << 10;
 /// Short jobs that may wait, and long ones.
 const WAITING: [usize; 2] = [128, 32];
 /// Bytes of all jobs together that wait or are worked on.
@@ -105,7 +105,7 @@ impl TextPool {
         work: impl FnOnce(&Wanted) -> T + Send + 'static,
     ) -> Result<T, RequestError> {
         let refused = || {
-            metrics::counter!("muster_text_refused_total").increment(1);
+            metrics::counter!("muster_requests_refused_total").increment(1);
             RequestError::Overloaded(Overload::Text)
         };
         let held = Held::take(&self.held, bytes).ok_or_else(refused)?;

@@ -40,7 +40,7 @@ metric_names! {
     describe_gauge DISCOVERY_WORKERS = "muster_discovery_workers", Count, "Workers that a source of discovery names.";
     describe_gauge DISCOVERY_FAILING = "muster_discovery_failing", Count, "1 while a source of discovery gives no answer or says no.";
     // Router: requests.
-    describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full.";
+    describe_counter REQUESTS_REFUSED = "muster_requests_refused_total", Count, "Requests refused because the queue was full, the wait too long, or too much text waited to be read.";
     describe_counter REQUESTS_RESUMED = "muster_requests_resumed_total", Count, "Requests that went on with a stream that had broken off.";
     describe_counter REQUESTS_FAILED = "muster_requests_failed_total", Count, "Completions that ended with an error.";
     describe_counter SEQUENCES_CANCELLED = "muster_sequences_cancelled_total", Count, "Sequences given up because their client went away.";
