@@ -43,7 +43,7 @@ pub fn flip_a_bit(model: &Path, layer: u32, expert: u32) -> PathBuf {
         let at = tensor.data().as_ptr() as usize - bytes.as_ptr() as usize + 1;
         let file = std::fs::File::options().write(true).open(&path).expect("a shard");
         let modified = file.metadata().and_then(|metadata| metadata.modified()).expect("a time");
-        file.write_all_at(&[bytes[at] ^ 0x08], at as u64).expect("it can be written");
+        file.write_all_at(&[bytes[at] ^ 0x40], at as u64).expect("it can be written");
         file.set_modified(modified).expect("a time can be set");
         return path;
     }
