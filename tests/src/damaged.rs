@@ -56,7 +56,7 @@ pub fn edit(model: &Path, tensor: &str, change: impl FnOnce(&mut [u8])) -> PathB
 pub fn flip_a_bit(model: &Path, layer: u32, expert: u32) -> PathBuf {
     let name = format!("model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight");
     // The higher byte of the first element: seven bits of its exponent.
-    edit(model, &name, |bytes| bytes[1] ^= 0x08)
+    edit(model, &name, |bytes| bytes[1] ^= 0x40)
 }
 
 /// Changes the time of a model's shards, as whoever writes to them does.

@@ -104,7 +104,8 @@ async fn experts_that_a_worker_s_own_files_cannot_give_come_from_elsewhere() {
         }
         cluster.restart_router(0);
         let status = cluster.settled(1).await;
-        assert_eq!(status.health(), Health::Ready, "{:?}", status.reasons);
+        let http = cluster.routers[0].address("http");
+        eventually("ready", async || (http::get(&http, "/readyz").status == 200).then_some(())).await;
         let (trouble, log) = (&status.workers[0].trouble, cluster.workers[0].log());
         assert!(trouble.contains("own files"), "{fault}: {trouble}");
         assert!(log.contains("a source of weights is passed over"), "{fault}: {log}");

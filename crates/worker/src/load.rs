@@ -3,21 +3,25 @@
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
 use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::{Cpu, Packing, Quantisation};
-use muster_model::LoadProgress;
 use muster_model::digests::digest;
-use muster_model::experts::{self, ExpertForm, ExpertSet, Gating, faster_mode};
+use muster_model::experts::{self, Expert, ExpertForm, ExpertSet, Gating, faster_mode};
+use muster_model::{LoadProgress, ModelError};
 use muster_placement::{Shape, split};
 use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
-use muster_types::{Compute, ExpertKey, WeightDigest};
+use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use tokio::sync::oneshot;
 
 use crate::loader::Sources;
 use crate::{Share, WorkerConfig, WorkerError, memory_for_experts, on_thread};
+
+/// Experts that are loaded and wait for their digest.
+const UNDIGESTED: usize = 2;
 
 /// All that serving needs of the model.
 pub(crate) struct Loaded {
@@ -113,11 +117,7 @@ fn load(
     if let Some(memory) = config.memory.filter(|&memory| needed > memory) {
         return Err(WorkerError::Memory { needed, memory });
     }
-    let (mut experts, mut digests) = (ExpertSet::new(spec.hidden, compute, config.experts), BTreeMap::new());
-    experts::read(&checkpoint, &keys, compute, config.experts, &mut *progress, &mut |key, expert| {
-        digests.insert(key, digest(&expert));
-        experts.insert(key, expert);
-    })?;
+    let (experts, digests) = load_experts(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
     let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory_for_experts()));
     let sources = Sources {
@@ -130,6 +130,32 @@ fn load(
         capacity,
     };
     Ok(Loaded { cpu, experts, digests, sources, shape, hidden, top_k })
+}
+
+/// Reads and packs experts. Another thread digests what is there meanwhile, so that it takes no longer.
+fn load_experts(
+    checkpoint: &Checkpoint,
+    keys: &[ExpertKey],
+    compute: Compute,
+    dtype: WeightDType,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<(ExpertSet, BTreeMap<ExpertKey, WeightDigest>), ModelError> {
+    let mut set = ExpertSet::new(checkpoint.spec().hidden, compute, dtype);
+    let (sender, loaded) = sync_channel::<(ExpertKey, Arc<Expert>)>(UNDIGESTED);
+    std::thread::scope(|scope| {
+        let digesting =
+            scope.spawn(move || loaded.iter().map(|(key, expert)| (key, digest(&expert))).collect());
+        let read = experts::read(checkpoint, keys, compute, dtype, progress, &mut |key, expert| {
+            set.insert(key, expert);
+            if let Some(expert) = set.get(key) {
+                // Fails when the other thread panicked, which is told below.
+                let _ = sender.send((key, expert));
+            }
+        });
+        drop(sender);
+        let digests = digesting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        read.map(|()| (set, digests))
+    })
 }
 
 /// Bytes of these experts, packed.

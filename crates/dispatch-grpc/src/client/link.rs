@@ -72,7 +72,7 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
             }
             Err(error) => Err(error),
         };
-        let is_news = config.digests.note(peer, opened.as_ref().map(|_| ()));
+        tell(&config.digests, peer, opened.as_ref().map(|_| ()));
         match opened {
             Ok((session, client, inbound, watch)) => {
                 tracing::info!(%address, "worker connected");
@@ -94,12 +94,7 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 sign = if since.elapsed() < LASTED { (sign * 2).min(LONGEST_SIGN) } else { SIGN_OF_LIFE };
             }
             Err(error) => {
-                if is_news {
-                    tracing::error!(%address, %error, "worker refused");
-                    metrics::counter!("muster_dispatch_workers_refused_total").increment(1);
-                } else {
-                    tracing::debug!(%address, %error, "worker not connected");
-                }
+                tracing::debug!(%address, %error, "worker not connected");
                 board.unreachable(peer, error);
             }
         }
@@ -110,6 +105,15 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
         }
         tokio::time::sleep(pause.max(board.banned_for(peer))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Takes note of how a worker fared, and tells of one that is refused for its weights, once.
+fn tell(digests: &Digests, peer: usize, outcome: Result<(), &LinkError>) {
+    let is_news = digests.note(peer, outcome);
+    if is_news && let Err(error) = outcome {
+        tracing::error!(%error, "worker refused");
+        metrics::counter!("muster_dispatch_workers_refused_total").increment(1);
     }
 }
 
@@ -246,10 +250,7 @@ async fn carry(
                 Err(ended) => return ended,
             };
             if let Err(error) = announced {
-                if config.digests.note(peer, Err(&error)) {
-                    tracing::error!(peer, %error, "worker refused");
-                    metrics::counter!("muster_dispatch_workers_refused_total").increment(1);
-                }
+                tell(&config.digests, peer, Err(&error));
                 return Ended::Bad(error.to_string());
             }
         }

@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::{ComputeError, ExpertCompute, Rows};
+use muster_dispatch_grpc::{ComputeError, Digests, ExpertCompute, Rows};
 use muster_kernels::Cpu;
+use muster_model::digests::digest;
 use muster_model::experts::{self, ExpertError, ExpertScratch, ExpertSet};
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
 
@@ -21,6 +22,8 @@ pub(crate) struct ColdExperts {
     /// When each was used last.
     used: HashMap<ExpertKey, u64>,
     calls: u64,
+    /// What the weights must be, here as anywhere.
+    digests: Digests,
 }
 
 impl ColdExperts {
@@ -29,9 +32,18 @@ impl ColdExperts {
         cpu: Arc<Cpu>,
         compute: Compute,
         dtype: WeightDType,
+        digests: Digests,
     ) -> Self {
         let set = ExpertSet::new(checkpoint.spec().hidden, compute, dtype);
-        Self { checkpoint, cpu, set, scratch: ExpertScratch::default(), used: HashMap::new(), calls: 0 }
+        Self {
+            checkpoint,
+            cpu,
+            set,
+            scratch: ExpertScratch::default(),
+            used: HashMap::new(),
+            calls: 0,
+            digests,
+        }
     }
 
     /// Reads what is not there, and makes room for it.
@@ -52,10 +64,19 @@ impl ColdExperts {
             self.set.remove(oldest);
         }
         let (compute, dtype) = (self.set.compute(), self.set.dtype());
-        let set = &mut self.set;
-        let take = &mut |key, expert| set.insert(key, expert);
+        let (set, digests, mut wrong) = (&mut self.set, &self.digests, None);
+        let take = &mut |key, expert| match digests.expected(key) {
+            Some(ours) if ours != digest(&expert) => wrong = Some(key),
+            _ => set.insert(key, expert),
+        };
         experts::read(&self.checkpoint, &cold, compute, dtype, &mut |_| {}, take)
-            .map_err(|error| ComputeError::Internal(error.to_string()))
+            .map_err(|error| ComputeError::Internal(error.to_string()))?;
+        match wrong {
+            None => Ok(()),
+            Some(key) => Err(ComputeError::Internal(format!(
+                "the router's own weights of {key} are no longer what their digest says; see `muster check-model`"
+            ))),
+        }
     }
 }
 
