@@ -157,7 +157,7 @@ impl Call {
                     for ((row, place), data) in
                         (0..).zip(alone).zip(data.chunks_exact_mut(bytes / rows as usize))
                     {
-                        mark(row, write(&[place..place + 1], data), data);
+                        mark(row, write(std::slice::from_ref(&(place..place + 1)), data), data);
                     }
                 }
             }

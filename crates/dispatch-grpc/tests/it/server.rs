@@ -441,7 +441,7 @@ fn experts_that_fail_are_answered_for_even_when_they_panic() {
         raw.send(shard(1)).await;
         let reply = raw.reply().await;
         let Some(v1::dispatch_reply::Body::Rows(rows)) = reply.body else { panic!("{reply:?}") };
-        let zeros = vec![0; HIDDEN * 4];
+        let zeros = [0; HIDDEN * 4];
         assert_eq!((rows.rows, &rows.not_finite[..], &rows.data[..]), (1, &[0][..], &zeros[..]));
         raw.send(v1::LayerShard { layer: 2, ..shard(2) }).await;
         let (id, code, message) = raw.fault().await;

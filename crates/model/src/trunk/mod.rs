@@ -374,7 +374,7 @@ impl Trunk {
         let mut is_seen = false;
         while lane.rows > 0 {
             let choices = Choices::new(k, std::mem::take(&mut lane.ids), std::mem::take(&mut lane.weights));
-            let submitted = choices.map_err(invalid).and_then(|choices| {
+            let submitted = choices.map_err(|error| invalid(&error)).and_then(|choices| {
                 if let Some(observe) = &mut ctx.observe
                     && !std::mem::replace(&mut is_seen, true)
                 {
@@ -415,7 +415,9 @@ impl Trunk {
     ) -> Result<Ticket, DispatchError> {
         let weighted = match weight_on {
             WeightOn::Output => None,
-            WeightOn::Input => Some(lane.weighted.fill(choices, &lane.normed).map_err(invalid)?),
+            WeightOn::Input => {
+                Some(lane.weighted.fill(choices, &lane.normed).map_err(|error| invalid(&error))?)
+            }
         };
         let (sent, sent_choices) = match &weighted {
             None => (&lane.normed, choices),
@@ -466,7 +468,7 @@ impl Trunk {
         if !bad.is_empty() {
             self.withdraw(lane, run, |rows| {
                 let (_, source) = bad.iter().find(|(row, _)| rows.contains(row))?;
-                Some(StepError::Gate { layer, source: source.clone() })
+                Some(StepError::Gate { layer, source: *source })
             });
         }
     }
@@ -632,7 +634,7 @@ impl Lane {
     }
 }
 
-fn invalid(error: InvalidChoices) -> DispatchError {
+fn invalid(error: &InvalidChoices) -> DispatchError {
     DispatchError::Invalid(error.to_string())
 }
 
