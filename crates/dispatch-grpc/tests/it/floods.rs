@@ -35,6 +35,4 @@ fn floods_end_and_a_router_at_work_is_none() {
         assert_eq!(once(&mut dispatch, &row).unwrap(), row.sum());
     }
     assert_eq!(floods(), before);
-    // All of it went over the first connection.
-    assert!(metrics.render().lines().all(|line| !line.starts_with("muster_dispatch_links_lost_total ")));
 }
