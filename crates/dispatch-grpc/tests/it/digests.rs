@@ -3,7 +3,6 @@
 use muster_dispatch_grpc::{
     ConnectConfig, ConnectError, Digests, GrpcDispatch, LinkError, Start, WorkerState,
 };
-use muster_engine::dispatch::ExpertDispatch;
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
 use muster_types::{Compute, WeightDigest};

@@ -17,7 +17,7 @@ use muster_dispatch_grpc::{
     GrpcDispatch, Handed, Held, Reference, ServerConfig, Start, WeightSource,
 };
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
-use muster_kernels::{Cpu, Expert};
+use muster_kernels::Cpu;
 use muster_placement::{Shape, split};
 use muster_proto::control::Assignment;
 use muster_proto::description::{Description, Phase};
