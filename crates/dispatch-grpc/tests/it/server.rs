@@ -149,7 +149,7 @@ fn a_stream_opens_with_a_hello_on_the_worker_s_terms() {
         let status =
             refused(say(v1::Hello { protocol_version: 9, newest_protocol_version: 0, ..hello() })).await;
         assert_eq!(status.code(), Code::FailedPrecondition);
-        assert_eq!(status.message(), "protocol version differs: ours is 1 to 2, the peer's is 9");
+        assert_eq!(status.message(), "protocol version differs: ours is 2 to 3, the peer's is 9");
         let status = refused(say(v1::Hello { fingerprint: vec![1; 32].into(), ..hello() })).await;
         assert_eq!(status.code(), Code::FailedPrecondition);
         let both = [FINGERPRINT.to_string(), "01".repeat(32)];
