@@ -55,8 +55,8 @@ mod tests {
 
     /// What the system allows.
     fn wanted() -> u32 {
-        let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
-        most.trim().parse::<u32>().unwrap().min(BACKLOG)
+        let most = std::fs::read_to_string("/proc/sys/net/core/somaxconn").expect("Linux has it");
+        most.trim().parse::<u32>().expect("a number").min(BACKLOG)
     }
 
     /// The system's word on a socket that listens.
