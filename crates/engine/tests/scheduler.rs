@@ -480,11 +480,11 @@ fn room_is_what_places_and_blocks_are_there_for() {
     assert_eq!((scheduler.room(), scheduler.has_place()), (8, false));
     run(&mut scheduler);
     assert_eq!((scheduler.room(), scheduler.has_place()), (7, true));
-    // Three of ten blocks are taken; the second waits for four, and then one is left.
+    // Three of ten blocks are taken, and the first is about to take another; the second waits for four, and two are left.
     let mut scheduler = with(SchedulerConfig { blocks: 10, ..roomy() }, &[(1, 12, 9)]);
     run(&mut scheduler);
     scheduler.admit(sequence(2, 16, 9)).unwrap();
-    assert_eq!(scheduler.room(), 1 + 3);
+    assert_eq!(scheduler.room(), 1 + 2);
     scheduler.admit(sequence(3, 16, 9)).unwrap();
     assert_eq!(scheduler.room(), 1, "the third waits for blocks");
 }
