@@ -17,7 +17,7 @@ use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, RowsMut
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::Local;
-use muster_model::sampler::{History, RawSampling, SampleScratch, Sampling, sample};
+use muster_model::sampler::{History, Pick, RawSampling, SampleScratch, Sampling, sample};
 use muster_model::trunk::{SeqInput, StepContext, StepState, Trunk, WantLogits};
 use muster_types::{Compute, TokenId};
 
@@ -140,7 +140,9 @@ fn steps_after_the_first_allocate_nothing() {
             trunk.forward(&mut ctx, [first, second], &mut state);
             for (lane, sequence) in [(0, 0), (0, 1), (1, 0)] {
                 let logits = state.logits(lane, sequence, vocab as usize).unwrap();
-                sample(&sampling, logits, &History::default(), start as u32, &mut scratch);
+                let (history, position) = (History::default(), start as u32);
+                let _ =
+                    sample(&Pick { sampling: &sampling, logits, history: &history, position }, &mut scratch);
             }
         };
         step(0, 10);

@@ -16,7 +16,7 @@ use muster_engine::scheduler::{
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::Local;
-use muster_model::sampler::{History, SampleScratch, Sampling, sample};
+use muster_model::sampler::{History, Pick, SampleScratch, Sampling, sample};
 use muster_model::trunk::{SeqInput, StepContext, StepState, Trunk, WantLogits};
 use muster_types::{Compute, SeqId, TokenId};
 
@@ -104,7 +104,8 @@ impl Model {
                         }
                         let (prompt, output) = outputs.get_mut(&item.seq).unwrap();
                         let position = *prompt + output.len() as u32;
-                        let token = sample(sampling, logits, &History::default(), position, &mut scratch);
+                        let pick = Pick { sampling, logits, history: &History::default(), position };
+                        let token = sample(&pick, &mut scratch);
                         output.push((token, logits.iter().map(|x| x.to_bits()).collect()));
                         if scheduler.append(item.seq, token).unwrap() == Progress::LengthReached {
                             scheduler.finish(item.seq);
