@@ -268,14 +268,17 @@ mod tests {
             id in 1u64..,
             rows in any::<u32>(),
             data in prop::collection::vec(any::<u8>(), 0..64),
+            marked in any::<u64>(),
             micros in any::<(u32, u32)>(),
         ) {
+            let not_finite = (0..rows.min(64)).filter(|row| marked >> row & 1 == 1).collect();
+            let outputs = OutputRows { rows, data: data.into(), not_finite };
             let timing = Timing {
                 compute: Duration::from_micros(micros.0.into()),
                 queue: Duration::from_micros(micros.1.into()),
             };
             let id = NonZeroU64::new(id).unwrap();
-            let before = Reply::Answer { id, outcome: Ok((rows, data.into())), timing };
+            let before = Reply::Answer { id, outcome: Ok(outputs), timing };
             prop_assert_eq!(Reply::parse(before.clone().into_wire()).unwrap(), before);
         }
 

@@ -217,7 +217,7 @@ pub enum Overload {
         limit: usize,
     },
     /// Time until this one would run.
-    #[error("a request would wait about {:.0} s for a place, longer than the {:.0} s it may", expected.as_secs_f64(), limit.as_secs_f64())]
+    #[error("a request would wait about {expected:.1?} for a place, longer than the {limit:.1?} it may")]
     Wait {
         /// At the rate at which requests end now.
         expected: Duration,

@@ -104,8 +104,8 @@ impl Model {
                         }
                         let (prompt, output) = outputs.get_mut(&item.seq).unwrap();
                         let position = *prompt + output.len() as u32;
-                        let history = &History::default();
-                        let token = sample(&Pick { sampling, logits, history, position }, &mut scratch);
+                        let pick = Pick { sampling, logits, history: &History::default(), position };
+                        let token = sample(&pick, &mut scratch);
                         output.push((token, logits.iter().map(|x| x.to_bits()).collect()));
                         if scheduler.append(item.seq, token).unwrap() == Progress::LengthReached {
                             scheduler.finish(item.seq);
