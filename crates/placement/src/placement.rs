@@ -1,6 +1,5 @@
 //! An immutable snapshot of who holds what.
 
-use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::num::NonZero;
 
@@ -73,10 +72,23 @@ impl Placement {
     ///
     /// # Errors
     /// When a worker is listed twice, or announces an expert twice or one that is not in `shape`.
-    pub fn from_holdings<W: Borrow<WorkerId>, K: AsRef<[ExpertKey]>>(
+    pub fn from_holdings(
         epoch: Epoch,
         shape: &Shape,
-        holdings: &[(W, K)],
+        holdings: &[(WorkerId, Vec<ExpertKey>)],
+    ) -> Result<Self, PlacementError> {
+        let held: Vec<_> = holdings.iter().map(|(worker, keys)| (worker, keys.as_slice())).collect();
+        Self::of(epoch, shape, &held)
+    }
+
+    /// The same, of holdings that are kept elsewhere.
+    ///
+    /// # Errors
+    /// As [`Self::from_holdings`].
+    pub fn of(
+        epoch: Epoch,
+        shape: &Shape,
+        holdings: &[(&WorkerId, &[ExpertKey])],
     ) -> Result<Self, PlacementError> {
         if holdings.len() > WorkerIx::LIMIT {
             return Err(PlacementError::TooManyWorkers { given: holdings.len(), limit: WorkerIx::LIMIT });
@@ -84,12 +96,11 @@ impl Placement {
         let mut names = HashSet::new();
         let mut owners: Vec<_> =
             shape.experts().iter().map(|&experts| vec![Vec::new(); experts as usize]).collect();
-        for (ix, (worker, keys)) in (0..=u16::MAX).map(WorkerIx).zip(holdings) {
-            let worker: &WorkerId = worker.borrow();
+        for (ix, &(worker, keys)) in (0..=u16::MAX).map(WorkerIx).zip(holdings) {
             if !names.insert(worker) {
                 return Err(PlacementError::DuplicateWorker { worker: worker.clone() });
             }
-            for &key in keys.as_ref() {
+            for &key in keys {
                 if !shape.contains(key) {
                     return Err(PlacementError::OutOfShape { worker: worker.clone(), key });
                 }
@@ -101,7 +112,7 @@ impl Placement {
                 owners.push(ix);
             }
         }
-        let workers = holdings.iter().map(|(worker, _)| worker.borrow().clone()).collect();
+        let workers = holdings.iter().map(|(worker, _)| (*worker).clone()).collect();
         Ok(Self { epoch, workers, owners })
     }
 

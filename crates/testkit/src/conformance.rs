@@ -434,10 +434,17 @@ mod tests {
         compute: Compute,
         experts: Vec<u32>,
         hidden: usize,
-        /// Sums, and the rows that are not finite, each with an expert.
-        done: BTreeMap<Ticket, (LayerId, Vec<f32>, Vec<(u32, ExpertId)>)>,
+        done: BTreeMap<Ticket, Done>,
         next: u64,
         closed: bool,
+    }
+
+    #[derive(Clone)]
+    struct Done {
+        layer: LayerId,
+        sums: Vec<f32>,
+        /// Rows that are not finite, each with an expert.
+        lost: Vec<(u32, ExpertId)>,
     }
 
     #[derive(PartialEq, Clone, Copy)]
@@ -490,7 +497,7 @@ mod tests {
                 }
             }
             self.next += 1;
-            self.done.insert(Ticket::new(self.next), (batch.layer, sums, lost));
+            self.done.insert(Ticket::new(self.next), Done { layer: batch.layer, sums, lost });
             Ok(Ticket::new(self.next))
         }
 
@@ -504,7 +511,7 @@ mod tests {
                 return Err(DispatchError::Closed);
             }
             let unknown = DispatchError::Invalid("ticket".into());
-            let (layer, sums, lost) = self.done.get(&ticket).cloned().ok_or(unknown)?;
+            let Done { layer, sums, lost } = self.done.get(&ticket).cloned().ok_or(unknown)?;
             if self.fault != Fault::KeepsTickets {
                 self.done.remove(&ticket);
             }
@@ -517,7 +524,7 @@ mod tests {
                 return Ok(vec![Loss { rows, error: DispatchError::Deadline { layer } }]);
             }
             if self.fault == Fault::AddsToOutput {
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                out.iter_mut().zip(&sums).for_each(|(out, sum)| *out += sum);
             } else {
                 out.copy_from_slice(&sums);
             }

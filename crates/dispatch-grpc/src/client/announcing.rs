@@ -61,7 +61,7 @@ fn the_token_path_while_64_workers_announce_24576_experts() {
     let count = NonZeroU32::new(WORKERS).unwrap();
     let held: Vec<Vec<ExpertKey>> = (0..WORKERS).map(|n| split(&shape, count, n).unwrap()).collect();
     for (worker, held) in (0..).zip(&held) {
-        let lanes = [const { () }; LANES].map(|()| mpsc::channel(1).0);
+        let lanes: [_; LANES] = std::array::from_fn(|_| mpsc::channel(1).0);
         let control = Control::new(Endpoint::from_static("http://127.0.0.1:1").connect_lazy());
         board.up(worker as usize, describe(worker, held.clone(), 1), lanes, control).unwrap();
     }

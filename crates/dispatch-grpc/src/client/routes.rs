@@ -37,7 +37,7 @@ impl Routes {
         let place = |announced: &[&Announced]| {
             let held: Vec<(&WorkerId, &[ExpertKey])> =
                 announced.iter().map(|(_, told)| (&told.worker, &told.holdings[..])).collect();
-            let placement = Placement::from_holdings(epoch, shape, &held);
+            let placement = Placement::of(epoch, shape, &held);
             placement.map(Arc::new).map_err(|error| LinkError::Placement(error.to_string()))
         };
         let mut all: Vec<&Announced> = live.iter().collect();
