@@ -163,32 +163,32 @@ async fn sigterm_lets_running_requests_finish() {
     }
 }
 
-/// Two workers that hold every expert, of a model in which one expert overflows.
-fn poisoned(combine: &str) -> (Cluster, tempfile::TempDir) {
-    let tensor = "model.layers.3.block_sparse_moe.experts.5.w2.weight";
-    let model = copy_of(&demo_model());
-    edit(model.path(), tensor, |bytes| {
-        // As large as bf16 goes, and finite.
-        bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
-    });
-    let setup = Setup::new(model.path()).shares(&["all", "all"]).router_args(&["--combine", combine]);
-    (Cluster::start(setup), model)
-}
+/// What workers hold, and how their outputs are added up: two that hold everything, so that what one says of an output needs a
+/// second opinion, and two that hold half each, whose own sums do not depend on who else is in a batch.
+const ARRANGEMENTS: [([&str; 2], &str); 2] = [(["all", "all"], "exact"), (["0/2", "1/2"], "partial")];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expert_poisoned_everywhere_ends_the_streams_that_choose_it_and_no_other() {
     const STREAMS: u32 = 32;
     // Short, so that not every one meets the expert.
     let request = |n: u32| greedy(&[6 + n * 113, 900 + n], 3 + n % 3);
-    let healthy = Cluster::start(Setup::new(&demo_model()).shares(&["all", "all"]));
-    let client = healthy.client().await;
-    let mut expected = Vec::new();
-    for n in 0..STREAMS {
-        expected.push(generate(&client, request(n)).await.unwrap().remove(0).ids);
-    }
-    drop(healthy);
-    for combine in ["exact", "partial"] {
-        let (cluster, _model) = poisoned(combine);
+    let poisoned = copy_of(&demo_model());
+    edit(poisoned.path(), "model.layers.3.block_sparse_moe.experts.5.w2.weight", |bytes| {
+        // As large as bf16 goes, and finite.
+        bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
+    });
+    for (shares, combine) in ARRANGEMENTS {
+        let flags = ["--placement", "static", "--combine", combine];
+        let start =
+            |model: &std::path::Path| Cluster::start(Setup::new(model).shares(&shares).router_args(&flags));
+        let healthy = start(&demo_model());
+        let client = healthy.client().await;
+        let mut expected = Vec::new();
+        for n in 0..STREAMS {
+            expected.push(generate(&client, request(n)).await.unwrap().remove(0).ids);
+        }
+        drop(healthy);
+        let cluster = start(poisoned.path());
         let client = cluster.client().await;
         let mut alone = Vec::new();
         for n in 0..STREAMS {
