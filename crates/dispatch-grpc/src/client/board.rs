@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use muster_engine::batcher::Rank;
@@ -29,6 +29,9 @@ use crate::busy::BusyPoll;
 
 /// Workers that a router knows at most.
 const MOST_PEERS: usize = 4096;
+/// How often the lock is tried before the thread sleeps until it is free: for longer than anybody holds it. Waking up takes a
+/// hundred times as long.
+const SPINS: u32 = 1000;
 /// How many times longer than building routes took nothing is built afterwards, and how long at most.
 const ROUTES_REST: u32 = 4;
 const LONGEST_REST: Duration = Duration::from_millis(50);
@@ -126,7 +129,10 @@ struct State {
     /// By number, which none ever has again.
     peers: BTreeMap<usize, Peer>,
     next_peer: usize,
+    announced: AllAnnounced,
     routes: Arc<Routes>,
+    /// Routes were put in force, and what is known of their workers was not yet held against them.
+    is_unranked: bool,
     freshness: Freshness,
     shards: HashMap<u64, Pending>,
     tickets: HashMap<Ticket, Progress>,
@@ -135,6 +141,15 @@ struct State {
     sessions: u64,
     late_replies: u64,
     closed: bool,
+}
+
+/// What is announced, cheap to take away.
+#[derive(Clone, Default)]
+struct AllAnnounced {
+    /// By workers that are connected, by their numbers.
+    live: Arc<BTreeMap<usize, Announced>>,
+    /// By this process.
+    here: Option<Announced>,
 }
 
 /// Whether routes are those of what was announced.
@@ -175,12 +190,14 @@ pub(super) struct Board {
 
 impl Board {
     pub(super) fn new(shape: Shape, addresses: Vec<Address>) -> Result<Self, LinkError> {
-        let routes = Arc::new(Routes::new(Epoch::new(1), &shape, &[], None)?);
+        let routes = Arc::new(Routes::new(Epoch::new(1), &shape, std::iter::empty(), None)?);
         let peers: BTreeMap<usize, Peer> = addresses.into_iter().map(Peer::new).enumerate().collect();
         let state = State {
             next_peer: peers.len(),
             peers,
+            announced: AllAnnounced::default(),
             routes,
+            is_unranked: false,
             freshness: Freshness::Fresh,
             shards: HashMap::new(),
             tickets: HashMap::new(),
@@ -205,57 +222,71 @@ impl Board {
     }
 
     fn keep_routes(&self) {
-        let mut state = self.lock();
-        loop {
-            if state.closed {
-                return;
-            }
-            if state.freshness == Freshness::Fresh {
-                state = self.outdated.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
-            state.freshness = Freshness::Building;
-            let (live, here) = state.announced();
-            let epoch = state.routes.placement.epoch().next();
-            drop(state);
+        // Routes that were in force. They are large, and whoever holds them last must not be who frees them.
+        let mut retired: Vec<Arc<Routes>> = Vec::new();
+        while let Some((epoch, announced)) = self.next_routes() {
             let began = Instant::now();
-            let built = Routes::new(epoch, &self.shape, &live, here.as_ref());
-            let pause = began.elapsed().saturating_mul(ROUTES_REST).min(LONGEST_REST);
+            let built = Routes::new(epoch, &self.shape, announced.live.values(), announced.here.as_ref());
+            drop(announced);
             match built {
-                Ok(routes) => self.swap(routes),
+                Ok(routes) => retired.push(self.swap(routes)),
                 // What is announced was checked, name by name.
                 Err(error) => tracing::error!(%error, "workers that were compatible no longer are"),
             }
             self.links.notify_all();
+            retired.retain(|routes| Arc::strong_count(routes) > 1);
             // What is announced meanwhile is built in one go.
-            std::thread::sleep(pause);
-            state = self.lock();
+            std::thread::sleep(began.elapsed().saturating_mul(ROUTES_REST).min(LONGEST_REST));
         }
     }
 
-    /// Puts routes in force.
-    fn swap(&self, routes: Routes) {
+    /// Waits until other routes are to be built, and says of what; `None` once closed.
+    fn next_routes(&self) -> Option<(Epoch, AllAnnounced)> {
+        let fresh = |state: &mut State| state.freshness == Freshness::Fresh && !state.closed;
+        let mut state = self.outdated.wait_while(self.lock(), fresh).unwrap_or_else(PoisonError::into_inner);
+        if state.closed {
+            return None;
+        }
+        state.freshness = Freshness::Building;
+        Some((state.routes.placement.epoch().next(), state.announced.clone()))
+    }
+
+    /// Puts routes in force; gives those that were.
+    fn swap(&self, routes: Routes) -> Arc<Routes> {
         let version = routes.placement.epoch().get();
+        let routes = Arc::new(routes);
         let mut state = self.lock();
-        let before = std::mem::replace(&mut state.routes, Arc::new(routes));
-        state.rank();
+        let before = std::mem::replace(&mut state.routes, routes);
+        // By who asks for them: this thread holds the lock for a moment only, since it may be stopped in it.
+        state.is_unranked = true;
         if state.freshness == Freshness::Building {
             state.freshness = Freshness::Fresh;
         }
         self.version.store(version, Ordering::Release);
         drop(state);
-        drop(before);
         self.versions.send_replace(());
         self.answered.notify_one();
+        before
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds the lock between two halves of a change.
+        for _ in 0..SPINS {
+            match self.state.try_lock() {
+                Ok(state) => return state,
+                Err(TryLockError::Poisoned(error)) => return error.into_inner(),
+                Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+            }
+        }
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn routes(&self) -> Arc<Routes> {
-        self.lock().routes.clone()
+        let mut state = self.lock();
+        if state.is_unranked {
+            state.rank();
+        }
+        state.routes.clone()
     }
 
     /// Every expert of the model, ascending.
@@ -360,7 +391,8 @@ impl Board {
         let (number, session) = (state.next_peer, state.sessions + 1);
         (state.next_peer, state.sessions) = (number + 1, session);
         state.peers.insert(number, Peer::here(description, session, lanes));
-        self.reroute(&mut state);
+        state.note(number);
+        self.reroute(state);
         (number, session)
     }
 
@@ -543,7 +575,6 @@ impl Board {
         control: Control,
     ) -> Result<u64, LinkError> {
         let mut state = self.lock();
-        let state = &mut *state;
         let worker = &description.worker;
         let same_name =
             |(at, other): &(&usize, &mut Peer)| **at != peer && other.is_up() && other.is_called(worker);
@@ -552,32 +583,30 @@ impl Board {
         }
         state.sessions += 1;
         let session = state.sessions;
-        let Some(peer) = state.peers.get_mut(&peer) else {
+        let Some(known) = state.peers.get_mut(&peer) else {
             return Err(LinkError::Unreachable("nobody says any more that it is there".into()));
         };
-        peer.up(description, session, lanes, control);
+        known.up(description, session, lanes, control);
+        state.note(peer);
+        state.count_workers();
         self.reroute(state);
         Ok(session)
     }
 
+    /// What a worker announced last.
+    pub(super) fn announced(&self, peer: usize) -> Option<Arc<Description>> {
+        self.lock().peers.get(&peer)?.announced.clone()
+    }
+
     /// A connected worker says something new about itself.
-    pub(super) fn announce(&self, peer: usize, description: Description) -> Result<(), LinkError> {
-        let before = self.lock().peers.get(&peer).and_then(|peer| peer.announced.clone());
-        match before.as_deref() {
-            Some(before) if *before == description => return Ok(()),
-            Some(before) if before.worker != description.worker => {
-                let (before, now) = (&before.worker, &description.worker);
-                return Err(LinkError::NotAWorker(format!("it was called {before} and calls itself {now}")));
-            }
-            _ => {}
-        }
-        let description = Arc::new(description);
+    pub(super) fn announce(&self, peer: usize, description: Arc<Description>) {
         let mut state = self.lock();
-        if let Some(peer) = state.peers.get_mut(&peer) {
-            peer.announced = Some(description);
-            self.reroute(&mut state);
-        }
-        Ok(())
+        let Some(known) = state.peers.get_mut(&peer) else { return };
+        let before = known.announced.replace(description);
+        state.note(peer);
+        self.reroute(state);
+        // Freed without the lock.
+        drop(before);
     }
 
     /// A worker that was in doubt has given a sign of life.
@@ -599,8 +628,8 @@ impl Board {
 
     /// A link ended: so does everything in flight on it.
     pub(super) fn down(&self, peer: usize, session: u64, ended: Ended) {
-        let mut state = self.lock();
-        let state = &mut *state;
+        let mut guard = self.lock();
+        let state = &mut *guard;
         let (failure, reason) = match ended {
             Ended::Lost(reason) => (Failure::Lost(reason.clone()), reason),
             Ended::Bad(reason) => (Failure::Bad(reason.clone()), reason),
@@ -618,10 +647,11 @@ impl Board {
             }
             !broken
         });
+        state.note(peer);
         // At once, for routes that lead there are still in force.
         state.rank();
-        self.reroute(state);
-        self.links.notify_all();
+        state.count_workers();
+        self.reroute(guard);
         self.answered.notify_one();
     }
 
@@ -699,12 +729,14 @@ impl Board {
         }
     }
 
-    /// Has new routes made from the workers that are there now.
-    fn reroute(&self, state: &mut State) {
-        let live = state.peers.values().filter(|peer| peer.is_up() && !peer.is_here()).count();
-        metrics::gauge!("muster_dispatch_workers").set(live as f64);
-        state.freshness = Freshness::Stale;
-        self.outdated.notify_all();
+    /// Has new routes made from what is known now.
+    fn reroute(&self, mut state: MutexGuard<'_, State>) {
+        let before = std::mem::replace(&mut state.freshness, Freshness::Stale);
+        drop(state);
+        // Whoever is woken finds the lock free; while others are being built, nobody sleeps.
+        if before == Freshness::Fresh {
+            self.outdated.notify_all();
+        }
         self.links.notify_all();
     }
 }
@@ -719,8 +751,15 @@ impl State {
         metrics::counter!("muster_dispatch_late_replies_total").increment(1);
     }
 
+    /// Tells how many workers are connected.
+    fn count_workers(&self) {
+        let live = self.peers.values().filter(|peer| peer.is_up() && !peer.is_here()).count();
+        metrics::gauge!("muster_dispatch_workers").set(live as f64);
+    }
+
     /// Ranks the workers of the routes anew.
     fn rank(&mut self) {
+        self.is_unranked = false;
         let rank = |hop: &Hop| {
             let peer = self.peers.get(&hop.peer).filter(|peer| peer.is_in(hop.session));
             peer.map_or(Rank::Unusable, Peer::rank)
@@ -740,15 +779,15 @@ impl State {
         }
     }
 
-    /// What workers that are connected announce, and what this process does.
-    fn announced(&self) -> (Vec<Announced>, Option<Announced>) {
-        let (mut live, mut here) = (Vec::new(), None);
-        for (&at, peer) in &self.peers {
-            match peer.route(at) {
-                Some(route) if peer.is_here() => here = Some(route),
-                route => live.extend(route),
+    /// Takes over what a worker announces, or that it is gone.
+    fn note(&mut self, number: usize) {
+        let route = self.peers.get(&number).and_then(|peer| peer.route(number));
+        match route {
+            Some(route) if self.peers.get(&number).is_some_and(Peer::is_here) => {
+                self.announced.here = Some(route);
             }
+            Some(route) => drop(Arc::make_mut(&mut self.announced.live).insert(number, route)),
+            None => drop(Arc::make_mut(&mut self.announced.live).remove(&number)),
         }
-        (live, here)
     }
 }

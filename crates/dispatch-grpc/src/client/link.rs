@@ -244,14 +244,22 @@ async fn carry(
     }
     let (board, config) = (board.clone(), config.clone());
     tasks.spawn(async move {
+        let mut known = board.announced(peer);
         loop {
-            let announced = match next(&mut watch).await {
-                Ok(message) => check(&message, &config).and_then(|new| board.announce(peer, new)),
+            let message = match next(&mut watch).await {
+                Ok(message) => message,
                 Err(ended) => return ended,
             };
-            if let Err(error) = announced {
-                tell(&config.digests, peer, Err(&error));
-                return Ended::Bad(error.to_string());
+            match check(&message, &config).and_then(|new| news(known.as_deref(), new)) {
+                Ok(Some(new)) => {
+                    known = Some(Arc::clone(&new));
+                    board.announce(peer, new);
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tell(&config.digests, peer, Err(&error));
+                    return Ended::Bad(error.to_string());
+                }
             }
         }
     });
@@ -259,6 +267,18 @@ async fn carry(
         Some(Ok(ended)) => ended,
         Some(Err(error)) => Ended::Lost(format!("its task failed: {error}")),
         None => Ended::Lost("its tasks ended".into()),
+    }
+}
+
+/// What a worker announces, if it is something new. It keeps its name.
+fn news(known: Option<&Description>, new: Description) -> Result<Option<Arc<Description>>, LinkError> {
+    match known {
+        Some(known) if *known == new => Ok(None),
+        Some(known) if known.worker != new.worker => {
+            let (before, now) = (&known.worker, &new.worker);
+            Err(LinkError::NotAWorker(format!("it was called {before} and calls itself {now}")))
+        }
+        _ => Ok(Some(Arc::new(new))),
     }
 }
 

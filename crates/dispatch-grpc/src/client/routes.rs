@@ -28,11 +28,11 @@ impl Routes {
     ///
     /// # Errors
     /// When their holdings make no placement.
-    pub(super) fn new(
+    pub(super) fn new<'a>(
         epoch: Epoch,
         shape: &Shape,
-        live: &[Announced],
-        here: Option<&Announced>,
+        live: impl Iterator<Item = &'a Announced>,
+        here: Option<&'a Announced>,
     ) -> Result<Self, LinkError> {
         let place = |announced: &[&Announced]| {
             let held: Vec<(&WorkerId, &[ExpertKey])> =
@@ -40,7 +40,7 @@ impl Routes {
             let placement = Placement::of(epoch, shape, &held);
             placement.map(Arc::new).map_err(|error| LinkError::Placement(error.to_string()))
         };
-        let mut all: Vec<&Announced> = live.iter().collect();
+        let mut all: Vec<&Announced> = live.collect();
         let elsewhere = place(&all)?;
         all.extend(here);
         let placement = if here.is_some() { place(&all)? } else { Arc::clone(&elsewhere) };
