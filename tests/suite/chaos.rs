@@ -5,9 +5,10 @@ mod network;
 mod placement;
 
 use muster_tests::cluster::{Cluster, Setup};
+use muster_tests::damaged::{copy_of, flip_a_bit};
 use muster_tests::disturbed::{disturbed, metric, replicated, say};
 use muster_tests::load::{Load, Work};
-use muster_tests::process::eventually;
+use muster_tests::process::{Process, eventually};
 use muster_tests::{demo_model, http};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,4 +101,38 @@ async fn workers_are_restarted_one_after_another_under_load() {
     assert_eq!(outcome.resumed, 0, "the router let go of a stream");
     assert_eq!(metric(&cluster, "muster_requests_failed_total"), 0.0);
     say("rolling restart of three workers, replicas exist", &outcome.pauses, &[]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_weights_are_damaged_is_refused_under_load() {
+    let damaged = copy_of(&demo_model());
+    for (layer, expert) in (0..6).flat_map(|layer| (0..8).map(move |expert| (layer, expert))) {
+        flip_a_bit(damaged.path(), layer, expert);
+    }
+    let model = damaged.path().display().to_string();
+    let mut cluster = Cluster::start(replicated());
+    let mut worker = None;
+    disturbed("a worker with a flipped bit in every expert joins", &mut cluster, async |cluster| {
+        let grpc = cluster.grpc();
+        let args = [
+            "worker",
+            "--model",
+            &model,
+            "--join",
+            &grpc,
+            "--share",
+            "all",
+            "--listen",
+            "127.0.0.1:0",
+            "--id",
+            "bad",
+        ];
+        worker = Some(Process::start(&args.map(String::from)).expect("it starts"));
+        eventually("it is refused", async || {
+            (metric(cluster, "muster_dispatch_workers_refused_total") > 0.0).then_some(())
+        })
+        .await;
+    })
+    .await;
+    assert_eq!(metric(&cluster, "muster_dispatch_workers"), 3.0, "the others serve");
 }
