@@ -43,7 +43,7 @@ async fn sixty_four_streams_of_mixed_lengths_equal_their_lone_runs() {
     }
     assert_eq!(finished, 64);
     eventually("an idle router that says so", async || {
-        let idle = metric(&cluster, "muster_kv_blocks_free") == metric(&cluster, "muster_kv_blocks_total")
+        let idle = metric(&cluster, "muster_kv_blocks_free") == metric(&cluster, "muster_kv_blocks")
             && metric(&cluster, "muster_sequences_running") == 0.0
             && metric(&cluster, "muster_sequences_waiting") == 0.0;
         idle.then_some(())
@@ -64,7 +64,7 @@ async fn clients_that_vanish_leave_nothing_behind() {
         stream.message().await.unwrap().unwrap();
         streams.push(stream);
     }
-    let total = metric(&cluster, "muster_kv_blocks_total");
+    let total = metric(&cluster, "muster_kv_blocks");
     assert!(metric(&cluster, "muster_kv_blocks_free") < total, "nothing was running when the clients went");
     drop(streams);
     eventually("freeing every block", async || {

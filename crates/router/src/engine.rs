@@ -217,7 +217,6 @@ impl Engine {
             table.active.insert(id, active);
         }
         if outcome.is_err() {
-            counter!("muster_requests_refused_total").increment(1);
             ids.iter().for_each(|&id| self.remove(id, table));
         }
         // A requester that is gone is noticed through its event channel.
@@ -393,7 +392,7 @@ impl Engine {
         let stats = self.scheduler.stats();
         gauge!("muster_sequences_running").set(stats.running as f64);
         gauge!("muster_sequences_waiting").set(stats.waiting as f64);
-        gauge!("muster_kv_blocks_total").set(f64::from(stats.blocks_total));
+        gauge!("muster_kv_blocks").set(f64::from(stats.blocks_total));
         gauge!("muster_kv_blocks_free").set(f64::from(stats.blocks_free));
         gauge!("muster_kv_blocks_cached").set(f64::from(stats.blocks_cached));
         counter!("muster_preemptions_total").absolute(stats.preemptions);
@@ -488,7 +487,7 @@ fn token_logprobs(logits: &[f32], token: TokenId, top: u32, tokenizer: Option<&T
 
 fn refusal(error: &AdmitError) -> RequestError {
     match error {
-        AdmitError::QueueFull { limit } => RequestError::Overloaded(Overload::Queue { limit: *limit }),
+        AdmitError::QueueFull { limit } => Overload::Queue { limit: *limit }.refuse(),
         AdmitError::EmptyPrompt | AdmitError::TooLong { .. } | AdmitError::NeverFits { .. } => {
             RequestError::invalid("prompt", error.to_string())
         }

@@ -47,6 +47,8 @@ fn assembled(
     let limits = Limits::default();
     let prompts = Prompts::new(&model, limits, tokenizer, variables);
     let queue = Queue::new(limits.queue, limits.running, Duration::from_secs(5));
+    // No place is known to take long.
+    queue.publish(limits.running, Some(Duration::ZERO));
     let way = Way { commands, queue, text: TextPool::start().unwrap() };
     Service::new(model, limits, prompts, Vec::new(), health, way)
 }

@@ -224,9 +224,37 @@ pub enum Overload {
         /// Longest wait that requests are taken for.
         limit: Duration,
     },
+    /// Requests that wait before any has ended.
+    #[error("{waiting} requests wait, and how long a place takes is not known before the first has ended")]
+    Start {
+        /// How many wait.
+        waiting: usize,
+    },
     /// Text that waits to be read.
     #[error("too much text waits to be read")]
     Text,
+}
+
+impl Overload {
+    /// Refuses a request, and counts that.
+    pub(crate) fn refuse(self) -> RequestError {
+        count_refusal(self.reason());
+        RequestError::Overloaded(self)
+    }
+
+    const fn reason(&self) -> &'static str {
+        match self {
+            Self::Queue { .. } => "queue",
+            Self::Wait { .. } => "wait",
+            Self::Start { .. } => "start",
+            Self::Text => "text",
+        }
+    }
+}
+
+/// Counts a request that was refused because there is too much to do.
+pub(crate) fn count_refusal(reason: &'static str) {
+    metrics::counter!("muster_requests_refused_total", "reason" => reason).increment(1);
 }
 
 impl RequestError {
@@ -275,6 +303,20 @@ mod tests {
     use muster_types::{ExpertId, LayerId, WorkerId};
 
     use super::*;
+
+    #[test]
+    fn reasons_of_refusals_are_there_from_the_start() {
+        let wait = Duration::ZERO;
+        let overloads = [
+            Overload::Queue { limit: 1 },
+            Overload::Wait { expected: wait, limit: wait },
+            Overload::Start { waiting: 1 },
+            Overload::Text,
+        ];
+        let known = muster_telemetry::names::label_values(muster_telemetry::names::REQUESTS_REFUSED);
+        let reasons: Vec<&str> = overloads.iter().map(Overload::reason).chain(["body"]).collect();
+        assert_eq!(reasons, known);
+    }
 
     #[test]
     fn advice_is_that_of_the_failed_dispatch() {

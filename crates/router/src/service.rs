@@ -218,9 +218,7 @@ impl Service {
         let (admitted, admission) = oneshot::channel();
         let command = Command::Start(Admission { choices: choices_of_it, admitted });
         way.commands.try_send(command).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => {
-                RequestError::Overloaded(Overload::Queue { limit: self.inner.limits.queue })
-            }
+            mpsc::error::TrySendError::Full(_) => Overload::Queue { limit: self.inner.limits.queue }.refuse(),
             mpsc::error::TrySendError::Closed(_) => RequestError::ShuttingDown,
         })?;
         admission.await.map_err(|_| RequestError::ShuttingDown)??;

@@ -104,10 +104,7 @@ impl TextPool {
         bytes: usize,
         work: impl FnOnce(&Wanted) -> T + Send + 'static,
     ) -> Result<T, RequestError> {
-        let refused = || {
-            metrics::counter!("muster_requests_refused_total").increment(1);
-            RequestError::Overloaded(Overload::Text)
-        };
+        let refused = || Overload::Text.refuse();
         let held = Held::take(&self.held, bytes).ok_or_else(refused)?;
         let (done, result) = oneshot::channel();
         let wanted = Wanted::default();

@@ -10,9 +10,11 @@ mod limit;
 mod logs;
 mod metrics;
 pub mod names;
+mod sorted;
 
 pub use crate::logs::{LogFormat, UnknownLogFormat, init_logs};
 pub use crate::metrics::{MetricsHandle, install_metrics};
+pub use crate::names::Process;
 
 /// Logs or metrics that could not be set up.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,8 @@ use std::time::Duration;
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::TelemetryError;
-use crate::names;
+use crate::names::{self, Process};
+use crate::sorted::sorted;
 
 /// Samples wait in memory until they are sorted into buckets; this often is enough to keep that small.
 const UPKEEP: Duration = Duration::from_secs(1);
@@ -20,24 +21,24 @@ pub struct MetricsHandle {
 }
 
 impl MetricsHandle {
-    /// All metrics in the Prometheus text format, version 0.0.4.
+    /// All metrics in the Prometheus text format, version 0.0.4, sorted by name and labels.
     #[must_use]
     pub fn render(&self) -> String {
-        self.prometheus.render()
+        sorted(&self.prometheus.render())
     }
 }
 
-/// Installs the recorder that all crates count with, and describes what they count.
+/// Installs the recorder that all crates count with, and describes what a `process` counts.
 ///
 /// # Errors
 /// When a recorder is installed already, or a thread cannot be started.
-pub fn install_metrics() -> Result<MetricsHandle, TelemetryError> {
+pub fn install_metrics(process: Process) -> Result<MetricsHandle, TelemetryError> {
     let prometheus = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &seconds_buckets())
         .map_err(|error| TelemetryError::Metrics(error.to_string()))?
         .install_recorder()
         .map_err(|error| TelemetryError::Metrics(error.to_string()))?;
-    names::describe();
+    names::register(process);
     let upkeep = prometheus.clone();
     std::thread::Builder::new()
         .name("muster-metrics".into())
@@ -77,7 +78,11 @@ mod tests {
 
     #[test]
     fn histograms_of_seconds_have_buckets_and_descriptions() {
-        let handle = install_metrics().unwrap();
+        let handle = install_metrics(Process::Router).unwrap();
+        let text = handle.render();
+        assert!(text.contains("\nmuster_requests_failed_total 0\n"), "{text}");
+        assert!(text.contains("\nmuster_requests_refused_total{reason=\"queue\"} 0\n"), "{text}");
+        assert!(!text.contains("muster_worker_rows_total"), "{text}");
         metrics::histogram!(names::STEP_SECONDS).record(0.02);
         metrics::counter!(names::TOKENS_GENERATED).increment(3);
         let text = handle.render();
@@ -85,6 +90,6 @@ mod tests {
         assert!(text.contains("muster_step_seconds_bucket{le=\"0.0237\"} 1"), "{text}");
         assert!(text.contains("muster_step_seconds_bucket{le=\"0.0178\"} 0"), "{text}");
         assert!(text.contains("# HELP muster_tokens_generated_total "), "{text}");
-        assert!(install_metrics().is_err(), "a second recorder would count nothing");
+        assert!(install_metrics(Process::Worker).is_err(), "a second recorder would count nothing");
     }
 }

@@ -8,6 +8,7 @@ use muster_config::{AccessMode, Environment, Fallback, Flags, PlacementMode, Rou
 use muster_identity::Access;
 use muster_router::serve::{Bound, Hooks, Placement, RouterConfig, RouterError, run as run_router};
 use muster_router::start::{EngineSettings, PrefixCache};
+use muster_telemetry::Process;
 use muster_types::Limits;
 
 use super::{identity, log_settings, persist, serve};
@@ -35,7 +36,7 @@ pub(crate) fn run(args: &RouterArgs, log: &LogArgs) -> Result<(), Failure> {
     let outlet = Outlet::of(&args.config, "router");
     serve(&log, async move {
         let signals = Signals::listen()?;
-        let metrics = muster_telemetry::install_metrics().map_err(Failure::runtime)?;
+        let metrics = muster_telemetry::install_metrics(Process::Router).map_err(Failure::runtime)?;
         let stop = signals.drain_then_exit();
         let rendered = metrics.clone();
         let admin = Admin::new(move || rendered.render());

@@ -3,6 +3,7 @@
 use muster_admin::Admin;
 use muster_config::{Environment, Flags, Share, Sources, WorkerSettings};
 use muster_dispatch_grpc::Address;
+use muster_telemetry::Process;
 use muster_types::WorkerId;
 use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run as run_worker};
 
@@ -32,7 +33,7 @@ pub(crate) fn run(args: &WorkerArgs, log: &LogArgs) -> Result<(), Failure> {
     serve(&log, async move {
         let signals = Signals::listen()?;
         let stop = signals.drain_then_exit();
-        let metrics = muster_telemetry::install_metrics().map_err(Failure::runtime)?;
+        let metrics = muster_telemetry::install_metrics(Process::Worker).map_err(Failure::runtime)?;
         let admin = Admin::new(move || metrics.render());
         let address = match settings.admin {
             Some(address) => Some(admin.listen(address).await.map_err(Failure::input)?),

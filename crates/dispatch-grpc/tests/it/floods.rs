@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use muster_dispatch_grpc::GrpcDispatch;
+use muster_telemetry::Process;
 use muster_testkit::flood::{Flood, flood};
 use muster_types::Compute;
 
@@ -12,7 +13,7 @@ const SOON: Duration = Duration::from_secs(20);
 
 #[test]
 fn floods_end_and_a_router_at_work_is_none() {
-    let metrics = muster_telemetry::install_metrics().unwrap();
+    let metrics = muster_telemetry::install_metrics(Process::Worker).unwrap();
     let floods = || {
         let text = metrics.render();
         let line = text.lines().find_map(|line| line.strip_prefix("muster_connections_flooding_total "));

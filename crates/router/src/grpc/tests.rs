@@ -22,7 +22,7 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_reflection::pb::v1::{ServerReflectionRequest, ServerReflectionResponse};
 
-use muster_telemetry::MetricsHandle;
+use muster_telemetry::{MetricsHandle, Process};
 use muster_testkit::flood::{Flood, flood};
 
 use super::*;
@@ -273,7 +273,7 @@ fn floods(metrics: &MetricsHandle) -> u64 {
 /// One test for all: what is counted is of the process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn floods_end_and_what_is_asked_for_goes_on() {
-    let metrics = muster_telemetry::install_metrics().unwrap();
+    let metrics = muster_telemetry::install_metrics(Process::Router).unwrap();
     let server = start(fake::service(fake::echo)).await;
     let mut client = InferenceClient::new(server.channel.clone());
     for kind in Flood::ALL {

@@ -12,7 +12,7 @@ use muster_identity::Denied;
 use muster_types::Retry;
 use serde::Serialize;
 
-use crate::request::RequestError;
+use crate::request::{RequestError, count_refusal};
 
 /// Characters of a message. What is longer quotes the client's own input.
 const MESSAGE_CHARS: usize = 400;
@@ -92,6 +92,7 @@ impl ApiError {
 
     /// The router has no room now.
     pub(super) fn busy(message: impl Display) -> Self {
+        count_refusal("body");
         Self::new(StatusCode::SERVICE_UNAVAILABLE, Retry::Later, message).with_code("overloaded")
     }
 
