@@ -1,8 +1,10 @@
 //! Places for sequences on their way into the batch: taken at the edge, at once, before any work is done for a request.
 //!
 //! What must hold: no more sequences wait than the queue holds, beside those that the batch has room for; nobody is let
-//! in who would wait longer than is worth waiting; a place comes back when its sequence runs or is gone, whoever drops it. Whoever
-//! is refused is told without asking the engine, which may be in the middle of a step.
+//! in whose first sequence would wait longer than is worth waiting; a place comes back when its sequence runs or is gone,
+//! whoever drops it. Whoever is refused is told without asking the engine, which may be in the middle of a step.
+//!
+//! Until a place has come free nothing says how long one takes; a burst at that time is let in up to one more batch.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,8 +16,10 @@ use crate::request::{Overload, RequestError};
 pub(crate) struct Queue {
     /// Sequences that may wait beside those that the batch has room for.
     limit: usize,
-    /// Longest wait that a sequence is let in for.
+    /// Longest wait that a request is let in for.
     patience: Duration,
+    /// Sequences that the batch holds: as many may wait before it is known how long a place takes.
+    batch: usize,
     now: Mutex<Now>,
 }
 
@@ -34,33 +38,35 @@ struct Now {
 pub(crate) struct QueuePlace(Arc<Queue>);
 
 impl Queue {
-    /// None is taken, and the batch has room for `room`.
-    pub(crate) fn new(limit: usize, room: usize, patience: Duration) -> Arc<Self> {
-        Arc::new(Self { limit, patience, now: Mutex::new(Now { taken: 0, room, turn: None }) })
+    /// None is taken, and the batch holds `batch`.
+    pub(crate) fn new(limit: usize, batch: usize, patience: Duration) -> Arc<Self> {
+        Arc::new(Self { limit, patience, batch, now: Mutex::new(Now { taken: 0, room: batch, turn: None }) })
     }
 
     /// Takes a place for each of `count` sequences, or none.
     ///
     /// # Errors
-    /// When the queue is full, or the last of them would wait too long.
+    /// When the queue is full, or the first of them would wait too long.
     pub(crate) fn take(self: &Arc<Self>, count: u32) -> Result<Vec<QueuePlace>, RequestError> {
-        let taken = self.try_take(count as usize);
-        if taken.is_err() {
-            metrics::counter!("muster_requests_refused_total").increment(1);
-        }
-        taken.map_err(RequestError::Overloaded)
+        self.try_take(count as usize).map_err(Overload::refuse)
     }
 
     fn try_take(self: &Arc<Self>, count: usize) -> Result<Vec<QueuePlace>, Overload> {
         let mut now = self.now();
-        let waiting = (now.taken + count).saturating_sub(now.room);
-        if waiting > self.limit {
+        if (now.taken + count).saturating_sub(now.room) > self.limit {
             return Err(Overload::Queue { limit: self.limit });
         }
-        let turns = u32::try_from(waiting).unwrap_or(u32::MAX);
-        let wait = now.turn.map_or(Duration::ZERO, |turn| turn.saturating_mul(turns));
-        if wait > self.patience {
-            return Err(Overload::Wait { expected: wait, limit: self.patience });
+        // Places that come free before the first of them has one, its own among them.
+        let turns = (now.taken + 1).saturating_sub(now.room);
+        match now.turn {
+            None if turns > self.batch => return Err(Overload::Start { waiting: turns - 1 }),
+            None => {}
+            Some(turn) => {
+                let expected = turn.saturating_mul(u32::try_from(turns).unwrap_or(u32::MAX));
+                if expected > self.patience {
+                    return Err(Overload::Wait { expected, limit: self.patience });
+                }
+            }
         }
         now.taken += count;
         drop(now);
@@ -125,8 +131,22 @@ mod tests {
     }
 
     #[test]
+    fn a_first_burst_waits_for_one_batch_at_most() {
+        let queue = Queue::new(100, 4, SECOND);
+        let mut taken = Vec::new();
+        taken.extend(queue.take(4).unwrap());
+        // A request of many choices is one request: its first sequence has the next place.
+        taken.extend(queue.take(4).unwrap());
+        assert_eq!(refusal(&queue, 1), Overload::Start { waiting: 4 });
+        // The first four run, and one of them ends.
+        queue.publish(0, Some(SECOND / 8));
+        taken.drain(..4);
+        assert!(queue.take(1).is_ok());
+    }
+
+    #[test]
     fn nobody_is_let_in_to_wait_too_long() {
-        let queue = Queue::new(100, 0, SECOND);
+        let queue = Queue::new(100, 1, SECOND);
         queue.publish(0, Some(SECOND / 4));
         let waiting = queue.take(4).unwrap();
         let expected = SECOND * 5 / 4;
