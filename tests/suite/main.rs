@@ -8,6 +8,7 @@ mod concurrency;
 mod conformance;
 mod determinism;
 mod discovery;
+mod documented;
 mod faults;
 mod grpc_api;
 mod http_api;

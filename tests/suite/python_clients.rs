@@ -15,7 +15,7 @@ const PACKAGES: [&str; 4] =
     ["openai==3.54.0", "grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-health-checking==1.85.1"];
 
 /// The scratch environment, made once and kept in the target directory between runs.
-fn python() -> Option<&'static Path> {
+pub(super) fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
     let make = || {
         if std::env::var_os("MUSTER_SKIP_PYTHON").is_some() {

@@ -7,6 +7,17 @@
 //!
 //! Routers that are named together must serve the same model in the same way; one that does not is found out before a
 //! token of it is handed out. Knows nothing of models, prompts or text.
+//!
+//! ```no_run
+//! # use muster_client::{Client, ClientError, Policy};
+//! # async fn example(request: muster_proto::v1::GenerateRequest) -> Result<(), ClientError> {
+//! let routers = ["10.0.0.1:50051".to_owned(), "10.0.0.2:50051".to_owned()];
+//! let client = Client::connect(&routers, Policy::default()).await?;
+//! let mut generation = client.generate(request).await?;
+//! while let Some(event) = generation.next().await? { /* each token once, in order, whichever router sent it */ }
+//! # Ok(())
+//! # }
+//! ```
 
 mod attempts;
 mod credentials;
