@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test that cannot go on has failed")]
 
+mod alerts;
 mod architecture;
 mod chaos;
 mod concurrency;

@@ -143,6 +143,8 @@ impl Leader {
         let name = self.lead.name().as_str().to_owned();
         let tenure =
             self.lease.take().map(|(api, lease)| Tenure::start(api, lease, name, LeaseTimes::default()));
+        // Told from the start: that nobody leads is watched.
+        self.view.resigned();
         let mut permit = Permit(tenure.as_ref().map(Tenure::held));
         let mut changes = self.cluster.changes();
         let mut ticks = tokio::time::interval(Lead::tick());
