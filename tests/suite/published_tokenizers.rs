@@ -78,7 +78,7 @@ fn published_tokenizers_are_the_references() {
         let name = directory.display().to_string();
         let (ours, theirs) = (tokenizer(&directory), &reference[&name]);
         let texts = theirs["texts"].as_array().unwrap();
-        assert_eq!(texts.len(), 25);
+        assert_eq!(texts.len(), 26);
         texts.iter().for_each(|text| compare_text(&name, &ours, text));
         let variables: Vec<(&str, &str)> = ours.named_tokens().iter().collect();
         let expected = theirs["variables"].as_object().unwrap();
@@ -96,19 +96,15 @@ fn published_tokenizers_are_the_references() {
 fn compare_text(name: &str, ours: &Tokenizer, expected: &Value) {
     let text = expected["text"].as_str().unwrap();
     let plain = ours.encode(text, Special::Omit).unwrap();
-    assert_eq!(plain, ids(&expected["plain"]), "{name}: {text:?}");
+    assert!(plain == ids(&expected["plain"]), "{name}: {text:?}");
     let mut whole = ids(&expected["ids"]);
     if name.contains(WITH_BOS.0) {
         assert_eq!(whole, plain, "{name}: transformers adds a token now: {text:?}");
         whole.insert(0, WITH_BOS.1);
     }
-    assert_eq!(ours.encode(text, Special::Add).unwrap(), whole, "{name}: {text:?}");
+    assert!(ours.encode(text, Special::Add).unwrap() == whole, "{name}: {text:?}");
     for (special, key) in [(SpecialText::Keep, "kept"), (SpecialText::Drop, "dropped")] {
-        assert_eq!(
-            ours.decode(&plain, special).unwrap(),
-            expected[key].as_str().unwrap(),
-            "{name}: {text:?}"
-        );
+        assert!(ours.decode(&plain, special).unwrap() == expected[key].as_str().unwrap(), "{name}: {text:?}");
     }
 }
 

@@ -8,7 +8,7 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use common::{ids, read_message};
 use muster_text::{
@@ -32,7 +32,7 @@ const FILES: [&str; 5] = [
 ];
 
 impl Case {
-    fn read(path: PathBuf, bases: &Path) -> Self {
+    fn read(path: &Path, bases: &Path) -> Self {
         let expected: Value =
             serde_json::from_slice(&std::fs::read(path.join("expected.json")).unwrap()).unwrap();
         let mut files: BTreeMap<_, _> =
@@ -68,7 +68,7 @@ fn cases() -> Vec<Case> {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/beside");
     let entries = std::fs::read_dir(fixtures.join("cases")).unwrap();
     let mut cases: Vec<Case> =
-        entries.map(|entry| Case::read(entry.unwrap().path(), &fixtures.join("bases"))).collect();
+        entries.map(|entry| Case::read(&entry.unwrap().path(), &fixtures.join("bases"))).collect();
     cases.sort_by(|a, b| a.name.cmp(&b.name));
     assert!(cases.len() >= 100, "{}", cases.len());
     cases
