@@ -121,6 +121,17 @@ fn ids_are_those_of_the_reference() {
 }
 
 #[test]
+fn no_text_is_said_to_have_more_tokens_than_it_has() {
+    differences(|case, tokenizer| {
+        let texts = case.list("texts").iter().filter_map(|text| {
+            let least = tokenizer.least_tokens(text["text"].as_str().unwrap());
+            (least > ids(&text["plain"]).len()).then(|| format!("{least} in {text}"))
+        });
+        texts.collect()
+    });
+}
+
+#[test]
 fn added_tokens_have_the_ids_of_the_reference() {
     differences(|case, tokenizer| {
         let added = case.expected["added"].as_object().unwrap();

@@ -32,6 +32,10 @@ fn flags_of_the_configuration_override_the_post_processor() {
     let tokenizer = common::load(&json, Some(config), 320).unwrap();
     let unadorned = mixtral().encode("hi", Special::Omit).unwrap();
     assert_eq!(tokenizer.encode("hi", Special::Add).unwrap(), unadorned);
+    // Never twice.
+    let config = br#"{"bos_token": "<s>", "add_bos_token": true}"#;
+    let tokenizer = common::load(&json, Some(config), 320).unwrap();
+    assert_eq!(tokenizer.encode("hi", Special::Add).unwrap(), [&[1], &unadorned[..]].concat());
 }
 
 #[test]
