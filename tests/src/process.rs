@@ -109,11 +109,19 @@ impl Process {
     /// # Errors
     /// What it wrote to standard error, when it ended instead.
     pub fn start_up(args: &[&str]) -> Result<Self, String> {
-        let told = |line: &str| line.contains("Ctrl-C").then_some(Value::Null);
+        let mut text = String::new();
+        let told = move |line: &str| {
+            text += line;
+            text.push('\n');
+            line.contains("Ctrl-C").then(|| text.clone().into())
+        };
         Self::spawn(Command::new(muster()).arg("up").args(args), told)
     }
 
-    fn spawn(command: &mut Command, ready: fn(&str) -> Option<Value>) -> Result<Self, String> {
+    fn spawn(
+        command: &mut Command,
+        ready: impl FnMut(&str) -> Option<Value> + Send + 'static,
+    ) -> Result<Self, String> {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -147,6 +155,15 @@ impl Process {
     pub fn address(&self, what: &str) -> String {
         let address = self.ready[what].as_str();
         address.unwrap_or_else(|| panic!("no {what} in {}", self.ready)).to_owned()
+    }
+
+    /// What [`Self::start_up`] printed for a person.
+    ///
+    /// # Panics
+    /// When it was started otherwise.
+    #[must_use]
+    pub fn told(&self) -> &str {
+        self.ready.as_str().expect("it was started for a person")
     }
 
     /// Process id.
@@ -222,7 +239,10 @@ fn follow(pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) -> std::thr
 
 /// What `ready` makes of the first line that it accepts. Reads on to the end, so that the process never blocks on a
 /// full pipe.
-fn when_ready(stdout: ChildStdout, ready: fn(&str) -> Option<Value>) -> mpsc::Receiver<Value> {
+fn when_ready(
+    stdout: ChildStdout,
+    mut ready: impl FnMut(&str) -> Option<Value> + Send + 'static,
+) -> mpsc::Receiver<Value> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         for line in BufReader::new(stdout).lines().map_while(Result::ok) {

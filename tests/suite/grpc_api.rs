@@ -18,7 +18,7 @@ async fn model_tokenize_detokenize_and_chat() {
     assert_eq!((model.family.as_str(), model.layers, model.moe_layers), ("mixtral", 6, 6));
     assert_eq!((model.experts_per_layer, model.experts_per_token, model.vocabulary), (8, 2, 4096));
     assert_eq!((model.context, model.compute.as_str(), model.workers), (512, "f32", 2));
-    assert!(model.has_chat_template);
+    assert!(model.has_tokenizer && model.has_chat_template);
     assert_eq!(model.fingerprint.len(), 64);
 
     let golden = json(&demo_model().join("golden.json"));

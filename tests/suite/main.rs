@@ -16,6 +16,7 @@ mod http_api;
 mod main_job;
 mod model_input;
 mod operations;
+mod published_tokenizers;
 mod python_clients;
 mod resume;
 mod security;

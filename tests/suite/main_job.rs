@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use muster_tests::golden::{ids, json, logits};
 use muster_tests::process::{PATIENCE, Process, muster, run, run_command};
-use muster_tests::{demo_model, workspace_root};
+use muster_tests::{demo_model, golden_model, workspace_root};
 use serde_json::Value;
 
 fn stdout(args: &[&str]) -> String {
@@ -130,11 +130,42 @@ fn children_die_with_the_parent_however_it_dies() {
 }
 
 #[test]
+fn up_offers_what_works_with_the_model() {
+    let told = |model: &Path| {
+        let model = model.display().to_string();
+        let flags = ["--model", &model, "--workers", "1", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
+        Process::start_up(&flags).unwrap().told().to_owned()
+    };
+    let demo = told(&demo_model());
+    for offered in [" chat --grpc", " generate \"Once upon a time\"", "/v1/completions"] {
+        assert!(demo.contains(offered), "{offered}: {demo}");
+    }
+    let bare = golden_model("olmoe");
+    let without = told(&bare);
+    assert!(
+        without.contains("no tokenizer.json") && without.contains("generate --prompt-tokens 1,2,3"),
+        "{without}"
+    );
+    assert!(!without.contains(" chat ") && !without.contains("Once upon"), "{without}");
+    let output =
+        stdout(&["generate", "--model", &bare.display().to_string(), "--prompt-tokens", "1,2,3", "--json"]);
+    assert!(output.contains("token_ids"), "{output}");
+}
+
+#[test]
 fn check_model_describes_the_demo() {
     let text = stdout(&["check-model", &demo_model().display().to_string()]);
-    for fact in
-        ["mixtral", "9.4 M", "8 experts each", "top-2", "512 tokens", "331.8 kB", "every weight was read"]
-    {
+    for fact in [
+        "mixtral",
+        "9.4 M",
+        "8 experts each",
+        "top-2",
+        "512 tokens",
+        "331.8 kB",
+        "every weight was read",
+        "1 \"<s>\" bos_token (tokenizer.json)",
+        "chat template  yes: user, system, assistant",
+    ] {
         assert!(text.contains(fact), "{fact:?} is missing from:\n{text}");
     }
 }

@@ -125,3 +125,45 @@ fn a_name_that_is_no_directory_says_where_it_looked() {
     assert!(!output.status.success());
     assert!(error.contains("muster pull nobody/nothing-8x7b"), "{error}");
 }
+
+#[test]
+fn a_model_without_a_tokenizer_is_told_with_what_to_do() {
+    let bare = copy_of("olmoe");
+    let told = || String::from_utf8(check(bare.path()).stdout).unwrap();
+    let alone = told();
+    assert!(alone.contains("none: the model has no tokenizer.json, and no other form of it"), "{alone}");
+    fs::write(bare.path().join("tokenizer.model"), "\n").unwrap();
+    let other = told();
+    assert!(
+        other.contains("only tokenizer.model, which is not read") && other.contains("save_pretrained"),
+        "{other}"
+    );
+}
+
+#[test]
+fn tokens_beyond_the_embedding_are_told_and_refused_in_prompts() {
+    let model = copy_of("mixtral");
+    let config = model.path().join("tokenizer_config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    json["extra_special_tokens"] = serde_json::json!(["<beyond>"]);
+    fs::write(&config, json.to_string()).unwrap();
+    let told = String::from_utf8(check(model.path()).stdout).unwrap();
+    assert!(told.contains("320 \"<beyond>\" (tokenizer_config.json: extra_special_tokens[0])"), "{told}");
+    assert!(told.contains("1 of its tokens have ids of 320 and more"), "{told}");
+    let generate = |prompt: &str| {
+        run(&["generate", prompt, "--model", &model.path().display().to_string(), "--max-tokens", "2"])
+    };
+    assert!(generate("a < beyond >").status.success());
+    let refused = generate("a <beyond>");
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && error.contains("\"<beyond>\" has id 320"), "{error}");
+}
+
+#[test]
+fn tokenizer_files_that_cannot_be_taken_are_refused_by_key() {
+    let model = copy_of("mixtral");
+    replace(&model.path().join("tokenizer_config.json"), "\"bos_token\": \"<s>\"", "\"bos_token\": 3");
+    let output = check(model.path());
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && error.contains("tokenizer_config.json: `bos_token` is 3"), "{error}");
+}

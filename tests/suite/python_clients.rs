@@ -14,34 +14,38 @@ use muster_tests::{demo_model, workspace_root};
 const PACKAGES: [&str; 4] =
     ["openai==3.54.0", "grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-health-checking==1.85.1"];
 
-/// The scratch environment, made once and kept in the target directory between runs.
-pub(super) fn python() -> Option<&'static Path> {
+/// The scratch environment of the clients.
+pub(crate) fn python() -> Option<&'static Path> {
     static PYTHON: OnceLock<Option<PathBuf>> = OnceLock::new();
-    let make = || {
-        if std::env::var_os("MUSTER_SKIP_PYTHON").is_some() {
-            eprintln!("skipped: MUSTER_SKIP_PYTHON is set");
-            return None;
-        }
-        let environment = muster().parent().unwrap().join("python-clients");
-        let python = environment.join("bin/python");
-        let wanted = PACKAGES.join("\n");
-        let stamp = environment.join("packages.txt");
-        if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) {
-            return Some(python);
-        }
-        succeed(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&environment));
-        succeed(
-            Command::new(&python)
-                .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
-                .args(PACKAGES),
-        );
-        std::fs::write(&stamp, wanted).unwrap();
-        Some(python)
-    };
-    PYTHON.get_or_init(make).as_deref()
+    PYTHON.get_or_init(|| environment("python-clients", &PACKAGES)).as_deref()
 }
 
-fn succeed(command: &mut Command) {
+/// The interpreter of a scratch environment with these packages, made once and kept in the target directory between
+/// runs. `None` where such tests are to be left out.
+pub(crate) fn environment(name: &str, packages: &[&str]) -> Option<PathBuf> {
+    if std::env::var_os("MUSTER_SKIP_PYTHON").is_some() {
+        eprintln!("skipped: MUSTER_SKIP_PYTHON is set");
+        return None;
+    }
+    let environment = muster().parent().unwrap().join(name);
+    let python = environment.join("bin/python");
+    let wanted = packages.join("\n");
+    let stamp = environment.join("packages.txt");
+    if std::fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) {
+        return Some(python);
+    }
+    succeed(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&environment));
+    succeed(
+        Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+            .args(packages),
+    );
+    std::fs::write(&stamp, wanted).unwrap();
+    Some(python)
+}
+
+/// Runs a command that must succeed.
+pub(crate) fn succeed(command: &mut Command) {
     let output = run_command(command);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(

@@ -1,7 +1,7 @@
 //! Which files of a repository make a model.
 //!
-//! Pure: lists of names and the bytes of an index in, lists of names out. Only plain file names at the top
-//! of the repository are ever chosen; pickled weights and code are not.
+//! Pure: lists of names and the bytes of an index in, lists of names out. Only names that are written here, and plain
+//! names of shards at the top of the repository, are ever chosen; pickled weights and code are not.
 
 use std::collections::BTreeSet;
 
@@ -15,12 +15,14 @@ const SINGLE: &str = "model.safetensors";
 /// Every model has this.
 const CONFIG: &str = "config.json";
 /// Fetched where they exist.
-const OPTIONAL: [&str; 6] = [
+const OPTIONAL: [&str; 8] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
     "chat_template.json",
 ];
 /// Shards of one model; the largest published ones have a few hundred.
@@ -112,6 +114,23 @@ mod tests {
         let (small, weights) = small_files(&available).unwrap();
         assert_eq!((small, weights), (vec!["config.json", "chat_template.jinja"], Weights::Single));
         assert_eq!(weight_files(None, &available).unwrap(), ["model.safetensors"]);
+    }
+
+    #[test]
+    fn all_that_tokenizers_are_read_from_is_fetched() {
+        let beside = [
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
+        ];
+        let available =
+            [&["config.json", "model.safetensors", "additional_chat_templates/rag.jinja"], &beside[..]]
+                .concat();
+        let (small, _) = small_files(&names(&available)).unwrap();
+        assert_eq!(small[1..], beside);
     }
 
     #[test]

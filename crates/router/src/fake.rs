@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use muster_text::Tokenizer;
+use muster_text::{Tokenizer, TokenizerFiles};
 use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
 use tokio::sync::mpsc;
 
@@ -65,9 +65,9 @@ pub(crate) fn tokenizer(template: &str) -> Tokenizer {
         let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/../text/tests/fixtures/mixtral/");
         std::fs::read(format!("{directory}{name}")).unwrap()
     };
-    let tokenizer =
-        Tokenizer::from_bytes(&file("tokenizer.json"), Some(&file("tokenizer_config.json")), VOCABULARY);
-    tokenizer.unwrap().with_chat_templates(Some(template.as_bytes()), None)
+    let (json, config) = (file("tokenizer.json"), file("tokenizer_config.json"));
+    let files = TokenizerFiles { config: Some(&config), ..TokenizerFiles::alone(&json) };
+    Tokenizer::from_files(&files, VOCABULARY).unwrap().with_chat_templates(Some(template.as_bytes()), None)
 }
 
 /// A service that takes chats; the prompts of its choices come out of the channel.
@@ -83,7 +83,7 @@ pub(crate) fn chat_service(tokenizer: Tokenizer) -> (Service, mpsc::Receiver<Vec
             }
         }
     });
-    let model = ModelInfo { has_chat_template: true, ..model() };
+    let model = ModelInfo { has_tokenizer: true, has_chat_template: true, ..model() };
     let ready: HealthProbe = Arc::new(|| Health::Ready);
     let variables = ["a", "extra", "tools"].map(str::to_owned).into();
     (assembled(model, Some(tokenizer), variables, ready, commands), seen)
@@ -107,6 +107,7 @@ fn model() -> ModelInfo {
         experts: WeightDType::Native,
         trunk: WeightDType::Native,
         combine: Combine::Exact,
+        has_tokenizer: false,
         has_chat_template: false,
         workers: 2,
         created: 1_700_000_000,

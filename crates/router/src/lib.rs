@@ -25,4 +25,5 @@ pub mod service;
 mod smoothed;
 pub mod start;
 mod text_pool;
+pub mod tokenizer;
 mod turns;

@@ -97,13 +97,14 @@ impl Output {
 mod tests {
     use std::path::Path;
 
-    use muster_text::Special;
+    use muster_text::{Special, TokenizerFiles};
 
     use super::*;
 
     fn tokenizer() -> Tokenizer {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo/tokenizer.json");
-        Tokenizer::from_bytes(&std::fs::read(path).unwrap(), None, 4096).unwrap()
+        let json = std::fs::read(path).unwrap();
+        Tokenizer::from_files(&TokenizerFiles::alone(&json), 4096).unwrap()
     }
 
     fn encode(tokenizer: &Tokenizer, text: &str) -> Vec<TokenId> {

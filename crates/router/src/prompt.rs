@@ -150,7 +150,12 @@ impl Prompts {
             return Err(RequestError::invalid("messages", message));
         }
         if !self.has_chat_template {
-            let message = "this model has no chat template; use completions with a prompt instead";
+            let message = match self.tokenizer {
+                Some(_) => "this model has no chat template; use completions with a prompt instead",
+                None => {
+                    "this model has no tokenizer and no chat template; use completions with token ids instead"
+                }
+            };
             return Err(RequestError::invalid("messages", message));
         }
         let allowed = &self.template_variables;

@@ -62,6 +62,8 @@ pub struct ModelInfo {
     pub trunk: WeightDType,
     /// How expert outputs are combined.
     pub combine: Combine,
+    /// Whether prompts can be text, and answers are.
+    pub has_tokenizer: bool,
     /// Whether chat requests can be served.
     pub has_chat_template: bool,
     /// Workers the router was told of; 0 when experts are in the router.

@@ -17,7 +17,7 @@ use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
 use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
 use muster_model::experts::precision;
 use muster_model::trunk::Trunk;
-use muster_text::{TextError, Tokenizer};
+use muster_text::Tokenizer;
 use muster_types::{Combine, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
@@ -27,6 +27,7 @@ pub use crate::pulse::Pulse;
 use crate::queue::Queue;
 use crate::service::{HealthProbe, ModelInfo, Service, Way};
 use crate::text_pool::TextPool;
+use crate::tokenizer::{self, TokenizerError};
 
 /// KV cache when nobody says how large: enough for every running sequence at full context, up to this.
 const DEFAULT_KV_BYTES: u64 = 512 << 20;
@@ -100,8 +101,8 @@ pub enum StartError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The tokenizer or the chat template.
-    #[error("tokenizer: {0}")]
-    Text(#[from] TextError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// The KV cache.
     #[error("kv cache: {0}")]
     Kv(#[from] KernelError),
@@ -173,7 +174,17 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         model_name,
         settings,
     } = parts;
-    let tokenizer = tokenizer(&checkpoint)?;
+    let tokenizer = tokenizer::read(&checkpoint)?;
+    match &tokenizer {
+        None => tracing::warn!("{}", tokenizer::remedy(&checkpoint)),
+        Some(tokenizer) => match tokenizer.tokens_beyond() {
+            0 => {}
+            tokens => tracing::warn!(
+                tokens,
+                "the tokenizer has tokens beyond the vocabulary; prompts with them are refused"
+            ),
+        },
+    }
     let (blocks, context) = kv_size(&trunk, &settings)?;
     let kv = trunk.new_kv(blocks as usize)?;
     tracing::info!(blocks, bytes = kv.bytes(), context, "kv cache");
@@ -257,18 +268,6 @@ fn fit(
     Ok((blocks, longest(groups, BLOCK, chunk, context, blocks)))
 }
 
-fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, StartError> {
-    let Some(json) = checkpoint.side_file("tokenizer.json")? else {
-        tracing::warn!("the model has no tokenizer.json: only token ids can be served");
-        return Ok(None);
-    };
-    let config = checkpoint.side_file("tokenizer_config.json")?;
-    let tokenizer = Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab)?;
-    let default = checkpoint.side_file("chat_template.jinja")?;
-    let tool_use = checkpoint.tool_template()?;
-    Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
-}
-
 #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
 fn describe(
     checkpoint: &Checkpoint,
@@ -300,6 +299,7 @@ fn describe(
         experts,
         trunk: trunk.dtype(),
         combine,
+        has_tokenizer: tokenizer.is_some(),
         has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
         workers,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),

@@ -1,58 +1,41 @@
-//! `tokenizer_config.json`: special tokens, the add-bos and add-eos flags, the chat template.
+//! `tokenizer_config.json`: the keys that serving needs, each of the type that it must have.
 //!
-//! Reads only what serving needs. Which ids these tokens have is the tokenizer's business.
+//! What its tokens mean beside those of other files is the business of [`crate::added`], which ids they have that of the
+//! tokenizer. What would change ids or text in a way that is not done here is refused by name.
 
-use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::TextError;
+use crate::declared::Place;
 
 /// Name of the file, for messages.
 pub(crate) const FILE: &str = "tokenizer_config.json";
-/// Cap on its size; published ones stay below 1 MiB.
+/// Cap on its size and on that of the other files beside `tokenizer.json`; published ones stay below 2 MiB.
 const MAX_BYTES: usize = 16 << 20;
-
-/// The texts of a model's special tokens, as its chat template sees them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SpecialTokens {
-    /// Begin of sequence (`bos_token`).
-    pub bos: Option<String>,
-    /// End of sequence (`eos_token`).
-    pub eos: Option<String>,
-    /// Padding (`pad_token`).
-    pub pad: Option<String>,
-    /// Unknown (`unk_token`).
-    pub unk: Option<String>,
-    /// Between two texts (`sep_token`).
-    pub sep: Option<String>,
-    /// Begin of a text to classify (`cls_token`).
-    pub cls: Option<String>,
-    /// A blank to fill in (`mask_token`).
-    pub mask: Option<String>,
-}
-
-impl SpecialTokens {
-    /// Those that the model has, under the names that templates know them by.
-    pub(crate) fn named(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        let all = [
-            ("bos_token", &self.bos),
-            ("eos_token", &self.eos),
-            ("unk_token", &self.unk),
-            ("sep_token", &self.sep),
-            ("pad_token", &self.pad),
-            ("cls_token", &self.cls),
-            ("mask_token", &self.mask),
-        ];
-        all.into_iter().filter_map(|(name, token)| Some((name, token.as_deref()?)))
-    }
-}
 
 /// What serving takes from the file.
 #[derive(Debug, Default)]
 pub(crate) struct TokenizerConfig {
-    pub(crate) special: SpecialTokens,
+    /// Keys about tokens, as they are written.
+    pub(crate) tokens: Map<String, Value>,
     pub(crate) add_bos: Option<bool>,
     pub(crate) add_eos: Option<bool>,
+    /// Special tokens spelled out in a text are text.
+    pub(crate) split_special: bool,
+    pub(crate) clean_up: CleanUp,
     pub(crate) templates: Templates,
+}
+
+/// Of which tokenizers the reference takes spaces out of decoded text (`clean_up_tokenization_spaces`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum CleanUp {
+    /// Of none.
+    #[default]
+    None,
+    /// Of those that are not BPE.
+    NotBpe,
+    /// Of all.
+    All,
 }
 
 /// The sources of chat templates that a model brings.
@@ -68,89 +51,132 @@ impl TokenizerConfig {
     /// Reads the file's bytes.
     ///
     /// # Errors
-    /// The file is too large, is not JSON, or one of the fields has the wrong type.
+    /// The file is too large, is not the JSON of an object, one of the keys has the wrong type, or asks for what is not
+    /// done here.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Self, TextError> {
-        if bytes.len() > MAX_BYTES {
-            return Err(TextError::FileTooLarge { file: FILE, bytes: bytes.len(), limit: MAX_BYTES });
+        let mut keys = object(FILE, bytes)?;
+        let place = |key: &str| Place::new(FILE, key);
+        if let Some(files) = keys.get("fast_tokenizer_files")
+            && !files.as_array().is_some_and(|files| files.iter().all(|file| file == "tokenizer.json"))
+        {
+            return Err(place("fast_tokenizer_files").wrong(format_args!(
+                "is {files}: a tokenizer for some versions of transformers only is not read; put the one that is to be used \
+                 into tokenizer.json and take the key out"
+            )));
         }
-        let raw: RawConfig = serde_json::from_slice(bytes)
-            .map_err(|e| TextError::InvalidFile { file: FILE, reason: e.to_string() })?;
-        Ok(Self {
-            special: SpecialTokens {
-                bos: raw.bos_token.map(RawToken::text),
-                eos: raw.eos_token.map(RawToken::text),
-                pad: raw.pad_token.map(RawToken::text),
-                unk: raw.unk_token.map(RawToken::text),
-                sep: raw.sep_token.map(RawToken::text),
-                cls: raw.cls_token.map(RawToken::text),
-                mask: raw.mask_token.map(RawToken::text),
-            },
-            add_bos: raw.add_bos_token,
-            add_eos: raw.add_eos_token,
-            templates: raw.chat_template.map(RawTemplate::read).unwrap_or_default(),
-        })
+        let templates = match keys.get_mut("chat_template").map(Value::take) {
+            None | Some(Value::Null) => Templates::default(),
+            Some(value) => Templates::read(value, &place("chat_template"))?,
+        };
+        let clean_up = match is_true(&keys, "clean_up_tokenization_spaces") {
+            false => CleanUp::None,
+            true if is_true(&keys, INSISTED) => CleanUp::All,
+            true => CleanUp::NotBpe,
+        };
+        let split_special = match keys.get("split_special_tokens") {
+            None => false,
+            Some(Value::Bool(split)) => *split,
+            Some(other) => {
+                let reason = format_args!("is {other}; write true or false, or leave it out").to_string();
+                return Err(place("split_special_tokens").wrong(reason));
+            }
+        };
+        let (add_bos, add_eos) = (flag(&keys, "add_bos_token")?, flag(&keys, "add_eos_token")?);
+        keys.retain(|key, _| is_about_tokens(key));
+        Ok(Self { tokens: keys, add_bos, add_eos, split_special, clean_up, templates })
     }
 }
 
-#[derive(Deserialize)]
-struct RawConfig {
-    bos_token: Option<RawToken>,
-    eos_token: Option<RawToken>,
-    pad_token: Option<RawToken>,
-    unk_token: Option<RawToken>,
-    sep_token: Option<RawToken>,
-    cls_token: Option<RawToken>,
-    mask_token: Option<RawToken>,
-    add_bos_token: Option<bool>,
-    add_eos_token: Option<bool>,
-    chat_template: Option<RawTemplate>,
+const INSISTED: &str = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output";
+
+/// Whether a key names a token, or tokens.
+fn is_about_tokens(key: &str) -> bool {
+    const LISTS: [&str; 4] = [
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "model_specific_special_tokens",
+    ];
+    LISTS.contains(&key) || is_a_name(key)
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum RawToken {
-    Text(String),
-    Added { content: String },
+/// Whether a key may name a token of its own: `bos_token`, `image_token`.
+pub(crate) fn is_a_name(key: &str) -> bool {
+    key.ends_with("_token") && !["add_bos_token", "add_eos_token"].contains(&key)
 }
 
-impl RawToken {
-    fn text(self) -> String {
-        match self {
-            Self::Text(text) | Self::Added { content: text } => text,
-        }
+/// The object that a file consists of.
+///
+/// # Errors
+/// The file is too large or is none.
+pub(crate) fn object(file: &'static str, bytes: &[u8]) -> Result<Map<String, Value>, TextError> {
+    if bytes.len() > MAX_BYTES {
+        return Err(TextError::FileTooLarge { file, bytes: bytes.len(), limit: MAX_BYTES });
+    }
+    serde_json::from_slice(bytes).map_err(|e| TextError::InvalidFile { file, reason: e.to_string() })
+}
+
+fn flag(keys: &Map<String, Value>, key: &str) -> Result<Option<bool>, TextError> {
+    match keys.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(*value)),
+        Some(other) => Err(Place::new(FILE, key).wrong(format_args!("is {other}; write true or false"))),
     }
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum RawTemplate {
-    One(String),
-    Named(Vec<NamedTemplate>),
+/// Whether Python takes the value for true.
+fn is_true(keys: &Map<String, Value>, key: &str) -> bool {
+    keys.get(key).is_some_and(|value| !is_falsy(value))
 }
 
-#[derive(Deserialize)]
-struct NamedTemplate {
-    name: String,
-    template: String,
+/// Whether Python takes the value for false.
+pub(crate) fn is_falsy(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(value) => !value,
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(items) => items.is_empty(),
+    }
 }
 
-impl RawTemplate {
-    /// Templates of other names are for tasks that a client cannot ask for.
-    fn read(self) -> Templates {
-        let mut templates = Templates::default();
-        match self {
-            Self::One(source) => templates.default = Some(source),
-            Self::Named(all) => {
-                for NamedTemplate { name, template } in all {
-                    match name.as_str() {
-                        "default" => templates.default = Some(template),
-                        "tool_use" => templates.tool_use = Some(template),
-                        _ => {}
-                    }
+impl Templates {
+    /// One text, a list of names and templates, or templates by name. Those of other names are for tasks that a client
+    /// cannot ask for.
+    fn read(value: Value, place: &Place) -> Result<Self, TextError> {
+        let wrong =
+            || place.wrong("must be text, a list of objects with `name` and `template`, or texts by name");
+        let mut templates = Self::default();
+        match value {
+            Value::String(source) => templates.default = Some(source),
+            Value::Array(all) => {
+                for mut named in all {
+                    let mut text = |key: &str| match named.get_mut(key).map(Value::take) {
+                        Some(Value::String(text)) => Ok(text),
+                        _ => Err(wrong()),
+                    };
+                    let name = text("name")?;
+                    templates.take(&name, text("template")?);
                 }
             }
+            Value::Object(all) => {
+                for (name, source) in all {
+                    let Value::String(source) = source else { return Err(wrong()) };
+                    templates.take(&name, source);
+                }
+            }
+            _ => return Err(wrong()),
         }
-        templates
+        Ok(templates)
+    }
+
+    fn take(&mut self, name: &str, source: String) {
+        match name {
+            "default" => self.default = Some(source),
+            "tool_use" => self.tool_use = Some(source),
+            _ => {}
+        }
     }
 }
 
@@ -159,16 +185,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tokens_are_strings_or_objects_and_templates_one_or_named() {
+    fn what_serving_needs_is_taken_and_templates_are_one_or_named() {
         let config = TokenizerConfig::from_bytes(
-            br#"{"bos_token": {"content": "<s>", "lstrip": false}, "eos_token": "</s>", "unk_token": null,
+            br#"{"bos_token": {"content": "<s>", "lstrip": false}, "image_token": "</s>", "unk_token": null,
                  "add_bos_token": true, "chat_template": [{"name": "tool_use", "template": "t"},
                  {"name": "default", "template": "d"}], "model_max_length": 1e30}"#,
         )
         .unwrap();
-        assert_eq!(config.special.bos.as_deref(), Some("<s>"));
-        assert_eq!(config.special.eos.as_deref(), Some("</s>"));
-        assert_eq!(config.special.unk, None);
+        let names: Vec<&String> = config.tokens.keys().collect();
+        assert_eq!(names, ["bos_token", "image_token", "unk_token"]);
         assert_eq!((config.add_bos, config.add_eos), (Some(true), None));
         let templates = Templates { default: Some("d".into()), tool_use: Some("t".into()) };
         assert_eq!(config.templates, templates);
@@ -176,7 +201,15 @@ mod tests {
 
     #[test]
     fn wrong_types_are_refused_with_the_files_name() {
-        for bytes in [&b"[]"[..], b"", b"{\"bos_token\": 3}", b"{\"add_bos_token\": \"yes\"}", b"\xff"] {
+        for bytes in [
+            &b"[]"[..],
+            b"",
+            b"{\"add_bos_token\": \"yes\"}",
+            b"\xff",
+            b"{\"chat_template\": 3}",
+            b"{\"chat_template\": [\"t\"]}",
+            b"{\"chat_template\": {\"default\": 3}}",
+        ] {
             let error = TokenizerConfig::from_bytes(bytes).unwrap_err().to_string();
             assert!(error.starts_with("tokenizer_config.json: "), "{error}");
         }

@@ -22,8 +22,11 @@ pub enum TextError {
         /// What is wrong with it.
         reason: String,
     },
-    /// The tokenizer can produce an id that the model has no embedding for.
-    #[error("tokenizer.json: token {token:?} has id {id}, config.json says `vocab_size` is {vocab}")]
+    /// A text has a token that the model has no embedding for.
+    #[error(
+        "the token {token:?} has id {id}, and the model knows ids below {vocab} only (`vocab_size` in config.json): \
+         leave it out"
+    )]
     TokenBeyondVocab {
         /// The token's text.
         token: String,

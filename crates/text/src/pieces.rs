@@ -21,7 +21,7 @@ pub(crate) const FILE: &str = "tokenizer.json";
 /// Ids are below this in every vocabulary that is accepted; published ones stay below 2^18.
 const MAX_VOCAB: u32 = 1 << 22;
 
-/// Pieces of all ids of a vocabulary. Ids that the tokenizer does not know are empty.
+/// Pieces of all ids of a vocabulary. Those that the tokenizer does not know are empty.
 #[derive(Debug)]
 pub(crate) struct Pieces {
     vocab: u32,
@@ -43,15 +43,12 @@ impl Pieces {
     /// Builds the table of `tokenizer` for a model with `vocab` ids.
     ///
     /// # Errors
-    /// A token's id is not below `vocab`, `vocab` is absurd, or the decoder is of another family.
+    /// `vocab` is absurd, or the decoder is of another family.
     pub(crate) fn new(tokenizer: &Tokenizer, vocab: u32) -> Result<Self, TextError> {
         if vocab > MAX_VOCAB {
             return Err(invalid(format!(
                 "a vocabulary of {vocab} ids is more than the {MAX_VOCAB} supported"
             )));
-        }
-        if let Some((token, id)) = tokenizer.get_vocab(true).into_iter().find(|(_, id)| *id >= vocab) {
-            return Err(TextError::TokenBeyondVocab { token, id, vocab });
         }
         let plan = Plan::of(tokenizer.get_decoder())?;
         let added = tokenizer.get_added_vocabulary();

@@ -51,7 +51,8 @@ fn shows_both(text: &str) -> bool {
     text.contains(FIRST) && text.contains(SECOND)
 }
 
-fn chat_with_a_call() -> Option<Chat> {
+/// A user's message, a call of a tool, and its answer.
+pub(crate) fn chat_with_a_call() -> Option<Chat> {
     // Nine letters and digits, which some templates insist on.
     let id = || Some("muster123".to_owned());
     let call = ToolCall::new(id(), TOOL.into(), format!("{{\"{FIRST}\": \"{SECOND}\"}}")).ok()?;

@@ -18,6 +18,8 @@ use crate::adjacent::{Adjacency, Symbol, Symbols, Table};
 const BYTE_LEVEL: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 /// What a space becomes in vocabularies whose words are not split.
 const SPACE: char = '▁';
+/// What tokens strip, as far as it is ASCII.
+const ASCII_SPACES: [char; 6] = [' ', '\t', '\n', '\u{b}', '\u{c}', '\r'];
 
 /// The seams of one tokenizer's texts.
 #[derive(Debug)]
@@ -354,7 +356,7 @@ fn keep_whole(token: &AddedToken, at: &mut Table) {
     for (before, c) in content().zip(content().skip(1)) {
         rows(before).for_each(|symbol| at[symbol.index()].remove(after(c)));
     }
-    // What follows an added token begins anew, and the token may want the spaces there.
+    // What follows an added token begins anew.
     content().next_back().into_iter().flat_map(rows).for_each(|symbol| at[symbol.index()] = Symbols::NONE);
     if token.single_word {
         content()
@@ -362,6 +364,22 @@ fn keep_whole(token: &AddedToken, at: &mut Table) {
             .map(after)
             .into_iter()
             .for_each(|first| at.iter_mut().for_each(|row| row.remove(first)));
+    }
+    keep_spaces(token, at);
+}
+
+/// Takes away the seams at which spaces that `token` wants would be out of its reach.
+fn keep_spaces(token: &AddedToken, at: &mut Table) {
+    let mut taken = Symbols::NONE;
+    if token.lstrip || token.rstrip {
+        ASCII_SPACES.iter().for_each(|&space| taken = taken.or(only(space)));
+    }
+    if token.lstrip {
+        token.content.chars().next().into_iter().for_each(|first| taken = taken.or(only(first)));
+    }
+    // After a space beyond ASCII there is no seam.
+    for space in ASCII_SPACES.iter().filter_map(|&space| Symbol::before(space)) {
+        at[space.index()].remove(taken);
     }
 }
 

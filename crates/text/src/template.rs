@@ -20,11 +20,10 @@ use minijinja::value::{Object, Serde};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 
 use crate::chat::{AbsentContent, Arguments, Chat, Forms, Parts};
-use crate::config::SpecialTokens;
 use crate::date::CivilDate;
 use crate::python::Raised;
 use crate::tojson::tojson;
-use crate::{TextError, probe, python, source, wide_stack};
+use crate::{SpecialTokens, TextError, probe, python, source, wide_stack};
 
 /// Cap on a template's source; published ones stay below 32 KiB.
 const MAX_SOURCE_BYTES: usize = 64 << 10;
@@ -188,7 +187,7 @@ impl Context {
     ) -> Self {
         let tools = if chat.tools.is_empty() { Value::from(()) } else { Value::from(Serde(&chat.tools)) };
         let mut variables = BTreeMap::from([("documents".to_owned(), Value::from(()))]);
-        variables.extend(special.named().map(|(name, token)| (name.to_owned(), Value::from(token))));
+        variables.extend(special.iter().map(|(name, token)| (name.to_owned(), Value::from(token))));
         if let Some(date) = today {
             let strftime = move |format: &str| {
                 date.strftime(format).map_err(|reason| Error::new(ErrorKind::InvalidOperation, reason))

@@ -1,27 +1,23 @@
 //! The tokenizer: text to ids and ids to text, through the `tokenizers` library.
 //!
-//! Always holds: every id it returns is below the model's vocabulary size. Truncation and padding that a
-//! `tokenizer.json` may carry from training are switched off, as the reference does when it serves.
+//! Always holds: every id it returns is below the model's vocabulary size.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::config::{self, SpecialTokens, Templates, TokenizerConfig};
+use crate::around::Around;
+use crate::config::Templates;
 use crate::floor::{Counts, Floor};
-use crate::pieces::{self, Pieces};
+use crate::library::{AddedByLibrary, Library, encode};
+use crate::pieces::Pieces;
 use crate::seams::Seams;
 use crate::template::ChatTemplate;
-use crate::{Detokenizer, TextError};
+use crate::{Detokenizer, SpecialToken, SpecialTokens, TextError, TokenizerFiles};
 
-/// Cap on the size of `tokenizer.json`; published ones stay below 40 MiB.
-const MAX_FILE_BYTES: usize = 64 << 20;
 /// Cap on a text to encode. Edges have smaller caps of their own; this one bounds what the crate can be
 /// made to allocate.
 const MAX_TEXT_BYTES: usize = 16 << 20;
 /// Bytes of a part that a text is tokenized in. The library takes some 200 times as much memory for it.
 const PART_BYTES: usize = 16 << 10;
-/// A text whose ids, with and without special tokens, show which ones the tokenizer adds and where.
-const PROBE: &str = "a";
 
 /// Whether encoding adds the tokens that the model expects around a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,54 +51,36 @@ pub enum SpecialText {
 /// A model's tokenizer. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
-    library: Arc<tokenizers::Tokenizer>,
+    library: Arc<Library>,
     pieces: Arc<Pieces>,
     around: Arc<Around>,
     seams: Arc<Seams>,
     floor: Arc<Floor>,
-    special: Arc<SpecialTokens>,
     template: Result<Arc<ChatTemplate>, TextError>,
 }
 
-/// The ids put before and after a text.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Around {
-    before: Vec<u32>,
-    after: Vec<u32>,
-}
-
 impl Tokenizer {
-    /// Reads `tokenizer.json` and, where the model has one, `tokenizer_config.json`, for a model with
-    /// `vocab` token ids.
+    /// Reads the files of a tokenizer, for a model with `vocab` token ids. Tokens may have ids beyond: a text that needs
+    /// one is refused.
     ///
     /// A chat template that cannot be compiled does not fail this call: [`Self::chat_template`] tells.
     ///
     /// # Errors
-    /// A file is too large or malformed, a token's id is not below `vocab`, the decoder is of a family that
-    /// generative models do not use, or a token that is to be added does not exist.
-    pub fn from_bytes(
-        tokenizer_json: &[u8],
-        tokenizer_config: Option<&[u8]>,
-        vocab: u32,
-    ) -> Result<Self, TextError> {
-        let bytes = tokenizer_json.len();
-        if bytes > MAX_FILE_BYTES {
-            return Err(TextError::FileTooLarge { file: pieces::FILE, bytes, limit: MAX_FILE_BYTES });
-        }
-        let config = tokenizer_config.map(TokenizerConfig::from_bytes).transpose()?.unwrap_or_default();
-        let library = library(tokenizer_json)?;
-        let pieces = Pieces::new(&library, vocab)?;
-        let around = Around::new(&library, &config)?;
-        let (seams, floor) = (Seams::of(&library), Floor::of(&library, &pieces));
+    /// A file is too large or malformed, or asks for what is not done here; the decoder is of a family that generative
+    /// models do not use; or a token that is to be added to every text does not exist.
+    pub fn from_files(files: &TokenizerFiles<'_>, vocab: u32) -> Result<Self, TextError> {
+        let (library, config) = Library::read(files)?;
+        let pieces = Pieces::new(library.get(), vocab)?;
+        let around = Around::new(&library, &config, vocab)?;
+        let (seams, floor) = (Seams::of(library.get()), Floor::of(library.get(), &pieces));
         let Templates { default, tool_use } = &config.templates;
-        let template = template(default.as_deref(), tool_use.as_deref(), &config.special);
+        let template = template(default.as_deref(), tool_use.as_deref(), library.named());
         Ok(Self {
             library: Arc::new(library),
             pieces: Arc::new(pieces),
             around: Arc::new(around),
             seams: Arc::new(seams),
             floor: Arc::new(floor),
-            special: Arc::new(config.special),
             template,
         })
     }
@@ -119,16 +97,18 @@ impl Tokenizer {
             };
             self.template = read(default, "chat_template.jinja").and_then(|default| {
                 let tool_use = read(tool_use, "additional_chat_templates/tool_use.jinja")?;
-                template(default.as_deref(), tool_use.as_deref(), &self.special)
+                template(default.as_deref(), tool_use.as_deref(), self.library.named())
             });
         }
         self
     }
 
-    /// The ids of `text`. Special tokens spelled out in it are recognised, as the reference does.
+    /// The ids of `text`. Special tokens spelled out in it are recognised, as the reference does, unless
+    /// `tokenizer_config.json` says `split_special_tokens`.
     ///
     /// # Errors
-    /// The text is too long, or the tokenizer refuses it (no unknown token where one is needed).
+    /// The text is too long, the tokenizer refuses it (no unknown token where one is needed), or it has a token whose id
+    /// is not below the vocabulary size.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, TextError> {
         self.encode_within(text, special, Bounds { tokens: usize::MAX, stretch: usize::MAX }, || true)
     }
@@ -171,7 +151,9 @@ impl Tokenizer {
             if part.text.len() > bounds.stretch.max(PART_BYTES) {
                 return Err(TextError::StretchTooLong { bytes: part.text.len(), limit: bounds.stretch });
             }
-            ids.extend(encode(&self.library, part.text, AddedByLibrary::None)?);
+            let of_part = encode(self.library.get(), part.text, AddedByLibrary::None)?;
+            self.library.check_ids(&of_part, self.vocab())?;
+            ids.extend(of_part);
             to_come -= counts.sum(&rest[..rest.len() - part.rest.len()]);
             rest = part.rest;
             let least = ids.len() + Counts::tokens(to_come) + after.len();
@@ -232,23 +214,22 @@ impl Tokenizer {
         self.pieces.vocab()
     }
 
-    /// The texts of the special tokens that `tokenizer_config.json` names.
+    /// The special tokens that have a name.
     #[must_use]
-    pub fn special_tokens(&self) -> &SpecialTokens {
-        &self.special
+    pub fn named_tokens(&self) -> &SpecialTokens {
+        self.library.named()
     }
 
-    /// The id of the begin-of-sequence token, where the model has one.
+    /// All special tokens, by id.
     #[must_use]
-    pub fn bos_id(&self) -> Option<u32> {
-        self.library.token_to_id(self.special.bos.as_deref()?)
+    pub fn special_tokens(&self) -> &[SpecialToken] {
+        self.library.special()
     }
 
-    /// The id of the end-of-sequence token, where `tokenizer_config.json` names one. Which ids end a
-    /// generation is said by `generation_config.json`.
+    /// How many tokens have ids that are not below the vocabulary size. A text that has one of them is refused.
     #[must_use]
-    pub fn eos_id(&self) -> Option<u32> {
-        self.library.token_to_id(self.special.eos.as_deref()?)
+    pub fn tokens_beyond(&self) -> usize {
+        self.library.get().get_vocab(true).into_values().filter(|id| *id >= self.vocab()).count()
     }
 
     /// The chat template.
@@ -269,31 +250,6 @@ impl Tokenizer {
     }
 }
 
-impl Around {
-    fn new(library: &tokenizers::Tokenizer, config: &TokenizerConfig) -> Result<Self, TextError> {
-        let mut around = Self::of_post_processor(library)?;
-        if let Some(add) = config.add_bos {
-            around.before = flagged(library, "bos", add, config.special.bos.as_deref())?;
-        }
-        if let Some(add) = config.add_eos {
-            around.after = flagged(library, "eos", add, config.special.eos.as_deref())?;
-        }
-        Ok(around)
-    }
-
-    fn of_post_processor(library: &tokenizers::Tokenizer) -> Result<Self, TextError> {
-        let plain = encode(library, PROBE, AddedByLibrary::None)?;
-        let whole = encode(library, PROBE, AddedByLibrary::ItsOwn)?;
-        // From the end, so that a probe without ids puts everything before the text.
-        let found = (0..=whole.len()).rev().find(|&at| whole[at..].starts_with(&plain));
-        let at = found.ok_or_else(|| TextError::InvalidFile {
-            file: pieces::FILE,
-            reason: "`post_processor` does more than put tokens around a text".into(),
-        })?;
-        Ok(Self { before: whole[..at].to_vec(), after: whole[at + plain.len()..].to_vec() })
-    }
-}
-
 fn template(
     default: Option<&str>,
     tool_use: Option<&str>,
@@ -303,53 +259,4 @@ fn template(
         return Err(TextError::NoChatTemplate);
     }
     ChatTemplate::named(default, tool_use, special).map(Arc::new)
-}
-
-/// The ids that `add_bos_token` or `add_eos_token` asks for.
-fn flagged(
-    library: &tokenizers::Tokenizer,
-    name: &str,
-    add: bool,
-    token: Option<&str>,
-) -> Result<Vec<u32>, TextError> {
-    if !add {
-        return Ok(Vec::new());
-    }
-    let id = token.and_then(|t| library.token_to_id(t)).ok_or_else(|| TextError::InvalidFile {
-        file: config::FILE,
-        reason: format!(
-            "`add_{name}_token` is true, but `{name}_token` is {token:?}, which tokenizer.json does not have"
-        ),
-    })?;
-    Ok(vec![id])
-}
-
-fn library(json: &[u8]) -> Result<tokenizers::Tokenizer, TextError> {
-    let invalid = |reason| TextError::InvalidFile { file: pieces::FILE, reason };
-    let mut library = contained(|| tokenizers::Tokenizer::from_bytes(json)).map_err(invalid)?;
-    library.with_padding(None);
-    library.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
-    Ok(library)
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum AddedByLibrary {
-    None,
-    ItsOwn,
-}
-
-fn encode(library: &tokenizers::Tokenizer, text: &str, added: AddedByLibrary) -> Result<Vec<u32>, TextError> {
-    let encoding = contained(|| library.encode_fast(text, added == AddedByLibrary::ItsOwn));
-    encoding.map(|e| e.get_ids().to_vec()).map_err(|reason| TextError::Encode { reason })
-}
-
-/// Calls the library, which panics on some malformed files where it should give an error.
-fn contained<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|e| e.to_string()),
-        Err(panic) => Err(match panic.downcast::<String>() {
-            Ok(words) => *words,
-            Err(_) => "the tokenizer library failed on it".into(),
-        }),
-    }
 }

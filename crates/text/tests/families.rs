@@ -17,15 +17,8 @@ const GOLDEN: &str = "tests/fixtures/templates/golden.json";
 const TODAY: u64 = 1_795_305_600;
 
 fn special(golden: &Value) -> SpecialTokens {
-    let token = |name: &str| golden["special"][name].as_str().map(str::to_owned);
-    SpecialTokens {
-        bos: token("bos_token"),
-        eos: token("eos_token"),
-        pad: token("pad_token"),
-        cls: token("cls_token"),
-        sep: token("sep_token"),
-        ..SpecialTokens::default()
-    }
+    let tokens = golden["special"].as_object().unwrap();
+    tokens.iter().map(|(name, token)| (name.clone(), token.as_str().unwrap().to_owned())).collect()
 }
 
 fn chat(value: &Value) -> Chat {

@@ -31,8 +31,8 @@ fn special_tokens_have_their_ids() {
         assert_eq!(tokenizer.encode_chat(token).unwrap(), [id]);
         assert_eq!(tokenizer.decode(&[id], SpecialText::Drop).unwrap(), "");
     }
-    assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(1), Some(2)));
-    assert_eq!(tokenizer.special_tokens().unk, None);
+    let names: Vec<(&str, &str)> = tokenizer.named_tokens().iter().collect();
+    assert_eq!(names, [("bos_token", "<s>"), ("eos_token", "</s>"), ("pad_token", "<pad>")]);
 }
 
 #[test]

@@ -10,7 +10,10 @@ use muster_text::{
 };
 
 fn special() -> SpecialTokens {
-    SpecialTokens { bos: Some("<s>".into()), eos: Some("</s>".into()), ..SpecialTokens::default() }
+    [("bos_token", "<s>"), ("eos_token", "</s>")]
+        .map(|(name, token)| (name.to_owned(), token.to_owned()))
+        .into_iter()
+        .collect()
 }
 
 fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TextError> {

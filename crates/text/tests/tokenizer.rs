@@ -9,7 +9,7 @@ use muster_text::{Bounds, Chat, GenerationPrompt, Special, SpecialText, TextErro
 use proptest::prelude::*;
 
 fn load(json: &str, config: &str) -> Result<Tokenizer, TextError> {
-    Tokenizer::from_bytes(json.as_bytes(), Some(config.as_bytes()), 300)
+    common::load(json.as_bytes(), Some(config.as_bytes()), 300)
 }
 
 fn refusal(json: &str, config: &str) -> String {
@@ -29,9 +29,13 @@ fn flags_of_the_configuration_override_the_post_processor() {
 
     let json = file("tests/fixtures/mixtral/tokenizer.json");
     let config = br#"{"bos_token": "<s>", "add_bos_token": false}"#;
-    let tokenizer = Tokenizer::from_bytes(&json, Some(config), 320).unwrap();
+    let tokenizer = common::load(&json, Some(config), 320).unwrap();
     let unadorned = mixtral().encode("hi", Special::Omit).unwrap();
     assert_eq!(tokenizer.encode("hi", Special::Add).unwrap(), unadorned);
+    // Never twice.
+    let config = br#"{"bos_token": "<s>", "add_bos_token": true}"#;
+    let tokenizer = common::load(&json, Some(config), 320).unwrap();
+    assert_eq!(tokenizer.encode("hi", Special::Add).unwrap(), [&[1], &unadorned[..]].concat());
 }
 
 #[test]
@@ -48,11 +52,63 @@ fn truncation_left_over_from_training_is_off() {
 }
 
 #[test]
-fn an_id_beyond_the_models_vocabulary_is_refused() {
-    let error = Tokenizer::from_bytes(llama_json().as_bytes(), None, 266).unwrap_err();
-    assert!(matches!(error, TextError::TokenBeyondVocab { id: 266, vocab: 266, .. }), "{error}");
-    assert!(Tokenizer::from_bytes(llama_json().as_bytes(), None, 267).is_ok());
-    assert!(Tokenizer::from_bytes(llama_json().as_bytes(), None, u32::MAX).is_err());
+fn a_token_beyond_the_models_vocabulary_is_refused_in_texts_that_need_it() {
+    let tokenizer = common::load(llama_json().as_bytes(), None, 266).unwrap();
+    assert_eq!(tokenizer.tokens_beyond(), 1);
+    assert_eq!(tokenizer.encode("é", Special::Omit).unwrap().last(), Some(&265));
+    let error = tokenizer.encode("h é世", Special::Omit).unwrap_err();
+    assert_eq!(error, TextError::TokenBeyondVocab { token: "世".into(), id: 266, vocab: 266 });
+    assert!(error.to_string().contains("266"), "{error}");
+    assert!(tokenizer.decode(&[266], SpecialText::Keep).is_err());
+    let whole = common::load(llama_json().as_bytes(), None, 267).unwrap();
+    assert_eq!(whole.tokens_beyond(), 0);
+    assert_eq!(whole.encode("世", Special::Omit).unwrap().last(), Some(&266));
+    assert!(common::load(llama_json().as_bytes(), None, u32::MAX).is_err());
+}
+
+#[test]
+fn a_token_around_every_text_has_an_embedding() {
+    let config = r#"{"bos_token": "<begin>", "add_bos_token": true, "added_tokens_decoder": {"267": {"content": "<begin>"}}}"#;
+    let ids = |vocab| {
+        let tokenizer = common::load(llama_json().as_bytes(), Some(config.as_bytes()), vocab)?;
+        tokenizer.encode("h", Special::Add)
+    };
+    assert_eq!(ids(268).unwrap()[0], 267);
+    assert!(matches!(ids(267), Err(TextError::TokenBeyondVocab { id: 267, .. })));
+}
+
+#[test]
+fn tokens_that_are_told_apart_by_chance_are_refused() {
+    let mut json: serde_json::Value = serde_json::from_str(&llama_json()).unwrap();
+    json["normalizer"] = serde_json::json!({"type": "Lowercase"});
+    let config = r#"{"added_tokens_decoder": {"1000": {"content": "HI"}, "1001": {"content": "Hi"}}}"#;
+    let error = refusal(&json.to_string(), config);
+    assert!(error.contains("\"HI\" and \"Hi\"") && error.contains("normalized"), "{error}");
+}
+
+#[test]
+fn special_tokens_are_listed_with_where_they_come_from() {
+    let config = r#"{"bos_token": "<s>", "pad_token": "</s>", "eos_token": "</s>", "image_token": "<image>", "added_tokens_decoder":
+        {"2": {"content": "</s>", "special": true, "lstrip": true}, "900": {"content": "<x>", "special": true}, "901": {"content": "day"}}}"#;
+    let tokenizer = load(&llama_json(), config).unwrap();
+    let listed: Vec<(u32, &str, String, &str)> = tokenizer
+        .special_tokens()
+        .iter()
+        .map(|token| (token.id, token.text.as_str(), token.names.join(" "), token.source.as_str()))
+        .collect();
+    let expected = [
+        (0, "<unk>", "", "tokenizer.json"),
+        (1, "<s>", "bos_token", "tokenizer.json"),
+        (
+            2,
+            "</s>",
+            "eos_token pad_token",
+            "tokenizer.json, then tokenizer_config.json: added_tokens_decoder[2]",
+        ),
+        (267, "<x>", "", "tokenizer_config.json: added_tokens_decoder[900]"),
+        (269, "<image>", "image_token", "tokenizer_config.json: image_token"),
+    ];
+    assert_eq!(listed, expected.map(|(id, text, names, source)| (id, text, names.to_owned(), source)));
 }
 
 #[test]
@@ -79,7 +135,7 @@ fn malformed_files_are_refused_with_their_names() {
     }
     assert!(refusal(&llama_json(), "[").starts_with("tokenizer_config.json: "));
     let huge = vec![b' '; (64 << 20) + 1];
-    assert!(matches!(Tokenizer::from_bytes(&huge, None, 300), Err(TextError::FileTooLarge { .. })));
+    assert!(matches!(common::load(&huge, None, 300), Err(TextError::FileTooLarge { .. })));
 }
 
 #[test]
@@ -104,6 +160,31 @@ fn a_bad_template_leaves_the_tokenizer_usable() {
     assert!(tokenizer.encode("hi", Special::Add).is_ok());
     assert!(matches!(tokenizer.chat_template(), Err(TextError::TemplateFailed { .. })));
     assert_eq!(llama().chat_template().unwrap_err(), TextError::NoChatTemplate);
+}
+
+#[test]
+fn a_template_is_tried_with_every_role() {
+    let outcomes = |config: &str, vocab| {
+        let tokenizer = common::load(llama_json().as_bytes(), Some(config.as_bytes()), vocab).unwrap();
+        let trials = tokenizer.try_roles().into_iter();
+        trials.map(|trial| (trial.role, trial.outcome.map_err(|e| e.to_string()))).collect::<Vec<_>>()
+    };
+    let template = |source: &str| format!("{{\"chat_template\": {}}}", serde_json::json!(source));
+    let strict = template(
+        "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}{% endif %}\
+         {{ m.content }}{% endfor %}",
+    );
+    let no = |what: &str| Err(what.to_owned());
+    let outcome = outcomes(&strict, 300);
+    assert_eq!(outcome[..3], [("user", Ok(())), ("system", no("no system")), ("assistant", Ok(()))]);
+    assert!(outcome[3].0 == "tool" && outcome[3].1.is_err(), "{outcome:?}");
+    // No file names a token for the beginning.
+    let nameless = template("{{ bos_token + messages[0].content }}");
+    assert!(outcomes(&nameless, 300).iter().all(|(_, outcome)| outcome.is_err()));
+    let beyond = template("世{{ messages[0].content }}");
+    let (_, outcome) = &outcomes(&beyond, 266)[0];
+    assert!(outcome.as_ref().unwrap_err().contains("266"), "{outcome:?}");
+    assert!(outcomes("{}", 300).is_empty());
 }
 
 #[test]
@@ -138,7 +219,7 @@ proptest! {
             let start = cut.index(head);
             json.drain(start..start + 1);
         }
-        if let Ok(tokenizer) = Tokenizer::from_bytes(&json, None, 4096)
+        if let Ok(tokenizer) = common::load(&json, None, 4096)
             && let Ok(ids) = tokenizer.encode("<s> hi 世 <|user|>", Special::Add)
         {
             prop_assert!(tokenizer.decode(&ids, SpecialText::Drop).is_ok());

@@ -14,8 +14,9 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
     let client = backend::connect(&args.grpc, &args.credentials).await?;
     let model = client.model().await.map_err(backend::failed)?;
     if !model.has_chat_template {
+        let instead = if model.has_tokenizer { "with a prompt" } else { "--prompt-tokens" };
         let message =
-            format!("model {} has no chat template; use `muster generate` with a prompt instead", model.name);
+            format!("model {} has no chat template; use `muster generate` {instead} instead", model.name);
         return Err(Failure::input(message));
     }
     let is_terminal = io::stdin().is_terminal();

@@ -5,9 +5,11 @@ use std::ops::RangeInclusive;
 use muster_checkpoint::spec::{MlpSpec, ModelSpec};
 use muster_checkpoint::{Checkpoint, Inventory, LayerInventory, Unused};
 use muster_model::LoadProgress;
+use muster_router::tokenizer;
 use muster_text::Tokenizer;
 use serde::Serialize;
 
+use super::check_tokenizer::TokenizerReport;
 use super::digests::{self, Digested};
 use super::in_words;
 use super::quality::{self, Quality};
@@ -30,6 +32,8 @@ struct Report {
     context: usize,
     end_of_text: Vec<u32>,
     tokenizer: Option<TokenizerReport>,
+    /// What to do where there is no tokenizer.
+    tokenizer_remedy: Option<String>,
     layers: Vec<LayerReport>,
     /// Tensors of the checkpoint that serving it does not need.
     left_alone: Vec<LeftAlone>,
@@ -57,13 +61,6 @@ struct Weights {
 }
 
 #[derive(Serialize)]
-struct TokenizerReport {
-    vocabulary: u32,
-    /// Why there is no usable chat template, when there is none.
-    chat_template_problem: Option<String>,
-}
-
-#[derive(Serialize)]
 struct LayerReport {
     trunk_bytes: u64,
     experts: u32,
@@ -77,7 +74,7 @@ struct LayerReport {
 
 pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
     let checkpoint = models::open(&args.model)?;
-    let tokenizer = tokenizer(&checkpoint)?;
+    let tokenizer = tokenizer::read(&checkpoint).map_err(Failure::input)?;
     if !args.headers_only {
         read_everything(&checkpoint)?;
     }
@@ -95,17 +92,6 @@ pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
         return out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?);
     }
     out::write(&for_people(&report))
-}
-
-fn tokenizer(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, Failure> {
-    let file = |name| checkpoint.side_file(name).map_err(Failure::input);
-    let Some(json) = file("tokenizer.json")? else { return Ok(None) };
-    let config = file("tokenizer_config.json")?;
-    let tokenizer =
-        Tokenizer::from_bytes(&json, config.as_deref(), checkpoint.spec().vocab).map_err(Failure::input)?;
-    let default = file("chat_template.jinja")?;
-    let tool_use = checkpoint.tool_template().map_err(Failure::input)?;
-    Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
 }
 
 /// Reads every weight once, which finds damage that headers do not show.
@@ -142,10 +128,8 @@ fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) ->
         vocabulary: spec.vocab,
         context: spec.context,
         end_of_text: spec.eos.clone(),
-        tokenizer: tokenizer.map(|tokenizer| TokenizerReport {
-            vocabulary: tokenizer.vocab(),
-            chat_template_problem: tokenizer.chat_template().err().map(|error| error.to_string()),
-        }),
+        tokenizer: tokenizer.map(TokenizerReport::of),
+        tokenizer_remedy: tokenizer.is_none().then(|| tokenizer::remedy(checkpoint)),
         layers: layers.iter().enumerate().map(|(number, layer)| layer_report(spec, number, *layer)).collect(),
         left_alone: checkpoint.unused().into_iter().map(left_alone).collect(),
         quality: None,
@@ -242,11 +226,6 @@ fn layers_in_words(layers: &[LayerReport]) -> String {
 fn for_people(report: &Report) -> String {
     let experts_bytes = report.weights.bytes - report.weights.trunk_bytes;
     let tokenizer = report.tokenizer.as_ref();
-    let chat = match tokenizer.map(|tokenizer| &tokenizer.chat_template_problem) {
-        None => "none".to_owned(),
-        Some(None) => "yes".to_owned(),
-        Some(Some(problem)) => format!("unusable: {problem}"),
-    };
     let loads = if report.weights.read {
         "yes: every weight was read and is finite"
     } else {
@@ -276,9 +255,14 @@ fn for_people(report: &Report) -> String {
         ("context", format!("{} tokens", report.context)),
         ("vocabulary", report.vocabulary.to_string()),
         ("end of text", format!("{:?}", report.end_of_text)),
-        ("tokenizer", tokenizer.map_or("none: token ids only", |_| "yes").to_owned()),
-        ("chat template", chat),
     ];
+    match tokenizer {
+        Some(tokenizer) => facts.extend(tokenizer.facts()),
+        None => {
+            let remedy = report.tokenizer_remedy.as_deref().unwrap_or_default();
+            facts.extend([("tokenizer", format!("none: {remedy}")), ("chat template", "none".to_owned())]);
+        }
+    }
     let groups = alike(&report.layers);
     facts.push(("layers", layers_in_words(&report.layers)));
     let parts: [(&str, Part); 4] = [
@@ -367,7 +351,7 @@ mod tests {
     #[test]
     fn the_built_in_model_is_described() {
         let checkpoint = models::open(models::DEMO).unwrap();
-        let tokenizer = tokenizer(&checkpoint).unwrap();
+        let tokenizer = tokenizer::read(&checkpoint).unwrap();
         let report = report(&checkpoint, tokenizer.as_ref(), true);
         let text = for_people(&report);
         for fact in [
@@ -379,7 +363,8 @@ mod tests {
             "6, 8 experts each, top-2",
             "attention      ",
             "softmax over all experts, then top-2, weights divided by their sum",
-            "chat template  yes",
+            "chat template  yes: user",
+            "special tokens 0 \"<",
         ] {
             assert!(text.contains(fact), "{fact} in\n{text}");
         }

@@ -8,6 +8,7 @@ mod bench_streams;
 mod certs;
 mod chat;
 mod check_model;
+mod check_tokenizer;
 mod digests;
 mod generate;
 mod in_words;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use muster_checkpoint::Checkpoint;
 use muster_model::evaluate::evaluate;
 use muster_router::start::EngineSettings;
+use muster_router::tokenizer;
 use muster_types::Compute;
 use muster_types::WeightDType::{Native, Q4, Q8};
 use serde::Serialize;
@@ -120,11 +121,9 @@ pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Q
 
 /// What the model itself says after a few prompts.
 fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<Vec<u32>>, Failure> {
-    let has_tokenizer = checkpoint.side_file("tokenizer.json").map_err(Failure::input)?.is_some();
-    if !has_tokenizer {
-        return Err(Failure::input(
-            "--quality: the model has no tokenizer.json; give token ids with --tokens FILE",
-        ));
+    if tokenizer::read(checkpoint).map_err(Failure::input)?.is_none() {
+        let remedy = tokenizer::remedy(checkpoint);
+        return Err(Failure::input(format!("--quality: give token ids with --tokens FILE: {remedy}")));
     }
     let compute = engine::compute_mode(checkpoint, None);
     let mode = Mode { compute, experts: Native, trunk: Native };

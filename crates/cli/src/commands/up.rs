@@ -7,6 +7,8 @@ use std::num::NonZeroU32;
 use muster_checkpoint::Checkpoint;
 use muster_kernels::Isa;
 use muster_model::experts::faster_mode;
+use muster_proto::v1::Model;
+use muster_router::tokenizer;
 
 use super::generate::{Output, Prompt, answer};
 use crate::args::{CredentialArgs, LogArgs, UpArgs};
@@ -116,7 +118,9 @@ async fn serve(
     if args.announce {
         announce(&Announcement::Ready(listening));
     } else {
-        out::write(&welcome(args, checkpoint, http, grpc))?;
+        let client = backend::connect(&[grpc.to_string()], &CredentialArgs::default()).await?;
+        let model = client.model().await.map_err(backend::failed)?;
+        out::write(&welcome(args, checkpoint, &model, http, grpc))?;
     }
     let status = router.exited().await;
     Err(Failure::runtime(format!("the router ended ({status}); its own message is above")))
@@ -162,24 +166,46 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
 }
 
 /// What a person needs to know once it runs.
-fn welcome(args: &UpArgs, checkpoint: &Checkpoint, http: SocketAddr, grpc: SocketAddr) -> String {
+fn welcome(
+    args: &UpArgs,
+    checkpoint: &Checkpoint,
+    model: &Model,
+    http: SocketAddr,
+    grpc: SocketAddr,
+) -> String {
     let (inventory, name) = (checkpoint.inventory(), checkpoint.name());
-    let program = std::env::args().next().unwrap_or_else(|| "muster".to_owned());
+    let suggestions = suggestions(model, http, grpc);
+    let missing =
+        if model.has_tokenizer { String::new() } else { format!("\n{}.\n", tokenizer::remedy(checkpoint)) };
     let compute = compute_mode(checkpoint, args.compute.compute.get());
     let hint =
         faster_mode(compute, Isa::detect()).map_or_else(String::new, |hint| format!("\nHint: {hint}.\n"));
     format!(
         "{name} ({family}, {parameters} parameters, {active} active per token) is served by 1 router and {workers} workers\n\
          \n  OpenAI HTTP  http://{http}/v1\n  gRPC         http://{grpc}\n\
-         \nNow try, in another terminal:\n\
-         \n  {program} chat --grpc http://{grpc}\
-         \n  {program} generate \"Once upon a time\" --grpc http://{grpc}\
-         \n  curl http://{http}/v1/completions -H 'Content-Type: application/json' \\\
-         \n    -d '{{\"model\": \"{name}\", \"prompt\": \"Once upon a time\", \"max_tokens\": 40}}'\n\
-         {hint}\nCtrl-C stops everything.\n",
+         {missing}\nNow try, in another terminal:\n\n{suggestions}{hint}\nCtrl-C stops everything.\n",
         family = checkpoint.spec().family,
         parameters = text::count(inventory.parameters),
         active = text::count(inventory.active_parameters),
         workers = args.workers,
+    )
+}
+
+/// Commands that work with what the model has.
+fn suggestions(model: &Model, http: SocketAddr, grpc: SocketAddr) -> String {
+    let program = std::env::args().next().unwrap_or_else(|| "muster".to_owned());
+    let name = &model.name;
+    if !model.has_tokenizer {
+        return format!("  {program} generate --prompt-tokens 1,2,3 --json --grpc http://{grpc}\n");
+    }
+    let chat = if model.has_chat_template {
+        format!("  {program} chat --grpc http://{grpc}\n")
+    } else {
+        String::new()
+    };
+    format!(
+        "{chat}  {program} generate \"Once upon a time\" --grpc http://{grpc}\
+         \n  curl http://{http}/v1/completions -H 'Content-Type: application/json' \\\
+         \n    -d '{{\"model\": \"{name}\", \"prompt\": \"Once upon a time\", \"max_tokens\": 40}}'\n"
     )
 }

@@ -171,6 +171,7 @@ pub(super) fn model(model: &ModelInfo) -> v1::Model {
         vocabulary: model.vocabulary,
         context: model.context,
         compute: model.compute.to_string(),
+        has_tokenizer: model.has_tokenizer,
         has_chat_template: model.has_chat_template,
         workers: model.workers,
         expert_dtype: model.experts.to_string(),

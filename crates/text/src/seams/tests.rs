@@ -4,6 +4,8 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::TokenizerFiles;
+use crate::library::Library;
 
 const CL100K: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const O200K: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -96,7 +98,7 @@ fn metaspace(scheme: &str, split: bool) -> Value {
     json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split})
 }
 
-/// By name, and whether it has seams.
+/// Those of published kinds, by name.
 fn tokenizers() -> Vec<(&'static str, Value)> {
     let nfc = json!({"type": "NFC"});
     let mut odd = demo();
@@ -153,6 +155,33 @@ fn ids(library: &Tokenizer, text: &str) -> Vec<u32> {
     library.encode_fast(text, false).unwrap().get_ids().to_vec()
 }
 
+/// Those with tokens from the files beside `tokenizer.json`, by name.
+fn with_files_beside() -> Vec<(String, Tokenizer)> {
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/beside");
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(format!("{fixtures}/cases")).unwrap() {
+        let case = entry.unwrap().path();
+        let read = |name: &str| std::fs::read(case.join(name)).ok();
+        let expected: Value = serde_json::from_slice(&read("expected.json").unwrap()).unwrap();
+        let base = || std::fs::read(format!("{fixtures}/bases/{}.json", expected["base"].as_str().unwrap()));
+        let json = read("tokenizer.json").unwrap_or_else(|| base().unwrap());
+        let (config, map, added) =
+            (read("tokenizer_config.json"), read("special_tokens_map.json"), read("added_tokens.json"));
+        let files = TokenizerFiles {
+            config: config.as_deref(),
+            special_tokens_map: map.as_deref(),
+            added_tokens: added.as_deref(),
+            ..TokenizerFiles::alone(&json)
+        };
+        if let Ok((library, _)) = Library::read(&files) {
+            let name = case.file_name().unwrap().to_str().unwrap().to_owned();
+            all.push((name, library.get().clone()));
+        }
+    }
+    assert!(all.len() > 70, "{}", all.len());
+    all
+}
+
 /// The ids of all parts, and how many there are.
 fn in_parts(library: &Tokenizer, seams: &Seams, text: &str, target: usize) -> (Vec<u32>, usize) {
     let (mut all, mut rest, mut parts) = (Vec::new(), text, 0);
@@ -184,6 +213,22 @@ fn every_published_kind_has_seams_and_they_hold() {
 }
 
 #[test]
+fn tokens_from_other_files_have_seams_and_they_hold() {
+    let mut in_parts_at_all = 0;
+    let text = format!("{TEXT}day <x>\n  <x> \n (b) every day,<x>\n\n a day {TEXT}");
+    for (name, library) in with_files_beside() {
+        let seams = Seams::of(&library);
+        let whole = ids(&library, &text);
+        for target in 1..60 {
+            let (parts, count) = in_parts(&library, &seams, &text, target);
+            assert_eq!(parts, whole, "{name}, parts of {target}");
+            in_parts_at_all += usize::from(count > 1);
+        }
+    }
+    assert!(in_parts_at_all > 3000, "{in_parts_at_all}");
+}
+
+#[test]
 fn what_cannot_be_shown_has_no_seams() {
     let of = |json: Value| Seams::of(&library(&json)).first(TEXT, 8).rest.is_empty();
     assert!(of(with(byte_level(&[split(POSSESSIVE)]), Value::Null)), "an anchor");
@@ -211,7 +256,7 @@ fn any_text() -> impl Strategy<Value = String> {
             "a", "the", "er", "s", "'s", "'", "x", "y", "Z", "0", "12", ".", ",", ", ", "(", ")", "_", "-", "/", "!", "\"", "<", ">",
             " ", "  ", "\n", "\r\n", "\t", "\u{a0}", "\u{3000}", "▁", "é", "e\u{301}", "\u{301}", "ж", "漢", "か", "か\u{3099}", "한",
             "\u{1112}\u{1161}", "。", "，", "、", "！", "\u{212a}", "\u{37e}", "Å", "🦀", "\u{200b}", "\u{85}", "\u{a8}", "<s>", "</s>",
-            "<|user|>", "<0x41>", "the ", " the", "x, y", "er ",
+            "<|user|>", "<0x41>", "the ", " the", "x, y", "er ", "<x>", "day", "\n ", " \n", "<|im_end|>", "<begin>", "ing", "é day",
         ]).prop_map(str::to_owned),
         1 => any::<char>().prop_map(String::from),
     ];
@@ -224,9 +269,10 @@ proptest! {
     #[test]
     fn parts_have_the_ids_of_the_whole(text in any_text(), target in 1_usize..24) {
         thread_local! {
-            static ALL: Vec<(&'static str, Tokenizer, Seams)> = tokenizers()
+            static ALL: Vec<(String, Tokenizer, Seams)> = tokenizers()
                 .into_iter()
-                .map(|(name, json)| (name, library(&json)))
+                .map(|(name, json)| (name.to_owned(), library(&json)))
+                .chain(with_files_beside())
                 .map(|(name, library)| { let seams = Seams::of(&library); (name, library, seams) })
                 .collect();
         }

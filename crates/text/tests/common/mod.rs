@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use muster_text::{ChatMessage, Tokenizer};
+use muster_text::{ChatMessage, TextError, Tokenizer, TokenizerFiles};
 use serde_json::Value;
 
 /// A file below the crate's directory.
@@ -23,7 +23,12 @@ pub(crate) fn json(path: &str) -> Value {
 pub(crate) fn tokenizer(directory: &str, vocab: u32) -> Tokenizer {
     let directory = PathBuf::from(directory);
     let read = |name| file(directory.join(name).to_str().unwrap());
-    Tokenizer::from_bytes(&read("tokenizer.json"), Some(&read("tokenizer_config.json")), vocab).unwrap()
+    load(&read("tokenizer.json"), Some(&read("tokenizer_config.json")), vocab).unwrap()
+}
+
+/// The tokenizer of these two files.
+pub(crate) fn load(json: &[u8], config: Option<&[u8]>, vocab: u32) -> Result<Tokenizer, TextError> {
+    Tokenizer::from_files(&TokenizerFiles { config, ..TokenizerFiles::alone(json) }, vocab)
 }
 
 pub(crate) const MIXTRAL: &str = "tests/fixtures/mixtral";
@@ -69,7 +74,7 @@ pub(crate) fn llama_json() -> String {
 }
 
 pub(crate) fn llama() -> Tokenizer {
-    Tokenizer::from_bytes(llama_json().as_bytes(), None, 300).unwrap()
+    load(llama_json().as_bytes(), None, 300).unwrap()
 }
 
 pub(crate) fn message(role: &str, content: &str) -> ChatMessage {
