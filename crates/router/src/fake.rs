@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use muster_model::defaults::SamplingDefaults;
 use muster_text::Tokenizer;
 use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
 use tokio::sync::mpsc;
@@ -106,6 +107,7 @@ fn model() -> ModelInfo {
         trunk: WeightDType::Native,
         combine: Combine::Exact,
         has_chat_template: false,
+        defaults: SamplingDefaults::default(),
         workers: 2,
         created: 1_700_000_000,
     }

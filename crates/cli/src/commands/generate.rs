@@ -7,11 +7,16 @@ use serde::Serialize;
 use super::target::with_backend;
 use crate::args::{GenerateArgs, LogArgs, SamplingArgs};
 use crate::backend::{Ask, Backend, Piece};
+use crate::engine::model_defaults;
 use crate::failure::Failure;
 use crate::{out, text};
 
+/// Tokens to generate when neither a flag nor the model says how many.
+const DEFAULT_TOKENS: u32 = 64;
+
 pub(crate) async fn run(args: &GenerateArgs, log: &LogArgs) -> Result<(), Failure> {
-    with_backend(&args.target, args.compute, log, |backend, _| async move {
+    let defaults = model_defaults(args.sampling.generation_config);
+    with_backend(&args.target, args.compute, defaults, log, |backend, _| async move {
         let prompt =
             args.prompt.clone().map_or_else(|| Prompt::Tokens(args.prompt_tokens.clone()), Prompt::Text);
         let output = if args.json { Output::Json } else { Output::Text };
@@ -64,9 +69,10 @@ pub(crate) async fn answer(
         Prompt::Text(text) => (text.clone(), backend.tokenize(text).await?),
         Prompt::Tokens(ids) => (String::new(), ids),
     };
-    let max_tokens = backend.max_tokens(max_tokens, prompt.len()).await?;
+    let mut manner = backend.manner(sampling).await?;
+    manner.default_tokens.get_or_insert(DEFAULT_TOKENS);
     let started = Instant::now();
-    let mut pieces = backend.generate(Ask::Tokens(prompt.clone()), Some(max_tokens), sampling).await?;
+    let mut pieces = backend.generate(Ask::Tokens(prompt.clone()), max_tokens, &manner).await?;
     if output == Output::Text {
         out::model_text(&shown)?;
     }

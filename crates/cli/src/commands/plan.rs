@@ -132,7 +132,7 @@ struct Subject {
 }
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let report = report(args, subject(&args.model)?)?;
+    let report = report(args, subject(args)?)?;
     if args.json {
         out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?)?;
     } else {
@@ -142,7 +142,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     if fits { Ok(()) } else { Err(Failure::Quiet) }
 }
 
-fn subject(model: &str) -> Result<Subject, Failure> {
+fn subject(args: &PlanArgs) -> Result<Subject, Failure> {
+    let model = args.model.as_str();
     if let Some(preset) = Preset::find(&model.to_ascii_lowercase()) {
         return Ok(Subject {
             name: preset.name.to_owned(),
@@ -153,7 +154,7 @@ fn subject(model: &str) -> Result<Subject, Failure> {
             indexed_bytes: None,
         });
     }
-    let source = models::source(model).map_err(|error| match error {
+    let source = models::source(model, args.links.links()).map_err(|error| match error {
         Failure::Input(_) if !model.contains('/') => Failure::Input(unknown(model)),
         other => other,
     })?;
