@@ -12,6 +12,7 @@ mod commands;
 mod dispatch_times;
 mod engine;
 mod failure;
+mod kept;
 mod models;
 mod numbers;
 mod out;
@@ -20,6 +21,7 @@ mod plain_http;
 mod progress;
 mod scrape;
 mod signals;
+mod sockets;
 mod stats;
 mod text;
 
