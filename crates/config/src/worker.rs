@@ -114,9 +114,10 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let join = reader.list("join", address);
     let advertise = reader.optional("advertise", address);
     // A worker that joins has its experts chosen and brought by the cluster.
-    let model = if join.is_empty() { reader.required("model", text) } else { reader.optional("model", text) };
+    let joins = reader.has_entries("join");
+    let model = if joins { reader.optional("model", text) } else { reader.required("model", text) };
     let share = reader.optional("share", str::parse::<Share>);
-    let share = share.unwrap_or(if join.is_empty() { Share::All } else { Share::None });
+    let share = share.unwrap_or(if joins { Share::None } else { Share::All });
     if model.is_none() && share != Share::None {
         reader.problem("share", "needs a --model to load from".to_owned());
     }
