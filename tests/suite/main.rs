@@ -4,6 +4,7 @@
 
 mod architecture;
 mod chaos;
+mod command_line;
 mod concurrency;
 mod conformance;
 mod determinism;

@@ -102,6 +102,7 @@ pub(crate) struct About {
     pub(crate) compute: String,
     pub(crate) experts: String,
     pub(crate) trunk: String,
+    pub(crate) has_chat_template: bool,
     /// The model's own settings, where its router takes them.
     defaults: SamplingDefaults,
 }
@@ -134,10 +135,28 @@ impl Backend {
                 let model = client.model().await.map_err(failed)?;
                 let defaults = defaults(&model);
                 let v1::Model {
-                    name, vocabulary, context, workers, compute, expert_dtype, trunk_dtype, ..
+                    name,
+                    vocabulary,
+                    context,
+                    workers,
+                    compute,
+                    expert_dtype,
+                    trunk_dtype,
+                    has_chat_template,
+                    ..
                 } = model;
                 let (experts, trunk) = (expert_dtype, trunk_dtype);
-                About { name, vocabulary, context, workers, compute, experts, trunk, defaults }
+                About {
+                    name,
+                    vocabulary,
+                    context,
+                    workers,
+                    compute,
+                    experts,
+                    trunk,
+                    has_chat_template,
+                    defaults,
+                }
             }
             Self::Here(service) => {
                 let model = service.model();
@@ -149,6 +168,7 @@ impl Backend {
                     compute: model.compute.to_string(),
                     experts: model.experts.to_string(),
                     trunk: model.trunk.to_string(),
+                    has_chat_template: model.has_chat_template,
                     defaults: model.defaults,
                 }
             }
@@ -193,6 +213,14 @@ impl Backend {
 }
 
 impl Pieces {
+    /// Tokens of the prompt.
+    pub(crate) fn prompt_tokens(&self) -> u32 {
+        match self {
+            Self::Router(generation) => generation.started().prompt_tokens,
+            Self::Here(generation) => generation.started.prompt_tokens,
+        }
+    }
+
     /// The next piece; `None` after `Finished`.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece>, Failure> {
         Ok(Some(match self {
@@ -289,7 +317,7 @@ fn request(ask: Ask, max_tokens: Option<u32>, manner: &Manner) -> GenerateReques
 pub(crate) fn failed(error: ClientError) -> Failure {
     match error {
         ClientError::Refused { .. } => Failure::input(error),
-        ClientError::Address { .. } => Failure::input(format!("--grpc: {error}")),
+        ClientError::Address { .. } | ClientError::Http { .. } => Failure::input(format!("--grpc: {error}")),
         ClientError::Unreachable { .. } => {
             let remedy = "start one with `muster up`, or say where with --grpc";
             Failure::runtime(format!("{error}; {remedy}"))

@@ -44,6 +44,7 @@ pub(crate) struct ChatArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  muster generate \"Once upon a time\" --model demo\n  \
+                        muster generate --chat \"What is 37 + 45?\" --model demo\n  \
                         muster generate \"Once upon a time\" --grpc http://127.0.0.1:50051 --temperature 0.8 --seed 7\n  \
                         muster generate --model ./my-moe --workers 2 --prompt-tokens 1,844,624 --json")]
 pub(crate) struct GenerateArgs {
@@ -54,6 +55,9 @@ pub(crate) struct GenerateArgs {
         conflicts_with = "prompt_tokens"
     )]
     pub(crate) prompt: Option<String>,
+    /// Ask PROMPT as a message of a chat, with the model's chat template, instead of continuing it.
+    #[arg(long, requires = "prompt")]
+    pub(crate) chat: bool,
     /// Token ids to continue, separated by commas, instead of a text.
     #[arg(long, value_name = "IDS", value_delimiter = ',')]
     pub(crate) prompt_tokens: Vec<u32>,
@@ -62,7 +66,7 @@ pub(crate) struct GenerateArgs {
     /// Tokens to generate at most [default: the model's, else 64; or what the context leaves].
     #[arg(long, value_name = "N")]
     pub(crate) max_tokens: Option<u32>,
-    /// Print one JSON object: token_ids, text, finish_reason, prompt_token_ids, usage.
+    /// Print one JSON object: token_ids, text, finish_reason, prompt_token_ids (not with --chat), usage.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
