@@ -23,6 +23,13 @@ pub(crate) struct Tensor {
     pub(crate) offset: u64,
 }
 
+impl Tensor {
+    /// Bytes of all its elements.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.shape.iter().map(|&size| size as u64).product::<u64>() * self.element.size()
+    }
+}
+
 /// All shards and their tensors.
 #[derive(Debug)]
 pub(crate) struct Catalog {
@@ -104,6 +111,31 @@ impl Catalog {
     /// Position of the tensor of this name.
     pub(crate) fn find(&self, name: &str) -> Option<usize> {
         self.tensors.binary_search_by(|tensor| tensor.name.as_str().cmp(name)).ok()
+    }
+
+    /// Whether two tensors have the same shape, dtype and bytes. Reads them piece by piece.
+    pub(crate) fn are_equal(&self, one: usize, other: usize) -> Result<bool, CheckpointError> {
+        const PIECE: usize = 1 << 20;
+        let (one, other) = (&self.tensors[one], &self.tensors[other]);
+        if (one.element, &one.shape) != (other.element, &other.shape) {
+            return Ok(false);
+        }
+        // The header was found to cover its file, so its tensors' bytes can be counted.
+        let length = one.bytes();
+        let piece = usize::try_from(length).map_or(PIECE, |length| length.min(PIECE));
+        let mut buffers = [vec![0; piece], vec![0; piece]];
+        let mut done = 0;
+        while done < length {
+            let now = usize::try_from(length - done).map_or(piece, |left| left.min(piece));
+            for (tensor, buffer) in [one, other].into_iter().zip(&mut buffers) {
+                self.shards[tensor.shard].read_at(tensor.offset + done, &mut buffer[..now])?;
+            }
+            if buffers[0][..now] != buffers[1][..now] {
+                return Ok(false);
+            }
+            done += now as u64;
+        }
+        Ok(true)
     }
 
     /// Name of the shard that has this tensor.

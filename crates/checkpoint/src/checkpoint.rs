@@ -15,6 +15,7 @@ use crate::config::{Config, ConfigError};
 use crate::error::{CheckpointError, clip};
 use crate::families::Family;
 use crate::files::{FileError, Files, Source};
+use crate::generation::{GENERATION_FILE, GenerationConfig};
 use crate::inventory::Inventory;
 use crate::outline::StoredAs;
 use crate::plan::{Plain, Plan, PlanBuilder, Slice, plain_dtype};
@@ -26,7 +27,6 @@ use crate::spec::{ExpertRole, ModelSpec, Role};
 compile_error!("muster-checkpoint reads weights in place, which needs a little-endian target");
 
 pub(crate) const CONFIG_FILE: &str = "config.json";
-const GENERATION_FILE: &str = "generation_config.json";
 pub(crate) const LONGEST_CONFIG: u64 = 4 << 20;
 const LONGEST_SIDE_FILE: u64 = 128 << 20;
 
@@ -105,7 +105,8 @@ pub struct Unused {
 }
 
 impl Checkpoint {
-    /// Opens and verifies a model: configuration, index and headers. Reads no weights.
+    /// Opens and verifies a model: configuration, index and headers. Reads no weights, but for a head that is stored although
+    /// it is tied, which has to be the embedding again.
     ///
     /// # Errors
     /// When anything about the model is damaged, contradictory or not supported; see [`CheckpointError`].
@@ -220,6 +221,18 @@ impl Checkpoint {
         self.files.read_whole(name, LONGEST_SIDE_FILE)
     }
 
+    /// What `generation_config.json` says of sampling; nothing where there is no such file.
+    ///
+    /// # Errors
+    /// When the file is damaged, a field has the wrong type, or reading fails.
+    pub fn generation_config(&self) -> Result<GenerationConfig, CheckpointError> {
+        let Some(bytes) = self.files.read_whole(GENERATION_FILE, LONGEST_CONFIG)? else {
+            return Ok(GenerationConfig::default());
+        };
+        let in_file = |problem| CheckpointError::Config { file: GENERATION_FILE, problem };
+        GenerationConfig::parse(&bytes).map_err(in_file)
+    }
+
     /// Tensors that no weight lies in, by what their names begin with: those that predict more tokens ahead, or look at
     /// images.
     #[must_use]
@@ -233,9 +246,7 @@ impl Checkpoint {
             let prefix = clip(known.map_or_else(first, String::as_str));
             let entry = found.entry(prefix.clone()).or_insert(Unused { prefix, tensors: 0, bytes: 0 });
             entry.tensors += 1;
-            // The header was found to cover its file, so its tensors' bytes can be counted.
-            entry.bytes +=
-                tensor.shape.iter().map(|&size| size as u64).product::<u64>() * tensor.element.size();
+            entry.bytes += tensor.bytes();
         }
         found.into_values().collect()
     }

@@ -81,6 +81,11 @@ impl Config {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
+    /// Every key with its value, null included.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.map.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
     /// Whether a key is there, null included.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.map.contains_key(key)

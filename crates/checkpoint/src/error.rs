@@ -95,10 +95,10 @@ pub enum CheckpointError {
         /// Experts of the layer by the configuration.
         experts: u32,
     },
-    /// A head beside a head that is the embedding.
+    /// A head beside a head that is the embedding, and not the same.
     #[error(
-        "{file}: tensor `{tensor}` is there although `tie_word_embeddings` makes the embedding the head; set that to \
-         false in config.json to use the tensor, or remove the tensor"
+        "{file}: tensor `{tensor}` is there, and is not the embedding again, although `tie_word_embeddings` makes the \
+         embedding the head; set that to false in config.json to use the tensor, or remove the tensor"
     )]
     TwoHeads {
         /// The shard.

@@ -1,8 +1,8 @@
 //! The files of one model: a directory, or bytes built into the program. Opens by plain name, reads by position.
 //!
 //! What always holds: a name is one plain component; what is opened is a regular file inside the directory, or, in a
-//! Hugging Face hub cache, inside the same model's folder, where snapshots link to blobs; no whole file is read
-//! without a cap. Files are read by position and never mapped (`docs/decisions/0002-positioned-reads.md`). Knows
+//! Hugging Face hub cache, inside the same model's folder, where snapshots link to blobs, unless links to elsewhere are
+//! allowed by name; no whole file is read without a cap. Files are read by position and never mapped (`docs/decisions/0002-positioned-reads.md`). Knows
 //! nothing about formats.
 
 use std::fs::{self, File};
@@ -16,8 +16,10 @@ use crate::error::CheckpointError;
 /// Where a model's files come from.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// A model directory.
+    /// A model directory. Links in it lead nowhere but into it, or, in a hub cache, into the model's folder.
     Directory(PathBuf),
+    /// A model directory whose files may be links to anywhere.
+    Linked(PathBuf),
     /// Files built into the program.
     Embedded {
         /// The model's name.
@@ -40,7 +42,9 @@ pub enum FileError {
     #[error("is not a regular file")]
     NotRegular,
     /// A link that leaves the directory.
-    #[error("is a link that leads out of the model directory; put the file itself there")]
+    #[error(
+        "is a link that leads out of the model directory; put the file itself there, or trust such links with --allow-links"
+    )]
     Outside,
     /// Longer than such a file may be.
     #[error("is {length} bytes long; at most {cap} are read")]
@@ -79,8 +83,8 @@ pub(crate) fn is_plain(name: &str) -> bool {
 pub(crate) enum Files {
     Directory {
         root: PathBuf,
-        /// What links may lead to.
-        boundary: PathBuf,
+        /// What links may lead into; `None`: anything.
+        boundary: Option<PathBuf>,
     },
     Embedded(&'static [(&'static str, &'static [u8])]),
 }
@@ -88,9 +92,10 @@ pub(crate) enum Files {
 impl Files {
     /// Opens the source and says what the model is called.
     pub(crate) fn open(source: &Source) -> Result<(Self, String), CheckpointError> {
-        let path = match source {
+        let (path, may_leave) = match source {
             Source::Embedded { name, files } => return Ok((Self::Embedded(files), (*name).to_owned())),
-            Source::Directory(path) => path,
+            Source::Directory(path) => (path, false),
+            Source::Linked(path) => (path, true),
         };
         let fail = |reason: String| CheckpointError::Directory { path: path.clone(), reason };
         let root = fs::canonicalize(path).map_err(|error| fail(error.to_string()))?;
@@ -99,10 +104,8 @@ impl Files {
         }
         let last =
             root.file_name().map_or_else(|| "model".into(), |last| last.to_string_lossy().into_owned());
-        Ok(match hub_folder(&root) {
-            Some((folder, name)) => (Self::Directory { boundary: folder, root }, name),
-            None => (Self::Directory { boundary: root.clone(), root }, last),
-        })
+        let (folder, name) = hub_folder(&root).unwrap_or_else(|| (root.clone(), last));
+        Ok((Self::Directory { boundary: (!may_leave).then_some(folder), root }, name))
     }
 
     /// The file of this name; `None` when there is none.
@@ -123,7 +126,7 @@ impl Files {
                 }))
             }
             Self::Directory { root, boundary } => {
-                open_regular(&root.join(name), boundary, name).map_err(|problem| problem.of(name))
+                open_regular(&root.join(name), boundary.as_deref(), name).map_err(|problem| problem.of(name))
             }
         }
     }
@@ -165,7 +168,7 @@ fn hub_folder(root: &Path) -> Option<(PathBuf, String)> {
     (snapshots.file_name()? == "snapshots").then(|| (folder.to_owned(), name.replacen("--", "/", 1)))
 }
 
-fn open_regular(path: &Path, boundary: &Path, name: &str) -> Result<Option<Blob>, FileError> {
+fn open_regular(path: &Path, boundary: Option<&Path>, name: &str) -> Result<Option<Blob>, FileError> {
     let target = match fs::canonicalize(path) {
         Ok(target) => target,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -173,8 +176,9 @@ fn open_regular(path: &Path, boundary: &Path, name: &str) -> Result<Option<Blob>
         }
         Err(error) => return Err(FileError::Io(error)),
     };
-    let inside = target.strip_prefix(boundary).is_ok_and(|rest| rest.components().all(is_normal));
-    if !inside {
+    let is_inside =
+        |boundary| target.strip_prefix(boundary).is_ok_and(|rest| rest.components().all(is_normal));
+    if !boundary.is_none_or(is_inside) {
         return Err(FileError::Outside);
     }
     // Looked at before opening as well, because opening a pipe waits for its other end.

@@ -32,7 +32,7 @@ pub struct TensorInfo {
     pub name: String,
     /// Its element type.
     pub element: Element,
-    /// Its dimensions; 1 to [`MOST_DIMENSIONS`], none of them zero.
+    /// Its dimensions, at most [`MOST_DIMENSIONS`]; none is a single number, and with one of 0 there is no element.
     pub shape: Vec<usize>,
     /// First byte, counted from the end of the header.
     pub begin: u64,
@@ -183,7 +183,8 @@ pub fn parse(json: &[u8], data_length: u64) -> Result<Vec<TensorInfo>, HeaderErr
         serde_json::from_str(text).map_err(|error| HeaderError::Json(clip(&error.to_string())))?;
     let mut tensors = entries.into_iter().map(check_entry).collect::<Result<Vec<_>, _>>()?;
     refuse_duplicates(&tensors)?;
-    tensors.sort_unstable_by_key(|tensor| tensor.begin);
+    // One without elements comes before the tensor that begins where it does.
+    tensors.sort_unstable_by_key(|tensor| (tensor.begin, tensor.end));
     let mut expected = 0;
     for tensor in &tensors {
         if tensor.begin != expected {
@@ -218,11 +219,6 @@ fn check_entry((name, entry): (String, Entry)) -> Result<TensorInfo, HeaderError
     let element = Element::parse(&entry.dtype)
         .ok_or_else(|| fail(format!("dtype {} is unknown or takes no whole bytes", clip(&entry.dtype))))?;
     let Shape(dimensions) = entry.shape;
-    if dimensions.is_empty() || dimensions.contains(&0) {
-        return Err(fail(format!(
-            "shape {dimensions:?}; allowed are 1 to {MOST_DIMENSIONS} dimensions, none of them 0"
-        )));
-    }
     let too_big = || fail(format!("shape {dimensions:?} is too big to be addressed"));
     let mut bytes = element.size();
     for &dimension in &dimensions {
@@ -276,7 +272,7 @@ impl<'de> Visitor<'de> for RawVisitor {
         let mut metadata = None;
         while let Some(name) = map.next_key::<String>()? {
             if name == "__metadata__" {
-                if metadata.replace(map.next_value::<Metadata>()?).is_some() {
+                if metadata.replace(map.next_value::<Option<Metadata>>()?).is_some() {
                     return Err(A::Error::custom("`__metadata__` comes twice"));
                 }
                 continue;

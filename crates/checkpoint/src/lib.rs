@@ -14,7 +14,7 @@
 //! One under `model.` or `lm_head.` is refused, because a model served without it would give other output than its
 //! authors meant (a bias the configuration denies, a shared expert, a layer past `num_hidden_layers`). Two kinds are
 //! ignored: rotary frequency buffers (`….rotary_emb.inv_freq`), and whatever lies outside those two prefixes. A head
-//! beside one that is tied is refused: which of the two is meant, only its authors know. `metadata.total_size` of the index is ignored as well: each header must cover its
+//! beside one that is tied is ignored where it is the embedding again, byte for byte, else refused: which of the two is meant, only its authors know. `metadata.total_size` of the index is ignored as well: each header must cover its
 //! file to the byte, which is the stronger check.
 
 mod catalog;
@@ -24,6 +24,7 @@ pub mod digests;
 mod error;
 mod families;
 mod files;
+mod generation;
 pub mod header;
 mod index;
 mod inventory;
@@ -41,6 +42,7 @@ pub use config::ConfigError;
 pub use error::CheckpointError;
 pub use families::Preset;
 pub use files::{FileError, Source};
+pub use generation::GenerationConfig;
 pub use index::IndexError;
 pub use inventory::{Inventory, LayerInventory};
 pub use locate::{LocateError, locate};

@@ -1,4 +1,4 @@
-//! From what a person types to a model directory: a path, or `org/name` in a Hugging Face hub cache.
+//! From what a person types to a model directory: a path, a model's folder in a Hugging Face hub cache, or `org/name` in one.
 //!
 //! The cache keeps a model under `models--org--name`, with `refs/main` naming the current one of its `snapshots`.
 //! Reads directories only; downloads nothing, and takes its roots as arguments.
@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use crate::checkpoint::CONFIG_FILE;
 use crate::error::clip;
 use crate::files::is_plain;
 
@@ -16,6 +17,16 @@ pub enum LocateError {
     /// A path to something else.
     #[error("{0} is not a directory; a model is a directory with config.json and safetensors files")]
     NotDirectory(String),
+    /// A model's folder in a hub cache that does not say which of its snapshots is meant.
+    #[error(
+        "{folder} is a model's folder in a hub cache, and {found}; give one of its snapshots by its path"
+    )]
+    Snapshot {
+        /// The folder.
+        folder: String,
+        /// What is in it.
+        found: String,
+    },
     /// Neither a directory nor a name that a hub could have.
     #[error("no directory {0}; a model is given as a directory, or as org/name once it was pulled")]
     NoDirectory(String),
@@ -29,7 +40,8 @@ pub enum LocateError {
     },
 }
 
-/// The model directory that `name` means: itself if it is one, else the model of that name in the first of `hub_roots`
+/// The model directory that `name` means: itself if it is one, or of a model's folder in a hub cache the current snapshot, else
+/// the model of that name in the first of `hub_roots`
 /// that has it (`models--org--name/snapshots/…`, the one that `refs/main` names, or the only one).
 ///
 /// # Errors
@@ -37,7 +49,8 @@ pub enum LocateError {
 pub fn locate(name: &str, hub_roots: &[PathBuf]) -> Result<PathBuf, LocateError> {
     let path = Path::new(name);
     if path.is_dir() {
-        return Ok(path.to_owned());
+        let is_folder = path.join("snapshots").is_dir() && !path.join(CONFIG_FILE).exists();
+        return if is_folder { snapshot_of(path) } else { Ok(path.to_owned()) };
     }
     if path.exists() {
         return Err(LocateError::NotDirectory(clip(name)));
@@ -59,6 +72,22 @@ fn hub_folder_name(name: &str) -> Option<String> {
     let parts: Vec<&str> = name.split('/').collect();
     let possible = parts.len() <= 2 && parts.iter().all(|part| is_plain(part) && !part.contains("--"));
     possible.then(|| format!("models--{}", parts.join("--")))
+}
+
+/// The current snapshot of a folder that was given by its path.
+fn snapshot_of(folder: &Path) -> Result<PathBuf, LocateError> {
+    const SHOWN: usize = 8;
+    current_snapshot(folder).ok_or_else(|| {
+        let entries = fs::read_dir(folder.join("snapshots")).into_iter().flatten().filter_map(Result::ok);
+        let names = entries.map(|entry| clip(&entry.file_name().to_string_lossy()));
+        let mut names: Vec<String> = names.take(SHOWN).collect();
+        names.sort();
+        let found = match names.as_slice() {
+            [] => "its snapshots/ is empty: the download may be incomplete".to_owned(),
+            names => format!("its refs/main names none of its snapshots {}", names.join(", ")),
+        };
+        LocateError::Snapshot { folder: clip(&folder.display().to_string()), found }
+    })
 }
 
 fn current_snapshot(folder: &Path) -> Option<PathBuf> {
@@ -125,6 +154,25 @@ mod tests {
         assert_eq!(locate("org/name", &[root.path().to_owned()]), Ok(snapshots.join("aaa")));
         let (root, snapshots) = cache(&["aaa"], Some("../../../etc"));
         assert_eq!(locate("org/name", &[root.path().to_owned()]), Ok(snapshots.join("aaa")));
+    }
+
+    #[test]
+    fn the_folder_of_a_model_means_its_current_snapshot() {
+        let folder = |snapshots: &Path| snapshots.parent().unwrap().to_str().unwrap().to_owned();
+        let (_root, snapshots) = cache(&["aaa", "bbb"], Some("bbb"));
+        assert_eq!(locate(&folder(&snapshots), &[]), Ok(snapshots.join("bbb")));
+        let (_root, snapshots) = cache(&["aaa"], None);
+        assert_eq!(locate(&folder(&snapshots), &[]), Ok(snapshots.join("aaa")));
+        let (_root, snapshots) = cache(&["aaa", "bbb"], None);
+        let text = locate(&folder(&snapshots), &[]).unwrap_err().to_string();
+        assert!(text.contains("snapshots aaa, bbb; give one of its snapshots"), "{text}");
+        fs::remove_dir(snapshots.join("aaa")).unwrap();
+        fs::remove_dir(snapshots.join("bbb")).unwrap();
+        let text = locate(&folder(&snapshots), &[]).unwrap_err().to_string();
+        assert!(text.contains("is empty"), "{text}");
+        // A model that happens to have a folder of that name.
+        fs::write(snapshots.parent().unwrap().join("config.json"), "{}").unwrap();
+        assert_eq!(locate(&folder(&snapshots), &[]), Ok(snapshots.parent().unwrap().to_owned()));
     }
 
     #[test]

@@ -17,6 +17,8 @@ use crate::spec::{ModelSpec, Role, StoredForms};
 
 /// Rows and columns of a block of FP8 that shares a scale.
 pub(crate) const FP8_BLOCK: usize = 128;
+/// The head of a tied model, where it is stored again.
+const TIED_HEAD: &str = "lm_head.weight";
 /// Elements along a row that share a scale of MXFP4.
 pub(crate) const MXFP4_GROUP: usize = 32;
 
@@ -335,21 +337,37 @@ impl<'a> PlanBuilder<'a> {
                 return Err(self.mixed(&self.catalog.tensors[slice.tensor], role));
             }
         }
-        let left = self.catalog.tensors.iter().zip(&self.used).filter(|(_, used)| !**used);
-        let mut left = left.filter_map(|(tensor, _)| Some((tensor, tensor.name.strip_prefix(self.prefix)?)));
-        let unused = |name: &str| spec.unused.iter().any(|prefix| name.starts_with(prefix));
-        let Some((tensor, inner)) = left.find(|(_, inner)| matters(inner) && !unused(inner)) else {
-            return Ok(self.slices);
-        };
+        for (at, tensor) in self.catalog.tensors.iter().enumerate().filter(|&(at, _)| !self.used[at]) {
+            let Some(inner) = tensor.name.strip_prefix(self.prefix) else { continue };
+            let unused = spec.unused.iter().any(|prefix| inner.starts_with(prefix));
+            if matters(inner) && !unused && !self.is_embedding_again(at, inner, spec)? {
+                return Err(self.left_over(tensor, inner, spec));
+            }
+        }
+        Ok(self.slices)
+    }
+
+    /// Whether a tensor is the head that a tied model has stored beside its embedding, byte for byte.
+    fn is_embedding_again(&self, at: usize, inner: &str, spec: &ModelSpec) -> Result<bool, CheckpointError> {
+        match self.slices.get(&Role::Embedding) {
+            Some(embedding) if spec.tied_head && inner == TIED_HEAD => {
+                self.catalog.are_equal(at, embedding.tensor)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Why a tensor that no role has cannot be left alone.
+    fn left_over(&self, tensor: &Tensor, inner: &str, spec: &ModelSpec) -> CheckpointError {
         let (file, name) = (self.catalog.shard_name(tensor).to_owned(), tensor.name.clone());
-        if spec.tied_head && inner == "lm_head.weight" {
-            return Err(CheckpointError::TwoHeads { file, tensor: name });
+        if spec.tied_head && inner == TIED_HEAD {
+            return CheckpointError::TwoHeads { file, tensor: name };
         }
         match foreign_expert(inner, spec) {
             Some((layer, expert, experts)) => {
-                Err(CheckpointError::ForeignExpert { file, tensor: name, layer, expert, experts })
+                CheckpointError::ForeignExpert { file, tensor: name, layer, expert, experts }
             }
-            None => Err(CheckpointError::UnplannedTensor { file, tensor: name, family: spec.family }),
+            None => CheckpointError::UnplannedTensor { file, tensor: name, family: spec.family },
         }
     }
 }
@@ -379,7 +397,10 @@ fn foreign_expert(name: &str, spec: &ModelSpec) -> Option<(u32, u32, u32)> {
 /// Dtype of the checkpoint's plain matrices: that of the embedding, or of the first one that is readable. Whether all
 /// agree is for the plan to check, which knows what each of them is.
 pub(crate) fn plain_dtype(catalog: &Catalog, prefix: &str) -> Plain {
-    let matrix = |tensor: &Tensor| if tensor.shape.len() > 1 { Plain::of(tensor.element) } else { None };
+    let matrix = |tensor: &Tensor| {
+        let is_one = tensor.shape.len() > 1 && !tensor.shape.contains(&0);
+        if is_one { Plain::of(tensor.element) } else { None }
+    };
     let embedding = catalog.find(&format!("{prefix}model.embed_tokens.weight"));
     let embedding = embedding.map(|at| &catalog.tensors[at]);
     embedding.into_iter().chain(&catalog.tensors).find_map(matrix).unwrap_or(Plain::F32)

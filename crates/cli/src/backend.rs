@@ -4,11 +4,13 @@ use std::path::PathBuf;
 use std::pin::Pin;
 
 use muster_client::{Client, ClientError, Credentials, Event as ClientEvent, Policy};
+use muster_config::GenerationMode;
+use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::RawSampling;
 use muster_proto::v1;
 use muster_proto::v1::finished::Reason;
 use muster_proto::v1::generate_request::Prompt as WirePrompt;
-use muster_router::request::{Eos, Event, GenerateRequest, Prompt, RequestError, Stop};
+use muster_router::request::{Eos, Event, GenerateRequest, OverContext, Prompt, RequestError, Stop};
 use muster_router::service::{Generation, Service};
 use muster_text::{ChatMessage, Special};
 use tokio_stream::Stream;
@@ -21,9 +23,6 @@ pub(crate) const DEFAULT_GRPC: &str = "http://127.0.0.1:50051";
 
 /// An API key, where no file has one.
 const API_KEY: &str = "MUSTER_API_KEY";
-
-/// Tokens to generate when nobody says how many.
-const DEFAULT_TOKENS: u32 = 64;
 
 /// Generates tokens.
 #[derive(Clone)]
@@ -39,6 +38,38 @@ pub(crate) enum Backend {
 pub(crate) enum Ask {
     Tokens(Vec<u32>),
     Chat(Vec<v1::ChatMessage>),
+}
+
+/// How tokens are picked, and when there are enough. The default takes the likeliest, to the end of the text.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Manner {
+    pub(crate) sampling: RawSampling,
+    pub(crate) seed: Option<u64>,
+    pub(crate) stop: Vec<String>,
+    pub(crate) ignore_eos: bool,
+    /// Tokens where nobody says how many, as far as the context leaves them.
+    pub(crate) default_tokens: Option<u32>,
+}
+
+impl Manner {
+    /// What was asked for by flags, and where nothing was, what the model's own settings are.
+    fn of(asked: &SamplingArgs, model: &SamplingDefaults) -> Self {
+        let default = model.over(RawSampling::default());
+        Self {
+            sampling: RawSampling {
+                temperature: asked.temperature.unwrap_or(default.temperature),
+                top_k: asked.top_k.unwrap_or(default.top_k),
+                top_p: asked.top_p.unwrap_or(default.top_p),
+                min_p: asked.min_p.unwrap_or(default.min_p),
+                repetition_penalty: asked.repetition_penalty.unwrap_or(default.repetition_penalty),
+                ..default
+            },
+            seed: asked.seed,
+            stop: asked.stop.clone(),
+            ignore_eos: asked.ignore_eos,
+            default_tokens: model.max_tokens,
+        }
+    }
 }
 
 /// What comes back.
@@ -71,6 +102,9 @@ pub(crate) struct About {
     pub(crate) compute: String,
     pub(crate) experts: String,
     pub(crate) trunk: String,
+    pub(crate) has_chat_template: bool,
+    /// The model's own settings, where its router takes them.
+    defaults: SamplingDefaults,
 }
 
 /// A client of the routers at these addresses.
@@ -98,11 +132,31 @@ impl Backend {
     pub(crate) async fn about(&mut self) -> Result<About, Failure> {
         Ok(match self {
             Self::Router(client) => {
+                let model = client.model().await.map_err(failed)?;
+                let defaults = defaults(&model);
                 let v1::Model {
-                    name, vocabulary, context, workers, compute, expert_dtype, trunk_dtype, ..
-                } = client.model().await.map_err(failed)?;
+                    name,
+                    vocabulary,
+                    context,
+                    workers,
+                    compute,
+                    expert_dtype,
+                    trunk_dtype,
+                    has_chat_template,
+                    ..
+                } = model;
                 let (experts, trunk) = (expert_dtype, trunk_dtype);
-                About { name, vocabulary, context, workers, compute, experts, trunk }
+                About {
+                    name,
+                    vocabulary,
+                    context,
+                    workers,
+                    compute,
+                    experts,
+                    trunk,
+                    has_chat_template,
+                    defaults,
+                }
             }
             Self::Here(service) => {
                 let model = service.model();
@@ -114,6 +168,8 @@ impl Backend {
                     compute: model.compute.to_string(),
                     experts: model.experts.to_string(),
                     trunk: model.trunk.to_string(),
+                    has_chat_template: model.has_chat_template,
+                    defaults: model.defaults,
                 }
             }
         })
@@ -128,15 +184,12 @@ impl Backend {
         }
     }
 
-    /// As many tokens as asked for; or else a default number, or fewer when the context leaves no more.
-    pub(crate) async fn max_tokens(&mut self, asked: Option<u32>, prompt: usize) -> Result<u32, Failure> {
-        if let Some(asked) = asked {
-            return Ok(asked);
-        }
-        let context = self.about().await?.context;
-        let room = context.saturating_sub(u32::try_from(prompt).unwrap_or(u32::MAX));
-        // Where there is no room at all, whoever generates says so.
-        Ok(room.clamp(1, DEFAULT_TOKENS))
+    /// How to pick tokens, by the flags and the model's own settings.
+    pub(crate) async fn manner(&mut self, asked: &SamplingArgs) -> Result<Manner, Failure> {
+        Ok(match asked.generation_config {
+            GenerationMode::Auto => Manner::of(asked, &self.about().await?.defaults),
+            GenerationMode::Ignore => Manner::of(asked, &SamplingDefaults::default()),
+        })
     }
 
     /// Starts a generation. Dropping the pieces ends it.
@@ -144,15 +197,15 @@ impl Backend {
         &mut self,
         ask: Ask,
         max_tokens: Option<u32>,
-        sampling: &SamplingArgs,
+        manner: &Manner,
     ) -> Result<Pieces, Failure> {
         match self {
             Self::Router(client) => {
-                let generation = client.generate(wire_request(ask, max_tokens, sampling)).await;
+                let generation = client.generate(wire_request(ask, max_tokens, manner)).await;
                 generation.map(|generation| Pieces::Router(Box::new(generation))).map_err(failed)
             }
             Self::Here(service) => {
-                let request = request(ask, max_tokens, sampling);
+                let request = request(ask, max_tokens, manner);
                 service.generate(request).await.map(Pieces::Here).map_err(|error| refused(&error))
             }
         }
@@ -160,6 +213,14 @@ impl Backend {
 }
 
 impl Pieces {
+    /// Tokens of the prompt.
+    pub(crate) fn prompt_tokens(&self) -> u32 {
+        match self {
+            Self::Router(generation) => generation.started().prompt_tokens,
+            Self::Here(generation) => generation.started.prompt_tokens,
+        }
+    }
+
     /// The next piece; `None` after `Finished`.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece>, Failure> {
         Ok(Some(match self {
@@ -191,32 +252,43 @@ impl Pieces {
     }
 }
 
-fn wire_request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> v1::GenerateRequest {
+/// What a router tells of its model's own settings.
+fn defaults(model: &v1::Model) -> SamplingDefaults {
+    let v1::Sampling { temperature, top_k, top_p, min_p, repetition_penalty, .. } =
+        model.default_sampling.clone().unwrap_or_default();
+    let max_tokens = model.default_max_tokens;
+    SamplingDefaults { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens }
+}
+
+fn wire_request(ask: Ask, max_tokens: Option<u32>, manner: &Manner) -> v1::GenerateRequest {
+    let sampling = &manner.sampling;
     let prompt = match ask {
         Ask::Tokens(ids) => WirePrompt::Tokens(v1::TokenIds { ids }),
         Ask::Chat(messages) => WirePrompt::Chat(v1::Chat { messages }),
     };
     v1::GenerateRequest {
         prompt: Some(prompt),
-        max_tokens,
+        max_tokens: max_tokens.or(manner.default_tokens),
+        cut_to_context: max_tokens.is_none(),
         sampling: Some(v1::Sampling {
             temperature: Some(sampling.temperature),
             top_k: Some(sampling.top_k),
             top_p: Some(sampling.top_p),
             min_p: Some(sampling.min_p),
-            seed: sampling.seed,
+            repetition_penalty: Some(sampling.repetition_penalty),
+            seed: manner.seed,
             ..v1::Sampling::default()
         }),
         stop: Some(v1::Stop {
-            strings: sampling.stop.clone(),
+            strings: manner.stop.clone(),
             token_ids: Vec::new(),
-            ignore_eos: sampling.ignore_eos,
+            ignore_eos: manner.ignore_eos,
         }),
         ..v1::GenerateRequest::default()
     }
 }
 
-fn request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> GenerateRequest {
+fn request(ask: Ask, max_tokens: Option<u32>, manner: &Manner) -> GenerateRequest {
     GenerateRequest {
         model: None,
         prompt: match ask {
@@ -226,19 +298,14 @@ fn request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> Genera
                 Prompt::Chat(messages.into_iter().map(message).collect::<Vec<_>>().into())
             }
         },
-        max_tokens,
-        sampling: RawSampling {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-            min_p: sampling.min_p,
-            ..RawSampling::default()
-        },
-        seed: sampling.seed,
+        max_tokens: max_tokens.or(manner.default_tokens),
+        over_context: if max_tokens.is_none() { OverContext::Cut } else { OverContext::Refused },
+        sampling: manner.sampling.clone(),
+        seed: manner.seed,
         stop: Stop {
-            strings: sampling.stop.clone(),
+            strings: manner.stop.clone(),
             token_ids: Vec::new(),
-            eos: if sampling.ignore_eos { Eos::Ignored } else { Eos::Stops },
+            eos: if manner.ignore_eos { Eos::Ignored } else { Eos::Stops },
         },
         top_logprobs: None,
         choices: 1,
@@ -250,7 +317,7 @@ fn request(ask: Ask, max_tokens: Option<u32>, sampling: &SamplingArgs) -> Genera
 pub(crate) fn failed(error: ClientError) -> Failure {
     match error {
         ClientError::Refused { .. } => Failure::input(error),
-        ClientError::Address { .. } => Failure::input(format!("--grpc: {error}")),
+        ClientError::Address { .. } | ClientError::Http { .. } => Failure::input(format!("--grpc: {error}")),
         ClientError::Unreachable { .. } => {
             let remedy = "start one with `muster up`, or say where with --grpc";
             Failure::runtime(format!("{error}; {remedy}"))
@@ -263,5 +330,56 @@ fn refused(error: &RequestError) -> Failure {
     match error {
         RequestError::Invalid { .. } | RequestError::UnknownModel { .. } => Failure::input(error),
         _ => Failure::runtime(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn flags(given: &[&str]) -> SamplingArgs {
+        match Cli::parse_from([&["muster", "generate", "x"], given].concat()).command {
+            Command::Generate(args) => args.sampling,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn flags_overrule_the_models_settings_field_by_field() {
+        let none = SamplingDefaults::default();
+        let greedy = RawSampling::default;
+        assert_eq!(Manner::of(&flags(&[]), &none).sampling, greedy());
+        for (flag, model, expected) in [
+            (
+                "--temperature",
+                SamplingDefaults { temperature: Some(0.5), ..none },
+                RawSampling { temperature: 0.5, ..greedy() },
+            ),
+            ("--top-k", SamplingDefaults { top_k: Some(7), ..none }, RawSampling { top_k: 7, ..greedy() }),
+            (
+                "--top-p",
+                SamplingDefaults { top_p: Some(0.5), ..none },
+                RawSampling { top_p: 0.5, ..greedy() },
+            ),
+            (
+                "--min-p",
+                SamplingDefaults { min_p: Some(0.5), ..none },
+                RawSampling { min_p: 0.5, ..greedy() },
+            ),
+            (
+                "--repetition-penalty",
+                SamplingDefaults { repetition_penalty: Some(1.5), ..none },
+                RawSampling { repetition_penalty: 1.5, ..greedy() },
+            ),
+        ] {
+            assert_eq!(Manner::of(&flags(&[]), &model).sampling, expected, "{flag}");
+            let given = flags(&[flag, "1"]);
+            assert_eq!(Manner::of(&given, &model).sampling, Manner::of(&given, &none).sampling, "{flag}");
+        }
+        let length = SamplingDefaults { max_tokens: Some(9), ..none };
+        assert_eq!(Manner::of(&flags(&[]), &length).default_tokens, Some(9));
     }
 }

@@ -1,38 +1,33 @@
 //! Workers of one's own: child processes on Unix sockets in a private directory, started again when they die.
 
 use std::ffi::OsString;
-use std::fs::Permissions;
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 
 use muster_types::{Compute, WeightDType};
-use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::LogArgs;
-use crate::children::{self, Running};
 use crate::engine::cores;
 use crate::failure::Failure;
-use crate::progress::{Bar, Bars};
+use crate::kept::Kept;
+use crate::models::Links;
+use crate::progress::Bars;
+use crate::sockets::SocketDirectory;
 
-/// How long a child may take to end.
-pub(crate) const GRACE: Duration = Duration::from_secs(10);
 /// Most rows of one message to workers of one's own.
 pub(crate) const MOST_ROWS: u32 = 8192;
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A worker that lived this long did not die of what killed it before.
-const STEADY: Duration = Duration::from_secs(60);
 
 /// What workers of one's own are to be.
 pub(crate) struct WorkersSpec<'a> {
     pub(crate) model: &'a str,
+    pub(crate) links: Links,
     pub(crate) count: NonZeroU32,
+    /// Routed experts of the model, over all its layers.
+    pub(crate) experts_in_all: u64,
     /// On how many of them every expert is.
     pub(crate) replicas: NonZeroU32,
     pub(crate) compute: Option<Compute>,
@@ -42,15 +37,37 @@ pub(crate) struct WorkersSpec<'a> {
     pub(crate) log: &'a LogArgs,
 }
 
+impl WorkersSpec<'_> {
+    /// Whether so many workers can share the experts.
+    ///
+    /// # Errors
+    /// Names the flag that asks for too many.
+    fn check(&self) -> Result<(), Failure> {
+        let &Self { count, replicas, experts_in_all, .. } = self;
+        if replicas > count {
+            return Err(Failure::input(format!(
+                "--replicas: {count} workers cannot hold {replicas} copies of an expert; use at most {count}"
+            )));
+        }
+        if u64::from(count.get()) > experts_in_all {
+            return Err(Failure::input(format!(
+                "--workers: the model has {experts_in_all} experts, so some of {count} workers would hold none; use at most \
+                 {experts_in_all}"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Running workers. Lives on the main thread.
 pub(crate) struct Workers {
     count: NonZeroU32,
     addresses: Vec<String>,
-    /// Of the process that each is now; 0 while it is none.
+    /// Of the process that each is, or was last.
     pids: Vec<Arc<AtomicU32>>,
     stop: CancellationToken,
     tasks: JoinSet<()>,
-    _directory: TempDir,
+    _directory: SocketDirectory,
 }
 
 /// Compute threads of a router and of each of its workers, when they share this machine.
@@ -82,11 +99,8 @@ pub(crate) fn compute_flags(compute: Option<Compute>, experts: WeightDType) -> [
 impl Workers {
     /// Starts all workers and waits until they are ready. When one cannot start, none stays.
     pub(crate) async fn start(spec: &WorkersSpec<'_>, bars: &Bars) -> Result<Self, Failure> {
-        let directory = tempfile::Builder::new()
-            .prefix("muster-")
-            .permissions(Permissions::from_mode(0o700))
-            .tempdir()
-            .map_err(|error| Failure::runtime(format!("cannot make a directory for sockets: {error}")))?;
+        spec.check()?;
+        let directory = SocketDirectory::make()?;
         let mut workers = Self {
             count: spec.count,
             addresses: Vec::new(),
@@ -101,7 +115,8 @@ impl Workers {
                 format!("unix:{}", workers._directory.path().join(format!("{index}.sock")).display());
             let pid = Arc::new(AtomicU32::new(0));
             let name = format!("worker {index}");
-            let worker = Worker { name, arguments: arguments(spec, index, &address), pid: pid.clone() };
+            let given = arguments(spec, index, &address);
+            let worker = Kept { name, arguments: move |_: Option<&_>| given.clone(), pid: pid.clone() };
             workers.pids.push(pid);
             let (ready, is_ready) = oneshot::channel();
             let bar = bars.bar(worker.name.clone());
@@ -125,7 +140,7 @@ impl Workers {
         self.count
     }
 
-    /// The process that a worker is now; 0 while it is none.
+    /// The process that a worker is, or was last.
     pub(crate) fn pid(&self, index: usize) -> u32 {
         self.pids.get(index).map_or(0, |pid| pid.load(Ordering::Relaxed))
     }
@@ -163,69 +178,10 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         "--busy-poll-us".into(),
         spec.busy_poll_us.to_string().into(),
     ];
+    if spec.links == Links::Anywhere {
+        arguments.push("--allow-links".into());
+    }
     arguments.extend(compute_flags(spec.compute, spec.experts));
     arguments.extend(log_flags(spec.log));
     arguments
-}
-
-struct Worker {
-    name: String,
-    arguments: Vec<OsString>,
-    pid: Arc<AtomicU32>,
-}
-
-impl Worker {
-    /// Runs the worker until told to stop; starts it again whenever it dies.
-    async fn keep(self, bar: Bar, ready: oneshot::Sender<Result<(), Failure>>, stop: CancellationToken) {
-        let first = tokio::select! {
-            first = self.start(&bar) => first,
-            () = stop.cancelled() => return,
-        };
-        let mut running = match first {
-            Ok(running) => running,
-            Err(failure) => return drop(ready.send(Err(failure))),
-        };
-        if ready.send(Ok(())).is_err() {
-            return running.stop(GRACE).await;
-        }
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let since = Instant::now();
-            let status = tokio::select! {
-                status = running.exited() => status,
-                () = stop.cancelled() => return running.stop(GRACE).await,
-            };
-            if since.elapsed() > STEADY {
-                pause = FIRST_PAUSE;
-            }
-            tracing::warn!(worker = self.name, %status, "died");
-            running = tokio::select! {
-                again = self.start_again(&bar, &mut pause) => again,
-                () = stop.cancelled() => return,
-            };
-            tracing::warn!(worker = self.name, "is back");
-        }
-    }
-
-    /// Starts the worker after a pause, and after ever longer pauses as long as that fails.
-    async fn start_again(&self, bar: &Bar, pause: &mut Duration) -> Running {
-        loop {
-            tokio::time::sleep(*pause).await;
-            *pause = (*pause * 2).min(LONGEST_PAUSE);
-            match self.start(bar).await {
-                Ok(running) => return running,
-                Err(failure) => {
-                    tracing::warn!(worker = self.name, ?failure, ?pause, "cannot be started again yet");
-                }
-            }
-        }
-    }
-
-    async fn start(&self, bar: &Bar) -> Result<Running, Failure> {
-        let mut running = children::spawn(&self.name, &self.arguments)?;
-        running.ready(|progress| bar.update(progress)).await?;
-        bar.finish();
-        self.pid.store(running.pid().unwrap_or(0), Ordering::Relaxed);
-        Ok(running)
-    }
 }

@@ -6,6 +6,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use muster_checkpoint::Checkpoint;
+use muster_config::GenerationMode;
 use muster_dispatch_grpc::{ConnectConfig, Dialer, Digests, GrpcDispatch, Start, StatsHandle};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::Cpu;
@@ -15,7 +16,7 @@ use muster_model::trunk::Trunk;
 use muster_router::health::Health;
 use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
-use muster_router::start::{EngineHandle, EngineSettings, Parts, start};
+use muster_router::start::{EngineHandle, EngineSettings, ModelDefaults, Parts, start};
 use muster_types::{Combine, Compute, WeightDType};
 
 use crate::args::ComputeArgs;
@@ -58,6 +59,14 @@ impl Mode {
     pub(crate) fn of(checkpoint: &Checkpoint, asked: ComputeArgs) -> Self {
         let compute = compute_mode(checkpoint, asked.compute.get());
         Self { compute, experts: asked.expert_dtype, trunk: asked.trunk_dtype }
+    }
+}
+
+/// What becomes of the model's own sampling settings.
+pub(crate) const fn model_defaults(mode: GenerationMode) -> ModelDefaults {
+    match mode {
+        GenerationMode::Auto => ModelDefaults::Taken,
+        GenerationMode::Ignore => ModelDefaults::Ignored,
     }
 }
 
@@ -160,7 +169,12 @@ fn connect(
 
 impl Loaded {
     /// Starts the engine thread over it.
-    pub(crate) fn serve(self, settings: EngineSettings) -> Result<(Service, EngineHandle), Failure> {
+    pub(crate) fn serve(
+        self,
+        settings: EngineSettings,
+        defaults: ModelDefaults,
+    ) -> Result<(Service, EngineHandle), Failure> {
+        let defaults = defaults.of(&self.checkpoint).map_err(Failure::input)?;
         let Self { checkpoint, cpu, trunk, dispatch, dtype: experts, health, workers, combine, .. } = self;
         start(Parts {
             checkpoint,
@@ -173,6 +187,7 @@ impl Loaded {
             workers,
             combine,
             model_name: None,
+            defaults,
             settings,
         })
         .map_err(Failure::input)

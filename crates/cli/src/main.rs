@@ -12,6 +12,8 @@ mod commands;
 mod dispatch_times;
 mod engine;
 mod failure;
+mod hints;
+mod kept;
 mod models;
 mod numbers;
 mod out;
@@ -20,6 +22,7 @@ mod plain_http;
 mod progress;
 mod scrape;
 mod signals;
+mod sockets;
 mod stats;
 mod text;
 
@@ -28,7 +31,8 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let cli = args::Cli::parse();
+    let given = || std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
+    let cli = args::Cli::try_parse().unwrap_or_else(|error| hints::with_hint(error, given()).exit());
     match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),

@@ -29,8 +29,24 @@ static DEMO_FILES: &[(&str, &[u8])] = demo_files![
     "tokenizer_config.json",
 ];
 
+/// Where links in a model's directory may lead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Links {
+    /// Into it, or in a hub cache into the model's folder.
+    Inside,
+    /// Anywhere.
+    Anywhere,
+}
+
+impl Links {
+    /// As a switch says it.
+    pub(crate) const fn of(allow_links: bool) -> Self {
+        if allow_links { Self::Anywhere } else { Self::Inside }
+    }
+}
+
 /// Where the model's files are.
-pub(crate) fn source(model: &str) -> Result<Source, Failure> {
+pub(crate) fn source(model: &str, links: Links) -> Result<Source, Failure> {
     if model.is_empty() {
         return Err(Failure::input(
             "--model: is empty; give a directory, org/name of a pulled model, or demo",
@@ -40,13 +56,17 @@ pub(crate) fn source(model: &str) -> Result<Source, Failure> {
         return Ok(Source::Embedded { name: DEMO, files: DEMO_FILES });
     }
     locate(model, &hub_roots())
-        .map(Source::Directory)
+        .map(match links {
+            Links::Inside => Source::Directory,
+            Links::Anywhere => Source::Linked,
+        })
         .map_err(|error| Failure::input(format!("--model: {error}")))
 }
 
 /// Opens a model: everything that its headers can tell is checked.
-pub(crate) fn open(model: &str) -> Result<Checkpoint, Failure> {
-    Checkpoint::open(&source(model)?).map_err(|error| Failure::input(format!("model {model}: {error}")))
+pub(crate) fn open(model: &str, links: Links) -> Result<Checkpoint, Failure> {
+    Checkpoint::open(&source(model, links)?)
+        .map_err(|error| Failure::input(format!("model {model}: {error}")))
 }
 
 /// Where this program may keep what it computed, if the user has a directory for such things.
@@ -74,7 +94,7 @@ mod tests {
 
     #[test]
     fn the_built_in_model_is_whole() {
-        let checkpoint = open(DEMO).unwrap();
+        let checkpoint = open(DEMO, Links::Inside).unwrap();
         assert_eq!((checkpoint.name(), checkpoint.spec().family), ("demo", "mixtral"));
         assert!(checkpoint.side_file("tokenizer.json").unwrap().is_some());
     }

@@ -44,11 +44,54 @@ pub(crate) fn worker_count(text: &str) -> Result<NonZeroU32, String> {
     number.ok_or_else(|| "it is not a whole number from 1 to 256".to_owned())
 }
 
+/// What sizes of memory are told in: as they were asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// Powers of 1024: MiB, GiB.
+    Binary,
+    /// Powers of 1000: MB, GB.
+    Decimal,
+}
+
+impl Unit {
+    /// Of a size as it was written, with a unit that can be read. Plain bytes are told in powers of 1024.
+    fn of(size: &str) -> Self {
+        match size.trim_start_matches(|c: char| c.is_ascii_digit()) {
+            "kB" | "MB" | "GB" | "TB" => Self::Decimal,
+            _ => Self::Binary,
+        }
+    }
+
+    /// Bytes of the unit that commands are given sizes in: a MiB or a MB.
+    pub(crate) const fn step(self) -> u64 {
+        match self {
+            Self::Binary => 1 << 20,
+            Self::Decimal => 1_000_000,
+        }
+    }
+
+    /// So many bytes as a command takes them, in whole steps and at least one.
+    pub(crate) fn argument(self, bytes: u64) -> String {
+        let unit = match self {
+            Self::Binary => "MiB",
+            Self::Decimal => "MB",
+        };
+        format!("{}{unit}", (bytes / self.step()).max(1))
+    }
+
+    /// The same as Kubernetes takes it.
+    pub(crate) fn quantity(self, bytes: u64) -> String {
+        self.argument(bytes).trim_end_matches('B').to_owned()
+    }
+}
+
 /// Machines of one size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Machines {
     /// Bytes of memory of each.
     pub(crate) memory: u64,
+    /// What that is told in.
+    pub(crate) unit: Unit,
     /// How many; `None`: as many as needed.
     pub(crate) count: Option<NonZeroU32>,
 }
@@ -56,12 +99,12 @@ pub(crate) struct Machines {
 /// `64GiB` or `64GiBx2`.
 pub(crate) fn machines(text: &str) -> Result<Machines, String> {
     let Some((size, count)) = text.split_once('x') else {
-        return parse_size(text).map(|memory| Machines { memory, count: None });
+        return parse_size(text).map(|memory| Machines { memory, unit: Unit::of(text), count: None });
     };
-    let memory = parse_size(size)?;
+    let (memory, unit) = (parse_size(size)?, Unit::of(size));
     let count = count.parse::<NonZeroU32>().ok().filter(|count| count.get() <= 100_000);
     let reason = || format!("{text:?} does not end in a number of machines; write as in 64GiBx2");
-    count.map(|count| Machines { memory, count: Some(count) }).ok_or_else(reason)
+    count.map(|count| Machines { memory, unit, count: Some(count) }).ok_or_else(reason)
 }
 
 #[cfg(test)]
@@ -74,12 +117,26 @@ mod tests {
             not_negative("nan").is_err() && not_negative("-0.1").is_err() && not_negative("inf").is_err()
         );
         assert!(fraction("1.1").is_err() && fraction("1").is_ok());
-        let two = Machines { memory: 64 << 30, count: NonZeroU32::new(2) };
+        let two = Machines { memory: 64 << 30, unit: Unit::Binary, count: NonZeroU32::new(2) };
         assert_eq!(machines("64GiBx2"), Ok(two));
         assert_eq!(machines("64GiB"), Ok(Machines { count: None, ..two }));
         for wrong in ["64", "64x2", "64GiBx", "64GiBx0", "64GiBx-1", "64GiBx2x2", "x2", "0GiB", ""] {
             assert!(machines(wrong).is_err(), "{wrong}");
         }
+        for (text, unit) in [
+            ("64GB", Unit::Decimal),
+            ("64kBx2", Unit::Decimal),
+            ("64KiB", Unit::Binary),
+            ("64B", Unit::Binary),
+        ] {
+            assert_eq!(machines(text).map(|machines| machines.unit), Ok(unit), "{text}");
+        }
+        let (mib, mb) = (Unit::Binary, Unit::Decimal);
+        assert_eq!(
+            (mib.argument(3 << 20), mb.argument(3_999_999), mb.argument(1)),
+            ("3MiB".into(), "3MB".into(), "1MB".into())
+        );
+        assert_eq!((mib.quantity(3 << 20), mb.quantity(3_000_000)), ("3Mi".into(), "3M".into()));
         assert!(threads("0").is_err() && threads("1_000").is_err() && threads("8").is_ok());
     }
 }

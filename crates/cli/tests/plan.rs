@@ -178,3 +178,26 @@ fn what_is_said_to_be_the_least_is_enough() {
     assert_eq!(json(&["mixtral-8x7b", "--worker", "420MiB"])["sizes"][0]["experts_each"], 1);
     refused(&["mixtral-8x7b", "--worker", "419MiB"], &["too little"]);
 }
+
+#[test]
+fn memory_is_told_in_the_unit_that_was_asked_in() {
+    let answer = text(&plan(&["mixtral-8x7b", "--worker", "64GB"]));
+    for fact in ["64 GB", "51.2 GB", "--memory 51200MB", ".memory=64000M ", "workers.defaults.memory=51200MB"]
+    {
+        assert!(answer.contains(fact), "{fact:?} is not in\n{answer}");
+    }
+    assert!(!answer.contains("GiB"), "{answer}");
+    let answer = text(&plan(&["mixtral-8x7b", "--worker", "64GiB"]));
+    for fact in ["64 GiB", "51.2 GiB", "--memory 52428MiB", ".memory=65536Mi "] {
+        assert!(answer.contains(fact), "{fact:?} is not in\n{answer}");
+    }
+    let mixed = text(&plan(&["mixtral-8x7b", "--worker", "64GBx2", "--worker", "64GiB"]));
+    assert!(mixed.contains("64 GB ") && mixed.contains("64 GiB "), "{mixed}");
+    refused(
+        &["mixtral-8x7b", "--worker", "200MB"],
+        &["a worker of 200 MB has 160 MB", "the least is a worker of 442 MB"],
+    );
+    let output = plan(&["mixtral-8x7b", "--worker", "442MB"]);
+    assert_eq!(output.status.code(), Some(0));
+    refused(&["mixtral-8x7b", "--worker", "440MB"], &["too little"]);
+}

@@ -39,6 +39,15 @@ pub enum ClientError {
         /// Where.
         router: String,
     },
+    /// A server of HTTP/1 listens there.
+    #[error(
+        "what answers at {router} speaks HTTP/1.1 and not gRPC, as a router does at its --http address; give the address of its \
+         --grpc, which is http://127.0.0.1:50051 unless told otherwise"
+    )]
+    Http {
+        /// Where.
+        router: String,
+    },
     /// A router could not do it, and says that trying again will not help.
     #[error("the router failed: {message} ({code})")]
     Failed {
@@ -81,6 +90,7 @@ impl ClientError {
             | Self::Key
             | Self::Refused { .. }
             | Self::NotMuster { .. }
+            | Self::Http { .. }
             | Self::Failed { .. }
             | Self::Protocol { .. } => Retry::Never,
         }

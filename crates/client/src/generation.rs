@@ -143,7 +143,14 @@ impl Source {
             match trouble {
                 // To go on with a stream is for a router that would send the same; there may be one.
                 Trouble::Final(status) if progress.is_some() => self.refused(&status, tokens)?,
-                trouble => self.lost(trouble, tokens)?,
+                trouble => {
+                    if self.client.count() == 1
+                        && let Some(other) = self.client.other(self.at).await
+                    {
+                        return Err(other);
+                    }
+                    self.lost(trouble, tokens)?;
+                }
             }
         }
     }

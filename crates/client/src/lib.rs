@@ -23,6 +23,7 @@ mod attempts;
 mod credentials;
 mod error;
 mod generation;
+mod other;
 mod policy;
 mod progress;
 mod routers;

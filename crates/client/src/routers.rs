@@ -4,7 +4,7 @@
 //! first.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use muster_proto::cluster::v1::cluster_client::ClusterClient;
@@ -19,6 +19,7 @@ use crate::attempts::Attempts;
 use crate::credentials::{Bearer, Credentials};
 use crate::error::ClientError;
 use crate::generation::Generation;
+use crate::other::speaks_http1;
 use crate::policy::Policy;
 use crate::trouble::{Trouble, root_cause};
 
@@ -39,6 +40,8 @@ pub struct Client {
 struct Router {
     url: String,
     wire: Wire,
+    /// Set once it answered, or it was looked at what else may be there.
+    is_known: AtomicBool,
 }
 
 /// A connection that shows what this client shows.
@@ -71,7 +74,7 @@ impl Client {
         let mut routers: Vec<Router> = Vec::with_capacity(endpoints.len());
         for (url, endpoint) in &endpoints {
             let wire = InterceptedService::new(endpoint.connect_lazy(), bearer.clone());
-            routers.push(Router { url: url.clone(), wire });
+            routers.push(Router { url: url.clone(), wire, is_known: AtomicBool::new(false) });
         }
         let mut reason = "none is named".to_owned();
         for (at, (url, endpoint)) in endpoints.iter().enumerate() {
@@ -104,12 +107,15 @@ impl Client {
     /// What each router knows of its cluster, or why it does not say; with its address.
     pub async fn statuses(&self) -> Vec<(String, Result<StatusReply, ClientError>)> {
         let mut statuses = Vec::new();
-        for router in &*self.routers {
+        for (at, router) in self.routers.iter().enumerate() {
             let mut client = ClusterClient::new(router.wire.clone());
             let asked = tokio::time::timeout(self.policy.answer, client.status(StatusRequest {})).await;
             let status = match asked {
                 Ok(Ok(reply)) => Ok(reply.into_inner()),
-                Ok(Err(status)) => Err(ClientError::of(&status, &router.url)),
+                Ok(Err(status)) => match self.other(at).await {
+                    Some(other) => Err(other),
+                    None => Err(ClientError::of(&status, &router.url)),
+                },
                 Err(_) => Err(ClientError::Unreachable {
                     routers: router.url.clone(),
                     reason: format!("no answer within {:?}", self.policy.answer),
@@ -161,6 +167,11 @@ impl Client {
                 Trouble::Final(status) => return Err(ClientError::of(&status, self.url(at))),
                 Trouble::Passing { reason, hint } => (reason, hint),
             };
+            if self.count() == 1
+                && let Some(other) = self.other(at).await
+            {
+                return Err(other);
+            }
             let Some(next) = attempts.failed(Instant::now(), hint) else {
                 return Err(ClientError::Unreachable { routers: self.url(at).to_owned(), reason });
             };
@@ -186,8 +197,18 @@ impl Client {
         self.preferred.load(Ordering::Relaxed)
     }
 
+    /// What is there instead of a router, if that can be told. Looked at once, and only where no router ever answered.
+    pub(crate) async fn other(&self, at: usize) -> Option<ClientError> {
+        let Router { url, is_known, .. } = self.router(at);
+        if is_known.swap(true, Ordering::Relaxed) || !speaks_http1(url).await {
+            return None;
+        }
+        Some(ClientError::Http { router: url.clone() })
+    }
+
     /// This router serves.
     pub(crate) fn prefer(&self, at: usize) {
+        self.router(at).is_known.store(true, Ordering::Relaxed);
         self.preferred.store(at, Ordering::Relaxed);
     }
 

@@ -158,6 +158,15 @@ impl Reader {
         self.problems.push(Problem { origin, key: key.to_owned(), message });
     }
 
+    /// Whether a list has entries, be they right or wrong.
+    pub(crate) fn has_entries(&self, key: &'static str) -> bool {
+        match self.entries.get(key).map(|entry| &entry.raw) {
+            None => false,
+            Some(Raw::One(_)) => true,
+            Some(Raw::Many(texts)) => !texts.is_empty(),
+        }
+    }
+
     /// The parsed value, if there is one that can be parsed.
     pub(crate) fn optional<T>(
         &mut self,

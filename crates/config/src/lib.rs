@@ -21,7 +21,7 @@ mod worker;
 pub use environment::Environment;
 pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
-pub use router::{AccessMode, Fallback, PlacementMode, RouterSettings};
+pub use router::{AccessMode, Fallback, GenerationMode, PlacementMode, RouterSettings};
 pub use suggest::nearest;
 pub use value::{
     LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,

@@ -1,5 +1,6 @@
 //! The router's settings.
 
+use std::fmt;
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
@@ -41,6 +42,7 @@ const KEYS: &[Key] = &[
     Key { name: "prefill_chunk", kind: ValueKind::Number, default: Some("512") },
     Key { name: "prefix_cache", kind: ValueKind::Switch, default: Some("true") },
     Key { name: "template_variables", kind: ValueKind::List, default: None },
+    Key { name: "generation_config", kind: ValueKind::Text, default: Some("auto") },
     Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
     Key { name: "max_queue_wait", kind: ValueKind::Text, default: Some("5s") },
@@ -55,6 +57,7 @@ const KEYS: &[Key] = &[
     Key { name: "admin", kind: ValueKind::Text, default: None },
     Key { name: "api_keys", kind: ValueKind::Text, default: None },
     Key { name: "leave_after", kind: ValueKind::Text, default: Some("0s") },
+    Key { name: "allow_links", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "insecure_no_keys", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "log", kind: ValueKind::Text, default: Some("info") },
@@ -68,6 +71,8 @@ pub(crate) const ROLE: Role = ("router", KEYS);
 pub struct RouterSettings {
     /// Directory or name of the model.
     pub model: String,
+    /// Whether the model's files may be links to elsewhere.
+    pub allow_links: bool,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
     /// The file with digests of the experts' weights; `None` looks beside the model and in the user's cache.
@@ -108,6 +113,8 @@ pub struct RouterSettings {
     pub prefix_cache: bool,
     /// Variables of the chat template that requests may set.
     pub template_variables: Vec<String>,
+    /// What becomes of the sampling settings in the model's `generation_config.json`.
+    pub generation_config: GenerationMode,
     /// Most sequences in the batch.
     pub max_running: usize,
     /// Most sequences that wait for a place in it.
@@ -189,6 +196,36 @@ impl FromStr for Fallback {
     }
 }
 
+/// What becomes of the sampling settings in a model's `generation_config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GenerationMode {
+    /// They hold where a request says nothing.
+    Auto,
+    /// They are ignored.
+    Ignore,
+}
+
+impl FromStr for GenerationMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "ignore" => Ok(Self::Ignore),
+            _ => Err(format!("{text:?} is neither auto nor ignore")),
+        }
+    }
+}
+
+impl fmt::Display for GenerationMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Ignore => "ignore",
+        })
+    }
+}
+
 impl RouterSettings {
     /// Reads and checks all layers.
     ///
@@ -205,6 +242,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     const COUNT: u64 = 1 << 20;
     // Everything is read before anything is given up, so that all problems are found.
     let model = reader.required("model", text);
+    let allow_links = reader.switch("allow_links");
     let model_name = reader.optional("model_name", model_name);
     let digests = reader.optional("digests", text).map(PathBuf::from);
     let workers = workers(reader);
@@ -248,6 +286,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     }
     let prefix_cache = reader.switch("prefix_cache");
     let template_variables = reader.list("template_variables", variable);
+    let generation_config = reader.required("generation_config", str::parse::<GenerationMode>);
     let tls = tls(reader);
     let admin = reader.optional("admin", parse_socket);
     let leave_after = reader.required("leave_after", pause);
@@ -282,6 +321,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     }
     Some(RouterSettings {
         model: model?,
+        allow_links,
         model_name,
         digests,
         workers,
@@ -302,6 +342,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         prefill_chunk: prefill_chunk?,
         prefix_cache,
         template_variables,
+        generation_config: generation_config?,
         max_running: max_running? as usize,
         max_queue: max_queue? as usize,
         max_queue_wait: max_queue_wait?,

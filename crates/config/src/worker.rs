@@ -39,6 +39,7 @@ const KEYS: &[Key] = &[
     Key { name: "tls_key", kind: ValueKind::Text, default: None },
     Key { name: "tls_ca", kind: ValueKind::Text, default: None },
     Key { name: "admin", kind: ValueKind::Text, default: None },
+    Key { name: "allow_links", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
     Key { name: "log", kind: ValueKind::Text, default: Some("info") },
     Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
@@ -51,6 +52,8 @@ pub(crate) const ROLE: Role = ("worker", KEYS);
 pub struct WorkerSettings {
     /// Directory or name of the model; `None`, only where there is a router to join, has weights fetched.
     pub model: Option<String>,
+    /// Whether the model's files may be links to elsewhere.
+    pub allow_links: bool,
     /// Where it listens.
     pub listen: Address,
     /// Routers to make itself known to.
@@ -111,9 +114,10 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let join = reader.list("join", address);
     let advertise = reader.optional("advertise", address);
     // A worker that joins has its experts chosen and brought by the cluster.
-    let model = if join.is_empty() { reader.required("model", text) } else { reader.optional("model", text) };
+    let joins = reader.has_entries("join");
+    let model = if joins { reader.optional("model", text) } else { reader.required("model", text) };
     let share = reader.optional("share", str::parse::<Share>);
-    let share = share.unwrap_or(if join.is_empty() { Share::All } else { Share::None });
+    let share = share.unwrap_or(if joins { Share::None } else { Share::All });
     if model.is_none() && share != Share::None {
         reader.problem("share", "needs a --model to load from".to_owned());
     }
@@ -144,8 +148,10 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     {
         reader.problem("listen", off_loopback(&address.to_string()));
     }
+    let allow_links = reader.switch("allow_links");
     Some(WorkerSettings {
         model,
+        allow_links,
         listen: listen?,
         join,
         advertise,

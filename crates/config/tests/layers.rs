@@ -7,7 +7,8 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use muster_config::{
-    AccessMode, ConfigError, Environment, Flags, Loaded, RouterSettings, Share, Sources, WorkerSettings,
+    AccessMode, ConfigError, Environment, Flags, GenerationMode, Loaded, RouterSettings, Share, Sources,
+    WorkerSettings,
 };
 use muster_types::WeightDType;
 use proptest::prelude::*;
@@ -360,4 +361,24 @@ proptest! {
     fn no_file_makes_it_panic(text in "(\\[(router|worker|x)\\]\n|[a-z_]{1,12} *= *(\"[^\"\n]{0,9}\"|[0-9._x-]{1,9}|\\[\\]|true)\n|.{0,20}\n){0,8}") {
         let _ = router(&text, &[], &minimal());
     }
+}
+
+#[test]
+fn a_router_to_join_that_is_no_address_is_one_problem() {
+    let flags = Flags::new().list("join", &["http://127.0.0.1:50051".to_owned()]);
+    let environment = Environment::default();
+    let error =
+        WorkerSettings::load(&Sources { file: None, environment: &environment, flags: &flags }).unwrap_err();
+    let [problem] = error.problems.as_slice() else { panic!("{error}") };
+    assert!(problem.to_string().starts_with("flag --join: join: \"http://127.0.0.1:50051\""), "{problem}");
+    assert!(problem.message.contains("http://, is left out here"), "{problem}");
+}
+
+#[test]
+fn what_becomes_of_generation_config_is_one_of_two_words() {
+    let set = |mode| router("", &[], &minimal().text("generation_config", Some(mode)));
+    let mode = |mode| set(mode).unwrap().settings.generation_config;
+    assert_eq!(router("", &[], &minimal()).unwrap().settings.generation_config, GenerationMode::Auto);
+    assert_eq!((mode("auto"), mode("ignore")), (GenerationMode::Auto, GenerationMode::Ignore));
+    assert!(set("vllm").unwrap_err().to_string().contains("neither auto nor ignore"));
 }

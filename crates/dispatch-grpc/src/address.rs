@@ -44,6 +44,9 @@ impl FromStr for Address {
                 _ => Ok(Self::Unix(path.into())),
             };
         }
+        if text.contains("://") {
+            return Err(error("what stands before the host, as in http://, is left out here"));
+        }
         let (host, port) = text.rsplit_once(':').ok_or_else(|| error("the port is missing"))?;
         let port = port.parse().map_err(|_| error("the port is not a number from 0 to 65535"))?;
         let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
@@ -93,8 +96,22 @@ mod tests {
     fn bad_addresses_are_refused() {
         let long = format!("unix:/{}", "x".repeat(200));
         for text in [
-            "", "host", ":1", "h:", "h:70000", "h:-1", "::1:80", "[::1:80", "[x]:1", "a b:1", "a/b:1",
-            "unix:", &long,
+            "",
+            "host",
+            "http://h:1",
+            "https://h",
+            "grpc://h:1/",
+            ":1",
+            "h:",
+            "h:70000",
+            "h:-1",
+            "::1:80",
+            "[::1:80",
+            "[x]:1",
+            "a b:1",
+            "a/b:1",
+            "unix:",
+            &long,
         ] {
             let error = text.parse::<Address>().expect_err(text);
             assert!(error.to_string().contains("write host:port"), "{error}");

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use muster_model::defaults::SamplingDefaults;
 use muster_text::{Tokenizer, TokenizerFiles};
 use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
 use tokio::sync::mpsc;
@@ -109,6 +110,7 @@ fn model() -> ModelInfo {
         combine: Combine::Exact,
         has_tokenizer: false,
         has_chat_template: false,
+        defaults: SamplingDefaults::default(),
         workers: 2,
         created: 1_700_000_000,
     }

@@ -8,7 +8,7 @@ use muster_model::sampler::RawSampling;
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::request::{Eos, Event, GenerateRequest, Prompt, Stop};
+use crate::request::{Eos, Event, GenerateRequest, OverContext, Prompt, Stop};
 use crate::service::Service;
 
 /// After so long without a token, one is asked for.
@@ -107,6 +107,7 @@ async fn token(service: &Service) -> Result<(), String> {
         model: None,
         prompt: Prompt::Tokens(vec![0]),
         max_tokens: Some(1),
+        over_context: OverContext::Refused,
         sampling: RawSampling { temperature: 0.0, ..RawSampling::default() },
         seed: Some(0),
         stop: Stop { strings: Vec::new(), token_ids: Vec::new(), eos: Eos::Ignored },

@@ -19,6 +19,8 @@ pub struct GenerateRequest {
     pub prompt: Prompt,
     /// Tokens to generate at most per choice. `None`: up to the end of the context.
     pub max_tokens: Option<u32>,
+    /// What becomes of more than the context leaves.
+    pub over_context: OverContext,
     /// How to pick tokens. Its `seed` field is overruled by [`Self::seed`].
     pub sampling: RawSampling,
     /// Keys the random numbers; `None` lets the router choose.
@@ -51,6 +53,16 @@ pub enum Prompt {
     Tokens(Vec<u32>),
     /// A conversation for the model's chat template.
     Chat(Chat),
+}
+
+/// What becomes of a `max_tokens` that is more than the context leaves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OverContext {
+    /// The request is refused.
+    #[default]
+    Refused,
+    /// What the context leaves is generated.
+    Cut,
 }
 
 /// When generation ends before `max_tokens`.

@@ -36,7 +36,7 @@ use crate::cluster::{
 use crate::door::Door;
 use crate::health::Health;
 use crate::service::Service;
-use crate::start::{Ending, EngineHandle, EngineSettings, Parts, Pulse, StartError, start};
+use crate::start::{Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
 
 /// Bytes a second that workers without a model may read through a router.
@@ -87,6 +87,8 @@ pub struct RouterConfig {
     pub combine: Combine,
     /// How long the engine thread looks for an answer before it sleeps.
     pub busy_poll: Duration,
+    /// What becomes of the model's own sampling settings.
+    pub defaults: ModelDefaults,
     /// Sizes of the engine.
     pub engine: EngineSettings,
     /// Who it is; `None` speaks plaintext.
@@ -421,6 +423,7 @@ fn assemble(
     admin: &Admin,
 ) -> Result<Assembled, RouterError> {
     let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
+    let defaults = config.defaults.of(&checkpoint).map_err(StartError::Defaults)?;
     let spec = checkpoint.spec();
     let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
     let cpu = Arc::new(Cpu::new(config.threads)?);
@@ -429,7 +432,7 @@ fn assemble(
         tracing::info!("{hint}");
     }
     let model = match &config.source {
-        Source::Directory(path) => Some(path.clone()),
+        Source::Directory(path) | Source::Linked(path) => Some(path.clone()),
         Source::Embedded { .. } => None,
     };
     let digests = digests::start(Checking {
@@ -536,6 +539,7 @@ fn assemble(
         workers,
         combine: config.combine,
         model_name: config.model_name,
+        defaults,
         settings: config.engine,
     };
     if is_alone && !is_told {

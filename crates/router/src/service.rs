@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::{History, RawSampling, Sampling};
 use muster_text::{Special, SpecialText};
 use muster_types::{Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
@@ -20,7 +21,9 @@ use crate::health::Health;
 use crate::output::Output;
 use crate::prompt::Prompts;
 use crate::queue::Queue;
-use crate::request::{Eos, Event, GenerateRequest, Overload, Prompt, RequestError, Resume, Started};
+use crate::request::{
+    Eos, Event, GenerateRequest, OverContext, Overload, Prompt, RequestError, Resume, Started,
+};
 use crate::resume::{self, Standing};
 use crate::text_pool::{TextPool, Wanted};
 
@@ -66,6 +69,8 @@ pub struct ModelInfo {
     pub has_tokenizer: bool,
     /// Whether chat requests can be served.
     pub has_chat_template: bool,
+    /// Where a request over OpenAI HTTP says nothing.
+    pub defaults: SamplingDefaults,
     /// Workers the router was told of; 0 when experts are in the router.
     pub workers: u32,
     /// When it was loaded, seconds since 1970.
@@ -113,6 +118,7 @@ struct Prepared {
 struct Raw {
     prompt: Prompt,
     max_tokens: Option<u32>,
+    over_context: OverContext,
     stop_strings: Vec<String>,
     stop_ids: Vec<TokenId>,
     resume: Option<Resume>,
@@ -187,11 +193,13 @@ impl Service {
         let had = resume::tokens(&request, model.vocabulary, model.context)?;
         prompts.check(&request.prompt)?;
         let places = way.queue.take(request.choices)?;
-        let GenerateRequest { prompt, max_tokens, stop, resume, top_logprobs, choices, .. } = request;
+        let GenerateRequest { prompt, max_tokens, over_context, stop, resume, top_logprobs, choices, .. } =
+            request;
         let resumes = resume.is_some();
         let raw = Raw {
             prompt,
             max_tokens,
+            over_context,
             stop_strings: stop.strings,
             stop_ids,
             resume,
@@ -332,10 +340,10 @@ impl Service {
 impl Inner {
     /// Everything that is done for a request before the engine has it.
     fn prepare(&self, raw: Raw, wanted: &Wanted) -> Result<Prepared, RequestError> {
-        let Raw { prompt, max_tokens, stop_strings, stop_ids, resume, had, sampling } = raw;
+        let Raw { prompt, max_tokens, over_context, stop_strings, stop_ids, resume, had, sampling } = raw;
         let answers = matches!(prompt, Prompt::Chat(_));
         let prompt = self.prompts.tokens(prompt, wanted)?;
-        let max_tokens = self.max_tokens(max_tokens, prompt.len())?;
+        let max_tokens = self.max_tokens(max_tokens, over_context, prompt.len())?;
         // The text of an answer stands by itself; that of a continuation goes on from the prompt's last tokens.
         let tail = if answers { &[][..] } else { &prompt[prompt.len().saturating_sub(4)..] };
         let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
@@ -352,12 +360,13 @@ impl Inner {
         Ok(Prepared { prompt, max_tokens, resume_key, standings })
     }
 
-    fn max_tokens(&self, asked: Option<u32>, prompt: usize) -> Result<u32, RequestError> {
+    fn max_tokens(&self, asked: Option<u32>, over: OverContext, prompt: usize) -> Result<u32, RequestError> {
         let context = self.model.context;
         let room = context.saturating_sub(u32::try_from(prompt).unwrap_or(u32::MAX));
         match asked {
             None => Ok(room),
             Some(asked) if asked <= room => Ok(asked),
+            Some(_) if over == OverContext::Cut => Ok(room),
             Some(asked) => Err(RequestError::invalid(
                 "max_tokens",
                 format!(
@@ -408,6 +417,7 @@ mod tests {
             model: None,
             prompt,
             max_tokens: Some(1),
+            over_context: OverContext::Refused,
             sampling: RawSampling::default(),
             seed: None,
             stop: crate::request::Stop::default(),

@@ -15,6 +15,7 @@ use muster_engine::reach::{Reach, longest, most_held};
 pub use muster_engine::scheduler::PrefixCache;
 use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
 use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
+use muster_model::defaults::{DefaultsError, SamplingDefaults, Wanted};
 use muster_model::experts::precision;
 use muster_model::trunk::Trunk;
 use muster_text::Tokenizer;
@@ -54,8 +55,37 @@ pub struct Parts {
     pub combine: Combine,
     /// Name to serve the model under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
+    /// Where a request says nothing.
+    pub defaults: SamplingDefaults,
     /// Sizes.
     pub settings: EngineSettings,
+}
+
+/// What becomes of the sampling settings in the model's `generation_config.json`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ModelDefaults {
+    /// They hold where a request says nothing.
+    #[default]
+    Taken,
+    /// They are not read.
+    Ignored,
+}
+
+impl ModelDefaults {
+    /// The defaults in force. Tells them in the log, and by name what else the file asks for.
+    ///
+    /// # Errors
+    /// When they are taken and the file is damaged or a field is out of range.
+    pub fn of(self, checkpoint: &Checkpoint) -> Result<SamplingDefaults, DefaultsError> {
+        if self == Self::Ignored {
+            return Ok(SamplingDefaults::default());
+        }
+        let Wanted { defaults, not_followed } = Wanted::of(checkpoint)?;
+        for field in not_followed {
+            tracing::warn!("generation_config.json: {field}, which is not done here");
+        }
+        Ok(defaults)
+    }
 }
 
 /// Sizes and times of the engine.
@@ -100,6 +130,9 @@ pub enum StartError {
     /// A file of the model.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The model's own sampling settings.
+    #[error(transparent)]
+    Defaults(#[from] DefaultsError),
     /// The tokenizer or the chat template.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -172,6 +205,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         workers,
         combine,
         model_name,
+        defaults,
         settings,
     } = parts;
     let tokenizer = tokenizer::read(&checkpoint)?;
@@ -202,8 +236,11 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         prefill_chunk: settings.prefill_chunk,
         prefix_cache: settings.prefix_cache,
     })?;
-    let model =
-        describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, combine, context);
+    let model = ModelInfo {
+        defaults,
+        ..describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, combine, context)
+    };
+    tracing::info!(%defaults, "sampling where a request over OpenAI HTTP says nothing");
     let eos = trunk.spec().eos.clone();
     let (sender, commands) = mpsc::channel::<Command>(most_waiting.max(1));
     let queue = Queue::new(limits.queue, limits.running, settings.max_queue_wait);
@@ -301,6 +338,7 @@ fn describe(
         combine,
         has_tokenizer: tokenizer.is_some(),
         has_chat_template: tokenizer.is_some_and(|tokenizer| tokenizer.chat_template().is_ok()),
+        defaults: SamplingDefaults::default(),
         workers,
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
     }

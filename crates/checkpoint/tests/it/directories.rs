@@ -173,6 +173,25 @@ fn a_hub_cache_links_to_its_blobs_and_nowhere_else() {
 }
 
 #[test]
+fn links_to_elsewhere_are_followed_where_that_is_asked_for() {
+    let elsewhere = Model::mixtral().written();
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["config.json", INDEX, FIRST, SECOND] {
+        symlink(elsewhere.path().join(name), dir.path().join(name)).unwrap();
+    }
+    refused("links alone", dir.path(), &["leads out of the model directory", "--allow-links"]);
+    let linked = || Source::Linked(dir.path().to_owned());
+    let checkpoint = Checkpoint::open(&linked()).unwrap();
+    checkpoint.roles().for_each(|role| drop(checkpoint.read(role).unwrap()));
+    assert_eq!(checkpoint.fingerprint(), open(elsewhere.path()).unwrap().fingerprint());
+    // What is no regular file stays refused.
+    fs::remove_file(dir.path().join(FIRST)).unwrap();
+    symlink("/dev/zero", dir.path().join(FIRST)).unwrap();
+    let error = Checkpoint::open(&linked()).unwrap_err().to_string();
+    assert!(error.contains(FIRST) && error.contains("is not a regular file"), "{error}");
+}
+
+#[test]
 fn the_template_for_tools_is_in_a_folder_of_its_own() {
     let dir = Model::mixtral().written();
     let checkpoint = open(dir.path()).unwrap();

@@ -113,9 +113,9 @@ fn entries_that_contradict_themselves_are_refused() {
         ("a field twice", entry.replace(r#""dtype""#, r#""dtype":"F32","dtype""#), "duplicate field `dtype`"),
         ("unknown dtype", with("F33", "[6,8]", &span), "dtype F33 is unknown"),
         ("sub-byte dtype", with("F4", "[6,8]", &span), "dtype F4 is unknown or takes no whole bytes"),
-        ("rank 0", with("F32", "[]", &span), "shape []"),
+        ("rank 0", with("F32", "[]", &span), "do not span the 4 bytes of F32 []"),
         ("rank 1000", with("F32", &ones, &span), "at most 8 dimensions"),
-        ("zero dimension", with("F32", "[0,8]", &span), "shape [0, 8]"),
+        ("zero dimension", with("F32", "[0,8]", &span), "do not span the 0 bytes of F32 [0, 8]"),
         ("negative dimension", with("F32", "[-6,8]", &span), "invalid value: integer `-6`"),
         ("dimension 6.0", with("F32", "[6.0,8]", &span), "invalid type: floating point"),
         ("dimension 2^64", with("F32", "[18446744073709551616,8]", &span), "invalid type: floating point"),
@@ -155,4 +155,52 @@ fn padding_after_the_header_is_allowed() {
     let padded = format!("{}     ", header_text(tensors));
     fs::write(dir.path().join(FIRST), with_header(padded.as_bytes(), &data)).unwrap();
     crate::model::open(dir.path()).unwrap();
+}
+
+/// As `Model::add`, with as many bytes as a single number or no number takes.
+fn shaped(name: &str, shape: &[usize]) -> Tensor {
+    let count: usize = shape.iter().product();
+    Tensor { name: name.to_owned(), dtype: "F32", shape: shape.to_vec(), bytes: vec![0; 4 * count] }
+}
+
+#[test]
+fn single_numbers_and_tensors_without_elements_are_legal_where_nothing_needs_them() {
+    let mut model = Model::mixtral();
+    for (at, (name, shape)) in
+        [("a.scale", &[][..]), ("b.empty", &[0]), ("c.empty", &[3, 0, 2]), ("z.empty", &[0, 8])]
+            .into_iter()
+            .enumerate()
+    {
+        // In the middle, at the beginning and at the end of the data.
+        let tensors = &mut model.shards[1].1;
+        let place = [3, 0, 0, tensors.len()][at];
+        tensors.insert(place, shaped(name, shape));
+    }
+    let dir = model.written();
+    let checkpoint = crate::model::open(dir.path()).unwrap();
+    checkpoint.roles().for_each(|role| drop(checkpoint.read(role).unwrap()));
+    let unused = checkpoint.unused();
+    assert_eq!(unused.iter().map(|unused| unused.bytes).sum::<u64>(), 4, "{unused:?}");
+    for shape in [&[][..], &[0, 8], &[6, 0]] {
+        let mut model = Model::mixtral();
+        let tensor = model.tensor(GATE);
+        *tensor = shaped(GATE, shape);
+        let shown = format!("is {shape:?}, config.json says [6, 8]");
+        refused("needed", model.written().path(), &[GATE, &shown]);
+    }
+}
+
+#[test]
+fn metadata_may_be_null() {
+    let tensors = second_shard();
+    let good = header_text(&tensors);
+    let data: Vec<u8> = tensors.iter().flat_map(|tensor| tensor.bytes.clone()).collect();
+    let start = good.find("\"__metadata__\":").unwrap();
+    let end = start + good[start..].find('}').unwrap() + 1;
+    let with_null = format!("{}\"__metadata__\":null{}", &good[..start], &good[end..]);
+    let dir = Model::mixtral().written();
+    fs::write(dir.path().join(SECOND), with_header(with_null.as_bytes(), &data)).unwrap();
+    crate::model::open(dir.path()).unwrap();
+    let twice = with_null.replace(":null", ":null,\"__metadata__\":null");
+    shard_refused("null twice", &with_header(twice.as_bytes(), &data), &["`__metadata__` comes twice"]);
 }

@@ -259,3 +259,31 @@ fn a_file_replaced_by_another_is_still_the_old_one() {
     fs::rename(&other, dir.path().join(SECOND)).unwrap();
     assert_eq!(checkpoint.read(Role::FinalNorm).unwrap(), before);
 }
+
+#[test]
+fn a_tied_head_may_be_stored_again_byte_for_byte() {
+    const HEAD: &str = "lm_head.weight";
+    let mut tied = Model::mixtral();
+    tied.config.insert("tie_word_embeddings".to_owned(), json!(true));
+    tied.tensor(HEAD).bytes = tied.tensor("model.embed_tokens.weight").bytes.clone();
+    let dir = tied.written();
+    let checkpoint = open(dir.path()).unwrap();
+    assert!(checkpoint.spec().tied_head && !checkpoint.roles().any(|role| role == Role::Head));
+    assert_eq!(checkpoint.unused().iter().map(|unused| unused.tensors).sum::<usize>(), 1);
+
+    let says = [HEAD, "is not the embedding again", "`tie_word_embeddings`"];
+    for at in [0, 12 * 8 * 4 - 1] {
+        let mut changed = tied.clone();
+        changed.tensor(HEAD).bytes[at] ^= 1;
+        refused("one bit", changed.written().path(), &says);
+    }
+    let mut narrow = tied.clone();
+    stored_as(&mut narrow, HEAD, "BF16");
+    refused("another dtype", narrow.written().path(), &says);
+    let mut turned = tied.clone();
+    turned.tensor(HEAD).shape.reverse();
+    refused("another shape", turned.written().path(), &says);
+    let mut biased = tied;
+    biased.add(0, "lm_head.bias", &[12]);
+    refused("a bias beside it", biased.written().path(), &["lm_head.bias", "no part of"]);
+}

@@ -12,13 +12,14 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::StatsHandle;
+use muster_router::start::ModelDefaults;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::target::with_backend;
-use crate::args::{BenchArgs, LogArgs, SamplingArgs};
-use crate::backend::{About, Ask, Backend, Piece};
+use crate::args::{BenchArgs, LogArgs};
+use crate::backend::{About, Ask, Backend, Manner, Piece};
 use crate::dispatch_times::{Clock, DispatchTimes, Mark};
 use crate::failure::Failure;
 use crate::scrape::Metrics;
@@ -86,7 +87,9 @@ pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> 
     if args.chaos {
         return super::bench_chaos::run(args, log).await;
     }
-    with_backend(&args.target, args.compute, log, |backend, stats| measure(args, backend, stats)).await
+    let ignored = ModelDefaults::Ignored;
+    with_backend(&args.target, args.compute, ignored, log, |backend, stats| measure(args, backend, stats))
+        .await
 }
 
 async fn measure(args: &BenchArgs, mut backend: Backend, stats: Option<StatsHandle>) -> Result<(), Failure> {
@@ -211,8 +214,8 @@ async fn request(
     waits: Waits,
 ) -> Result<Vec<Duration>, Failure> {
     let mut waits = Some(waits);
-    let sampling = SamplingArgs { ignore_eos: true, ..SamplingArgs::greedy() };
-    let mut pieces = backend.generate(Ask::Tokens(prompt), Some(output_tokens), &sampling).await?;
+    let manner = Manner { ignore_eos: true, ..Manner::default() };
+    let mut pieces = backend.generate(Ask::Tokens(prompt), Some(output_tokens), &manner).await?;
     let mut arrivals = Vec::new();
     while let Some(piece) = pieces.next().await? {
         if matches!(piece, Piece::Token { .. }) {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use muster_client::Client;
 use muster_proto::cluster::v1::status_reply::Health;
+use muster_router::serve::expert_shape;
 use serde::Serialize;
 use tokio::task::{JoinSet, LocalSet};
 
@@ -17,8 +18,9 @@ use super::bench_streams::{Run, Streams};
 use crate::args::{BenchArgs, CredentialArgs, LogArgs};
 use crate::backend::{self, Backend};
 use crate::children;
-use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
+use crate::cluster::{Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
 use crate::failure::Failure;
+use crate::kept::GRACE;
 use crate::models::DEMO;
 use crate::progress::Bars;
 use crate::signals::Signals;
@@ -77,7 +79,8 @@ pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> 
     // What workers say of their deaths is no news here.
     let log = &LogArgs { log: Some(log.log.clone().unwrap_or_else(|| "error".to_owned())), ..log.clone() };
     let model = args.target.model.as_deref().unwrap_or(DEMO);
-    drop(models::open(model)?);
+    let links = args.target.links.links();
+    let experts_in_all = expert_shape(&models::open(model, links)?).total();
     let count = args.target.workers.unwrap_or(WORKERS);
     if count < REPLICAS {
         return Err(Failure::input("--workers: with fewer than 2 there is nobody to stand in for a worker"));
@@ -87,7 +90,9 @@ pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> 
     let bars = Bars::new();
     let spec = WorkersSpec {
         model,
+        links,
         count,
+        experts_in_all,
         replicas: REPLICAS,
         compute: args.compute.compute.get(),
         experts: args.compute.expert_dtype,
@@ -118,6 +123,9 @@ async fn with_router(
         arguments.extend(["--trunk-dtype".into(), args.compute.trunk_dtype.to_string().into()]);
         arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
         arguments.extend(workers.addresses().iter().flat_map(|address| ["--worker".into(), address.into()]));
+        if args.target.links.allow_links {
+            arguments.push("--allow-links".into());
+        }
         arguments.extend(log_flags(log));
         children::spawn("the router", &arguments)
     };

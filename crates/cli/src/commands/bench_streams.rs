@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::args::SamplingArgs;
-use crate::backend::{Ask, Backend, Piece};
+use muster_model::sampler::RawSampling;
+
+use crate::backend::{Ask, Backend, Manner, Piece};
 use crate::failure::Failure;
 
 /// Tokens of every prompt.
@@ -38,14 +39,15 @@ impl Streams {
         let token =
             |i: u32| (n.wrapping_mul(131).wrapping_add(i.wrapping_mul(17)).wrapping_add(7)) % self.vocabulary;
         let (prompt, tokens) = ((0..PROMPT).map(token).collect(), self.tokens);
-        let sampling = SamplingArgs {
-            temperature: if n.is_multiple_of(2) { 0.0 } else { 0.8 },
+        let temperature = if n.is_multiple_of(2) { 0.0 } else { 0.8 };
+        let manner = Manner {
+            sampling: RawSampling { temperature, ..RawSampling::default() },
             seed: Some(n.into()),
             ignore_eos: true,
-            ..SamplingArgs::greedy()
+            ..Manner::default()
         };
         async move {
-            let mut pieces = backend.generate(Ask::Tokens(prompt), Some(tokens), &sampling).await?;
+            let mut pieces = backend.generate(Ask::Tokens(prompt), Some(tokens), &manner).await?;
             let (mut ids, mut longest, mut last) = (Vec::new(), Duration::ZERO, None::<Instant>);
             while let Some(piece) = pieces.next().await? {
                 if let Piece::Token { id, .. } = piece {

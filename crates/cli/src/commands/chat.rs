@@ -6,7 +6,7 @@ use muster_proto::v1::ChatMessage;
 use tokio::sync::mpsc;
 
 use crate::args::ChatArgs;
-use crate::backend::{self, Ask, Backend, Piece};
+use crate::backend::{self, Ask, Backend, Manner, Piece};
 use crate::failure::Failure;
 use crate::out;
 
@@ -24,6 +24,7 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
         out::note(&format!("{} is listening; Ctrl-D ends the conversation", model.name));
     }
     let mut backend = Backend::Router(client);
+    let manner = backend.manner(&args.sampling).await?;
     let mut messages: Vec<ChatMessage> = args.system.iter().map(|text| message("system", text)).collect();
     let mut lines = lines()?;
     loop {
@@ -36,7 +37,7 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
             continue;
         }
         messages.push(message("user", &line));
-        match answer(&mut backend, args, &messages).await {
+        match answer(&mut backend, args.max_tokens, &manner, &messages).await {
             Ok(text) => messages.push(message("assistant", &text)),
             // Too long for the context, for one: the conversation goes on without that line.
             Err(Failure::Input(reason)) if is_terminal => {
@@ -49,8 +50,13 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
     if is_terminal { out::line("") } else { Ok(()) }
 }
 
-async fn answer(backend: &mut Backend, args: &ChatArgs, messages: &[ChatMessage]) -> Result<String, Failure> {
-    let mut pieces = backend.generate(Ask::Chat(messages.to_vec()), args.max_tokens, &args.sampling).await?;
+async fn answer(
+    backend: &mut Backend,
+    max_tokens: Option<u32>,
+    manner: &Manner,
+    messages: &[ChatMessage],
+) -> Result<String, Failure> {
+    let mut pieces = backend.generate(Ask::Chat(messages.to_vec()), max_tokens, manner).await?;
     let mut whole = String::new();
     while let Some(piece) = pieces.next().await? {
         let (Piece::Token { text, .. } | Piece::Finished { text, .. }) = piece;

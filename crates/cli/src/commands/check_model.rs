@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 use muster_checkpoint::spec::{MlpSpec, ModelSpec};
 use muster_checkpoint::{Checkpoint, Inventory, LayerInventory, Unused};
 use muster_model::LoadProgress;
+use muster_model::defaults::{SamplingDefaults, Wanted};
 use muster_router::tokenizer;
 use muster_text::Tokenizer;
 use serde::Serialize;
@@ -31,6 +32,8 @@ struct Report {
     vocabulary: u32,
     context: usize,
     end_of_text: Vec<u32>,
+    /// What `generation_config.json` asks for where a request says nothing.
+    sampling: SamplingReport,
     tokenizer: Option<TokenizerReport>,
     /// What to do where there is no tokenizer.
     tokenizer_remedy: Option<String>,
@@ -40,6 +43,29 @@ struct Report {
     quality: Option<Quality>,
     /// Files with digests of the experts' weights, compared or written.
     digests: Vec<Digested>,
+}
+
+#[derive(Serialize)]
+struct SamplingReport {
+    temperature: Option<f32>,
+    top_k: Option<u32>,
+    top_p: Option<f32>,
+    min_p: Option<f32>,
+    repetition_penalty: Option<f32>,
+    max_tokens: Option<u32>,
+    /// What it asks for and is not done.
+    not_followed: Vec<String>,
+    #[serde(skip)]
+    in_words: String,
+}
+
+impl From<Wanted> for SamplingReport {
+    fn from(wanted: Wanted) -> Self {
+        let Wanted { defaults, not_followed } = wanted;
+        let in_words = defaults.to_string();
+        let SamplingDefaults { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens } = defaults;
+        Self { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens, not_followed, in_words }
+    }
 }
 
 #[derive(Serialize)]
@@ -73,8 +99,9 @@ struct LayerReport {
 }
 
 pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
-    let checkpoint = models::open(&args.model)?;
+    let checkpoint = models::open(&args.model, args.links.links())?;
     let tokenizer = tokenizer::read(&checkpoint).map_err(Failure::input)?;
+    let sampling = Wanted::of(&checkpoint).map_err(Failure::input)?;
     if !args.headers_only {
         read_everything(&checkpoint)?;
     }
@@ -83,7 +110,7 @@ pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
         None if args.headers_only => Vec::new(),
         None => digests::compare(args, &checkpoint)?,
     };
-    let mut report = report(&checkpoint, tokenizer.as_ref(), !args.headers_only);
+    let mut report = report(&checkpoint, tokenizer.as_ref(), sampling, !args.headers_only);
     report.digests = digests;
     if args.quality {
         report.quality = Some(quality::measure(args, checkpoint)?);
@@ -108,7 +135,7 @@ fn read_everything(checkpoint: &Checkpoint) -> Result<(), Failure> {
     Ok(())
 }
 
-fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) -> Report {
+fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, sampling: Wanted, read: bool) -> Report {
     let (spec, inventory) = (checkpoint.spec(), checkpoint.inventory());
     let Inventory { parameters, active_parameters, total_bytes, trunk_bytes, ref layers } = inventory;
     Report {
@@ -128,6 +155,7 @@ fn report(checkpoint: &Checkpoint, tokenizer: Option<&Tokenizer>, read: bool) ->
         vocabulary: spec.vocab,
         context: spec.context,
         end_of_text: spec.eos.clone(),
+        sampling: sampling.into(),
         tokenizer: tokenizer.map(TokenizerReport::of),
         tokenizer_remedy: tokenizer.is_none().then(|| tokenizer::remedy(checkpoint)),
         layers: layers.iter().enumerate().map(|(number, layer)| layer_report(spec, number, *layer)).collect(),
@@ -255,6 +283,7 @@ fn for_people(report: &Report) -> String {
         ("context", format!("{} tokens", report.context)),
         ("vocabulary", report.vocabulary.to_string()),
         ("end of text", format!("{:?}", report.end_of_text)),
+        ("sampling", format!("{}, where a request says nothing", report.sampling.in_words)),
     ];
     match tokenizer {
         Some(tokenizer) => facts.extend(tokenizer.facts()),
@@ -263,6 +292,8 @@ fn for_people(report: &Report) -> String {
             facts.extend([("tokenizer", format!("none: {remedy}")), ("chat template", "none".to_owned())]);
         }
     }
+    let not_followed = report.sampling.not_followed.iter();
+    facts.extend(not_followed.map(|field| ("not done", format!("generation_config.json: {field}"))));
     let groups = alike(&report.layers);
     facts.push(("layers", layers_in_words(&report.layers)));
     let parts: [(&str, Part); 4] = [
@@ -308,6 +339,7 @@ fn row(range: &RangeInclusive<usize>, layer: &LayerReport) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::models::Links;
 
     #[test]
     fn neighbours_that_are_alike_are_one_line() {
@@ -350,9 +382,10 @@ mod tests {
 
     #[test]
     fn the_built_in_model_is_described() {
-        let checkpoint = models::open(models::DEMO).unwrap();
+        let checkpoint = models::open(models::DEMO, Links::Inside).unwrap();
         let tokenizer = tokenizer::read(&checkpoint).unwrap();
-        let report = report(&checkpoint, tokenizer.as_ref(), true);
+        let sampling = Wanted::of(&checkpoint).unwrap();
+        let report = report(&checkpoint, tokenizer.as_ref(), sampling, true);
         let text = for_people(&report);
         for fact in [
             "demo (mixtral)",
@@ -365,6 +398,7 @@ mod tests {
             "softmax over all experts, then top-2, weights divided by their sum",
             "chat template  yes: user",
             "special tokens 0 \"<",
+            "sampling       temperature 0, max_tokens 200, where a request says nothing",
         ] {
             assert!(text.contains(fact), "{fact} in\n{text}");
         }

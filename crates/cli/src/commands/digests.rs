@@ -52,9 +52,9 @@ impl Digested {
 }
 
 /// Where files of this model's digests may be.
-fn places(model: &str) -> Result<Places, Failure> {
-    let model = match models::source(model)? {
-        Source::Directory(path) => Some(path),
+fn places(args: &CheckModelArgs) -> Result<Places, Failure> {
+    let model = match models::source(&args.model, args.links.links())? {
+        Source::Directory(path) | Source::Linked(path) => Some(path),
         Source::Embedded { .. } => None,
     };
     Ok(Places { file: None, model, cache: models::cache() })
@@ -68,7 +68,7 @@ pub(super) fn make(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Opt
         || Failure::input("--digests: the built-in model has no directory; name a file: --digests=FILE");
     let file = match asked {
         Some(file) => file.clone(),
-        None => places(&args.model)?.beside(compute, dtype).ok_or_else(nowhere)?,
+        None => places(args)?.beside(compute, dtype).ok_or_else(nowhere)?,
     };
     let (found, mut digested) = compute_all(checkpoint, compute, dtype, file)?;
     DigestFile::new(checkpoint, compute, dtype, &found).write(&digested.file).map_err(Failure::input)?;
@@ -81,7 +81,7 @@ pub(super) fn make(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Opt
 /// # Errors
 /// When experts differ: which, where they lie, and both digests.
 pub(super) fn compare(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Vec<Digested>, Failure> {
-    let places = places(&args.model)?;
+    let places = places(args)?;
     let mut compared = Vec::new();
     for compute in [Compute::F32, Compute::Bf16, Compute::Bf16Pairs] {
         for dtype in WeightDType::ALL {

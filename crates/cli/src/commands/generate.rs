@@ -2,18 +2,27 @@
 
 use std::time::{Duration, Instant};
 
+use muster_proto::v1::ChatMessage;
 use serde::Serialize;
 
 use super::target::with_backend;
 use crate::args::{GenerateArgs, LogArgs, SamplingArgs};
-use crate::backend::{Ask, Backend, Piece};
+use crate::backend::{About, Ask, Backend, Manner, Piece};
+use crate::engine::model_defaults;
 use crate::failure::Failure;
 use crate::{out, text};
 
+/// Tokens to generate when neither a flag nor the model says how many.
+const DEFAULT_TOKENS: u32 = 64;
+
 pub(crate) async fn run(args: &GenerateArgs, log: &LogArgs) -> Result<(), Failure> {
-    with_backend(&args.target, args.compute, log, |backend, _| async move {
-        let prompt =
-            args.prompt.clone().map_or_else(|| Prompt::Tokens(args.prompt_tokens.clone()), Prompt::Text);
+    let defaults = model_defaults(args.sampling.generation_config);
+    with_backend(&args.target, args.compute, defaults, log, |backend, _| async move {
+        let prompt = match &args.prompt {
+            Some(question) if args.chat => Prompt::Chat(question.clone()),
+            Some(text) => Prompt::Text(text.clone()),
+            None => Prompt::Tokens(args.prompt_tokens.clone()),
+        };
         let output = if args.json { Output::Json } else { Output::Text };
         answer(backend, prompt, args.max_tokens, &args.sampling, output).await
     })
@@ -24,6 +33,8 @@ pub(crate) async fn run(args: &GenerateArgs, log: &LogArgs) -> Result<(), Failur
 pub(crate) enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
+    /// A message to answer.
+    Chat(String),
 }
 
 /// How to print it.
@@ -41,13 +52,15 @@ struct Answer {
     token_ids: Vec<u32>,
     text: String,
     finish_reason: &'static str,
-    prompt_token_ids: Vec<u32>,
+    /// Those of a chat are made by whoever has its template.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
     usage: Usage,
 }
 
 #[derive(Serialize)]
 struct Usage {
-    prompt_tokens: usize,
+    prompt_tokens: u32,
     completion_tokens: u32,
     total_tokens: u64,
 }
@@ -60,13 +73,20 @@ pub(crate) async fn answer(
     sampling: &SamplingArgs,
     output: Output,
 ) -> Result<(), Failure> {
-    let (shown, prompt) = match prompt {
-        Prompt::Text(text) => (text.clone(), backend.tokenize(text).await?),
-        Prompt::Tokens(ids) => (String::new(), ids),
+    let (shown, ids) = match &prompt {
+        Prompt::Text(text) => (text.clone(), Some(backend.tokenize(text.clone()).await?)),
+        Prompt::Tokens(ids) => (String::new(), Some(ids.clone())),
+        Prompt::Chat(_) => (String::new(), None),
     };
-    let max_tokens = backend.max_tokens(max_tokens, prompt.len()).await?;
+    let ask = match (&ids, prompt) {
+        (None, Prompt::Chat(content)) => Ask::Chat(vec![ChatMessage { role: "user".to_owned(), content }]),
+        (ids, _) => Ask::Tokens(ids.clone().unwrap_or_default()),
+    };
+    let mut manner = backend.manner(sampling).await?;
+    manner.default_tokens.get_or_insert(DEFAULT_TOKENS);
     let started = Instant::now();
-    let mut pieces = backend.generate(Ask::Tokens(prompt.clone()), Some(max_tokens), sampling).await?;
+    let mut pieces = backend.generate(ask, max_tokens, &manner).await?;
+    let prompt_tokens = pieces.prompt_tokens();
     if output == Output::Text {
         out::model_text(&shown)?;
     }
@@ -94,25 +114,52 @@ pub(crate) async fn answer(
             break end;
         }
     };
+    if whole.trim().is_empty() {
+        let is_chat = ids.is_none();
+        out::note(&why_empty(finish_reason, is_chat, &manner, &backend.about().await?));
+    }
     match output {
         Output::Text => {
             out::line("")?;
-            out::note(&timing(prompt.len(), completion_tokens, first.unwrap_or_default(), started.elapsed()));
+            out::note(&timing(
+                prompt_tokens,
+                completion_tokens,
+                first.unwrap_or_default(),
+                started.elapsed(),
+            ));
             Ok(())
         }
         Output::Json => {
             let usage = Usage {
-                prompt_tokens: prompt.len(),
+                prompt_tokens,
                 completion_tokens,
-                total_tokens: prompt.len() as u64 + u64::from(completion_tokens),
+                total_tokens: u64::from(prompt_tokens) + u64::from(completion_tokens),
             };
-            let answer = Answer { token_ids, text: whole, finish_reason, prompt_token_ids: prompt, usage };
+            let answer = Answer { token_ids, text: whole, finish_reason, prompt_token_ids: ids, usage };
             out::line(&serde_json::to_string(&answer).map_err(Failure::runtime)?)
         }
     }
 }
 
-fn timing(prompt: usize, output: u32, first: Duration, whole: Duration) -> String {
+/// Why there is nothing to read.
+fn why_empty(reason: &str, is_chat: bool, manner: &Manner, model: &About) -> String {
+    let name = &model.name;
+    let why = match reason {
+        "stop" if !is_chat && model.has_chat_template => {
+            format!(
+                "{name} ended the text at once, as models for chats do with a bare text; ask it with --chat"
+            )
+        }
+        "stop" if !manner.stop.is_empty() => {
+            format!("{name} ended the text at once, or began it with what --stop names")
+        }
+        "stop" => format!("{name} ended the text at once; --ignore-eos goes on"),
+        _ => format!("the tokens of {name} have no text that can be seen; --json shows them"),
+    };
+    format!("[empty: {why}]")
+}
+
+fn timing(prompt: u32, output: u32, first: Duration, whole: Duration) -> String {
     let rest = (whole.saturating_sub(first)).as_secs_f64();
     let speed = f64::from(output.saturating_sub(1)) / rest;
     let speed = if speed.is_finite() { format!(", then {speed:.1} tokens/s") } else { String::new() };

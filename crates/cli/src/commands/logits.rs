@@ -9,6 +9,7 @@ use bytemuck::cast_slice;
 use muster_checkpoint::Checkpoint;
 use muster_model::evaluate::{EvaluateError, evaluate};
 use muster_model::reference::{LayerChoices, Reference};
+use muster_router::serve::expert_shape;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::{blocking, token_file};
@@ -28,7 +29,7 @@ struct Outcome {
 
 pub(crate) async fn run(args: &LogitsArgs, log: &LogArgs) -> Result<(), Failure> {
     let tokens = token_file::one(&args.tokens)?;
-    let checkpoint = Arc::new(models::open(&args.model)?);
+    let checkpoint = Arc::new(models::open(&args.model, args.links.links())?);
     let mut signals = Signals::listen()?;
     let vocab = checkpoint.spec().vocab as usize;
     let outcome = if args.reference {
@@ -36,10 +37,18 @@ pub(crate) async fn run(args: &LogitsArgs, log: &LogArgs) -> Result<(), Failure>
     } else if let Some(count) = args.workers {
         let bars = Bars::new();
         let (compute, threads) = (args.compute.compute.get(), args.compute.threads);
-        let (experts, busy_poll_us) = (args.compute.expert_dtype, args.compute.busy_poll_us);
-        let replicas = NonZeroU32::MIN;
-        let spec =
-            WorkersSpec { model: &args.model, count, replicas, compute, experts, threads, busy_poll_us, log };
+        let spec = WorkersSpec {
+            model: &args.model,
+            links: args.links.links(),
+            count,
+            experts_in_all: expert_shape(&checkpoint).total(),
+            replicas: NonZeroU32::MIN,
+            compute,
+            experts: args.compute.expert_dtype,
+            threads,
+            busy_poll_us: args.compute.busy_poll_us,
+            log,
+        };
         let workers = signals.unless(Workers::start(&spec, &bars)).await?;
         let (combine, busy_poll) = (args.compute.combine, args.compute.busy_poll());
         let experts = Experts::Workers { addresses: workers.addresses().to_vec(), combine, busy_poll };

@@ -18,13 +18,12 @@ use serde::Serialize;
 use super::plan_text;
 use crate::args::PlanArgs;
 use crate::failure::Failure;
-use crate::numbers::Machines;
+use crate::numbers::{Machines, Unit};
 use crate::{models, out, text};
 
 /// Memory of workers, GiB, when nobody says which there are.
 const USUAL_GIB: [u64; 6] = [16, 24, 48, 80, 192, 512];
 const USUAL_CONTEXT: u64 = 4096;
-const MIB: u64 = 1 << 20;
 
 /// What `--json` prints. Sizes are in bytes.
 #[derive(Serialize)]
@@ -82,6 +81,9 @@ pub(super) struct Given {
     /// Experts that each can hold.
     pub(super) experts_each: u64,
     pub(super) gpu: bool,
+    /// What its memory is told in.
+    #[serde(skip)]
+    pub(super) unit: Unit,
 }
 
 /// A size of workers, and how many are needed.
@@ -95,6 +97,9 @@ pub(super) struct Size {
     /// For as many copies as asked, and with more than one copy a worker more: one can be lost, and all copies come back.
     pub(super) workers: u64,
     pub(super) gpu: bool,
+    /// What its memory is told in.
+    #[serde(skip)]
+    pub(super) unit: Unit,
 }
 
 /// What goes over the network, on average, with so many workers. Bytes of rows, without framing.
@@ -132,7 +137,7 @@ struct Subject {
 }
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
-    let report = report(args, subject(&args.model)?)?;
+    let report = report(args, subject(args)?)?;
     if args.json {
         out::line(&serde_json::to_string(&report).map_err(Failure::runtime)?)?;
     } else {
@@ -142,7 +147,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Failure> {
     if fits { Ok(()) } else { Err(Failure::Quiet) }
 }
 
-fn subject(model: &str) -> Result<Subject, Failure> {
+fn subject(args: &PlanArgs) -> Result<Subject, Failure> {
+    let model = args.model.as_str();
     if let Some(preset) = Preset::find(&model.to_ascii_lowercase()) {
         return Ok(Subject {
             name: preset.name.to_owned(),
@@ -153,7 +159,7 @@ fn subject(model: &str) -> Result<Subject, Failure> {
             indexed_bytes: None,
         });
     }
-    let source = models::source(model).map_err(|error| match error {
+    let source = models::source(model, args.links.links()).map_err(|error| match error {
         Failure::Input(_) if !model.contains('/') => Failure::Input(unknown(model)),
         other => other,
     })?;
@@ -203,17 +209,19 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     let kv_bytes = sizes.kv_sequence_bytes(context, chunk).saturating_mul(args.sequences.into());
     let (given, open) = asked(args);
     for offer in given.iter().chain(&open) {
-        if demand.held_by(for_experts(offer.machines.memory)) == 0 {
+        if demand.held_by(for_experts(offer.machines)) == 0 {
             let smaller = |dtype| footprint(dtype).map(|sizes| (dtype, largest(&sizes)));
             let smaller = [WeightDType::Q8, WeightDType::Q4].map(smaller);
-            return Err(too_small(offer.machines.memory, &demand, smaller.into_iter().flatten()));
+            return Err(too_small(offer.machines, &demand, smaller.into_iter().flatten()));
         }
     }
     let given: Vec<Given> = given.into_iter().map(|offer| there(offer, &demand)).collect();
     let present = || given.iter().flat_map(|given| (0..given.workers).map(|_| given.expert_memory_bytes));
     let nothing_said = given.is_empty() && open.is_empty();
-    let usual =
-        USUAL_GIB.map(|gib| Offer { machines: Machines { memory: gib << 30, count: None }, gpu: false });
+    let usual = USUAL_GIB.map(|gib| Offer {
+        machines: Machines { memory: gib << 30, unit: Unit::Binary, count: None },
+        gpu: false,
+    });
     let open = if nothing_said { usual.to_vec() } else { open };
     let (is_met, beside) =
         (demand.missing(present()) == 0, u64::from(given.iter().map(|g| g.workers).sum::<u32>()));
@@ -274,10 +282,11 @@ fn asked(args: &PlanArgs) -> (Vec<Offer>, Vec<Offer>) {
     workers.chain(gpus).partition(|offer| offer.machines.count.is_some())
 }
 
-/// What a worker of so much memory has for experts; in whole MiB, if it is that much, because so it can be told.
-const fn for_experts(memory: u64) -> u64 {
+/// What a worker of such a machine has for experts; in whole MiB or MB, if it is that much, because so it can be told.
+const fn for_experts(Machines { memory, unit, .. }: Machines) -> u64 {
+    let step = unit.step();
     let part = memory / 100 * PART_FOR_EXPERTS + memory % 100 * PART_FOR_EXPERTS / 100;
-    if part < MIB { part } else { part / MIB * MIB }
+    if part < step { part } else { part / step * step }
 }
 
 fn largest(sizes: &Footprint) -> u64 {
@@ -305,40 +314,48 @@ fn context(args: &PlanArgs, outline: &Outline) -> Result<u64, Failure> {
     }
 }
 
-fn too_small(memory: u64, demand: &Demand, smaller: impl Iterator<Item = (WeightDType, u64)>) -> Failure {
-    let (has, needs) = (for_experts(memory), demand.bytes_each);
-    let least = (needs.div_ceil(MIB) * MIB).saturating_mul(100).div_ceil(PART_FOR_EXPERTS);
-    let enough = least.div_ceil(MIB) * MIB;
+fn too_small(
+    machines: Machines,
+    demand: &Demand,
+    smaller: impl Iterator<Item = (WeightDType, u64)>,
+) -> Failure {
+    let Machines { memory, unit, .. } = machines;
+    let (has, needs, step) = (for_experts(machines), demand.bytes_each, unit.step());
+    let least = (needs.div_ceil(step) * step).saturating_mul(100).div_ceil(PART_FOR_EXPERTS);
+    let enough = least.div_ceil(step) * step;
+    let shown = |bytes| text::memory(bytes, unit);
     let fewer: Vec<String> = smaller
         .filter(|(_, bytes)| *bytes < needs)
-        .map(|(dtype, bytes)| format!("as {dtype} it takes {}", text::memory(bytes)))
+        .map(|(dtype, bytes)| format!("as {dtype} it takes {}", shown(bytes)))
         .collect();
     let fewer = if fewer.is_empty() { String::new() } else { format!("; {}", fewer.join(", ")) };
     Failure::input(format!(
         "a worker of {} has {} for experts, which is {} too little for one of {}; the least is a worker of {}{fewer}",
-        text::memory(memory),
-        text::memory(has),
-        text::memory(needs - has),
-        text::memory(needs),
-        text::memory(enough),
+        shown(memory),
+        shown(has),
+        shown(needs - has),
+        shown(needs),
+        shown(enough),
     ))
 }
 
 fn there(Offer { machines, gpu }: Offer, demand: &Demand) -> Given {
-    let expert_memory_bytes = for_experts(machines.memory);
+    let expert_memory_bytes = for_experts(machines);
     Given {
         memory_bytes: machines.memory,
         expert_memory_bytes,
         workers: machines.count.map_or(1, NonZeroU32::get),
         experts_each: demand.held_by(expert_memory_bytes),
         gpu,
+        unit: machines.unit,
     }
 }
 
 /// How many workers of a size are needed beside those present; `None` when they are too small for an expert.
 fn size<I: Iterator<Item = u64>>(offer: Offer, demand: &Demand, present: &impl Fn() -> I) -> Option<Size> {
-    let Offer { machines: Machines { memory, .. }, gpu } = offer;
-    let expert_memory_bytes = for_experts(memory);
+    let Offer { machines, gpu } = offer;
+    let Machines { memory, unit, .. } = machines;
+    let expert_memory_bytes = for_experts(machines);
     let needed = |replicas| Demand { replicas, ..*demand }.workers_of(expert_memory_bytes, present());
     let mut copies = vec![1, 2, demand.replicas];
     copies.dedup();
@@ -350,6 +367,7 @@ fn size<I: Iterator<Item = u64>>(offer: Offer, demand: &Demand, present: &impl F
         workers_by_copies: copies.into_iter().map(|r| Some((r, needed(r)?))).collect::<Option<_>>()?,
         workers: needed(demand.replicas)? + u64::from(demand.replicas > 1),
         gpu,
+        unit,
     })
 }
 

@@ -1,6 +1,7 @@
 //! A plan as text: facts, tables, and the commands to type next.
 
-use super::plan::{Report, Size, Wire};
+use super::plan::{Given, Report, Size, Wire};
+use crate::numbers::Unit;
 use crate::{models, text};
 
 /// The whole answer.
@@ -118,8 +119,9 @@ fn given(report: &Report) -> Option<String> {
     if report.given.is_empty() {
         return None;
     }
-    let row = |given: &super::plan::Given| {
-        let (memory, own) = (text::memory(given.memory_bytes), text::memory(given.expert_memory_bytes));
+    let row = |given: &Given| {
+        let shown = |bytes| text::memory(bytes, given.unit);
+        let (memory, own) = (shown(given.memory_bytes), shown(given.expert_memory_bytes));
         vec![given.workers.to_string(), memory, own, given.experts_each.to_string()]
     };
     let rows: Vec<Vec<String>> = report.given.iter().map(row).collect();
@@ -148,8 +150,8 @@ fn sizes(report: &Report) -> Option<String> {
     let header: Vec<&str> = header.iter().map(String::as_str).collect();
     let row = |size: &Size| {
         let mut row = vec![
-            text::memory(size.memory_bytes),
-            text::memory(size.expert_memory_bytes),
+            text::memory(size.memory_bytes, size.unit),
+            text::memory(size.expert_memory_bytes, size.unit),
             format!("{} of {}", size.experts_each, report.experts),
         ];
         row.extend(size.workers_by_copies.iter().map(|(_, workers)| workers.to_string()));
@@ -199,15 +201,28 @@ fn mebibytes(bytes: u64) -> u64 {
     (bytes >> 20).max(1)
 }
 
+/// Workers of one size, as commands are told of them.
+struct Pool {
+    workers: u64,
+    memory: u64,
+    /// What each has for experts.
+    own: u64,
+    unit: Unit,
+}
+
 fn next(report: &Report) -> String {
-    let mut pools: Vec<(u64, u64, u64)> = report
-        .given
-        .iter()
-        .map(|given| (u64::from(given.workers), given.memory_bytes, given.expert_memory_bytes))
-        .collect();
+    let pool = |given: &Given| Pool {
+        workers: given.workers.into(),
+        memory: given.memory_bytes,
+        own: given.expert_memory_bytes,
+        unit: given.unit,
+    };
+    let mut pools: Vec<Pool> = report.given.iter().map(pool).collect();
     if report.given_missing > 0 || report.given.is_empty() {
         match report.sizes.as_slice() {
-            [size] => pools.push((size.workers, size.memory_bytes, size.expert_memory_bytes)),
+            &[Size { workers, memory_bytes: memory, expert_memory_bytes: own, unit, .. }] => {
+                pools.push(Pool { workers, memory, own, unit });
+            }
             [] => return "Next: more memory, --expert-dtype q8 or q4, or fewer --replicas.".to_owned(),
             _ => {
                 let command = format!("muster plan {} --worker SIZE", report.model);
@@ -215,7 +230,7 @@ fn next(report: &Report) -> String {
             }
         }
     }
-    pools.retain(|(workers, ..)| *workers > 0);
+    pools.retain(|pool| pool.workers > 0);
     let mut lines = vec!["Next, on hosts (beyond one machine with TLS: docs/security.md):".to_owned()];
     if report.preset {
         lines.push(format!("  muster pull {}", report.loaded_from));
@@ -233,10 +248,10 @@ fn next(report: &Report) -> String {
         report.replicas,
         dtype("trunk-dtype", &report.trunk_dtype)
     ));
-    for (workers, _, own) in &pools {
-        let own = mebibytes(*own);
+    for Pool { workers, own, unit, .. } in &pools {
+        let own = unit.argument(*own);
         lines.push(format!(
-            "  muster worker --join ROUTER:50051 --memory {own}MiB{expert_dtype}    # {workers} times"
+            "  muster worker --join ROUTER:50051 --memory {own}{expert_dtype}    # {workers} times"
         ));
     }
     lines.extend(helm(report, &pools, kv));
@@ -244,8 +259,8 @@ fn next(report: &Report) -> String {
 }
 
 /// The same on Kubernetes, if one pool will do.
-fn helm(report: &Report, pools: &[(u64, u64, u64)], kv: u64) -> Vec<String> {
-    let [(workers, memory, own)] = pools else {
+fn helm(report: &Report, pools: &[Pool], kv: u64) -> Vec<String> {
+    let [Pool { workers, memory, own, unit }] = pools else {
         return vec!["On Kubernetes give every size a pool of its own: docs/kubernetes.md.".to_owned()];
     };
     let model = &report.loaded_from;
@@ -274,10 +289,10 @@ fn helm(report: &Report, pools: &[(u64, u64, u64)], kv: u64) -> Vec<String> {
     }
     for kind in ["requests", "limits"] {
         values.push(format!("router.resources.{kind}.memory={router}Mi"));
-        values.push(format!("workers.defaults.resources.{kind}.memory={}Mi", mebibytes(*memory)));
+        values.push(format!("workers.defaults.resources.{kind}.memory={}", unit.quantity(*memory)));
     }
     values.push(format!("workers.defaults.replicas={workers}"));
-    values.push(format!("workers.defaults.memory={}MiB", mebibytes(*own)));
+    values.push(format!("workers.defaults.memory={}", unit.argument(*own)));
     let values: Vec<String> = values.into_iter().map(|value| format!("    --set {value}")).collect();
     vec![
         "Next, on Kubernetes (docs/kubernetes.md):".to_owned(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
 use muster_model::evaluate::evaluate;
-use muster_router::start::EngineSettings;
+use muster_router::start::{EngineSettings, ModelDefaults};
 use muster_router::tokenizer;
 use muster_types::Compute;
 use muster_types::WeightDType::{Native, Q4, Q8};
@@ -15,8 +15,8 @@ use tokio::runtime::Builder;
 
 use super::logits::failure;
 use super::{runtime, token_file};
-use crate::args::{CheckModelArgs, SamplingArgs};
-use crate::backend::{Ask, Backend, Piece};
+use crate::args::CheckModelArgs;
+use crate::backend::{Ask, Backend, Manner, Piece};
 use crate::engine::{self, Experts, Mode, cores};
 use crate::failure::Failure;
 use crate::progress::Bar;
@@ -128,7 +128,7 @@ fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<
     let compute = engine::compute_mode(checkpoint, None);
     let mode = Mode { compute, experts: Native, trunk: Native };
     let loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &Bar::single("model"))?;
-    let (service, _handle) = loaded.serve(EngineSettings::default())?;
+    let (service, _handle) = loaded.serve(EngineSettings::default(), ModelDefaults::Ignored)?;
     let mut backend = Backend::Here(service);
     runtime(&mut Builder::new_current_thread())?.block_on(async {
         let mut texts = Vec::with_capacity(PROMPTS.len());
@@ -141,8 +141,8 @@ fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<
 
 async fn continuation(backend: &mut Backend, prompt: &str) -> Result<Vec<u32>, Failure> {
     let mut ids = backend.tokenize(prompt.to_owned()).await?;
-    let sampling = SamplingArgs { ignore_eos: true, ..SamplingArgs::greedy() };
-    let mut pieces = backend.generate(Ask::Tokens(ids.clone()), Some(CONTINUATION), &sampling).await?;
+    let manner = Manner { ignore_eos: true, ..Manner::default() };
+    let mut pieces = backend.generate(Ask::Tokens(ids.clone()), Some(CONTINUATION), &manner).await?;
     while let Some(piece) = pieces.next().await? {
         if let Piece::Token { id, .. } = piece {
             ids.push(id);

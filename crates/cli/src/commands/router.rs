@@ -14,8 +14,9 @@ use muster_types::Limits;
 use super::{identity, log_settings, persist, serve};
 use crate::args::{LogArgs, RouterArgs};
 use crate::children::{Listening, exit_with_parent};
-use crate::engine::cores;
+use crate::engine::{cores, model_defaults};
 use crate::failure::Failure;
+use crate::models::Links;
 use crate::outlet::Outlet;
 use crate::signals::Signals;
 use crate::{models, out};
@@ -86,6 +87,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         .text("prefill_chunk", args.prefill_chunk.as_deref())
         .text("prefix_cache", args.prefix_cache.as_deref())
         .list("template_variables", &args.template_variables)
+        .text("generation_config", args.generation_config.as_deref())
         .text("max_running", args.max_running.as_deref())
         .text("max_queue", args.max_queue.as_deref())
         .text("max_queue_wait", args.max_queue_wait.as_deref())
@@ -98,13 +100,14 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
         flags.text("leave_after", args.leave_after.as_deref()).text("api_keys", args.api_keys.as_deref());
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
     let flags = if args.insecure_no_keys { flags.on("insecure_no_keys") } else { flags };
+    let flags = if args.links.allow_links { flags.on("allow_links") } else { flags };
     let flags = args.tls.flags(flags);
     log_settings(flags, log)
 }
 
 fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
     Ok(RouterConfig {
-        source: models::source(&settings.model)?,
+        source: models::source(&settings.model, Links::of(settings.allow_links))?,
         digests: Places { file: settings.digests, cache: models::cache(), ..Places::default() },
         model_name: settings.model_name,
         router_id: settings.id,
@@ -136,6 +139,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
         leave_after: settings.leave_after,
         combine: settings.combine,
         busy_poll: settings.busy_poll,
+        defaults: model_defaults(settings.generation_config),
         engine: EngineSettings {
             kv_bytes: settings.kv_memory,
             step_tokens: settings.step_tokens,

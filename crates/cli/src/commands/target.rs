@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_dispatch_grpc::StatsHandle;
-use muster_router::start::EngineSettings;
+use muster_router::serve::expert_shape;
+use muster_router::start::{EngineSettings, ModelDefaults};
 
 use super::blocking;
 use crate::args::{ComputeArgs, LogArgs, TargetArgs};
@@ -26,6 +27,7 @@ const END: Duration = Duration::from_secs(5);
 pub(crate) async fn with_backend<F>(
     target: &TargetArgs,
     compute: ComputeArgs,
+    defaults: ModelDefaults,
     log: &LogArgs,
     work: impl FnOnce(Backend, Option<StatsHandle>) -> F,
 ) -> Result<(), Failure>
@@ -41,7 +43,7 @@ where
         };
         return signals.unless(work).await;
     };
-    let checkpoint = Arc::new(models::open(model)?);
+    let checkpoint = Arc::new(models::open(model, target.links.links())?);
     let Some(count) = target.workers else {
         let threads = compute.threads.unwrap_or(cores());
         let mode = Mode::of(&checkpoint, compute);
@@ -49,14 +51,16 @@ where
             let bar = Bar::single("model");
             let loaded =
                 blocking(move || engine::load(checkpoint, mode, threads, Experts::Here, &bar)).await?;
-            in_process(loaded, work).await
+            in_process(loaded, defaults, work).await
         };
         return signals.unless(work).await;
     };
     let bars = Bars::new();
     let spec = WorkersSpec {
         model,
+        links: target.links.links(),
         count,
+        experts_in_all: expert_shape(&checkpoint).total(),
         replicas: NonZeroU32::MIN,
         compute: compute.compute.get(),
         experts: compute.expert_dtype,
@@ -73,7 +77,7 @@ where
     let outcome = signals
         .unless(async {
             let loaded = blocking(move || engine::load(checkpoint, mode, threads, experts, &bar)).await?;
-            in_process(loaded, work).await
+            in_process(loaded, defaults, work).await
         })
         .await;
     workers.stop().await;
@@ -82,13 +86,14 @@ where
 
 async fn in_process<F>(
     loaded: engine::Loaded,
+    defaults: ModelDefaults,
     work: impl FnOnce(Backend, Option<StatsHandle>) -> F,
 ) -> Result<(), Failure>
 where
     F: Future<Output = Result<(), Failure>>,
 {
     let stats = loaded.stats.clone();
-    let (service, handle) = loaded.serve(EngineSettings::default())?;
+    let (service, handle) = loaded.serve(EngineSettings::default(), defaults)?;
     let outcome = work(Backend::Here(service), stats).await;
     // Before the workers go, so that the engine's last step does not end in an error.
     let _ = handle.stop(END).await;

@@ -3,20 +3,28 @@
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
+use muster_config::GenerationMode;
 use muster_kernels::Isa;
+use muster_model::defaults::{SamplingDefaults, Wanted};
 use muster_model::experts::faster_mode;
-use muster_proto::v1::Model;
+use muster_proto::v1;
+use muster_router::serve::{RouterError, expert_shape};
 use muster_router::tokenizer;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 
 use super::generate::{Output, Prompt, answer};
 use crate::args::{CredentialArgs, LogArgs, UpArgs};
 use crate::backend::{self, Backend};
-use crate::children::{self, Announcement, Running, announce};
-use crate::cluster::{GRACE, Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
+use crate::children::{Announcement, Listening, announce};
+use crate::cluster::{Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
 use crate::engine::compute_mode;
 use crate::failure::Failure;
+use crate::kept::Kept;
 use crate::progress::Bars;
 use crate::signals::Signals;
 use crate::{models, out, text};
@@ -24,23 +32,27 @@ use crate::{models, out, text};
 pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     let addresses = Addresses::of(args)?;
     // Opened here first, so that a model that cannot be served is refused once and not by every child.
-    let checkpoint = models::open(&args.model)?;
+    let model = Model::open(args)?;
     let mut signals = Signals::listen()?;
-    let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
-    let compute = args.compute.compute.get();
+    addresses.check()?;
     let bars = Bars::new();
-    let (experts, threads, busy_poll_us) =
-        (args.compute.expert_dtype, args.compute.threads, args.compute.busy_poll_us);
-    let replicas = NonZeroU32::new(args.replicas).unwrap_or(NonZeroU32::MIN);
-    if replicas > count {
-        return Err(Failure::input(format!(
-            "--replicas: {count} workers cannot hold {replicas} copies of an expert; use at most {count}"
-        )));
-    }
-    let spec =
-        WorkersSpec { model: &args.model, count, replicas, compute, experts, threads, busy_poll_us, log };
+    let spec = WorkersSpec {
+        model: &args.model,
+        links: args.links.links(),
+        count: NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN),
+        experts_in_all: expert_shape(&model.checkpoint).total(),
+        replicas: NonZeroU32::new(args.replicas).unwrap_or(NonZeroU32::MIN),
+        compute: args.compute.compute.get(),
+        experts: args.compute.expert_dtype,
+        threads: args.compute.threads,
+        busy_poll_us: args.compute.busy_poll_us,
+        log,
+    };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
-    let outcome = with_router(args, log, &addresses, &checkpoint, &workers, &bars, &mut signals).await;
+    let router = Router::start(router_arguments(args, log, &workers), addresses, &bars);
+    let outcome = signals.unless(serve(args, &model, router.is_ready)).await;
+    router.stop.cancel();
+    let _ = router.task.await;
     workers.stop().await;
     match outcome {
         // Ctrl-C is how a cluster that stays is ended.
@@ -49,7 +61,26 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     }
 }
 
+/// What is served.
+struct Model {
+    checkpoint: Checkpoint,
+    /// Where a request says nothing.
+    sampling: SamplingDefaults,
+}
+
+impl Model {
+    fn open(args: &UpArgs) -> Result<Self, Failure> {
+        let checkpoint = models::open(&args.model, args.links.links())?;
+        let sampling = match args.sampling.generation_config {
+            GenerationMode::Auto => Wanted::of(&checkpoint).map_err(Failure::input)?.defaults,
+            GenerationMode::Ignore => SamplingDefaults::default(),
+        };
+        Ok(Self { checkpoint, sampling })
+    }
+}
+
 /// Where the router listens.
+#[derive(Clone, Copy)]
 struct Addresses {
     http: SocketAddr,
     grpc: SocketAddr,
@@ -75,33 +106,54 @@ impl Addresses {
         }
         Ok(addresses)
     }
+
+    /// Whether both can be had, so that a port that is taken is known before minutes of loading.
+    fn check(&self) -> Result<(), Failure> {
+        let listen = |what, address| {
+            let bind = |source| RouterError::Bind { what, address, source };
+            muster_net::listen::tcp(address).map_err(bind).map_err(Failure::input)
+        };
+        // Both at a time: they may be the same.
+        let listeners = (listen("http", self.http)?, listen("grpc", self.grpc)?);
+        drop(listeners);
+        Ok(())
+    }
 }
 
-async fn with_router(
-    args: &UpArgs,
-    log: &LogArgs,
-    addresses: &Addresses,
-    checkpoint: &Checkpoint,
-    workers: &Workers,
-    bars: &Bars,
-    signals: &mut Signals,
-) -> Result<(), Failure> {
-    let mut router = children::spawn("the router", &router_arguments(args, log, addresses, workers))?;
-    let outcome = signals.unless(serve(args, checkpoint, &mut router, bars)).await;
-    router.stop(GRACE).await;
-    outcome
+/// The router, kept.
+struct Router {
+    /// Where it listens, once it does.
+    is_ready: oneshot::Receiver<Result<Listening, Failure>>,
+    stop: CancellationToken,
+    task: JoinHandle<()>,
 }
 
-/// Until the prompt is answered, or else until the router ends.
+impl Router {
+    /// Starts it. When it dies, it comes back at the addresses that it had.
+    fn start(arguments: Vec<OsString>, addresses: Addresses, bars: &Bars) -> Self {
+        let at = move |first: Option<&Listening>| {
+            let Addresses { http, grpc } = addresses;
+            let (http, grpc) =
+                first.map_or((http, grpc), |first| (first.http.unwrap_or(http), first.grpc.unwrap_or(grpc)));
+            let listens = ["--http".to_owned(), http.to_string(), "--grpc".to_owned(), grpc.to_string()];
+            arguments.iter().cloned().chain(listens.map(OsString::from)).collect()
+        };
+        let (ready, is_ready) = oneshot::channel();
+        let stop = CancellationToken::new();
+        let router = Kept { name: "the router".to_owned(), arguments: at, pid: Arc::default() };
+        let task = tokio::spawn(router.keep(bars.bar("router".to_owned()), ready, stop.clone()));
+        Self { is_ready, stop, task }
+    }
+}
+
+/// Until the prompt is answered, or else for ever.
 async fn serve(
     args: &UpArgs,
-    checkpoint: &Checkpoint,
-    router: &mut Running,
-    bars: &Bars,
+    model: &Model,
+    is_ready: oneshot::Receiver<Result<Listening, Failure>>,
 ) -> Result<(), Failure> {
-    let bar = bars.bar("router".to_owned());
-    let listening = router.ready(|progress| bar.update(progress)).await?;
-    bar.finish();
+    // A task that ends without a word was stopped.
+    let listening = is_ready.await.unwrap_or(Err(Failure::Interrupted))?;
     let (Some(http), Some(grpc)) = (listening.http, listening.grpc) else {
         return Err(Failure::runtime("the router did not say where it listens"));
     };
@@ -109,34 +161,26 @@ async fn serve(
         let backend =
             Backend::Router(backend::connect(&[grpc.to_string()], &CredentialArgs::default()).await?);
         let prompt = Prompt::Text(prompt.clone());
-        let answered = answer(backend, prompt, args.max_tokens, &args.sampling, Output::Text);
-        return tokio::select! {
-            outcome = answered => outcome,
-            status = router.exited() => Err(Failure::runtime(format!("the router ended while it answered ({status})"))),
-        };
+        return answer(backend, prompt, args.max_tokens, &args.sampling, Output::Text).await;
     }
     if args.announce {
         announce(&Announcement::Ready(listening));
     } else {
         let client = backend::connect(&[grpc.to_string()], &CredentialArgs::default()).await?;
-        let model = client.model().await.map_err(backend::failed)?;
-        out::write(&welcome(args, checkpoint, &model, http, grpc))?;
+        let served = client.model().await.map_err(backend::failed)?;
+        out::write(&welcome(args, model, &served, http, grpc))?;
     }
-    let status = router.exited().await;
-    Err(Failure::runtime(format!("the router ended ({status}); its own message is above")))
+    std::future::pending().await
 }
 
-fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers: &Workers) -> Vec<OsString> {
+/// What the router is told, but for where to listen.
+fn router_arguments(args: &UpArgs, log: &LogArgs, workers: &Workers) -> Vec<OsString> {
     let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
     let threads = args.compute.threads.unwrap_or(shares_of_cores(count).0);
     let mut arguments: Vec<OsString> = vec![
         "router".into(),
         "--model".into(),
         args.model.as_str().into(),
-        "--http".into(),
-        addresses.http.to_string().into(),
-        "--grpc".into(),
-        addresses.grpc.to_string().into(),
         "--threads".into(),
         threads.to_string().into(),
         "--combine".into(),
@@ -147,12 +191,17 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
         args.compute.trunk_dtype.to_string().into(),
         "--replicas".into(),
         args.replicas.to_string().into(),
+        "--generation-config".into(),
+        args.sampling.generation_config.to_string().into(),
     ];
     for address in workers.addresses() {
         arguments.extend(["--worker".into(), address.into()]);
     }
     if let Some(bytes) = args.kv_memory {
         arguments.extend(["--kv-memory".into(), format!("{bytes}B").into()]);
+    }
+    if args.links.allow_links {
+        arguments.push("--allow-links".into());
     }
     if args.insecure_plaintext {
         arguments.push("--insecure-plaintext".into());
@@ -166,23 +215,18 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, addresses: &Addresses, workers
 }
 
 /// What a person needs to know once it runs.
-fn welcome(
-    args: &UpArgs,
-    checkpoint: &Checkpoint,
-    model: &Model,
-    http: SocketAddr,
-    grpc: SocketAddr,
-) -> String {
+fn welcome(args: &UpArgs, model: &Model, served: &v1::Model, http: SocketAddr, grpc: SocketAddr) -> String {
+    let Model { checkpoint, sampling } = model;
     let (inventory, name) = (checkpoint.inventory(), checkpoint.name());
-    let suggestions = suggestions(model, http, grpc);
+    let suggestions = suggestions(served, http, grpc);
     let missing =
-        if model.has_tokenizer { String::new() } else { format!("\n{}.\n", tokenizer::remedy(checkpoint)) };
+        if served.has_tokenizer { String::new() } else { format!("\n{}.\n", tokenizer::remedy(checkpoint)) };
     let compute = compute_mode(checkpoint, args.compute.compute.get());
     let hint =
         faster_mode(compute, Isa::detect()).map_or_else(String::new, |hint| format!("\nHint: {hint}.\n"));
     format!(
         "{name} ({family}, {parameters} parameters, {active} active per token) is served by 1 router and {workers} workers\n\
-         \n  OpenAI HTTP  http://{http}/v1\n  gRPC         http://{grpc}\n\
+         \n  OpenAI HTTP  http://{http}/v1\n  gRPC         http://{grpc}\n  sampling     {sampling}, where a request says nothing\n\
          {missing}\nNow try, in another terminal:\n\n{suggestions}{hint}\nCtrl-C stops everything.\n",
         family = checkpoint.spec().family,
         parameters = text::count(inventory.parameters),
@@ -192,7 +236,7 @@ fn welcome(
 }
 
 /// Commands that work with what the model has.
-fn suggestions(model: &Model, http: SocketAddr, grpc: SocketAddr) -> String {
+fn suggestions(model: &v1::Model, http: SocketAddr, grpc: SocketAddr) -> String {
     let program = std::env::args().next().unwrap_or_else(|| "muster".to_owned());
     let name = &model.name;
     if !model.has_tokenizer {

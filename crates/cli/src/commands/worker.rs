@@ -12,6 +12,7 @@ use crate::args::{LogArgs, WorkerArgs};
 use crate::children::{Listening, exit_with_parent};
 use crate::engine::cores;
 use crate::failure::Failure;
+use crate::models::Links;
 use crate::outlet::Outlet;
 use crate::signals::Signals;
 use crate::{models, out};
@@ -77,16 +78,18 @@ fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
         .text("drain_timeout", args.drain_timeout.as_deref())
         .text("busy_poll_us", args.busy_poll_us.as_deref());
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
+    let flags = if args.links.allow_links { flags.on("allow_links") } else { flags };
     let flags = args.tls.flags(flags);
     log_settings(flags, log)
 }
 
 fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
+    let links = Links::of(settings.allow_links);
     let id = settings.id.unwrap_or_else(|| name_of(&settings.listen, std::process::id()));
     Ok(WorkerConfig {
         worker_id: WorkerId::new(&id).map_err(|error| Failure::input(format!("--id: {error}")))?,
         listen: settings.listen,
-        source: settings.model.as_deref().map(models::source).transpose()?,
+        source: settings.model.as_deref().map(|model| models::source(model, links)).transpose()?,
         join: settings.join,
         advertise: settings.advertise,
         share: match settings.share {

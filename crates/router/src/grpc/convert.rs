@@ -1,6 +1,7 @@
 //! Between messages and the router's own types. Absent fields become what the `.proto` comments say; where there is
 //! nothing to say, a missing field is an error that names it.
 
+use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::{MAX_BIAS, RawSampling};
 use muster_proto::v1;
 use muster_text::ChatMessage;
@@ -8,8 +9,8 @@ use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
 use crate::request::{
-    Eos, Event, FinishReason, Finished, GenerateRequest, Prompt, RequestError, Resume, Started, Stop,
-    TokenFrame, TokenLogprob,
+    Eos, Event, FinishReason, Finished, GenerateRequest, OverContext, Prompt, RequestError, Resume, Started,
+    Stop, TokenFrame, TokenLogprob,
 };
 use crate::service::ModelInfo;
 
@@ -24,14 +25,24 @@ const QUOTED: usize = 32;
 /// # Errors
 /// When no prompt is set or a message has an unknown role. Everything else is the service's to check.
 pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, RequestError> {
-    let v1::GenerateRequest { model, prompt, max_tokens, sampling, stop, top_logprobs, choices, resume_from } =
-        asked;
+    let v1::GenerateRequest {
+        model,
+        prompt,
+        max_tokens,
+        sampling,
+        stop,
+        top_logprobs,
+        choices,
+        resume_from,
+        cut_to_context,
+    } = asked;
     let sampling = sampling.unwrap_or_default();
     let seed = sampling.seed;
     Ok(GenerateRequest {
         model: Some(model).filter(|name| !name.is_empty()),
         prompt: self::prompt(prompt)?,
         max_tokens,
+        over_context: if cut_to_context { OverContext::Cut } else { OverContext::Refused },
         sampling: self::sampling(sampling)?,
         seed,
         stop: stop.map(self::stop).unwrap_or_default(),
@@ -176,7 +187,14 @@ pub(super) fn model(model: &ModelInfo) -> v1::Model {
         workers: model.workers,
         expert_dtype: model.experts.to_string(),
         trunk_dtype: model.trunk.to_string(),
+        default_sampling: Some(default_sampling(&model.defaults)),
+        default_max_tokens: model.defaults.max_tokens,
     }
+}
+
+fn default_sampling(defaults: &SamplingDefaults) -> v1::Sampling {
+    let &SamplingDefaults { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens: _ } = defaults;
+    v1::Sampling { temperature, top_k, top_p, min_p, repetition_penalty, ..v1::Sampling::default() }
 }
 
 /// How a failure looks to a client. Those that pass carry `retry-after-ms`, and `grpc-retry-pushback-ms`, which
@@ -235,6 +253,7 @@ mod tests {
         assert_eq!(request.sampling.top_p, 1.0);
         assert_eq!(request.sampling.repetition_penalty, 1.0);
         assert_eq!(request.stop.eos, Eos::Stops);
+        assert_eq!(request.over_context, OverContext::Refused);
     }
 
     #[test]

@@ -1,18 +1,19 @@
 //! The fields that both request types share, and what they mean.
 //!
-//! Defaults are OpenAI's: temperature 1, top_p 1, one choice. `top_k`, `min_p`, `repetition_penalty`,
+//! Defaults are the model's own (`generation_config.json`), else OpenAI's: temperature 1, top_p 1, one choice. `top_k`, `min_p`, `repetition_penalty`,
 //! `ignore_eos` and `stop_token_ids` are extensions under the names other servers use. Ranges are checked by
 //! [`Service`](crate::service::Service).
 
 use std::fmt;
 
+use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::{MAX_BIAS, RawSampling};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
 use super::super::error::ApiError;
 use super::json::{AtMost, Bounds, Fields, Known, Strings, Unsupported};
-use crate::request::{Eos, GenerateRequest, Prompt, Stop};
+use crate::request::{Eos, GenerateRequest, OverContext, Prompt, Stop};
 
 /// A request, ready to run.
 #[derive(Debug)]
@@ -146,11 +147,16 @@ impl Common {
                 format!("{choices} for each of {} prompts; {most} in all are allowed", prompts.len());
             return Err(ApiError::field("n", message));
         }
+        let (max_tokens, over_context) = match max_tokens {
+            Some(asked) => (Some(asked), OverContext::Refused),
+            None => (bounds.defaults.max_tokens, OverContext::Cut),
+        };
         let request = |prompt| GenerateRequest {
             model: self.model.clone(),
             prompt,
             max_tokens,
-            sampling: self.sampling(),
+            over_context,
+            sampling: self.sampling(&bounds.defaults),
             seed: self.seed,
             stop: self.stop(),
             top_logprobs,
@@ -172,10 +178,10 @@ impl Common {
         }
     }
 
-    fn sampling(&self) -> RawSampling {
-        let default = RawSampling::default();
+    fn sampling(&self, defaults: &SamplingDefaults) -> RawSampling {
+        let default = defaults.over(RawSampling { temperature: 1.0, ..RawSampling::default() });
         RawSampling {
-            temperature: self.temperature.unwrap_or(1.0),
+            temperature: self.temperature.unwrap_or(default.temperature),
             top_k: self.top_k.unwrap_or(default.top_k),
             top_p: self.top_p.unwrap_or(default.top_p),
             min_p: self.min_p.unwrap_or(default.min_p),

@@ -84,7 +84,7 @@ impl<'de> Visitor<'de> for Prompts {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<Prompt>, A::Error> {
-        let Self(Bounds { limits, context }) = self;
+        let Self(Bounds { limits, context, .. }) = self;
         let mut prompts = Vec::new();
         let mut ids = Vec::new();
         while let Some(element) = seq.next_element_seed(Element { context })? {

@@ -7,18 +7,21 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use muster_model::defaults::SamplingDefaults;
 use muster_types::Limits;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::super::error::ApiError;
 
-/// What a request may be as large as.
+/// What a request may be as large as, and what it is where it says nothing.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
     pub(crate) limits: Limits,
     /// Longest sequence of the model.
     pub(crate) context: u32,
+    /// The model's own, for fields that are not given.
+    pub(crate) defaults: SamplingDefaults,
 }
 
 /// An object read field by field.

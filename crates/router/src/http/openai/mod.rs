@@ -98,7 +98,8 @@ async fn answer<D: Dialect>(
     request: Request,
     parse: fn(&[u8], &Bounds) -> Result<Asked, ApiError>,
 ) -> Result<Response, ApiError> {
-    let bounds = Bounds { limits: *app.service.limits(), context: app.service.model().context };
+    let model = app.service.model();
+    let bounds = Bounds { limits: *app.service.limits(), context: model.context, defaults: model.defaults };
     let (parts, body) = request.into_parts();
     let limit = bounds.limits.body_bytes;
     let body = JsonBody::read(&parts.headers, body, limit, &app.large, PATIENCE).await?;

@@ -1,5 +1,7 @@
 //! Requests read, table by table.
 
+use muster_model::defaults::SamplingDefaults;
+use muster_model::sampler::RawSampling;
 use muster_text::{Chat, ChatMessage, Content, ToolCall};
 use muster_types::Limits;
 
@@ -7,10 +9,10 @@ use super::super::common::{Asked, Mode, StreamUsage};
 use super::super::json::Bounds;
 use super::super::{ApiError, chat_request, completion_request};
 use crate::fake;
-use crate::request::{Eos, Prompt};
+use crate::request::{Eos, OverContext, Prompt};
 
 fn bounds() -> Bounds {
-    Bounds { limits: Limits::default(), context: fake::CONTEXT }
+    Bounds { limits: Limits::default(), context: fake::CONTEXT, defaults: SamplingDefaults::default() }
 }
 
 fn completion(body: &str) -> Result<Asked, ApiError> {
@@ -455,4 +457,54 @@ fn chat_settings_that_contradict_each_other() {
     let asked = chat_with(r#", "logprobs": true, "top_logprobs": 2, "max_completion_tokens": 3"#).unwrap();
     assert_eq!((asked.requests[0].top_logprobs, asked.requests[0].max_tokens), (Some(2), Some(3)));
     assert_eq!(chat_with(r#", "logprobs": true"#).unwrap().requests[0].top_logprobs, Some(0));
+}
+
+/// What a body asks for beside a model with these defaults.
+fn beside(defaults: SamplingDefaults, fields: &str) -> crate::request::GenerateRequest {
+    let bounds = Bounds { defaults, ..bounds() };
+    let body = format!(r#"{{"messages": [{{"role": "user", "content": "hi"}}]{fields}}}"#);
+    chat_request::parse(body.as_bytes(), &bounds).unwrap().requests.remove(0)
+}
+
+#[test]
+fn the_models_own_settings_are_the_defaults_field_by_field() {
+    let none = SamplingDefaults::default();
+    let plain = RawSampling { temperature: 1.0, ..RawSampling::default() };
+    assert_eq!(beside(none, "").sampling, plain);
+    type Field = (&'static str, SamplingDefaults, RawSampling);
+    let fields: [Field; 5] = [
+        (
+            "temperature",
+            SamplingDefaults { temperature: Some(0.5), ..none },
+            RawSampling { temperature: 0.5, ..plain.clone() },
+        ),
+        ("top_k", SamplingDefaults { top_k: Some(20), ..none }, RawSampling { top_k: 20, ..plain.clone() }),
+        ("top_p", SamplingDefaults { top_p: Some(0.5), ..none }, RawSampling { top_p: 0.5, ..plain.clone() }),
+        ("min_p", SamplingDefaults { min_p: Some(0.5), ..none }, RawSampling { min_p: 0.5, ..plain.clone() }),
+        (
+            "repetition_penalty",
+            SamplingDefaults { repetition_penalty: Some(1.5), ..none },
+            RawSampling { repetition_penalty: 1.5, ..plain.clone() },
+        ),
+    ];
+    for (field, defaults, expected) in fields {
+        assert_eq!(beside(defaults, "").sampling, expected, "{field}");
+        // What a request gives wins, and so does what changes nothing.
+        let given = beside(defaults, &format!(r#", "{field}": 1"#)).sampling;
+        let without = beside(none, &format!(r#", "{field}": 1"#)).sampling;
+        assert_eq!(given, without, "{field}");
+    }
+}
+
+#[test]
+fn the_models_own_length_is_what_the_context_leaves_of_it() {
+    let defaults = SamplingDefaults { max_tokens: Some(200), ..SamplingDefaults::default() };
+    let asked = beside(defaults, "");
+    assert_eq!((asked.max_tokens, asked.over_context), (Some(200), OverContext::Cut));
+    let asked = beside(defaults, r#", "max_tokens": 300"#);
+    assert_eq!((asked.max_tokens, asked.over_context), (Some(300), OverContext::Refused));
+    // Completions have a default of their own.
+    let bounds = Bounds { defaults, ..bounds() };
+    let asked = completion_request::parse(br#"{"prompt": [1]}"#, &bounds).unwrap().requests.remove(0);
+    assert_eq!(asked.max_tokens, Some(16));
 }
