@@ -14,7 +14,6 @@ mod file;
 mod layers;
 mod problem;
 mod router;
-mod suggest;
 mod value;
 mod worker;
 
@@ -22,7 +21,6 @@ pub use environment::Environment;
 pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
 pub use router::{AccessMode, Fallback, PlacementMode, RouterSettings};
-pub use suggest::nearest;
 pub use value::{
     LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,
 };
