@@ -9,6 +9,7 @@
 //! There is no general configuration library behind this: those that merge layers stop at the first bad value and
 //! do not know the line it stands on.
 
+mod edge;
 mod environment;
 mod file;
 mod layers;
@@ -17,6 +18,7 @@ mod router;
 mod value;
 mod worker;
 
+pub use edge::EdgeSettings;
 pub use environment::Environment;
 pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};

@@ -266,6 +266,7 @@ impl Service {
             sampling: sampling.for_choice(choice),
             top_logprobs,
             events: sender.clone(),
+            span: tracing::Span::current(),
         };
         let choices_of_it = (0..choices).zip(places).zip(standings).map(choice).collect();
         let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed, resume_key };
@@ -389,7 +390,7 @@ impl Service {
 pub(crate) fn check_bias(count: usize, limits: &Limits) -> Result<(), RequestError> {
     let most = limits.bias;
     if count > most {
-        let message = format!("has {count} entries; at most {most} are allowed (the router's max_bias)");
+        let message = format!("has {count} entries; at most {most} are allowed");
         return Err(RequestError::invalid("logit_bias", message));
     }
     Ok(())

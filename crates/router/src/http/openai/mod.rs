@@ -43,7 +43,7 @@ use crate::service::ModelInfo;
 
 /// A stream that has nothing to say sends a comment this often: proxies keep it open, and a client that is gone
 /// is noticed.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 #[derive(Serialize)]
 struct Model<'a> {
