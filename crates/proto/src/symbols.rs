@@ -6,6 +6,11 @@ use bytes::Bytes;
 use prost::Message;
 use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorProto, FileDescriptorSet};
 
+/// Descriptors that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("the descriptors are no FileDescriptorSet: {0}")]
+pub struct NotDescriptors(#[from] prost::DecodeError);
+
 /// Files by their names and by what they describe.
 #[derive(Debug, Default)]
 pub struct Symbols {
@@ -19,7 +24,7 @@ impl Symbols {
     ///
     /// # Errors
     /// When one is not a `FileDescriptorSet`.
-    pub fn new(sets: &[&[u8]]) -> Result<Self, prost::DecodeError> {
+    pub fn new(sets: &[&[u8]]) -> Result<Self, NotDescriptors> {
         let mut all = Self::default();
         for set in sets {
             for file in FileDescriptorSet::decode(*set)?.file {

@@ -26,6 +26,7 @@ use muster_identity::Access;
 use muster_net::{Acceptor, Patience};
 use muster_proto::cluster::v1::cluster_server::{ClusterServer, SERVICE_NAME as CLUSTER};
 use muster_proto::expert::v1::weights_server::SERVICE_NAME as WEIGHTS;
+use muster_proto::symbols::NotDescriptors;
 use muster_proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -81,7 +82,7 @@ const PATIENCE: Patience =
 pub enum GrpcError {
     /// The descriptors for reflection do not fit together.
     #[error("server reflection: {0}")]
-    Reflection(#[from] prost::DecodeError),
+    Reflection(#[from] NotDescriptors),
     /// The server failed.
     #[error("gRPC server: {0}")]
     Transport(#[from] tonic::transport::Error),

@@ -6,7 +6,7 @@
 use std::pin::Pin;
 use std::sync::Arc;
 
-use muster_proto::symbols::Symbols;
+use muster_proto::symbols::{NotDescriptors, Symbols};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_reflection::pb;
@@ -23,7 +23,7 @@ impl Reflection {
     ///
     /// # Errors
     /// When a descriptor of ours cannot be read.
-    pub(super) fn new(services: &[&str]) -> Result<Self, prost::DecodeError> {
+    pub(super) fn new(services: &[&str]) -> Result<Self, NotDescriptors> {
         let symbols = Symbols::new(&[
             muster_proto::DESCRIPTORS,
             tonic_health::pb::FILE_DESCRIPTOR_SET,
