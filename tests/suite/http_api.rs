@@ -1,9 +1,12 @@
 //! The OpenAI-compatible HTTP API.
 
+use std::time::Instant;
+
 use muster_tests::cluster::{Cluster, Setup};
-use muster_tests::demo_model;
 use muster_tests::golden::json;
 use muster_tests::http::{get, post, post_bytes, raw};
+use muster_tests::process::PATIENCE;
+use muster_tests::{demo_model, workspace_root};
 use serde_json::{Value, json};
 
 fn demo() -> Cluster {
@@ -165,4 +168,57 @@ fn bad_input_gets_an_openai_error_and_serving_goes_on() {
     let long = format!("GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: {}\r\n\r\n", "a".repeat(1 << 20));
     assert!([400, 431].contains(&raw(&address, long.as_bytes()).status));
     assert_eq!(completion(json!({})).status, 200);
+}
+
+#[test]
+fn lines_of_the_log_say_which_request_they_are_about() {
+    let log = "warn,muster_router=debug";
+    let cluster = Cluster::start(Setup::new(&demo_model()).router_args(&["--log", log]));
+    let address = cluster.http();
+    let answer = raw(
+        &address,
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: mine-42\r\n\r\n",
+    );
+    assert_eq!((answer.status, answer.header("x-request-id")), (200, Some("mine-42")));
+    let deadline = Instant::now() + PATIENCE;
+    let is_logged =
+        || cluster.router.log().lines().any(|line| line.contains("mine-42") && line.contains("/v1/models"));
+    while !is_logged() {
+        assert!(Instant::now() < deadline, "{}", cluster.router.log());
+        std::thread::yield_now();
+    }
+}
+
+/// What clients of other servers send: `tests/fixtures/requests.jsonl`, a request a line with what must come of it.
+#[test]
+fn requests_of_foreign_clients() {
+    let cluster = demo();
+    let address = cluster.http();
+    let cases = std::fs::read_to_string(workspace_root().join("tests/fixtures/requests.jsonl")).unwrap();
+    for line in cases.lines() {
+        let case: Value = serde_json::from_str(line).unwrap();
+        let (why, want) = (case["why"].as_str().unwrap(), &case["want"]);
+        let mut body = case["body"].clone();
+        if want.get("completion_tokens").is_some() {
+            body["ignore_eos"] = json!(true);
+        }
+        let answer = post(&address, case["path"].as_str().unwrap(), &body);
+        let text = answer.text();
+        assert_eq!(want["status"], answer.status, "{why}: {text}");
+        let told = answer.header("x-muster-ignored").unwrap_or_default();
+        if let Some(ignored) = want["ignored"].as_str() {
+            assert_eq!(told, ignored, "{why}");
+        }
+        if let Some(expected) = want["text"].as_str() {
+            assert!(answer.json()["error"]["message"].as_str().unwrap().contains(expected), "{why}: {text}");
+        }
+        for name in ["param", "code"] {
+            if want.get(name).is_some() {
+                assert_eq!(answer.json()["error"][name], want[name], "{why}: {text}");
+            }
+        }
+        if let Some(tokens) = want.get("completion_tokens") {
+            assert_eq!(&answer.json()["usage"]["completion_tokens"], tokens, "{why}: {text}");
+        }
+    }
 }

@@ -183,7 +183,10 @@ async fn no_route_or_method_but_liveness_is_open() {
         ("POST", "/v1/chat/completions"),
         ("GET", "/readyz"),
         ("GET", "/metrics"),
+        ("GET", "/version"),
         ("GET", "/healthz/"),
+        ("GET", "/health/"),
+        ("OPTIONS", "/v1/models"),
         ("GET", "/nothing"),
         ("DELETE", "/v1/models"),
     ] {
@@ -195,7 +198,9 @@ async fn no_route_or_method_but_liveness_is_open() {
         }
         assert_ne!(ask(method, &address, &ca, path, Some(&secrets.key)).status, 401, "{method} {path}");
     }
-    assert_eq!(get(&address, &ca, "/healthz", None).status, 200);
+    for path in ["/healthz", "/health", "/ping"] {
+        assert_eq!(get(&address, &ca, path, None).status, 200, "{path}");
+    }
 
     let stranger = secrets.channel(&router.address("grpc"), None).await.unwrap();
     let worker = secrets.channel(&router.address("grpc"), Some("worker")).await.unwrap();
@@ -334,6 +339,38 @@ async fn a_flood_behind_tls_ends_and_others_are_served() {
     // Processes of the cluster are never taken for one.
     let of_worker = http::get(&worker.address("admin"), "/metrics").text();
     assert!(!of_worker.contains("muster_connections_flooding_total "), "{of_worker}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_comes_to_the_wrong_port_is_told() {
+    let secrets = Secrets::new();
+    let secured = router(&demo_model(), &secrets, &["--fallback", "local"]);
+    ready(&secured, &secrets).await;
+    let (address, ca) = (secured.address("http"), secrets.read("ca.crt"));
+    let answer = http::get(&address, "/v1/models");
+    assert_eq!(answer.status, 400);
+    assert!(answer.text().contains("use https:// in its URL"), "{}", answer.text());
+    assert_eq!(get(&address, &ca, "/healthz", None).status, 200, "and serving goes on");
+    let plain = async |address: String| {
+        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
+        let mut client = muster_proto::v1::inference_client::InferenceClient::new(channel);
+        let status = client.get_model(muster_proto::v1::GetModelRequest {}).await.unwrap_err();
+        let mut reasons = status.to_string();
+        let mut source = std::error::Error::source(&status);
+        while let Some(error) = source {
+            reasons += &error.to_string();
+            source = error.source();
+        }
+        reasons
+    };
+    let reasons = plain(secured.address("grpc")).await;
+    assert!(reasons.contains("use https:// in its URL"), "{reasons}");
+    eventually("logged", async || secured.log().contains("this port speaks TLS").then_some(())).await;
+
+    let open = muster_tests::cluster::Cluster::start(muster_tests::cluster::Setup::new(&demo_model()));
+    let reasons = plain(open.http()).await;
+    assert!(reasons.contains("this is the HTTP port"), "{reasons}");
+    assert_eq!(http::get(&open.http(), "/healthz").status, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,12 +4,12 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
 
+use muster_types::nearest;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::layers::{Entry, Key, Raw, ValueKind, unknown_key};
 use crate::problem::{Origin, Problem};
-use crate::suggest::nearest;
 
 /// Longest configuration file, bytes.
 const LONGEST: u64 = 1 << 20;

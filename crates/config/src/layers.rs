@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use muster_types::nearest;
+
 use crate::environment::Environment;
 use crate::file::{self, Role};
 use crate::problem::{ConfigError, Origin, Problem};
-use crate::suggest::nearest;
 use crate::{router, worker};
 
 /// Most entries of a list.

@@ -9,20 +9,20 @@
 //! There is no general configuration library behind this: those that merge layers stop at the first bad value and
 //! do not know the line it stands on.
 
+mod edge;
 mod environment;
 mod file;
 mod layers;
 mod problem;
 mod router;
-mod suggest;
 mod value;
 mod worker;
 
+pub use edge::EdgeSettings;
 pub use environment::Environment;
 pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
 pub use router::{AccessMode, Fallback, GenerationMode, PlacementMode, RouterSettings};
-pub use suggest::nearest;
 pub use value::{
     LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,
 };

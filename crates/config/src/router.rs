@@ -13,6 +13,7 @@ use muster_identity::TlsFiles;
 use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType, WorkerId};
 
+use crate::edge::{self, EdgeSettings};
 use crate::file::Role;
 use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
 use crate::problem::ConfigError;
@@ -46,6 +47,12 @@ const KEYS: &[Key] = &[
     Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
     Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
     Key { name: "max_queue_wait", kind: ValueKind::Text, default: Some("5s") },
+    edge::MAX_CHOICES,
+    edge::MAX_STOPS,
+    edge::MAX_BIAS,
+    edge::MAX_BODY,
+    edge::KEEP_ALIVE,
+    edge::CORS_ORIGINS,
     Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
     Key { name: "connect_timeout", kind: ValueKind::Text, default: Some("60s") },
     Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
@@ -121,6 +128,8 @@ pub struct RouterSettings {
     pub max_queue: usize,
     /// Longest wait for one that requests are taken for.
     pub max_queue_wait: Duration,
+    /// What its edges take.
+    pub edge: EdgeSettings,
     /// How long to wait for one layer's experts.
     pub expert_timeout: Duration,
     /// How long to wait for the workers at the start.
@@ -272,6 +281,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
     let (step_tokens, prefill_chunk) = (count("step_tokens"), count("prefill_chunk"));
     let (max_running, max_queue) = (count("max_running"), count("max_queue"));
     let max_queue_wait = reader.required("max_queue_wait", parse_duration);
+    let edge = edge::read(reader);
     let expert_timeout = reader.required("expert_timeout", parse_duration);
     let connect_timeout = reader.required("connect_timeout", parse_duration);
     let drain_timeout = reader.required("drain_timeout", parse_duration);
@@ -346,6 +356,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
         max_running: max_running? as usize,
         max_queue: max_queue? as usize,
         max_queue_wait: max_queue_wait?,
+        edge: edge?,
         expert_timeout: expert_timeout?,
         connect_timeout: connect_timeout?,
         drain_timeout: drain_timeout?,

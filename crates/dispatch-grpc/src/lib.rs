@@ -11,6 +11,7 @@ mod address;
 mod busy;
 pub mod client;
 mod compute;
+mod crossed;
 mod driver;
 mod fetch;
 mod join;

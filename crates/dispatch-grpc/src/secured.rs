@@ -26,6 +26,8 @@ use tonic::service::Interceptor;
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
+use crate::crossed::Crossed;
+
 /// Handshakes at once.
 const HANDSHAKES: usize = 256;
 /// How long one may take.
@@ -55,7 +57,12 @@ pub enum Speaks {
 pub struct Connection<I> {
     io: Layer<I>,
     caller: Caller,
+    speaks: Speaks,
     meter: Option<Meter>,
+    /// Whether the peer has sent anything.
+    has_begun: bool,
+    /// Whether it was told that it is wrong here, and its server is to hear nothing of it.
+    is_told: bool,
 }
 
 enum Layer<I> {
@@ -65,7 +72,17 @@ enum Layer<I> {
 
 impl<I> Connection<I> {
     fn new(io: Layer<I>, caller: Caller, speaks: Speaks) -> Self {
-        Self { io, caller, meter: (speaks == Speaks::Http2).then(Meter::default) }
+        let meter = (speaks == Speaks::Http2).then(Meter::default);
+        Self { io, caller, speaks, meter, has_begun: false, is_told: false }
+    }
+
+    /// The connection itself, below TLS.
+    #[must_use]
+    pub fn get_ref(&self) -> &I {
+        match &self.io {
+            Layer::Plain(io) => io.get_ref(),
+            Layer::Tls(stream) => stream.get_ref().0.get_ref(),
+        }
     }
 
     /// Who is at the other end.
@@ -170,6 +187,16 @@ where
     I: AsyncRead + AsyncWrite + Unpin,
 {
     let address = io.peer();
+    let mut io = io;
+    let first = tokio::time::timeout(HANDSHAKE, io.first()).await;
+    if let Ok(Ok(Some(first))) = first
+        && let Some(crossed) = Crossed::before_tls(first)
+    {
+        metrics::counter!("muster_access_denied_total", "what" => "handshake").increment(1);
+        tracing::warn!(address = address.map(tracing::field::display), "{crossed}");
+        crossed.tell(io, speaks).await;
+        return None;
+    }
     let reason = match tokio::time::timeout(HANDSHAKE, tls.accept(io)).await {
         Ok(Ok(stream)) => {
             let caller = Caller { peer: peer_of(stream.get_ref().1.peer_certificates()), address };
@@ -239,14 +266,55 @@ impl<I> Connection<I> {
     }
 }
 
+impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
+    /// Looks at the first bytes: a peer that takes this port for another is told, and logged. Whether it was told all.
+    fn begun(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> bool {
+        if self.has_begun || bytes.is_empty() {
+            return false;
+        }
+        self.has_begun = true;
+        let Layer::Plain(io) = &mut self.io else { return false };
+        let Some(crossed) = Crossed::without_tls(bytes, self.speaks) else { return false };
+        tracing::warn!(address = self.caller.address.map(tracing::field::display), "{crossed}");
+        let Some(answer) = crossed.answer(self.speaks) else { return false };
+        // It fits into an empty socket's buffer; a peer that does not take it is none to wait for.
+        let _ = Pin::new(io).poll_write(cx, &answer);
+        true
+    }
+
+    fn poll_io(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match &mut self.io {
+            Layer::Plain(io) => Pin::new(io).poll_read(cx, buf),
+            Layer::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+
+    /// Leaves what a peer still sends that was told all: closing before would have the system take the words back.
+    fn poll_leave(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let mut bytes = [0; 4096];
+            let mut left = ReadBuf::new(&mut bytes);
+            ready!(self.poll_io(cx, &mut left))?;
+            if left.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Connection<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.is_told {
+            return this.poll_leave(cx);
+        }
         let before = buf.filled().len();
-        ready!(match &mut this.io {
-            Layer::Plain(io) => Pin::new(io).poll_read(cx, buf),
-            Layer::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
-        })?;
+        ready!(this.poll_io(cx, buf))?;
+        this.is_told = this.begun(cx, &buf.filled()[before..]);
+        if this.is_told {
+            buf.set_filled(before);
+            return this.poll_leave(cx);
+        }
         Poll::Ready(this.received(&buf.filled()[before..]))
     }
 }

@@ -21,6 +21,11 @@ pub enum Denied {
     /// Nothing was shown.
     #[error("this needs an API key (authorization: Bearer KEY) or a client certificate of this cluster")]
     Nothing,
+    /// Something was shown that is no key as keys are shown.
+    #[error(
+        "the authorization header is not of the form that this takes; send authorization: Bearer KEY, with that word before the key"
+    )]
+    Scheme,
     /// The key is not good.
     #[error("the API key is not known here; it may have been revoked")]
     Key,
@@ -62,7 +67,8 @@ impl Access {
         let key = authorization.map(|value| std::str::from_utf8(value).ok().and_then(bearer));
         match (keys, key) {
             (Some(keys), Some(Some(key))) if keys.current().name_of(key).is_some() => Ok(()),
-            (_, Some(_)) => Err(Denied::Key),
+            (_, Some(Some(_))) => Err(Denied::Key),
+            (_, Some(None)) => Err(Denied::Scheme),
             (_, None) => match peer {
                 Some(peer) => Err(Denied::Role { peer: peer.clone(), wanted: "client" }),
                 None => Err(Denied::Nothing),
@@ -98,11 +104,11 @@ mod tests {
         assert_eq!(access.client(Some(&peer(Role::Client)), None), Ok(()));
         assert_eq!(access.client(Some(&peer(Role::Worker)), Some(&bearer(&mine.key))), Ok(()));
         assert!(matches!(access.client(Some(&peer(Role::Worker)), None), Err(Denied::Role { .. })));
-        for wrong in
-            [&b"Basic x"[..], b"", b"Bearer", b"Bearer ", b"Bearer \xff", &mine.key.clone().into_bytes()]
-        {
-            assert_eq!(access.client(None, Some(wrong)), Err(Denied::Key));
+        for wrong in [&b"Basic x"[..], b"", b"Bearer", b"Bearer \xff", &mine.key.clone().into_bytes()] {
+            assert_eq!(access.client(None, Some(wrong)), Err(Denied::Scheme));
         }
+        assert!(Denied::Scheme.to_string().contains("Bearer KEY"));
+        assert_eq!(access.client(None, Some(b"Bearer ")), Err(Denied::Key));
 
         assert_eq!(access.client(None, Some(&bearer(&revoked.key))), Ok(()));
         std::fs::write(&file, &mine.line).unwrap();

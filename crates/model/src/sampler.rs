@@ -11,9 +11,6 @@ use muster_kernels::Cpu;
 use muster_kernels::math::{exp, log_sum_exp};
 use muster_types::TokenId;
 
-/// Biased tokens of one request.
-pub const MAX_BIAS: usize = 1024;
-
 /// Checked sampling settings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -100,12 +97,6 @@ impl Sampling {
                 Err(InvalidSampling::range(field, value, range))
             }
         };
-        if raw.bias.len() > MAX_BIAS {
-            let count = raw.bias.len();
-            return Err(InvalidSampling::bias(format!(
-                "has {count} entries; at most {MAX_BIAS} are allowed"
-            )));
-        }
         let mut bias = Vec::with_capacity(raw.bias.len());
         for (id, value) in raw.bias {
             let value = check("logit_bias", value, -100.0, 100.0, "between -100 and 100")?;

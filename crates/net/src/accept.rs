@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::process::{Resource, getrlimit, setrlimit};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
@@ -153,6 +153,8 @@ pub struct Socket<S> {
     reads: Option<Timer>,
     writes: Timer,
     received: usize,
+    /// Looked at, and still to be read.
+    first: Option<u8>,
 }
 
 impl<S> Socket<S> {
@@ -164,6 +166,7 @@ impl<S> Socket<S> {
             reads: patience.silence.map(Timer::new),
             writes: Timer::new(patience.stall),
             received: 0,
+            first: None,
         }
     }
 
@@ -196,6 +199,20 @@ impl<S: Unpin> Socket<S> {
     }
 }
 
+impl<S: AsyncRead + Unpin> Socket<S> {
+    /// The first byte that the peer sends, which stays to be read; `None` when it sends nothing. For a connection that
+    /// nothing was read of.
+    ///
+    /// # Errors
+    /// Those of reading.
+    pub async fn first(&mut self) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        let read = self.read(&mut byte).await?;
+        self.first = (read > 0).then_some(byte[0]);
+        Ok(self.first)
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -203,6 +220,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if buf.remaining() > 0
+            && let Some(byte) = this.first.take()
+        {
+            buf.put_slice(&[byte]);
+            return Poll::Ready(Ok(()));
+        }
         let before = buf.filled().len();
         let poll = Pin::new(&mut this.stream).poll_read(cx, buf);
         let Some(timer) = &mut this.reads else { return poll };
@@ -277,7 +300,7 @@ impl Timer {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
     use crate::listen;
@@ -305,6 +328,20 @@ mod tests {
         let (mut server, _client) = pair().await;
         let error = server.read_u8().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[tokio::test]
+    async fn the_first_byte_is_looked_at_and_stays() {
+        let (mut server, mut client) = pair().await;
+        client.write_all(b"GET").await.unwrap();
+        assert_eq!(server.first().await.unwrap(), Some(b'G'));
+        let mut read = [0; 3];
+        server.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"GET");
+        drop(client);
+        let (mut server, client) = pair().await;
+        drop(client);
+        assert_eq!(server.first().await.unwrap(), None);
     }
 
     #[tokio::test]

@@ -13,6 +13,7 @@ pub mod handshake;
 pub mod limits;
 pub mod reply;
 pub mod shard;
+pub mod symbols;
 pub mod version;
 
 /// Encoded `FileDescriptorSet` of everything in `/proto`, for server reflection.

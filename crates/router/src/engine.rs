@@ -69,6 +69,8 @@ pub(crate) struct NewChoice {
     pub(crate) sampling: Sampling,
     pub(crate) top_logprobs: Option<u32>,
     pub(crate) events: mpsc::Sender<Result<Event, RequestError>>,
+    /// The request's place in the log.
+    pub(crate) span: tracing::Span,
 }
 
 /// What the engine thread works with.
@@ -104,6 +106,7 @@ struct Active {
     output: Output,
     top_logprobs: Option<u32>,
     events: mpsc::Sender<Result<Event, RequestError>>,
+    span: tracing::Span,
     admitted_at: Instant,
     last_token_at: Option<Instant>,
     /// Since when its experts cannot be had.
@@ -375,7 +378,7 @@ impl Engine {
     /// Ends a whole request with an error, once.
     fn fail(&mut self, id: SeqId, error: &StepError, table: &mut Table) {
         let Some(active) = table.active.get(&id) else { return };
-        tracing::warn!(sequence = %id, %error, "request failed");
+        tracing::warn!(parent: &active.span, sequence = %id, %error, "request failed");
         counter!("muster_requests_failed_total").increment(1);
         let error = match error {
             StepError::Dispatch(error) => RequestError::from_dispatch(error),
@@ -424,6 +427,7 @@ impl Active {
             output: new.output,
             top_logprobs: new.top_logprobs,
             events: new.events,
+            span: new.span,
             admitted_at: Instant::now(),
             last_token_at: None,
             stalled: None,
@@ -524,6 +528,7 @@ mod tests {
             sampling,
             top_logprobs: None,
             events: mpsc::channel(16).0,
+            span: tracing::Span::none(),
         }
     }
 

@@ -28,7 +28,7 @@ pub(crate) fn service(act: impl FnMut(NewChoice) + Send + 'static) -> Service {
 
 /// The same, with a health of its own.
 pub(crate) fn service_with(health: HealthProbe, mut act: impl FnMut(NewChoice) + Send + 'static) -> Service {
-    let (commands, mut received) = mpsc::channel(16);
+    let (commands, mut received) = mpsc::channel(4096);
     tokio::spawn(async move {
         while let Some(Command::Start(admission)) = received.recv().await {
             let _ = admission.admitted.send(Ok(()));

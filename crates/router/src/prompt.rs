@@ -136,9 +136,7 @@ impl Prompts {
             return Err(RequestError::invalid(field, "is empty; at least one token is needed"));
         }
         if count >= context as usize {
-            let message =
-                format!("has {count} tokens; the model's context of {context} leaves no room for output");
-            return Err(RequestError::invalid(field, message));
+            return Err(RequestError::prompt_too_long(field, format_args!("{count} tokens"), context));
         }
         Ok(())
     }
@@ -202,11 +200,7 @@ impl Prompts {
         match error {
             TextError::Unwanted => RequestError::Internal,
             TextError::TooManyTokens { least, most } if *most < self.context as usize => {
-                let context = self.context;
-                let message = format!(
-                    "has {least} tokens or more; the model's context of {context} leaves no room for output"
-                );
-                RequestError::invalid(field, message)
+                RequestError::prompt_too_long(field, format_args!("{least} tokens or more"), self.context)
             }
             error => RequestError::invalid(to_blame(error, field), error.to_string()),
         }

@@ -3,6 +3,7 @@
 //! Edges build a [`GenerateRequest`] from whatever their protocol carries; [`Service`](crate::service::Service)
 //! checks it. Nothing here is serialisable.
 
+use std::fmt;
 use std::time::Duration;
 
 use muster_engine::dispatch::DispatchError;
@@ -190,6 +191,8 @@ pub enum RequestError {
         field: &'static str,
         /// What is wrong and what would be right.
         message: String,
+        /// The kind of it, which some clients act on.
+        fault: Fault,
     },
     /// Another model was asked for.
     #[error("model {asked:?} is not served here; this router serves {served:?}")]
@@ -217,6 +220,15 @@ pub enum RequestError {
     /// A fault in the router.
     #[error("internal error")]
     Internal,
+}
+
+/// What is wrong with a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Its value.
+    Value,
+    /// With it, prompt and output are longer than the model's context.
+    Length,
 }
 
 /// What there is too much of.
@@ -272,7 +284,18 @@ pub(crate) fn count_refusal(reason: &'static str) {
 impl RequestError {
     /// A refusal of one field.
     pub fn invalid(field: &'static str, message: impl Into<String>) -> Self {
-        Self::Invalid { field, message: message.into() }
+        Self::Invalid { field, message: message.into(), fault: Fault::Value }
+    }
+
+    /// A refusal of a field for what does not fit into the model's context.
+    pub fn too_long(field: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid { field, message: message.into(), fault: Fault::Length }
+    }
+
+    /// A refusal of a prompt of `tokens` tokens, or more where it was not read to its end.
+    pub(crate) fn prompt_too_long(field: &'static str, tokens: impl fmt::Display, context: u32) -> Self {
+        let message = format!("has {tokens}; the model's context of {context} leaves no room for output");
+        Self::too_long(field, message)
     }
 
     /// Whether trying again can help.

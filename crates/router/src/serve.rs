@@ -35,6 +35,7 @@ use crate::cluster::{
 };
 use crate::door::Door;
 use crate::health::Health;
+pub use crate::http::{Cors, Edge};
 use crate::service::Service;
 use crate::start::{Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, start};
 use crate::{grpc, http, pulse};
@@ -97,6 +98,8 @@ pub struct RouterConfig {
     pub access: Access,
     /// How long requests are still taken after a stop was asked for, so that whoever sends them learns of it.
     pub leave_after: Duration,
+    /// How the HTTP edge treats connections and pages.
+    pub edge: Edge,
 }
 
 /// Who decides what workers hold.
@@ -196,7 +199,7 @@ pub async fn run(
     let grpc_listener = bind("grpc", config.grpc)?;
     let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
     let (drain, leave_after) = (config.drain_timeout, config.leave_after);
-    let (identity, access) = (config.identity.clone(), config.access.clone());
+    let (identity, access, edge) = (config.identity.clone(), config.access.clone(), config.edge.clone());
     let tls =
         |protocol| identity.as_ref().map(|identity| identity.server(Clients::Any, protocol)).transpose();
     let (http_tls, grpc_tls) = (tls("http/1.1")?, tls("h2")?);
@@ -226,7 +229,8 @@ pub async fn run(
         Door { listener: http_listener, tls: http_tls, access: access.clone() },
         Door { listener: grpc_listener, tls: grpc_tls, access },
     ];
-    let router = Router { service, engine, cluster, workers, weights, is_known: identity.is_some(), doors };
+    let router =
+        Router { service, engine, cluster, workers, weights, is_known: identity.is_some(), doors, edge };
     let times = Times { wait, leave_after, drain };
     let outcome = serve(router, times, bound, ready, metrics, &admin, &stop, shutdown.as_mut()).await;
     // Whatever ended it: others need not wait until the lead runs out.
@@ -272,6 +276,7 @@ struct Router {
     is_known: bool,
     /// HTTP's and gRPC's.
     doors: [Door; 2],
+    edge: Edge,
 }
 
 /// How long things may take.
@@ -305,7 +310,7 @@ async fn serve(
     stop: &CancellationToken,
     mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
 ) -> Result<End, RouterError> {
-    let Router { service, mut engine, cluster, workers, weights, is_known, doors } = router;
+    let Router { service, mut engine, cluster, workers, weights, is_known, doors, edge } = router;
     if let Some(timeout) = times.wait {
         let covering = workers.clone();
         let covered = tokio::task::spawn_blocking(move || covering.await_coverage(Instant::now() + timeout));
@@ -345,7 +350,7 @@ async fn serve(
         weights_only: Only(is_known.then_some(&[Role::Worker, Role::Router])),
     };
     admin.ask(readiness(service.clone()));
-    let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_door, stop.clone()));
+    let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_door, edge, stop.clone()));
     let mut grpc_server = tokio::spawn(grpc::serve(service, Some(with_workers), grpc_door, stop.clone()));
     tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
     ready(bound);

@@ -20,7 +20,7 @@ use crate::engine::{Admission, Command, NewChoice};
 use crate::health::Health;
 use crate::output::Output;
 use crate::prompt::Prompts;
-use crate::queue::Queue;
+use crate::queue::{Queue, QueuePlace};
 use crate::request::{
     Eos, Event, GenerateRequest, OverContext, Overload, Prompt, RequestError, Resume, Started,
 };
@@ -114,6 +114,22 @@ struct Prepared {
     standings: Vec<(Standing, History)>,
 }
 
+/// A request that nothing was done for yet.
+struct Checked {
+    raw: Raw,
+    seed: u64,
+    top_logprobs: Option<u32>,
+    choices: u32,
+}
+
+/// A request for which all was done.
+struct Ready {
+    generation: Generation,
+    choices: Vec<NewChoice>,
+    /// Whether it goes on with a stream that broke off.
+    resumes: bool,
+}
+
 /// What a request is prepared from.
 struct Raw {
     prompt: Prompt,
@@ -185,17 +201,55 @@ impl Service {
     /// # Errors
     /// Every kind of [`RequestError`]. Nothing was started then.
     pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
+        let mut started = self.generate_all(vec![request]).await?;
+        started.pop().ok_or(RequestError::Internal)
+    }
+
+    /// The same for several requests, which get their places together or not at all.
+    ///
+    /// # Errors
+    /// Every kind of [`RequestError`]. Nothing was started then.
+    pub async fn generate_all(
+        &self,
+        requests: Vec<GenerateRequest>,
+    ) -> Result<Vec<Generation>, RequestError> {
+        let checked = requests.into_iter().map(|request| self.checked(request));
+        let checked = checked.collect::<Result<Vec<_>, _>>()?;
+        let choices = checked.iter().fold(0, |sum: u32, one| sum.saturating_add(one.choices));
+        let mut places = self.inner.way.queue.take(choices)?.into_iter();
+        let mut ready = Vec::with_capacity(checked.len());
+        for one in checked {
+            let places = places.by_ref().take(one.choices as usize).collect();
+            ready.push(self.ready(one, places).await?);
+        }
+        let mut waiting = Vec::with_capacity(ready.len());
+        for Ready { generation, choices, resumes } in ready {
+            let (admitted, admission) = oneshot::channel();
+            self.send(Command::Start(Admission { choices, admitted }))?;
+            waiting.push((generation, admission, resumes));
+        }
+        let mut started = Vec::with_capacity(waiting.len());
+        for (generation, admission, resumes) in waiting {
+            admission.await.map_err(|_| RequestError::ShuttingDown)??;
+            if resumes {
+                metrics::counter!("muster_requests_resumed_total").increment(1);
+            }
+            started.push(generation);
+        }
+        Ok(started)
+    }
+
+    /// Checks what takes no work.
+    fn checked(&self, request: GenerateRequest) -> Result<Checked, RequestError> {
         self.check(&request)?;
         let seed = request.seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
         let sampling = self.sampling(&request, seed)?;
         let stop_ids = self.stop_ids(&request)?;
-        let Inner { model, way, prompts, .. } = &*self.inner;
+        let Inner { model, prompts, .. } = &*self.inner;
         let had = resume::tokens(&request, model.vocabulary, model.context)?;
         prompts.check(&request.prompt)?;
-        let places = way.queue.take(request.choices)?;
         let GenerateRequest { prompt, max_tokens, over_context, stop, resume, top_logprobs, choices, .. } =
             request;
-        let resumes = resume.is_some();
         let raw = Raw {
             prompt,
             max_tokens,
@@ -204,8 +258,15 @@ impl Service {
             stop_ids,
             resume,
             had,
-            sampling: sampling.clone(),
+            sampling,
         };
+        Ok(Checked { raw, seed, top_logprobs, choices })
+    }
+
+    /// Does the work on a request that has its places.
+    async fn ready(&self, checked: Checked, places: Vec<QueuePlace>) -> Result<Ready, RequestError> {
+        let Checked { raw, seed, top_logprobs, choices } = checked;
+        let (resumes, sampling) = (raw.resume.is_some(), raw.sampling.clone());
         let Prepared { prompt, max_tokens, resume_key, standings } = self.prepared(raw).await?;
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         // No more can ever be in the channel, so the engine never waits for a slow reader.
@@ -223,20 +284,19 @@ impl Service {
             sampling: sampling.for_choice(choice),
             top_logprobs,
             events: sender.clone(),
+            span: tracing::Span::current(),
         };
         let choices_of_it = (0..choices).zip(places).zip(standings).map(choice).collect();
-        let (admitted, admission) = oneshot::channel();
-        let command = Command::Start(Admission { choices: choices_of_it, admitted });
-        way.commands.try_send(command).map_err(|error| match error {
+        let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed, resume_key };
+        let generation = Generation { started, events, open_choices: choices, ended: false };
+        Ok(Ready { generation, choices: choices_of_it, resumes })
+    }
+
+    fn send(&self, command: Command) -> Result<(), RequestError> {
+        self.inner.way.commands.try_send(command).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Overload::Queue { limit: self.inner.limits.queue }.refuse(),
             mpsc::error::TrySendError::Closed(_) => RequestError::ShuttingDown,
-        })?;
-        admission.await.map_err(|_| RequestError::ShuttingDown)??;
-        if resumes {
-            metrics::counter!("muster_requests_resumed_total").increment(1);
-        }
-        let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed, resume_key };
-        Ok(Generation { started, events, open_choices: choices, ended: false })
+        })
     }
 
     /// Text to token ids, no more than the context holds.
@@ -295,7 +355,8 @@ impl Service {
             return Err(RequestError::UnknownModel { asked, served: model.name.clone() });
         }
         if !(1..=limits.choices).contains(&request.choices) {
-            let message = format!("is {}; 1 to {} are allowed", request.choices, limits.choices);
+            let (choices, most) = (request.choices, limits.choices);
+            let message = format!("is {choices}; 1 to {most} are allowed (the router's max_choices)");
             return Err(RequestError::invalid("n", message));
         }
         let stops = request.stop.strings.len() + request.stop.token_ids.len();
@@ -315,6 +376,7 @@ impl Service {
             let message = format!("is {top}; at most {} are allowed", limits.top_logprobs);
             return Err(RequestError::invalid("top_logprobs", message));
         }
+        check_bias(request.sampling.bias.len(), limits)?;
         if request.max_tokens == Some(0) {
             return Err(RequestError::invalid("max_tokens", "is 0; at least 1 is needed"));
         }
@@ -331,10 +393,23 @@ impl Service {
         let eos = if request.stop.eos == Eos::Stops { self.inner.eos.as_slice() } else { &[] };
         let check = |&id| {
             TokenId::new(id, self.inner.model.vocabulary)
-                .map_err(|error| RequestError::invalid("stop", error.to_string()))
+                .map_err(|error| RequestError::invalid("stop_token_ids", format!("has a bad entry: {error}")))
         };
         eos.iter().chain(&request.stop.token_ids).map(check).collect()
     }
+}
+
+/// Checks how many biases there are.
+///
+/// # Errors
+/// When they are more than a request may have.
+pub(crate) fn check_bias(count: usize, limits: &Limits) -> Result<(), RequestError> {
+    let most = limits.bias;
+    if count > most {
+        let message = format!("has {count} entries; at most {most} are allowed");
+        return Err(RequestError::invalid("logit_bias", message));
+    }
+    Ok(())
 }
 
 impl Inner {
@@ -367,7 +442,7 @@ impl Inner {
             None => Ok(room),
             Some(asked) if asked <= room => Ok(asked),
             Some(_) if over == OverContext::Cut => Ok(room),
-            Some(asked) => Err(RequestError::invalid(
+            Some(asked) => Err(RequestError::too_long(
                 "max_tokens",
                 format!(
                     "is {asked}; after a prompt of {prompt} tokens the context of {context} leaves {room}"
@@ -459,6 +534,32 @@ mod tests {
         });
         assert!(timeout(MOMENT, engine.recv()).await.unwrap().is_some(), "its place did not come back");
         next.abort();
+    }
+
+    #[tokio::test]
+    async fn several_requests_get_their_places_together_or_not_at_all() {
+        let (service, mut engine) = fake::deaf_service();
+        let Limits { queue, running, .. } = *service.limits();
+        let free = |service: &Service| service.inner.way.queue.take(1).is_ok();
+        let refused = service.generate_all(vec![ids(1); queue + running + 1]).await.unwrap_err();
+        assert_eq!(refused, RequestError::Overloaded(Overload::Queue { limit: queue }));
+        assert!(engine.try_recv().is_err() && free(&service), "none was started");
+        let mut one_is_wrong = vec![ids(1); 3];
+        one_is_wrong[2].max_tokens = Some(1000);
+        assert!(service.generate_all(one_is_wrong).await.is_err());
+        assert!(engine.try_recv().is_err(), "none was started");
+        let all = vec![ids(1); queue + running];
+        let asked = tokio::spawn({
+            let service = service.clone();
+            async move { service.generate_all(all).await.map(|all| all.len()) }
+        });
+        for _ in 0..queue + running {
+            let Command::Start(admission) = timeout(MOMENT, engine.recv()).await.unwrap().unwrap();
+            admission.admitted.send(Ok(())).unwrap();
+            std::mem::forget(admission.choices);
+        }
+        assert_eq!(timeout(MOMENT, asked).await.unwrap().unwrap().unwrap(), queue + running);
+        assert!(!free(&service), "they hold all places");
     }
 
     #[tokio::test]

@@ -1,14 +1,15 @@
-//! The words every other crate speaks: ids, dtypes, modes, fingerprints, limits and retry advice.
+//! The words every other crate speaks: ids, dtypes, modes, fingerprints, limits, retry advice and what an unknown name may mean.
 //!
 //! Owns the checked newtypes. An id in hand is in range for the model it was made for, because the only
 //! constructors check. Knows nothing about files, wires, tensors or threads; depends on `std`,
-//! `thiserror` for error text and `blake3` for digests alone.
+//! `thiserror` for error text, `blake3` for digests and `strsim` for edit distances alone.
 
 mod digest;
 mod fingerprint;
 mod ids;
 mod limits;
 mod mode;
+mod nearest;
 mod speed;
 
 pub use digest::{ParseDigestError, WeightDigest, WeightHasher};
@@ -18,4 +19,5 @@ pub use limits::Limits;
 pub use mode::{
     Combine, Compute, DType, NumericsClass, ParseCombineError, ParseWeightDTypeError, Retry, WeightDType,
 };
+pub use nearest::nearest;
 pub use speed::{Speed, SpeedError};

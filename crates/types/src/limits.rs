@@ -7,10 +7,12 @@ pub struct Limits {
     pub body_bytes: usize,
     /// Bytes of one prompt's text, checked before tokenization.
     pub prompt_bytes: usize,
-    /// Completions per request (`n`).
+    /// Completions per request: prompts times `n`.
     pub choices: u32,
     /// Stop strings or stop ids per request.
     pub stops: usize,
+    /// Tokens that `logit_bias` may name.
+    pub bias: usize,
     /// Bytes of one stop string.
     pub stop_bytes: usize,
     /// Alternatives reported per token.
@@ -28,8 +30,9 @@ impl Default for Limits {
         Self {
             body_bytes: 8 << 20,
             prompt_bytes: 4 << 20,
-            choices: 8,
+            choices: 256,
             stops: 16,
+            bias: 1024,
             stop_bytes: 256,
             top_logprobs: 20,
             messages: 1024,

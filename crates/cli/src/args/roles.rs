@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use clap::Args;
 use muster_config::{parse_size, parse_socket};
 
-use super::shared::{ComputeArgs, ConfigArgs, LinkArgs, RoleTlsArgs, SamplingArgs};
+use super::shared::{ComputeArgs, ConfigArgs, EdgeArgs, LinkArgs, RoleTlsArgs, SamplingArgs};
 
 #[derive(Debug, Args)]
 #[command(
@@ -146,6 +146,8 @@ pub(crate) struct RouterArgs {
     /// Longest wait for a place in the batch that requests are taken for; who would wait longer is refused [default: 5s].
     #[arg(long, value_name = "TIME")]
     pub(crate) max_queue_wait: Option<String>,
+    #[command(flatten)]
+    pub(crate) edge: EdgeArgs,
     /// How long to wait for the experts of one layer [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub(crate) expert_timeout: Option<String>,

@@ -24,6 +24,44 @@ pub(crate) struct LogArgs {
     pub(crate) log_format: Option<LogFormat>,
 }
 
+/// What a router's edges take.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Requests")]
+pub(crate) struct EdgeArgs {
+    /// Most choices of one request: its prompts times n [default: 256].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_choices: Option<String>,
+    /// Most stop strings, or stop ids, of one request [default: 16].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_stops: Option<String>,
+    /// Most entries of one request's logit_bias [default: 1024].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_bias: Option<String>,
+    /// Largest request; the text of a prompt may have half of it [default: 8MiB].
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) max_body: Option<String>,
+    /// How long an HTTP connection may wait for its next request [default: 30s].
+    #[arg(long, value_name = "TIME")]
+    pub(crate) keep_alive: Option<String>,
+    /// An origin whose web pages may ask, as in https://example.org, or * for all; given once for each [default: pages of
+    /// this host where --http is a loopback address, else none].
+    #[arg(long = "cors-origin", value_name = "ORIGIN")]
+    pub(crate) cors_origins: Vec<String>,
+}
+
+impl EdgeArgs {
+    /// As settings.
+    pub(crate) fn flags(&self, flags: Flags) -> Flags {
+        flags
+            .text("max_choices", self.max_choices.as_deref())
+            .text("max_stops", self.max_stops.as_deref())
+            .text("max_bias", self.max_bias.as_deref())
+            .text("max_body", self.max_body.as_deref())
+            .text("keep_alive", self.keep_alive.as_deref())
+            .list("cors_origins", &self.cors_origins)
+    }
+}
+
 /// Certificates, and what the machine around a process asks.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct RoleTlsArgs {

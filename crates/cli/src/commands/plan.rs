@@ -7,11 +7,10 @@ use std::path::Path;
 
 use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::{Outline, Preset, Survey};
-use muster_config::nearest;
 use muster_model::footprint::Footprint;
 use muster_placement::{Demand, workers_per_row};
 use muster_router::start::EngineSettings;
-use muster_types::{Combine, Compute, DType, WeightDType};
+use muster_types::{Combine, Compute, DType, WeightDType, nearest};
 use muster_worker::PART_FOR_EXPERTS;
 use serde::Serialize;
 

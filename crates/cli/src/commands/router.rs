@@ -6,7 +6,9 @@ use muster_admin::Admin;
 use muster_checkpoint::digests::Places;
 use muster_config::{AccessMode, Environment, Fallback, Flags, PlacementMode, RouterSettings, Sources};
 use muster_identity::Access;
-use muster_router::serve::{Bound, Hooks, Placement, RouterConfig, RouterError, run as run_router};
+use muster_router::serve::{
+    Bound, Cors, Edge, Hooks, Placement, RouterConfig, RouterError, run as run_router,
+};
 use muster_router::start::{EngineSettings, PrefixCache};
 use muster_telemetry::Process;
 use muster_types::Limits;
@@ -101,7 +103,7 @@ fn flags(args: &RouterArgs, log: &LogArgs) -> Flags {
     let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
     let flags = if args.insecure_no_keys { flags.on("insecure_no_keys") } else { flags };
     let flags = if args.links.allow_links { flags.on("allow_links") } else { flags };
-    let flags = args.tls.flags(flags);
+    let flags = args.edge.flags(args.tls.flags(flags));
     log_settings(flags, log)
 }
 
@@ -137,6 +139,10 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             }
         },
         leave_after: settings.leave_after,
+        edge: Edge {
+            keep_alive: settings.edge.keep_alive,
+            cors: Cors::new(settings.edge.cors_origins, settings.http.ip().is_loopback()),
+        },
         combine: settings.combine,
         busy_poll: settings.busy_poll,
         defaults: model_defaults(settings.generation_config),
@@ -148,7 +154,16 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             template_variables: settings.template_variables.into_iter().collect(),
             expert_timeout: settings.expert_timeout,
             max_queue_wait: settings.max_queue_wait,
-            limits: Limits { running: settings.max_running, queue: settings.max_queue, ..Limits::default() },
+            limits: Limits {
+                running: settings.max_running,
+                queue: settings.max_queue,
+                choices: settings.edge.max_choices,
+                stops: settings.edge.max_stops,
+                bias: settings.edge.max_bias,
+                body_bytes: settings.edge.max_body,
+                prompt_bytes: settings.edge.max_body / 2,
+                ..Limits::default()
+            },
         },
     })
 }

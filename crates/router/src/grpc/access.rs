@@ -16,7 +16,7 @@ pub(super) fn let_in(access: &Access, metadata: &MetadataMap, extensions: &Exten
     access.client(peer, shown).map_err(|denied| {
         metrics::counter!("muster_access_denied_total", "what" => "grpc").increment(1);
         match denied {
-            Denied::Nothing | Denied::Key => Status::unauthenticated(denied.to_string()),
+            Denied::Nothing | Denied::Scheme | Denied::Key => Status::unauthenticated(denied.to_string()),
             Denied::Role { .. } => Status::permission_denied(denied.to_string()),
         }
     })

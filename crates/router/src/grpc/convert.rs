@@ -2,9 +2,10 @@
 //! nothing to say, a missing field is an error that names it.
 
 use muster_model::defaults::SamplingDefaults;
-use muster_model::sampler::{MAX_BIAS, RawSampling};
+use muster_model::sampler::RawSampling;
 use muster_proto::v1;
 use muster_text::ChatMessage;
+use muster_types::Limits;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
@@ -12,7 +13,7 @@ use crate::request::{
     Eos, Event, FinishReason, Finished, GenerateRequest, OverContext, Prompt, RequestError, Resume, Started,
     Stop, TokenFrame, TokenLogprob,
 };
-use crate::service::ModelInfo;
+use crate::service::{ModelInfo, check_bias};
 
 /// How long a client is asked to wait before it tries again.
 const RETRY_AFTER_MS: u32 = 1000;
@@ -23,8 +24,9 @@ const QUOTED: usize = 32;
 /// What to run.
 ///
 /// # Errors
-/// When no prompt is set or a message has an unknown role. Everything else is the service's to check.
-pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, RequestError> {
+/// When no prompt is set, a message has an unknown role, or there are too many biases. Everything else is the service's to
+/// check.
+pub(super) fn request(asked: v1::GenerateRequest, limits: &Limits) -> Result<GenerateRequest, RequestError> {
     let v1::GenerateRequest {
         model,
         prompt,
@@ -43,7 +45,7 @@ pub(super) fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, Req
         prompt: self::prompt(prompt)?,
         max_tokens,
         over_context: if cut_to_context { OverContext::Cut } else { OverContext::Refused },
-        sampling: self::sampling(sampling)?,
+        sampling: self::sampling(sampling, limits)?,
         seed,
         stop: stop.map(self::stop).unwrap_or_default(),
         top_logprobs,
@@ -80,16 +82,10 @@ fn message(message: v1::ChatMessage) -> Result<ChatMessage, RequestError> {
     Ok(ChatMessage::new(role, content))
 }
 
-fn sampling(asked: v1::Sampling) -> Result<RawSampling, RequestError> {
+fn sampling(asked: v1::Sampling, limits: &Limits) -> Result<RawSampling, RequestError> {
     let default = RawSampling::default();
-    let count = asked.logit_bias.len();
-    if count > MAX_BIAS {
-        // Before they are sorted.
-        return Err(RequestError::invalid(
-            "logit_bias",
-            format!("has {count} entries; at most {MAX_BIAS} are allowed"),
-        ));
-    }
+    // Before they are sorted.
+    check_bias(asked.logit_bias.len(), limits)?;
     let mut bias: Vec<(u32, f32)> = asked.logit_bias.into_iter().collect();
     // The map's order is random; what the first error names should not be.
     bias.sort_unstable_by_key(|&(id, _)| id);
@@ -223,7 +219,10 @@ pub(super) fn status(error: &RequestError) -> Status {
 /// The error in this API's words for its fields.
 fn text(error: &RequestError) -> String {
     match error {
-        RequestError::Invalid { field: "n", message } => format!("choices: {message}"),
+        RequestError::Invalid { field: "n", message, .. } => format!("choices: {message}"),
+        RequestError::Invalid { field: "stop_token_ids", message, .. } => {
+            format!("stop.token_ids: {message}")
+        }
         error => error.to_string(),
     }
 }
@@ -231,6 +230,10 @@ fn text(error: &RequestError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn request(asked: v1::GenerateRequest) -> Result<GenerateRequest, RequestError> {
+        super::request(asked, &Limits::default())
+    }
     use crate::request::Overload;
 
     fn chat(role: &str) -> v1::GenerateRequest {

@@ -30,7 +30,7 @@ impl Inference for Api {
         &self,
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
-        let generation = match convert::request(request.into_inner()) {
+        let generation = match convert::request(request.into_inner(), self.service.limits()) {
             Ok(request) => self.service.generate(request).await,
             Err(error) => Err(error),
         };

@@ -10,34 +10,49 @@ pub(crate) mod cluster;
 mod convert;
 mod inference;
 mod joins;
+mod reflection;
 #[cfg(test)]
 mod tests;
 
 use std::time::Duration;
 
+use axum::extract::State;
+use axum::http::HeaderValue;
+use axum::middleware;
+use axum::response::Response;
 use muster_dispatch_grpc::WeightsService;
 use muster_dispatch_grpc::secured::{Only, Speaks, secured};
 use muster_identity::Access;
 use muster_net::{Acceptor, Patience};
 use muster_proto::cluster::v1::cluster_server::{ClusterServer, SERVICE_NAME as CLUSTER};
 use muster_proto::expert::v1::weights_server::SERVICE_NAME as WEIGHTS;
+use muster_proto::symbols::NotDescriptors;
 use muster_proto::v1::inference_server::{InferenceServer, SERVICE_NAME};
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::codec::CompressionEncoding;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
+use tonic_reflection::pb;
 
 use self::access::ClientsOnly;
 use self::inference::Api;
 pub(crate) use self::joins::Joins;
+use self::reflection::Reflection;
 use crate::door::Door;
 use crate::health::Health;
 use crate::service::Service;
 
 /// What reflection lists: the services that are here, not all that are described.
-const LISTED: [&str; 3] = [SERVICE_NAME, "grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"];
+const LISTED: [&str; 4] = [
+    SERVICE_NAME,
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+];
 
 /// How often health is looked at.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
@@ -67,7 +82,7 @@ const PATIENCE: Patience =
 pub enum GrpcError {
     /// The descriptors for reflection do not fit together.
     #[error("server reflection: {0}")]
-    Reflection(#[from] tonic_reflection::server::Error),
+    Reflection(#[from] NotDescriptors),
     /// The server failed.
     #[error("gRPC server: {0}")]
     Transport(#[from] tonic::transport::Error),
@@ -123,20 +138,23 @@ fn routes(
 ) -> Result<Routes, GrpcError> {
     let clients_only = ClientsOnly(access.clone());
     let message_bytes = service.limits().body_bytes;
-    let inference = InferenceServer::new(Api::new(service.clone())).max_decoding_message_size(message_bytes);
+    let inference = InferenceServer::new(Api::new(service.clone()))
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(message_bytes);
     let health = tonic_health::pb::health_server::HealthServer::new(
         tonic_health::server::HealthService::from_health_reporter(reporter.clone()),
-    );
+    )
+    .accept_compressed(CompressionEncoding::Gzip);
     let mut listed = LISTED.to_vec();
     if workers.is_some() {
         listed.extend([CLUSTER, WEIGHTS]);
     }
-    let reflection = || {
-        let builder = tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(muster_proto::DESCRIPTORS)
-            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
-        listed.iter().copied().fold(builder, tonic_reflection::server::Builder::with_service_name)
-    };
+    let reflection = Reflection::new(&listed)?;
+    let final_version = pb::v1::server_reflection_server::ServerReflectionServer::new(reflection.clone())
+        .accept_compressed(CompressionEncoding::Gzip);
+    // Older tools ask for the version before it was final.
+    let alpha_version = pb::v1alpha::server_reflection_server::ServerReflectionServer::new(reflection)
+        .accept_compressed(CompressionEncoding::Gzip);
     let mut routes = Routes::new(InterceptedService::new(inference, clients_only.clone()));
     if let Some(Workers { cluster, weights, weights_only }) = workers {
         let weights = InterceptedService::new(weights.into_service(), weights_only);
@@ -145,9 +163,26 @@ fn routes(
     }
     // Health is open: it is how others find out whether this router lives.
     routes = routes.add_service(health);
-    routes = routes.add_service(InterceptedService::new(reflection().build_v1()?, clients_only.clone()));
-    // Older tools ask for the version before it was final.
-    Ok(routes.add_service(InterceptedService::new(reflection().build_v1alpha()?, clients_only)))
+    routes = routes.add_service(InterceptedService::new(final_version, clients_only.clone()));
+    routes = routes.add_service(InterceptedService::new(alpha_version, clients_only));
+    Ok(routes
+        .into_axum_router()
+        .layer(middleware::map_response_with_state(listed.join(", "), explain))
+        .into())
+}
+
+/// A call of what is not here is told what is; the library says nothing.
+async fn explain(State(served): State<String>, mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    let is_unimplemented = headers.get(Status::GRPC_STATUS).is_some_and(|code| code == "12");
+    if is_unimplemented && !headers.contains_key(Status::GRPC_MESSAGE) {
+        let text = format!("there is no such method here; served are the methods of {served}");
+        // Names of services and spaces are as they are in the header's encoding.
+        if let Ok(text) = HeaderValue::from_str(&text) {
+            headers.insert(Status::GRPC_MESSAGE, text);
+        }
+    }
+    response
 }
 
 fn serving(service: &Service) -> ServingStatus {

@@ -259,8 +259,81 @@ async fn reflection_lists_what_is_served() {
     names.sort();
     assert_eq!(
         names,
-        ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "muster.v1.Inference"]
+        [
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1.ServerReflection",
+            "grpc.reflection.v1alpha.ServerReflection",
+            "muster.v1.Inference"
+        ]
     );
+}
+
+#[tokio::test]
+async fn what_reflection_does_not_find_ends_nothing() {
+    use tonic_reflection::pb::v1alpha;
+    use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest as Asked;
+    use tonic_reflection::pb::v1alpha::server_reflection_response::MessageResponse as Answer;
+
+    let server = start(fake::service(fake::echo)).await;
+    let symbol = |name: &str| MessageRequest::FileContainingSymbol(name.to_owned());
+    let questions = [
+        symbol("muster.v1.Nothing"),
+        MessageRequest::FileByFilename("nothing.proto".into()),
+        symbol("grpc.reflection.v1alpha.ServerReflection"),
+        symbol("muster.v1.Inference.Generate"),
+    ];
+    let ask = |asked| ServerReflectionRequest { host: String::new(), message_request: Some(asked) };
+    let questions = tokio_stream::iter(questions.map(ask));
+    let mut client = ServerReflectionClient::new(server.channel.clone());
+    let answers = client.server_reflection_info(questions).await.unwrap().into_inner();
+    let answers: Vec<_> = answers.map(|answer| answer.unwrap().message_response.unwrap()).collect().await;
+    let [MessageResponse::ErrorResponse(symbol), MessageResponse::ErrorResponse(file), found @ ..] =
+        &answers[..]
+    else {
+        panic!("{answers:?}")
+    };
+    assert_eq!((symbol.error_code, file.error_code), (5, 5));
+    assert!(symbol.error_message.contains("muster.v1.Nothing"), "{symbol:?}");
+    assert_eq!(found.len(), 2);
+    assert!(found.iter().all(|answer| matches!(answer, MessageResponse::FileDescriptorResponse(_))));
+
+    let mut older = v1alpha::server_reflection_client::ServerReflectionClient::new(server.channel.clone());
+    let ask = |asked| v1alpha::ServerReflectionRequest { host: String::new(), message_request: Some(asked) };
+    let questions = [Asked::FileContainingSymbol("x".into()), Asked::ListServices(String::new())].map(ask);
+    let answers = older.server_reflection_info(tokio_stream::iter(questions)).await.unwrap().into_inner();
+    let answers: Vec<_> = answers.map(|answer| answer.unwrap().message_response.unwrap()).collect().await;
+    let [Answer::ErrorResponse(_), Answer::ListServicesResponse(list)] = &answers[..] else {
+        panic!("{answers:?}")
+    };
+    assert!(list.service.iter().any(|service| service.name == "grpc.reflection.v1alpha.ServerReflection"));
+}
+
+#[tokio::test]
+async fn methods_that_are_not_here_are_told_what_is() {
+    let server = start(fake::service(fake::echo)).await;
+    for path in ["/muster.v1.Inference/Nothing", "/no.such.Service/Method", "/x"] {
+        let mut client = tonic::client::Grpc::new(server.channel.clone());
+        client.ready().await.unwrap();
+        let codec = tonic_prost::ProstCodec::<v1::GetModelRequest, v1::Model>::default();
+        let request = tonic::Request::new(v1::GetModelRequest {});
+        let status = client.unary(request, path.parse().unwrap(), codec).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unimplemented);
+        assert!(status.message().contains("muster.v1.Inference"), "{path}: {status}");
+    }
+}
+
+#[tokio::test]
+async fn compressed_requests_are_taken() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone()).send_compressed(CompressionEncoding::Gzip);
+    let stream = client.generate(ask(&[5; 50], 3)).await.unwrap().into_inner();
+    assert_eq!(stream.map(|event| event.unwrap()).fold(0, |count, _| count + 1).await, 5);
+    // What is small on the wire and large behind it is not unpacked.
+    let limit = muster_types::Limits::default().body_bytes;
+    let status = client.generate(v1::GenerateRequest { model: "a".repeat(limit + 1), ..ask(&[5], 3) });
+    assert_eq!(status.await.unwrap_err().code(), Code::ResourceExhausted);
+    let mut health = HealthClient::new(server.channel.clone()).send_compressed(CompressionEncoding::Gzip);
+    assert!(health.check(HealthCheckRequest::default()).await.is_ok());
 }
 
 /// Connections that ended for their frames, so far.

@@ -27,6 +27,24 @@ pub(super) async fn healthz() -> Response {
     Json(Status::of("ok")).into_response()
 }
 
+/// 200 when requests can be served, else 503: what load generators ask. Open to everybody, so without reasons.
+pub(super) async fn health(State(app): State<App>) -> Response {
+    match app.service.health().is_ready() {
+        true => Json(Status::of("ok")).into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, Json(Status::of("not ready"))).into_response(),
+    }
+}
+
+#[derive(Serialize)]
+struct Version {
+    version: &'static str,
+}
+
+/// The version of this build.
+pub(super) async fn version() -> Response {
+    Json(Version { version: env!("CARGO_PKG_VERSION") }).into_response()
+}
+
 /// 200 when requests can be served, else 503 with the reason.
 pub(super) async fn readyz(State(app): State<App>) -> Response {
     match app.service.health() {

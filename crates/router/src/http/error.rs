@@ -12,7 +12,7 @@ use muster_identity::Denied;
 use muster_types::Retry;
 use serde::Serialize;
 
-use crate::request::{RequestError, count_refusal};
+use crate::request::{Fault, RequestError, count_refusal};
 
 /// Characters of a message. What is longer quotes the client's own input.
 const MESSAGE_CHARS: usize = 400;
@@ -65,14 +65,34 @@ impl ApiError {
 
     /// A refusal of one field.
     pub(super) fn field(param: &str, message: impl Display) -> Self {
-        let error = Self::bad_body(format_args!("{}: {message}", cut(param)));
+        Self::inside(param, "", message)
+    }
+
+    /// A refusal of what is inside one field, at `place` (`[0].content`); empty for the field itself.
+    pub(super) fn inside(param: &str, place: &str, message: impl Display) -> Self {
+        let error = Self::bad_body(format_args!("{}{}: {message}", cut(param), cut(place)));
         Self { body: ErrorBody { param: Some(cut(param)), ..error.body }, ..error }
     }
 
-    /// A field that does not exist, in OpenAI's words.
-    pub(super) fn unrecognized(name: &str) -> Self {
-        let error = Self::bad_body(format_args!("Unrecognized request argument supplied: {}", cut(name)));
-        Self { body: ErrorBody { param: Some(cut(name)), ..error.body }, ..error }
+    /// A field that does not exist, in OpenAI's words, and what may have been meant.
+    pub(super) fn unrecognized(name: &str, meant: Option<&str>) -> Self {
+        let name = cut(name);
+        let error = match meant {
+            Some(meant) => {
+                Self::bad_body(format_args!("Unrecognized request argument supplied: {name}; {meant}"))
+            }
+            None => Self::bad_body(format_args!("Unrecognized request argument supplied: {name}")),
+        };
+        Self { body: ErrorBody { param: Some(name), ..error.body }, ..error }
+    }
+
+    /// The same about another field: the one that the client gave.
+    pub(super) fn about(mut self, field: &'static str, given: &'static str) -> Self {
+        if field != given && self.body.param.as_deref() == Some(field) {
+            self.body.message = self.body.message.replacen(field, given, 1);
+            self.body.param = Some(given.to_owned());
+        }
+        self
     }
 
     /// A status whose text says all there is to say.
@@ -83,7 +103,7 @@ impl ApiError {
     /// Somebody who may not ask this.
     pub(super) fn denied(denied: &Denied) -> Self {
         match denied {
-            Denied::Nothing | Denied::Key => {
+            Denied::Nothing | Denied::Scheme | Denied::Key => {
                 Self::status(StatusCode::UNAUTHORIZED, denied).with_code("invalid_api_key")
             }
             Denied::Role { .. } => Self::status(StatusCode::FORBIDDEN, denied).with_code("permission_denied"),
@@ -123,7 +143,8 @@ impl From<RequestError> for ApiError {
         };
         let mut answer = Self::new(status, retry, &error);
         answer.body.code = match error {
-            RequestError::Invalid { .. } => None,
+            RequestError::Invalid { fault: Fault::Value, .. } => None,
+            RequestError::Invalid { fault: Fault::Length, .. } => Some("context_length_exceeded"),
             RequestError::UnknownModel { .. } => Some("model_not_found"),
             RequestError::Overloaded(_) => Some("rate_limit_exceeded"),
             RequestError::ExpertsUnavailable(_) => Some("experts_unavailable"),

@@ -6,9 +6,13 @@
 
 mod admin;
 mod body;
+mod cors;
 mod error;
+mod half_close;
 mod openai;
+mod paths;
 mod places;
+mod request_id;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -32,21 +36,36 @@ use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 
+pub use self::cors::Cors;
 use self::error::ApiError;
+use self::half_close::{Attended, Waits};
 use self::places::Large;
 use crate::door::Door;
 use crate::service::Service;
 
-/// A request's head has to be complete within this time, and an idle connection is closed after it.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// Bytes of a request's head; more is answered 431.
 const HEAD_BYTES: usize = 64 << 10;
 
-/// Whether the process lives.
-const ALIVE: &str = "/healthz";
+/// Open to everybody, as gRPC's health is: whether the process lives, and whether it serves. Load balancers and load
+/// generators ask before they have a key.
+const OPEN: [&str; 3] = ["/healthz", "/health", "/ping"];
 
 const PATIENCE: Patience = Patience { stall: Duration::from_secs(30), silence: None };
+
+/// How the edge treats connections and pages.
+#[derive(Debug, Clone)]
+pub struct Edge {
+    /// A request's head has to be complete within this time, and an idle connection is closed after it.
+    pub keep_alive: Duration,
+    /// Whose pages may ask.
+    pub cors: Cors,
+}
+
+impl Default for Edge {
+    fn default() -> Self {
+        Self { keep_alive: Duration::from_secs(30), cors: Cors::default() }
+    }
+}
 
 /// What handlers share.
 #[derive(Clone)]
@@ -65,12 +84,16 @@ pub(crate) async fn serve(
     service: Service,
     metrics: Arc<dyn Fn() -> String + Send + Sync>,
     door: Door,
+    edge: Edge,
     shutdown: CancellationToken,
 ) {
     let Door { listener, tls, access } = door;
-    let routes = routes(App { service, metrics, large: Large::default(), access });
+    let Edge { keep_alive, cors } = edge;
+    let routes = routes(App { service, metrics, large: Large::default(), access }, cors);
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(keep_alive).max_buf_size(HEAD_BYTES);
+    // `Attended` sees to those that are gone.
+    builder.http1().half_close(true);
     // Ends with `shutdown`, when the handshakes under way are done.
     let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
     let mut accepted = secured(sockets, tls, Speaks::Http1);
@@ -96,8 +119,10 @@ async fn connection(
     routes: Router,
     shutdown: CancellationToken,
 ) {
-    let routes = routes.layer(Extension(socket.caller()));
-    let serving = builder.serve_connection(TokioIo::new(socket), TowerToHyperService::new(routes));
+    let waits = Waits::default();
+    let routes = routes.layer(Extension(waits.clone())).layer(Extension(socket.caller()));
+    let socket = TokioIo::new(Attended::new(socket, waits));
+    let serving = builder.serve_connection(socket, TowerToHyperService::new(routes));
     let mut serving = std::pin::pin!(serving);
     let result = tokio::select! {
         result = serving.as_mut() => result,
@@ -111,34 +136,45 @@ async fn connection(
     }
 }
 
-fn routes(app: App) -> Router {
-    Router::new()
+fn routes(app: App, cors: Cors) -> Router {
+    let routes = Router::new()
         .route("/v1/models", get(openai::models))
+        .route("/v1/models/", get(openai::models))
         .route("/v1/models/{*id}", get(openai::model))
         .route("/v1/completions", post(openai::completions))
         .route("/v1/chat/completions", post(openai::chat))
-        .route(ALIVE, get(admin::healthz))
+        .route("/healthz", get(admin::healthz))
+        .route("/health", get(admin::health))
+        .route("/ping", get(admin::health).post(admin::health))
+        .route("/version", get(admin::version))
         .route("/readyz", get(admin::readyz))
         .route("/metrics", get(admin::metrics))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(middleware::from_fn_with_state(app.clone(), let_in))
+        .layer(middleware::from_fn_with_state(app.clone(), let_in));
+    let routes = match cors.layer() {
+        Some(layer) => routes.layer(middleware::from_fn_with_state(layer, cors::share)),
+        None => routes,
+    };
+    routes
         .layer(middleware::from_fn(one_host))
+        .layer(middleware::from_fn(request_id::name))
         .layer(middleware::from_fn(count))
+        .layer(middleware::from_fn(half_close::attend))
         .with_state(app)
 }
 
-async fn not_found() -> ApiError {
-    ApiError::status(StatusCode::NOT_FOUND, "there is nothing at this path")
+async fn not_found(uri: Uri) -> ApiError {
+    ApiError::status(StatusCode::NOT_FOUND, paths::nothing_at(&uri))
 }
 
-async fn method_not_allowed() -> ApiError {
-    ApiError::status(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method")
+async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
+    ApiError::status(StatusCode::METHOD_NOT_ALLOWED, paths::not_taken(&method, &uri))
 }
 
-/// Everything but whether the process lives takes a key or a certificate, where anything does.
+/// Everything but what is [`OPEN`] takes a key or a certificate, where anything does.
 async fn let_in(State(app): State<App>, request: Request, next: Next) -> Response {
-    if request.uri().path() == ALIVE {
+    if OPEN.contains(&request.uri().path()) {
         return next.run(request).await;
     }
     let caller = request.extensions().get::<Caller>().and_then(|caller| caller.peer.as_ref());

@@ -1,8 +1,11 @@
 //! The server as a client sees it, byte for byte, over sockets.
 
+mod foreign;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+use muster_identity::Access;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -11,6 +14,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use super::Edge;
+use crate::door::Door;
 use crate::fake;
 use crate::health::Health;
 use crate::service::Service;
@@ -25,12 +30,21 @@ struct Server {
 
 impl Server {
     async fn start(service: Service) -> Self {
+        Self::start_with(service, Edge::default(), Access::Open).await
+    }
+
+    async fn start_with(service: Service, edge: Edge, access: Access) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let metrics = Arc::new(|| "muster_up 1\n".to_owned());
-        let task =
-            tokio::spawn(super::serve(service, metrics, crate::door::Door::open(listener), shutdown.clone()));
+        let task = tokio::spawn(super::serve(
+            service,
+            metrics,
+            Door { access, ..Door::open(listener) },
+            edge,
+            shutdown.clone(),
+        ));
         Self { address, shutdown, task }
     }
 
@@ -215,7 +229,15 @@ async fn paths_methods_and_bodies() {
         ("GET", "/v1/models/org/tiny-moe", 200),
         ("GET", "/v1/models/org%2Ftiny-moe", 200),
         ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/models/", 200),
         ("GET", "/healthz", 200),
+        ("GET", "/health", 200),
+        ("GET", "/version", 200),
+        ("GET", "/ping", 200),
+        ("POST", "/ping", 200),
+        ("POST", "/health", 405),
+        ("POST", "/v1/completions/", 404),
+        ("POST", "/chat/completions", 404),
         ("GET", "/readyz", 200),
         ("GET", "/metrics", 200),
         ("GET", "/", 404),
@@ -359,6 +381,10 @@ async fn readiness_tells_the_truth() {
     assert_eq!(status, 503);
     assert_eq!(parse(&body)["reason"], "layer 1 expert 2 has no live worker");
     assert_eq!(server.get("GET", "/healthz").await.0, 200);
+    for path in ["/health", "/ping"] {
+        let (status, _, body) = server.get("GET", path).await;
+        assert_eq!((status, parse(&body)), (503, json!({"status": "not ready"})), "open to all: no reasons");
+    }
 }
 
 #[tokio::test]

@@ -4,15 +4,15 @@
 //! `ignore_eos` and `stop_token_ids` are extensions under the names other servers use. Ranges are checked by
 //! [`Service`](crate::service::Service).
 
-use std::fmt;
-
 use muster_model::defaults::SamplingDefaults;
-use muster_model::sampler::{MAX_BIAS, RawSampling};
-use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
+use muster_model::sampler::RawSampling;
+use serde::de::{Error, MapAccess};
 
 use super::super::error::ApiError;
-use super::json::{AtMost, Bounds, Fields, Known, Strings, Unsupported};
+use super::fields::Level;
+use super::ignored::Ignored;
+use super::json::{Bounds, Fields, Optional, Reading};
+use super::values::{Biases, Integer, Integers, Number, Strings, count, flag};
 use crate::request::{Eos, GenerateRequest, OverContext, Prompt, Stop};
 
 /// A request, ready to run.
@@ -21,6 +21,10 @@ pub(crate) struct Asked {
     /// One per prompt, at least one.
     pub(crate) requests: Vec<GenerateRequest>,
     pub(crate) mode: Mode,
+    /// What was given that has no effect.
+    pub(crate) ignored: Ignored,
+    /// The field that says how many tokens there may be.
+    pub(crate) token_limit: &'static str,
 }
 
 /// How the answer travels.
@@ -42,7 +46,9 @@ pub(crate) enum StreamUsage {
 pub(super) struct Common {
     model: Option<String>,
     max_tokens: Option<u32>,
+    max_completion_tokens: Option<u32>,
     n: Option<u32>,
+    best_of: Option<u32>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_k: Option<u32>,
@@ -59,92 +65,107 @@ pub(super) struct Common {
     stream_options: Option<StreamOptions>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Default)]
 struct StreamOptions {
     include_usage: Option<bool>,
-    /// Padding against traffic analysis, which is not offered.
-    #[serde(default, rename = "include_obfuscation")]
-    _include_obfuscation: IgnoredAny,
 }
 
-impl Fields for Common {
+impl Fields for StreamOptions {
+    const LEVEL: Level = Level::StreamOptions;
+
     fn read<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
         map: &mut A,
-        bounds: &Bounds,
-    ) -> Result<Known, A::Error> {
-        let stops = bounds.limits.stops;
+        _: &Reading<'_>,
+    ) -> Result<(), A::Error> {
         match name {
-            "model" => self.model = map.next_value()?,
-            "max_tokens" => self.max_tokens = map.next_value()?,
-            "n" => self.n = map.next_value()?,
-            "temperature" => self.temperature = map.next_value()?,
-            "top_p" => self.top_p = map.next_value()?,
-            "top_k" => self.top_k = map.next_value()?,
-            "min_p" => self.min_p = map.next_value()?,
-            "repetition_penalty" => self.repetition_penalty = map.next_value()?,
-            "presence_penalty" => self.presence_penalty = map.next_value()?,
-            "frequency_penalty" => self.frequency_penalty = map.next_value()?,
-            // Unsigned: where a client means "any" by -1, taking it for a seed would fix what it wants random.
-            "seed" => self.seed = map.next_value()?,
-            "logit_bias" => self.logit_bias = map.next_value_seed(Biases)?,
-            "stop" => self.stop = map.next_value_seed(Strings(stops))?,
-            "stop_token_ids" => self.stop_token_ids = map.next_value_seed(AtMost::new(stops))?,
-            "ignore_eos" => self.ignore_eos = map.next_value()?,
-            "stream" => self.stream = map.next_value()?,
-            "stream_options" => self.stream_options = map.next_value()?,
-            // About bookkeeping, caching or tools that are not there: nothing depends on them.
-            "user"
-            | "metadata"
-            | "store"
-            | "service_tier"
-            | "parallel_tool_calls"
-            | "prompt_cache_key"
-            | "prompt_cache_retention"
-            | "safety_identifier" => {
-                let IgnoredAny = map.next_value()?;
-            }
-            "tools" | "tool_choice" | "functions" | "function_call" | "modalities" | "audio"
-            | "prediction" | "web_search_options" | "reasoning_effort" | "verbosity" | "suffix" | "echo" => {
-                let Unsupported = map.next_value()?;
-            }
-            _ => return Ok(Known::No),
+            "include_usage" => self.include_usage = flag(map)?,
+            _ => return Err(A::Error::custom(UNREAD)),
         }
-        Ok(Known::Yes)
+        Ok(())
     }
 }
 
+/// A field of the table that nobody reads; a test looks for such.
+pub(super) const UNREAD: &str = "is not read here";
+
 impl Common {
-    /// Choices per prompt.
-    pub(super) fn choices(&self) -> u32 {
-        self.n.unwrap_or(1)
+    /// Reads a field of both endpoints.
+    pub(super) fn read<'de, A: MapAccess<'de>>(
+        &mut self,
+        name: &str,
+        map: &mut A,
+        reading: &Reading<'_>,
+    ) -> Result<(), A::Error> {
+        let limits = &reading.bounds.limits;
+        match name {
+            "model" => self.model = map.next_value()?,
+            "max_tokens" => self.max_tokens = count(map, 1, u32::MAX)?,
+            "max_completion_tokens" => self.max_completion_tokens = count(map, 1, u32::MAX)?,
+            "n" => self.n = count(map, 1, limits.choices)?,
+            "best_of" => {
+                self.best_of = count(map, 0, u32::MAX)?;
+                // Any other than `n` is refused.
+                if self.best_of.is_some() {
+                    reading.ignore();
+                }
+            }
+            "temperature" => self.temperature = map.next_value_seed(Number)?,
+            "top_p" => self.top_p = map.next_value_seed(Number)?,
+            "top_k" => self.top_k = top_k(map, reading)?,
+            "min_p" => self.min_p = map.next_value_seed(Number)?,
+            "repetition_penalty" => self.repetition_penalty = map.next_value_seed(Number)?,
+            "presence_penalty" => self.presence_penalty = map.next_value_seed(Number)?,
+            "frequency_penalty" => self.frequency_penalty = map.next_value_seed(Number)?,
+            // The same 64 bits, whether they are read with a sign or, as in gRPC, without.
+            "seed" => self.seed = map.next_value_seed(Integer::ANY)?.map(i64::cast_unsigned),
+            "logit_bias" => self.logit_bias = map.next_value_seed(Biases(limits.bias))?,
+            "stop" => self.stop = map.next_value_seed(Strings(limits.stops))?,
+            "stop_token_ids" => self.stop_token_ids = map.next_value_seed(Integers(limits.stops))?,
+            "ignore_eos" => self.ignore_eos = flag(map)?,
+            "stream" => self.stream = flag(map)?,
+            "stream_options" => self.stream_options = map.next_value_seed(Optional::new(reading))?,
+            _ => return Err(A::Error::custom(UNREAD)),
+        }
+        Ok(())
     }
 
-    /// The `max_tokens` field.
-    pub(super) fn max_tokens(&self) -> Option<u32> {
-        self.max_tokens
+    /// Tokens to generate at most: the smaller of both limits, and the field that says so.
+    pub(super) fn token_limit(&self) -> (Option<u32>, &'static str) {
+        match (self.max_tokens, self.max_completion_tokens) {
+            (Some(old), Some(new)) if old <= new => (Some(old), "max_tokens"),
+            (_, Some(new)) => (Some(new), "max_completion_tokens"),
+            (old, None) => (old, "max_tokens"),
+        }
     }
 
     /// One request per prompt.
     ///
     /// # Errors
-    /// 400 when the choices of all prompts together are too many, or when stream options come without a stream.
+    /// 400 when the choices of all prompts together are too many, when `best_of` asks for more than them, or when stream
+    /// options come without a stream.
     pub(super) fn ask(
         self,
         prompts: Vec<Prompt>,
         max_tokens: Option<u32>,
         top_logprobs: Option<u32>,
         bounds: &Bounds,
+        ignored: Ignored,
     ) -> Result<Asked, ApiError> {
         let mode = self.mode()?;
-        let choices = self.choices();
+        let choices = self.n.unwrap_or(1);
+        if self.best_of.is_some_and(|best_of| best_of != choices) {
+            return Err(ApiError::field("best_of", "other than n is not supported; leave it out"));
+        }
         let total = prompts.len() as u64 * u64::from(choices);
         let most = bounds.limits.choices;
         if total > u64::from(most) {
-            let message =
-                format!("{choices} for each of {} prompts; {most} in all are allowed", prompts.len());
+            let prompts = prompts.len();
+            let message = format!(
+                "is {choices} for each of {prompts} prompts, {total} choices in all; {most} are allowed (the router's \
+                 max_choices)"
+            );
             return Err(ApiError::field("n", message));
         }
         let (max_tokens, over_context) = match max_tokens {
@@ -163,7 +184,8 @@ impl Common {
             choices,
             resume: None,
         };
-        Ok(Asked { requests: prompts.into_iter().map(request).collect(), mode })
+        let requests = prompts.into_iter().map(request).collect();
+        Ok(Asked { requests, mode, ignored, token_limit: self.token_limit().1 })
     }
 
     fn mode(&self) -> Result<Mode, ApiError> {
@@ -199,37 +221,11 @@ impl Common {
     }
 }
 
-/// `{"token id": bias}`.
-struct Biases;
-
-impl<'de> DeserializeSeed<'de> for Biases {
-    type Value = Vec<(u32, f32)>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_any(self)
+/// Other servers write -1 for all tokens, which asks for nothing.
+fn top_k<'de, A: MapAccess<'de>>(map: &mut A, reading: &Reading<'_>) -> Result<Option<u32>, A::Error> {
+    let given = map.next_value_seed(Integer::new(-1, i64::from(u32::MAX)))?;
+    if given == Some(-1) {
+        reading.ignore();
     }
-}
-
-impl<'de> Visitor<'de> for Biases {
-    type Value = Vec<(u32, f32)>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object of token ids and biases")
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
-        Ok(Vec::new())
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut biases = Vec::new();
-        while let Some(key) = map.next_key::<String>()? {
-            let id = key.parse().map_err(|_| A::Error::custom(format_args!("{key:?} is not a token id")))?;
-            if biases.len() == MAX_BIAS {
-                return Err(A::Error::custom(format_args!("more than {MAX_BIAS} entries")));
-            }
-            biases.push((id, map.next_value()?));
-        }
-        Ok(biases)
-    }
+    Ok(given.and_then(|value| u32::try_from(value).ok()))
 }

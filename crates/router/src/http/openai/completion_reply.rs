@@ -3,7 +3,7 @@
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::reply::{Dialect, Part, finite};
-use crate::request::{FinishReason, TokenLogprobs};
+use crate::request::{FinishReason, TokenLogprob, TokenLogprobs};
 
 /// The completions endpoint's answers.
 pub(crate) struct Completion;
@@ -17,7 +17,8 @@ pub(crate) struct Logprobs {
     text_offset: Vec<usize>,
 }
 
-/// Written as `{text: logprob}`. Tokens whose bytes are not UTF-8 can share a text; the likeliest keeps it.
+/// Written as `{text: logprob}`. Tokens whose bytes are not UTF-8 can share a text: the likeliest keeps it, the others are
+/// written as `token_id:ID`.
 struct Alternatives(Vec<(String, f32)>);
 
 impl Serialize for Alternatives {
@@ -33,10 +34,12 @@ impl Serialize for Alternatives {
 impl Alternatives {
     fn new(token: TokenLogprobs) -> Self {
         let mut entries: Vec<(String, f32)> = Vec::with_capacity(token.top.len() + 1);
-        for entry in token.top.into_iter().chain([token.chosen]) {
-            if !entries.iter().any(|(text, _)| *text == entry.text) {
-                entries.push((entry.text, finite(entry.logprob)));
-            }
+        let chosen =
+            (!token.top.iter().any(|entry| entry.token_id == token.chosen.token_id)).then_some(token.chosen);
+        for TokenLogprob { token_id, text, logprob, .. } in token.top.into_iter().chain(chosen) {
+            let is_taken = entries.iter().any(|(other, _)| *other == text);
+            let text = if is_taken { format!("token_id:{token_id}") } else { text };
+            entries.push((text, finite(logprob)));
         }
         Self(entries)
     }

@@ -6,8 +6,10 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Unex
 
 use super::super::error::ApiError;
 use super::common::{Asked, Common};
-use super::json::{self, AtMost, Bounds, Fields, Known};
-use crate::request::Prompt;
+use super::fields::Level;
+use super::json::{self, Bounds, Fields, Reading};
+use super::values::count;
+use crate::request::{Prompt, RequestError};
 
 /// OpenAI's default for this endpoint.
 const MAX_TOKENS: u32 = 16;
@@ -15,9 +17,44 @@ const MAX_TOKENS: u32 = 16;
 #[derive(Debug, Default)]
 struct CompletionRequest {
     common: Common,
-    prompt: Vec<Prompt>,
+    prompt: Vec<Given>,
     logprobs: Option<u32>,
-    best_of: Option<u32>,
+}
+
+/// A prompt as it was given.
+#[derive(Debug)]
+enum Given {
+    Text(String),
+    Ids(Ids),
+}
+
+/// Token ids: as many as the context has tokens, and how many there were.
+#[derive(Debug, Default)]
+struct Ids {
+    kept: Vec<u32>,
+    count: usize,
+}
+
+impl Ids {
+    fn push(&mut self, id: u32, context: u32) {
+        self.count += 1;
+        if self.kept.len() < context as usize {
+            self.kept.push(id);
+        }
+    }
+}
+
+impl Given {
+    fn into_prompt(self, context: u32) -> Result<Prompt, ApiError> {
+        match self {
+            Self::Text(text) => Ok(Prompt::Text(text)),
+            Self::Ids(ids) if ids.count > ids.kept.len() => {
+                let tokens = format_args!("{} tokens", ids.count);
+                Err(RequestError::prompt_too_long("prompt", tokens, context).into())
+            }
+            Self::Ids(ids) => Ok(Prompt::Tokens(ids.kept)),
+        }
+    }
 }
 
 /// Reads a body.
@@ -25,35 +62,32 @@ struct CompletionRequest {
 /// # Errors
 /// 400, naming the field.
 pub(crate) fn parse(body: &[u8], bounds: &Bounds) -> Result<Asked, ApiError> {
-    let CompletionRequest { common, prompt, logprobs, best_of } = json::parse(body, bounds)?;
+    let (asked, ignored) = json::parse::<CompletionRequest>(body, bounds)?;
+    let CompletionRequest { common, prompt, logprobs } = asked;
     if prompt.is_empty() {
         return Err(ApiError::field("prompt", "is missing; give a string or an array of token ids"));
     }
-    if best_of.is_some_and(|best_of| best_of != common.choices()) {
-        return Err(ApiError::field("best_of", "other than n is not supported; leave it out"));
-    }
-    let most = bounds.limits.top_logprobs;
-    if let Some(asked) = logprobs.filter(|&asked| asked > most) {
-        return Err(ApiError::field("logprobs", format_args!("is {asked}; at most {most} are allowed")));
-    }
-    let max_tokens = common.max_tokens().unwrap_or(MAX_TOKENS);
-    common.ask(prompt, Some(max_tokens), logprobs, bounds)
+    let prompts = prompt.into_iter().map(|given| given.into_prompt(bounds.context));
+    let prompts = prompts.collect::<Result<_, _>>()?;
+    let max_tokens = common.token_limit().0.unwrap_or(MAX_TOKENS);
+    common.ask(prompts, Some(max_tokens), logprobs, bounds, ignored)
 }
 
 impl Fields for CompletionRequest {
+    const LEVEL: Level = Level::Completions;
+
     fn read<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
         map: &mut A,
-        bounds: &Bounds,
-    ) -> Result<Known, A::Error> {
+        reading: &Reading<'_>,
+    ) -> Result<(), A::Error> {
         match name {
-            "prompt" => self.prompt = map.next_value_seed(Prompts(*bounds))?,
-            "logprobs" => self.logprobs = map.next_value()?,
-            "best_of" => self.best_of = map.next_value()?,
-            _ => return self.common.read(name, map, bounds),
+            "prompt" => self.prompt = map.next_value_seed(Prompts(*reading.bounds))?,
+            "logprobs" => self.logprobs = count(map, 0, reading.bounds.limits.top_logprobs)?,
+            _ => return self.common.read(name, map, reading),
         }
-        Ok(Known::Yes)
+        Ok(())
     }
 }
 
@@ -61,50 +95,50 @@ impl Fields for CompletionRequest {
 struct Prompts(Bounds);
 
 impl<'de> DeserializeSeed<'de> for Prompts {
-    type Value = Vec<Prompt>;
+    type Value = Vec<Given>;
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<Prompt>, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<Given>, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
 impl<'de> Visitor<'de> for Prompts {
-    type Value = Vec<Prompt>;
+    type Value = Vec<Given>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a string, an array of token ids, or an array of strings or of arrays of token ids")
     }
 
-    fn visit_unit<E: Error>(self) -> Result<Vec<Prompt>, E> {
+    fn visit_unit<E: Error>(self) -> Result<Vec<Given>, E> {
         Ok(Vec::new())
     }
 
-    fn visit_str<E: Error>(self, value: &str) -> Result<Vec<Prompt>, E> {
-        Ok(vec![Prompt::Text(value.to_owned())])
+    fn visit_str<E: Error>(self, value: &str) -> Result<Vec<Given>, E> {
+        Ok(vec![Given::Text(value.to_owned())])
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<Prompt>, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<Given>, A::Error> {
         let Self(Bounds { limits, context, .. }) = self;
         let mut prompts = Vec::new();
-        let mut ids = Vec::new();
+        let mut ids = Ids::default();
         while let Some(element) = seq.next_element_seed(Element { context })? {
             match element {
-                Read::Id(id) => ids.push(id),
+                Read::Id(id) => ids.push(id, context),
                 Read::Prompt(prompt) => prompts.push(prompt),
             }
-            if !ids.is_empty() && !prompts.is_empty() {
-                return Err(A::Error::custom("token ids and prompts are mixed"));
-            }
-            if ids.len() > context as usize {
-                return Err(A::Error::custom(format_args!("more token ids than the context of {context}")));
+            if ids.count > 0 && !prompts.is_empty() {
+                return Err(A::Error::custom("mixes token ids and prompts; give an array of one of them"));
             }
             if prompts.len() > limits.choices as usize {
-                return Err(A::Error::custom(format_args!("more than {} prompts", limits.choices)));
+                let most = limits.choices;
+                return Err(A::Error::custom(format_args!(
+                    "has more than {most} prompts (the router's max_choices)"
+                )));
             }
         }
-        match (prompts.is_empty(), ids.is_empty()) {
-            (true, true) => Err(A::Error::custom("an empty array")),
-            (true, false) => Ok(vec![Prompt::Tokens(ids)]),
+        match (prompts.is_empty(), ids.count == 0) {
+            (true, true) => Err(A::Error::custom("is an empty array")),
+            (true, false) => Ok(vec![Given::Ids(ids)]),
             (false, _) => Ok(prompts),
         }
     }
@@ -117,7 +151,7 @@ struct Element {
 
 enum Read {
     Id(u32),
-    Prompt(Prompt),
+    Prompt(Given),
 }
 
 impl<'de> DeserializeSeed<'de> for Element {
@@ -136,16 +170,41 @@ impl<'de> Visitor<'de> for Element {
     }
 
     fn visit_u64<E: Error>(self, value: u64) -> Result<Read, E> {
-        let id = u32::try_from(value).map_err(|_| E::invalid_value(Unexpected::Unsigned(value), &self))?;
-        Ok(Read::Id(id))
+        Id.visit_u64(value).map(Read::Id)
     }
 
     fn visit_str<E: Error>(self, value: &str) -> Result<Read, E> {
-        Ok(Read::Prompt(Prompt::Text(value.to_owned())))
+        Ok(Read::Prompt(Given::Text(value.to_owned())))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Read, A::Error> {
-        let ids = AtMost::new(self.context as usize).visit_seq(seq)?;
-        Ok(Read::Prompt(Prompt::Tokens(ids)))
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Read, A::Error> {
+        let mut ids = Ids::default();
+        while let Some(id) = seq.next_element_seed(Id)? {
+            ids.push(id, self.context);
+        }
+        Ok(Read::Prompt(Given::Ids(ids)))
+    }
+}
+
+/// A token id.
+struct Id;
+
+impl<'de> DeserializeSeed<'de> for Id {
+    type Value = u32;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<u32, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Id {
+    type Value = u32;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a token id")
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<u32, E> {
+        u32::try_from(value).map_err(|_| E::invalid_value(Unexpected::Unsigned(value), &self))
     }
 }

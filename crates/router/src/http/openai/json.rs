@@ -1,18 +1,29 @@
-//! From untrusted JSON to typed fields: strict about names, bounded in what it allocates, exact about where it
-//! failed.
+//! From untrusted JSON to typed fields: each treated as the table of [`fields`](super::fields) says, bounded in what it
+//! allocates, exact about where it failed and in the API's own words.
 //!
-//! A field that is not known is an error, as OpenAI's is; so is one given twice, on which two readers could
-//! disagree. Lists stop at their cap while they are read. Nesting is limited by `serde_json`.
+//! A field given twice is an error, because two readers could disagree on it. Lists stop at their cap while they are read.
+//! Nesting is limited by `serde_json`.
 
-use std::fmt;
+use std::cell::RefCell;
+use std::fmt::{self, Write as _};
 use std::marker::PhantomData;
 
 use muster_model::defaults::SamplingDefaults;
+use muster_text::BoundedJson;
 use muster_types::Limits;
-use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
+use serde_json::error::Category;
 
 use super::super::error::ApiError;
+use super::fields::{Class, Level};
+use super::ignored::Ignored;
+
+/// Fields of one object.
+const FIELDS: usize = 128;
+
+/// Characters of a value that an error quotes.
+const QUOTED: usize = 48;
 
 /// What a request may be as large as, and what it is where it says nothing.
 #[derive(Debug, Clone, Copy)]
@@ -24,69 +35,156 @@ pub(crate) struct Bounds {
     pub(crate) defaults: SamplingDefaults,
 }
 
+/// A body while it is read: how large it may be, where reading has got to, and what has no effect.
+pub(super) struct Reading<'a> {
+    pub(super) bounds: &'a Bounds,
+    /// From the body to what is read now; where an error left it, when there was one.
+    path: RefCell<Vec<Step>>,
+    ignored: RefCell<Ignored>,
+    /// An error that says more than a text.
+    fault: RefCell<Option<ApiError>>,
+}
+
+enum Step {
+    Field(String),
+    Element(usize),
+}
+
 /// An object read field by field.
 pub(super) trait Fields: Default {
-    /// Reads the value of the field `name`, or leaves `map` alone when there is no such field.
+    /// Where its fields are in the table.
+    const LEVEL: Level;
+
+    /// Reads the value of `name`, a field that is honoured.
     fn read<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
         map: &mut A,
-        bounds: &Bounds,
-    ) -> Result<Known, A::Error>;
+        reading: &Reading<'_>,
+    ) -> Result<(), A::Error>;
 }
 
-/// Whether a field exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Known {
-    Yes,
-    No,
-}
-
-/// Reads a whole body.
+/// Reads a whole body. Beside it, what was given in it that has no effect.
 ///
 /// # Errors
 /// 400, naming the field where there is one.
-pub(super) fn parse<F: Fields>(body: &[u8], bounds: &Bounds) -> Result<F, ApiError> {
+pub(super) fn parse<F: Fields>(body: &[u8], bounds: &Bounds) -> Result<(F, Ignored), ApiError> {
     let text = std::str::from_utf8(body).map_err(|error| {
         ApiError::bad_body(format_args!("the body is not UTF-8 from byte {} on", error.valid_up_to()))
     })?;
-    let mut place = Place::Body;
+    let reading =
+        Reading { bounds, path: RefCell::default(), ignored: RefCell::default(), fault: RefCell::default() };
     let mut json = serde_json::Deserializer::from_str(text);
-    let object = Object { bounds, place: &mut place, fields: PhantomData };
-    let parsed = object.deserialize(&mut json).and_then(|fields| json.end().map(|()| fields));
-    parsed.map_err(|error| place.explain(&error))
-}
-
-/// Where reading has got to.
-enum Place {
-    Body,
-    Field(String),
-    Unknown(String),
-    Twice(String),
-}
-
-impl Place {
-    fn explain(&self, error: &serde_json::Error) -> ApiError {
-        match self {
-            Self::Body => ApiError::bad_body(format_args!("the body is not a JSON object: {error}")),
-            Self::Field(name) => ApiError::field(name, error),
-            Self::Unknown(name) => ApiError::unrecognized(name),
-            Self::Twice(name) => ApiError::field(name, "is given more than once"),
-        }
+    let parsed = Object::new(&reading).deserialize(&mut json).and_then(|fields| json.end().map(|()| fields));
+    match parsed {
+        Ok(fields) => Ok((fields, reading.ignored.into_inner())),
+        Err(error) => Err(reading.explain(&error)),
     }
 }
 
-struct Object<'a, F> {
-    bounds: &'a Bounds,
-    place: &'a mut Place,
+impl Reading<'_> {
+    fn within<T, E>(&self, step: Step, read: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        self.path.borrow_mut().push(step);
+        let value = read()?;
+        self.path.borrow_mut().pop();
+        Ok(value)
+    }
+
+    /// What is read now has no effect, and that is told.
+    pub(super) fn ignore(&self) {
+        let path = self.path.borrow();
+        let mut name = String::new();
+        for step in &*path {
+            let _ = match step {
+                Step::Field(field) if name.is_empty() => write!(name, "{field}"),
+                Step::Field(field) => write!(name, ".{field}"),
+                Step::Element(_) => write!(name, "[]"),
+            };
+        }
+        self.ignored.borrow_mut().push(&name);
+    }
+
+    fn explain(&self, error: &serde_json::Error) -> ApiError {
+        if let Some(fault) = self.fault.take() {
+            return fault;
+        }
+        let words = in_words(error);
+        let path = self.path.borrow();
+        let Some(Step::Field(field)) = path.first() else {
+            return ApiError::bad_body(format_args!("the body {words}"));
+        };
+        let mut place = String::new();
+        for step in &path[1..] {
+            let _ = match step {
+                Step::Field(field) => write!(place, ".{field}"),
+                Step::Element(at) => write!(place, "[{at}]"),
+            };
+        }
+        ApiError::inside(field, &place, words)
+    }
+
+    fn unknown(&self, level: Level, name: &str) {
+        let meant = level.meant(name);
+        let fault = match &self.path.borrow()[..] {
+            [Step::Field(outer), _, ..] => {
+                let meant = meant.unwrap_or_else(|| "leave it out".to_owned());
+                ApiError::field(outer, format_args!("has no field {name:?}; {meant}"))
+            }
+            _ => ApiError::unrecognized(name, meant.as_deref()),
+        };
+        *self.fault.borrow_mut() = Some(fault);
+    }
+}
+
+/// What is wrong, in JSON's words and without a place that says less than the field's name; with one where the text is not
+/// JSON.
+fn in_words(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    if error.classify() != Category::Data {
+        return format!("cannot be read: {text}");
+    }
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let text = text.strip_suffix(&place).unwrap_or(&text);
+    let given = text.strip_prefix("invalid type: ").or_else(|| text.strip_prefix("invalid value: "));
+    match given.and_then(|given| given.rsplit_once(", expected ")) {
+        Some((given, wanted)) => format!("is {}; it must be {wanted}", value_in_words(given)),
+        None => text.to_owned(),
+    }
+}
+
+/// A value as `serde` describes it, as a client wrote it.
+fn value_in_words(given: &str) -> String {
+    let kinds = ["string ", "integer ", "floating point ", "boolean "];
+    let plain = kinds.iter().find_map(|kind| given.strip_prefix(kind));
+    let words = match (plain, given) {
+        (Some(value), _) => value.trim_matches('`'),
+        (None, "sequence") => "an array",
+        (None, "map") => "an object",
+        (None, other) => other,
+    };
+    match words.char_indices().nth(QUOTED) {
+        None => words.to_owned(),
+        Some((end, _)) => format!("{}…", &words[..end]),
+    }
+}
+
+/// An object.
+pub(super) struct Object<'a, F> {
+    reading: &'a Reading<'a>,
     fields: PhantomData<F>,
+}
+
+impl<'a, F> Object<'a, F> {
+    pub(super) fn new(reading: &'a Reading<'_>) -> Self {
+        Self { reading, fields: PhantomData }
+    }
 }
 
 impl<'de, F: Fields> DeserializeSeed<'de> for Object<'_, F> {
     type Value = F;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<F, D::Error> {
-        deserializer.deserialize_map(self)
+        deserializer.deserialize_any(self)
     }
 }
 
@@ -98,138 +196,149 @@ impl<'de, F: Fields> Visitor<'de> for Object<'_, F> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<F, A::Error> {
+        let reading = self.reading;
         let mut fields = F::default();
-        // At most as long as the list of known fields.
-        let mut seen = Vec::new();
+        let mut seen: Vec<String> = Vec::new();
         while let Some(name) = map.next_key::<String>()? {
-            if seen.contains(&name) {
-                *self.place = Place::Twice(name);
-                return Err(A::Error::custom("given twice"));
+            if seen.len() == FIELDS {
+                return Err(A::Error::custom(format_args!("has more than {FIELDS} fields")));
             }
-            *self.place = Place::Field(name.clone());
-            if fields.read(&name, &mut map, self.bounds)? == Known::No {
-                *self.place = Place::Unknown(name);
-                return Err(A::Error::custom("unknown"));
-            }
-            *self.place = Place::Body;
+            reading.within(Step::Field(name.clone()), || {
+                if seen.contains(&name) {
+                    return Err(A::Error::custom("is given more than once"));
+                }
+                match F::LEVEL.class(&name) {
+                    Some(Class::Honoured) => fields.read(&name, &mut map, reading),
+                    Some(Class::Refused(nothing)) => map.next_value_seed(Nothing { nothing, reading }),
+                    Some(Class::Told) => {
+                        if map.next_value::<Option<IgnoredAny>>()?.is_some() {
+                            reading.ignore();
+                        }
+                        Ok(())
+                    }
+                    None => {
+                        reading.unknown(F::LEVEL, &name);
+                        Err(A::Error::custom("is unknown"))
+                    }
+                }
+            })?;
             seen.push(name);
         }
         Ok(fields)
     }
 }
 
-/// A feature that is not there: only a value that asks for nothing is taken.
-#[derive(Debug, Default)]
-pub(super) struct Unsupported;
+/// An object, or `null`.
+pub(super) struct Optional<'a, F>(Object<'a, F>);
 
-const UNSUPPORTED: &str = "is not supported here; leave it out";
-
-impl<'de> Deserialize<'de> for Unsupported {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Self)
+impl<'a, F> Optional<'a, F> {
+    pub(super) fn new(reading: &'a Reading<'_>) -> Self {
+        Self(Object::new(reading))
     }
 }
 
-impl<'de> Visitor<'de> for Unsupported {
-    type Value = Self;
+impl<'de, F: Fields> DeserializeSeed<'de> for Optional<'_, F> {
+    type Value = Option<F>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<F>, D::Error> {
+        deserializer.deserialize_option(self)
+    }
+}
+
+impl<'de, F: Fields> Visitor<'de> for Optional<'_, F> {
+    type Value = Option<F>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "nothing: this {UNSUPPORTED}")
+        self.0.expecting(f)
     }
 
-    fn visit_unit<E: Error>(self) -> Result<Self, E> {
-        Ok(self)
+    fn visit_unit<E: Error>(self) -> Result<Option<F>, E> {
+        Ok(None)
     }
 
-    fn visit_bool<E: Error>(self, value: bool) -> Result<Self, E> {
-        if value { Err(E::custom(UNSUPPORTED)) } else { Ok(self) }
+    fn visit_none<E: Error>(self) -> Result<Option<F>, E> {
+        Ok(None)
     }
 
-    fn visit_str<E: Error>(self, value: &str) -> Result<Self, E> {
-        if matches!(value, "" | "none" | "auto") { Ok(self) } else { Err(E::custom(UNSUPPORTED)) }
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Option<F>, D::Error> {
+        self.0.deserialize(deserializer).map(Some)
     }
+}
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self, A::Error> {
-        if seq.next_element::<IgnoredAny>()?.is_some() {
-            Err(A::Error::custom(UNSUPPORTED))
-        } else {
-            Ok(self)
+/// A field that is not served: only `null` and values that ask for nothing are taken.
+struct Nothing<'a> {
+    nothing: &'static [&'static str],
+    reading: &'a Reading<'a>,
+}
+
+impl<'de> DeserializeSeed<'de> for Nothing<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        let mut left = BoundedJson::VALUES;
+        let given = BoundedJson::new(&mut left).deserialize(deserializer)?;
+        let is_same = |text: &&str| {
+            let nothing = serde_json::from_str(text).unwrap_or(Value::Null);
+            nothing == given || (nothing.is_number() && nothing.as_f64() == given.as_f64())
+        };
+        if given.is_null() {
+            return Ok(());
         }
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self, A::Error> {
-        if map.next_key::<IgnoredAny>()?.is_some() { Err(A::Error::custom(UNSUPPORTED)) } else { Ok(self) }
-    }
-}
-
-/// A list of at most so many values; `null` is an empty one.
-pub(super) struct AtMost<T>(usize, PhantomData<T>);
-
-impl<T> AtMost<T> {
-    pub(super) fn new(most: usize) -> Self {
-        Self(most, PhantomData)
+        if self.nothing.iter().any(is_same) {
+            self.reading.ignore();
+            return Ok(());
+        }
+        Err(D::Error::custom(match self.nothing {
+            [only] => format!("is not supported here; leave it out, or give {only}"),
+            _ => "is not supported here; leave it out".to_owned(),
+        }))
     }
 }
 
-impl<'de, T: Deserialize<'de>> DeserializeSeed<'de> for AtMost<T> {
-    type Value = Vec<T>;
+/// Objects, at most so many; `null` is none.
+pub(super) struct Objects<'a, F> {
+    most: usize,
+    reading: &'a Reading<'a>,
+    fields: PhantomData<F>,
+}
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<T>, D::Error> {
+impl<'a, F> Objects<'a, F> {
+    pub(super) fn new(most: usize, reading: &'a Reading<'_>) -> Self {
+        Self { most, reading, fields: PhantomData }
+    }
+}
+
+impl<'de, F: Fields> DeserializeSeed<'de> for Objects<'_, F> {
+    type Value = Vec<F>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<F>, D::Error> {
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for AtMost<T> {
-    type Value = Vec<T>;
+impl<'de, F: Fields> Visitor<'de> for Objects<'_, F> {
+    type Value = Vec<F>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "an array of at most {}", self.0)
+        write!(f, "an array of at most {} objects", self.most)
     }
 
-    fn visit_unit<E: Error>(self) -> Result<Vec<T>, E> {
+    fn visit_unit<E: Error>(self) -> Result<Vec<F>, E> {
         Ok(Vec::new())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
-        let mut values = Vec::new();
-        while values.len() < self.0 {
-            let Some(value) = seq.next_element()? else { return Ok(values) };
-            values.push(value);
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<F>, A::Error> {
+        let mut objects = Vec::new();
+        while objects.len() < self.most {
+            let next = self
+                .reading
+                .within(Step::Element(objects.len()), || seq.next_element_seed(Object::new(self.reading)))?;
+            let Some(next) = next else { return Ok(objects) };
+            objects.push(next);
         }
         match seq.next_element::<IgnoredAny>()? {
-            None => Ok(values),
-            Some(_) => Err(A::Error::custom(format_args!("more than {} values", self.0))),
+            None => Ok(objects),
+            Some(_) => Err(A::Error::custom(format_args!("has more than {} entries", self.most))),
         }
-    }
-}
-
-/// One string or a list of at most so many.
-pub(super) struct Strings(pub(super) usize);
-
-impl<'de> DeserializeSeed<'de> for Strings {
-    type Value = Vec<String>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Vec<String>, D::Error> {
-        deserializer.deserialize_any(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Strings {
-    type Value = Vec<String>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a string or an array of at most {} strings", self.0)
-    }
-
-    fn visit_unit<E: Error>(self) -> Result<Vec<String>, E> {
-        Ok(Vec::new())
-    }
-
-    fn visit_str<E: Error>(self, value: &str) -> Result<Vec<String>, E> {
-        Ok(vec![value.to_owned()])
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Vec<String>, A::Error> {
-        AtMost::new(self.0).visit_seq(seq)
     }
 }

@@ -1,16 +1,20 @@
 //! OpenAI's endpoints: models, completions, chat.
 
+mod chat_message;
 mod chat_reply;
 mod chat_request;
 mod common;
 mod completion_reply;
 mod completion_request;
+mod fields;
+mod ignored;
 mod json;
 mod reply;
 mod run;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod values;
 mod whole;
 
 use std::time::Duration;
@@ -26,6 +30,7 @@ use tokio_stream::StreamExt;
 use self::chat_reply::Chat;
 use self::common::{Asked, Mode};
 use self::completion_reply::Completion;
+pub(super) use self::ignored::IGNORED;
 use self::json::Bounds;
 use self::reply::Dialect;
 use self::stream::Chunks;
@@ -38,7 +43,7 @@ use crate::service::ModelInfo;
 
 /// A stream that has nothing to say sends a comment this often: proxies keep it open, and a client that is gone
 /// is noticed.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 #[derive(Serialize)]
 struct Model<'a> {
@@ -104,12 +109,15 @@ async fn answer<D: Dialect>(
     let limit = bounds.limits.body_bytes;
     let body = JsonBody::read(&parts.headers, body, limit, &app.large, PATIENCE).await?;
     let asked = body.parse(&app.service, move |bytes| parse(bytes, &bounds)).await?;
-    let (head, mut events) = run::start(&app.service, D::ID, asked.requests).await?;
-    match asked.mode {
+    let Asked { requests, mode, ignored, token_limit } = asked;
+    let started = run::start(&app.service, D::ID, requests).await;
+    let (head, mut events) =
+        started.map_err(|error| ApiError::from(error).about("max_tokens", token_limit))?;
+    let mut response = match mode {
         Mode::Stream(usage) => {
             let chunks = Chunks::<D>::new(head, usage);
             let sse = Sse::new(stream::Sse::new(events, chunks));
-            Ok(sse.keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
+            sse.keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
         }
         Mode::Whole => {
             let mut whole = Whole::<D>::new(head);
@@ -118,7 +126,11 @@ async fn answer<D: Dialect>(
             }
             let json = off_thread(whole.size(), move || whole.into_json()).await?;
             let media = HeaderValue::from_static("application/json");
-            Ok(([(header::CONTENT_TYPE, media)], json).into_response())
+            ([(header::CONTENT_TYPE, media)], json).into_response()
         }
+    };
+    if let Some(names) = ignored.header() {
+        response.headers_mut().insert(IGNORED, names);
     }
+    Ok(response)
 }

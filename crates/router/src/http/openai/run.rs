@@ -31,9 +31,8 @@ pub(super) async fn start(
         choices: 0,
     };
     let mut events = Merged::new();
-    for request in requests {
-        let choices = request.choices;
-        let generation = service.generate(request).await?;
+    let choices: Vec<u32> = requests.iter().map(|request| request.choices).collect();
+    for (generation, choices) in service.generate_all(requests).await?.into_iter().zip(choices) {
         if head.id.is_empty() {
             head.id = format!("{prefix}{}", generation.started.id);
         }

@@ -9,7 +9,7 @@ use super::super::reply::{Dialect, Head, finite};
 use super::super::stream::Chunks;
 use super::super::whole::Whole;
 use crate::fake;
-use crate::request::{Event, FinishReason, Finished};
+use crate::request::{Event, FinishReason, Finished, TokenLogprob, TokenLogprobs};
 
 fn head(choices: u32) -> Head {
     Head {
@@ -88,6 +88,29 @@ fn a_whole_completion_with_logprobs() {
             },
         }])
     );
+}
+
+#[test]
+fn tokens_that_are_written_alike_keep_their_entries() {
+    let entry =
+        |token_id, logprob| TokenLogprob { token_id, text: "\u{fffd}".into(), bytes: vec![0x80], logprob };
+    let answer = |chosen, top| {
+        let mut event = fake::token(0, 0, 7, None);
+        if let Event::Token(frame) = &mut event {
+            frame.logprobs = Some(TokenLogprobs { chosen, top });
+        }
+        whole::<Completion>(1, vec![event, finished(0, FinishReason::Stop, "")])["choices"][0]["logprobs"]
+            .clone()
+    };
+    let three = vec![entry(1, -1.0), entry(2, -2.0), entry(3, -3.0)];
+    let expected = json!([{"\u{fffd}": -1.0, "token_id:2": -2.0, "token_id:3": -3.0}]);
+    assert_eq!(
+        answer(entry(2, -2.0), three.clone())["top_logprobs"],
+        expected,
+        "the chosen one is among them"
+    );
+    let expected = json!([{"\u{fffd}": -1.0, "token_id:2": -2.0, "token_id:3": -3.0, "token_id:9": -5.0}]);
+    assert_eq!(answer(entry(9, -5.0), three)["top_logprobs"], expected, "the chosen one is not");
 }
 
 #[test]

@@ -1,4 +1,5 @@
 //! Both directions of the translation, without a socket.
 
 mod answers;
+mod classes;
 mod requests;

@@ -11,28 +11,28 @@ use super::super::{ApiError, chat_request, completion_request};
 use crate::fake;
 use crate::request::{Eos, OverContext, Prompt};
 
-fn bounds() -> Bounds {
+pub(super) fn bounds() -> Bounds {
     Bounds { limits: Limits::default(), context: fake::CONTEXT, defaults: SamplingDefaults::default() }
 }
 
-fn completion(body: &str) -> Result<Asked, ApiError> {
+pub(super) fn completion(body: &str) -> Result<Asked, ApiError> {
     completion_request::parse(body.as_bytes(), &bounds())
 }
 
-fn chat_with(fields: &str) -> Result<Asked, ApiError> {
+pub(super) fn chat_with(fields: &str) -> Result<Asked, ApiError> {
     let body = format!(r#"{{"messages": [{{"role": "user", "content": "hi"}}]{fields}}}"#);
     chat_request::parse(body.as_bytes(), &bounds())
 }
 
-fn message(message: &str) -> Result<Asked, ApiError> {
+pub(super) fn one_message(message: &str) -> Result<Asked, ApiError> {
     chat_request::parse(format!(r#"{{"messages": [{message}]}}"#).as_bytes(), &bounds())
 }
 
-fn with(fields: &str) -> Result<Asked, ApiError> {
+pub(super) fn with(fields: &str) -> Result<Asked, ApiError> {
     completion(&format!(r#"{{"prompt": [1]{fields}}}"#))
 }
 
-fn refused(result: Result<Asked, ApiError>, param: Option<&str>, input: &str) {
+pub(super) fn refused(result: Result<Asked, ApiError>, param: Option<&str>, input: &str) {
     let shown: String = input.chars().take(80).collect();
     let error = result.map(|asked| panic!("{shown} was taken as {asked:?}")).unwrap_err();
     assert_eq!(error.status.as_u16(), 400, "{shown}");
@@ -79,7 +79,7 @@ fn damage_is_refused_or_harmless() {
 #[test]
 fn prompts_that_are_refused() {
     let long = format!("[{}1]", "1,".repeat(fake::CONTEXT as usize));
-    let many = format!("[{}\"a\"]", "\"a\",".repeat(8));
+    let many = format!("[{}\"a\"]", "\"a\",".repeat(256));
     let cases = [
         "null",
         "[]",
@@ -133,12 +133,15 @@ fn fields_of_the_wrong_type_or_size() {
     let biases = format!("{{{}}}", biases.join(","));
     let cases = [
         ("max_tokens", "-1"),
+        ("max_tokens", "0"),
+        ("max_completion_tokens", "-1"),
         ("max_tokens", "4294967296"),
         ("max_tokens", "1.5"),
         ("max_tokens", "\"5\""),
         ("n", "-1"),
         ("n", "1000000000"),
-        ("n", "9"),
+        ("n", "257"),
+        ("n", "0"),
         ("n", "\"1\""),
         ("n", "null, \"n\": 1"),
         ("temperature", "\"hot\""),
@@ -147,11 +150,14 @@ fn fields_of_the_wrong_type_or_size() {
         ("temperature", "[1]"),
         ("temperature", "Infinity"),
         ("top_p", "true"),
-        ("top_k", "-1"),
+        ("top_k", "-2"),
+        ("top_k", "4294967296"),
         ("top_k", "1.5"),
         ("min_p", "{}"),
-        ("seed", "-1"),
+        ("seed", "9223372036854775808"),
+        ("seed", "-9223372036854775809"),
         ("seed", "18446744073709551616"),
+        ("seed", "\"1\""),
         ("seed", "1.5"),
         ("presence_penalty", "\"\""),
         ("stop", "1"),
@@ -159,6 +165,7 @@ fn fields_of_the_wrong_type_or_size() {
         ("stop", &stops),
         ("stop", "{}"),
         ("stop_token_ids", "[-1]"),
+        ("stop_token_ids", "[null]"),
         ("stop_token_ids", "5"),
         ("stop_token_ids", &ids),
         ("ignore_eos", "1"),
@@ -168,6 +175,7 @@ fn fields_of_the_wrong_type_or_size() {
         ("logit_bias", "{\"-1\": 1}"),
         ("logit_bias", "{\"1\": \"x\"}"),
         ("logit_bias", "{\"1\": NaN}"),
+        ("logit_bias", "{\"1\": null}"),
         ("logit_bias", &biases),
         ("logit_bias", "{\"4294967296\": 1}"),
         ("model", "1"),
@@ -180,6 +188,12 @@ fn fields_of_the_wrong_type_or_size() {
         let field = format!(r#", "{name}": {value}"#);
         refused(with(&field), Some(name), &field);
         refused(chat_with(&field), Some(name), &field);
+        for result in [with(&field), chat_with(&field)] {
+            let message = result.unwrap_err().body.message;
+            for word in ["u32", "u64", "i64", "f32", "map", "sequence", "struct"] {
+                assert!(!message.contains(word), "{field}: {message}");
+            }
+        }
     }
     for (name, value) in
         [("logprobs", "21"), ("logprobs", "1000000000"), ("logprobs", "-1"), ("logprobs", "true")]
@@ -206,6 +220,21 @@ fn what_is_not_supported_is_refused_by_name() {
         ("Prompt", "\"a\""),
         ("../..", "1"),
         ("prompt_logprobs", "1"),
+        ("prompt_logprobs", "0"),
+        ("min_tokens", "1"),
+        ("length_penalty", "1.5"),
+        ("use_beam_search", "true"),
+        ("skip_special_tokens", "false"),
+        ("include_stop_str_in_output", "true"),
+        ("allowed_token_ids", "[1]"),
+        ("bad_words", "[\"x\"]"),
+        ("guided_json", "{\"type\": \"object\"}"),
+        ("structured_outputs", "{\"regex\": \"a\"}"),
+        ("cache_salt", "\"s\""),
+        ("web_search_options", "{}"),
+        ("response_format", "{\"type\": \"json_object\"}"),
+        ("temprature", "0.5"),
+        ("max_new_tokens", "5"),
     ];
     for (name, value) in both {
         let field = format!(r#", "{name}": {value}"#);
@@ -218,8 +247,23 @@ fn what_is_not_supported_is_refused_by_name() {
     refused(chat_with(r#", "prompt": "x""#), Some("prompt"), "a prompt for chat");
     let schema = r#", "response_format": {"type": "json_schema", "json_schema": {"a": [1]}}"#;
     refused(chat_with(schema), Some("response_format"), schema);
-    let error = with(r#", "frobnicate": 1"#).unwrap_err();
-    assert_eq!(error.body.message, "Unrecognized request argument supplied: frobnicate");
+    let message = |fields: &str| with(fields).unwrap_err().body.message;
+    assert_eq!(message(r#", "frobnicate": 1"#), "Unrecognized request argument supplied: frobnicate");
+    let typo = "Unrecognized request argument supplied: temprature; did you mean temperature?";
+    assert_eq!(message(r#", "temprature": 0.5"#), typo);
+    assert!(message(r#", "messages": []"#).ends_with("it is a field of /v1/chat/completions"));
+    let option = r#", "stream": true, "stream_options": {"include_useage": true}"#;
+    assert_eq!(
+        message(option),
+        "stream_options: has no field \"include_useage\"; did you mean include_usage?"
+    );
+    refused(with(option), Some("stream_options"), option);
+    for part in ["prefix", "partial", "images", "audio", "refusal"] {
+        let body = format!(r#"{{"role": "assistant", "content": "x", "{part}": true}}"#);
+        refused(one_message(&body), Some("messages"), &body);
+        let text = one_message(&body).unwrap_err().body.message;
+        assert!(text.starts_with(&format!("messages[0].{part}: is not supported here")), "{text}");
+    }
 }
 
 #[test]
@@ -284,8 +328,13 @@ fn every_field_arrives() {
 #[test]
 fn choices_are_capped_over_all_prompts() {
     let ask = |n: u32| completion(&format!(r#"{{"prompt": ["a", "b", "c"], "n": {n}}}"#));
-    assert_eq!(ask(2).unwrap().requests.len(), 3);
-    refused(ask(3), Some("n"), "3 for each of 3 prompts");
+    assert_eq!(ask(85).unwrap().requests.len(), 3);
+    refused(ask(86), Some("n"), "86 for each of 3 prompts");
+    let error = ask(86).unwrap_err().body.message;
+    assert!(error.contains("258 choices in all; 256 are allowed (the router's max_choices)"), "{error}");
+    let few = Bounds { limits: Limits { choices: 2, ..Limits::default() }, ..bounds() };
+    let body = br#"{"prompt": ["a", "b", "c"]}"#;
+    refused(completion_request::parse(body, &few), Some("prompt"), "three prompts where two are allowed");
     refused(ask(u32::MAX), Some("n"), "u32::MAX for each of 3 prompts");
 }
 
@@ -310,7 +359,7 @@ fn messages_become_a_conversation() {
     assert_eq!(chat_of(&asked).messages, expected);
 }
 
-fn chat_of(asked: &Asked) -> &Chat {
+pub(super) fn chat_of(asked: &Asked) -> &Chat {
     match &asked.requests[0].prompt {
         Prompt::Chat(chat) => chat,
         other => panic!("{other:?}"),
@@ -424,7 +473,6 @@ fn messages_that_are_refused() {
         r#"{"role": "user", "content": ["x"]}"#,
         r#"{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]}"#,
         r#"{"role": "user", "content": [{"type": "text"}]}"#,
-        r#"{"role": "user", "content": "x", "more": 1}"#,
         r#"{"role": "user", "content": "x", "content": "y"}"#,
         r#"{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}"#,
         r#"{"role": "assistant", "content": null}"#,
@@ -441,19 +489,17 @@ fn messages_that_are_refused() {
         r#"{"role": "function", "name": "f", "content": "x"}"#,
     ];
     for case in cases {
-        refused(message(case), Some("messages"), case);
+        refused(one_message(case), Some("messages"), case);
     }
     let many = vec![r#"{"role": "user", "content": "x"}"#; 1025].join(",");
-    refused(message(&many), Some("messages"), "1025 messages");
-    let error = message(r#"{"role": "user", "content": [{"type": "image_url"}]}"#).unwrap_err();
+    refused(one_message(&many), Some("messages"), "1025 messages");
+    let error = one_message(r#"{"role": "user", "content": [{"type": "image_url"}]}"#).unwrap_err();
     assert!(error.body.message.contains("image_url"), "{}", error.body.message);
 }
 
 #[test]
 fn chat_settings_that_contradict_each_other() {
     refused(chat_with(r#", "top_logprobs": 2"#), Some("top_logprobs"), "top_logprobs alone");
-    let both = r#", "max_tokens": 1, "max_completion_tokens": 1"#;
-    refused(chat_with(both), Some("max_completion_tokens"), both);
     let asked = chat_with(r#", "logprobs": true, "top_logprobs": 2, "max_completion_tokens": 3"#).unwrap();
     assert_eq!((asked.requests[0].top_logprobs, asked.requests[0].max_tokens), (Some(2), Some(3)));
     assert_eq!(chat_with(r#", "logprobs": true"#).unwrap().requests[0].top_logprobs, Some(0));

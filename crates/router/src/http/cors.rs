@@ -1,0 +1,116 @@
+//! Pages of other origins: who is told that it may read answers. A browser asks; nobody else is kept out by this.
+
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, header};
+use axum::middleware::Next;
+use axum::response::Response;
+use tower::ServiceExt;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
+
+use super::openai::IGNORED;
+use super::request_id::REQUEST_ID;
+
+/// A browser may remember for so long what it was told.
+const MAX_AGE: Duration = Duration::from_secs(600);
+
+/// Origins whose pages may ask and read the answers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cors {
+    origins: Vec<String>,
+    local: bool,
+}
+
+impl Cors {
+    /// These origins, as browsers write them (`https://example.org`, with a port where it is not the usual one), or all for
+    /// `*`; where the address is a loopback one, also every page that this host serves.
+    #[must_use]
+    pub fn new(origins: Vec<String>, is_loopback: bool) -> Self {
+        Self { origins, local: is_loopback }
+    }
+
+    fn takes(&self, origin: &HeaderValue) -> bool {
+        let Ok(origin) = origin.to_str() else { return false };
+        (self.local && is_local(origin)) || self.origins.iter().any(|known| known == origin)
+    }
+
+    /// What tells browsers; `None` where no page of another origin may ask.
+    pub(super) fn layer(self) -> Option<CorsLayer> {
+        if !self.local && self.origins.is_empty() {
+            return None;
+        }
+        let allowed = match self.origins.iter().any(|origin| origin == "*") {
+            true => AllowOrigin::any(),
+            false => AllowOrigin::predicate(move |origin, _| self.takes(origin)),
+        };
+        let shown = [IGNORED, REQUEST_ID, header::RETRY_AFTER, HeaderName::from_static("x-should-retry")];
+        let layer = CorsLayer::new()
+            .allow_origin(allowed)
+            .allow_methods([Method::GET, Method::POST])
+            .allow_headers(AllowHeaders::mirror_request())
+            .expose_headers(shown)
+            .max_age(MAX_AGE);
+        Some(layer)
+    }
+}
+
+/// A page of this host, from whatever port.
+fn is_local(origin: &str) -> bool {
+    let Some(authority) = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://")) else {
+        return false;
+    };
+    ["localhost", "127.0.0.1", "[::1]"].iter().any(|host| match authority.strip_prefix(host) {
+        Some("") => true,
+        Some(rest) => rest.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok()),
+        None => false,
+    })
+}
+
+/// Answers preflights, which browsers send without keys, and tells who may read the other answers.
+pub(super) async fn share(State(layer): State<CorsLayer>, request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let is_asked = headers.contains_key(header::ORIGIN)
+        && (request.method() != Method::OPTIONS
+            || headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD));
+    if !is_asked {
+        return next.run(request).await;
+    }
+    let service = tower::Layer::layer(&layer, next);
+    service.oneshot(request).await.unwrap_or_else(|never| match never {})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn origins_are_taken_whole() {
+        let takes = |cors: &Cors, origin: &str| cors.takes(&HeaderValue::from_str(origin).unwrap());
+        let local = Cors::new(Vec::new(), true);
+        for origin in
+            ["http://localhost", "http://localhost:3000", "https://127.0.0.1:1", "http://[::1]:8080"]
+        {
+            assert!(takes(&local, origin), "{origin}");
+        }
+        for origin in [
+            "http://localhost.example.org",
+            "http://localhost:x",
+            "http://localhost:3000/",
+            "http://localhost:99999",
+            "ftp://localhost",
+            "http://127.0.0.10",
+            "null",
+            "",
+        ] {
+            assert!(!takes(&local, origin), "{origin}");
+        }
+        let named = Cors::new(vec!["https://a.example".to_owned()], false);
+        assert!(takes(&named, "https://a.example"));
+        for origin in ["http://a.example", "https://a.example:444", "https://b.a.example", "http://localhost"]
+        {
+            assert!(!takes(&named, origin), "{origin}");
+        }
+        assert!(Cors::new(Vec::new(), false).layer().is_none());
+    }
+}
