@@ -118,3 +118,27 @@ fn what_cannot_be_is_known_before_anything_is_loaded() {
         }
     }
 }
+
+#[test]
+fn a_directory_of_links_is_served_by_all_processes_where_that_is_asked_for() {
+    let links = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(muster_tests::demo_model()).unwrap().map(|entry| entry.unwrap().path()) {
+        let whole = std::fs::canonicalize(&file).unwrap();
+        std::os::unix::fs::symlink(whole, links.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let path = links.path().display().to_string();
+    let asked = ["up", "--model", &path, "--prompt", "Once upon a time", "--max-tokens", "4"];
+    let refused = run(&asked);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(2), "{said}");
+    assert!(said.contains("leads out of the model directory") && said.contains("--allow-links"), "{said}");
+    let served = run(&[&asked[..], &["--allow-links"]].concat());
+    assert!(served.status.success(), "{}", String::from_utf8_lossy(&served.stderr));
+    let as_demo = run(&["up", "--prompt", "Once upon a time", "--max-tokens", "4"]);
+    assert_eq!(served.stdout, as_demo.stdout);
+    for command in ["router", "worker"] {
+        let settings = run(&[command, "--model", &path, "--allow-links", "--print-config"]);
+        let settings = String::from_utf8_lossy(&settings.stdout);
+        assert!(settings.contains("allow_links = true  # flag --allow-links"), "{settings}");
+    }
+}
