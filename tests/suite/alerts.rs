@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,8 @@ use muster_tests::liar::{Liar, Lie};
 use muster_tests::process::{PATIENCE, Process, eventually, muster, run, run_command};
 use muster_tests::skewed::skewed_model;
 use muster_tests::{demo_model, http, workspace_root};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
@@ -103,15 +105,28 @@ impl Drop for Prometheus {
     }
 }
 
-/// Long streams without end, a new one every so often; they end with the test.
-fn load(running: &mut JoinSet<()>, client: &InferenceClient<Channel>, every: Duration) {
+/// Streams without end, a new one every so often; they end with the test.
+fn load(running: &mut JoinSet<()>, client: &InferenceClient<Channel>, tokens: u32, every: Duration) {
     let client = client.clone();
     running.spawn(async move {
         let mut streams = JoinSet::new();
         for n in 0.. {
             let client = client.clone();
-            streams.spawn(async move { generate(&client, greedy(&[1, 844 + n % 100], 400)).await.is_ok() });
+            streams.spawn(async move { generate(&client, greedy(&[1, 4 + n % 100], tokens)).await.is_ok() });
             tokio::time::sleep(every).await;
+        }
+    });
+}
+
+/// Long prompts, one after the other, none of which begins like another.
+fn prefill(running: &mut JoinSet<()>, client: &InferenceClient<Channel>) {
+    let client = client.clone();
+    running.spawn(async move {
+        for n in 0.. {
+            let prompt: Vec<u32> = (0..400).map(|position| 300 + (n * 7919 + position * 31) % 1000).collect();
+            if generate(&client, greedy(&prompt, 1)).await.is_err() {
+                return;
+            }
         }
     });
 }
@@ -142,30 +157,35 @@ fn certificates(directory: &Path, role: &str) -> String {
     )
 }
 
-/// Has a worker's experts get what other programs leave of the processor, which is little until the result is dropped.
-fn at_the_mercy_of_others(worker: &Process) -> Vec<Other> {
-    let threads =
-        fs::read_dir(format!("/proc/{}/task", worker.pid())).unwrap().map(|entry| entry.unwrap().path());
-    let is_experts =
-        |path: &PathBuf| fs::read_to_string(path.join("comm")).unwrap().trim() == "muster-experts";
-    let experts: Vec<PathBuf> = threads.filter(is_experts).collect();
-    assert_eq!(experts.len(), 1);
-    let thread = experts[0].file_name().unwrap().to_str().unwrap();
-    assert!(run_command(Command::new("renice").args(["-n", "19", "-p", thread])).status.success());
-    let processors = std::thread::available_parallelism().unwrap().get();
-    (0..processors)
-        .map(|_| Other(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap()))
-        .collect()
-}
-
-/// A program that computes for ever. Killed when dropped.
-struct Other(Child);
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// A model that computes in its experts what it computes: one layer of the demo model, with experts many times as wide and all
+/// zeros.
+fn model_of_wide_experts() -> tempfile::TempDir {
+    const WIDTH: usize = 6144;
+    let model = copy_of(&demo_model());
+    let path = |name: &str| model.path().join(name);
+    let mut config: Value = serde_json::from_slice(&fs::read(path("config.json")).unwrap()).unwrap();
+    (config["num_hidden_layers"], config["intermediate_size"]) = (1.into(), WIDTH.into());
+    fs::write(path("config.json"), config.to_string()).unwrap();
+    let width = config["hidden_size"].as_u64().unwrap() as usize;
+    let zeros = vec![0; 2 * WIDTH * width];
+    let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"].map(path);
+    let bytes = shards.each_ref().map(|shard| fs::read(shard).unwrap());
+    let tensors = bytes.iter().flat_map(|bytes| SafeTensors::deserialize(bytes).unwrap().tensors());
+    let kept = tensors.filter(|(name, _)| !name.contains(".layers.") || name.contains(".layers.0."));
+    let views = kept.map(|(name, tensor)| {
+        let widened =
+            || tensor.shape().iter().map(|&size| if size == width { width } else { WIDTH }).collect();
+        let is_expert = name.contains(".experts.");
+        let view =
+            if is_expert { TensorView::new(tensor.dtype(), widened(), &zeros).unwrap() } else { tensor };
+        (name, view)
+    });
+    safetensors::serialize_to_file(views, None, &path("model.safetensors")).unwrap();
+    shards
+        .iter()
+        .chain([&path("model.safetensors.index.json")])
+        .for_each(|file| fs::remove_file(file).unwrap());
+    model
 }
 
 /// A router with certificates that end in a week.
@@ -188,7 +208,7 @@ async fn stuck(running: &mut JoinSet<()>, model: &Path) -> Elastic {
     }
     cluster.settled(2).await;
     let client = InferenceClient::connect(format!("http://{}", cluster.grpc()[0])).await.unwrap();
-    load(running, &client, Duration::from_millis(500));
+    load(running, &client, 60, Duration::from_millis(50));
     cluster
 }
 
@@ -229,13 +249,16 @@ async fn every_alert_fires_on_its_fault_and_none_without() {
     flip_a_bit(damaged_model.path(), 0, 3);
     let mut damaged = Elastic::start(&demo_model(), 1, &[]);
     damaged.join(&[]);
-    let busy_worker = start("worker --model demo --listen 127.0.0.1:0 --admin 127.0.0.1:0 --threads 1");
-    let busy: Vec<Process> = (0..3)
-        .map(|_| {
-            let worker = busy_worker.address("listen");
-            start(&format!("router --model demo --http 127.0.0.1:0 --grpc 127.0.0.1:0 --worker {worker} --placement static"))
-        })
-        .collect();
+    let wide_model = model_of_wide_experts();
+    let wide = wide_model.path().display();
+    let busy_worker =
+        start(&format!("worker --model {wide} --listen 127.0.0.1:0 --admin 127.0.0.1:0 --threads 1"));
+    let busy = start(&format!(
+        "router --model {wide} --http 127.0.0.1:0 --grpc 127.0.0.1:0 --worker {} --placement static",
+        busy_worker.address("listen")
+    ));
+    let client = InferenceClient::connect(format!("http://{}", busy.address("grpc"))).await.unwrap();
+    (0..8).for_each(|_| prefill(&mut running, &client));
     let honest = [(); 2].map(|()| start("worker --model demo --listen 127.0.0.1:0"));
     let liar = Liar::start("liar", &honest[0].address("listen"), &[Lie::RowMissing], 0).await.unwrap();
     let lied_to = start(&format!(
@@ -244,7 +267,7 @@ async fn every_alert_fires_on_its_fault_and_none_without() {
         honest[1].address("listen")
     ));
     // Some wait before Prometheus looks for the first time.
-    load(&mut running, &growing.client().await, Duration::from_millis(300));
+    load(&mut running, &growing.client().await, 400, Duration::from_millis(300));
 
     let of = |process: &Process| process.address("http");
     let prometheus = Prometheus::start(&[
@@ -269,16 +292,11 @@ async fn every_alert_fires_on_its_fault_and_none_without() {
         (seen["data"]["result"][0]["value"][1].as_str()?.parse::<u32>().ok()? >= 2).then_some(())
     })
     .await;
-    let _others = at_the_mercy_of_others(&busy_worker);
     // What is counted happens only now: a counter that came into being with its first event would not have grown.
     liar.begin();
-    load(&mut running, &full.client().await, Duration::from_millis(300));
-    for router in busy.iter().chain([&lied_to]) {
-        let client = InferenceClient::connect(format!("http://{}", router.address("grpc"))).await.unwrap();
-        for _ in 0..8 {
-            load(&mut running, &client, Duration::from_secs(2));
-        }
-    }
+    load(&mut running, &full.client().await, 400, Duration::from_millis(300));
+    let client = InferenceClient::connect(format!("http://{}", lied_to.address("grpc"))).await.unwrap();
+    load(&mut running, &client, 400, Duration::from_secs(2));
     damaged.join(&["--model", &damaged_model.path().display().to_string(), "--share", "all"]);
     let stranger = format!(
         "router --model demo --http 127.0.0.1:0 --grpc 127.0.0.1:0 --worker {} --connect-timeout 3s {}",
@@ -302,8 +320,8 @@ async fn every_alert_fires_on_its_fault_and_none_without() {
         ("MusterHandshakesRefused", "shunned"),
         ("MusterWorkerRefused", "damaged"),
         ("MusterWorkerBanned", "lied-to"),
-        ("MusterWorkersBusy", "busy"),
         ("MusterExpertsStuck", "stuck"),
+        ("MusterWorkersBusy", "busy"),
     ] {
         prometheus.fires(name, job).await;
     }

@@ -40,7 +40,10 @@ const LISTENING: &str = "--http 127.0.0.1:8080 --grpc 127.0.0.1:50051";
 const CLUSTER: How = Needs("a cluster: `tests/kubernetes/run` does it");
 const HOURS: How = Needs("hours");
 
-const README: &[(&str, How)] = &[
+/// Commands as they stand on a page, without what is said about them.
+type Commands = &'static [(&'static str, How)];
+
+const README: Commands = &[
     (
         "cargo run --release -- up --prompt \"Once upon a time\"",
         By("main_job.rs: up_with_a_prompt_prints_the_story"),
@@ -66,7 +69,7 @@ const README: &[(&str, How)] = &[
     ),
     (
         "muster plan mixtral-8x7b --worker 24GiB",
-        Prints { more: "", texts: &["47 B held", "--workers", "helm install"] },
+        Prints { more: "", texts: &["47 B held", "2 copies", "helm install"] },
     ),
     (
         "muster check-model models/demo",
@@ -78,7 +81,7 @@ const README: &[(&str, How)] = &[
     ),
     (
         "muster bench --soak 10m --grpc http://127.0.0.1:50051",
-        Prints { more: "--output-tokens 32", texts: &["0 failed", "0 different"] },
+        Prints { more: "--output-tokens 32", texts: &["0 failed, 0 differ"] },
     ),
     (
         "muster bench --chaos",
@@ -103,7 +106,7 @@ const README: &[(&str, How)] = &[
     ("helm install demo helm/muster --set image.repository=REGISTRY/muster", CLUSTER),
 ];
 
-const PLACEMENT: &[(&str, How)] = &[
+const PLACEMENT: Commands = &[
     (
         "muster router --model DIR --grpc 127.0.0.1:50051",
         Serves { more: "--http 127.0.0.1:8080", text: "router: loaded" },
@@ -116,7 +119,7 @@ const PLACEMENT: &[(&str, How)] = &[
     ),
 ];
 
-const SECURITY: &[(&str, How)] = &[
+const SECURITY: Commands = &[
     (
         "muster certs init certs --name muster.example.org --name 10.0.0.5",
         Prints { more: "", texts: &["certs/router"] },
@@ -140,7 +143,7 @@ const SECURITY: &[(&str, How)] = &[
     ),
 ];
 
-const PERFORMANCE: &[(&str, How)] = &[
+const PERFORMANCE: Commands = &[
     ("cargo xtask ab", HOURS),
     ("cargo xtask ab --only decode-1,split --rounds 3", HOURS),
     ("cargo xtask ab --write-docs", HOURS),
@@ -155,7 +158,7 @@ const PERFORMANCE: &[(&str, How)] = &[
 ];
 
 /// A page, the commands that are typed before its own, and its commands in its order.
-const PAGES: &[(&str, &[(&str, How)], &[(&str, How)])] = &[
+const PAGES: &[(&str, Commands, Commands)] = &[
     ("README.md", &[], README),
     ("docs/placement.md", &[], PLACEMENT),
     ("docs/security.md", &[], SECURITY),
@@ -167,6 +170,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("docs/kubernetes.md", "a cluster: `tests/kubernetes/run`"),
     ("docs/invariants.md", "minutes: `cargo test` runs the simulation with fewer seeds"),
     ("docs/testing.md", "minutes"),
+    ("docs/openai.md", "packages of gigabytes: python_clients.rs runs those of less"),
 ];
 
 fn page(name: &str) -> String {

@@ -1,5 +1,5 @@
-//! Clients other people wrote, installed from PyPI into a scratch environment: the `openai` package, and stubs that
-//! grpcio-tools generates from `proto/`.
+//! Clients other people wrote, installed from PyPI into scratch environments: the `openai` package, frameworks over it, and
+//! stubs that grpcio-tools generates from `proto/`.
 //!
 //! Needs `python3` and a network that reaches PyPI. `MUSTER_SKIP_PYTHON=1` leaves these tests out and says so.
 
@@ -13,6 +13,10 @@ use muster_tests::{demo_model, workspace_root};
 
 const PACKAGES: [&str; 4] =
     ["openai==3.54.0", "grpcio==1.85.1", "grpcio-tools==1.85.1", "grpcio-health-checking==1.85.1"];
+
+/// Frameworks that people put in front of the OpenAI API.
+const FRAMEWORKS: [&str; 4] =
+    ["openai==3.57.0", "litellm==1.110.2", "langchain-openai==1.7.4", "lm_eval[api]==0.4.13"];
 
 /// The scratch environment of the clients.
 pub(crate) fn python() -> Option<&'static Path> {
@@ -63,6 +67,13 @@ fn the_openai_package_works() {
     let Some(python) = python() else { return };
     let cluster = Cluster::start(Setup::new(&demo_model()).compute("f32"));
     succeed(Command::new(python).arg(script("openai_client.py")).arg(cluster.http()).arg(demo_model()));
+}
+
+#[test]
+fn frameworks_work() {
+    let Some(python) = environment("python-frameworks", &FRAMEWORKS) else { return };
+    let cluster = Cluster::start(Setup::new(&demo_model()));
+    succeed(Command::new(python).arg(script("foreign_clients.py")).arg(cluster.http()));
 }
 
 #[test]
