@@ -310,6 +310,13 @@ impl Reader {
             let _ = child.kill();
             let _ = child.wait();
         }
+        // Children of a killed process let go of their addresses a moment later.
+        let deadline = Instant::now() + PATIENCE;
+        for (_, port) in self.ports {
+            while TcpListener::bind(("127.0.0.1", port)).is_err() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
     }
 }
 

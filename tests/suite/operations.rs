@@ -120,6 +120,27 @@ async fn a_new_worker_reads_what_it_needs_and_no_more_from_workers_where_it_can(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn whoever_led_leads_again_when_all_workers_have_stood_still() {
+    let router = router(&[]);
+    let workers = [worker(&router, &[]), worker(&router, &[])];
+    ready(&router).await;
+    let leads = async |is: f64| {
+        let admin = router.address("admin");
+        eventually("the lead", async || (http::metric(&admin, "muster_placement_leads") == is).then_some(()))
+            .await;
+    };
+    leads(1.0).await;
+    for _ in 0..3 {
+        // Until none of them counts any more.
+        workers.iter().for_each(|worker| worker.signal(libc::SIGSTOP));
+        leads(0.0).await;
+        tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        workers.iter().for_each(|worker| worker.signal(libc::SIGCONT));
+        leads(1.0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_missing_is_told_and_waited_for() {
     let directory = tempfile::tempdir().unwrap();
     let model = directory.path().join("model");

@@ -74,6 +74,10 @@ impl Lead {
         let is_there = |session: u64| workers.iter().any(|worker| worker.session == session);
         self.silent.retain(|session, _| is_there(*session));
         self.grants.retain(|session, _| is_there(*session));
+        // Where none counted there was nobody to wait for; who answered since then counts again.
+        while let Ok((session, _, answer)) = self.answered.try_recv() {
+            self.note(session, &answer);
+        }
         let sent = self.origin.elapsed();
         if let Some(ask) = self.campaign.tick(sent) {
             let known = workers.iter().filter(|worker| self.answers(worker)).count();
@@ -112,19 +116,7 @@ impl Lead {
             && let Ok(Some((session, of, answer))) =
                 tokio::time::timeout_at(deadline, self.answered.recv()).await
         {
-            if let Err(error) = &answer {
-                tracing::debug!(%error, "a worker did not say whom it obeys");
-            } else {
-                self.silent.remove(&session);
-            }
-            if let Ok(answer) = &answer
-                && answer.granted
-            {
-                let grant = self.grants.entry(session).or_insert((Term::new(0), answer.epoch));
-                if grant.0 < Term::new(answer.term) {
-                    *grant = (Term::new(answer.term), answer.epoch);
-                }
-            }
+            self.note(session, &answer);
             match answer {
                 Ok(answer) if of == round => replies.push(reply(answer)),
                 Err(_) if of == round => failed += 1,
@@ -132,6 +124,24 @@ impl Lead {
             }
         }
         replies
+    }
+
+    /// Takes in what a worker answered, in whichever round it was asked.
+    fn note(&mut self, session: u64, answer: &Result<LeadAnswer, ControlError>) {
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::debug!(%error, "a worker did not say whom it obeys");
+                return;
+            }
+        };
+        self.silent.remove(&session);
+        if answer.granted {
+            let grant = self.grants.entry(session).or_insert((Term::new(0), answer.epoch));
+            if grant.0 < Term::new(answer.term) {
+                *grant = (Term::new(answer.term), answer.epoch);
+            }
+        }
     }
 }
 

@@ -16,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 const MOST_OF_ONE: usize = 256;
 /// Joins at once.
 const MOST: usize = 4096;
+/// Joins of one worker at once: by several names of this router, and those whose end is not known yet.
+const MOST_OF_WORKER: usize = 4;
 /// How long a worker may take until it is reached, whoever else waits.
 const REACHED: Duration = Duration::from_secs(2);
 /// Of those that were never reached, so many give way together: a place is free only when the last attempt to reach its
@@ -31,6 +33,9 @@ pub(super) enum NoPlace {
     /// From where this one comes.
     #[error("{MOST_OF_ONE} workers joined from the same address; end those that are not needed")]
     OfOne,
+    /// Of this worker.
+    #[error("the worker at this address joined {MOST_OF_WORKER} times already; join each router once")]
+    OfWorker,
     /// At all.
     #[error("{MOST} workers joined; end those that are not needed")]
     AtAll,
@@ -75,6 +80,10 @@ impl Joins {
         reached: impl FnOnce() -> Reached,
     ) -> Result<Stay, NoPlace> {
         let mut table = self.table();
+        let address = address.to_string();
+        if table.joins.values().filter(|join| join.address == address).count() >= MOST_OF_WORKER {
+            return Err(NoPlace::OfWorker);
+        }
         let is_of_one = |join: &Join| from.is_some() && join.from == from;
         let of_one = table.joins.values().filter(|join| is_of_one(join)).count();
         if of_one >= MOST_OF_ONE {
@@ -84,7 +93,7 @@ impl Joins {
         }
         table.count += 1;
         let (number, gives_way) = (table.count, CancellationToken::new());
-        let (address, since) = (address.to_string(), Instant::now());
+        let since = Instant::now();
         table.joins.insert(number, Join { address, from, since, gives_way: gives_way.clone() });
         Ok(Stay { all: self.clone(), number, gives_way })
     }
@@ -176,6 +185,18 @@ mod tests {
         joins.make_room(&reached);
         let gone: Vec<_> = (0..100).filter(|&number| stays[number].gives_way.is_cancelled()).collect();
         assert_eq!(gone, (0..10).chain(20..TOGETHER + 10).collect::<Vec<_>>());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_worker_cannot_take_the_places_of_others() {
+        let joins = Joins::default();
+        let reached = Reached::from([at(0).to_string()]);
+        let stays: Vec<_> = (0..260).filter_map(|_| enter(&joins, 0, from(1), &reached).ok()).collect();
+        assert_eq!(stays.len(), MOST_OF_WORKER);
+        assert_eq!(enter(&joins, 0, from(2), &reached).err(), Some(NoPlace::OfWorker));
+        assert!(enter(&joins, 1, from(1), &reached).is_ok());
+        drop(stays);
+        assert!(enter(&joins, 0, from(1), &reached).is_ok());
     }
 
     #[tokio::test(start_paused = true)]

@@ -66,9 +66,9 @@ impl Attended {
 
     /// Sees what came, and whether the client is still there. Called when all that hyper wrote was handed over.
     fn attend(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        if !self.has_ended && self.ahead.is_empty() {
+        if !self.has_ended && self.ahead.len() < AHEAD {
             let mut bytes = [0; AHEAD];
-            let mut buf = ReadBuf::new(&mut bytes);
+            let mut buf = ReadBuf::new(&mut bytes[self.ahead.len()..]);
             if let Poll::Ready(read) = Pin::new(&mut self.io).poll_read(cx, &mut buf) {
                 read?;
                 self.has_ended = buf.filled().is_empty();
@@ -77,7 +77,8 @@ impl Attended {
                 cx.waker().wake_by_ref();
             }
         }
-        if !self.has_ended {
+        // Of a client that sends on without end, the end cannot be seen; it is looked for, too.
+        if !self.has_ended && self.ahead.len() < AHEAD {
             return Ok(());
         }
         let look = self.look.get_or_insert_with(|| Box::pin(sleep(FIRST)));

@@ -1,5 +1,6 @@
 //! Values of fields: numbers in a range, texts, and lists that stop at their cap. `null` is as good as leaving a field out.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -255,10 +256,17 @@ impl<'de> Visitor<'de> for Biases {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut biases = Vec::new();
+        let (mut biases, mut ids) = (Vec::new(), HashSet::new());
         while let Some(key) = map.next_key::<String>()? {
             let wrong = || A::Error::custom(format_args!("has the key {key:?}, which is no token id"));
-            let id = key.parse().map_err(|_| wrong())?;
+            let id: u32 = key.parse().map_err(|_| wrong())?;
+            // Written in one way, so that no id is there twice.
+            if id.to_string() != key {
+                return Err(wrong());
+            }
+            if !ids.insert(id) {
+                return Err(A::Error::custom(format_args!("has the token id {id} twice")));
+            }
             if biases.len() == self.0 {
                 return Err(A::Error::custom(format_args!("has more than {} entries", self.0)));
             }

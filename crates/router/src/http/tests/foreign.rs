@@ -52,15 +52,25 @@ async fn a_client_that_closed_its_half_and_waits_is_told_to() {
 
 #[tokio::test]
 async fn a_client_that_closed_its_half_and_went_cancels() {
-    let (sender, mut choices) = mpsc::channel(1);
-    let server = Server::start(fake::service(move |choice| sender.try_send(choice).unwrap())).await;
-    let mut client = TcpStream::connect(server.address).await.unwrap();
-    client.write_all(&post("/v1/completions", &json!({"prompt": [5]}))).await.unwrap();
-    client.shutdown().await.unwrap();
-    let choice = timeout(SOON, choices.recv()).await.unwrap().unwrap();
-    assert!(!choice.events.is_closed());
-    drop(client);
-    timeout(SOON, choice.events.closed()).await.expect("the generation is dropped");
+    let request = json!({"prompt": [5]}).to_string();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{request}",
+        request.len()
+    );
+    // Whatever it sent behind the request, which waits until the request is answered.
+    for behind in ["", "\r\n", "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", &"GET / HTTP/1.1\r\n".repeat(200)]
+    {
+        let (sender, mut choices) = mpsc::channel(1);
+        let server = Server::start(fake::service(move |choice| sender.try_send(choice).unwrap())).await;
+        let mut client = TcpStream::connect(server.address).await.unwrap();
+        client.write_all(request.as_bytes()).await.unwrap();
+        let choice = timeout(SOON, choices.recv()).await.unwrap().unwrap();
+        client.write_all(behind.as_bytes()).await.unwrap();
+        client.shutdown().await.unwrap();
+        assert!(!choice.events.is_closed());
+        drop(client);
+        timeout(SOON, choice.events.closed()).await.expect("the generation is dropped");
+    }
 }
 
 /// A request of a page, and what it is told.
