@@ -1,8 +1,13 @@
 //! Pages of other origins: who is told that it may read answers. A browser asks; nobody else is kept out by this.
+//!
+//! A page whose own name was made to stand for this host (DNS rebinding) is of no other origin to a browser, and known by its
+//! `Host` alone.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use axum::extract::{Request, State};
+use axum::http::uri::Authority;
 use axum::http::{HeaderName, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::Response;
@@ -33,6 +38,26 @@ impl Cors {
     fn takes(&self, origin: &HeaderValue) -> bool {
         let Ok(origin) = origin.to_str() else { return false };
         (self.local && is_local(origin)) || self.origins.iter().any(|known| known == origin)
+    }
+
+    /// Whether a request comes from a page under a name that is not this host's, for all that its `Host` says. An address is
+    /// nobody's name.
+    pub(super) fn is_stranger(&self, host: &HeaderValue) -> bool {
+        if !self.local {
+            return false;
+        }
+        let Some(name) = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()) else {
+            return false;
+        };
+        let name = name.host().to_ascii_lowercase();
+        let is_address = name.starts_with('[') || name.parse::<IpAddr>().is_ok();
+        let is_own = name == "localhost" || name.ends_with(".localhost");
+        let of_origin = |origin: &String| {
+            let authority = origin.split_once("://").map_or(origin.as_str(), |(_, authority)| authority);
+            origin == "*"
+                || authority.parse::<Authority>().is_ok_and(|own| own.host().eq_ignore_ascii_case(&name))
+        };
+        !is_address && !is_own && !self.origins.iter().any(of_origin)
     }
 
     /// What tells browsers; `None` where no page of another origin may ask.
@@ -83,6 +108,29 @@ pub(super) async fn share(State(layer): State<CorsLayer>, request: Request, next
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_under_other_names_are_strangers_on_a_loopback_address_alone() {
+        let is_stranger = |cors: &Cors, host: &str| cors.is_stranger(&HeaderValue::from_str(host).unwrap());
+        let local = Cors::new(vec!["https://proxied.example".to_owned()], true);
+        for host in [
+            "localhost",
+            "LOCALHOST:8080",
+            "a.localhost",
+            "127.0.0.1:8080",
+            "[::1]:8080",
+            "10.0.0.7",
+            "",
+            "proxied.example:443",
+        ] {
+            assert!(!is_stranger(&local, host), "{host}");
+        }
+        for host in ["evil.example", "localhost.evil.example:8080", "127.0.0.1.nip.io", "notlocalhost"] {
+            assert!(is_stranger(&local, host), "{host}");
+            assert!(!is_stranger(&Cors::new(Vec::new(), false), host), "{host}");
+            assert!(!is_stranger(&Cors::new(vec!["*".to_owned()], true), host), "{host}");
+        }
+    }
 
     #[test]
     fn origins_are_taken_whole() {

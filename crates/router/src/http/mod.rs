@@ -152,6 +152,11 @@ fn routes(app: App, cors: Cors) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(app.clone(), let_in));
+    // Keys keep such a page out by themselves.
+    let routes = match &app.access {
+        Access::Open => routes.layer(middleware::from_fn_with_state(cors.clone(), no_stranger)),
+        Access::Known(_) => routes,
+    };
     let routes = match cors.layer() {
         Some(layer) => routes.layer(middleware::from_fn_with_state(layer, cors::share)),
         None => routes,
@@ -185,6 +190,20 @@ async fn let_in(State(app): State<App>, request: Request, next: Next) -> Respons
             metrics::counter!("muster_access_denied_total", "what" => "http").increment(1);
             ApiError::denied(&denied).into_response()
         }
+    }
+}
+
+/// A page that got here under a name of its own goes no further.
+async fn no_stranger(State(cors): State<Cors>, request: Request, next: Next) -> Response {
+    match request.headers().get(header::HOST) {
+        Some(host) if cors.is_stranger(host) => ApiError::status(
+            StatusCode::MISDIRECTED_REQUEST,
+            "this router listens on a loopback address without keys, where a host header has to name localhost or an address: \
+             a web page could have led its own name here; for a proxy that passes names on, give --cors-origin \
+             https://NAME, or use keys",
+        )
+        .into_response(),
+        _ => next.run(request).await,
     }
 }
 

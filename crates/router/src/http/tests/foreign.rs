@@ -194,3 +194,15 @@ async fn a_batch_of_sixteen_prompts_is_answered() {
     let expected: Vec<String> = (1..=16).map(|id| format!("<{id}>!")).collect();
     assert_eq!(texts, expected);
 }
+
+#[tokio::test]
+async fn a_page_that_led_its_name_here_is_told_nothing() {
+    let edge = || Edge { cors: Cors::new(Vec::new(), true), ..Edge::default() };
+    let open = Server::start_with(fake::service(fake::echo), edge(), Access::Open).await;
+    let ask = |host: &str| {
+        format!("GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").into_bytes()
+    };
+    assert_eq!(open.raw(&ask("localhost:8080")).await.0, 200);
+    let (status, _, body) = open.raw(&ask("evil.example:8080")).await;
+    assert!(status == 421 && body.contains("--cors-origin"), "{status} {body}");
+}
