@@ -26,6 +26,12 @@ pub(crate) fn fraction(text: &str) -> Result<f32, String> {
     if (0.0..=1.0).contains(&number) { Ok(number) } else { Err("it is not between 0 and 1".to_owned()) }
 }
 
+/// A seed: 64 bits, with a sign or without.
+pub(crate) fn seed(text: &str) -> Result<u64, String> {
+    let signed = |_| text.parse::<i64>().map(i64::cast_unsigned);
+    text.parse().or_else(signed).map_err(|_| "it is not a whole number of 64 bits".to_owned())
+}
+
 /// A number of threads.
 pub(crate) fn threads(text: &str) -> Result<NonZeroUsize, String> {
     let number = text.parse::<NonZeroUsize>().ok().filter(|number| number.get() <= 1024);

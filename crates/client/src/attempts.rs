@@ -12,6 +12,8 @@ use crate::policy::Policy;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause, unless a router asks for a longer one.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// So often each router may take a request and then say itself that it cannot go on: it has waited for its experts each time.
+const GIVEN_UP: usize = 3;
 /// What a router may ask for at most.
 const LONGEST_HINT: Duration = Duration::from_secs(10);
 
@@ -22,6 +24,8 @@ pub(crate) struct Attempts {
     patience: Duration,
     most: u32,
     in_a_row: u32,
+    /// Of these, how often a router took the request and gave it up by its own word.
+    given_up: usize,
     /// Time without a router so far, since the last progress.
     waited: Duration,
     /// Since when there is none.
@@ -31,7 +35,8 @@ pub(crate) struct Attempts {
 impl Attempts {
     pub(crate) fn new(routers: usize, policy: &Policy) -> Self {
         let Policy { patience, attempts: most, .. } = *policy;
-        Self { routers: routers.max(1), patience, most, in_a_row: 0, waited: Duration::ZERO, lost_at: None }
+        let (in_a_row, given_up, waited) = (0, 0, Duration::ZERO);
+        Self { routers: routers.max(1), patience, most, in_a_row, given_up, waited, lost_at: None }
     }
 
     /// A router took the request: no time counts until it is lost again.
@@ -43,7 +48,13 @@ impl Attempts {
 
     /// Something new came.
     pub(crate) const fn progressed(&mut self) {
-        (self.in_a_row, self.waited, self.lost_at) = (0, Duration::ZERO, None);
+        (self.in_a_row, self.given_up) = (0, 0);
+        (self.waited, self.lost_at) = (Duration::ZERO, None);
+    }
+
+    /// The router that took the request says that it cannot go on with it now.
+    pub(crate) const fn given_up(&mut self) {
+        self.given_up += 1;
     }
 
     /// An attempt failed; the router asks for a pause of `hint`. The time from which the next router may be asked, or
@@ -53,7 +64,8 @@ impl Attempts {
         self.admitted(now);
         self.lost_at = Some(now);
         let pause = self.pause(hint);
-        (self.in_a_row < self.most && self.waited + pause <= self.patience).then(|| now + pause)
+        let may = self.in_a_row < self.most && self.given_up < GIVEN_UP * self.routers;
+        (may && self.waited + pause <= self.patience).then(|| now + pause)
     }
 
     fn pause(&self, hint: Option<Duration>) -> Duration {
@@ -113,6 +125,25 @@ mod tests {
         now += Duration::from_secs(63);
         attempts.admitted(now);
         assert!(attempts.failed(now, None).is_none());
+    }
+
+    #[test]
+    fn routers_that_give_up_by_their_own_word_are_asked_a_few_times() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(2, &policy());
+        let mut tries = 0;
+        loop {
+            attempts.given_up();
+            tries += 1;
+            if attempts.failed(now, None).is_none() {
+                break;
+            }
+            attempts.admitted(now);
+        }
+        assert_eq!(tries, 2 * GIVEN_UP);
+        attempts.progressed();
+        attempts.given_up();
+        assert!(attempts.failed(now, None).is_some());
     }
 
     #[test]

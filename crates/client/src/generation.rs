@@ -104,9 +104,12 @@ impl Generation {
             };
             self.stream = None;
             let tokens = self.progress.tokens();
-            if let Trouble::Passing { reason, .. } = &trouble {
+            if let Trouble::Passing { reason, hint } = &trouble {
                 let router = self.source.client.url(self.source.at);
-                tracing::warn!(%router, tokens, %reason, "a stream broke off; asking for the rest of it");
+                tracing::warn!(%router, tokens, %reason, "the router did not end it; asking for the rest of it");
+                if hint.is_some() {
+                    self.source.attempts.given_up();
+                }
             }
             self.source.lost(trouble, tokens)?;
         }

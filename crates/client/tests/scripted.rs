@@ -205,6 +205,20 @@ async fn a_stream_cut_anywhere_is_handed_out_once_and_whole() {
 }
 
 #[tokio::test]
+async fn a_router_whose_experts_stay_away_is_asked_a_few_times() {
+    let gives_up = || {
+        let mut status = worker_lost();
+        status.metadata_mut().insert("retry-after-ms", 1.into());
+        Act::Serve { tokens: 0, then: Some(status) }
+    };
+    let (served, address) = router((0..10).map(|_| gives_up())).await;
+    let client = Client::connect(&[address], Policy::default()).await.unwrap();
+    let error = run(&client, request(1)).await.unwrap_err();
+    assert!(error.to_string().contains("experts are unavailable"), "{error}");
+    assert_eq!(served.calls.lock().unwrap().len(), 3);
+}
+
+#[tokio::test]
 async fn a_stream_may_break_after_every_token() {
     let cut = || Act::Serve { tokens: 1, then: Some(worker_lost()) };
     let (_, a) = router([cut(), cut(), cut()]).await;

@@ -56,7 +56,7 @@ pub(crate) struct GenerateArgs {
     )]
     pub(crate) prompt: Option<String>,
     /// Ask PROMPT as a message of a chat, with the model's chat template, instead of continuing it.
-    #[arg(long, requires = "prompt")]
+    #[arg(long, requires = "prompt", conflicts_with = "prompt_tokens")]
     pub(crate) chat: bool,
     /// Token ids to continue, separated by commas, instead of a text.
     #[arg(long, value_name = "IDS", value_delimiter = ',')]

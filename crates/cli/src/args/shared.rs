@@ -11,7 +11,7 @@ use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType};
 
 use crate::models::Links;
-use crate::numbers::{fraction, not_negative, threads, worker_count};
+use crate::numbers::{fraction, not_negative, seed, threads, worker_count};
 
 /// What is logged, and how.
 #[derive(Debug, Clone, Args)]
@@ -131,7 +131,7 @@ pub(crate) struct CredentialArgs {
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
     /// 0 always takes the likeliest token; higher values take more risks [default: the model's, else 0].
-    #[arg(long, value_parser = not_negative, value_name = "T")]
+    #[arg(long, value_parser = not_negative, value_name = "T", allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
     /// Keep only the K likeliest tokens; 0 keeps all [default: the model's, else 0].
     #[arg(long, value_name = "K")]
@@ -148,8 +148,9 @@ pub(crate) struct SamplingArgs {
     /// Whether the model's own settings (generation_config.json) hold where no flag says otherwise: auto or ignore.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub(crate) generation_config: GenerationMode,
-    /// The same seed, prompt and settings give the same tokens [default: chosen anew every time].
-    #[arg(long)]
+    /// The same seed, prompt and settings give the same tokens; a negative one is the one that the OpenAI API takes [default:
+    /// chosen anew every time].
+    #[arg(long, value_parser = seed, allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
     /// End where this text appears; may be given several times.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
@@ -157,6 +158,23 @@ pub(crate) struct SamplingArgs {
     /// Do not end at the model's end-of-text token.
     #[arg(long)]
     pub(crate) ignore_eos: bool,
+}
+
+impl SamplingArgs {
+    /// The first of the flags that say how one request is sampled, where there is one.
+    pub(crate) fn of_a_request(&self) -> Option<&'static str> {
+        let given = [
+            ("--temperature", self.temperature.is_some()),
+            ("--top-k", self.top_k.is_some()),
+            ("--top-p", self.top_p.is_some()),
+            ("--min-p", self.min_p.is_some()),
+            ("--repetition-penalty", self.repetition_penalty.is_some()),
+            ("--seed", self.seed.is_some()),
+            ("--stop", !self.stop.is_empty()),
+            ("--ignore-eos", self.ignore_eos),
+        ];
+        given.into_iter().find_map(|(flag, is_given)| is_given.then_some(flag))
+    }
 }
 
 /// How and with how much of the machine to compute.

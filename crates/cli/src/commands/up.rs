@@ -31,6 +31,13 @@ use crate::{models, out, text};
 
 pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     let addresses = Addresses::of(args)?;
+    if args.prompt.is_none()
+        && let Some(flag) = args.sampling.of_a_request()
+    {
+        return Err(Failure::input(format!(
+            "{flag} is for --prompt: requests to a cluster say themselves how they are sampled"
+        )));
+    }
     // Opened here first, so that a model that cannot be served is refused once and not by every child.
     let model = Model::open(args)?;
     let mut signals = Signals::listen()?;

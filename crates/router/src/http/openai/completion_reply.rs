@@ -18,7 +18,7 @@ pub(crate) struct Logprobs {
 }
 
 /// Written as `{text: logprob}`. Tokens whose bytes are not UTF-8 can share a text: the likeliest keeps it, the others are
-/// written as `token_id:ID`.
+/// written as `token_id:ID`, as all are where there is no tokenizer.
 struct Alternatives(Vec<(String, f32)>);
 
 impl Serialize for Alternatives {
@@ -37,7 +37,7 @@ impl Alternatives {
         let chosen =
             (!token.top.iter().any(|entry| entry.token_id == token.chosen.token_id)).then_some(token.chosen);
         for TokenLogprob { token_id, text, logprob, .. } in token.top.into_iter().chain(chosen) {
-            let is_taken = entries.iter().any(|(other, _)| *other == text);
+            let is_taken = text.is_empty() || entries.iter().any(|(other, _)| *other == text);
             let text = if is_taken { format!("token_id:{token_id}") } else { text };
             entries.push((text, finite(logprob)));
         }
@@ -64,7 +64,8 @@ impl Dialect for Completion {
     type Delta<'a> = Choice<'a>;
 
     fn push(logprobs: &mut Logprobs, token: TokenLogprobs, offset: usize) {
-        logprobs.tokens.push(token.chosen.text.clone());
+        let TokenLogprob { token_id, text, .. } = &token.chosen;
+        logprobs.tokens.push(if text.is_empty() { format!("token_id:{token_id}") } else { text.clone() });
         logprobs.token_logprobs.push(finite(token.chosen.logprob));
         logprobs.text_offset.push(offset);
         logprobs.top_logprobs.push(Alternatives::new(token));
