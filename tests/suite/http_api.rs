@@ -177,7 +177,7 @@ fn lines_of_the_log_say_which_request_they_are_about() {
     let address = cluster.http();
     let answer = raw(
         &address,
-        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: mine-42\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nX-Request-Id: mine-42\r\n\r\n",
     );
     assert_eq!((answer.status, answer.header("x-request-id")), (200, Some("mine-42")));
     let deadline = Instant::now() + PATIENCE;
