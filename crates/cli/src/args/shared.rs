@@ -43,7 +43,7 @@ pub(crate) struct EdgeArgs {
     /// How long an HTTP connection may wait for its next request [default: 30s].
     #[arg(long, value_name = "TIME")]
     pub(crate) keep_alive: Option<String>,
-    /// An origin whose web pages may ask, as in https://example.org, or * for all; given once for each [default: pages of
+    /// An origin whose web pages may ask, as in `https://example.org`, or * for all; given once for each [default: pages of
     /// this host where --http is a loopback address, else none].
     #[arg(long = "cors-origin", value_name = "ORIGIN")]
     pub(crate) cors_origins: Vec<String>,
