@@ -54,16 +54,11 @@ pub(crate) struct Manner {
 impl Manner {
     /// What was asked for by flags, and where nothing was, what the model's own settings are.
     fn of(asked: &SamplingArgs, model: &SamplingDefaults) -> Self {
-        let default = model.over(RawSampling::default());
+        let &SamplingArgs { temperature, top_k, top_p, min_p, repetition_penalty, .. } = asked;
+        let given =
+            SamplingDefaults { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens: None };
         Self {
-            sampling: RawSampling {
-                temperature: asked.temperature.unwrap_or(default.temperature),
-                top_k: asked.top_k.unwrap_or(default.top_k),
-                top_p: asked.top_p.unwrap_or(default.top_p),
-                min_p: asked.min_p.unwrap_or(default.min_p),
-                repetition_penalty: asked.repetition_penalty.unwrap_or(default.repetition_penalty),
-                ..default
-            },
+            sampling: given.over(model.over(RawSampling::default())),
             seed: asked.seed,
             stop: asked.stop.clone(),
             ignore_eos: asked.ignore_eos,

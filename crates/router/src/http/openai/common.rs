@@ -1,7 +1,7 @@
 //! The fields that both request types share, and what they mean.
 //!
-//! Defaults are the model's own (`generation_config.json`), else OpenAI's: temperature 1, top_p 1, one choice. `top_k`, `min_p`, `repetition_penalty`,
-//! `ignore_eos` and `stop_token_ids` are extensions under the names other servers use. Ranges are checked by
+//! Defaults are the model's own (`generation_config.json`), else OpenAI's: temperature 1, top_p 1, one choice. `top_k`,
+//! `min_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers use. Ranges are checked by
 //! [`Service`](crate::service::Service).
 
 use muster_model::defaults::SamplingDefaults;
@@ -201,18 +201,17 @@ impl Common {
     }
 
     fn sampling(&self, defaults: &SamplingDefaults) -> RawSampling {
-        let default = defaults.over(RawSampling { temperature: 1.0, ..RawSampling::default() });
-        RawSampling {
-            temperature: self.temperature.unwrap_or(default.temperature),
-            top_k: self.top_k.unwrap_or(default.top_k),
-            top_p: self.top_p.unwrap_or(default.top_p),
-            min_p: self.min_p.unwrap_or(default.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
-            presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
-            frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
-            seed: default.seed,
+        let &Self { temperature, top_k, top_p, min_p, repetition_penalty, .. } = self;
+        let asked =
+            SamplingDefaults { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens: None };
+        let rest = RawSampling::default();
+        asked.over(defaults.over(RawSampling {
+            temperature: 1.0,
+            presence_penalty: self.presence_penalty.unwrap_or(rest.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(rest.frequency_penalty),
             bias: self.logit_bias.clone(),
-        }
+            ..rest
+        }))
     }
 
     fn stop(&self) -> Stop {
