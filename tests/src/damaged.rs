@@ -49,6 +49,18 @@ pub fn edit(model: &Path, tensor: &str, change: impl FnOnce(&mut [u8])) -> PathB
     panic!("{} has no {tensor}", model.display());
 }
 
+/// Makes an expert of a Mixtral in bf16 overflow for whatever it is given: its last projection is as large as bf16 goes, and
+/// finite.
+///
+/// # Panics
+/// When the model has no such expert.
+pub fn poison(model: &Path, layer: u32, expert: u32) {
+    let name = format!("model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight");
+    edit(model, &name, |bytes| {
+        bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
+    });
+}
+
 /// Flips one bit of an exponent in the first projection of an expert of a Mixtral in bf16. Gives the file.
 ///
 /// # Panics

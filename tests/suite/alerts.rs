@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use muster_proto::v1::inference_client::InferenceClient;
 use muster_tests::client::{generate, greedy};
 use muster_tests::cluster::{Cluster, Setup};
-use muster_tests::damaged::{copy_of, edit, flip_a_bit};
+use muster_tests::damaged::{copy_of, flip_a_bit, poison};
 use muster_tests::elastic::Elastic;
 use muster_tests::liar::{Liar, Lie};
 use muster_tests::process::{PATIENCE, Process, eventually, muster, run, run_command};
@@ -133,12 +133,7 @@ fn prefill(running: &mut JoinSet<()>, client: &InferenceClient<Channel>) {
 
 fn model_with_poison() -> tempfile::TempDir {
     let model = copy_of(&demo_model());
-    for expert in 0..8 {
-        edit(model.path(), &format!("model.layers.0.block_sparse_moe.experts.{expert}.w2.weight"), |bytes| {
-            // As large as bf16 goes, and finite.
-            bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
-        });
-    }
+    (0..8).for_each(|expert| poison(model.path(), 0, expert));
     model
 }
 

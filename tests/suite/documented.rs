@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -421,7 +421,7 @@ fn code(text: &str) -> Vec<&str> {
 fn the_rust_of_the_readme_is_compiled() {
     let snippets = blocks(&page("README.md"), "rust");
     assert_eq!(snippets.len(), 1);
-    let source = fs::read_to_string(Path::new(&workspace_root()).join("crates/client/src/lib.rs")).unwrap();
+    let source = fs::read_to_string(workspace_root().join("crates/client/src/lib.rs")).unwrap();
     let example: String =
         source.lines().filter_map(|line| Some(format!("{}\n", line.strip_prefix("//!")?))).collect();
     let (wanted, example) = (code(&snippets[0]), code(&example));

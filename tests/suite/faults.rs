@@ -4,7 +4,7 @@ use std::net::TcpListener;
 
 use muster_tests::client::{generate, greedy};
 use muster_tests::cluster::{Cluster, Setup};
-use muster_tests::damaged::{copy_of, edit};
+use muster_tests::damaged::{copy_of, poison};
 use muster_tests::process::{Process, eventually};
 use muster_tests::{demo_model, golden_model, http};
 use tokio::task::JoinSet;
@@ -173,10 +173,7 @@ async fn an_expert_poisoned_everywhere_ends_the_streams_that_choose_it_and_no_ot
     // Short, so that not every one meets the expert.
     let request = |n: u32| greedy(&[6 + n * 113, 900 + n], 3 + n % 3);
     let poisoned = copy_of(&demo_model());
-    edit(poisoned.path(), "model.layers.3.block_sparse_moe.experts.5.w2.weight", |bytes| {
-        // As large as bf16 goes, and finite.
-        bytes.chunks_exact_mut(2).for_each(|value| value.copy_from_slice(&0x7f7f_u16.to_le_bytes()));
-    });
+    poison(poisoned.path(), 3, 5);
     for (shares, combine) in ARRANGEMENTS {
         let flags = ["--placement", "static", "--combine", combine];
         let start =
