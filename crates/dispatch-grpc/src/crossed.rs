@@ -1,7 +1,9 @@
 //! Peers that speak another protocol than a port does: recognised by their first bytes, and told in words that they can read.
 
+use std::io;
 use std::time::Duration;
 
+use muster_net::Opening;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -9,6 +11,9 @@ use crate::secured::Speaks;
 
 /// First byte of a TLS handshake.
 const HANDSHAKE: u8 = 0x16;
+
+/// A peer is given so long to send a request.
+const ASKING: Duration = Duration::from_millis(500);
 
 /// A peer is given so long to take what it is told.
 const TELLING: Duration = Duration::from_secs(1);
@@ -47,28 +52,59 @@ impl Crossed {
     }
 
     /// What such a peer is answered; nothing where the protocol's own error says enough.
-    pub(crate) fn answer(self, speaks: Speaks) -> Option<Vec<u8>> {
+    pub(crate) fn answer(self, speaks: Speaks) -> Option<Answer> {
         /// Of HTTP/2, RFC 9113, section 7.
         const INADEQUATE_SECURITY: u8 = 0xc;
         const HTTP_1_1_REQUIRED: u8 = 0xd;
-        match (self, speaks) {
-            (Self::Plain, Speaks::Http1) => Some(bad_request(&self.to_string())),
-            (Self::Plain, Speaks::Http2) => Some(goaway(INADEQUATE_SECURITY, &self.to_string())),
-            (Self::Http2, _) => Some(goaway(HTTP_1_1_REQUIRED, &self.to_string())),
-            (Self::Tls, _) => None,
-        }
+        let (bytes, opening) = match (self, speaks) {
+            (Self::Plain, Speaks::Http1) => (bad_request(&self.to_string()), None),
+            (Self::Plain, Speaks::Http2) => {
+                (goaway(INADEQUATE_SECURITY, &self.to_string()), Some(Opening::default()))
+            }
+            (Self::Http2, _) => (goaway(HTTP_1_1_REQUIRED, &self.to_string()), Some(Opening::default())),
+            (Self::Tls, _) => return None,
+        };
+        Some(Answer { bytes, opening })
     }
 
     /// Answers, and waits until the peer has taken it or will not.
     pub(crate) async fn tell(self, mut io: impl AsyncRead + AsyncWrite + Unpin, speaks: Speaks) {
-        let Some(answer) = self.answer(speaks) else { return };
+        let Some(mut answer) = self.answer(speaks) else { return };
+        let asking = async {
+            let mut bytes = [0; 4096];
+            loop {
+                let read = io.read(&mut bytes).await?;
+                if read == 0 || answer.is_due(&bytes[..read]) {
+                    return io::Result::Ok(());
+                }
+            }
+        };
+        let (Ok(Ok(())) | Err(_)) = timeout(ASKING, asking).await else { return };
         let telling = async {
-            io.write_all(&answer).await?;
+            io.write_all(answer.bytes()).await?;
             io.shutdown().await?;
             // What is not read would have the system take the answer back.
             tokio::io::copy(&mut io.take(LEFT), &mut tokio::io::sink()).await
         };
         let _ = timeout(TELLING, telling).await;
+    }
+}
+
+/// What a peer is told, and when: a client of HTTP/2 gives the reason to the requests that it has sent, to none before.
+pub(crate) struct Answer {
+    bytes: Vec<u8>,
+    /// Up to the request that is waited for.
+    opening: Option<Opening>,
+}
+
+impl Answer {
+    /// Whether it is to be sent, now that the peer has sent these bytes.
+    pub(crate) fn is_due(&mut self, bytes: &[u8]) -> bool {
+        self.opening.as_mut().is_none_or(|opening| opening.received(bytes))
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -117,8 +153,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_peer_is_told_in_its_own_protocol() {
-        for (speaks, request) in [(Speaks::Http1, &b"GET / HTTP/1.1\r\n\r\n"[..]), (Speaks::Http2, b"PRI *")]
-        {
+        let request = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x01\x01\x05\0\0\0\x01\x82";
+        for (speaks, request) in [(Speaks::Http1, &b"GET / HTTP/1.1\r\n\r\n"[..]), (Speaks::Http2, request)] {
             let (ours, mut theirs) = tokio::io::duplex(1 << 16);
             theirs.write_all(request).await.unwrap();
             theirs.shutdown().await.unwrap();

@@ -26,7 +26,7 @@ use tonic::service::Interceptor;
 use tonic::transport::server::Connected;
 use tonic::{Request, Status};
 
-use crate::crossed::Crossed;
+use crate::crossed::{Answer, Crossed};
 
 /// Handshakes at once.
 const HANDSHAKES: usize = 256;
@@ -61,8 +61,16 @@ pub struct Connection<I> {
     meter: Option<Meter>,
     /// Whether the peer has sent anything.
     has_begun: bool,
-    /// Whether it was told that it is wrong here, and its server is to hear nothing of it.
-    is_told: bool,
+    /// What it is told of being wrong here; its server is to hear nothing of it.
+    wrong: Option<Told>,
+}
+
+/// What a peer that is wrong here is told.
+enum Told {
+    /// Once it has asked for something.
+    Soon(Answer),
+    /// It was.
+    All,
 }
 
 enum Layer<I> {
@@ -73,7 +81,7 @@ enum Layer<I> {
 impl<I> Connection<I> {
     fn new(io: Layer<I>, caller: Caller, speaks: Speaks) -> Self {
         let meter = (speaks == Speaks::Http2).then(Meter::default);
-        Self { io, caller, speaks, meter, has_begun: false, is_told: false }
+        Self { io, caller, speaks, meter, has_begun: false, wrong: None }
     }
 
     /// The connection itself, below TLS.
@@ -267,19 +275,28 @@ impl<I> Connection<I> {
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
-    /// Looks at the first bytes: a peer that takes this port for another is told, and logged. Whether it was told all.
-    fn begun(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> bool {
+    /// Looks at the first bytes: a peer that takes this port for another is told, and logged.
+    fn begun(&mut self, bytes: &[u8]) -> Option<Told> {
         if self.has_begun || bytes.is_empty() {
-            return false;
+            return None;
         }
         self.has_begun = true;
-        let Layer::Plain(io) = &mut self.io else { return false };
-        let Some(crossed) = Crossed::without_tls(bytes, self.speaks) else { return false };
+        let Layer::Plain(_) = &self.io else { return None };
+        let crossed = Crossed::without_tls(bytes, self.speaks)?;
         tracing::warn!(address = self.caller.address.map(tracing::field::display), "{crossed}");
-        let Some(answer) = crossed.answer(self.speaks) else { return false };
-        // It fits into an empty socket's buffer; a peer that does not take it is none to wait for.
-        let _ = Pin::new(io).poll_write(cx, &answer);
-        true
+        crossed.answer(self.speaks).map(Told::Soon)
+    }
+
+    /// Tells a peer that is wrong here why, if these bytes are what that waited for.
+    fn tell(&mut self, cx: &mut Context<'_>, bytes: &[u8]) {
+        let Some(Told::Soon(answer)) = &mut self.wrong else { return };
+        if answer.is_due(bytes)
+            && let Layer::Plain(io) = &mut self.io
+        {
+            // It fits into an empty socket's buffer; a peer that does not take it is none to wait for.
+            let _ = Pin::new(io).poll_write(cx, answer.bytes());
+            self.wrong = Some(Told::All);
+        }
     }
 
     fn poll_io(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -289,15 +306,17 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
         }
     }
 
-    /// Leaves what a peer still sends that was told all: closing before would have the system take the words back.
+    /// Leaves what a peer sends that is wrong here: closing before would have the system take the words back.
     fn poll_leave(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let mut bytes = [0; 4096];
             let mut left = ReadBuf::new(&mut bytes);
             ready!(self.poll_io(cx, &mut left))?;
-            if left.filled().is_empty() {
+            let read = left.filled().len();
+            if read == 0 {
                 return Poll::Ready(Ok(()));
             }
+            self.tell(cx, &bytes[..read]);
         }
     }
 }
@@ -305,13 +324,14 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
 impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Connection<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        if this.is_told {
+        if this.wrong.is_some() {
             return this.poll_leave(cx);
         }
         let before = buf.filled().len();
         ready!(this.poll_io(cx, buf))?;
-        this.is_told = this.begun(cx, &buf.filled()[before..]);
-        if this.is_told {
+        this.wrong = this.begun(&buf.filled()[before..]);
+        if this.wrong.is_some() {
+            this.tell(cx, &buf.filled()[before..]);
             buf.set_filled(before);
             return this.poll_leave(cx);
         }

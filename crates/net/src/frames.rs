@@ -92,6 +92,25 @@ impl Meter {
     }
 }
 
+/// What a client sends first, up to its first request.
+#[derive(Debug)]
+pub struct Opening(Frames);
+
+impl Default for Opening {
+    fn default() -> Self {
+        Self(Frames::new(State::Preface(0)))
+    }
+}
+
+impl Opening {
+    /// Whether these bytes bring a request, or are not HTTP/2 at all.
+    pub fn received(&mut self, bytes: &[u8]) -> bool {
+        let mut has_request = false;
+        self.0.feed(bytes, |head| has_request |= head.kind == HEADERS);
+        has_request || matches!(self.0.state, State::Foreign)
+    }
+}
+
 /// The header of a frame, as far as it matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Head {
@@ -178,6 +197,19 @@ mod tests {
         let mut heads = Vec::new();
         frames.feed(bytes, |head| heads.push((head.kind, head.length)));
         heads
+    }
+
+    #[test]
+    fn an_opening_ends_with_a_request_or_with_what_is_none() {
+        let mut bytes = [PREFACE, &frame(4, 18), &frame(8, 4)].concat();
+        let mut opening = Opening::default();
+        for byte in &bytes {
+            assert!(!opening.received(&[*byte]));
+        }
+        assert!(opening.received(&frame(HEADERS, 30)));
+        bytes.extend(frame(HEADERS, 30));
+        assert!(Opening::default().received(&bytes));
+        assert!(Opening::default().received(b"GET / HTTP/1.1\r\n"));
     }
 
     proptest! {

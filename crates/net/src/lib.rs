@@ -11,4 +11,4 @@ pub mod host;
 pub mod listen;
 
 pub use accept::{Acceptor, Listener, Patience, Socket};
-pub use frames::{Flood, Meter};
+pub use frames::{Flood, Meter, Opening};
