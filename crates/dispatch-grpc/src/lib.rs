@@ -1,7 +1,7 @@
 //! Expert dispatch over gRPC: the router's client and the worker's server.
 //!
 //! Owns the streams between them: who may speak, in what order, how much may be in flight, and what a broken
-//! stream means for the rows that were on it. [`GrpcDispatch`] implements the dispatch seam; [`ExpertServer`]
+//! stream means for the rows that were on it. [`client::Carrier`] is a transport of delivery; [`ExpertServer`]
 //! feeds the experts' thread. Bits are decided elsewhere: rows go out as the caller gave them, and outputs are rounded
 //! and added by [`muster_kernels`].
 //!
@@ -22,7 +22,8 @@ mod transport;
 pub use address::{Address, AddressError};
 pub use client::{
     ClusterHandle, ConnectConfig, ConnectError, Digests, DigestsTeller, DispatchStats, Fallback,
-    GrpcDispatch, HealthHandle, LinkError, Reference, Sample, Start, StatsHandle, WorkerHealth, WorkerState,
+    GrpcDispatch, HealthHandle, LinkError, Reference, Start, StatsHandle, WorkerHealth, WorkerState, connect,
+    connect_with,
 };
 pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};

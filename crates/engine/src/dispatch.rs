@@ -10,7 +10,7 @@
 
 use std::time::Instant;
 
-use muster_types::{ExpertId, LayerId, Retry, WorkerId};
+use muster_types::{DType, ExpertId, LayerId, Retry, WorkerId};
 
 /// Hidden rows `[rows, hidden]`, row-major, wherever they lie.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +36,21 @@ impl Rows<'_> {
     pub const fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Whether these are so many rows of that width and type.
+    ///
+    /// # Errors
+    /// `Invalid`, which says what they are.
+    pub fn check(&self, rows: usize, hidden: usize, dtype: DType) -> Result<(), DispatchError> {
+        if self.len() != rows * hidden {
+            let reason = format!("{} values for {rows} rows of {hidden}", self.len());
+            return Err(DispatchError::Invalid(reason));
+        }
+        match (self, dtype) {
+            (Self::HostF32(_), DType::F32) | (Self::HostBf16(_), DType::Bf16) => Ok(()),
+            _ => Err(DispatchError::Invalid(format!("rows are not in the wire dtype {dtype}"))),
+        }
+    }
 }
 
 /// Where combined rows `[rows, hidden]` go. Combining is always in f32.
@@ -43,6 +58,20 @@ impl Rows<'_> {
 pub enum RowsMut<'a> {
     /// Host memory. Overwritten, not added to.
     HostF32(&'a mut [f32]),
+}
+
+impl RowsMut<'_> {
+    /// Whether there is room for exactly so many rows of that width.
+    ///
+    /// # Errors
+    /// `Invalid`, which says how much there is.
+    pub fn check(&self, rows: usize, hidden: usize) -> Result<(), DispatchError> {
+        let Self::HostF32(out) = self;
+        if out.len() == rows * hidden {
+            return Ok(());
+        }
+        Err(DispatchError::Invalid(format!("room for {} values of {}", out.len(), rows * hidden)))
+    }
 }
 
 /// What the gate chose for a micro-batch: `k` experts and weights per row, in ascending expert id.

@@ -13,8 +13,7 @@ use muster_checkpoint::{Checkpoint, CheckpointError, Source};
 use muster_discovery::{Api as KubernetesApi, ObjectName, Source as WorkerSource};
 use muster_dispatch_grpc::secured::Only;
 use muster_dispatch_grpc::{
-    ClusterHandle, ConnectConfig, ConnectError, Dialer, Fallback, GrpcDispatch, Start, WeightTerms,
-    WeightsService,
+    ClusterHandle, ConnectConfig, ConnectError, Dialer, Fallback, Start, WeightTerms, WeightsService,
 };
 use muster_identity::{Access, Clients, Identity, IdentityError, Role};
 use muster_kernels::{Cpu, KernelError};
@@ -508,12 +507,12 @@ fn assemble(
         cpu: Arc::clone(&cpu),
         dialer: Dialer::new(config.identity.as_ref(), &[Role::Worker])?,
     };
-    let dispatch = GrpcDispatch::connect_with(connect, fallback)?;
+    let dispatch = muster_dispatch_grpc::connect_with(connect, fallback)?;
     let pulse = Arc::new(Pulse::default());
-    let handle = dispatch.cluster();
+    let handle = dispatch.transport().cluster();
     let cluster = Arc::new(Cluster {
         router: config.router_id,
-        workers: dispatch.health(),
+        workers: dispatch.transport().health(),
         digests: digests.clone(),
         leader: Arc::default(),
         pulse: Arc::clone(&pulse),

@@ -131,7 +131,7 @@ mod tests {
     }
 
     fn connect(worker: String, cpu: Arc<Cpu>) -> GrpcDispatch {
-        GrpcDispatch::connect(ConnectConfig {
+        muster_dispatch_grpc::connect(ConnectConfig {
             dialer: Dialer::default(),
             digests: Digests::unchecked(),
             workers: vec![worker],
@@ -205,7 +205,7 @@ mod tests {
         std::thread::spawn(move || queue.run(&network, &Cpu::new(NonZeroUsize::MIN).unwrap(), &mut noted));
 
         let mut dispatch = connect(address, cpu());
-        let known = dispatch.cluster().workers().remove(0);
+        let known = dispatch.transport().cluster().workers().remove(0);
         let ask = LeadAsk { router: RouterName::new("test").unwrap(), term: NonZeroU64::MIN, ttl: PATIENCE };
         assert!(runtime.block_on(known.lead(&ask, PATIENCE)).unwrap().granted);
         let submit = |dispatch: &mut GrpcDispatch, lane, count: usize| {

@@ -1,6 +1,6 @@
 //! Experts in the router itself, for rows that no worker can take: slow, but never gone.
 //!
-//! To the board they are one more worker, which is asked last. Their shards go to a thread instead of a stream, are
+//! To delivery they are one more worker, which is asked last. Their shards go to a thread instead of a stream, are
 //! checked and computed by the code that workers run, and come back as a worker's answers do, so that their bits are
 //! the same.
 
@@ -8,17 +8,20 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use muster_engine::delivery::Arrived;
 use muster_kernels::Cpu;
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_request::Body;
 use muster_proto::handshake::{LANES, Terms};
-use muster_proto::reply::{Fault, FaultKind, OutputRows, Timing};
+use muster_proto::reply::OutputRows;
 use muster_proto::shard::{ShardRules, ShardView};
 use muster_types::{Combine, Epoch, InvalidWorkerId, Speed, WorkerId};
+use muster_types::{Fault, FaultKind};
 use tokio::sync::mpsc;
 
-use super::board::{Arrived, Board, StreamKey};
+use super::carrier::WireRows;
+use super::links::{Links, StreamKey};
 use crate::compute::ExpertCompute;
 use crate::server::Call;
 
@@ -35,9 +38,9 @@ pub struct Fallback {
     pub cpu: Arc<Cpu>,
 }
 
-/// Puts them on the board and starts their thread, which ends with the board.
+/// Puts them on the links and starts their thread, which ends with the links.
 pub(super) fn start(
-    board: &Arc<Board>,
+    links: &Arc<Links>,
     terms: &Terms,
     fallback: Fallback,
     rules: ShardRules,
@@ -45,11 +48,11 @@ pub(super) fn start(
 ) -> Result<(), std::io::Error> {
     let (lanes, mut shards): (Vec<_>, Vec<_>) = (0..LANES).map(|_| mpsc::channel(WAITING)).unzip();
     let Ok(lanes) = lanes.try_into() else { return Err(std::io::Error::other("lanes were miscounted")) };
-    let description = describe(board, terms, rules.max_rows).map_err(std::io::Error::other)?;
+    let description = describe(links, terms, rules.max_rows).map_err(std::io::Error::other)?;
     let epoch = description.epoch;
-    let (peer, session) = board.here(description, lanes);
-    // Holding the board would keep it, and with it the lanes, for good.
-    let board = Arc::downgrade(board);
+    let hop = links.here(description, lanes);
+    // Holding the links would keep it, and with it the lanes, for good.
+    let links = Arc::downgrade(links);
     let run = move || {
         let Fallback { mut experts, cpu } = fallback;
         let mut call = Call::default();
@@ -64,17 +67,18 @@ pub(super) fn start(
                 }
             });
             let Some((lane, v1::DispatchRequest { body: Some(Body::Shard(shard)) })) = next else { return };
-            let Some(board) = board.upgrade() else { return };
+            let Some(links) = links.upgrade() else { return };
             metrics::counter!("muster_dispatch_fallback_shards_total").increment(1);
-            let (id, at) = (shard.id, Instant::now());
+            let id = shard.id;
             let outcome = ShardView::parse(shard, &rules, combine, epoch)
                 .and_then(|view| compute(&view, &mut call, &cpu, &rules, experts.as_mut()))
-                .map(|(outputs, compute)| {
-                    let timing = Timing { queue: at.elapsed().saturating_sub(compute), compute };
-                    Arrived { outputs, timing, at: Instant::now() }
+                .map(|(rows, compute)| Arrived {
+                    outputs: WireRows::new(rows, rules.hidden as usize, rules.wire),
+                    compute,
+                    at: Instant::now(),
                 });
             // It was sent on this very lane.
-            let _ = board.deliver(StreamKey { peer, session, lane }, id, outcome);
+            let _ = links.deliver(StreamKey { hop, lane }, id, outcome);
         }
     };
     std::thread::Builder::new().name("muster-fallback".into()).spawn(run)?;
@@ -82,7 +86,7 @@ pub(super) fn start(
 }
 
 /// This process, as one more worker that holds everything.
-fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Description, InvalidWorkerId> {
+fn describe(links: &Links, terms: &Terms, max_rows: NonZeroU32) -> Result<Description, InvalidWorkerId> {
     Ok(Description {
         worker: WorkerId::new(NAME)?,
         fingerprint: terms.fingerprint,
@@ -90,7 +94,7 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         compute: terms.compute,
         experts: terms.experts,
         epoch: Epoch::new(1),
-        holdings: board.keys(),
+        holdings: links.keys(),
         digests: Vec::new(),
         resident_bytes: 0,
         phase: Phase::Serving,

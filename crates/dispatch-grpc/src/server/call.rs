@@ -5,11 +5,12 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use muster_engine::dispatch::Rows;
-use muster_kernels::{Cpu, Outputs, Precision, Term, combine_to_wire, terms_by_row, to_wire};
+use muster_kernels::{Cpu, Outputs, Precision, combine_to_wire, to_wire};
 use muster_proto::frame::{FrameError, RowBuffer, byte_len};
-use muster_proto::reply::{Fault, FaultKind, OutputRows};
+use muster_proto::reply::OutputRows;
 use muster_proto::shard::{ShardRules, ShardView};
-use muster_types::{DType, ExpertId, ExpertKey};
+use muster_types::{DType, ExpertId, ExpertKey, Term, terms_by_row};
+use muster_types::{Fault, FaultKind};
 
 use crate::compute::{ComputeError, ExpertCompute};
 
