@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use muster_placement::lease::{Grant, Term};
 use muster_placement::split;
-use muster_types::{Epoch, ExpertKey, Speed, WorkerId};
+use muster_types::{Epoch, ExpertKey, Fault, FaultKind, Speed, WorkerId};
 
 use crate::toy::Toy;
+use crate::wire::{ToyRows, weighted};
 use crate::world::{Event, MS, Order, Process, Shard, Time, ToRouter, ToWorker, WorkerTimer, World};
 
 #[derive(Debug)]
@@ -135,10 +136,12 @@ impl World {
             shard.epoch <= worker.epoch,
             "epochs-monotone: rows by an epoch that worker {number} never had"
         );
-        let is_there = |&(_, key): &(u64, ExpertKey)| worker.copies.contains_key(&key);
-        if !shard.pairs.iter().all(is_there) {
+        let answer = |outcome| ToRouter::Answer { id: shard.id, outcome };
+        let missing = shard.pairs.iter().find(|(_, key)| !worker.copies.contains_key(key));
+        if let Some(&(_, key)) = missing {
             self.counts.not_held += 1;
-            return self.send_to_router(router, number, session, ToRouter::NotHeld { id: shard.id });
+            let fault = Fault::of_expert(FaultKind::NotHeld, key.expert.get(), format!("{key} is not held"));
+            return self.send_to_router(router, number, session, answer(Err(fault)));
         }
         let experts: BTreeSet<_> = shard.pairs.iter().map(|&(_, key)| key).collect();
         let cost = (experts.len() as u64 * 900 + shard.pairs.len() as u64 * 60) / worker.speed + 100;
@@ -147,21 +150,35 @@ impl World {
         if worker.draining {
             self.counts.served_draining += 1;
         }
-        let outputs = shard.pairs.iter().map(|&(row, key)| Toy::output(key.layer.index(), key.expert, row));
-        let (mut id, mut rows, mut finite) = (shard.id, outputs.collect::<Vec<_>>(), true);
-        if lies {
-            match self.rng.below(3) {
-                0 => rows.truncate(rows.len() - 1),
-                1 => finite = false,
-                // Something that nobody asked for, and then nothing.
-                _ => id += 1_000_000_000,
-            }
-            self.counts.lies += 1;
-        }
-        let message = ToRouter::Outputs { id, flight: shard.flight, rows, finite };
+        let outputs = ToyRows { rows: outputs(shard), marks: Vec::new(), is_sound: true };
+        let message = if lies { self.lie(shard, outputs) } else { answer(Ok(outputs)) };
         let life = self.workers[number].process.life;
         let timer = WorkerTimer::Computed { router, session, message };
         self.at(done, Event::WorkerTimer { worker: number, life, timer });
+    }
+
+    /// What a worker says that lies.
+    fn lie(&mut self, shard: &Shard, mut outputs: ToyRows) -> ToRouter {
+        self.counts.lies += 1;
+        let (mut id, kind) = (shard.id, self.rng.below(6));
+        match kind {
+            0 => outputs.rows.truncate(outputs.rows.len() - 1),
+            1 => outputs.is_sound = false,
+            // Something that nobody asked for, and then nothing.
+            2 => id += 1_000_000_000,
+            3 => outputs.marks = vec![self.rng.below(outputs.rows.len()) as u32],
+            4 => {
+                let (_, key) = shard.pairs[self.rng.below(shard.pairs.len())];
+                let fault = Fault::of_expert(FaultKind::NonFinite, key.expert.get(), "as a lie");
+                return ToRouter::Answer { id, outcome: Err(fault) };
+            }
+            _ => {
+                let kinds = [FaultKind::BadRequest, FaultKind::Internal, FaultKind::Overloaded];
+                let kind = kinds[self.rng.below(kinds.len())];
+                return ToRouter::Answer { id, outcome: Err(Fault::new(kind, "as a lie")) };
+            }
+        }
+        ToRouter::Answer { id, outcome: Ok(outputs) }
     }
 
     pub(crate) fn worker_timer(&mut self, number: usize, timer: WorkerTimer) {
@@ -334,4 +351,20 @@ impl World {
         let session = self.links[router][number].session;
         self.send_to_router(router, number, session, message);
     }
+}
+
+/// What a shard's experts make of its rows: every output, or their weighted sums row by row.
+fn outputs(shard: &Shard) -> Vec<u64> {
+    let output = |&(index, key): &(u32, ExpertKey)| {
+        Toy::output(key.layer.index(), key.expert, shard.rows[index as usize])
+    };
+    if shard.weights.is_empty() {
+        return shard.pairs.iter().map(output).collect();
+    }
+    let mut sums = vec![0_u64; shard.rows.len()];
+    for (pair, &weight) in shard.pairs.iter().zip(&shard.weights) {
+        let sum = &mut sums[pair.0 as usize];
+        *sum = sum.wrapping_add(weighted(output(pair), weight));
+    }
+    sums
 }

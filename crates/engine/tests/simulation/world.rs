@@ -3,16 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
+use muster_engine::delivery::Hop;
+use muster_engine::dispatch::Ticket;
 use muster_engine::reach::{LayerGroups, Reach};
 use muster_engine::scheduler::{PrefixCache, SchedulerConfig};
 use muster_placement::lease::{Ask, Reply, Term};
 use muster_placement::{ExpertSizes, Orders, Shape, Stamp};
-use muster_types::{ExpertKey, TokenId, WorkerId};
+use muster_types::{Combine, ExpertKey, Fault, TokenId, WorkerId};
 
-use crate::faults::{Counts, Fault};
+use crate::faults::{self, Counts};
 use crate::rng::{Rng, mix};
 use crate::router::Router;
 use crate::toy::Toy;
+use crate::wire::ToyRows;
 use crate::worker::Worker;
 
 /// Microseconds since the beginning.
@@ -43,11 +46,12 @@ pub(crate) enum ToWorker {
 #[derive(Debug, Clone)]
 pub(crate) struct Shard {
     pub(crate) id: u64,
-    /// The flight it belongs to; only to check that its reply is used for no other.
-    pub(crate) flight: u64,
     pub(crate) epoch: u64,
-    /// (row, expert) pairs, in the order of the reply.
-    pub(crate) pairs: Vec<(u64, ExpertKey)>,
+    pub(crate) rows: Vec<u64>,
+    /// Which of the rows each output is of, and whose it is, in the order of the reply.
+    pub(crate) pairs: Vec<(u32, ExpertKey)>,
+    /// Of each output, where the worker is to add them up.
+    pub(crate) weights: Vec<f32>,
 }
 
 #[derive(Debug, Clone)]
@@ -70,8 +74,7 @@ pub(crate) struct Relied {
 #[derive(Debug, Clone)]
 pub(crate) enum ToRouter {
     Announce { epoch: u64, held: BTreeSet<ExpertKey>, draining: bool },
-    Outputs { id: u64, flight: u64, rows: Vec<u64>, finite: bool },
-    NotHeld { id: u64 },
+    Answer { id: u64, outcome: Result<ToyRows, Fault> },
     Granted { round: u64, reply: Reply, epoch: u64 },
     Obeyed { term: Term, number: u64, epoch: u64 },
 }
@@ -115,7 +118,7 @@ pub(crate) enum Event {
     Client {
         request: usize,
     },
-    Fault(Fault),
+    Fault(faults::Fault),
 }
 
 #[derive(Debug, Clone)]
@@ -128,11 +131,27 @@ pub(crate) enum WorkerTimer {
 #[derive(Debug, Clone)]
 pub(crate) enum RouterTimer {
     Poke,
-    Attended { step: u64, lane: usize },
-    Due { flight: u64, lane: usize },
+    Attended {
+        step: u64,
+        lane: usize,
+    },
+    Due {
+        ticket: Ticket,
+        lane: usize,
+    },
+    /// Another fleet is built.
+    Fleet,
+    /// A worker in doubt was to give a sign of life by now.
+    Silence {
+        hop: Hop,
+    },
     Tick,
-    Count { round: u64 },
-    Send { orders: Vec<(usize, Order)> },
+    Count {
+        round: u64,
+    },
+    Send {
+        orders: Vec<(usize, Order)>,
+    },
 }
 
 /// A process: alive or not, running or not.
@@ -185,6 +204,10 @@ pub(crate) struct Spec {
     pub(crate) grace: Time,
     /// How long attention takes.
     pub(crate) attention: Time,
+    /// How long building a fleet takes.
+    pub(crate) building: Time,
+    /// Where outputs are added up.
+    pub(crate) combine: Combine,
     /// Whether a worker that starts holds its share at once.
     pub(crate) starts_with_share: bool,
 }
@@ -262,6 +285,8 @@ impl World {
             two_lanes: rng.chance(50),
             grace: rng.between(MS, 100 * MS),
             attention: rng.between(MS, 8 * MS),
+            building: if rng.chance(50) { 0 } else { rng.between(MS, 50 * MS) },
+            combine: if rng.chance(30) { Combine::Partial } else { Combine::Exact },
             starts_with_share: rng.chance(50),
             shape,
             sizes,
@@ -307,7 +332,7 @@ impl World {
             let at = self.rng.between(0, QUIET);
             self.add_request(at);
         }
-        crate::faults::schedule(self);
+        faults::schedule(self);
     }
 
     fn add_request(&mut self, at: Time) {
