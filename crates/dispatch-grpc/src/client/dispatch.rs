@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use metrics::Histogram;
 use muster_engine::batcher::{BatchPlan, Rank, group};
-use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket};
+use muster_engine::dispatch::{
+    DispatchError, ExpertDispatch, LayerBatch, Loss, Place, Rows, RowsMut, Ticket,
+};
 use muster_kernels::Cpu;
 use muster_placement::hedge::{Budget, Hedge};
 use muster_proto::convert::RouterName;
@@ -215,19 +217,26 @@ impl GrpcDispatch {
         if choices.rows() > self.max_rows {
             return invalid(format!("{} rows; at most {} were announced", choices.rows(), self.max_rows));
         }
-        if rows.len() != choices.rows() * self.hidden {
-            return invalid(format!("{} values for {} rows of {}", rows.len(), choices.rows(), self.hidden));
+        if rows.place() != Place::Host {
+            return Err(DispatchError::misplaced("rows", rows.place(), Place::Host));
         }
-        match (rows, self.wire) {
-            (Rows::HostF32(_), DType::F32) | (Rows::HostBf16(_), DType::Bf16) => Ok(()),
-            _ => invalid(format!("rows are not in the wire dtype {}", self.wire)),
+        let (count, hidden) = (rows.count(), rows.hidden());
+        if (count, hidden) != (choices.rows(), self.hidden) {
+            let (rows, wide) = (choices.rows(), self.hidden);
+            return invalid(format!("{count} rows of {hidden} instead of {rows} of {wide}"));
         }
+        if rows.dtype() != self.wire {
+            return invalid(format!("rows are {}; the wire dtype is {}", rows.dtype(), self.wire));
+        }
+        Ok(())
     }
 
+    /// Picked rows as a payload. What was checked is in host memory.
     fn gather_rows(&self, rows: Rows<'_>, picked: &[u32]) -> Bytes {
-        match rows {
-            Rows::HostF32(rows) => frame::gather_f32(rows, self.hidden, picked),
-            Rows::HostBf16(rows) => frame::gather_bf16(rows, self.hidden, picked),
+        match (rows.f32(), rows.bf16()) {
+            (Some(values), _) => frame::gather_f32(values, self.hidden, picked),
+            (_, Some(bits)) => frame::gather_bf16(bits, self.hidden, picked),
+            (None, None) => Bytes::new(),
         }
     }
 
@@ -362,12 +371,14 @@ impl ExpertDispatch for GrpcDispatch {
             .flights
             .remove(&ticket)
             .ok_or_else(|| DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())))?;
-        let RowsMut::HostF32(out) = out;
+        let place = out.place();
         let want = flight.rows * self.hidden;
-        let outcome = if out.len() == want {
-            self.complete(ticket, &mut flight, deadline, out)
-        } else {
-            Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
+        let outcome = match out.into_f32() {
+            None => Err(DispatchError::misplaced("room", place, Place::Host)),
+            Some(out) if out.len() != want => {
+                Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
+            }
+            Some(out) => self.complete(ticket, &mut flight, deadline, out),
         };
         self.board.forget(ticket, flight.ids());
         outcome
