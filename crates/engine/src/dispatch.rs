@@ -5,74 +5,13 @@
 //! the other micro-batch. In-process, gRPC and (later) NCCL implementations pass one conformance kit and give
 //! identical bits.
 //!
-//! Rows are a handle ([`Rows`], [`RowsMut`]), so that a device buffer can take the place of a host slice
-//! without a change here.
+//! Rows are a handle ([`Rows`], [`RowsMut`]): a shape and the memory, of the host or of a device.
 
 use std::time::Instant;
 
-use muster_types::{DType, ExpertId, LayerId, Retry, WorkerId};
+use muster_types::{ExpertId, LayerId, Retry, WorkerId};
 
-/// Hidden rows `[rows, hidden]`, row-major, wherever they lie.
-#[derive(Debug, Clone, Copy)]
-pub enum Rows<'a> {
-    /// Host memory, single precision.
-    HostF32(&'a [f32]),
-    /// Host memory, bf16 bit patterns.
-    HostBf16(&'a [u16]),
-}
-
-impl Rows<'_> {
-    /// Number of elements.
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        match self {
-            Self::HostF32(x) => x.len(),
-            Self::HostBf16(x) => x.len(),
-        }
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Whether these are so many rows of that width and type.
-    ///
-    /// # Errors
-    /// `Invalid`, which says what they are.
-    pub fn check(&self, rows: usize, hidden: usize, dtype: DType) -> Result<(), DispatchError> {
-        if self.len() != rows * hidden {
-            let reason = format!("{} values for {rows} rows of {hidden}", self.len());
-            return Err(DispatchError::Invalid(reason));
-        }
-        match (self, dtype) {
-            (Self::HostF32(_), DType::F32) | (Self::HostBf16(_), DType::Bf16) => Ok(()),
-            _ => Err(DispatchError::Invalid(format!("rows are not in the wire dtype {dtype}"))),
-        }
-    }
-}
-
-/// Where combined rows `[rows, hidden]` go. Combining is always in f32.
-#[derive(Debug)]
-pub enum RowsMut<'a> {
-    /// Host memory. Overwritten, not added to.
-    HostF32(&'a mut [f32]),
-}
-
-impl RowsMut<'_> {
-    /// Whether there is room for exactly so many rows of that width.
-    ///
-    /// # Errors
-    /// `Invalid`, which says how much there is.
-    pub fn check(&self, rows: usize, hidden: usize) -> Result<(), DispatchError> {
-        let Self::HostF32(out) = self;
-        if out.len() == rows * hidden {
-            return Ok(());
-        }
-        Err(DispatchError::Invalid(format!("room for {} values of {}", out.len(), rows * hidden)))
-    }
-}
+pub use crate::rows::{At, AtMut, DeviceSlice, Place, Rows, RowsMut, UnevenRows};
 
 /// What the gate chose for a micro-batch: `k` experts and weights per row, in ascending expert id.
 #[derive(Debug, Clone, PartialEq)]
@@ -267,7 +206,19 @@ pub enum DispatchError {
     Closed,
 }
 
+impl From<UnevenRows> for DispatchError {
+    fn from(rows: UnevenRows) -> Self {
+        Self::Invalid(rows.to_string())
+    }
+}
+
 impl DispatchError {
+    /// Rows, or room for them, in memory that the transport does not take.
+    #[must_use]
+    pub fn misplaced(what: &str, place: Place, taken: Place) -> Self {
+        Self::Invalid(format!("{what} in {place}; this dispatch takes {taken}"))
+    }
+
     /// Whether trying again can help.
     #[must_use]
     pub const fn retry(&self) -> Retry {
@@ -290,12 +241,15 @@ impl DispatchError {
 /// transport, fixes the bits. With [`Combine::Partial`](muster_types::Combine) every worker makes such a sum of its own
 /// experts, rounded to the wire dtype, and the result is the sum of the workers' rows in the order of the placement; then
 /// the bits depend on which experts are computed together, too.
+///
+/// Rows stay valid until the ticket is spent: the caller neither changes nor frees the memory of [`LayerBatch::rows`] between
+/// [`Self::submit`] and the [`Self::collect`] or [`Self::cancel`] of its ticket, and the dispatch does not read them afterwards.
 pub trait ExpertDispatch: Send {
     /// Starts a micro-batch and returns without waiting for it.
     ///
     /// # Errors
-    /// `Invalid` when shapes or ids do not fit the model, `NoOwner` when an expert is nowhere, `Closed` after
-    /// [`Self::close`]. Nothing is in flight after an error.
+    /// `Invalid` when shapes or ids do not fit the model or the rows lie in memory that is not taken here, `NoOwner` when an
+    /// expert is nowhere, `Closed` after [`Self::close`]. Nothing is in flight after an error.
     fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError>;
 
     /// Waits for a micro-batch and writes its combined rows to `out`. Spends the ticket, whatever the outcome.
@@ -304,8 +258,8 @@ pub trait ExpertDispatch: Send {
     /// a failure costs only rows that were sent to an expert which failed.
     ///
     /// # Errors
-    /// `Invalid` when `out` has the wrong size or the ticket is unknown or already spent, `Closed` after [`Self::close`].
-    /// `out` is unspecified then.
+    /// `Invalid` when `out` has the wrong size or lies in memory that is not taken here, or the ticket is unknown or already
+    /// spent, `Closed` after [`Self::close`]. `out` is unspecified then.
     fn collect(
         &mut self,
         ticket: Ticket,
@@ -318,7 +272,7 @@ pub trait ExpertDispatch: Send {
         0
     }
 
-    /// Gives a micro-batch up; replies that still come are dropped. Unknown tickets are ignored.
+    /// Gives a micro-batch up, which spends its ticket; replies that still come are dropped. Unknown tickets are ignored.
     fn cancel(&mut self, ticket: Ticket);
 
     /// Ends all streams. May be called twice.

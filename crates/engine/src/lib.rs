@@ -16,6 +16,7 @@ mod kv;
 pub mod microbatch;
 mod prefix;
 pub mod reach;
+mod rows;
 pub mod scheduler;
 mod sequence;
 mod spread;

@@ -58,6 +58,7 @@ pub fn evaluate(
         let Evaluation { choices, hidden, .. } = &mut out;
         let mut observe = |view: View<'_>| match view {
             View::Gate(view) => record(choices, &view),
+            View::Collect { .. } => {}
             View::Hidden { layer, rows } => hidden[layer.index()].extend_from_slice(rows),
         };
         let mut ctx = StepContext {

@@ -290,18 +290,22 @@ impl Picked {
         rows: Rows<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), ExpertError> {
-        let x: &[f32] = match (rows, self.compute) {
-            (Rows::HostF32(x), Compute::F32) => x,
-            (Rows::HostBf16(bits), Compute::Bf16 | Compute::Bf16Pairs) => {
+        let x = match (rows.f32(), rows.bf16(), self.compute) {
+            (Some(x), _, Compute::F32) => x,
+            (_, Some(bits), Compute::Bf16 | Compute::Bf16Pairs) => {
                 scratch.widened.resize(bits.len(), 0.0);
                 from_bf16(bits, &mut scratch.widened);
                 &scratch.widened
             }
-            _ => return Err(ExpertError::Shape(format!("this process computes in {}", self.compute))),
+            _ => {
+                let (dtype, place) = (rows.dtype(), rows.place());
+                let reason = format!("{dtype} in {place}; this process computes in {}", self.compute);
+                return Err(ExpertError::Shape(reason));
+            }
         };
-        let count = x.len() / self.hidden;
-        if !x.len().is_multiple_of(self.hidden) {
-            return Err(ExpertError::Shape(format!("{} values are no rows of {}", x.len(), self.hidden)));
+        let count = rows.count();
+        if rows.hidden() != self.hidden {
+            return Err(ExpertError::Shape(format!("rows of {} instead of {}", rows.hidden(), self.hidden)));
         }
         if groups.len() != self.experts.len() {
             return Err(ExpertError::Shape(format!(

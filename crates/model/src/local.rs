@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, RowsMut, Ticket};
+use muster_engine::dispatch::{
+    Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket,
+};
 use muster_kernels::{Cpu, NotFinite, Outputs, combine};
 use muster_types::{ExpertId, ExpertKey, LayerId, Term};
 
@@ -56,10 +58,15 @@ impl ExpertDispatch for Local {
         }
         let choices = batch.choices;
         let hidden = self.experts.hidden();
-        if batch.rows.len() != choices.rows() * hidden {
+        let rows = batch.rows;
+        if rows.place() != Place::Host {
+            return Err(DispatchError::misplaced("rows", rows.place(), Place::Host));
+        }
+        if (rows.count(), rows.hidden()) != (choices.rows(), hidden) {
             return Err(DispatchError::Invalid(format!(
-                "{} values for {} rows of {hidden}",
-                batch.rows.len(),
+                "{} rows of {} instead of {} of {hidden}",
+                rows.count(),
+                rows.hidden(),
                 choices.rows()
             )));
         }
@@ -68,7 +75,7 @@ impl ExpertDispatch for Local {
             by_expert.iter().map(|(id, rows)| (*id, rows.as_slice())).collect();
         let mut outputs = self.spare.pop().unwrap_or_default();
         self.experts
-            .forward(&self.cpu, &mut self.scratch, batch.layer, &groups, batch.rows, &mut outputs)
+            .forward(&self.cpu, &mut self.scratch, batch.layer, &groups, rows, &mut outputs)
             .map_err(|error| refusal(&error))?;
         let owners = first_rows(&groups);
         let terms = terms(choices, &owners);
@@ -93,16 +100,18 @@ impl ExpertDispatch for Local {
             .done
             .remove(&ticket)
             .ok_or_else(|| DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())))?;
-        let RowsMut::HostF32(out) = out;
-        let hidden = self.experts.hidden();
-        let want = done.rows * hidden;
-        let outcome = if out.len() != want {
-            Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
-        } else if Instant::now() >= deadline {
-            let error = DispatchError::Deadline { layer: done.layer };
-            Ok(vec![Loss { rows: (0..).take(done.rows).collect(), error }])
-        } else {
-            Ok(self.sum(&done, out))
+        let place = out.place();
+        let want = done.rows * self.experts.hidden();
+        let outcome = match out.into_f32() {
+            None => Err(DispatchError::misplaced("room", place, Place::Host)),
+            Some(out) if out.len() != want => {
+                Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
+            }
+            Some(_) if Instant::now() >= deadline => {
+                let error = DispatchError::Deadline { layer: done.layer };
+                Ok(vec![Loss { rows: (0..).take(done.rows).collect(), error }])
+            }
+            Some(out) => Ok(self.sum(&done, out)),
         };
         self.spare.push(done.outputs);
         outcome

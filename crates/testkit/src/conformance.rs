@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use muster_engine::dispatch::{
-    Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket,
+    Choices, DeviceSlice, DispatchError, ExpertDispatch, LayerBatch, Loss, Place, Rows, RowsMut, Ticket,
 };
 use muster_types::{Compute, ExpertId, LayerId};
 
@@ -64,7 +64,9 @@ pub fn run<D: ExpertDispatch>(mut make: impl FnMut() -> Harness<D>) {
     layers_and_experts_that_do_not_exist_are_refused(&mut make());
     a_deadline_in_the_past_is_missed(&mut make());
     a_row_that_overflows_is_lost_alone(&mut make());
+    memory_that_is_not_taken_is_named(&mut make());
     cancelled_work_is_gone(&mut make());
+    rows_may_change_once_their_ticket_is_spent(&mut make());
     a_ticket_is_spent_by_collecting(&mut make());
     closing_is_final_and_may_be_repeated(&mut make());
 }
@@ -93,6 +95,7 @@ impl Numbers {
 /// Rows and choices that own themselves.
 struct Batch {
     layer: LayerId,
+    hidden: usize,
     rows: Vec<f32>,
     bits: Vec<u16>,
     choices: Choices,
@@ -114,19 +117,21 @@ impl Batch {
         }
         // Weights whose products and sums do round.
         let weights = (0..rows * k).map(|_| (numbers.below(1000) + 1) as f32 / 997.0).collect();
-        Self::new(layer, values, Choices::new(k, experts, weights).expect("choices are made to be valid"))
+        let choices = Choices::new(k, experts, weights).expect("choices are made to be valid");
+        Self::new(layer, model.hidden, values, choices)
     }
 
-    fn new(layer: LayerId, rows: Vec<f32>, choices: Choices) -> Self {
+    fn new(layer: LayerId, hidden: usize, rows: Vec<f32>, choices: Choices) -> Self {
         let bits = rows.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
-        Self { layer, rows, bits, choices }
+        Self { layer, hidden, rows, bits, choices }
     }
 
     fn rows(&self, compute: Compute) -> Rows<'_> {
-        match compute {
-            Compute::F32 => Rows::HostF32(&self.rows),
-            Compute::Bf16 | Compute::Bf16Pairs => Rows::HostBf16(&self.bits),
-        }
+        let rows = match compute {
+            Compute::F32 => Rows::of_f32(&self.rows, self.hidden),
+            Compute::Bf16 | Compute::Bf16Pairs => Rows::of_bf16(&self.bits, self.hidden),
+        };
+        rows.expect("rows are whole")
     }
 
     fn view(&self, compute: Compute, lane: usize) -> LayerBatch<'_> {
@@ -190,7 +195,7 @@ fn collect<D: ExpertDispatch>(
 ) -> Result<Vec<f32>, DispatchError> {
     // Not zero, so that adding instead of overwriting shows.
     let mut out = vec![7.0; batch.rows.len()];
-    let lost = harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out))?;
+    let lost = harness.dispatch.collect(ticket, soon(), RowsMut::of_f32(&mut out))?;
     assert_eq!(lost, [], "nothing fails");
     Ok(out)
 }
@@ -253,7 +258,7 @@ fn a_row_does_not_depend_on_its_company<D: ExpertDispatch>(harness: &mut Harness
         let experts = batch.choices.experts()[row * k..][..k].to_vec();
         let weights = batch.choices.weights()[row * k..][..k].to_vec();
         let choices = Choices::new(k, experts, weights).expect("a row of valid choices");
-        let single = Batch::new(layer, batch.rows[row * hidden..][..hidden].to_vec(), choices);
+        let single = Batch::new(layer, hidden, batch.rows[row * hidden..][..hidden].to_vec(), choices);
         let ticket = submit(harness, &single, 0);
         let alone = collect(harness, ticket, &single).expect("outputs come");
         let same = alone.iter().zip(&together[row * hidden..]).all(|(a, b)| a.to_bits() == b.to_bits());
@@ -263,7 +268,8 @@ fn a_row_does_not_depend_on_its_company<D: ExpertDispatch>(harness: &mut Harness
 
 fn no_rows_are_no_work<D: ExpertDispatch>(harness: &mut Harness<D>) {
     let choices = Choices::new(1, Vec::new(), Vec::new()).expect("no rows are valid");
-    let batch = Batch::new(moe_layers(&harness.model)[0], Vec::new(), choices);
+    let (layer, hidden) = (moe_layers(&harness.model)[0], harness.model.hidden);
+    let batch = Batch::new(layer, hidden, Vec::new(), choices);
     let ticket = submit(harness, &batch, 0);
     assert_eq!(collect(harness, ticket, &batch), Ok(Vec::new()), "no rows are no work");
 }
@@ -288,16 +294,18 @@ fn assert_invalid<T: std::fmt::Debug>(outcome: &Result<T, DispatchError>, clause
 fn wrong_shapes_are_refused<D: ExpertDispatch>(harness: &mut Harness<D>) {
     let compute = harness.model.compute;
     let batch = first_batch(&harness.model, 1);
-    let short = Batch::new(batch.layer, batch.rows[1..].to_vec(), batch.choices.clone());
-    let long = Batch::new(batch.layer, [&batch.rows[..], &[0.0]].concat(), batch.choices.clone());
-    let none = Batch::new(batch.layer, Vec::new(), batch.choices.clone());
-    for wrong in [short, long, none] {
+    let hidden = batch.hidden;
+    let of = |hidden, rows: &[f32]| Batch::new(batch.layer, hidden, rows.to_vec(), batch.choices.clone());
+    let (short, none) = (of(hidden, &batch.rows[hidden..]), of(hidden, &[]));
+    let long = of(hidden, &[&batch.rows[..], &batch.rows[..hidden]].concat());
+    let (flat, wide) = (of(1, &batch.rows), of(2 * hidden, &batch.rows.repeat(2)));
+    for wrong in [short, long, none, flat, wide] {
         assert_invalid(&harness.dispatch.submit(&wrong.view(compute, 0)), "rows that do not fit are refused");
     }
     for wrong in [0, batch.rows.len() - 1, batch.rows.len() + 1] {
         let ticket = submit(harness, &batch, 0);
         let mut out = vec![0.0; wrong];
-        let outcome = harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out));
+        let outcome = harness.dispatch.collect(ticket, soon(), RowsMut::of_f32(&mut out));
         assert_invalid(&outcome, "an output that does not fit is refused");
         assert_invalid(&collect(harness, ticket, &batch), "and the ticket is spent");
     }
@@ -328,7 +336,8 @@ fn layers_and_experts_that_do_not_exist_are_refused<D: ExpertDispatch>(harness: 
     let count = harness.model.experts[real.index()];
     let expert = ExpertId::new(count, count + 1).expect("in range by one");
     let choices = Choices::new(1, vec![expert], vec![1.0]).expect("valid in themselves");
-    let batch = Batch::new(real, vec![0.0; harness.model.hidden], choices);
+    let hidden = harness.model.hidden;
+    let batch = Batch::new(real, hidden, vec![0.0; hidden], choices);
     refused_at_submit(&harness.dispatch.submit(&batch.view(compute, 0)), "an expert that does not exist");
     assert_still_works(harness, "after a layer and an expert that do not exist");
 }
@@ -343,7 +352,7 @@ fn a_deadline_in_the_past_is_missed<D: ExpertDispatch>(harness: &mut Harness<D>)
     let batch = first_batch(&harness.model, 4);
     let ticket = submit(harness, &batch, 0);
     let mut out = vec![0.0; batch.rows.len()];
-    let outcome = harness.dispatch.collect(ticket, Instant::now(), RowsMut::HostF32(&mut out));
+    let outcome = harness.dispatch.collect(ticket, Instant::now(), RowsMut::of_f32(&mut out));
     let lost = Loss {
         rows: (0..).take(batch.choices.rows()).collect(),
         error: DispatchError::Deadline { layer: batch.layer },
@@ -362,7 +371,7 @@ fn a_row_that_overflows_is_lost_alone<D: ExpertDispatch>(harness: &mut Harness<D
     let model = &harness.model;
     let mut batch = first_batch(model, 11);
     batch.rows[BAD * model.hidden..][..model.hidden].fill(HUGE);
-    let batch = Batch::new(batch.layer, batch.rows, batch.choices);
+    let batch = Batch::new(batch.layer, batch.hidden, batch.rows, batch.choices);
     let overflows = |expert: &ExpertId| {
         let output = (model.oracle)(batch.layer, *expert, &vec![HUGE; model.hidden]);
         output.iter().any(|y| !y.is_finite())
@@ -371,7 +380,7 @@ fn a_row_that_overflows_is_lost_alone<D: ExpertDispatch>(harness: &mut Harness<D
     assert!(picked.iter().any(overflows), "the harness's experts do not overflow");
     let ticket = submit(harness, &batch, 0);
     let mut out = vec![7.0; batch.rows.len()];
-    let lost = harness.dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).expect(clause);
+    let lost = harness.dispatch.collect(ticket, soon(), RowsMut::of_f32(&mut out)).expect(clause);
     let [Loss { rows, error: DispatchError::NonFinite { layer, expert } }] = &lost[..] else {
         panic!("{clause}: {lost:?}")
     };
@@ -397,6 +406,60 @@ fn cancelled_work_is_gone<D: ExpertDispatch>(harness: &mut Harness<D>) {
     let got = collect(harness, kept, &batch).expect("the other lane is not touched");
     assert_reference(&harness.model, &batch, &got, "after a cancel");
     assert_still_works(harness, "after a cancel");
+}
+
+/// No machine has so many.
+const NO_DEVICE: u32 = u32::MAX;
+
+fn memory_that_is_not_taken_is_named<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let clause = "memory that is not taken is named";
+    let batch = first_batch(&harness.model, 8);
+    let names = |outcome: Option<DispatchError>| match outcome {
+        Some(DispatchError::Invalid(reason)) => reason.contains(&Place::Device(NO_DEVICE).to_string()),
+        _ => false,
+    };
+    let rows = batch.rows(harness.model.compute);
+    let bytes = rows.count() * rows.hidden() * rows.dtype().size();
+    let slice = DeviceSlice::new(&batch, NO_DEVICE, 0, bytes, 0);
+    let elsewhere = Rows::of_device(slice, rows.dtype(), rows.hidden()).expect("rows are whole");
+    let outcome =
+        harness.dispatch.submit(&LayerBatch { rows: elsewhere, ..batch.view(harness.model.compute, 0) });
+    assert!(names(outcome.clone().err()), "{clause}: {outcome:?}");
+    let ticket = submit(harness, &batch, 0);
+    let room = DeviceSlice::new(&batch, NO_DEVICE, 0, batch.rows.len() * size_of::<f32>(), 0);
+    let outcome = harness.dispatch.collect(ticket, soon(), RowsMut::of_device(room));
+    assert!(names(outcome.clone().err()), "{clause}: {outcome:?}");
+    assert_invalid(&collect(harness, ticket, &batch), "and the ticket is spent");
+    assert_still_works(harness, clause);
+}
+
+fn rows_may_change_once_their_ticket_is_spent<D: ExpertDispatch>(harness: &mut Harness<D>) {
+    let clause = "rows may change once their ticket is spent";
+    let mut batch = first_batch(&harness.model, 12);
+    let kept = first_batch(&harness.model, 13);
+    let other = submit(harness, &kept, 1);
+    // Collected, cancelled, and missed.
+    for seed in 14..17 {
+        let ticket = submit(harness, &batch, 0);
+        match seed {
+            14 => drop(collect(harness, ticket, &batch).expect(clause)),
+            15 => harness.dispatch.cancel(ticket),
+            _ => {
+                let mut out = vec![0.0; batch.rows.len()];
+                let missed = harness.dispatch.collect(ticket, Instant::now(), RowsMut::of_f32(&mut out));
+                assert!(missed.is_ok_and(|lost| !lost.is_empty()), "{clause}");
+            }
+        }
+        // In place, under whatever still reads them.
+        let next = first_batch(&harness.model, seed);
+        batch.rows.copy_from_slice(&next.rows);
+        batch.bits.copy_from_slice(&next.bits);
+        let ticket = submit(harness, &batch, 0);
+        let got = collect(harness, ticket, &batch).expect(clause);
+        assert_reference(&harness.model, &batch, &got, clause);
+    }
+    let got = collect(harness, other, &kept).expect(clause);
+    assert_reference(&harness.model, &kept, &got, clause);
 }
 
 fn a_ticket_is_spent_by_collecting<D: ExpertDispatch>(harness: &mut Harness<D>) {
@@ -435,6 +498,8 @@ mod tests {
         experts: Vec<u32>,
         hidden: usize,
         done: BTreeMap<Ticket, Done>,
+        /// What was cancelled last.
+        cancelled: Option<Done>,
         next: u64,
         closed: bool,
     }
@@ -458,6 +523,8 @@ mod tests {
         AddsToOutput,
         LosesAll,
         LosesNone,
+        HidesPlaces,
+        AnswersForCancelled,
     }
 
     impl ExpertDispatch for Plain {
@@ -465,16 +532,20 @@ mod tests {
             if self.closed && self.fault != Fault::IgnoresClose {
                 return Err(DispatchError::Closed);
             }
-            let rows: Vec<f32> = match (batch.rows, self.compute) {
-                (Rows::HostF32(x), Compute::F32) => x.to_vec(),
-                (Rows::HostBf16(x), Compute::Bf16 | Compute::Bf16Pairs) => {
+            if batch.rows.place() != Place::Host {
+                return Err(self.misplaced(batch.rows.place()));
+            }
+            let rows: Vec<f32> = match (batch.rows.f32(), batch.rows.bf16(), self.compute) {
+                (Some(x), _, Compute::F32) => x.to_vec(),
+                (_, Some(x), Compute::Bf16 | Compute::Bf16Pairs) => {
                     x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
                 }
                 _ => return Err(DispatchError::Invalid("dtype".into())),
             };
             let count = self.experts.get(batch.layer.index()).copied().unwrap_or(0);
             let known = batch.choices.experts().iter().all(|e| e.get() < count);
-            if rows.len() != batch.choices.rows() * self.hidden || count == 0 || !known {
+            let shape = (batch.rows.count(), batch.rows.hidden());
+            if shape != (batch.choices.rows(), self.hidden) || count == 0 || !known {
                 return Err(DispatchError::Invalid("shape".into()));
             }
             let (mut sums, mut lost) = (vec![0.0f32; rows.len()], Vec::new());
@@ -497,7 +568,10 @@ mod tests {
                 }
             }
             self.next += 1;
-            self.done.insert(Ticket::new(self.next), Done { layer: batch.layer, sums, lost });
+            let made = Done { layer: batch.layer, sums, lost };
+            let done =
+                self.cancelled.take().filter(|_| self.fault == Fault::AnswersForCancelled).unwrap_or(made);
+            self.done.insert(Ticket::new(self.next), done);
             Ok(Ticket::new(self.next))
         }
 
@@ -515,7 +589,8 @@ mod tests {
             if self.fault != Fault::KeepsTickets {
                 self.done.remove(&ticket);
             }
-            let RowsMut::HostF32(out) = out;
+            let place = out.place();
+            let out = out.into_f32().ok_or_else(|| self.misplaced(place))?;
             if out.len() != sums.len() {
                 return Err(DispatchError::Invalid("room".into()));
             }
@@ -538,7 +613,7 @@ mod tests {
         }
 
         fn cancel(&mut self, ticket: Ticket) {
-            self.done.remove(&ticket);
+            self.cancelled = self.done.remove(&ticket).or(self.cancelled.take());
         }
 
         fn close(&mut self) {
@@ -546,10 +621,20 @@ mod tests {
         }
     }
 
+    impl Plain {
+        fn misplaced(&self, place: Place) -> DispatchError {
+            match self.fault {
+                Fault::HidesPlaces => DispatchError::Invalid("memory".into()),
+                _ => DispatchError::misplaced("rows", place, Place::Host),
+            }
+        }
+    }
+
     fn plain(fault: Fault, compute: Compute) -> Harness<Plain> {
         let (experts, hidden) = (vec![8, 0, 4], 6);
-        let (done, next, closed) = (BTreeMap::new(), 0, false);
-        let dispatch = Plain { fault, compute, experts: experts.clone(), hidden, done, next, closed };
+        let (done, cancelled, next, closed) = (BTreeMap::new(), None, 0, false);
+        let experts_here = experts.clone();
+        let dispatch = Plain { fault, compute, experts: experts_here, hidden, done, cancelled, next, closed };
         let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
         Harness { dispatch, model: Model { hidden, top_k: 3, compute, experts, oracle, sums: Sums::Exact } }
     }
@@ -572,6 +657,8 @@ mod tests {
             Fault::AddsToOutput,
             Fault::LosesAll,
             Fault::LosesNone,
+            Fault::HidesPlaces,
+            Fault::AnswersForCancelled,
         ];
         for fault in faults {
             let outcome = std::panic::catch_unwind(|| run(|| plain(fault, Compute::F32)));

@@ -54,9 +54,9 @@ impl FakeExperts {
         rows: Rows<'_>,
         out: &mut Vec<f32>,
     ) -> Result<(), ExpertKey> {
-        let input: Vec<f32> = match (rows, self.compute) {
-            (Rows::HostF32(x), Compute::F32) => x.to_vec(),
-            (Rows::HostBf16(x), Compute::Bf16 | Compute::Bf16Pairs) => {
+        let input: Vec<f32> = match (rows.f32(), rows.bf16(), self.compute) {
+            (Some(x), _, Compute::F32) => x.to_vec(),
+            (_, Some(x), Compute::Bf16 | Compute::Bf16Pairs) => {
                 x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
             }
             _ => panic!("rows are not in the wire dtype of {}", self.compute),

@@ -212,7 +212,7 @@ mod tests {
             let ids = vec![key(0).expert; count];
             let choices = Choices::new(1, ids, vec![1.0; count]).unwrap();
             let rows = vec![0.01; count * HIDDEN];
-            let (layer, rows) = (key(0).layer, Rows::HostF32(&rows));
+            let (layer, rows) = (key(0).layer, Rows::of_f32(&rows, HIDDEN).unwrap());
             dispatch.submit(&LayerBatch { layer, lane, rows, choices: &choices }).unwrap()
         };
         let long = submit(&mut dispatch, 0, ROWS);
@@ -236,7 +236,7 @@ mod tests {
 
         let mut outputs = [vec![0.0; ROWS * HIDDEN], vec![0.0; HIDDEN]];
         for (ticket, out) in [long, short].into_iter().zip(&mut outputs) {
-            dispatch.collect(ticket, Instant::now() + PATIENCE, RowsMut::HostF32(out)).unwrap();
+            dispatch.collect(ticket, Instant::now() + PATIENCE, RowsMut::of_f32(out)).unwrap();
         }
         assert_eq!(outputs[0][..HIDDEN], outputs[1][..]);
         server.close();

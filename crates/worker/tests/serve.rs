@@ -122,8 +122,8 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
     let oracle = Box::new(move |layer, expert, row: &[f32]| {
         let bits: Vec<u16> = row.iter().map(|x| (x.to_bits() >> 16) as u16).collect();
         let rows = match compute {
-            Compute::F32 => Rows::HostF32(row),
-            Compute::Bf16 | Compute::Bf16Pairs => Rows::HostBf16(&bits),
+            Compute::F32 => Rows::of_f32(row, row.len()).unwrap(),
+            Compute::Bf16 | Compute::Bf16Pairs => Rows::of_bf16(&bits, row.len()).unwrap(),
         };
         let (mut scratch, mut out) = (ExpertScratch::default(), Vec::new());
         oracle_set.forward(&oracle_cpu, &mut scratch, layer, &[(expert, &[0])], rows, &mut out).unwrap();

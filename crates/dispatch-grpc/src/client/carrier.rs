@@ -8,7 +8,7 @@ use muster_engine::batcher::ShardPlan;
 use muster_engine::delivery::{
     Closed, Event, Hop, Outgoing, Outputs, Sums, Transport, Unsent, Unsound, Wanted,
 };
-use muster_engine::dispatch::{Rows, RowsMut};
+use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
 use muster_kernels::{Cpu, NotFinite, combine};
 use muster_proto::expert::v1;
 use muster_proto::frame;
@@ -78,11 +78,12 @@ impl Transport for Carrier {
         Instant::now()
     }
 
-    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Bytes, String> {
-        Ok(match rows {
-            Rows::HostF32(rows) => frame::gather_f32(rows, self.hidden, picked),
-            Rows::HostBf16(rows) => frame::gather_bf16(rows, self.hidden, picked),
-        })
+    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Bytes, DispatchError> {
+        match (rows.f32(), rows.bf16()) {
+            (Some(rows), _) => Ok(frame::gather_f32(rows, self.hidden, picked)),
+            (_, Some(rows)) => Ok(frame::gather_bf16(rows, self.hidden, picked)),
+            (None, None) => Err(DispatchError::misplaced("rows", rows.place(), Place::Host)),
+        }
     }
 
     fn pick(&self, load: &Bytes, picked: &[u32]) -> Bytes {
@@ -198,6 +199,10 @@ pub struct WireSums {
 }
 
 impl Sums<WireRows> for WireSums {
+    fn place(&self) -> Place {
+        Place::Host
+    }
+
     fn sum(
         &mut self,
         sources: &[&WireRows],
@@ -205,7 +210,8 @@ impl Sums<WireRows> for WireSums {
         terms: &[Term],
         out: &mut RowsMut<'_>,
     ) -> Result<(), Unsound> {
-        let RowsMut::HostF32(out) = out;
+        // As `place` says.
+        let Some(out) = out.f32_mut() else { return Ok(()) };
         let sources: Vec<_> = sources.iter().map(|source| source.outputs()).collect();
         combine(&self.cpu, self.hidden, &sources, starts, terms, out).map_err(|error| match error {
             NotFinite::Output { source, row } => Unsound::Source { source, row },

@@ -88,24 +88,22 @@ impl Call {
         experts: &mut dyn ExpertCompute,
     ) -> (Result<Vec<Places>, Fault>, Duration) {
         let Some((first, _)) = members.first() else { return (Ok(Vec::new()), Duration::ZERO) };
-        let rows = match rules.wire {
-            DType::F32 => Rows::HostF32(self.input.f32()),
-            DType::Bf16 => Rows::HostBf16(self.input.bf16()),
-        };
-        let (rows, merged, places) = match members {
-            [(view, offset)] => {
-                let hidden = rules.hidden as usize;
-                let part = *offset * hidden..(*offset + view.rows()) * hidden;
-                let rows = match rows {
-                    Rows::HostF32(x) => Rows::HostF32(&x[part]),
-                    Rows::HostBf16(x) => Rows::HostBf16(&x[part]),
-                };
-                (rows, Vec::new(), vec![one_range(view)])
-            }
+        let hidden = rules.hidden as usize;
+        let (first_row, count, merged, places) = match members {
+            [(view, offset)] => (*offset, view.rows(), Vec::new(), vec![one_range(view)]),
             _ => {
                 let (merged, places) = merge(members);
-                (rows, merged, places)
+                (0, members.iter().map(|(view, _)| view.rows()).sum(), merged, places)
             }
+        };
+        let part = first_row * hidden..(first_row + count) * hidden;
+        let rows = match rules.wire {
+            DType::F32 => Rows::of_f32(&self.input.f32()[part], hidden),
+            DType::Bf16 => Rows::of_bf16(&self.input.bf16()[part], hidden),
+        };
+        let rows = match rows {
+            Ok(rows) => rows,
+            Err(error) => return (Err(Fault::new(FaultKind::Internal, error.to_string())), Duration::ZERO),
         };
         let groups: Vec<(ExpertId, &[u32])> = match merged.as_slice() {
             [] => first.groups(),
@@ -115,7 +113,7 @@ impl Call {
         let started = Instant::now();
         let computed = experts.forward(first.layer(), &groups, rows, &mut self.output);
         let compute = started.elapsed();
-        let want = outputs * rules.hidden as usize;
+        let want = outputs * hidden;
         let outcome = match computed {
             Err(error) => Err(compute_fault(&error)),
             Ok(()) if self.output.len() != want => {

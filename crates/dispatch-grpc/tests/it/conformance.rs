@@ -148,12 +148,12 @@ fn the_placement_does_not_change_a_bit() {
         let batch = LayerBatch {
             layer: crate::support::layer(3),
             lane: 1,
-            rows: Rows::HostBf16(&rows),
+            rows: Rows::of_bf16(&rows, HIDDEN).unwrap(),
             choices: &choices,
         };
         let ticket = dispatch.submit(&batch).unwrap();
         let mut out = vec![0.0f32; rows.len()];
-        dispatch.collect(ticket, crate::support::soon(), RowsMut::HostF32(&mut out)).unwrap();
+        dispatch.collect(ticket, crate::support::soon(), RowsMut::of_f32(&mut out)).unwrap();
         let bits: Vec<u32> = out.into_iter().map(f32::to_bits).collect();
         assert_eq!(*seen.get_or_insert_with(|| bits.clone()), bits, "{count} workers");
     }

@@ -187,7 +187,7 @@ fn a_degraded_start_serves_what_is_there_and_says_what_is_not() {
     let there = OneRow::new(0, &[0, 2]);
     let ticket = dispatch.submit(&there.batch()).unwrap();
     let mut out = vec![0.0; there.row.len()];
-    dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)).unwrap();
+    dispatch.collect(ticket, soon(), RowsMut::of_f32(&mut out)).unwrap();
     assert_eq!(out, there.sum());
     let absent = OneRow::new(0, &[0, 1]);
     let (layer, expert) = (absent.layer, crate::support::expert(1));

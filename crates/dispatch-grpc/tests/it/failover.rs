@@ -135,9 +135,10 @@ fn two_workers_that_agree_are_believed_for_the_rows_they_name() {
     let x = [0.5; 2 * HIDDEN];
     let choices = Choices::new(1, vec![expert(2); 2], vec![1.0; 2]).unwrap();
     let layer = crate::support::layer(0);
-    let ticket = dispatch.submit(&LayerBatch { layer, lane: 0, rows: Rows::HostF32(&x), choices: &choices });
+    let rows = Rows::of_f32(&x, HIDDEN).unwrap();
+    let ticket = dispatch.submit(&LayerBatch { layer, lane: 0, rows, choices: &choices });
     let mut out = [0.0; 2 * HIDDEN];
-    let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::HostF32(&mut out)).unwrap();
+    let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::of_f32(&mut out)).unwrap();
     // The first one's second row went alone to the other, where it was the first, and not marked.
     assert_eq!((lost, out), (vec![], [3.0; 2 * HIDDEN]));
     assert!(dispatch.transport().health().workers().iter().any(|worker| worker.banned > Duration::ZERO));
@@ -151,8 +152,9 @@ fn two_workers_that_agree_are_believed_for_the_rows_they_name() {
         LyingWorker::start(&describe(name, all(), Compute::F32), lie)
     });
     let mut dispatch = connect(&[&liars[0].address, &liars[1].address]);
-    let ticket = dispatch.submit(&LayerBatch { layer, lane: 0, rows: Rows::HostF32(&x), choices: &choices });
-    let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::HostF32(&mut out)).unwrap();
+    let rows = Rows::of_f32(&x, HIDDEN).unwrap();
+    let ticket = dispatch.submit(&LayerBatch { layer, lane: 0, rows, choices: &choices });
+    let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::of_f32(&mut out)).unwrap();
     let error = DispatchError::NonFinite { layer, expert: expert(2) };
     assert_eq!(lost, [Loss { rows: vec![1], error }]);
     assert_eq!(out[..HIDDEN], [3.0; HIDDEN]);
@@ -362,12 +364,16 @@ fn rows_of_a_large_batch_are_each_counted_once_whoever_fails() {
     let choices =
         Choices::new(TOP_K as usize, experts.iter().map(|&e| expert(e)).collect(), weights).unwrap();
     let x: Vec<f32> = (0..ROWS * HIDDEN).map(|at| (at as f32 * 0.37).sin()).collect();
-    let batch =
-        LayerBatch { layer: crate::support::layer(3), lane: 1, rows: Rows::HostF32(&x), choices: &choices };
+    let batch = LayerBatch {
+        layer: crate::support::layer(3),
+        lane: 1,
+        rows: Rows::of_f32(&x, HIDDEN).unwrap(),
+        choices: &choices,
+    };
     let run = |dispatch: &mut GrpcDispatch| {
         let ticket = dispatch.submit(&batch).unwrap();
         let mut out = vec![0.0; ROWS * HIDDEN];
-        assert_eq!(dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out)), Ok(vec![]));
+        assert_eq!(dispatch.collect(ticket, soon(), RowsMut::of_f32(&mut out)), Ok(vec![]));
         out
     };
     for combine in [Combine::Exact, Combine::Partial] {

@@ -112,7 +112,7 @@ fn a_late_reply_is_dropped_and_counted() {
     gate.wait();
     let mut out = vec![0.0; HIDDEN];
     let deadline = Instant::now() + Duration::from_millis(5);
-    let outcome = dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut out));
+    let outcome = dispatch.collect(ticket, deadline, RowsMut::of_f32(&mut out));
     let error = DispatchError::Deadline { layer: early.layer };
     assert_eq!(outcome, Ok(vec![Loss { rows: vec![0], error }]));
     assert!(Instant::now() >= deadline);

@@ -36,7 +36,7 @@ pub use self::transport::{
     Arrived, Closed, Ended, Event, Fleet, Hop, Outgoing, Outputs, Route, Transport, Unsent, Wanted,
 };
 use crate::batcher::{BatchPlan, group};
-use crate::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, RowsMut, Ticket};
+use crate::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket};
 
 /// What micro-batches must be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +73,9 @@ pub enum Unsound {
 
 /// Adds outputs up.
 pub trait Sums<O>: Send {
+    /// Memory that sums are written to.
+    fn place(&self) -> Place;
+
     /// Writes `sum of weight * output` for every row of `out`. Row `r` has the terms `starts[r]..starts[r + 1]`, in that
     /// order; each product and each sum is rounded to f32.
     ///
@@ -160,8 +163,7 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
                 return Err(DispatchError::Invalid("a plan names no worker of the placement".into()));
             };
             let worker = worker.clone();
-            let load = self.dispatcher.transport.gather(batch.rows, &plan.rows);
-            let load = load.map_err(DispatchError::Invalid)?;
+            let load = self.dispatcher.transport.gather(batch.rows, &plan.rows)?;
             shards.push(Shard { id: self.dispatcher.issue(), hop, epoch, worker, plan, load, weights });
         }
         self.tickets += 1;
@@ -299,7 +301,13 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         out: &mut RowsMut<'_>,
     ) -> Result<Vec<Loss>, DispatchError> {
         let flight = self.flights.get(&ticket).ok_or_else(|| unknown(ticket))?;
-        out.check(flight.rows, self.contract.hidden)?;
+        if out.place() != self.sums.place() {
+            return Err(DispatchError::misplaced("room", out.place(), self.sums.place()));
+        }
+        let (room, want) = (out.len(), flight.rows * self.contract.hidden);
+        if room != want {
+            return Err(DispatchError::Invalid(format!("room for {room} values of {want}")));
+        }
         loop {
             let now = self.dispatcher.transport.now();
             match self.advance(ticket, now, deadline, out)? {
@@ -369,7 +377,15 @@ impl Contract {
         if choices.rows() > self.max_rows {
             return invalid(format!("{} rows; at most {} were announced", choices.rows(), self.max_rows));
         }
-        rows.check(choices.rows(), self.hidden, self.wire)
+        let (count, hidden) = (rows.count(), rows.hidden());
+        if (count, hidden) != (choices.rows(), self.hidden) {
+            let (rows, wide) = (choices.rows(), self.hidden);
+            return invalid(format!("{count} rows of {hidden} instead of {rows} of {wide}"));
+        }
+        if rows.dtype() != self.wire {
+            return invalid(format!("rows are {}; the wire dtype is {}", rows.dtype(), self.wire));
+        }
+        Ok(())
     }
 }
 

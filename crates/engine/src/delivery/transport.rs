@@ -11,7 +11,7 @@ use muster_placement::{Placement, PlacementError, Shape, WorkerIx};
 use muster_types::{Epoch, ExpertKey, Fault, LayerId, WorkerId};
 
 use crate::batcher::{Rank, ShardPlan};
-use crate::dispatch::Rows;
+use crate::dispatch::{DispatchError, Rows};
 
 /// A session with a worker. Another session, even with the same worker, is another hop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -183,8 +183,8 @@ pub trait Transport: Send {
     /// Takes rows of a micro-batch out, by their numbers.
     ///
     /// # Errors
-    /// What is wrong with the rows, such as that they lie where this transport does not reach.
-    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Self::Load, String>;
+    /// `Invalid` when they lie where this transport does not reach.
+    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Self::Load, DispatchError>;
 
     /// Takes rows of a load out, by their places in it.
     fn pick(&self, load: &Self::Load, picked: &[u32]) -> Self::Load;

@@ -509,7 +509,7 @@ impl World {
         let mut out = vec![0.0; rows.len() * 2];
         let (at, until) =
             (router.delivery.transport_mut().set(now), router.delivery.transport().at(deadline));
-        let progress = router.delivery.advance(ticket, at, until, &mut RowsMut::HostF32(&mut out));
+        let progress = router.delivery.advance(ticket, at, until, &mut RowsMut::of_f32(&mut out));
         match progress.expect("late-never-combined: a lane's ticket is unknown") {
             Progress::Waits(wanted) => {
                 let due = router.delivery.transport().time(wanted.until);
@@ -667,7 +667,7 @@ impl World {
             let (experts, weights) = lane.rows.iter().flat_map(chosen).unzip();
             let choices = Choices::new(toy.k, experts, weights).unwrap();
             let floats = to_floats(lane.rows.iter().map(|row| row.2));
-            let (layer, rows) = (toy.layer(lane.layer), Rows::HostF32(&floats));
+            let (layer, rows) = (toy.layer(lane.layer), Rows::of_f32(&floats, 2).unwrap());
             let batch = LayerBatch { layer, lane: at, rows, choices: &choices };
             match router.delivery.submit_at(instant, &batch) {
                 Ok(ticket) => {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use muster_engine::delivery::{
     Closed, Event, Hop, Note, Observer, Outgoing, Outputs, Sums, Transport, Unsent, Unsound, Wanted,
 };
-use muster_engine::dispatch::{Rows, RowsMut};
+use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
 use muster_types::{ExpertKey, Term};
 
 use crate::world::{Shard, Time};
@@ -92,9 +92,8 @@ impl Transport for Wire {
         self.at(self.now)
     }
 
-    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Vec<u64>, String> {
-        let Rows::HostF32(floats) = rows else { return Err("rows are floats here".into()) };
-        let rows = from_floats(floats);
+    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Vec<u64>, DispatchError> {
+        let rows = from_floats(rows.f32().expect("rows are in host memory here"));
         Ok(picked.iter().map(|&row| rows[row as usize]).collect())
     }
 
@@ -178,6 +177,10 @@ impl Outputs for ToyRows {
 pub(crate) struct ToySums;
 
 impl Sums<ToyRows> for ToySums {
+    fn place(&self) -> Place {
+        Place::Host
+    }
+
     fn sum(
         &mut self,
         sources: &[&ToyRows],
@@ -196,7 +199,7 @@ impl Sums<ToyRows> for ToySums {
         let sum = |bounds: &[u32]| {
             terms[bounds[0] as usize..bounds[1] as usize].iter().map(value).fold(0, u64::wrapping_add)
         };
-        let RowsMut::HostF32(out) = out;
+        let out = out.f32_mut().expect("room is in host memory here");
         out.copy_from_slice(&to_floats(starts.windows(2).map(sum)));
         Ok(())
     }

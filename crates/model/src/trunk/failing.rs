@@ -57,8 +57,8 @@ impl ExpertDispatch for Failing<'_> {
         deadline: Instant,
         out: RowsMut<'_>,
     ) -> Result<Vec<Loss>, DispatchError> {
-        let RowsMut::HostF32(out) = out;
-        assert_eq!(self.local.collect(ticket, deadline, RowsMut::HostF32(out)), Ok(Vec::new()));
+        let out = out.into_f32().unwrap();
+        assert_eq!(self.local.collect(ticket, deadline, RowsMut::of_f32(out)), Ok(Vec::new()));
         let Some(rows) = self.lost.remove(&ticket) else { return Ok(Vec::new()) };
         // Whatever is there for lost rows must not spread.
         let hidden = out.len() / self.taken.last().map_or(1, |(_, rows)| *rows);

@@ -10,6 +10,8 @@
 mod attention;
 #[cfg(test)]
 mod failing;
+#[cfg(test)]
+mod late;
 mod latent;
 mod load;
 mod moe;
@@ -23,13 +25,14 @@ use std::time::{Duration, Instant};
 use muster_checkpoint::spec::{ModelSpec, WeightOn};
 use muster_engine::dispatch::{
     Choices, DispatchError, ExpertDispatch, InvalidChoices, LayerBatch, Loss, Rows, RowsMut, Ticket,
+    UnevenRows,
 };
 use muster_engine::reach::{LayerGroups, LayerPlace};
 use muster_kernels::{
     Angles, Cpu, Expert, FfnScratch, KernelError, KvCache, KvShape, KvSlot, KvValues, Matrix, Rope,
     add_scaled, all_finite, linear, round_bf16, to_bf16,
 };
-use muster_types::{Compute, ExpertId, LayerId, TokenId, WeightDType};
+use muster_types::{Compute, DType, ExpertId, LayerId, TokenId, WeightDType};
 
 use crate::experts::precision;
 use crate::gate::{self, GateError, GateScratch};
@@ -120,6 +123,13 @@ pub enum StepError {
 pub enum View<'a> {
     /// What a gate decided.
     Gate(GateView<'a>),
+    /// The rows of a micro-batch that is about to be collected.
+    Collect {
+        /// Its ticket.
+        ticket: Ticket,
+        /// As they were submitted.
+        rows: Rows<'a>,
+    },
     /// The residual stream of a lane behind a layer.
     Hidden {
         /// The layer.
@@ -149,7 +159,7 @@ pub struct StepContext<'a> {
     pub dispatch: &'a mut dyn ExpertDispatch,
     /// How long to wait for one layer's experts.
     pub timeout: Duration,
-    /// Called with every gate decision, and behind every layer.
+    /// Called with every gate decision, before every collecting, and behind every layer.
     pub observe: Option<&'a mut dyn FnMut(View<'_>)>,
 }
 
@@ -197,12 +207,18 @@ struct Lane {
     every_row: Vec<u32>,
     /// Empty between steps; kept for its memory.
     slots: Vec<KvSlot<'static>>,
-    in_flight: Option<Ticket>,
+    in_flight: Option<InFlight>,
     head_rows: Vec<f32>,
     /// `[wanted rows, vocab]`.
     logits: Vec<f32>,
     /// Per sequence: its rows in `logits`, or why there are none.
     outcomes: Vec<Result<Range<usize>, StepError>>,
+}
+
+/// A micro-batch that was submitted and not collected.
+struct InFlight {
+    ticket: Ticket,
+    weight_on: WeightOn,
 }
 
 /// Rows for experts whose weights multiply their input.
@@ -385,8 +401,8 @@ impl Trunk {
                 submitted
             });
             match submitted {
-                Ok(ticket) => {
-                    lane.in_flight = Some(ticket);
+                Ok(in_flight) => {
+                    lane.in_flight = Some(in_flight);
                     break;
                 }
                 Err(error) => self.lose(lane, run, &[lane.refused(error)]),
@@ -412,31 +428,40 @@ impl Trunk {
         weight_on: WeightOn,
         lane: &mut Lane,
         choices: &Choices,
-    ) -> Result<Ticket, DispatchError> {
+    ) -> Result<InFlight, DispatchError> {
         let weighted = match weight_on {
             WeightOn::Output => None,
             WeightOn::Input => {
                 Some(lane.weighted.fill(choices, &lane.normed).map_err(|error| invalid(&error))?)
             }
         };
-        let (sent, sent_choices) = match &weighted {
-            None => (&lane.normed, choices),
-            Some(weighted) => (&lane.weighted.rows, weighted),
-        };
+        if self.compute.wire_dtype() == DType::Bf16 {
+            let sent = match weight_on {
+                WeightOn::Output => &lane.normed,
+                WeightOn::Input => &lane.weighted.rows,
+            };
+            lane.wire.resize(sent.len(), 0);
+            to_bf16(sent, &mut lane.wire);
+        }
+        let sent_choices = weighted.as_ref().unwrap_or(choices);
         lane.copies = sent_choices.rows() / choices.rows();
-        let rows = match self.compute {
-            Compute::F32 => Rows::HostF32(sent),
-            Compute::Bf16 | Compute::Bf16Pairs => {
-                lane.wire.resize(sent.len(), 0);
-                to_bf16(sent, &mut lane.wire);
-                Rows::HostBf16(&lane.wire)
-            }
-        };
-        let submitted = ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: sent_choices });
+        let rows = self.rows_sent(lane, weight_on).map_err(DispatchError::from);
+        let submitted = rows.and_then(|rows| {
+            ctx.dispatch.submit(&LayerBatch { layer, lane: number, rows, choices: sent_choices })
+        });
         if let Some(weighted) = weighted {
             (lane.weighted.ids, lane.weighted.ones) = weighted.into_parts();
         }
-        submitted
+        submitted.map(|ticket| InFlight { ticket, weight_on })
+    }
+
+    /// The rows of a lane's micro-batch. They stay as they are until it is collected.
+    fn rows_sent<'l>(&self, lane: &'l Lane, weight_on: WeightOn) -> Result<Rows<'l>, UnevenRows> {
+        match (self.compute.wire_dtype(), weight_on) {
+            (DType::F32, WeightOn::Output) => Rows::of_f32(&lane.normed, self.spec.hidden),
+            (DType::F32, WeightOn::Input) => Rows::of_f32(&lane.weighted.rows, self.spec.hidden),
+            (DType::Bf16, _) => Rows::of_bf16(&lane.wire, self.spec.hidden),
+        }
     }
 
     /// The gate's choice for every row, into `ids` and `weights`. Sequences that have a row without a usable one leave the
@@ -476,10 +501,15 @@ impl Trunk {
     /// Waits for the lane's experts, if any are out, and adds what they and shared ones say to the residual.
     /// `next` is the layer that comes then.
     fn take_home(&self, ctx: &mut StepContext<'_>, lane: &mut Lane, run: &mut Run<'_>, next: usize) {
-        if let Some(ticket) = lane.in_flight.take() {
+        if let Some(InFlight { ticket, weight_on }) = lane.in_flight.take() {
+            if let Some(observe) = &mut ctx.observe
+                && let Ok(rows) = self.rows_sent(lane, weight_on)
+            {
+                observe(View::Collect { ticket, rows });
+            }
             lane.moe_out.resize(lane.residual.len() * lane.copies, 0.0);
             let deadline = Instant::now() + ctx.timeout;
-            let collected = ctx.dispatch.collect(ticket, deadline, RowsMut::HostF32(&mut lane.moe_out));
+            let collected = ctx.dispatch.collect(ticket, deadline, RowsMut::of_f32(&mut lane.moe_out));
             add_up(&mut lane.moe_out, lane.copies, self.spec.hidden);
             if !lane.shared_out.is_empty() {
                 add_scaled(&mut lane.moe_out, &lane.shared_out, 1.0);

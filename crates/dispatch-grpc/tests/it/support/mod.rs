@@ -346,7 +346,8 @@ impl OneRow {
     }
 
     pub fn batch(&self) -> LayerBatch<'_> {
-        LayerBatch { layer: self.layer, lane: 0, rows: Rows::HostF32(&self.row), choices: &self.choices }
+        let rows = Rows::of_f32(&self.row, HIDDEN).unwrap();
+        LayerBatch { layer: self.layer, lane: 0, rows, choices: &self.choices }
     }
 
     /// What fake experts make of it.
@@ -363,7 +364,7 @@ impl OneRow {
 /// Takes home one row.
 pub fn collect(dispatch: &mut GrpcDispatch, ticket: Ticket) -> Result<Vec<f32>, DispatchError> {
     let mut out = vec![0.0; HIDDEN];
-    match dispatch.collect(ticket, soon(), RowsMut::HostF32(&mut out))?.pop() {
+    match dispatch.collect(ticket, soon(), RowsMut::of_f32(&mut out))?.pop() {
         None => Ok(out),
         Some(lost) => {
             assert_eq!(lost.rows, [0]);
