@@ -9,7 +9,7 @@ use muster_engine::reach::{LayerPlace, Reach};
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
 use muster_placement::hedge::{Budget, Hedge, Outcome, Rules};
-use muster_placement::{Loads, Placement, WorkerIx};
+use muster_placement::{Placement, WorkerIx};
 use muster_types::{Epoch, ExpertKey, SeqId, TokenId};
 
 use crate::flight::{Flight, Part, Standing, State, pairs};
@@ -51,7 +51,6 @@ pub(crate) struct Router {
     poke_at: Option<Time>,
     hedges: Vec<Hedge>,
     budget: Budget,
-    pub(crate) loads: Loads,
     pub(crate) leader: Leader,
     /// When it last stood still, or lived on: what it took then says nothing.
     pub(crate) woke: Time,
@@ -159,8 +158,7 @@ impl Router {
             poke_at: None,
             hedges: vec![Hedge::new(Rules::default()); workers],
             budget: Budget::default(),
-            loads: Loads::new(&spec.shape),
-            leader: Leader::new(&name),
+            leader: Leader::new(&name, spec),
             woke: 0,
         }
     }
@@ -222,7 +220,7 @@ impl World {
         self.lose_requests(number, life);
     }
 
-    fn timer(&mut self, number: usize, at: Time, timer: RouterTimer) {
+    pub(crate) fn timer(&mut self, number: usize, at: Time, timer: RouterTimer) {
         let life = self.routers[number].process.life;
         self.at(at, Event::RouterTimer { router: number, life, timer });
     }
@@ -237,10 +235,7 @@ impl World {
             }
             ToRouter::NotHeld { id } => self.part_failed(number, id),
             ToRouter::Granted { round, reply, epoch } => self.take_grant(number, worker, round, reply, epoch),
-            ToRouter::Obeyed { term, number: orders, epoch } => {
-                let id = self.id(worker);
-                self.routers[number].leader.ledger.obeyed(&id, term, orders, Epoch::new(epoch));
-            }
+            ToRouter::Obeyed { id, epoch } => self.take_receipt(number, &id, epoch),
         }
     }
 
@@ -261,7 +256,8 @@ impl World {
                 }
             }
             RouterTimer::Tick => self.tick(number),
-            RouterTimer::Count { round } => self.count(number, round),
+            RouterTimer::CloseRound => self.close_round(number),
+            RouterTimer::Stirred => self.stirred(number),
             RouterTimer::Send { orders } => self.send_orders(number, orders),
         }
     }
@@ -280,7 +276,6 @@ impl World {
         held: &BTreeSet<ExpertKey>,
         draining: bool,
     ) {
-        let id = self.id(worker);
         let peer = &mut self.routers[number].peers[worker];
         if epoch <= peer.epoch {
             self.counts.overtaken_announcements += 1;
@@ -295,12 +290,11 @@ impl World {
             Some(held),
             "epochs-monotone: worker {worker} did not announce this in epoch {epoch}"
         );
-        self.routers[number].leader.ledger.announced(&id, Epoch::new(epoch), held);
+        self.stir(number);
         self.routes_changed(number);
     }
 
     pub(crate) fn broken(&mut self, number: usize, worker: usize, session: u64) {
-        let id = self.id(worker);
         let router = &mut self.routers[number];
         let life = router.process.life;
         if !router.process.alive || !router.peers[worker].up || router.peers[worker].session != session {
@@ -309,7 +303,7 @@ impl World {
         let peer = &mut router.peers[worker];
         peer.up = false;
         peer.late.clear();
-        router.leader.ledger.lost(&id);
+        self.stir(number);
         self.note("broken", number, worker as u64, session);
         let open =
             |part: &Part| part.worker == worker && part.session == session && part.state == State::Waiting;
@@ -522,9 +516,6 @@ impl World {
                 "holder-only: rows for {} go to worker {worker}, which does not announce it",
                 key(expert)
             );
-        }
-        for (&expert, &count) in plan.experts.iter().zip(&plan.counts) {
-            router.loads.observe(key(expert), u64::from(count));
         }
         let shard = Shard { id, flight: flight.number, epoch, pairs: content };
         let due = self.now + self.patience(number, worker, plan.rows.len());
