@@ -104,7 +104,7 @@ impl Ledger {
         };
         let stamp = Stamp { number, seen };
         account.last = Some((stamp, orders.clone()));
-        account.open.push_back((stamp, orders.keep.iter().chain(&orders.load).copied().collect()));
+        account.open.push_back((stamp, orders.hold()));
         if account.open.len() > Self::MOST_OPEN
             && let (Some((first, older)), Some((stamp, newer))) =
                 (account.open.pop_front(), account.open.front_mut())

@@ -11,9 +11,12 @@
 //! Times are since any origin that the caller keeps to. Facts go in, what to do comes out, and what comes of it goes in:
 //! asking, counting, planning and sending are the caller's, one step after the other.
 
+mod decision;
 mod election;
 mod evidence;
 mod ledger;
+mod reign;
+mod request;
 mod rhythm;
 #[cfg(test)]
 mod tests;
@@ -21,16 +24,17 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use muster_types::{Epoch, ExpertKey, WorkerId};
+use muster_types::{Epoch, WorkerId};
 
 use crate::lease::Term;
-use crate::{
-    ExpertSizes, Figures, Goals, Loads, Member, Orders, Present, Shape, Target, Transition, plan, transition,
-};
+use crate::{ExpertSizes, Goals, Loads, Member, Present, Shape, Target, Transition, transition};
+pub use decision::{Decision, Order, OrderId, Step};
 use election::Election;
 pub use election::{Answer, Round};
 use evidence::Evidence;
 use ledger::{Ledger, Stamp};
+use reign::{Reign, Told};
+pub use request::{Cause, Plan, PlanRequest};
 pub use rhythm::Rhythm;
 
 /// A worker that is connected now.
@@ -53,125 +57,6 @@ pub struct Subject {
     pub session: u64,
     /// What it announces, with the copies that count.
     pub member: Member,
-}
-
-/// What to do now.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Decision {
-    /// Nothing: this router does not lead, or workers are still coming.
-    Wait,
-    /// Ask [`Leader::subjects`] for the rows they counted, then call [`Leader::counted`].
-    Count,
-    /// Make a plan, then call [`Leader::planned`].
-    Plan(PlanRequest),
-    /// Send orders.
-    Order(Step),
-}
-
-/// A step towards the target.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Step {
-    /// What all workers shall do.
-    pub transition: Transition,
-    /// What they do not know yet. Of each [`Leader::obeyed`] or [`Leader::failed`] shall tell.
-    pub send: Vec<Order>,
-}
-
-/// Orders for one worker.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Order {
-    /// Which they are.
-    pub id: OrderId,
-    /// The last announcement of which all counted. What the worker announced after it, it keeps on these orders.
-    pub seen: Epoch,
-    /// What it shall do.
-    pub orders: Orders,
-}
-
-/// Tells orders from all others.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OrderId {
-    /// Whom they are for.
-    pub worker: WorkerId,
-    /// On which connection.
-    pub session: u64,
-    /// In which term.
-    pub term: Term,
-    /// Greater than that of all orders to this worker before, in this term; that of orders that are repeated.
-    pub number: u64,
-}
-
-/// Why a plan is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cause {
-    /// The leader is new.
-    First,
-    /// Workers came, went or changed.
-    Members,
-    /// The last one was not reached in time.
-    Age,
-    /// Loads were counted.
-    Loads,
-}
-
-/// All that a plan depends on.
-#[derive(Debug, Clone, PartialEq)]
-pub struct PlanRequest {
-    number: u64,
-    cause: Cause,
-    shape: Shape,
-    sizes: ExpertSizes,
-    goals: Goals,
-    loads: Loads,
-    members: BTreeMap<WorkerId, Member>,
-}
-
-/// What came of a [`PlanRequest`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct Plan {
-    number: u64,
-    target: Target,
-}
-
-impl PlanRequest {
-    /// Why it is wanted.
-    #[must_use]
-    pub const fn cause(&self) -> Cause {
-        self.cause
-    }
-
-    /// Makes the plan, which is long for a large cluster.
-    #[must_use]
-    pub fn plan(&self) -> Plan {
-        let target = plan(&self.shape, &self.sizes, &self.members, &self.loads, &self.goals);
-        Plan { number: self.number, target }
-    }
-
-    /// In place of a plan that cannot be made: everything stays where it is.
-    #[must_use]
-    pub fn stay(&self) -> Plan {
-        let held = |(name, member): (&WorkerId, &Member)| (name.clone(), member.held.clone());
-        let figures = Figures {
-            imbalance: 1.0,
-            layer_imbalance: 1.0,
-            first_bytes: 0,
-            moved_bytes: 0,
-            uncovered: Vec::new(),
-            under_replicated: Vec::new(),
-        };
-        Plan {
-            number: self.number,
-            target: Target { hold: self.members.iter().map(held).collect(), figures },
-        }
-    }
-}
-
-impl Plan {
-    /// Who ought to hold what.
-    #[must_use]
-    pub const fn target(&self) -> &Target {
-        &self.target
-    }
 }
 
 /// See the module.
@@ -197,30 +82,6 @@ pub struct Leader {
     reign: Option<Reign>,
 }
 
-/// A time of leading.
-#[derive(Debug, Clone)]
-struct Reign {
-    term: Term,
-    /// `None` until there is a plan.
-    target: Option<Target>,
-    planned: Duration,
-    /// Whether workers changed since it was planned.
-    is_stale: bool,
-    /// The plan that is being made.
-    making: Option<u64>,
-    /// By worker: what it was told last.
-    told: BTreeMap<WorkerId, Told>,
-}
-
-#[derive(Debug, Clone)]
-struct Told {
-    session: u64,
-    number: u64,
-    hold: BTreeSet<ExpertKey>,
-    at: Duration,
-    has_answered: bool,
-}
-
 impl Subject {
     /// Whether it is as a plan took it to be: all but what it holds.
     fn is_like(&self, other: &Self) -> bool {
@@ -229,19 +90,6 @@ impl Subject {
             (subject.session, capacity, speed, draining)
         };
         traits(self) == traits(other) && self.member.domain == other.member.domain
-    }
-}
-
-impl Reign {
-    const fn new(term: Term) -> Self {
-        Self {
-            term,
-            target: None,
-            planned: Duration::ZERO,
-            is_stale: true,
-            making: None,
-            told: BTreeMap::new(),
-        }
     }
 }
 
@@ -381,24 +229,18 @@ impl Leader {
             return;
         }
         self.ledger.obeyed(&id.worker, id.term, id.number, epoch);
-        if let Some(told) = self.told(id) {
+        if let Some(told) = self.reign.as_mut().and_then(|reign| reign.told(id)) {
             (told.at, told.has_answered) = (now, true);
         }
     }
 
     /// A worker did not take its orders, for all that is known.
     pub fn failed(&mut self, id: &OrderId) {
-        if self.told(id).is_some()
-            && let Some(reign) = &mut self.reign
+        if let Some(reign) = &mut self.reign
+            && reign.told(id).is_some()
         {
             reign.told.remove(&id.worker);
         }
-    }
-
-    fn told(&mut self, id: &OrderId) -> Option<&mut Told> {
-        let reign = self.reign.as_mut().filter(|reign| reign.term == id.term)?;
-        let is_last = |told: &&mut Told| (told.session, told.number) == (id.session, id.number);
-        reign.told.get_mut(&id.worker).filter(is_last)
     }
 
     /// Takes in who answers and may be given orders, and what of their announcements counts. Gives those of before.
@@ -490,17 +332,14 @@ impl Leader {
         let Some(reign) = &mut self.reign else { return Decision::Wait };
         for (worker, &Subject { session, .. }) in &self.subjects {
             let Some(orders) = transition.orders.get(worker) else { continue };
-            let hold: BTreeSet<ExpertKey> = orders.keep.iter().chain(&orders.load).copied().collect();
-            let is_known = reign.told.get(worker).is_some_and(|told| {
-                let is_done = told.has_answered && orders.load.is_empty();
-                let is_recent = now.saturating_sub(told.at) <= self.rhythm.repeat;
-                told.session == session && told.hold == hold && (is_done || is_recent)
-            });
-            if is_known {
+            if reign.is_told(now, self.rhythm.repeat, (worker, session), orders) {
                 continue;
             }
             let Stamp { number, seen } = self.ledger.order(worker, orders);
-            reign.told.insert(worker.clone(), Told { session, number, hold, at: now, has_answered: false });
+            reign.told.insert(
+                worker.clone(),
+                Told { session, number, hold: orders.hold(), at: now, has_answered: false },
+            );
             let id = OrderId { worker: worker.clone(), session, term: reign.term, number };
             send.push(Order { id, seen, orders: orders.clone() });
         }

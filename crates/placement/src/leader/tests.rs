@@ -1,8 +1,9 @@
 use std::num::NonZero;
 
-use muster_types::{ExpertId, LayerId, Speed};
+use muster_types::{ExpertId, ExpertKey, LayerId, Speed};
 
 use super::*;
+use crate::Orders;
 use crate::lease::{Ask, Grant};
 
 const EXPERTS: u32 = 4;
@@ -181,7 +182,7 @@ impl Cluster {
     fn carry_out(&mut self, order: &Order) {
         let of = self.workers.iter_mut().find(|of| of.session == order.id.session).unwrap();
         of.epoch += 1;
-        of.member.held = order.orders.keep.iter().chain(&order.orders.load).copied().collect();
+        of.member.held = order.orders.hold();
         self.obey(order);
     }
 }
