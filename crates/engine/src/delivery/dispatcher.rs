@@ -172,14 +172,15 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
     }
 
     fn ban(&mut self, hop: Hop, worker: &WorkerId, layer: Option<LayerId>, reason: &str) {
-        self.observer.note(Note::Lied { worker, layer, reason });
-        self.transport.ban(hop, reason);
-        self.lost(hop, &Failure::Lied(reason.to_owned()));
+        // Whoever lied several times at once is found out once.
+        if self.lost(hop, &Failure::Lied(reason.to_owned())) {
+            self.observer.note(Note::Lied { worker, layer, reason });
+            self.transport.ban(hop, reason);
+        }
     }
 
-    /// A hop is lost, and all that was on it.
-    pub(super) fn lost(&mut self, hop: Hop, failure: &Failure) {
-        self.workers.lost(hop);
+    /// A hop is lost, and all that was on it; false when that was known.
+    pub(super) fn lost(&mut self, hop: Hop, failure: &Failure) -> bool {
         let fallen = &mut self.fallen;
         self.out.retain(|_, out| {
             let is_lost = out.hop == hop;
@@ -188,6 +189,7 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
             }
             !is_lost
         });
+        self.workers.lost(hop)
     }
 
     /// Parts that fell with their hops since this was last asked.

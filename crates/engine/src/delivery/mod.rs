@@ -181,10 +181,10 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         match event {
             Event::Announced(fleet) => drop(self.dispatcher.workers.announced(fleet)),
             Event::Lost { hop, how: Ended::Gone(reason) } => {
-                self.dispatcher.lost(hop, &Failure::Lost(reason));
+                let _ = self.dispatcher.lost(hop, &Failure::Lost(reason));
             }
             Event::Lost { hop, how: Ended::Lied(reason) } => {
-                self.dispatcher.lost(hop, &Failure::Lied(reason));
+                let _ = self.dispatcher.lost(hop, &Failure::Lied(reason));
             }
             Event::Answer { id, outcome } => {
                 if let Some((ticket, part)) = self.dispatcher.answered(id, &outcome) {

@@ -13,7 +13,7 @@ use muster_engine::dispatch::{
 use muster_engine::reach::{LayerPlace, Reach};
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
-use muster_placement::{Loads, Placement};
+use muster_placement::Placement;
 use muster_types::{DType, Epoch, ExpertKey, Fault, Retry, SeqId, TokenId};
 
 use crate::leader::Leader;
@@ -51,7 +51,6 @@ pub(crate) struct Router {
     doubts: BTreeMap<Hop, Time>,
     parked: Option<(u64, Time)>,
     poke_at: Option<Time>,
-    pub(crate) loads: Loads,
     pub(crate) leader: Leader,
     /// When it last stood still, or lived on: what it took then says nothing.
     pub(crate) woke: Time,
@@ -176,8 +175,7 @@ impl Router {
             doubts: BTreeMap::new(),
             parked: None,
             poke_at: None,
-            loads: Loads::new(&spec.shape),
-            leader: Leader::new(&name),
+            leader: Leader::new(&name, spec),
             woke: 0,
         }
     }
@@ -241,7 +239,7 @@ impl World {
         self.lose_requests(number, life);
     }
 
-    fn timer(&mut self, number: usize, at: Time, timer: RouterTimer) {
+    pub(crate) fn timer(&mut self, number: usize, at: Time, timer: RouterTimer) {
         let life = self.routers[number].process.life;
         self.at(at, Event::RouterTimer { router: number, life, timer });
     }
@@ -253,10 +251,7 @@ impl World {
             }
             ToRouter::Answer { id, outcome } => self.take_answer(number, worker, id, outcome),
             ToRouter::Granted { round, reply, epoch } => self.take_grant(number, worker, round, reply, epoch),
-            ToRouter::Obeyed { term, number: orders, epoch } => {
-                let id = self.id(worker);
-                self.routers[number].leader.ledger.obeyed(&id, term, orders, Epoch::new(epoch));
-            }
+            ToRouter::Obeyed { id, epoch } => self.take_receipt(number, &id, epoch),
         }
     }
 
@@ -279,7 +274,8 @@ impl World {
             RouterTimer::Fleet => self.fleet_built(number),
             RouterTimer::Silence { hop } => self.silence(number, hop),
             RouterTimer::Tick => self.tick(number),
-            RouterTimer::Count { round } => self.count(number, round),
+            RouterTimer::CloseRound => self.close_round(number),
+            RouterTimer::Stirred => self.stirred(number),
             RouterTimer::Send { orders } => self.send_orders(number, orders),
         }
     }
@@ -298,7 +294,6 @@ impl World {
         held: &BTreeSet<ExpertKey>,
         draining: bool,
     ) {
-        let id = self.id(worker);
         let peer = &mut self.routers[number].peers[worker];
         if epoch <= peer.epoch {
             self.counts.overtaken_announcements += 1;
@@ -313,19 +308,18 @@ impl World {
             Some(held),
             "epochs-monotone: worker {worker} did not announce this in epoch {epoch}"
         );
-        self.routers[number].leader.ledger.announced(&id, Epoch::new(epoch), held);
+        self.stir(number);
         self.routes_changed(number);
     }
 
     pub(crate) fn broken(&mut self, number: usize, worker: usize, session: u64) {
-        let id = self.id(worker);
         let router = &mut self.routers[number];
         let life = router.process.life;
         if !router.process.alive || !router.peers[worker].up || router.peers[worker].session != session {
             return;
         }
         router.peers[worker].up = false;
-        router.leader.ledger.lost(&id);
+        self.stir(number);
         self.note("broken", number, worker as u64, session);
         self.lost(number, Hop { link: worker, session }, Ended::Gone("its link broke".into()));
         self.after(RETRY, Event::Connect { router: number, worker, life });
@@ -439,10 +433,6 @@ impl World {
                 "holder-only: rows for {key} go to worker {worker}, which does not announce it"
             );
         }
-        let router = &mut self.routers[number];
-        for (_, key) in pairs {
-            router.loads.observe(*key, 1);
-        }
         if let Some(open) = self.flight(number, lane) {
             for &(row, key) in pairs {
                 let is_new = open.asked.insert((worker, row, key));
@@ -456,7 +446,7 @@ impl World {
     fn ban(&mut self, number: usize, hop: Hop) {
         let (worker, session) = (hop.link, hop.session);
         let router = &mut self.routers[number];
-        if router.peers[worker].up && router.peers[worker].session == session {
+        if router.delivery.transport().up.get(&worker) == Some(&session) {
             let now = router.delivery.transport().at(self.now);
             router.peers[worker].strikes.strike(now);
             let wire = router.delivery.transport_mut();
