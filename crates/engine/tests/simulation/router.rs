@@ -333,7 +333,7 @@ impl World {
             wire.up.remove(&hop.link);
             wire.out.retain(|_, of| *of != hop);
             self.routers[number].doubts.remove(&hop);
-            self.tell_delivery(number, Tale::Lost { hop, how });
+            self.tell_delivery(number, hop, Tale::Lost { hop, how });
         }
     }
 
@@ -366,18 +366,21 @@ impl World {
         let Some(fleet) = router.building.take() else { return };
         router.placement = Arc::clone(fleet.placement());
         router.delivery.transport_mut().version = fleet.placement().epoch().get();
-        self.tell_delivery(number, Tale::Announced(fleet));
+        self.tell_delivery(number, Hop { link: 0, session: 0 }, Tale::Announced(fleet));
         self.poke(number);
     }
 
     // Delivery.
 
-    fn tell_delivery(&mut self, number: usize, tale: Tale<ToyRows>) {
+    /// Delivery hears something, of that session if it is about one.
+    fn tell_delivery(&mut self, number: usize, hop: Hop, tale: Tale<ToyRows>) {
         let now = self.now;
         let delivery = &mut self.routers[number].delivery;
         delivery.transport_mut().set(now);
+        delivery.transport_mut().note(&tale, hop);
         delivery.take(tale);
         self.carry(number);
+        self.routers[number].delivery.transport().check();
         for lane in 0..2 {
             if self.flight(number, lane).is_some() {
                 self.advance(number, lane);
@@ -486,7 +489,7 @@ impl World {
             return;
         }
         let arrived = |outputs| Arrived { outputs, compute: std::time::Duration::ZERO, at };
-        self.tell_delivery(number, Tale::Answer { id, outcome: outcome.map(arrived) });
+        self.tell_delivery(number, hop, Tale::Answer { id, outcome: outcome.map(arrived) });
     }
 
     /// Brings a lane's micro-batch on as far as it gets.

@@ -1,13 +1,13 @@
 //! The transport of a simulated router: delivery's shards become messages, and messages its events.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use muster_engine::delivery::{
     Closed, Event, Hop, Note, Observer, Outgoing, Outputs, Sums, Transport, Unsent, Unsound, Wanted,
 };
 use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
-use muster_types::{ExpertKey, Term};
+use muster_types::{ExpertKey, FaultKind, Term};
 
 use crate::world::{Shard, Time};
 
@@ -40,6 +40,12 @@ pub(crate) struct Wire {
     pub(crate) up: BTreeMap<usize, u64>,
     /// Shards that are out.
     pub(crate) out: BTreeMap<u64, Hop>,
+    /// Sessions that delivery knows to be over.
+    lost: BTreeSet<Hop>,
+    /// What delivery thinks of each session: shards that are late, and whether there is doubt.
+    doubts: BTreeMap<Hop, (usize, bool)>,
+    /// Faults of a session since its last outputs.
+    faults: BTreeMap<Hop, u32>,
     /// That of the fleet that was told.
     pub(crate) version: u64,
     is_partial: bool,
@@ -53,8 +59,41 @@ impl Wire {
             told: Vec::new(),
             up: BTreeMap::new(),
             out: BTreeMap::new(),
+            lost: BTreeSet::new(),
+            doubts: BTreeMap::new(),
+            faults: BTreeMap::new(),
             version: 0,
             is_partial,
+        }
+    }
+
+    /// Delivery is about to hear this.
+    pub(crate) fn note(&mut self, tale: &Event<ToyRows>, hop: Hop) {
+        match tale {
+            Event::Lost { hop, .. } => {
+                self.lost.insert(*hop);
+                self.doubts.remove(hop);
+            }
+            Event::Answer { outcome: Ok(_), .. } => drop(self.faults.remove(&hop)),
+            Event::Answer { outcome: Err(fault), .. } => {
+                let is_own = matches!(fault.kind, FaultKind::Overloaded | FaultKind::Draining);
+                *self.faults.entry(hop).or_default() += u32::from(!is_own);
+            }
+            Event::Announced(_) => {}
+        }
+    }
+
+    /// What delivery thinks of workers fits what they did.
+    pub(crate) fn check(&self) {
+        for (hop, faults) in &self.faults {
+            let is_over = self.lost.contains(hop) || self.up.get(&hop.link) != Some(&hop.session);
+            assert!(is_over || *faults < 16, "conduct: {hop:?} gives nothing but faults and is not banned");
+        }
+        for (hop, &(late, in_doubt)) in &self.doubts {
+            let out = self.out.values().filter(|of| *of == hop).count();
+            let is_up = self.up.get(&hop.link) == Some(&hop.session);
+            assert!(!is_up || late <= out, "conduct: {late} shards of {hop:?} are late, {out} are out");
+            assert!(!is_up || late > 0 || !in_doubt, "conduct: {hop:?} is in doubt for nothing");
         }
     }
 
@@ -102,6 +141,7 @@ impl Transport for Wire {
     }
 
     fn send(&mut self, hop: Hop, lane: usize, shard: &Outgoing<'_, Vec<u64>>) -> Result<(), Unsent> {
+        assert!(!self.lost.contains(&hop), "holder-only: rows go to a session that is over");
         if self.up.get(&hop.link) != Some(&hop.session) {
             return Err(Unsent::Broken);
         }
@@ -138,11 +178,14 @@ impl Transport for Wire {
         self.version
     }
 
-    fn doubt(&mut self, hop: Hop, _: usize, in_doubt: bool) {
+    fn doubt(&mut self, hop: Hop, late: usize, in_doubt: bool) {
+        self.doubts.insert(hop, (late, in_doubt));
         self.told.push(Told::Doubt { hop, in_doubt });
     }
 
     fn ban(&mut self, hop: Hop, _: &str) {
+        self.lost.insert(hop);
+        self.doubts.remove(&hop);
         self.told.push(Told::Ban { hop });
     }
 
