@@ -14,7 +14,7 @@ use muster_engine::reach::{LayerPlace, Reach};
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
 use muster_placement::Placement;
-use muster_types::{DType, Epoch, ExpertKey, Fault, Retry, SeqId, TokenId};
+use muster_types::{DType, Epoch, ExpertId, ExpertKey, Fault, Retry, SeqId, TokenId};
 
 use crate::leader::Leader;
 use crate::toy::Toy;
@@ -683,9 +683,28 @@ impl World {
     /// A lane's sums are here, but for the rows that are lost.
     fn collected(&mut self, number: usize, at: usize, sums: &[u64], lost: &[Loss]) {
         let (layers, toy) = (self.spec.toy.layers(), self.spec.toy.clone());
-        let Some(running) = &mut self.routers[number].running else { return };
+        let Router { running, placement, delivery, .. } = &mut self.routers[number];
+        let Some(running) = running else { return };
         let (step, lane) = (running.number, &mut running.lanes[at]);
-        lane.flight = None;
+        let Some(Open { asked, .. }) = lane.flight.take() else { return };
+        // A claim is the truth when two make it, or when nobody is left who could contradict.
+        let is_final = |row: u32, expert: ExpertId| {
+            let key = ExpertKey { layer: toy.layer(lane.layer), expert };
+            let asked: Vec<usize> =
+                asked.iter().filter(|of| (of.1, of.2) == (row, key)).map(|&(worker, ..)| worker).collect();
+            let owners =
+                placement.owners(key).iter().map(|owner| placement.workers()[owner.index()].as_str());
+            let number = |name: &str| name.trim_start_matches('w').parse::<usize>().unwrap();
+            let mut left = owners.map(number).filter(|owner| delivery.transport().up.contains_key(owner));
+            asked.len() > 1 || left.all(|owner| asked.contains(&owner))
+        };
+        for loss in lost.iter().filter(|loss| loss.error.retry() == Retry::Never) {
+            for &row in &loss.rows {
+                let chosen = toy.choose(lane.layer, lane.rows[row as usize].2);
+                let is_final = chosen.into_iter().any(|expert| is_final(row, expert));
+                assert!(is_final, "second-opinion: {} although others could be asked", loss.error);
+            }
+        }
         let is_lost = |row: usize| lost.iter().any(|loss| loss.rows.contains(&(row as u32)));
         for (number, (row, sum)) in lane.rows.iter_mut().zip(sums).enumerate() {
             if !is_lost(number) {
