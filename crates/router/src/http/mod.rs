@@ -9,6 +9,7 @@ mod body;
 mod cors;
 mod error;
 mod half_close;
+mod linger;
 mod openai;
 mod paths;
 mod places;
@@ -165,6 +166,7 @@ fn routes(app: App, cors: Cors) -> Router {
         .layer(middleware::from_fn(one_host))
         .layer(middleware::from_fn(request_id::name))
         .layer(middleware::from_fn(count))
+        .layer(middleware::from_fn(linger::linger))
         .layer(middleware::from_fn(half_close::attend))
         .with_state(app)
 }

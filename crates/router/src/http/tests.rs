@@ -420,3 +420,30 @@ async fn shutdown_finishes_what_is_under_way() {
     timeout(SOON, server.task).await.expect("an idle connection does not hold it up").unwrap();
     drop(idle);
 }
+
+#[tokio::test]
+async fn a_client_that_writes_all_before_it_reads_learns_why_it_was_refused() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    // More than is taken, and than the buffers of a connection hold.
+    let body = "x".repeat(32 << 20);
+    let length = body.len();
+    let json = "content-type: application/json";
+    for (line, head, status) in [
+        ("POST /v1/completions", json, 413),
+        ("POST /v1/completions", "content-type: text/plain", 415),
+        ("POST /v1/completion", json, 404),
+        ("POST /v1/models", json, 405),
+    ] {
+        let request = format!(
+            "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{head}\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        let (answered, ..) = server.raw(request.as_bytes()).await;
+        assert_eq!(answered, status, "{line} {head}");
+    }
+    // One that asks first is told before it sends.
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\n{json}\r\ncontent-length: {length}\r\nexpect: 100-continue\r\n\r\n"
+    );
+    let (answered, head, _) = server.raw(request.as_bytes()).await;
+    assert_eq!(answered, 413, "{head}");
+}
