@@ -13,7 +13,6 @@ mod linger;
 mod openai;
 mod paths;
 mod places;
-mod request_id;
 #[cfg(test)]
 mod tests;
 
@@ -42,6 +41,7 @@ use self::error::ApiError;
 use self::half_close::{Attended, Waits};
 use self::places::Large;
 use crate::door::Door;
+use crate::request_id;
 use crate::service::Service;
 
 /// Bytes of a request's head; more is answered 431.
@@ -190,6 +190,7 @@ async fn let_in(State(app): State<App>, request: Request, next: Next) -> Respons
         Ok(()) => next.run(request).await,
         Err(denied) => {
             metrics::counter!("muster_access_denied_total", "what" => "http").increment(1);
+            let denied = denied.with_headers(|header| request.headers().contains_key(header));
             ApiError::denied(&denied).into_response()
         }
     }

@@ -152,6 +152,7 @@ async fn what_the_service_refuses() {
         (json!({"prompt": [5], "max_tokens": 64}), 400, "max_tokens"),
         (json!({"prompt": [5], "n": 0}), 400, "n"),
         (json!({"prompt": [5], "stop": ""}), 400, "stop"),
+        (json!({"prompt": [5], "stop": ["\n"]}), 400, "stop"),
         (json!({"prompt": [5], "temperature": 1e308}), 400, "temperature"),
         (json!({"prompt": [5], "logit_bias": {"1000": 1}}), 400, "logit_bias"),
     ];
@@ -165,8 +166,19 @@ async fn what_the_service_refuses() {
     let (status, _, body) = server.post("/v1/chat/completions", &chat).await;
     assert_eq!(status, 400);
     assert!(body.contains("chat template"), "{body}");
+    let (_, _, body) = server.post("/v1/completions", &json!({"prompt": [5], "stop": "x"})).await;
+    assert!(body.contains("no tokenizer") && body.contains("stop_token_ids"), "{body}");
     let (status, ..) = server.post("/v1/completions", &json!({"prompt": [5]})).await;
     assert_eq!(status, 200, "the next good request is served");
+    // As some programs begin UTF-8.
+    let body = "\u{feff}{\"prompt\": [5]}";
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let (status, _, body) = server.raw(request.as_bytes()).await;
+    assert_eq!(status, 200, "{body}");
 }
 
 #[tokio::test]
