@@ -32,4 +32,4 @@ pub use server::{
     BindError, Bound, ComputeQueue, Custody, ExpertServer, Handed, Held, Network, Pressure, ServeError,
     ServerConfig, Smoothed, WeightSource, WeightTerms, WeightsService,
 };
-pub use transport::Dialer;
+pub use transport::{Dialer, Instead};

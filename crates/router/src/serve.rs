@@ -36,7 +36,9 @@ use crate::door::Door;
 use crate::health::Health;
 pub use crate::http::{Cors, Edge};
 use crate::service::Service;
-use crate::start::{Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, start};
+use crate::start::{
+    Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, check_kv, start,
+};
 use crate::{grpc, http, pulse};
 
 /// Bytes a second that workers without a model may read through a router.
@@ -439,6 +441,7 @@ fn assemble(
         Source::Directory(path) | Source::Linked(path) => Some(path.clone()),
         Source::Embedded { .. } => None,
     };
+    check_kv(&checkpoint, compute, config.engine.kv_bytes)?;
     let digests = digests::start(Checking {
         checkpoint: checkpoint.clone(),
         compute,

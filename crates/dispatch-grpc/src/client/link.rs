@@ -136,6 +136,19 @@ async fn step<T>(
 }
 
 async fn open(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
+    let began = Instant::now();
+    let opened = attempt(address, config, patience).await;
+    // Somebody who says nothing has no protocol to be told by.
+    if began.elapsed() < patience
+        && let Err(LinkError::Unreachable(cause) | LinkError::NotAWorker(cause)) = &opened
+        && let Some(instead) = config.dialer.instead(address, cause).await
+    {
+        return Err(LinkError::Other(instead));
+    }
+    opened
+}
+
+async fn attempt(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
     let channel = step(patience, async {
         let unreachable =
             |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
@@ -329,7 +342,10 @@ async fn next<T>(stream: &mut Streaming<T>) -> Result<T, Ended> {
 
 fn refused(status: &Status) -> LinkError {
     let text = describe(status);
+    // What no worker said has a source: the connection broke, and its library names a code.
+    let is_said = std::error::Error::source(status).is_none();
     match status.code() {
+        Code::PermissionDenied if !is_said => LinkError::NotAWorker(text),
         Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
             LinkError::Refused(text)
         }

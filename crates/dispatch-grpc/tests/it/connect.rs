@@ -143,11 +143,13 @@ fn another_program_at_the_address_is_recognised() {
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(other);
     runtime.spawn(tonic::transport::Server::builder().add_routes(routes).serve_with_incoming(incoming));
 
-    for address in [plain_address, other_address] {
-        let (named, source) = link_error(connect_config(&[&address], Compute::F32));
-        assert_eq!(named, address);
-        assert!(matches!(source, LinkError::NotAWorker(_)), "{source:?}");
-    }
+    let (named, source) = link_error(connect_config(&[&plain_address], Compute::F32));
+    assert_eq!(named, plain_address);
+    assert!(matches!(source, LinkError::Other(_)), "{source:?}");
+    assert!(source.to_string().contains("speaks HTTP/1.1 and not gRPC"), "{source}");
+    let (named, source) = link_error(connect_config(&[&other_address], Compute::F32));
+    assert_eq!(named, other_address);
+    assert!(matches!(source, LinkError::NotAWorker(_)), "{source:?}");
 }
 
 #[test]
