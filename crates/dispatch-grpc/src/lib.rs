@@ -3,14 +3,13 @@
 //! Owns the streams between them: who may speak, in what order, how much may be in flight, and what a broken
 //! stream means for the rows that were on it. [`GrpcDispatch`] implements the dispatch seam; [`ExpertServer`]
 //! feeds the experts' thread. Bits are decided elsewhere: rows go out as the caller gave them, and outputs are rounded
-//! and added by [`muster_kernels`].
+//! and added by whoever computes ([`ExpertCompute`](muster_engine::compute::ExpertCompute)) and by [`muster_kernels`].
 //!
 //! Knows nothing of weights, tokens or requests.
 
 mod address;
 mod busy;
 pub mod client;
-mod compute;
 mod crossed;
 mod driver;
 mod fetch;
@@ -24,7 +23,6 @@ pub use client::{
     ClusterHandle, ConnectConfig, ConnectError, Digests, DigestsTeller, DispatchStats, Fallback,
     GrpcDispatch, HealthHandle, LinkError, Reference, Sample, Start, StatsHandle, WorkerHealth, WorkerState,
 };
-pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};
 pub use join::{JoinError, Membership, join, reached_at};
 pub use server::{

@@ -4,11 +4,13 @@
 //! - [`reach`]: which past positions layers see, and so which of them share KV blocks;
 //! - [`microbatch`]: which of the two lanes each of them travels in;
 //! - [`batcher`]: which rows go to which worker at one layer;
-//! - [`dispatch`]: the seam through which they go there and come back.
+//! - [`dispatch`]: the seam through which they go there and come back;
+//! - [`compute`]: the seam to the experts where they arrive.
 //!
 //! The same calls in the same order give the same answers, so a run can be replayed and simulated.
 
 pub mod batcher;
+pub mod compute;
 pub mod dispatch;
 mod kv;
 pub mod microbatch;

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use muster_admin::Admin;
 use muster_checkpoint::{Checkpoint, Source};
-use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, Digests, GrpcDispatch, Rows, Start, WorkerState};
+use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, Digests, GrpcDispatch, Start, WorkerState};
+use muster_engine::dispatch::Rows;
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::Local;

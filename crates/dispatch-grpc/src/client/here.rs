@@ -8,7 +8,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster_kernels::Cpu;
+use muster_engine::compute::ExpertCompute;
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_request::Body;
@@ -19,7 +19,6 @@ use muster_types::{Combine, Epoch, InvalidWorkerId, Speed, WorkerId};
 use tokio::sync::mpsc;
 
 use super::board::{Arrived, Board, StreamKey};
-use crate::compute::ExpertCompute;
 use crate::server::Call;
 
 /// What this process is called beside the workers. One that calls itself so, too, is refused as any double name is.
@@ -31,8 +30,6 @@ const WAITING: usize = 16;
 pub struct Fallback {
     /// Every expert of the model.
     pub experts: Box<dyn ExpertCompute>,
-    /// Where it computes; not where the engine thread does.
-    pub cpu: Arc<Cpu>,
 }
 
 /// Puts them on the board and starts their thread, which ends with the board.
@@ -51,7 +48,7 @@ pub(super) fn start(
     // Holding the board would keep it, and with it the lanes, for good.
     let board = Arc::downgrade(board);
     let run = move || {
-        let Fallback { mut experts, cpu } = fallback;
+        let Fallback { mut experts } = fallback;
         let mut call = Call::default();
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let Ok(runtime) = runtime else { return };
@@ -68,7 +65,7 @@ pub(super) fn start(
             metrics::counter!("muster_dispatch_fallback_shards_total").increment(1);
             let (id, at) = (shard.id, Instant::now());
             let outcome = ShardView::parse(shard, &rules, combine, epoch)
-                .and_then(|view| compute(&view, &mut call, &cpu, &rules, experts.as_mut()))
+                .and_then(|view| compute(&view, &mut call, &rules, experts.as_mut()))
                 .map(|(outputs, compute)| {
                     let timing = Timing { queue: at.elapsed().saturating_sub(compute), compute };
                     Arrived { outputs, timing, at: Instant::now() }
@@ -108,13 +105,12 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
 fn compute(
     view: &ShardView,
     call: &mut Call,
-    cpu: &Cpu,
     rules: &ShardRules,
     experts: &mut dyn ExpertCompute,
 ) -> Result<(OutputRows, Duration), Fault> {
     call.clear();
     call.admit(view, Duration::ZERO, rules)?;
-    let outcome = call.run(&[view], cpu, rules, experts).pop();
+    let outcome = call.run(&[view], rules, experts).pop();
     let missing = || Fault::new(FaultKind::Internal, "the experts gave nothing");
     let (outputs, compute) = outcome.ok_or_else(missing)?;
     Ok((outputs?, compute))
