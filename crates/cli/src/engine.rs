@@ -11,7 +11,7 @@ use muster_dispatch_grpc::{ConnectConfig, Dialer, Digests, GrpcDispatch, Start, 
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
-use muster_model::local::Local;
+use muster_model::local::local;
 use muster_model::trunk::Trunk;
 use muster_router::health::Health;
 use muster_router::serve::expert_shape;
@@ -99,7 +99,7 @@ pub(crate) fn load(
             let set = ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |p| rest.update(p))
                 .map_err(Failure::input)?;
             bar.finish();
-            let dispatch = Box::new(Local::new(Arc::clone(&cpu), Arc::new(set)));
+            let dispatch = Box::new(local(Arc::clone(&cpu), &set).map_err(Failure::runtime)?);
             let health: HealthProbe = Arc::new(|| Health::Ready);
             Ok(Loaded {
                 checkpoint,

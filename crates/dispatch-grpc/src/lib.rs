@@ -3,14 +3,13 @@
 //! Owns the streams between them: who may speak, in what order, how much may be in flight, and what a broken
 //! stream means for the rows that were on it. [`client::Carrier`] is a transport of delivery; [`ExpertServer`]
 //! feeds the experts' thread. Bits are decided elsewhere: rows go out as the caller gave them, and outputs are rounded
-//! and added by [`muster_kernels`].
+//! and added by whoever computes ([`ExpertCompute`](muster_engine::compute::ExpertCompute)) and by [`muster_kernels`].
 //!
 //! Knows nothing of weights, tokens or requests.
 
 mod address;
 mod busy;
 pub mod client;
-mod compute;
 mod crossed;
 mod driver;
 mod fetch;
@@ -25,7 +24,6 @@ pub use client::{
     GrpcDispatch, HealthHandle, LinkError, Reference, Start, StatsHandle, WorkerHealth, WorkerState, connect,
     connect_with,
 };
-pub use compute::{ComputeError, ExpertCompute, Rows};
 pub use fetch::{FetchError, Fetcher};
 pub use join::{JoinError, Membership, join, reached_at};
 pub use server::{

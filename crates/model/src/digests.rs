@@ -11,16 +11,10 @@ use muster_checkpoint::Checkpoint;
 use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 
 use crate::ModelError;
-use crate::experts::{self, Expert};
+use crate::experts;
 
 /// Experts that a thread reads one after another, which is faster than one by one.
 const TOGETHER: usize = 4;
-
-/// The digest of an expert's packed weights.
-#[must_use]
-pub fn digest(expert: &Expert) -> WeightDigest {
-    WeightDigest::of(expert.packed())
-}
 
 /// Of all these experts. `done` is told how many more are done, and their packed bytes.
 ///
@@ -41,7 +35,7 @@ pub fn digests(
         while !failed.load(Ordering::Relaxed) {
             let Some(lot) = lots.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
             experts::read(checkpoint, lot, compute, dtype, &mut |_| {}, &mut |key, expert| {
-                let digest = digest(&expert);
+                let digest = expert.digest();
                 found.lock().unwrap_or_else(PoisonError::into_inner).insert(key, digest);
                 done(1, expert.bytes());
             })
@@ -95,7 +89,7 @@ mod tests {
                         let form = forms[key.layer.index()].unwrap();
                         let sent = form.packed(&read).unwrap().concat();
                         assert_eq!(WeightDigest::of([&sent[..]]), one[&key], "as it is sent");
-                        assert_eq!(digest(&form.unpack(&sent).unwrap()), one[&key], "fetched");
+                        assert_eq!(form.unpack(&sent).unwrap().digest(), one[&key], "fetched");
                     }
                 }
             }
@@ -111,15 +105,15 @@ mod tests {
             ExpertForm::of_layers(&checkpoint, Compute::F32, WeightDType::Native)[key.layer.index()].unwrap();
         let expert = experts::read_one(&checkpoint, key, Compute::F32, WeightDType::Native).unwrap();
         let mut bytes = form.packed(&expert).unwrap().concat();
-        let before = digest(&expert);
+        let before = expert.digest();
         for at in (0..bytes.len()).step_by(bytes.len() / 7) {
             bytes[at] ^= 1;
             // The lowest bit of a byte makes nothing infinite but in an exponent that is full but for it.
             if let Ok(other) = form.unpack(&bytes) {
-                assert_ne!(digest(&other), before);
+                assert_ne!(other.digest(), before);
             }
             bytes[at] ^= 1;
         }
-        assert_eq!(digest(&form.unpack(&bytes).unwrap()), before);
+        assert_eq!(form.unpack(&bytes).unwrap().digest(), before);
     }
 }

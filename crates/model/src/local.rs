@@ -1,207 +1,229 @@
-//! Dispatch inside one process: the reference every other transport must equal to the bit.
+//! Experts of this process as a transport of delivery: the reference that every other one must equal to the bit.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use muster_engine::dispatch::{
-    Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket,
+use muster_engine::batcher::Rank;
+use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
+use muster_engine::delivery::{
+    Arrived, Closed, Contract, Delivery, Event, Fleet, Hop, Outgoing, Outputs, Route, Sums, Transport,
+    Unsent, Unsound, Wanted,
 };
-use muster_kernels::{Cpu, NotFinite, Outputs, combine};
-use muster_types::{ExpertId, ExpertKey, LayerId, Term};
+use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
+use muster_kernels::{Cpu, NotFinite, combine};
+use muster_placement::Shape;
+use muster_types::{Combine, DType, Epoch, ExpertKey, Fault, FaultKind, Term, WorkerId};
 
-use crate::experts::{ExpertError, ExpertScratch, ExpertSet, precision};
+use crate::experts::{CpuExperts, CpuStore, ExpertSet};
 
-/// Computes experts on the caller's thread, at `submit`.
-pub struct Local {
-    cpu: Arc<Cpu>,
-    experts: Arc<ExpertSet>,
-    scratch: ExpertScratch,
-    done: BTreeMap<Ticket, Done>,
-    spare: Vec<Vec<f32>>,
-    next: u64,
-    closed: bool,
-}
+/// Delivery to the experts of this process.
+pub type Local = Delivery<InProcess, HostSums>;
 
-/// A micro-batch whose experts have run.
-struct Done {
-    layer: LayerId,
-    rows: usize,
-    outputs: Vec<f32>,
-    /// Terms of each row's sum.
-    starts: Vec<u32>,
-    terms: Vec<Term>,
-    /// Whose the output rows are: an expert and the number of its first row, ascending.
-    owners: Vec<(usize, ExpertId)>,
-}
+/// The one worker.
+const HOP: Hop = Hop { link: 0, session: 1 };
+/// What it is called in errors.
+const NAME: &str = "local";
+/// Micro-batch lanes of a trunk.
+const LANES: usize = 2;
 
-impl Local {
-    /// Over these experts.
-    #[must_use]
-    pub fn new(cpu: Arc<Cpu>, experts: Arc<ExpertSet>) -> Self {
-        Self {
-            cpu,
-            experts,
-            scratch: ExpertScratch::default(),
-            done: BTreeMap::new(),
-            spare: Vec::new(),
-            next: 1,
-            closed: false,
-        }
+/// Delivery to these experts, which are computed on the caller's thread as they are sent.
+///
+/// # Errors
+/// When they are more than a placement has room for.
+pub fn local(cpu: Arc<Cpu>, experts: &ExpertSet) -> Result<Local, DispatchError> {
+    let keys = experts.keys();
+    let layers = keys.last().map_or(0, |key| key.layer.index() + 1);
+    let mut counts = vec![0; layers];
+    for key in &keys {
+        counts[key.layer.index()] = key.expert.get() + 1;
     }
+    let (hidden, wire) = (experts.hidden(), experts.compute().wire_dtype());
+    let route = Route { hop: HOP, epoch: Epoch::new(1), rank: Rank::Good };
+    let name = WorkerId::new(NAME).map_err(|error| DispatchError::Invalid(error.to_string()))?;
+    let workers = [(&name, &keys[..], route)];
+    let fleet = Fleet::new(Epoch::new(1), &Shape::new(counts.clone()), &workers)
+        .map_err(|error| DispatchError::Invalid(error.to_string()))?;
+    let store = Arc::new(CpuStore::new(experts.clone(), u64::MAX));
+    let transport =
+        InProcess { experts: Box::new(CpuExperts::new(Arc::clone(&cpu), store)), hidden, told: Vec::new() };
+    let contract = Contract {
+        experts: counts,
+        hidden,
+        wire,
+        top_k: usize::MAX,
+        max_rows: usize::MAX,
+        lanes: LANES,
+        combine: Combine::Exact,
+    };
+    Ok(Delivery::new(contract, Arc::new(fleet), transport, HostSums { cpu, hidden, wire }, ()))
 }
 
-impl ExpertDispatch for Local {
-    fn submit(&mut self, batch: &LayerBatch<'_>) -> Result<Ticket, DispatchError> {
-        if self.closed {
-            return Err(DispatchError::Closed);
-        }
-        let choices = batch.choices;
-        let hidden = self.experts.hidden();
-        let rows = batch.rows;
-        if rows.place() != Place::Host {
-            return Err(DispatchError::misplaced("rows", rows.place(), Place::Host));
-        }
-        if (rows.count(), rows.hidden()) != (choices.rows(), hidden) {
-            return Err(DispatchError::Invalid(format!(
-                "{} rows of {} instead of {} of {hidden}",
-                rows.count(),
-                rows.hidden(),
-                choices.rows()
-            )));
-        }
-        let by_expert = by_expert(choices);
-        let groups: Vec<(ExpertId, &[u32])> =
-            by_expert.iter().map(|(id, rows)| (*id, rows.as_slice())).collect();
-        let mut outputs = self.spare.pop().unwrap_or_default();
-        self.experts
-            .forward(&self.cpu, &mut self.scratch, batch.layer, &groups, rows, &mut outputs)
-            .map_err(|error| refusal(&error))?;
-        let owners = first_rows(&groups);
-        let terms = terms(choices, &owners);
-        let starts = (0..=choices.rows()).map(|row| (row * choices.k()) as u32).collect();
-        let ticket = Ticket::new(self.next);
-        self.next += 1;
-        let (layer, rows) = (batch.layer, choices.rows());
-        self.done.insert(ticket, Done { layer, rows, outputs, starts, terms, owners });
-        Ok(ticket)
-    }
+/// See the module.
+pub struct InProcess {
+    experts: Box<dyn ExpertCompute>,
+    hidden: usize,
+    told: Vec<Event<HostRows>>,
+}
 
-    fn collect(
-        &mut self,
-        ticket: Ticket,
-        deadline: Instant,
-        out: RowsMut<'_>,
-    ) -> Result<Vec<Loss>, DispatchError> {
-        if self.closed {
-            return Err(DispatchError::Closed);
-        }
-        let done = self
-            .done
-            .remove(&ticket)
-            .ok_or_else(|| DispatchError::Invalid(format!("ticket {} is not in flight", ticket.get())))?;
-        let place = out.place();
-        let want = done.rows * self.experts.hidden();
-        let outcome = match out.into_f32() {
-            None => Err(DispatchError::misplaced("room", place, Place::Host)),
-            Some(out) if out.len() != want => {
-                Err(DispatchError::Invalid(format!("room for {} values of {want}", out.len())))
-            }
-            Some(_) if Instant::now() >= deadline => {
-                let error = DispatchError::Deadline { layer: done.layer };
-                Ok(vec![Loss { rows: (0..).take(done.rows).collect(), error }])
-            }
-            Some(out) => Ok(self.sum(&done, out)),
+/// Hidden rows in host memory.
+pub enum HostLoad {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// Bit patterns.
+    Bf16(Vec<u16>),
+}
+
+impl HostLoad {
+    fn rows(&self, hidden: usize) -> Result<Rows<'_>, ComputeError> {
+        let rows = match self {
+            Self::F32(values) => Rows::of_f32(values, hidden),
+            Self::Bf16(bits) => Rows::of_bf16(bits, hidden),
         };
-        self.spare.push(done.outputs);
-        outcome
+        rows.map_err(|error| ComputeError::Internal(error.to_string()))
+    }
+}
+
+/// Some of the rows, one behind the other.
+fn pick<T: Copy>(rows: &[T], hidden: usize, picked: &[u32]) -> Vec<T> {
+    picked.iter().flat_map(|&row| &rows[row as usize * hidden..][..hidden]).copied().collect()
+}
+
+impl Transport for InProcess {
+    type Load = HostLoad;
+    type Outputs = HostRows;
+
+    fn now(&self) -> Instant {
+        Instant::now()
     }
 
-    fn cancel(&mut self, ticket: Ticket) {
-        if let Some(done) = self.done.remove(&ticket) {
-            self.spare.push(done.outputs);
+    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<HostLoad, DispatchError> {
+        match (rows.f32(), rows.bf16()) {
+            (Some(rows), _) => Ok(HostLoad::F32(pick(rows, self.hidden, picked))),
+            (_, Some(rows)) => Ok(HostLoad::Bf16(pick(rows, self.hidden, picked))),
+            (None, None) => Err(DispatchError::misplaced("rows", rows.place(), Place::Host)),
         }
     }
+
+    fn pick(&self, load: &HostLoad, picked: &[u32]) -> HostLoad {
+        match load {
+            HostLoad::F32(rows) => HostLoad::F32(pick(rows, self.hidden, picked)),
+            HostLoad::Bf16(rows) => HostLoad::Bf16(pick(rows, self.hidden, picked)),
+        }
+    }
+
+    fn send(&mut self, _: Hop, _: usize, shard: &Outgoing<'_, HostLoad>) -> Result<(), Unsent> {
+        let (began, plan) = (Instant::now(), shard.plan);
+        let ends = plan.counts.iter().scan(0, |end, &count| {
+            let start = *end;
+            *end += count as usize;
+            Some(start..*end)
+        });
+        let groups = plan.experts.iter().zip(ends).map(|(&expert, range)| (expert, &plan.indices[range]));
+        let segment = Segment { first: 0, rows: plan.rows.len(), groups: groups.collect(), weights: None };
+        let answer = shard.load.rows(self.hidden);
+        let answer =
+            answer.and_then(|rows| self.experts.answer(shard.layer, rows, std::slice::from_ref(&segment)));
+        let missing = || ComputeError::Internal("they gave no answer".into());
+        let answer = answer.and_then(|mut answers| answers.pop().ok_or_else(missing));
+        let at = Instant::now();
+        let outcome = answer
+            .map(|answer| Arrived {
+                outputs: HostRows { rows: segment.answers(), answer },
+                compute: at.saturating_duration_since(began),
+                at,
+            })
+            .map_err(|error| fault(&error));
+        self.told.push(Event::Answer { id: shard.id, outcome });
+        Ok(())
+    }
+
+    fn flush(&mut self) {}
+
+    fn poll(&mut self, events: &mut Vec<Event<HostRows>>) {
+        events.append(&mut self.told);
+    }
+
+    fn wait(&mut self, _: &Wanted, events: &mut Vec<Event<HostRows>>) -> Result<(), Closed> {
+        // All that was sent is answered, so that what does not come now never does.
+        if self.told.is_empty() {
+            return Err(Closed);
+        }
+        self.poll(events);
+        Ok(())
+    }
+
+    fn version(&self) -> u64 {
+        1
+    }
+
+    fn doubt(&mut self, _: Hop, _: usize, _: bool) {}
+
+    fn ban(&mut self, _: Hop, _: &str) {}
 
     fn close(&mut self) {
-        self.closed = true;
-        self.done.clear();
+        self.told.clear();
     }
 }
 
-impl Local {
-    /// Adds up a micro-batch. Where a row has no sum, every row is tried alone.
-    fn sum(&self, done: &Done, out: &mut [f32]) -> Vec<Loss> {
-        let hidden = self.experts.hidden();
-        let outputs = [Outputs::Computed(&done.outputs, precision(self.experts.compute()))];
-        if combine(&self.cpu, hidden, &outputs, &done.starts, &done.terms, out).is_ok() {
-            return Vec::new();
+fn fault(error: &ComputeError) -> Fault {
+    match error {
+        ComputeError::NotHeld(ExpertKey { expert, .. }) => {
+            Fault::of_expert(FaultKind::NotHeld, expert.get(), error.to_string())
         }
-        let mut lost = Vec::new();
-        for ((row, bounds), out) in (0..).zip(done.starts.windows(2)).zip(out.chunks_exact_mut(hidden)) {
-            let terms = &done.terms[bounds[0] as usize..bounds[1] as usize];
-            if let Err(bad) = combine(&self.cpu, hidden, &outputs, &[0, bounds[1] - bounds[0]], terms, out) {
-                lost.push(Loss { rows: vec![row], error: done.error(&bad) });
-            }
-        }
-        lost
+        ComputeError::Internal(_) => Fault::new(FaultKind::Internal, error.to_string()),
     }
 }
 
-impl Done {
-    fn error(&self, bad: &NotFinite) -> DispatchError {
-        let layer = self.layer;
-        match bad {
-            NotFinite::Output { row, .. } => match self.owners.iter().rev().find(|(first, _)| first <= row) {
-                Some(&(_, expert)) => DispatchError::NonFinite { layer, expert },
-                None => DispatchError::Invalid("an output without an expert".into()),
-            },
-            NotFinite::Sums(_) => DispatchError::NonFiniteSum { layer },
+/// Output rows in host memory.
+pub struct HostRows {
+    rows: usize,
+    answer: SegmentAnswer,
+}
+
+impl HostRows {
+    fn outputs(&self, wire: DType) -> muster_kernels::Outputs<'_> {
+        match wire {
+            DType::F32 => muster_kernels::Outputs::WireF32(self.answer.data.as_chunks().0),
+            DType::Bf16 => muster_kernels::Outputs::WireBf16(self.answer.data.as_chunks().0),
         }
     }
 }
 
-/// Rows of each expert, ascending both.
-fn by_expert(choices: &Choices) -> BTreeMap<ExpertId, Vec<u32>> {
-    let mut groups: BTreeMap<ExpertId, Vec<u32>> = BTreeMap::new();
-    for (row, ids) in (0u32..).zip(choices.experts().chunks_exact(choices.k())) {
-        for &id in ids {
-            groups.entry(id).or_default().push(row);
-        }
+impl Outputs for HostRows {
+    fn check(&self, rows: usize) -> Result<(), String> {
+        if self.rows == rows { Ok(()) } else { Err(format!("{} rows instead of {rows}", self.rows)) }
     }
-    groups
+
+    fn marks(&self) -> &[u32] {
+        &self.answer.not_finite
+    }
 }
 
-/// The number of each expert's first output row.
-fn first_rows(groups: &[(ExpertId, &[u32])]) -> Vec<(usize, ExpertId)> {
-    let mut start = 0;
-    let first = |&(id, rows): &(ExpertId, &[u32])| {
-        let first = start;
-        start += rows.len();
-        (first, id)
-    };
-    groups.iter().map(first).collect()
+/// Adds up output rows in host memory.
+pub struct HostSums {
+    cpu: Arc<Cpu>,
+    hidden: usize,
+    wire: DType,
 }
 
-/// What every (row, choice) pair adds to its row's sum.
-fn terms(choices: &Choices, owners: &[(usize, ExpertId)]) -> Vec<Term> {
-    let mut next: BTreeMap<ExpertId, usize> = owners.iter().map(|&(first, id)| (id, first)).collect();
-    let pairs = choices.experts().iter().zip(choices.weights());
-    pairs
-        .map(|(id, &weight)| {
-            let row = next.get_mut(id).map_or(0, |at| {
-                *at += 1;
-                *at - 1
-            });
-            // Pairs of a step are counted in 32 bits.
-            Term { source: 0, row: row as u32, weight }
+impl Sums<HostRows> for HostSums {
+    fn place(&self) -> Place {
+        Place::Host
+    }
+
+    fn sum(
+        &mut self,
+        sources: &[&HostRows],
+        starts: &[u32],
+        terms: &[Term],
+        out: &mut RowsMut<'_>,
+    ) -> Result<(), Unsound> {
+        // As `place` says.
+        let Some(out) = out.f32_mut() else { return Ok(()) };
+        let sources: Vec<_> = sources.iter().map(|source| source.outputs(self.wire)).collect();
+        combine(&self.cpu, self.hidden, &sources, starts, terms, out).map_err(|error| match error {
+            NotFinite::Output { source, row } => Unsound::Source { source, row },
+            NotFinite::Sums(rows) => Unsound::Sums(rows),
         })
-        .collect()
-}
-
-fn refusal(error: &ExpertError) -> DispatchError {
-    match *error {
-        ExpertError::NotHeld(ExpertKey { layer, expert }) => DispatchError::NoOwner { layer, expert },
-        ExpertError::Shape(ref reason) => DispatchError::Invalid(reason.clone()),
     }
 }

@@ -16,7 +16,7 @@ use muster_checkpoint::{Checkpoint, Source};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, RowsMut, Ticket};
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
-use muster_model::local::Local;
+use muster_model::local::{Local, local};
 use muster_model::sampler::{History, Pick, RawSampling, SampleScratch, Sampling, sample};
 use muster_model::trunk::{SeqInput, StepContext, StepState, Trunk, WantLogits};
 use muster_types::{Compute, TokenId};
@@ -116,7 +116,7 @@ fn steps_after_the_first_allocate_nothing() {
                 .unwrap(),
         );
         let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
-        let mut dispatch = Apart(Local::new(Arc::clone(&cpu), experts));
+        let mut dispatch = Apart(local(Arc::clone(&cpu), &experts).unwrap());
         let vocab = checkpoint.spec().vocab;
         let tokens: Vec<TokenId> = TokenId::all(vocab).take(20).collect();
         // Every sequence has two blocks in each group of layers.

@@ -12,7 +12,7 @@ use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::{Cpu, Isa};
 use muster_model::evaluate::{Evaluation, evaluate};
 use muster_model::experts::ExpertSet;
-use muster_model::local::Local;
+use muster_model::local::local;
 use muster_model::reference::{LayerChoices, Reference};
 use muster_model::trunk::Trunk;
 use muster_types::Compute;
@@ -48,7 +48,7 @@ impl Model {
     }
 
     fn evaluate(&self, tokens: &[u32], chunk: usize) -> Evaluation {
-        let mut local = Local::new(Arc::clone(&self.cpu), Arc::clone(&self.experts));
+        let mut local = local(Arc::clone(&self.cpu), &self.experts).unwrap();
         let chunk = NonZeroUsize::new(chunk).unwrap();
         evaluate(&self.trunk, &self.cpu, &mut local, tokens, chunk).unwrap()
     }

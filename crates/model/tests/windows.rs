@@ -13,7 +13,7 @@ use muster_checkpoint::{Checkpoint, Source};
 use muster_engine::NO_BLOCK;
 use muster_engine::scheduler::{PrefixCache, StepItem};
 use muster_model::evaluate::evaluate;
-use muster_model::local::Local;
+use muster_model::local::local;
 use muster_model::reference::Reference;
 use muster_model::sampler::{RawSampling, Sampling};
 use muster_types::{Compute, TokenId};
@@ -36,7 +36,7 @@ fn windowed(test: &str, window: u32) -> PathBuf {
 }
 
 fn evaluated(model: &Model, tokens: &[u32], chunk: usize) -> Vec<f32> {
-    let mut local = Local::new(Arc::clone(&model.cpu), Arc::clone(&model.experts));
+    let mut local = local(Arc::clone(&model.cpu), &model.experts).unwrap();
     let chunk = NonZeroUsize::new(chunk).unwrap();
     evaluate(&model.trunk, &model.cpu, &mut local, tokens, chunk).unwrap().logits
 }

@@ -485,9 +485,8 @@ fn assemble(
         false => None,
         true => {
             let cpu = Arc::new(Cpu::new(config.threads)?);
-            let experts =
-                ColdExperts::new(checkpoint.clone(), cpu.clone(), compute, config.experts, digests.clone());
-            Some(Fallback { experts: Box::new(experts), cpu })
+            let experts = ColdExperts::new(checkpoint.clone(), cpu, compute, config.experts, digests.clone());
+            Some(Fallback { experts: Box::new(experts) })
         }
     };
     let has_fallback = fallback.is_some();

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
 use muster_engine::dispatch::Rows;
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId};
 
@@ -40,39 +41,82 @@ pub struct FakeExperts {
 }
 
 impl FakeExperts {
-    /// Sets `out` to one row per (expert, row), group after group.
-    ///
-    /// # Errors
-    /// Names the first expert that is not here.
+    /// Rows `[hidden]` of a call, widened.
     ///
     /// # Panics
-    /// When rows are not in the wire dtype or a row number is out of range.
-    pub fn forward(
-        &self,
-        layer: LayerId,
-        groups: &[(ExpertId, &[u32])],
-        rows: Rows<'_>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), ExpertKey> {
-        let input: Vec<f32> = match (rows.f32(), rows.bf16(), self.compute) {
+    /// When they are not in the wire dtype or have another width.
+    fn read(&self, rows: Rows<'_>) -> Vec<f32> {
+        assert_eq!(rows.hidden(), self.hidden, "rows of another model");
+        match (rows.f32(), rows.bf16(), self.compute) {
             (Some(x), _, Compute::F32) => x.to_vec(),
             (_, Some(x), Compute::Bf16 | Compute::Bf16Pairs) => {
                 x.iter().map(|&bits| f32::from_bits(u32::from(bits) << 16)).collect()
             }
             _ => panic!("rows are not in the wire dtype of {}", self.compute),
-        };
-        out.clear();
-        for &(expert, numbers) in groups {
+        }
+    }
+
+    /// Outputs of a segment, or their weighted sums: row by row, as plainly as it can be.
+    fn rows_of(
+        &self,
+        layer: LayerId,
+        input: &[f32],
+        segment: &Segment<'_>,
+    ) -> Result<Vec<Vec<f32>>, ComputeError> {
+        let mut outputs: Vec<(usize, Vec<f32>)> = Vec::new();
+        for &(expert, numbers) in &segment.groups {
             let key = ExpertKey { layer, expert };
             if !self.held.contains(&key) {
-                return Err(key);
+                return Err(ComputeError::NotHeld(key));
             }
             for &number in numbers {
-                let row = &input[number as usize * self.hidden..][..self.hidden];
-                out.extend(output(self.compute, layer, expert, row));
+                let number = number as usize;
+                assert!(number < segment.rows, "row {number} of {}", segment.rows);
+                let row = &input[(segment.first + number) * self.hidden..][..self.hidden];
+                outputs.push((number, output(self.compute, layer, expert, row)));
             }
         }
-        Ok(())
+        let Some(weights) = segment.weights else {
+            return Ok(outputs.into_iter().map(|(_, output)| output).collect());
+        };
+        assert_eq!(weights.len(), outputs.len(), "one weight for every output");
+        let mut sums = vec![vec![0.0_f32; self.hidden]; segment.rows];
+        for ((number, output), weight) in outputs.into_iter().zip(weights) {
+            for (sum, y) in sums[number].iter_mut().zip(output) {
+                *sum += weight * y;
+            }
+        }
+        Ok(sums.into_iter().map(|sum| sum.into_iter().map(|y| round(self.compute, y)).collect()).collect())
+    }
+
+    fn answer_of(&self, rows: Vec<Vec<f32>>) -> SegmentAnswer {
+        let mut answer = SegmentAnswer::default();
+        for (number, mut row) in (0..).zip(rows) {
+            if row.iter().any(|y| !y.is_finite()) {
+                answer.not_finite.push(number);
+                row.fill(0.0);
+            }
+            for y in row {
+                match self.compute {
+                    Compute::F32 => answer.data.extend(y.to_le_bytes()),
+                    Compute::Bf16 | Compute::Bf16Pairs => answer.data.extend(&y.to_le_bytes()[2..]),
+                }
+            }
+        }
+        answer
+    }
+}
+
+impl ExpertCompute for FakeExperts {
+    fn answer(
+        &mut self,
+        layer: LayerId,
+        rows: Rows<'_>,
+        segments: &[Segment<'_>],
+    ) -> Result<Vec<SegmentAnswer>, ComputeError> {
+        let input = self.read(rows);
+        let answer = |segment| Ok(self.answer_of(self.rows_of(layer, &input, segment)?));
+        segments.iter().map(answer).collect()
     }
 }
 

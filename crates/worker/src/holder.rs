@@ -1,19 +1,18 @@
 //! What a worker holds and what it shall hold: the only place where experts come and go.
 //!
 //! Always holds: what is announced is in memory and wanted; what is no longer wanted stays in memory, unannounced, until
-//! routers have had the time to learn of it; and memory is not taken beyond what the worker has: what was given up counts
-//! until its last user is done. No lock is held while anything computes, reads or waits for the other lock. Does not know
-//! who decides, or how weights are had.
+//! routers have had the time to learn of it. Memory is the store's to count. The store is not asked under the lock. Does not
+//! know who decides, how weights are had, or what computes with them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::pin;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{Custody, Handed, Held, WeightSource};
-use muster_model::experts::{Expert, ExpertError, ExpertSet, Picked};
+use muster_model::experts::{ExpertStore, PackedExpert, StoreError};
 use muster_proto::control::Assignment;
-use muster_types::{ExpertId, ExpertKey, LayerId, WeightDigest};
+use muster_types::{ExpertKey, WeightDigest};
 use tokio::sync::Notify;
 
 /// How long what is no longer wanted can still be asked for.
@@ -44,9 +43,8 @@ pub(crate) enum Work {
 
 /// See the module.
 pub(crate) struct Holder {
-    /// What can be computed with. Locked for as long as an operation of the map takes and under no other lock, since the
-    /// experts' thread waits for it. Changed by the loader alone.
-    experts: RwLock<ExpertSet>,
+    /// What can be computed with. Changed by the loader alone.
+    store: Arc<dyn ExpertStore>,
     state: Mutex<State>,
     changed: Condvar,
     /// Orders, for whoever waits asynchronously.
@@ -57,17 +55,13 @@ pub(crate) struct Holder {
 
 struct State {
     wanted: BTreeSet<ExpertKey>,
-    /// Experts that can be asked for, with the digests of what was loaded: each is in the set before it is here, and leaves the
-    /// set after it left here.
+    /// Experts that can be asked for, with the digests of what was loaded: each is in the store before it is here, and leaves
+    /// the store after it left here.
     held: BTreeMap<ExpertKey, WeightDigest>,
     /// Wanted and not there, the most urgent first.
     tasks: VecDeque<Task>,
     /// Held and not wanted, with the moment from which it may go.
     released: BTreeMap<ExpertKey, Instant>,
-    /// Given up, but perhaps in use by a call or a fetch that began before.
-    leaving: Vec<Arc<Expert>>,
-    /// Of all that is in memory.
-    bytes: u64,
     /// The last source that was passed over because what it has is damaged or different.
     trouble: Option<String>,
     stopped: bool,
@@ -88,13 +82,6 @@ impl State {
         }
     }
 
-    /// Experts that were given up and are in use no more. Their memory is not counted from now on.
-    fn take_unused(&mut self) -> Vec<Arc<Expert>> {
-        let unused: Vec<_> = self.leaving.extract_if(.., |expert| Arc::strong_count(expert) == 1).collect();
-        self.bytes -= unused.iter().map(|expert| expert.bytes() as u64).sum::<u64>();
-        unused
-    }
-
     /// Withdraws what was released long enough ago.
     fn take_due(&mut self, now: Instant) -> Vec<ExpertKey> {
         let due: Vec<_> = self.released.extract_if(.., |_, at| *at <= now).map(|(key, _)| key).collect();
@@ -104,23 +91,25 @@ impl State {
         due
     }
 
-    /// When memory that nobody wants may be had.
-    fn next_release(&self, now: Instant) -> Option<Instant> {
-        let in_use = (!self.leaving.is_empty()).then(|| now + IN_USE);
+    /// When memory that nobody wants may be had; `in_use`: some of it was given up already.
+    fn next_release(&self, now: Instant, in_use: bool) -> Option<Instant> {
+        let in_use = in_use.then(|| now + IN_USE);
         self.released.values().copied().chain(in_use).min()
     }
 }
 
 impl Holder {
-    /// Of experts that are loaded and wanted, with their digests, in a worker that was started then.
-    pub(crate) fn new(experts: ExpertSet, held: BTreeMap<ExpertKey, WeightDigest>, started: Instant) -> Self {
+    /// Of a store whose experts are wanted, with their digests, in a worker that was started then.
+    pub(crate) fn new(
+        store: Arc<dyn ExpertStore>,
+        held: BTreeMap<ExpertKey, WeightDigest>,
+        started: Instant,
+    ) -> Self {
         let mut state = State {
             wanted: held.keys().copied().collect(),
             held,
             tasks: VecDeque::new(),
             released: BTreeMap::new(),
-            leaving: Vec::new(),
-            bytes: experts.bytes(),
             trouble: None,
             stopped: false,
             orders: 0,
@@ -130,34 +119,7 @@ impl Holder {
         if !state.wanted.is_empty() {
             state.note(started);
         }
-        Self {
-            experts: RwLock::new(experts),
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            news: Notify::new(),
-            started,
-        }
-    }
-
-    /// The experts of a call. They stay in memory, and are counted, until it is over.
-    ///
-    /// # Errors
-    /// When one is not held.
-    pub(crate) fn pick(
-        &self,
-        layer: LayerId,
-        experts: impl Iterator<Item = ExpertId>,
-    ) -> Result<Picked, ExpertError> {
-        self.set().pick(layer, experts)
-    }
-
-    fn set(&self) -> RwLockReadGuard<'_, ExpertSet> {
-        // Nothing panics while it holds the lock for writing.
-        self.experts.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn change(&self) -> RwLockWriteGuard<'_, ExpertSet> {
-        self.experts.write().unwrap_or_else(PoisonError::into_inner)
+        Self { store, state: Mutex::new(state), changed: Condvar::new(), news: Notify::new(), started }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -175,47 +137,40 @@ impl Holder {
         self.state().tasks.len()
     }
 
-    /// Bytes in memory.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.state().bytes
+    /// Bytes that experts can still be loaded into.
+    pub(crate) fn room(&self) -> u64 {
+        self.store.capacity().saturating_sub(self.store.resident_bytes())
     }
 
     /// Waits for something to do. Gives up what may go.
     pub(crate) fn next(&self) -> Work {
-        let mut state = self.state();
         loop {
+            let is_freed = self.store.reclaim() > 0;
+            let in_use = self.store.removed_bytes() > 0;
+            let mut state = self.state();
             if state.stopped {
                 return Work::Stop;
             }
-            let unused = state.take_unused();
-            if !unused.is_empty() {
-                drop(state);
-                // Memory is given back without the locks.
-                drop(unused);
+            if is_freed {
                 return Work::Released;
             }
             let now = Instant::now();
             let due = state.take_due(now);
             if !due.is_empty() {
                 drop(state);
-                let gone: Vec<_> = {
-                    let mut set = self.change();
-                    due.iter().filter_map(|&key| set.remove(key)).collect()
-                };
-                state = self.state();
-                state.leaving.extend(gone);
+                due.into_iter().for_each(|key| self.store.remove(key));
                 continue;
             }
             if let Some(task) = state.tasks.front() {
                 return Work::Load(task.clone());
             }
-            state = match state.next_release(now) {
+            match state.next_release(now, in_use) {
                 Some(at) => {
                     let left = at.saturating_duration_since(now);
-                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    drop(self.changed.wait_timeout(state, left));
                 }
-                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
-            };
+                None => drop(self.changed.wait(state)),
+            }
         }
     }
 
@@ -230,29 +185,33 @@ impl Holder {
 
     /// When memory that is taken by what nobody wants may be had.
     pub(crate) fn next_release(&self) -> Option<Instant> {
-        self.state().next_release(Instant::now())
+        let in_use = self.store.removed_bytes() > 0;
+        self.state().next_release(Instant::now(), in_use)
     }
 
     /// Stores a loaded expert; discards it if the assignment no longer includes it.
-    pub(crate) fn take_in(&self, key: ExpertKey, expert: Expert, digest: WeightDigest) {
-        let bytes = expert.bytes() as u64;
+    ///
+    /// # Errors
+    /// When the store does not take it; it is still to be loaded then.
+    pub(crate) fn take_in(
+        &self,
+        key: ExpertKey,
+        expert: PackedExpert,
+        digest: WeightDigest,
+    ) -> Result<(), StoreError> {
         // Before it can be announced.
-        self.change().insert(key, expert);
+        self.store.insert(key, expert)?;
         let mut state = self.state();
-        state.bytes += bytes;
         state.tasks.retain(|task| task.key != key);
         if state.wanted.contains(&key) {
             state.held.insert(key, digest);
             state.note(self.started);
-            return;
+            return Ok(());
         }
         drop(state);
-        let discarded = self.change().remove(key);
-        let mut state = self.state();
-        state.leaving.extend(discarded);
-        let unused = state.take_unused();
-        drop(state);
-        drop(unused);
+        self.store.remove(key);
+        self.store.reclaim();
+        Ok(())
     }
 
     /// Whether an expert is still to be loaded.
@@ -330,6 +289,7 @@ impl Custody for Holder {
     }
 
     fn held(&self) -> Held {
+        let resident_bytes = self.store.resident_bytes();
         let state = self.state();
         let held = state.held.iter().filter(|(key, _)| state.wanted.contains(key));
         let (experts, digests) = held.map(|(&key, &digest)| (key, digest)).unzip();
@@ -337,7 +297,7 @@ impl Custody for Holder {
             experts,
             digests,
             trouble: state.trouble.clone(),
-            resident_bytes: state.bytes,
+            resident_bytes,
             loading: state.tasks.len(),
             useful: state.useful,
             full: state.full,
@@ -348,7 +308,7 @@ impl Custody for Holder {
 impl WeightSource for Holder {
     fn get(&self, key: ExpertKey) -> Option<Handed> {
         let digest = self.state().held.get(&key).copied();
-        Some(Handed { expert: self.set().get(key)?, digest })
+        Some(Handed { packed: self.store.packed(key)?, digest })
     }
 }
 
@@ -356,10 +316,11 @@ impl WeightSource for Holder {
 mod tests {
     use std::num::NonZeroU64;
 
-    use muster_kernels::Matrix;
+    use muster_kernels::{Expert, Matrix};
+    use muster_model::experts::{CpuStore, ExpertSet};
     use muster_proto::control::Load;
     use muster_proto::convert::RouterName;
-    use muster_types::{Compute, WeightDType};
+    use muster_types::{Compute, ExpertId, LayerId, WeightDType};
 
     use super::*;
 
@@ -367,22 +328,32 @@ mod tests {
         ExpertKey { layer: LayerId::new(0, 1).unwrap(), expert: ExpertId::new(expert, 8).unwrap() }
     }
 
-    fn expert() -> Expert {
+    fn expert() -> PackedExpert {
         let matrix = || Matrix::pack_f32(4, 4, &[0.5; 16]).unwrap();
-        Expert::new(matrix(), matrix(), matrix()).unwrap()
+        Expert::new(matrix(), matrix(), matrix()).unwrap().into()
     }
 
     fn digest(expert: u32) -> WeightDigest {
         WeightDigest::of([&expert.to_le_bytes()[..]])
     }
 
-    fn holder(held: &[u32]) -> Holder {
-        let digests = held.iter().map(|&n| (key(n), digest(n))).collect();
+    /// What capacity leaves room for besides.
+    const MORE: u64 = 1 << 20;
+
+    fn stored(held: &[u32]) -> Arc<CpuStore> {
         let mut set = ExpertSet::new(4, Compute::F32, WeightDType::Native);
-        for &n in held {
-            set.insert(key(n), expert());
-        }
-        Holder::new(set, digests, Instant::now())
+        held.iter().for_each(|&n| set.insert(key(n), expert()));
+        let capacity = set.bytes() + MORE;
+        Arc::new(CpuStore::new(set, capacity))
+    }
+
+    fn holder(held: &[u32]) -> Holder {
+        over(stored(held), held)
+    }
+
+    fn over(store: Arc<CpuStore>, held: &[u32]) -> Holder {
+        let digests = held.iter().map(|&n| (key(n), digest(n))).collect();
+        Holder::new(store, digests, Instant::now())
     }
 
     fn orders(keep: &[u32], load: &[u32]) -> Assignment {
@@ -417,7 +388,7 @@ mod tests {
     #[test]
     fn what_is_not_wanted_is_withdrawn_at_once_and_given_up_later() {
         let holder = holder(&[0, 1, 2]);
-        let before = holder.bytes();
+        let before = holder.held().resident_bytes;
         holder.assign(orders(&[0], &[]));
         assert_eq!(announced(&holder), [0]);
         assert!(holder.get(key(1)).is_some(), "a router that does not know yet is still answered");
@@ -427,11 +398,11 @@ mod tests {
         assert_eq!(announced(&holder), [0, 1]);
         assert!(matches!(holder.next(), Work::Released));
         assert!(holder.get(key(2)).is_none());
-        assert_eq!((holder.bytes(), holder.next_release()), (before / 3 * 2, None));
+        assert_eq!((holder.held().resident_bytes, holder.next_release()), (before / 3 * 2, None));
         holder.assign(orders(&[], &[]));
         assert!(holder.is_unwanted() && holder.get(key(0)).is_some());
         assert!(matches!(holder.next(), Work::Released));
-        assert_eq!(holder.bytes(), 0);
+        assert_eq!((holder.held().resident_bytes, holder.room()), (0, before + MORE));
     }
 
     #[test]
@@ -442,11 +413,11 @@ mod tests {
         assert_eq!(next(&holder), Task { key: key(5), peers: vec!["b:2".into()], digest: Some(digest(5)) });
         holder.defer(key(5));
         assert_eq!(next(&holder).key, key(3));
-        holder.take_in(key(3), expert(), digest(3));
+        holder.take_in(key(3), expert(), digest(3)).unwrap();
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 1));
         // What came too late to be wanted is not kept.
         holder.assign(orders(&[0, 3], &[]));
-        holder.take_in(key(5), expert(), digest(5));
+        holder.take_in(key(5), expert(), digest(5)).unwrap();
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 0));
         assert!(holder.get(key(5)).is_none());
         // What it is to keep and does not have is loaded too.
@@ -456,9 +427,10 @@ mod tests {
 
     #[test]
     fn what_is_given_up_counts_until_its_last_user_is_done() {
-        let holder = holder(&[0, 1]);
-        let all = holder.bytes();
-        let call = holder.pick(key(0).layer, [key(1).expert].into_iter()).unwrap();
+        let store = stored(&[0, 1]);
+        let holder = over(store.clone(), &[0, 1]);
+        let all = store.resident_bytes();
+        let call = store.pick(key(0).layer, [key(1).expert].into_iter()).unwrap();
         let fetch = holder.get(key(1));
         holder.assign(orders(&[0], &[]));
         // It is no longer to be had once it may go, and its memory is not yet free.
@@ -467,14 +439,14 @@ mod tests {
             holder.assign(orders(&[0], &[2]));
             let Work::Load(_) = holder.next() else { panic!("the memory is in use") };
         }
-        assert!(holder.pick(key(0).layer, [key(1).expert].into_iter()).is_err());
+        assert!(store.pick(key(0).layer, [key(1).expert].into_iter()).is_err());
         drop(call);
         assert!(matches!(holder.next(), Work::Load(_)));
-        assert_eq!(holder.bytes(), all, "somebody still fetches it");
+        assert_eq!(store.resident_bytes(), all, "somebody still fetches it");
         assert!(holder.next_release().is_some());
         drop(fetch);
         assert!(matches!(holder.next(), Work::Released));
-        assert_eq!((holder.bytes(), holder.next_release()), (all / 2, None));
+        assert_eq!((store.resident_bytes(), holder.next_release()), (all / 2, None));
     }
 
     #[tokio::test]

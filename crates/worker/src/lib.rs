@@ -6,10 +6,11 @@
 //! Knows nothing of routers beyond what [`muster_dispatch_grpc`] tells them, and nothing of signals, flags or files other
 //! than the model's.
 
-mod compute;
 mod holder;
 mod load;
 mod loader;
+#[cfg(test)]
+mod long_call;
 mod membership;
 mod memory;
 mod report;
@@ -27,14 +28,14 @@ use muster_dispatch_grpc::{
 };
 use muster_identity::{Identity, IdentityError, Role};
 use muster_kernels::KernelError;
+use muster_model::experts::{CpuExperts, ExpertStore};
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::SplitError;
 use muster_proto::description::{Description, Phase};
-use muster_types::{Compute, Epoch, NumericsClass, Speed, WeightDType, WorkerId};
+use muster_types::{Compute, Epoch, Speed, WeightDType, WorkerId};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use compute::Experts;
 use holder::Holder;
 use load::Loaded;
 use loader::Loader;
@@ -265,17 +266,15 @@ pub async fn run(
     let mut description = describe(&config, &loaded);
     let (experts, bytes) = (description.holdings.len(), description.resident_bytes);
     let server_config = server_config(&config, &loaded);
-    let Loaded { cpu, experts: set, digests, sources, .. } = loaded;
-    let holder = Arc::new(Holder::new(set, digests, started));
+    let Loaded { cpu, store, digests, sources, .. } = loaded;
+    let holder = Arc::new(Holder::new(store.clone(), digests, started));
     let Held { useful, full, .. } = holder.held();
     (description.useful, description.full) = (useful, full);
     let (server, queue) = ExpertServer::new(&server_config, description, holder.clone());
-    beside.spawn(report::measure(holder.clone(), sources.capacity, queue.pressure()));
-    let (network, held) = (bound.network(), holder.clone());
-    let mut computing = on_thread("muster-experts", move || {
-        let mut experts = Experts::new(cpu.clone(), held);
-        queue.run(&network, &cpu, &mut experts);
-    })?;
+    beside.spawn(report::measure(holder.clone(), store.capacity(), queue.pressure()));
+    let network = bound.network();
+    let mut computing =
+        on_thread("muster-experts", move || queue.run(&network, &mut CpuExperts::new(cpu, store)))?;
     let runtime = tokio::runtime::Handle::current();
     let dialer = Dialer::new(identity.as_ref(), &[Role::Router, Role::Worker])?;
     let loader = Loader { holder: holder.clone(), server: server.clone(), sources, runtime, dialer };
@@ -384,17 +383,17 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
     Description {
         worker: config.worker_id.clone(),
         fingerprint: loaded.sources.fingerprint,
-        numerics: NumericsClass::CpuCanonical,
-        compute: loaded.experts.compute(),
-        experts: loaded.experts.dtype(),
+        numerics: loaded.store.numerics(),
+        compute: loaded.sources.compute,
+        experts: loaded.sources.dtype,
         epoch: Epoch::new(1),
-        holdings: loaded.experts.keys(),
+        holdings: loaded.digests.keys().copied().collect(),
         // As ascending as the keys.
         digests: loaded.digests.values().copied().collect(),
-        resident_bytes: loaded.experts.bytes(),
+        resident_bytes: loaded.store.resident_bytes(),
         phase: Phase::Serving,
         max_rows: config.max_rows,
-        capacity: loaded.sources.capacity,
+        capacity: loaded.store.capacity(),
         speed: config.speed.unwrap_or_else(|| Speed::new(config.threads.get() as f64).unwrap_or(Speed::ONE)),
         domain: config.domain.clone(),
         loading: 0,

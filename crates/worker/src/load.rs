@@ -9,8 +9,7 @@ use std::time::Instant;
 use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::{Cpu, Packing, Quantisation};
-use muster_model::digests::digest;
-use muster_model::experts::{self, Expert, ExpertForm, ExpertSet, Gating, faster_mode};
+use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, Gating, PackedExpert, faster_mode};
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::{Shape, split};
 use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
@@ -26,8 +25,8 @@ const UNDIGESTED: usize = 2;
 /// All that serving needs of the model.
 pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
-    pub(crate) experts: ExpertSet,
-    /// Of each of them.
+    pub(crate) store: Arc<CpuStore>,
+    /// Of each of its experts.
     pub(crate) digests: BTreeMap<ExpertKey, WeightDigest>,
     pub(crate) sources: Sources,
     pub(crate) shape: Shape,
@@ -66,7 +65,10 @@ fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> 
     };
     Ok(Loaded {
         cpu,
-        experts: ExpertSet::new(hidden, card.compute, card.experts),
+        store: Arc::new(CpuStore::new(
+            ExpertSet::new(hidden, card.compute, card.experts),
+            config.memory.unwrap_or_else(memory_for_experts),
+        )),
         digests: BTreeMap::new(),
         sources: Sources {
             checkpoint: None,
@@ -75,7 +77,6 @@ fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> 
             compute: card.compute,
             dtype: card.experts,
             forms: card.layers.iter().map(|layer| layer.as_ref().map(form)).collect(),
-            capacity: config.memory.unwrap_or_else(memory_for_experts),
         },
         shape: Shape::new(card.shape()),
         hidden: card.hidden,
@@ -127,9 +128,9 @@ fn load(
         compute,
         dtype: config.experts,
         forms,
-        capacity,
     };
-    Ok(Loaded { cpu, experts, digests, sources, shape, hidden, top_k })
+    let store = Arc::new(CpuStore::new(experts, capacity));
+    Ok(Loaded { cpu, store, digests, sources, shape, hidden, top_k })
 }
 
 /// Reads and packs experts. Another thread digests what is there meanwhile, so that it takes no longer.
@@ -141,10 +142,10 @@ fn load_experts(
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(ExpertSet, BTreeMap<ExpertKey, WeightDigest>), ModelError> {
     let mut set = ExpertSet::new(checkpoint.spec().hidden, compute, dtype);
-    let (sender, loaded) = sync_channel::<(ExpertKey, Arc<Expert>)>(UNDIGESTED);
+    let (sender, loaded) = sync_channel::<(ExpertKey, Arc<PackedExpert>)>(UNDIGESTED);
     std::thread::scope(|scope| {
         let digesting =
-            scope.spawn(move || loaded.iter().map(|(key, expert)| (key, digest(&expert))).collect());
+            scope.spawn(move || loaded.iter().map(|(key, expert)| (key, expert.digest())).collect());
         let read = experts::read(checkpoint, keys, compute, dtype, progress, &mut |key, expert| {
             set.insert(key, expert);
             if let Some(expert) = set.get(key) {

@@ -13,8 +13,7 @@ use muster_checkpoint::Checkpoint;
 use muster_dispatch_grpc::{Address, Dialer, ExpertServer, FetchError, Fetcher};
 use muster_kernels::KernelError;
 use muster_model::ModelError;
-use muster_model::digests::digest;
-use muster_model::experts::{self, Expert, ExpertForm};
+use muster_model::experts::{self, ExpertForm, PackedExpert};
 use muster_proto::control::Fetch;
 use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType, WeightDigest};
 use tokio::runtime::Handle;
@@ -40,8 +39,6 @@ pub(crate) struct Sources {
     pub(crate) compute: Compute,
     pub(crate) dtype: WeightDType,
     pub(crate) forms: Vec<Option<ExpertForm>>,
-    /// Bytes the worker has for experts.
-    pub(crate) capacity: u64,
 }
 
 /// See the module.
@@ -157,7 +154,7 @@ impl Loader {
             tracing::error!(expert = %task.key, "told to load an expert that the model does not have");
             return Err(later);
         };
-        if self.holder.bytes().saturating_add(bytes as u64) > self.sources.capacity {
+        if bytes as u64 > self.holder.room() {
             return Err(self.holder.next_release().unwrap_or_else(|| {
                 tracing::warn!(expert = %task.key, bytes, "no memory left for an expert; raise --memory");
                 later
@@ -168,7 +165,10 @@ impl Loader {
             // What was called off meanwhile has not failed.
             return if self.holder.is_asked_for(task.key) { Err(later) } else { Ok(()) };
         };
-        self.holder.take_in(task.key, expert, digest);
+        if let Err(error) = self.holder.take_in(task.key, expert, digest) {
+            tracing::warn!(%error, "an expert that was loaded cannot be stored");
+            return Err(later);
+        }
         metrics::counter!("muster_worker_experts_loaded_total", "source" => source).increment(1);
         metrics::counter!("muster_worker_expert_bytes_loaded_total", "source" => source)
             .increment(bytes as u64);
@@ -188,7 +188,7 @@ impl Loader {
         task: &Task,
         form: &ExpertForm,
         bytes: usize,
-    ) -> Option<(Expert, WeightDigest, &'static str)> {
+    ) -> Option<(PackedExpert, WeightDigest, &'static str)> {
         let peers = task.peers.iter().filter_map(|peer| peer.parse().ok()).map(Source::Peer);
         let own = self.sources.checkpoint.iter().map(Source::Checkpoint);
         let routers = self.sources.routers.iter().cloned().map(Source::Router);
@@ -228,7 +228,7 @@ impl Loader {
         task: &Task,
         form: &ExpertForm,
         bytes: usize,
-    ) -> Result<(Expert, WeightDigest), Passed> {
+    ) -> Result<(PackedExpert, WeightDigest), Passed> {
         let Sources { fingerprint, compute, dtype, .. } = self.sources;
         match source {
             Source::Peer(address) | Source::Router(address) => {
@@ -246,7 +246,7 @@ impl Loader {
             }
             Source::Checkpoint(checkpoint) => {
                 let expert = experts::read_one(checkpoint, task.key, compute, dtype)?;
-                let theirs = digest(&expert);
+                let theirs = expert.digest();
                 match task.digest {
                     Some(ours) if ours != theirs => Err(Passed::Others { ours, theirs }),
                     _ => Ok((expert, theirs)),
@@ -262,7 +262,7 @@ mod tests {
 
     use muster_dispatch_grpc::{Custody, ServerConfig};
     use muster_kernels::Packing;
-    use muster_model::experts::{ExpertSet, Gating};
+    use muster_model::experts::{CpuStore, ExpertSet, Gating};
     use muster_placement::Shape;
     use muster_proto::control::{Assignment, Load};
     use muster_proto::convert::RouterName;
@@ -279,7 +279,8 @@ mod tests {
 
     fn loader(runtime: Handle) -> Loader {
         let (compute, dtype, fingerprint) = (Compute::F32, WeightDType::Native, Fingerprint::new([1; 32]));
-        let holder = Arc::new(Holder::new(ExpertSet::new(16, compute, dtype), [].into(), Instant::now()));
+        let store = Arc::new(CpuStore::new(ExpertSet::new(16, compute, dtype), 1 << 20));
+        let holder = Arc::new(Holder::new(store, [].into(), Instant::now()));
         let config = ServerConfig {
             shape: Shape::new(vec![8]),
             hidden: NonZeroU32::new(16).unwrap(),
@@ -314,15 +315,7 @@ mod tests {
         let packings = [Packing::F32; 3];
         let form = ExpertForm { hidden: 16, intermediate: 16, packings, gating: Gating::Silu, biases: false };
         let forms = vec![Some(form)];
-        let sources = Sources {
-            checkpoint: None,
-            routers: Vec::new(),
-            fingerprint,
-            compute,
-            dtype,
-            forms,
-            capacity: 1 << 20,
-        };
+        let sources = Sources { checkpoint: None, routers: Vec::new(), fingerprint, compute, dtype, forms };
         Loader { holder, server, sources, runtime, dialer: Dialer::default() }
     }
 

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use muster_admin::Admin;
 use muster_checkpoint::{Checkpoint, Source};
-use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, Digests, GrpcDispatch, Rows, Start, WorkerState};
+use muster_dispatch_grpc::{Address, ConnectConfig, Dialer, Digests, GrpcDispatch, Start, WorkerState};
+use muster_engine::dispatch::Rows;
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
-use muster_model::local::Local;
+use muster_model::local::local;
 use muster_placement::{Shape, split};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake::round;
@@ -161,7 +162,7 @@ fn connect(config: &ConnectConfig, workers: &[Running]) -> GrpcDispatch {
 fn conforms_locally_and_over_grpc(name: &str) {
     conformance::run(|| {
         let (cpu, set, model, _) = model(name);
-        Harness { dispatch: Local::new(cpu, set), model }
+        Harness { dispatch: local(cpu, &set).unwrap(), model }
     });
     let workers = Running::parts(name, 3);
     conformance::run(|| {

@@ -8,8 +8,8 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use muster_engine::compute::ExpertCompute;
 use muster_engine::delivery::Arrived;
-use muster_kernels::Cpu;
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_request::Body;
@@ -22,7 +22,6 @@ use tokio::sync::mpsc;
 
 use super::carrier::WireRows;
 use super::links::{Links, StreamKey};
-use crate::compute::ExpertCompute;
 use crate::server::Call;
 
 /// What this process is called beside the workers. One that calls itself so, too, is refused as any double name is.
@@ -34,8 +33,6 @@ const WAITING: usize = 16;
 pub struct Fallback {
     /// Every expert of the model.
     pub experts: Box<dyn ExpertCompute>,
-    /// Where it computes; not where the engine thread does.
-    pub cpu: Arc<Cpu>,
 }
 
 /// Puts them on the links and starts their thread, which ends with the links.
@@ -54,7 +51,7 @@ pub(super) fn start(
     // Holding the links would keep it, and with it the lanes, for good.
     let links = Arc::downgrade(links);
     let run = move || {
-        let Fallback { mut experts, cpu } = fallback;
+        let Fallback { mut experts } = fallback;
         let mut call = Call::default();
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let Ok(runtime) = runtime else { return };
@@ -71,7 +68,7 @@ pub(super) fn start(
             metrics::counter!("muster_dispatch_fallback_shards_total").increment(1);
             let id = shard.id;
             let outcome = ShardView::parse(shard, &rules, combine, epoch)
-                .and_then(|view| compute(&view, &mut call, &cpu, &rules, experts.as_mut()))
+                .and_then(|view| compute(&view, &mut call, &rules, experts.as_mut()))
                 .map(|(rows, compute)| Arrived {
                     outputs: WireRows::new(rows, rules.hidden as usize, rules.wire),
                     compute,
@@ -112,13 +109,12 @@ fn describe(links: &Links, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
 fn compute(
     view: &ShardView,
     call: &mut Call,
-    cpu: &Cpu,
     rules: &ShardRules,
     experts: &mut dyn ExpertCompute,
 ) -> Result<(OutputRows, Duration), Fault> {
     call.clear();
     call.admit(view, Duration::ZERO, rules)?;
-    let outcome = call.run(&[view], cpu, rules, experts).pop();
+    let outcome = call.run(&[view], rules, experts).pop();
     let missing = || Fault::new(FaultKind::Internal, "the experts gave nothing");
     let (outputs, compute) = outcome.ok_or_else(missing)?;
     Ok((outputs?, compute))

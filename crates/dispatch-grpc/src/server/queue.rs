@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Histogram};
-use muster_kernels::Cpu;
+use muster_engine::compute::ExpertCompute;
 use muster_proto::expert::v1;
 use muster_proto::reply::{OutputRows, Reply, Timing};
 use muster_proto::shard::{ShardRules, ShardView};
@@ -23,7 +23,6 @@ use super::call::{self, Call};
 use super::control::RowCounts;
 use super::pressure::Pressure;
 use crate::busy::BusyPoll;
-use crate::compute::ExpertCompute;
 use crate::driver::Reins;
 
 /// What goes down a reply stream.
@@ -243,7 +242,7 @@ impl ComputeQueue {
     /// Computes shards, first come first served, until the server is closed or no longer serves; `network` is that of the
     /// socket it serves on, which this thread drives while it waits. Shards whose deadline passed in the queue and shards
     /// whose router went away are not computed.
-    pub fn run(self, network: &Network, cpu: &Cpu, experts: &mut dyn ExpertCompute) {
+    pub fn run(self, network: &Network, experts: &mut dyn ExpertCompute) {
         let mut call = Call::default();
         let mut ready: Vec<Ready> = Vec::new();
         loop {
@@ -266,7 +265,7 @@ impl ComputeQueue {
                 network.0.lend();
             }
             let began = Instant::now();
-            self.compute(jobs, cpu, experts, &mut call, &mut ready);
+            self.compute(jobs, experts, &mut call, &mut ready);
             self.pressure.worked(began.elapsed());
         }
     }
@@ -274,7 +273,6 @@ impl ComputeQueue {
     fn compute(
         &self,
         jobs: Vec<Job>,
-        cpu: &Cpu,
         experts: &mut dyn ExpertCompute,
         call: &mut Call,
         ready: &mut Vec<Ready>,
@@ -295,7 +293,7 @@ impl ComputeQueue {
             }
         }
         let views: Vec<&ShardView> = members.iter().map(|(view, ..)| view).collect();
-        let outcomes = call.run(&views, cpu, &self.rules, experts);
+        let outcomes = call.run(&views, &self.rules, experts);
         if views.len() > 1 {
             self.merged.increment(views.len() as u64);
         }

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster_kernels::Expert;
+use bytes::Bytes;
 use muster_proto::control::{Fetch, Seal};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::weights_server::{Weights, WeightsServer};
@@ -33,8 +33,8 @@ pub trait WeightSource: Send + Sync {
 /// An expert to be handed out.
 #[derive(Clone)]
 pub struct Handed {
-    /// The expert.
-    pub expert: Arc<Expert>,
+    /// Its packed matrices and then its biases, gate, up and down each time.
+    pub packed: [Bytes; 6],
     /// What its weights must be; `None` where that is not known.
     pub digest: Option<WeightDigest>,
 }
@@ -118,10 +118,9 @@ fn send(
         let _place = place;
         let (mut digest, mut older) = (WeightHasher::default(), (seal == Seal::Sha256).then(Sha256::new));
         let (started, mut sent) = (Instant::now(), 0_usize);
-        let packed = handed.expert.packed();
-        for part in packed.iter().flat_map(|bytes| bytes.chunks(PART)) {
+        for part in handed.packed.iter().flat_map(|bytes| bytes.chunks(PART)) {
             // Of what is sent, not of what lies in memory, which may change in between.
-            let data = bytes::Bytes::copy_from_slice(part);
+            let data = Bytes::copy_from_slice(part);
             digest.update(&data);
             if let Some(older) = &mut older {
                 older.update(&data);

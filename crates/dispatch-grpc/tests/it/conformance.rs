@@ -1,7 +1,7 @@
 //! The dispatch conformance kit over real sockets.
 
 use crate::support::{
-    Fake, HIDDEN, TOP_K, TestWorker, all, connect_config, cpu, describe, server_config, shape, share, socket,
+    HIDDEN, TOP_K, TestWorker, all, connect_config, describe, fakes, server_config, shape, share, socket,
 };
 use muster_dispatch_grpc::{ConnectConfig, Fallback, GrpcDispatch, Start};
 use muster_engine::dispatch::{
@@ -72,7 +72,7 @@ fn shares(count: u32, compute: Compute) -> Vec<TestWorker> {
 fn with_fallback(workers: Vec<TestWorker>, compute: Compute) -> Harness<Cluster> {
     let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
     let config = ConnectConfig { start: Start::Assigned, ..connect_config(&addresses, compute) };
-    let fallback = Fallback { experts: Box::new(Fake::new(&all(), compute)), cpu: cpu() };
+    let fallback = Fallback { experts: Box::new(fakes(&all(), compute)) };
     let dispatch = muster_dispatch_grpc::connect_with(config, Some(fallback)).expect("workers fit");
     let held: usize = shape()
         .keys()
@@ -122,7 +122,7 @@ fn workers_that_add_up_themselves_in_f32() {
 fn one_worker_over_a_unix_socket() {
     conformance::run(|| {
         let (held, compute) = (all(), Compute::F32);
-        let experts = Fake::new(&held, compute);
+        let experts = fakes(&held, compute);
         let worker = TestWorker::with(&socket(), &server_config(), describe("w0", held, compute), experts);
         harness(vec![worker], compute)
     });

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::support::lying::LyingWorker;
 use crate::support::{
-    Fake, MAX_ROWS, OneRow, TestWorker, all, connect_config, describe, server_config, share, socket, soon,
+    MAX_ROWS, OneRow, TestWorker, all, connect_config, describe, fakes, server_config, share, socket, soon,
 };
 use muster_dispatch_grpc::{ConnectConfig, ConnectError, LinkError, Start, WorkerState};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
@@ -201,7 +201,7 @@ fn a_worker_that_comes_late_is_waited_for() {
     let address = socket();
     let config = connect_config(&[&address], Compute::F32);
     let connecting = std::thread::spawn(move || muster_dispatch_grpc::connect(config));
-    let experts = Fake::new(&all(), Compute::F32);
+    let experts = fakes(&all(), Compute::F32);
     let description = describe("late", all(), Compute::F32);
     let _worker = TestWorker::with(&address, &server_config(), description, experts);
     let dispatch = connecting.join().unwrap().expect("the worker came in time");

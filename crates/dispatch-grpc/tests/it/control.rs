@@ -1,13 +1,12 @@
 //! Beside the data plane: who leads, what a worker is told to hold, and weights from one worker to another.
 
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, Handed, ServerConfig, Start};
 use muster_engine::dispatch::ExpertDispatch;
-use muster_kernels::{Expert, Matrix};
 use muster_proto::control::{Assignment, Fetch, LeadAsk, Load};
 use muster_proto::convert::RouterName;
 use muster_proto::expert::v1;
@@ -158,21 +157,21 @@ fn a_worker_that_joins_is_used_and_forgotten_when_it_is_gone() {
     eventually("it is forgotten", || health.workers().is_empty());
 }
 
-fn some_expert() -> Arc<Expert> {
-    let pack = |n, k| Matrix::pack_f32(n, k, &vec![0.25; n * k]).unwrap();
-    Arc::new(Expert::new(pack(48, 32), pack(48, 32), pack(32, 48)).unwrap())
+fn some_expert() -> [Bytes; 6] {
+    let part = |of: u8, len: usize| Bytes::from((0..len).map(|at| of ^ at as u8).collect::<Vec<u8>>());
+    [part(1, 6000), part(2, 6000), part(3, 6000), part(4, 8), part(5, 8), Bytes::new()]
 }
 
 #[test]
 fn weights_are_fetched_whole_or_not_at_all() {
     let config = ServerConfig { fetch_rate: NonZeroUsize::new(1 << 20).unwrap(), ..server_config() };
     let description = describe("w0", all(), Compute::F32);
-    let experts = Fake::new(&all(), Compute::F32);
+    let experts = fakes(&all(), Compute::F32);
     let worker = TestWorker::with("127.0.0.1:0", &config, description, experts);
     let expert = some_expert();
-    let packed = expert.matrices().map(Matrix::packed).concat();
+    let packed = expert.concat();
     let theirs = WeightDigest::of([&packed[..]]);
-    let hand = |digest| Handed { expert: expert.clone(), digest: Some(digest) };
+    let hand = |digest| Handed { packed: expert.clone(), digest: Some(digest) };
     worker.ledger.experts.lock().unwrap().insert(all()[2], hand(theirs));
     let address: Address = worker.address.parse().unwrap();
     let fetch = Fetch {
@@ -223,12 +222,11 @@ fn weights_are_fetched_whole_or_not_at_all() {
 #[test]
 fn the_version_before_fetches_with_the_digest_that_it_knows() {
     let description = describe("w0", all(), Compute::F32);
-    let worker =
-        TestWorker::with("127.0.0.1:0", &server_config(), description, Fake::new(&all(), Compute::F32));
+    let worker = TestWorker::with("127.0.0.1:0", &server_config(), description, fakes(&all(), Compute::F32));
     let expert = some_expert();
-    let packed = expert.matrices().map(Matrix::packed).concat();
+    let packed = expert.concat();
     let digest = Some(WeightDigest::of([&packed[..]]));
-    worker.ledger.experts.lock().unwrap().insert(all()[2], Handed { expert, digest });
+    worker.ledger.experts.lock().unwrap().insert(all()[2], Handed { packed: expert, digest });
     let fetch = Fetch {
         fingerprint: FINGERPRINT,
         compute: Compute::F32,

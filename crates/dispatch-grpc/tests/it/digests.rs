@@ -14,7 +14,7 @@ const OTHER: WeightDigest = WeightDigest::new([0xee; 32]);
 fn damaged(name: &str, at: usize) -> TestWorker {
     let mut description = describe(name, all(), Compute::F32);
     description.digests[at] = OTHER;
-    TestWorker::with("127.0.0.1:0", &server_config(), description, Fake::new(&all(), Compute::F32))
+    TestWorker::with("127.0.0.1:0", &server_config(), description, fakes(&all(), Compute::F32))
 }
 
 /// A refusal of it says all that is needed to find the file.
@@ -138,8 +138,7 @@ fn what_a_worker_passed_over_is_announced() {
         trouble: Some("layer 0 expert 1 from its files".into()),
         ..describe("w0", all(), Compute::F32)
     };
-    let worker =
-        TestWorker::with("127.0.0.1:0", &server_config(), description, Fake::new(&all(), Compute::F32));
+    let worker = TestWorker::with("127.0.0.1:0", &server_config(), description, fakes(&all(), Compute::F32));
     let dispatch = muster_dispatch_grpc::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
     let announced = dispatch.transport().health().workers()[0].announced.clone().unwrap();
     assert_eq!(announced.trouble.as_deref(), Some("layer 0 expert 1 from its files"));

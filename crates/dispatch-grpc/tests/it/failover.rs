@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use crate::support::lying::{Lie, LyingWorker, rows};
 use crate::support::{
-    Fake, Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, collect, connect_config, cpu, describe, eventually,
-    expert, once, server_config, share, soon,
+    Gated, HIDDEN, OneRow, TOP_K, TestWorker, all, collect, connect_config, describe, eventually, expert,
+    fakes, once, server_config, share, soon,
 };
 use muster_dispatch_grpc::{Fallback, GrpcDispatch, WorkerState};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut};
@@ -178,7 +178,7 @@ fn a_stream_that_breaks_with_rows_on_it_costs_nothing() {
 
 #[test]
 fn a_worker_killed_with_rows_in_it_is_stood_in_for() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let first =
         TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     let honest = honest();
@@ -193,7 +193,7 @@ fn a_worker_killed_with_rows_in_it_is_stood_in_for() {
 
 #[test]
 fn a_late_worker_is_stood_in_for_and_asked_last_until_it_answers() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     let quick = TestWorker::start("b", all(), Compute::F32);
     let mut dispatch = connect(&[&slow.address, &quick.address]);
@@ -220,7 +220,7 @@ fn a_late_worker_is_stood_in_for_and_asked_last_until_it_answers() {
 
 #[test]
 fn who_has_answered_is_not_late_because_another_is() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     let quick = TestWorker::start("b", all(), Compute::F32);
     let mut dispatch = connect(&[&slow.address, &quick.address]);
@@ -246,7 +246,7 @@ fn who_has_answered_is_not_late_because_another_is() {
 #[test]
 fn the_one_that_is_late_may_still_be_the_first_to_answer() {
     let gated = |name| {
-        let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+        let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
         let description = describe(name, all(), Compute::F32);
         (TestWorker::with("127.0.0.1:0", &server_config(), description, experts), gate)
     };
@@ -295,7 +295,7 @@ fn a_sole_holder_whose_network_is_gone_is_found_by_its_silence() {
 
 #[test]
 fn a_sole_holder_that_computes_for_long_is_left_alone() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     let runtime = crate::support::runtime();
     let proxy = runtime.block_on(FaultProxy::start(&slow.address)).unwrap();
@@ -315,7 +315,7 @@ fn a_sole_holder_that_computes_for_long_is_left_alone() {
 
 #[test]
 fn an_owner_that_comes_while_rows_wait_is_asked() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let stuck =
         TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     // An address where nobody listens yet.
@@ -327,7 +327,7 @@ fn an_owner_that_comes_while_rows_wait_is_asked() {
     let ticket = dispatch.submit(&row().batch()).unwrap();
     gate.wait();
     let coming = std::thread::spawn(move || {
-        let experts = Fake::new(&all(), Compute::F32);
+        let experts = fakes(&all(), Compute::F32);
         TestWorker::with(&place, &server_config(), describe("b", all(), Compute::F32), experts)
     });
     assert_eq!(collect(&mut dispatch, ticket), Ok(row().sum()), "the stuck one never answered");
@@ -408,10 +408,10 @@ fn rows_of_a_large_batch_are_each_counted_once_whoever_fails() {
 
 #[test]
 fn what_dies_with_its_rows_is_computed_here_where_that_is_allowed() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let description = describe("w0", all(), Compute::F32);
     let only = TestWorker::with("127.0.0.1:0", &server_config(), description, experts);
-    let fallback = Fallback { experts: Box::new(Fake::new(&all(), Compute::F32)), cpu: cpu() };
+    let fallback = Fallback { experts: Box::new(fakes(&all(), Compute::F32)) };
     let config = connect_config(&[&only.address], Compute::F32);
     let mut dispatch = muster_dispatch_grpc::connect_with(config, Some(fallback)).unwrap();
     let row = OneRow::new(0, &[1, 5]);

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::lying::{Lie, LyingWorker, rows};
 use crate::support::{
-    Fake, Gated, HIDDEN, OneRow, TestWorker, all, collect, connect_config, describe, eventually, once,
+    Gated, HIDDEN, OneRow, TestWorker, all, collect, connect_config, describe, eventually, fakes, once,
     server_config, socket,
 };
 use muster_dispatch_grpc::{GrpcDispatch, WorkerState};
@@ -24,7 +24,7 @@ fn worker() -> WorkerId {
 #[test]
 fn a_killed_worker_fails_what_it_had_and_is_used_again_when_it_is_back() {
     let address = socket();
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let first = TestWorker::with(&address, &server_config(), describe("w0", all(), Compute::F32), experts);
     let mut dispatch = connect(&address);
     let health = dispatch.transport().health();
@@ -41,7 +41,7 @@ fn a_killed_worker_fails_what_it_had_and_is_used_again_when_it_is_back() {
     eventually("all of its experts are missing", || health.missing() == all());
     assert!(matches!(health.workers()[0].state, WorkerState::Down { .. }));
 
-    let experts = Fake::new(&all(), Compute::F32);
+    let experts = fakes(&all(), Compute::F32);
     let _second = TestWorker::with(&address, &server_config(), describe("w0", all(), Compute::F32), experts);
     eventually("the worker is connected again", || health.missing_experts() == 0);
     assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
@@ -84,7 +84,7 @@ fn rows_go_to_a_replica_when_a_worker_is_gone_or_drains() {
 
 #[test]
 fn a_draining_worker_finishes_what_it_has() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let description = describe("w0", all(), Compute::F32);
     let mut only = TestWorker::with("127.0.0.1:0", &server_config(), description, experts);
     let mut dispatch = connect(&only.address);
@@ -103,7 +103,7 @@ fn a_draining_worker_finishes_what_it_has() {
 
 #[test]
 fn a_late_reply_is_dropped_and_counted() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let description = describe("w0", all(), Compute::F32);
     let slow = TestWorker::with("127.0.0.1:0", &server_config(), description, experts);
     let mut dispatch = connect(&slow.address);

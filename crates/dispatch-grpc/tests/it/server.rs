@@ -3,7 +3,8 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use muster_dispatch_grpc::{Address, BindError, Bound, ComputeError, ExpertCompute, ServerConfig};
+use muster_dispatch_grpc::{Address, BindError, Bound, ServerConfig};
+use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
 use muster_engine::dispatch::Rows;
 use muster_proto::convert::RouterName;
 use muster_proto::expert::v1;
@@ -12,14 +13,14 @@ use muster_proto::expert::v1::shard_error::Code as Fault;
 use muster_proto::handshake::Terms;
 use muster_proto::version::{MARKS, OURS};
 use muster_testkit::fake;
-use muster_types::{Combine, Compute, ExpertId, LayerId, NumericsClass, WeightDType};
+use muster_types::{Combine, Compute, LayerId, NumericsClass, WeightDType};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
 use crate::support::{
-    FINGERPRINT, Fake, Gated, HIDDEN, MAX_ROWS, TestWorker, all, describe, eventually, expert, layer,
+    FINGERPRINT, Gated, HIDDEN, MAX_ROWS, TestWorker, all, describe, eventually, expert, fakes, layer,
     runtime, server_config, share, socket,
 };
 
@@ -221,7 +222,7 @@ fn a_message_over_the_limit_ends_its_stream_and_no_other() {
 
 #[test]
 fn a_full_queue_refuses_and_recovers() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let worker = with(experts, &ServerConfig { queue: NonZeroUsize::MIN, ..server_config() });
     runtime().block_on(async {
         let mut raw = Raw::open(&worker).await;
@@ -243,7 +244,7 @@ fn a_full_queue_refuses_and_recovers() {
 
 #[test]
 fn a_router_that_goes_away_takes_its_queued_shards_along() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let worker = with(experts, &server_config());
     runtime().block_on(async {
         let mut stays = Raw::open(&worker).await;
@@ -293,7 +294,7 @@ fn row_for(id: u64, row: &[f32], experts: &[u32]) -> v1::LayerShard {
 
 #[test]
 fn shards_of_one_layer_that_wait_together_are_one_call_and_answered_apart() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let worker = with(experts, &server_config());
     runtime().block_on(async {
         let mut one = Raw::open(&worker).await;
@@ -325,7 +326,7 @@ fn shards_of_one_layer_that_wait_together_are_one_call_and_answered_apart() {
 #[test]
 fn a_shard_that_fails_does_not_fail_those_computed_with_it() {
     let held = share(0, 2);
-    let (experts, gate) = Gated::new(Fake::new(&held, Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&held, Compute::F32));
     let worker = with(experts, &server_config());
     runtime().block_on(async {
         let mut one = Raw::open(&worker).await;
@@ -380,7 +381,7 @@ fn only_a_stream_that_combines_partially_carries_weights() {
 
 #[test]
 fn a_shard_whose_deadline_passes_in_the_queue_is_not_computed() {
-    let (experts, gate) = Gated::new(Fake::new(&all(), Compute::F32));
+    let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let worker = with(experts, &server_config());
     runtime().block_on(async {
         let mut raw = Raw::open(&worker).await;
@@ -404,21 +405,16 @@ fn a_shard_whose_deadline_passes_in_the_queue_is_not_computed() {
 struct Failing;
 
 impl ExpertCompute for Failing {
-    fn forward(
+    fn answer(
         &mut self,
         layer: LayerId,
-        groups: &[(ExpertId, &[u32])],
         _: Rows<'_>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), ComputeError> {
-        assert!(!groups.is_empty(), "no call without experts");
-        out.clear();
+        segments: &[Segment<'_>],
+    ) -> Result<Vec<SegmentAnswer>, ComputeError> {
+        assert!(segments.iter().all(|segment| !segment.groups.is_empty()), "no call without experts");
         match layer.get() {
-            0 => {
-                out.resize(HIDDEN, f32::NAN);
-                Ok(())
-            }
-            2 => Ok(()),
+            0 => Ok(vec![SegmentAnswer { data: vec![0; HIDDEN * 4], not_finite: vec![0] }]),
+            2 => Ok(vec![SegmentAnswer::default()]),
             _ => panic!("an expert gives up"),
         }
     }
@@ -445,7 +441,7 @@ fn experts_that_fail_are_answered_for_even_when_they_panic() {
         assert_eq!((rows.rows, &rows.not_finite[..], &rows.data[..]), (1, &[0][..], &zeros[..]));
         raw.send(v1::LayerShard { layer: 2, ..shard(2) }).await;
         let (id, code, message) = raw.fault().await;
-        assert_eq!((id, code, message.as_str()), (2, Fault::Internal, "experts gave 0 values instead of 16"));
+        assert_eq!((id, code, message.as_str()), (2, Fault::Internal, "experts gave 0 bytes instead of 64"));
         for id in [3, 4] {
             raw.send(v1::LayerShard { layer: 3, ..shard(id) }).await;
             let (answered, code, _) = raw.fault().await;
@@ -485,7 +481,7 @@ fn draining_is_announced_and_serves_on_until_it_refuses() {
 #[test]
 fn streams_are_bounded() {
     let config = ServerConfig { streams: NonZeroUsize::new(2).unwrap(), ..server_config() };
-    let worker = with(Fake::new(&all(), Compute::F32), &config);
+    let worker = with(fakes(&all(), Compute::F32), &config);
     runtime().block_on(async {
         let first = Raw::open(&worker).await;
         let _second = Raw::open(&worker).await;
@@ -510,7 +506,7 @@ fn an_address_in_use_is_named_and_a_socket_left_behind_is_replaced() {
         &unix,
         &server_config(),
         describe("w0", all(), Compute::F32),
-        Fake::new(&all(), Compute::F32),
+        fakes(&all(), Compute::F32),
     );
     let path = unix.strip_prefix("unix:").unwrap().to_owned();
     runtime().block_on(async {

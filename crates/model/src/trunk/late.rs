@@ -9,7 +9,7 @@ use muster_checkpoint::{Checkpoint, Source};
 
 use super::*;
 use crate::experts::ExpertSet;
-use crate::local::Local;
+use crate::local::{Local, local};
 
 /// Bytes of the rows of every micro-batch in flight, as they were submitted.
 type Submitted = Arc<Mutex<BTreeMap<Ticket, Vec<u8>>>>;
@@ -63,7 +63,7 @@ fn rows_stay_as_they_are_until_they_are_collected() {
         let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |_| {}).unwrap());
         let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let submitted = Submitted::default();
-        let local = Local::new(Arc::clone(&cpu), experts);
+        let local = local(Arc::clone(&cpu), &experts).unwrap();
         let mut dispatch = Late { local, submitted: Arc::clone(&submitted) };
         let groups = trunk.kv_groups().reaches().len() as u32;
         let mut kv = trunk.new_kv(2 * groups as usize).unwrap();

@@ -14,7 +14,7 @@ use muster_types::SeqId;
 use super::*;
 use crate::evaluate::evaluate;
 use crate::experts::ExpertSet;
-use crate::local::Local;
+use crate::local::{Local, local};
 
 const PROMPT: usize = 45;
 
@@ -57,7 +57,7 @@ impl Model {
     }
 
     pub(super) fn dispatch(&self) -> Local {
-        Local::new(Arc::clone(&self.cpu), Arc::clone(&self.experts))
+        local(Arc::clone(&self.cpu), &self.experts).unwrap()
     }
 
     /// Bits of the logits of all positions, from one group.

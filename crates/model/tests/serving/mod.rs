@@ -15,7 +15,7 @@ use muster_engine::scheduler::{
 };
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
-use muster_model::local::Local;
+use muster_model::local::local;
 use muster_model::sampler::{History, Pick, SampleScratch, Sampling, sample};
 use muster_model::trunk::{SeqInput, StepContext, StepState, Trunk, WantLogits};
 use muster_types::{Compute, SeqId, TokenId};
@@ -65,7 +65,7 @@ impl Model {
     ) -> (Vec<Output>, Stats) {
         let mut kv = self.trunk.new_kv(config.blocks as usize).unwrap();
         let mut scheduler = Scheduler::new(config).unwrap();
-        let mut local = Local::new(Arc::clone(&self.cpu), Arc::clone(&self.experts));
+        let mut local = local(Arc::clone(&self.cpu), &self.experts).unwrap();
         let (mut state, mut scratch) = (StepState::default(), SampleScratch::default());
         let mut outputs: BTreeMap<SeqId, (u32, Output)> = BTreeMap::new();
         let vocab = self.trunk.spec().vocab as usize;

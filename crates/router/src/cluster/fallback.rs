@@ -1,14 +1,15 @@
 //! The router's own experts: read from the checkpoint when they are needed, for rows that no worker can take.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
-use muster_dispatch_grpc::{ComputeError, Digests, ExpertCompute, Rows};
+use muster_dispatch_grpc::Digests;
+use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
+use muster_engine::dispatch::Rows;
 use muster_kernels::Cpu;
-use muster_model::digests::digest;
-use muster_model::experts::{self, ExpertError, ExpertScratch, ExpertSet};
-use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
+use muster_model::experts::{self, CpuExperts, CpuStore, ExpertSet, ExpertStore, PackedExpert};
+use muster_types::{Compute, ExpertKey, LayerId, WeightDType};
 
 /// Bytes of experts that are kept from one step to the next.
 const KEPT: u64 = 1 << 30;
@@ -16,9 +17,10 @@ const KEPT: u64 = 1 << 30;
 /// See the module. Keeps those that were used last.
 pub(crate) struct ColdExperts {
     checkpoint: Arc<Checkpoint>,
-    cpu: Arc<Cpu>,
-    set: ExpertSet,
-    scratch: ExpertScratch,
+    compute: Compute,
+    dtype: WeightDType,
+    store: Arc<CpuStore>,
+    experts: CpuExperts,
     /// When each was used last.
     used: HashMap<ExpertKey, u64>,
     calls: u64,
@@ -35,65 +37,57 @@ impl ColdExperts {
         digests: Digests,
     ) -> Self {
         let set = ExpertSet::new(checkpoint.spec().hidden, compute, dtype);
-        Self {
-            checkpoint,
-            cpu,
-            set,
-            scratch: ExpertScratch::default(),
-            used: HashMap::new(),
-            calls: 0,
-            digests,
-        }
+        let store = Arc::new(CpuStore::new(set, u64::MAX));
+        let experts = CpuExperts::new(cpu, Arc::clone(&store));
+        Self { checkpoint, compute, dtype, store, experts, used: HashMap::new(), calls: 0, digests }
     }
 
     /// Reads what is not there, and makes room for it.
-    fn warm(&mut self, keys: &[ExpertKey]) -> Result<(), ComputeError> {
+    fn warm(&mut self, keys: &BTreeSet<ExpertKey>) -> Result<(), ComputeError> {
         self.calls += 1;
         for &key in keys {
             self.used.insert(key, self.calls);
         }
-        let cold: Vec<ExpertKey> = keys.iter().copied().filter(|&key| !self.set.holds(key)).collect();
+        let cold: Vec<ExpertKey> = keys.iter().copied().filter(|&key| !self.store.holds(key)).collect();
         if cold.is_empty() {
             return Ok(());
         }
-        while self.set.bytes() > KEPT {
+        while self.store.resident_bytes() > KEPT {
             // Those of this call are the latest.
             let oldest = self.used.iter().filter(|(_, at)| **at < self.calls).min_by_key(|(_, at)| **at);
             let Some((&oldest, _)) = oldest else { break };
             self.used.remove(&oldest);
-            self.set.remove(oldest);
+            self.store.remove(oldest);
+            self.store.reclaim();
         }
-        let (compute, dtype) = (self.set.compute(), self.set.dtype());
-        let (set, digests, mut wrong) = (&mut self.set, &self.digests, None);
-        let take = &mut |key, expert| match digests.expected(key) {
-            Some(ours) if ours != digest(&expert) => wrong = Some(key),
-            _ => set.insert(key, expert),
+        let (store, digests, mut failed) = (&self.store, &self.digests, None);
+        let take = &mut |key: ExpertKey, expert: PackedExpert| {
+            let taken = match digests.expected(key) {
+                Some(ours) if ours != expert.digest() => Err(format!(
+                    "the router's own weights of {key} are no longer what their digest says; see `muster check-model`"
+                )),
+                _ => store.insert(key, expert).map_err(|error| error.to_string()),
+            };
+            if let Err(reason) = taken {
+                failed = Some(reason);
+            }
         };
-        experts::read(&self.checkpoint, &cold, compute, dtype, &mut |_| {}, take)
+        experts::read(&self.checkpoint, &cold, self.compute, self.dtype, &mut |_| {}, take)
             .map_err(|error| ComputeError::Internal(error.to_string()))?;
-        match wrong {
-            None => Ok(()),
-            Some(key) => Err(ComputeError::Internal(format!(
-                "the router's own weights of {key} are no longer what their digest says; see `muster check-model`"
-            ))),
-        }
+        failed.map_or(Ok(()), |reason| Err(ComputeError::Internal(reason)))
     }
 }
 
 impl ExpertCompute for ColdExperts {
-    fn forward(
+    fn answer(
         &mut self,
         layer: LayerId,
-        groups: &[(ExpertId, &[u32])],
         rows: Rows<'_>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), ComputeError> {
-        let keys: Vec<ExpertKey> = groups.iter().map(|&(expert, _)| ExpertKey { layer, expert }).collect();
+        segments: &[Segment<'_>],
+    ) -> Result<Vec<SegmentAnswer>, ComputeError> {
+        let groups = segments.iter().flat_map(|segment| &segment.groups);
+        let keys: BTreeSet<ExpertKey> = groups.map(|&(expert, _)| ExpertKey { layer, expert }).collect();
         self.warm(&keys)?;
-        let Self { cpu, set, scratch, .. } = self;
-        set.forward(cpu, scratch, layer, groups, rows, out).map_err(|error| match error {
-            ExpertError::NotHeld(key) => ComputeError::NotHeld(key),
-            ExpertError::Shape(reason) => ComputeError::Internal(reason),
-        })
+        self.experts.answer(layer, rows, segments)
     }
 }

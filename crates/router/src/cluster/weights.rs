@@ -24,6 +24,6 @@ impl WeightSource for CheckpointWeights {
         };
         let read = experts::read_one(&self.checkpoint, key, self.compute, self.dtype);
         let expert = Arc::new(read.inspect_err(failed).ok()?);
-        Some(Handed { expert, digest: self.digests.expected(key) })
+        Some(Handed { packed: expert.shared(), digest: self.digests.expected(key) })
     }
 }

@@ -13,9 +13,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use muster_dispatch_grpc::{
-    Address, Bound, ComputeError, ConnectConfig, Custody, Dialer, Digests, ExpertCompute, ExpertServer,
-    GrpcDispatch, Handed, Held, Reference, ServerConfig, Start, WeightSource,
+    Address, Bound, ConnectConfig, Custody, Dialer, Digests, ExpertServer, GrpcDispatch, Handed, Held,
+    Reference, ServerConfig, Start, WeightSource,
 };
+use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
 use muster_engine::dispatch::{Choices, DispatchError, ExpertDispatch, LayerBatch, Rows, RowsMut, Ticket};
 use muster_kernels::Cpu;
 use muster_placement::{Shape, split};
@@ -175,30 +176,14 @@ pub fn cpu() -> Arc<Cpu> {
     Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap())
 }
 
-/// Fake experts behind the server's trait.
-pub struct Fake(pub FakeExperts);
-
-impl Fake {
-    pub fn new(held: &[ExpertKey], compute: Compute) -> Self {
-        Self(FakeExperts { compute, hidden: HIDDEN, held: held.iter().copied().collect::<BTreeSet<_>>() })
-    }
-}
-
-impl ExpertCompute for Fake {
-    fn forward(
-        &mut self,
-        layer: LayerId,
-        groups: &[(ExpertId, &[u32])],
-        rows: Rows<'_>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), ComputeError> {
-        self.0.forward(layer, groups, rows, out).map_err(ComputeError::NotHeld)
-    }
+/// Fake experts of a worker.
+pub fn fakes(held: &[ExpertKey], compute: Compute) -> FakeExperts {
+    FakeExperts { compute, hidden: HIDDEN, held: held.iter().copied().collect() }
 }
 
 /// Experts that wait to be let through, shard by shard.
 pub struct Gated {
-    inner: Fake,
+    inner: FakeExperts,
     entered: Sender<()>,
     release: Receiver<()>,
 }
@@ -210,7 +195,7 @@ pub struct Gate {
 }
 
 impl Gated {
-    pub fn new(inner: Fake) -> (Self, Gate) {
+    pub fn new(inner: FakeExperts) -> (Self, Gate) {
         let (entered, seen) = channel();
         let (release, released) = channel();
         (Self { inner, entered, release: released }, Gate { entered: seen, release })
@@ -233,17 +218,16 @@ impl Gate {
 }
 
 impl ExpertCompute for Gated {
-    fn forward(
+    fn answer(
         &mut self,
         layer: LayerId,
-        groups: &[(ExpertId, &[u32])],
         rows: Rows<'_>,
-        out: &mut Vec<f32>,
-    ) -> Result<(), ComputeError> {
+        segments: &[Segment<'_>],
+    ) -> Result<Vec<SegmentAnswer>, ComputeError> {
         // Fails when the test is over.
         let _ = self.entered.send(());
         let _ = self.release.recv();
-        self.inner.forward(layer, groups, rows, out)
+        self.inner.answer(layer, rows, segments)
     }
 }
 
@@ -258,7 +242,7 @@ pub struct TestWorker {
 
 impl TestWorker {
     pub fn start(name: &str, held: Vec<ExpertKey>, compute: Compute) -> Self {
-        let experts = Fake::new(&held, compute);
+        let experts = fakes(&held, compute);
         Self::with("127.0.0.1:0", &server_config(), describe(name, held, compute), experts)
     }
 
@@ -276,7 +260,7 @@ impl TestWorker {
         let (server, queue) = ExpertServer::new(config, description, ledger.clone());
         let (serving, network) = (server.clone(), bound.network());
         runtime.spawn(async move { bound.serve(&serving, None, std::future::pending()).await });
-        let compute = std::thread::spawn(move || queue.run(&network, &cpu(), &mut experts));
+        let compute = std::thread::spawn(move || queue.run(&network, &mut experts));
         Self { address, server, ledger, runtime: Some(runtime), compute: Some(compute) }
     }
 

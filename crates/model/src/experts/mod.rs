@@ -1,6 +1,15 @@
 //! The experts a process holds, packed and ready, and the one thing they do.
 //!
-//! Used by a worker for its share and by [`crate::local::Local`] for all of them. Knows nothing about who asks.
+//! - [`ExpertStore`]: experts that come and go, as who holds them sees them; [`CpuStore`] has them in host memory;
+//! - [`CpuExperts`]: answers with those of a [`CpuStore`];
+//! - [`ExpertSet`]: experts that do not change, for [`crate::local::Local`];
+//! - [`PackedExpert`], [`ExpertForm`]: their bytes.
+//!
+//! Knows nothing about who asks.
+
+mod answer;
+mod packed;
+mod store;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,114 +17,24 @@ use std::sync::Arc;
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{self, ExpertRole, MoeSpec, Role};
 use muster_engine::dispatch::Rows;
-use muster_kernels::{
-    Biases, Cpu, ExpertRows, FfnScratch, Isa, KernelError, Matrix, Packing, Precision, from_bf16, grouped_ffn,
-};
-pub use muster_kernels::{Expert, Gating};
+pub use muster_kernels::Gating;
+use muster_kernels::{Biases, Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, from_bf16, grouped_ffn};
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
 
-use crate::weights::{Loader, packing};
+use crate::weights::Loader;
 use crate::{LoadProgress, ModelError};
 
-/// How the experts of a layer are packed: what their bytes mean in any process that computes alike.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ExpertForm {
-    /// Width of a hidden row, elements.
-    pub hidden: usize,
-    /// Width between the linears, elements.
-    pub intermediate: usize,
-    /// Of gate, up and down projection.
-    pub packings: [Packing; 3],
-    /// What lies between them.
-    pub gating: Gating,
-    /// They have biases, in f32 behind the matrices.
-    pub biases: bool,
-}
+pub use answer::CpuExperts;
+pub use packed::{ExpertForm, PackedExpert};
+pub use store::{CpuStore, ExpertStore, StoreError};
 
-impl ExpertForm {
-    /// That of each layer's experts; `None` for a dense layer. A layer's experts are all stored alike.
-    #[must_use]
-    pub fn of_layers(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Vec<Option<Self>> {
-        let spec = checkpoint.spec();
-        let form = |layer: u32| {
-            let moe = spec.moe(layer as usize)?;
-            let packing = |role| {
-                let stored = checkpoint.stored(Role::Expert(layer, 0, role))?;
-                Some(packing(stored.form, compute, dtype))
-            };
-            let packings = [packing(ExpertRole::Gate)?, packing(ExpertRole::Up)?, packing(ExpertRole::Down)?];
-            let (hidden, intermediate) = (spec.hidden, moe.intermediate);
-            Some(Self { hidden, intermediate, packings, gating: gating(moe), biases: moe.biases })
-        };
-        (0..u32::try_from(spec.layers.len()).unwrap_or(u32::MAX)).map(form).collect()
-    }
-
-    /// Packing and shape of gate, up and down projection.
-    fn parts(&self) -> [(Packing, usize, usize); 3] {
-        let [gate, up, down] = self.packings;
-        let (hidden, intermediate) = (self.hidden, self.intermediate);
-        [(gate, intermediate, hidden), (up, intermediate, hidden), (down, hidden, intermediate)]
-    }
-
-    /// Lengths of the biases of gate, up and down projection.
-    fn bias_lengths(&self) -> [usize; 3] {
-        if self.biases { [self.intermediate, self.intermediate, self.hidden] } else { [0; 3] }
-    }
-
-    /// Bytes of a packed expert; `None` when they cannot be counted.
-    #[must_use]
-    pub fn bytes(&self) -> Option<usize> {
-        let matrices = self.parts().map(|(packing, n, k)| packing.bytes(n, k));
-        let biases = self.bias_lengths().map(|length| length.checked_mul(size_of::<f32>()));
-        matrices.into_iter().chain(biases).try_fold(0_usize, |sum, bytes| sum.checked_add(bytes?))
-    }
-
-    /// The expert's packed matrices and its biases, if it has this form.
-    #[must_use]
-    pub fn packed<'e>(&self, expert: &'e Expert) -> Option<[&'e [u8]; 6]> {
-        let [gate, up, down] = expert.matrices();
-        let fits = |(matrix, part): (&Matrix, (Packing, usize, usize))| {
-            (matrix.packing(), matrix.n(), matrix.k()) == part
-        };
-        if ![gate, up, down].into_iter().zip(self.parts()).all(fits) || expert.gating() != self.gating {
-            return None;
-        }
-        let biases = expert.biases().map(|b| [&b.gate, &b.up, &b.down].map(Vec::as_slice));
-        let biases = biases.unwrap_or_default();
-        (biases.map(<[f32]>::len) == self.bias_lengths()).then(|| expert.packed())
-    }
-
-    /// The expert with these packed matrices and biases, one behind the other.
-    ///
-    /// # Errors
-    /// When the bytes are too few or too many, or are no weights.
-    pub fn unpack(&self, bytes: &[u8]) -> Result<Expert, KernelError> {
-        let mut rest = bytes;
-        let mut matrix = |(packing, n, k): (Packing, usize, usize)| {
-            let own = packing.bytes(n, k).and_then(|own| rest.split_at_checked(own));
-            let Some((own, more)) = own else { return Err(KernelError::Packed { n, k, bytes: rest.len() }) };
-            rest = more;
-            Matrix::from_packed(packing, n, k, own)
-        };
-        let [gate, up, down] = self.parts();
-        let (gate, up, down) = (matrix(gate)?, matrix(up)?, matrix(down)?);
-        let lengths = self.bias_lengths();
-        if rest.len() != lengths.iter().sum::<usize>() * size_of::<f32>() {
-            return Err(KernelError::Packed { n: down.n(), k: down.k(), bytes: down.bytes() + rest.len() });
-        }
-        let mut floats = rest.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
-        let [gate_bias, up_bias, down_bias] = lengths.map(|length| floats.by_ref().take(length).collect());
-        let biases = Biases { gate: gate_bias, up: up_bias, down: down_bias };
-        Expert::new(gate, up, down)?.with(self.gating, self.biases.then_some(biases))
-    }
-}
-
-/// Loaded experts.
+/// Loaded experts, in host memory.
+#[derive(Clone)]
 pub struct ExpertSet {
     compute: Compute,
     dtype: WeightDType,
     hidden: usize,
-    experts: BTreeMap<ExpertKey, Arc<Expert>>,
+    experts: BTreeMap<ExpertKey, Arc<PackedExpert>>,
     bytes: u64,
 }
 
@@ -163,7 +82,7 @@ impl ExpertSet {
     }
 
     /// Takes an expert in.
-    pub fn insert(&mut self, key: ExpertKey, expert: Expert) {
+    pub fn insert(&mut self, key: ExpertKey, expert: PackedExpert) {
         self.bytes += expert.bytes() as u64;
         if let Some(before) = self.experts.insert(key, Arc::new(expert)) {
             self.bytes -= before.bytes() as u64;
@@ -171,7 +90,7 @@ impl ExpertSet {
     }
 
     /// Gives an expert up.
-    pub fn remove(&mut self, key: ExpertKey) -> Option<Arc<Expert>> {
+    pub fn remove(&mut self, key: ExpertKey) -> Option<Arc<PackedExpert>> {
         let expert = self.experts.remove(&key)?;
         self.bytes -= expert.bytes() as u64;
         Some(expert)
@@ -179,7 +98,7 @@ impl ExpertSet {
 
     /// An expert, if it is loaded.
     #[must_use]
-    pub fn get(&self, key: ExpertKey) -> Option<Arc<Expert>> {
+    pub fn get(&self, key: ExpertKey) -> Option<Arc<PackedExpert>> {
         self.experts.get(&key).cloned()
     }
 
@@ -270,7 +189,7 @@ impl ExpertSet {
 pub struct Picked {
     compute: Compute,
     hidden: usize,
-    experts: Vec<Arc<Expert>>,
+    experts: Vec<Arc<PackedExpert>>,
 }
 
 impl Picked {
@@ -323,7 +242,7 @@ impl Picked {
                     return Err(ExpertError::Shape(format!("row {bad} of {count}")));
                 }
                 total += rows.len();
-                Ok(ExpertRows { expert, rows })
+                Ok(ExpertRows { expert: expert.weights(), rows })
             })
             .collect::<Result<Vec<_>, _>>()?;
         out.resize(total * self.hidden, 0.0);
@@ -343,7 +262,7 @@ pub fn read(
     compute: Compute,
     dtype: WeightDType,
     progress: &mut dyn FnMut(LoadProgress),
-    take: &mut dyn FnMut(ExpertKey, Expert),
+    take: &mut dyn FnMut(ExpertKey, PackedExpert),
 ) -> Result<(), ModelError> {
     let spec = checkpoint.spec();
     let roles = keys.iter().flat_map(|&key| {
@@ -364,7 +283,8 @@ pub fn read(
             }
         };
         let expert = Expert::new(gate?, up?, down?).and_then(|expert| expert.with(gating(moe), biases));
-        take(key, expert.map_err(|source| ModelError::Pack { what: key.to_string(), source })?);
+        let expert = expert.map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
+        take(key, expert.into());
     }
     Ok(())
 }
@@ -378,7 +298,7 @@ pub fn read_one(
     key: ExpertKey,
     compute: Compute,
     dtype: WeightDType,
-) -> Result<Expert, ModelError> {
+) -> Result<PackedExpert, ModelError> {
     let mut found = None;
     read(checkpoint, &[key], compute, dtype, &mut |_| {}, &mut |_, expert| found = Some(expert))?;
     found.ok_or(ModelError::NoSuchExpert(key))
@@ -420,30 +340,6 @@ mod tests {
     use muster_checkpoint::Source;
 
     use super::*;
-
-    #[test]
-    fn an_expert_goes_through_its_bytes_unchanged() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
-        let checkpoint = Checkpoint::open(&Source::Directory(path)).unwrap();
-        let keys = ExpertSet::all_keys(&checkpoint);
-        for compute in [Compute::F32, Compute::Bf16] {
-            for dtype in [WeightDType::Native, WeightDType::Q8, WeightDType::Q4] {
-                let forms = ExpertForm::of_layers(&checkpoint, compute, dtype);
-                let set = ExpertSet::load(&checkpoint, &keys[..3], compute, dtype, &mut |_| {}).unwrap();
-                for &key in &keys[..3] {
-                    let form = forms[key.layer.index()].unwrap();
-                    let expert = set.get(key).unwrap();
-                    let bytes = form.packed(&expert).expect("it has the layer's form").concat();
-                    assert_eq!(form.bytes(), Some(bytes.len()));
-                    assert_eq!(expert.bytes(), bytes.len());
-                    let again = form.unpack(&bytes).unwrap();
-                    assert_eq!(form.packed(&again).unwrap().concat(), bytes);
-                    assert!(form.unpack(&bytes[1..]).is_err());
-                    assert!(form.unpack(&[&bytes[..], &[0]].concat()).is_err());
-                }
-            }
-        }
-    }
 
     #[test]
     fn what_is_given_up_is_gone_and_its_bytes_are_free() {
