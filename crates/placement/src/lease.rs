@@ -245,8 +245,9 @@ impl Campaign {
             }
             Stage::Leading | Stage::Waiting(_) | Stage::Yielding => {}
         }
-        // A worker that granted somebody else a higher term meanwhile only takes one above it.
-        if self.stage == Stage::Leading && self.seen > self.term {
+        // A worker that granted somebody else this term or a higher one only takes one above it.
+        let is_others = |reply: &Reply| reply.verdict == Verdict::Refused && reply.term >= self.term;
+        if self.stage == Stage::Leading && (self.seen > self.term || replies.iter().any(is_others)) {
             self.raise();
         }
     }

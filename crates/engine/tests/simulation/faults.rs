@@ -104,8 +104,12 @@ counts! {
 pub(crate) fn schedule(world: &mut World) {
     let (workers, routers) = (world.workers.len(), world.routers.len());
     let keys: Vec<ExpertKey> = world.spec.shape.keys().collect();
+    let mut last = None;
     for _ in 0..world.rng.between(2, 16) {
-        let at = world.rng.between(100 * MS, QUIET - SECOND);
+        // What follows on a fault meets what is on its way because of that.
+        let close = last.filter(|_| world.rng.chance(50)).map(|last| last + world.rng.between(0, SECOND));
+        let at = close.unwrap_or_else(|| world.rng.between(100 * MS, QUIET - SECOND)).min(QUIET - SECOND);
+        last = Some(at);
         let worker = world.rng.below(workers);
         let router = world.rng.below(routers);
         let for_ = world.rng.between(20 * MS, 3 * SECOND);

@@ -280,10 +280,10 @@ impl World {
             prefill_chunk: 1 + rng.below(12) as u32,
             prefix_cache: if rng.chance(70) { PrefixCache::On } else { PrefixCache::Off },
         };
-        // A plan's age of a minute is longer than things fail here.
+        // Things fail here for about as long as it is between two counts, and less than a plan's age.
         let mut rhythm = Rhythm::default();
         if rng.chance(50) {
-            rhythm.plan_age = Duration::from_secs(4);
+            (rhythm.rebalance, rhythm.plan_age) = (Duration::from_secs(1), Duration::from_secs(4));
         }
         let spec = Spec {
             rhythm,
@@ -405,7 +405,7 @@ impl World {
     /// Orders and announcements may take longer: whoever sends or reads them has other things to do.
     fn control_delay(&mut self) -> Time {
         let delay = self.delay();
-        if self.rng.chance(15) { delay + self.rng.between(5 * MS, 500 * MS) } else { delay }
+        if self.rng.chance(25) { delay + self.rng.between(5 * MS, SECOND) } else { delay }
     }
 
     fn arrival(&mut self, router: usize, worker: usize, delay: Time) -> Time {

@@ -259,6 +259,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_carried_out_in_another_term_settles_nothing_in_this_one() {
+        let mut ledger = ledger(&[0, 1]);
+        let last = number(&mut ledger, &[0, 1], &[]);
+        obeyed(&mut ledger, last, 3);
+        ledger.lead(Term::new(2));
+        ledger.granted(&worker(), Term::new(2), Epoch::new(4));
+        ledger.announced(&worker(), Epoch::new(4), &keys(&[0, 1]));
+        assert_eq!(number(&mut ledger, &[0], &[]), last);
+        ledger.announced(&worker(), Epoch::new(5), &keys(&[0, 1]));
+        assert_eq!(ledger.held(&worker()), Some(keys(&[0])));
+    }
+
+    #[test]
     fn a_worker_that_comes_back_starts_anew_and_old_orders_may_still_reach_it() {
         let mut ledger = ledger(&[0, 1]);
         ledger.order(&worker(), &orders(&[0], &[]));

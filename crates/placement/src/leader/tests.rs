@@ -227,6 +227,20 @@ fn a_leader_of_another_term_starts_anew() {
 }
 
 #[test]
+fn a_term_that_was_raised_while_leading_is_another_lead() {
+    let mut cluster = Cluster::settled(&[&[0, 1], &[2, 3]]);
+    let before = cluster.leader.reigns().unwrap();
+    cluster.join(&[]);
+    cluster.workers[2].grant.ask(cluster.now, "other", Ask { term: Term::new(7), ttl: ms(100) });
+    cluster.pass(250);
+    assert_eq!(cluster.leader.reigns(), Some(before), "it hears of the other term");
+    let done = cluster.pass(250);
+    assert!(cluster.leader.reigns().is_some_and(|term| term > Term::new(7)) && done.send.is_none());
+    let done = cluster.pass(250);
+    assert_eq!((done.cause, done.to().len()), (Some(Cause::First), 3), "{done:?}");
+}
+
+#[test]
 fn a_change_of_the_workers_makes_a_new_plan_at_once() {
     let mut cluster = Cluster::settled(&[&[0, 1], &[2, 3]]);
     assert_eq!(cluster.pass(250).cause, None);
@@ -358,12 +372,23 @@ fn what_a_lost_session_held_counts_no_more() {
     // Epochs of its other life would be higher.
     cluster.pass(250);
     assert_eq!(held(&cluster, 0), keys(&[]));
-    // An answer of the other life is none.
-    let old = OrderId { worker: name(0), session: 100, term: loads.id.term, number: 9 };
-    cluster.leader.obeyed(cluster.now, &old, Epoch::new(1));
+}
+
+#[test]
+fn what_was_ordered_of_a_lost_session_may_still_come_and_its_receipt_says_nothing() {
+    let mut cluster = Cluster::settled(&[&[0, 1], &[2, 3]]);
+    cluster.announce(1, &[0, 1, 2, 3]);
+    cluster.workers[0].member.draining = true;
+    let send = cluster.step().send.unwrap();
+    let away = send.iter().find(|order| order.id.worker == name(0)).unwrap();
+    cluster.restart(0);
+    cluster.workers[0].member.draining = false;
     cluster.announce(0, &[0, 1]);
-    let done = cluster.step();
-    assert!(held(&cluster, 0).is_subset(&keys(&[0, 1])), "{done:?}");
+    cluster.pass(250);
+    assert_eq!(held(&cluster, 0), keys(&[]), "it may carry that out any moment");
+    cluster.leader.obeyed(cluster.now, &away.id, Epoch::new(1));
+    cluster.step();
+    assert_eq!(held(&cluster, 0), keys(&[]), "epochs of another life say nothing");
 }
 
 #[test]

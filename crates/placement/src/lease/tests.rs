@@ -150,6 +150,22 @@ fn a_leader_raises_its_term_for_a_worker_that_somebody_else_had() {
 }
 
 #[test]
+fn a_leader_raises_its_term_for_a_worker_that_granted_the_same_term_to_another() {
+    let (mut one, mut other, mut third) = (free(), free(), free());
+    // Two of three have forgotten the router that led in term 1.
+    assert!(granted(&mut third, 0, "b", ask(1)));
+    let mut campaign = Campaign::new("a", Rhythm::default());
+    round(&mut campaign, 60_000, &mut [&mut one, &mut other], 3);
+    assert_eq!(campaign.leads(ms(60_000)), Some(Term::new(1)));
+    assert!(granted(&mut third, 60_000, "b", ask(1)));
+    for now in [60_250, 60_500, 62_000, 62_250] {
+        round(&mut campaign, now, &mut [&mut one, &mut other, &mut third], 3);
+    }
+    assert_eq!(campaign.leads(ms(62_250)), Some(third.term()));
+    assert!(third.obeys("a", third.term()));
+}
+
+#[test]
 fn who_resigns_leaves_the_lead_to_others_at_once() {
     let mut worker = free();
     let mut campaign = Campaign::new("a", Rhythm::default());
