@@ -396,9 +396,9 @@ class Suite:
         """A pod without a certificate can neither call a worker nor pose as one."""
         worker_ip = pods("worker")[0]["status"]["podIP"]
         cases = {
-            "joins without a certificate": (["worker", f"--join={RELEASE}-routers:50051", "--listen=0.0.0.0:7070", "--insecure-plaintext"], None, "both or neither use TLS"),
+            "joins without a certificate": (["worker", f"--join={RELEASE}-routers:50051", "--listen=0.0.0.0:7070", "--insecure-plaintext"], None, "speaks TLS and this process does not"),
             "joins as a client": (["worker", f"--join={RELEASE}-routers:50051", "--listen=0.0.0.0:7070", *FILES], "client", "it takes a certificate of a worker"),
-            "asks a worker without a certificate": (["router", "--model=demo", f"--worker={worker_ip}:7070", "--http=127.0.0.1:0", "--grpc=127.0.0.1:0", "--connect-timeout=5s"], None, "TLS is on one side only"),
+            "asks a worker without a certificate": (["router", "--model=demo", f"--worker={worker_ip}:7070", "--http=127.0.0.1:0", "--grpc=127.0.0.1:0", "--connect-timeout=5s"], None, "speaks TLS and this process does not"),
             "asks a worker as a client": (["router", "--model=demo", f"--worker={worker_ip}:7070", "--http=127.0.0.1:0", "--grpc=127.0.0.1:0", "--connect-timeout=5s", *FILES], "client", "it takes a certificate of a router"),
             "asks a router without a key": (["status", f"--grpc=https://{RELEASE}-router:50051", "--ca=/tls/ca.crt"], "client", "this needs an API key"),
         }

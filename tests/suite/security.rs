@@ -367,6 +367,27 @@ async fn whoever_comes_to_the_wrong_port_is_told() {
     assert!(reasons.contains("use https:// in its URL"), "{reasons}");
     eventually("logged", async || secured.log().contains("this port speaks TLS").then_some(())).await;
 
+    let (grpc, http) = (secured.address("grpc"), secured.address("http"));
+    let port = http.rsplit(':').next().unwrap();
+    let ca_file = secrets.path("certs").join("ca.crt");
+    let ca_file = ca_file.to_str().unwrap();
+    for (args, words) in [
+        (&["status", "--grpc", &grpc][..], "speaks TLS; write https:// in its URL"),
+        (&["generate", "x", "--grpc", &grpc], "speaks TLS; write https:// in its URL"),
+        (&["status", "--grpc", &http], "speaks TLS; write https:// in its URL"),
+        (
+            &["status", "--ca", ca_file, "--grpc", &format!("https://localhost:{port}")],
+            "speaks HTTP/1.1 and not gRPC",
+        ),
+        (&["status", "--grpc", &format!("https://{grpc}")], "--ca names the authority"),
+        (&["probe", "--admin", &http], "it speaks TLS, and this is asked in plain HTTP"),
+        (&["probe", "--admin", &grpc], "it speaks TLS, and this is asked in plain HTTP"),
+    ] {
+        let output = run(args);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && said.contains(words), "{args:?}: {said}");
+    }
+
     let open = muster_tests::cluster::Cluster::start(muster_tests::cluster::Setup::new(&demo_model()));
     let reasons = plain(open.http()).await;
     assert!(reasons.contains("this is the HTTP port"), "{reasons}");
@@ -412,7 +433,8 @@ async fn a_process_with_the_wrong_certificate_is_refused_with_a_reason_on_both_s
     let foreign = join(&others.flags("worker")).unwrap();
     eventually("not trusted", async || foreign.log().contains("UnknownIssuer").then_some(())).await;
     let plain = join(&[]).unwrap();
-    eventually("no TLS", async || plain.log().contains("not joined").then_some(())).await;
+    eventually("no TLS", async || plain.log().contains("speaks TLS and this process does not").then_some(()))
+        .await;
     eventually("and said", async || router.log().contains("a TLS handshake failed").then_some(())).await;
 
     // A process that poses as a worker, but is a client: no router takes it.

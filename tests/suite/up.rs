@@ -106,6 +106,7 @@ fn what_cannot_be_is_known_before_anything_is_loaded() {
         (&["up", "--workers", "200"][..], &["--workers: ", "48 experts", "at most 48"][..]),
         (&["generate", "x", "--model", "demo", "--workers", "49"], &["--workers: ", "at most 48"]),
         (&["up", "--workers", "2", "--replicas", "3"], &["--replicas: ", "at most 2"]),
+        (&["up", "--kv-memory", "1KiB"], &["--kv-memory: ", "1024 bytes holds no block"]),
         (&["up", "--http", &taken, "--grpc", "127.0.0.1:0"], &[&taken, "choose another with --http"]),
         (&["up", "--grpc", &taken, "--http", "127.0.0.1:0"], &[&taken, "choose another with --grpc"]),
     ] {

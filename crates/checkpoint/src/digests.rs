@@ -40,6 +40,12 @@ pub enum DigestFileError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The folder in the model's directory is a link: what is behind it is not the model's.
+    #[error("{path} is a link, and nothing is written through it; put a folder there, or name a file: --digests=FILE", path = .path.display())]
+    Link {
+        /// The folder.
+        path: PathBuf,
+    },
     /// It is no such file, or not all of it.
     #[error("{path}: {reason}; delete it, or make it anew with `muster check-model MODEL --digests`", path = .path.display())]
     Damaged {
@@ -202,6 +208,10 @@ impl DigestFile {
             Some(folder) if folder != Path::new("") => folder,
             _ => Path::new("."),
         };
+        let is_link = fs::symlink_metadata(folder).is_ok_and(|folder| folder.is_symlink());
+        if is_link && folder.file_name().is_some_and(|name| name == FOLDER) {
+            return Err(DigestFileError::Link { path: folder.to_owned() });
+        }
         fs::create_dir_all(folder).map_err(io(folder))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let new = folder.join(format!(".{name}.{}", std::process::id()));
@@ -291,6 +301,27 @@ mod tests {
         let nowhere = path.join("below-a-file/x");
         let text = some().write(&nowhere).unwrap_err().to_string();
         assert!(text.contains("file.digests"), "{text}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn nothing_is_written_through_a_link_in_a_models_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        let folder = directory.path().join(FOLDER);
+        std::os::unix::fs::symlink(elsewhere.path(), &folder).unwrap();
+        let text = some().write(&folder.join("x.digests")).unwrap_err().to_string();
+        assert!(text.contains("is a link") && text.contains("--digests=FILE"), "{text}");
+        assert_eq!(fs::read_dir(elsewhere.path()).unwrap().count(), 0);
+        // A file that is a link is replaced, not followed.
+        fs::remove_file(&folder).unwrap();
+        fs::create_dir(&folder).unwrap();
+        let (link, target) = (folder.join("x.digests"), elsewhere.path().join("target"));
+        fs::write(&target, "kept").unwrap();
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        some().write(&link).unwrap();
+        assert_eq!(fs::read_to_string(&target).unwrap(), "kept");
+        assert_eq!(DigestFile::read(&link).unwrap(), Some(some()));
     }
 
     #[test]

@@ -89,6 +89,7 @@ pub(crate) enum Pieces {
 }
 
 /// What a backend says of its model.
+#[derive(Default)]
 pub(crate) struct About {
     pub(crate) name: String,
     pub(crate) vocabulary: u32,
@@ -117,7 +118,7 @@ fn credentials(args: &CredentialArgs) -> Result<Credentials, Failure> {
         _ => None,
     };
     let api_key = match &args.api_key_file {
-        Some(file) => Some(read(file)?.trim().to_owned()),
+        Some(file) => Some(read(file)?.trim_start_matches('\u{feff}').trim().to_owned()),
         None => std::env::var(API_KEY).ok().filter(|key| !key.is_empty()),
     };
     Ok(Credentials { ca: args.ca.as_ref().map(read).transpose()?, identity, api_key })
@@ -310,9 +311,16 @@ fn request(ask: Ask, max_tokens: Option<u32>, manner: &Manner) -> GenerateReques
 
 /// What went wrong at a router, in the words of the command line.
 pub(crate) fn failed(error: ClientError) -> Failure {
-    match error {
+    match &error {
         ClientError::Refused { .. } => Failure::input(error),
-        ClientError::Address { .. } | ClientError::Http { .. } => Failure::input(format!("--grpc: {error}")),
+        ClientError::Address { .. } | ClientError::Mismatch { .. } => {
+            Failure::input(format!("--grpc: {error}"))
+        }
+        ClientError::Unreachable { reason, .. } if reason.to_lowercase().contains("certificate") => {
+            let remedy =
+                "--ca names the authority that routers must have, --cert and --key this client's own";
+            Failure::input(format!("{error}; {remedy}"))
+        }
         ClientError::Unreachable { .. } => {
             let remedy = "start one with `muster up`, or say where with --grpc";
             Failure::runtime(format!("{error}; {remedy}"))

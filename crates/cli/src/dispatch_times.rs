@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use muster_dispatch_grpc::{Sample, StatsHandle};
+use muster_dispatch_grpc::StatsHandle;
+use muster_engine::delivery::Summed;
 
 use crate::failure::Failure;
 use crate::scrape::{Histogram, Metrics};
@@ -50,7 +51,7 @@ impl Clock {
                 let samples = stats.snapshot().samples;
                 // The memory of samples is bounded; once it is full, all it has is of late.
                 let fresh = samples.get(before..).filter(|fresh| !fresh.is_empty()).unwrap_or(&samples);
-                Some(DispatchTimes::Samples(fresh.iter().map(Sample::overhead).collect()))
+                Some(DispatchTimes::Samples(fresh.iter().map(Summed::overhead).collect()))
             }
             (Self::Metrics(metrics), Mark::Histogram(before)) => {
                 Some(DispatchTimes::Histogram(metrics.histogram(OVERHEAD).await?.since(&before)))

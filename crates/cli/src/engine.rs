@@ -117,7 +117,7 @@ pub(crate) fn load(
             bar.finish();
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
             let dispatch = connect(&checkpoint, &cpu, mode, addresses, combine, busy_poll)?;
-            let stats = Some(dispatch.stats());
+            let stats = Some(dispatch.transport().stats());
             // The workers are children of this process, which sees them die.
             let health: HealthProbe = Arc::new(|| Health::Ready);
             Ok(Loaded {
@@ -144,7 +144,7 @@ fn connect(
     busy_poll: Duration,
 ) -> Result<GrpcDispatch, Failure> {
     let spec = checkpoint.spec();
-    GrpcDispatch::connect(ConnectConfig {
+    muster_dispatch_grpc::connect(ConnectConfig {
         workers,
         router_id: "muster".to_owned(),
         fingerprint: checkpoint.fingerprint(),

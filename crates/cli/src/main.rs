@@ -10,6 +10,7 @@ mod children;
 mod cluster;
 mod commands;
 mod dispatch_times;
+mod ending;
 mod engine;
 mod failure;
 mod hints;

@@ -1,7 +1,9 @@
 //! One request over plain HTTP, to a process of this host or to a page of metrics.
 
+use std::io;
 use std::time::Duration;
 
+use muster_net::Found;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -28,19 +30,35 @@ pub(crate) async fn ask(
     path: &str,
     timeout: Duration,
 ) -> Result<(u16, String), String> {
-    let asking = async {
-        let mut stream = TcpStream::connect(authority).await?;
-        // HTTP/1.0: the body is neither chunked nor followed by anything.
-        let request = format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nContent-Length: 0\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut answer = String::new();
-        stream.take(MOST_BYTES).read_to_string(&mut answer).await?;
-        Ok::<_, std::io::Error>(answer)
+    let answer = match tokio::time::timeout(timeout, exchange(authority, method, path)).await {
+        Err(_) => return Err(format!("no answer within {timeout:?}")),
+        Ok(answer) => answer.map_err(|error| error.to_string()),
     };
-    let answer = tokio::time::timeout(timeout, asking)
-        .await
-        .map_err(|_| format!("no answer within {timeout:?}"))?
-        .map_err(|error| error.to_string())?;
+    let whole = answer.and_then(|answer| match Found::of(&answer) {
+        Some(Found::Http1) => parse(&String::from_utf8_lossy(&answer)),
+        _ => Err("the answer is not HTTP".to_owned()),
+    });
+    match whole {
+        Ok(answer) => Ok(answer),
+        Err(reason) => Err(match muster_net::look(authority).await {
+            Some(Found::Tls) => "it speaks TLS, and this is asked in plain HTTP".to_owned(),
+            Some(Found::Http2) => "it speaks gRPC and not HTTP/1.1".to_owned(),
+            Some(Found::Http1) | None => reason,
+        }),
+    }
+}
+
+async fn exchange(authority: &str, method: &str, path: &str) -> io::Result<Vec<u8>> {
+    let mut stream = TcpStream::connect(authority).await?;
+    // HTTP/1.0: the body is neither chunked nor followed by anything.
+    let request = format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nContent-Length: 0\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.take(MOST_BYTES).read_to_end(&mut answer).await?;
+    Ok(answer)
+}
+
+fn parse(answer: &str) -> Result<(u16, String), String> {
     let (head, body) = answer.split_once("\r\n\r\n").ok_or("the answer is not HTTP")?;
     let line = head.lines().next().unwrap_or_default();
     let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());

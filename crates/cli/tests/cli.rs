@@ -40,6 +40,17 @@ fn refused(output: &Output, reason: &str) {
 }
 
 #[test]
+fn a_variable_that_nothing_reads_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = muster(directory.path(), &["keys", "new", "a"]).env("MUSTER_APIKEY", "x").output().unwrap();
+    let text = stderr(&output);
+    assert!(output.status.success() && text.contains("did you mean MUSTER_API_KEY?"), "{text}");
+    let unheard =
+        muster(directory.path(), &["keys", "new", "a"]).env("MUSTER_API_KEY", "x").output().unwrap();
+    assert!(!stderr(&unheard).contains("nothing reads it"), "{}", stderr(&unheard));
+}
+
+#[test]
 fn help_and_version_are_answers_and_no_errors() {
     for arguments in [
         &["--help"][..],

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use muster_net::Mismatch;
 use muster_types::Retry;
 use tonic::{Code, Status};
 
@@ -39,14 +40,13 @@ pub enum ClientError {
         /// Where.
         router: String,
     },
-    /// A server of HTTP/1 listens there.
-    #[error(
-        "what answers at {router} speaks HTTP/1.1 and not gRPC, as a router does at its --http address; give the address of its \
-         --grpc, which is http://127.0.0.1:50051 unless told otherwise"
-    )]
-    Http {
+    /// Another protocol is spoken there.
+    #[error("what answers at {router} {mismatch}; {}", remedy(*mismatch))]
+    Mismatch {
         /// Where.
         router: String,
+        /// Which.
+        mismatch: Mismatch,
     },
     /// A router could not do it, and says that trying again will not help.
     #[error("the router failed: {message} ({code})")]
@@ -90,7 +90,7 @@ impl ClientError {
             | Self::Key
             | Self::Refused { .. }
             | Self::NotMuster { .. }
-            | Self::Http { .. }
+            | Self::Mismatch { .. }
             | Self::Failed { .. }
             | Self::Protocol { .. } => Retry::Never,
         }
@@ -106,6 +106,16 @@ impl ClientError {
             | Code::PermissionDenied => Self::Refused { message: status.message().to_owned() },
             Code::Unimplemented => Self::NotMuster { router: router.to_owned() },
             code => Self::Failed { code: format!("{code:?}"), message: status.message().to_owned() },
+        }
+    }
+}
+
+const fn remedy(mismatch: Mismatch) -> &'static str {
+    match mismatch {
+        Mismatch::Tls => "write https:// in its URL",
+        Mismatch::Plain => "write http:// in its URL",
+        Mismatch::Http => {
+            "give the address of its --grpc, which is http://127.0.0.1:50051 unless told otherwise"
         }
     }
 }

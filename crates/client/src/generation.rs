@@ -147,8 +147,8 @@ impl Source {
                 // To go on with a stream is for a router that would send the same; there may be one.
                 Trouble::Final(status) if progress.is_some() => self.refused(&status, tokens)?,
                 trouble => {
-                    if self.client.count() == 1
-                        && let Some(other) = self.client.other(self.at).await
+                    if let Trouble::Passing { reason, .. } = &trouble
+                        && let Some(other) = self.client.others(self.at, reason).await
                     {
                         return Err(other);
                     }

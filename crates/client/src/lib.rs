@@ -23,7 +23,6 @@ mod attempts;
 mod credentials;
 mod error;
 mod generation;
-mod other;
 mod policy;
 mod progress;
 mod routers;

@@ -3,25 +3,25 @@
 //! A connection is made when it is first needed and made again when it broke. The router that served last is asked
 //! first.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use muster_net::{Asked, Mismatch, mismatch};
 use muster_proto::cluster::v1::cluster_client::ClusterClient;
 use muster_proto::cluster::v1::{StatusReply, StatusRequest};
 use muster_proto::v1::inference_client::InferenceClient;
 use muster_proto::v1::{GenerateRequest, GetModelRequest, Model, TokenizeRequest};
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
 
 use crate::attempts::Attempts;
 use crate::credentials::{Bearer, Credentials};
 use crate::error::ClientError;
 use crate::generation::Generation;
-use crate::other::speaks_http1;
 use crate::policy::Policy;
-use crate::trouble::{Trouble, root_cause};
+use crate::trouble::{Trouble, cause_of, root_cause};
 
 /// A connection that carries a call is pinged this often, and given up when an answer takes as long: a router that
 /// vanished without a word is noticed after twice this time.
@@ -40,8 +40,27 @@ pub struct Client {
 struct Router {
     url: String,
     wire: Wire,
-    /// Set once it answered, or it was looked at what else may be there.
+    /// Set once it answered, or was looked at.
     is_known: AtomicBool,
+    /// What else is there, as far as that was seen.
+    mismatch: OnceLock<Mismatch>,
+}
+
+impl Router {
+    fn new(url: String, wire: Wire) -> Self {
+        Self { url, wire, is_known: AtomicBool::new(false), mismatch: OnceLock::new() }
+    }
+
+    /// Looks at what else may be there, given what came of asking: once, and only where no router ever answered.
+    async fn look(&self, cause: &str) -> Option<ClientError> {
+        if !self.is_known.swap(true, Ordering::Relaxed)
+            && let Some(found) = mismatch_at(&self.url, cause).await
+        {
+            self.mismatch.get_or_init(|| found);
+        }
+        let mismatch = *self.mismatch.get()?;
+        Some(ClientError::Mismatch { router: self.url.clone(), mismatch })
+    }
 }
 
 /// A connection that shows what this client shows.
@@ -74,9 +93,9 @@ impl Client {
         let mut routers: Vec<Router> = Vec::with_capacity(endpoints.len());
         for (url, endpoint) in &endpoints {
             let wire = InterceptedService::new(endpoint.connect_lazy(), bearer.clone());
-            routers.push(Router { url: url.clone(), wire, is_known: AtomicBool::new(false) });
+            routers.push(Router::new(url.clone(), wire));
         }
-        let mut reason = "none is named".to_owned();
+        let (mut reason, mut other) = ("none is named".to_owned(), None);
         for (at, (url, endpoint)) in endpoints.iter().enumerate() {
             match endpoint.connect().await {
                 Ok(channel) => {
@@ -89,8 +108,14 @@ impl Client {
                 Err(error) => {
                     reason = root_cause(&error);
                     tracing::debug!(router = %url, %reason, "no connection");
+                    if let (None, Some(router)) = (&other, routers.get(at)) {
+                        other = router.look(&reason).await;
+                    }
                 }
             }
+        }
+        if let Some(other) = other {
+            return Err(other);
         }
         let routers: Vec<&str> = endpoints.iter().map(|(url, _)| url.as_str()).collect();
         Err(ClientError::Unreachable { routers: routers.join(", "), reason })
@@ -107,12 +132,12 @@ impl Client {
     /// What each router knows of its cluster, or why it does not say; with its address.
     pub async fn statuses(&self) -> Vec<(String, Result<StatusReply, ClientError>)> {
         let mut statuses = Vec::new();
-        for (at, router) in self.routers.iter().enumerate() {
+        for router in self.routers.iter() {
             let mut client = ClusterClient::new(router.wire.clone());
             let asked = tokio::time::timeout(self.policy.answer, client.status(StatusRequest {})).await;
             let status = match asked {
                 Ok(Ok(reply)) => Ok(reply.into_inner()),
-                Ok(Err(status)) => match self.other(at).await {
+                Ok(Err(status)) => match router.look(&cause_of(&status)).await {
                     Some(other) => Err(other),
                     None => Err(ClientError::of(&status, &router.url)),
                 },
@@ -167,9 +192,7 @@ impl Client {
                 Trouble::Final(status) => return Err(ClientError::of(&status, self.url(at))),
                 Trouble::Passing { reason, hint } => (reason, hint),
             };
-            if self.count() == 1
-                && let Some(other) = self.other(at).await
-            {
+            if let Some(other) = self.others(at, &reason).await {
                 return Err(other);
             }
             let Some(next) = attempts.failed(Instant::now(), hint) else {
@@ -197,13 +220,10 @@ impl Client {
         self.preferred.load(Ordering::Relaxed)
     }
 
-    /// What is there instead of a router, if that can be told. Looked at once, and only where no router ever answered.
-    pub(crate) async fn other(&self, at: usize) -> Option<ClientError> {
-        let Router { url, is_known, .. } = self.router(at);
-        if is_known.swap(true, Ordering::Relaxed) || !speaks_http1(url).await {
-            return None;
-        }
-        Some(ClientError::Http { router: url.clone() })
+    /// What is there instead of this router, once something else is known to be instead of every router.
+    pub(crate) async fn others(&self, at: usize, cause: &str) -> Option<ClientError> {
+        let other = self.router(at).look(cause).await?;
+        self.routers.iter().all(|router| router.mismatch.get().is_some()).then_some(other)
     }
 
     /// This router serves.
@@ -229,6 +249,14 @@ impl Client {
         // There is at least one, for one has answered; and indices come from `preferred` and `after`.
         &self.routers[at % self.routers.len()]
     }
+}
+
+async fn mismatch_at(url: &str, cause: &str) -> Option<Mismatch> {
+    let uri = url.parse::<Uri>().ok()?;
+    let (asked, port) =
+        if uri.scheme_str() == Some("https") { (Asked::Tls, 443) } else { (Asked::Plain, 80) };
+    let authority = format!("{}:{}", uri.host()?, uri.port_u16().unwrap_or(port));
+    mismatch(&authority, asked, cause).await
 }
 
 fn endpoint(

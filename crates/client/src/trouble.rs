@@ -38,9 +38,13 @@ impl From<Status> for Trouble {
         if !passes {
             return Self::Final(status);
         }
-        let reason = status.source().map_or_else(|| status.message().to_owned(), root_cause);
-        Self::Passing { reason, hint }
+        Self::Passing { reason: cause_of(&status), hint }
     }
+}
+
+/// What happened, in the words of the router or of the system.
+pub(crate) fn cause_of(status: &Status) -> String {
+    status.source().map_or_else(|| status.message().to_owned(), root_cause)
 }
 
 /// The innermost of a chain of errors, which says what happened.

@@ -5,8 +5,16 @@
 
 use std::ffi::OsString;
 
+use muster_types::nearest;
+
 use crate::layers::{Entry, Key, Raw, unknown_key};
 use crate::problem::{Origin, Problem};
+use crate::{router, worker};
+
+/// Variables beside those of keys: a client's API key, and what Muster's own tests and builds are told.
+const OTHERS: [&str; 4] = ["MUSTER_API_KEY", "MUSTER_SKIP_PYTHON", "MUSTER_GOLDEN", "MUSTER_NEXT_VERSION"];
+/// Strangers that are told of.
+const TOLD: usize = 16;
 
 /// Names and values of environment variables.
 #[derive(Debug, Clone, Default)]
@@ -22,6 +30,30 @@ impl Environment {
     /// These, for tests.
     pub fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
         Self(variables.into_iter().collect())
+    }
+
+    /// Variables of ours by their name that nothing reads, each with the one that may be meant.
+    #[must_use]
+    pub fn strangers(&self) -> Vec<String> {
+        let roles = [router::ROLE, worker::ROLE];
+        let known: Vec<String> = roles
+            .iter()
+            .flat_map(|(role, keys)| keys.iter().map(move |key| variable(role, key.name)))
+            .chain(OTHERS.map(str::to_owned))
+            .collect();
+        let names = self.0.iter().map(|(name, _)| name.to_string_lossy());
+        let strangers = names.filter(|name| {
+            name.strip_prefix("MUSTER_").is_some_and(|rest| !is_kubernetes_service(rest))
+                && !known.iter().any(|known| known.eq_ignore_ascii_case(name))
+        });
+        let told = strangers.take(TOLD).map(|name| {
+            let shown: String = name.chars().take(64).flat_map(char::escape_default).collect();
+            match nearest(&name, known.iter().map(String::as_str)) {
+                Some(near) => format!("environment variable {shown}: nothing reads it; did you mean {near}?"),
+                None => format!("environment variable {shown}: nothing reads it"),
+            }
+        });
+        told.collect()
     }
 
     /// Entries for the keys of one role.
@@ -54,6 +86,11 @@ impl Environment {
     }
 }
 
+/// The variable of a role's key.
+pub(crate) fn variable(role: &str, key: &str) -> String {
+    format!("MUSTER_{}_{}", role.to_uppercase(), key.to_uppercase())
+}
+
 /// Whether what follows the prefix is one of the variables that Kubernetes makes for a Service.
 fn is_kubernetes_service(rest: &str) -> bool {
     let parts: Vec<&str> = rest.split('_').collect();
@@ -70,6 +107,30 @@ fn is_kubernetes_service(rest: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn variables_that_nothing_reads_are_told_with_what_may_be_meant() {
+        let names = [
+            "MUSTER_ROUTR_GRPC",
+            "MUSTER_APIKEY",
+            "MUSTER_API_KEY",
+            "MUSTER_ROUTER_KV_MEMORY",
+            "MUSTER_WORKER_JOIN",
+            "MUSTER_DEMO_ROUTERS_SERVICE_HOST",
+            "MUSTER_PORT_8080_TCP",
+            "MUSTER_WHATEVER",
+            "PATH",
+        ];
+        let environment = Environment::of(names.map(|name| (name.into(), "x".into())));
+        assert_eq!(
+            environment.strangers(),
+            [
+                "environment variable MUSTER_ROUTR_GRPC: nothing reads it; did you mean MUSTER_ROUTER_GRPC?",
+                "environment variable MUSTER_APIKEY: nothing reads it; did you mean MUSTER_API_KEY?",
+                "environment variable MUSTER_WHATEVER: nothing reads it",
+            ]
+        );
+    }
 
     #[test]
     fn variables_of_services_are_told_from_settings() {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use muster_types::nearest;
 
-use crate::environment::Environment;
+use crate::environment::{Environment, variable};
 use crate::file::{self, Role};
 use crate::problem::{ConfigError, Origin, Problem};
 use crate::{router, worker};
@@ -196,7 +196,7 @@ impl Reader {
     ) -> Option<T> {
         if !self.entries.contains_key(key) {
             let role = self.role.0;
-            let variable = format!("MUSTER_{}_{}", role.to_uppercase(), key.to_uppercase());
+            let variable = variable(role, key);
             let message = format!("is missing; give {}, {variable}, or {key} in [{role}]", flag_name(key));
             self.problem(key, message);
             return None;
@@ -264,8 +264,11 @@ impl Reader {
 
 /// How the command line spells a key.
 fn flag_name(key: &str) -> String {
-    // A list of workers is given one flag at a time.
-    let name = if key == "workers" { "worker" } else { key };
+    // Each entry of a list is given with a flag of its own.
+    let name = match key {
+        "workers" | "cors_origins" | "template_variables" => key.trim_end_matches('s'),
+        key => key,
+    };
     format!("--{}", name.replace('_', "-"))
 }
 

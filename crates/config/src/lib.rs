@@ -24,6 +24,7 @@ pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
 pub use router::{AccessMode, Fallback, GenerationMode, PlacementMode, RouterSettings};
 pub use value::{
-    LogSettings, Share, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,
+    LogSettings, Share, parse_compute, parse_duration, parse_replicas, parse_size, parse_socket,
+    parse_weight_dtype,
 };
 pub use worker::WorkerSettings;

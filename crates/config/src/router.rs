@@ -263,8 +263,7 @@ fn read(reader: &mut Reader) -> Option<RouterSettings> {
             "says who leads, but with placement = static nobody does; remove one".to_owned(),
         );
     }
-    let replicas = reader.required("replicas", |text| value::count(text, 1, 64));
-    let replicas = replicas.and_then(|count| u32::try_from(count).ok()).and_then(NonZeroU32::new);
+    let replicas = reader.required("replicas", value::parse_replicas);
     let fallback = reader.required("fallback", str::parse::<Fallback>);
     let http = reader.required("http", parse_socket);
     let grpc = reader.required("grpc", parse_socket);
@@ -384,11 +383,17 @@ fn workers(reader: &mut Reader) -> Vec<Address> {
     workers
 }
 
+/// Variables of a template that are no request's to set.
+const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
+
 /// The name of a variable.
 fn variable(text: &str) -> Result<String, String> {
     let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     if text.is_empty() || text.len() > 64 || !text.chars().all(word) {
         return Err(format!("{text:?} is no name of letters, digits and _, 1 to 64 of them"));
+    }
+    if RESERVED.contains(&text) {
+        return Err(format!("{text} is what the router itself gives the template; leave it out"));
     }
     Ok(text.to_owned())
 }

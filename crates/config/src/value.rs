@@ -94,6 +94,15 @@ pub(crate) fn count(text: &str, least: u64, most: u64) -> Result<u64, String> {
     number.ok_or_else(|| format!("{text:?} is not a whole number from {least} to {most}"))
 }
 
+/// Copies of every expert.
+///
+/// # Errors
+/// When it is no number of copies.
+pub fn parse_replicas(text: &str) -> Result<NonZeroU32, String> {
+    let number = u32::try_from(count(text, 1, 64)?).ok();
+    number.and_then(NonZeroU32::new).ok_or_else(|| format!("{text:?} is no number of copies"))
+}
+
 /// Microseconds of busy polling; at most a second, for a processor is busy all that time.
 pub(crate) fn busy_poll(text: &str) -> Result<Duration, String> {
     count(text, 0, 1_000_000).map(Duration::from_micros)

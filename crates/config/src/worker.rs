@@ -115,7 +115,12 @@ fn read(reader: &mut Reader) -> Option<WorkerSettings> {
     let advertise = reader.optional("advertise", address);
     // A worker that joins has its experts chosen and brought by the cluster.
     let joins = reader.has_entries("join");
-    let model = if joins { reader.optional("model", text) } else { reader.required("model", text) };
+    let model = reader.optional("model", text);
+    if model.is_none() && !joins && !reader.has_entries("model") {
+        let problem = "is missing; give --join HOST:PORT, a router's --grpc, to be brought experts, or --model, \
+                       MUSTER_WORKER_MODEL, or model in [worker] to load them";
+        reader.problem("model", problem.to_owned());
+    }
     let share = reader.optional("share", str::parse::<Share>);
     let share = share.unwrap_or(if joins { Share::None } else { Share::All });
     if model.is_none() && share != Share::None {

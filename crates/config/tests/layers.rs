@@ -382,3 +382,40 @@ fn what_becomes_of_generation_config_is_one_of_two_words() {
     assert_eq!((mode("auto"), mode("ignore")), (GenerationMode::Auto, GenerationMode::Ignore));
     assert!(set("vllm").unwrap_err().to_string().contains("neither auto nor ignore"));
 }
+
+#[test]
+fn what_a_router_gives_its_template_is_no_requests_to_set() {
+    for name in ["messages", "tools", "add_generation_prompt"] {
+        let problems =
+            problems(&format!("[router]\ntemplate_variables = [\"enable_thinking\", \"{name}\"]\n"));
+        assert_eq!(
+            problems,
+            [format!(
+                "FILE:2: template_variables: {name} is what the router itself gives the template; leave it out"
+            )]
+        );
+    }
+}
+
+#[test]
+fn lists_are_called_as_their_flags_are() {
+    let flags = minimal()
+        .list("cors_origins", &["https://a.example".to_owned()])
+        .list("template_variables", &["x".to_owned()])
+        .list("workers", &["127.0.0.1:1".to_owned()]);
+    let effective = router("", &[], &flags).unwrap().effective;
+    for flag in ["--cors-origin\n", "--template-variable\n", "--worker\n"] {
+        assert!(effective.contains(&format!("# flag {flag}")), "{effective}");
+    }
+}
+
+#[test]
+fn a_worker_that_is_told_nothing_is_told_of_both_ways() {
+    let (environment, flags) = (Environment::default(), Flags::new());
+    let sources = Sources { file: None, environment: &environment, flags: &flags };
+    let error = WorkerSettings::load(&sources).map(|loaded| loaded.settings).unwrap_err().to_string();
+    assert!(
+        error.contains("model: is missing; give --join HOST:PORT") && error.contains("--model"),
+        "{error}"
+    );
+}

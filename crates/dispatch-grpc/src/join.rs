@@ -11,7 +11,7 @@ use muster_types::{Fingerprint, WorkerId};
 use tonic::{Code, Status, Streaming};
 
 use crate::address::Address;
-use crate::transport::{self, Dialer};
+use crate::transport::{self, Dialer, Instead};
 
 /// How long a router may take to answer.
 const ANSWER: Duration = Duration::from_secs(5);
@@ -21,13 +21,27 @@ const ANSWER: Duration = Duration::from_secs(5);
 pub enum JoinError {
     /// It cannot be reached now.
     #[error(
-        "router at {address} cannot be reached: {reason}; check that it runs, that this is its gRPC address, and that both or neither use TLS"
+        "router at {address} cannot be reached: {reason}; check that it runs and that this is its gRPC address"
     )]
     Unreachable {
         /// Where it should be.
         address: Address,
         /// What was seen.
         reason: String,
+    },
+    /// Something else is there.
+    #[error("what answers at {address} {instead}; {}", instead.remedy())]
+    Other {
+        /// Where the router should be.
+        address: Address,
+        /// What is there.
+        instead: Instead,
+    },
+    /// No router is there, but gRPC.
+    #[error("what answers at {address} is no router; give the address of a router's --grpc")]
+    NoRouter {
+        /// Where it should be.
+        address: Address,
     },
     /// It does not want this worker.
     #[error("router at {address} refused this worker: {reason}")]
@@ -66,13 +80,16 @@ pub async fn join(
 ) -> Result<Membership, JoinError> {
     let unreachable = |reason: String| JoinError::Unreachable { address: router.clone(), reason };
     let refused = |reason: String| JoinError::Refused { address: router.clone(), reason };
-    let failed = |status: Status| match status.code() {
-        Code::InvalidArgument
-        | Code::FailedPrecondition
-        | Code::Unimplemented
-        | Code::PermissionDenied
-        | Code::Unauthenticated => refused(status.message().to_owned()),
-        _ => unreachable(status.message().to_owned()),
+    // What no router said has a source: the connection broke, and its library names a code.
+    let broke = |status: &Status| std::error::Error::source(status).map(transport::root_cause);
+    let failed = |status: Status| match (broke(&status), status.code()) {
+        (Some(cause), _) => unreachable(cause),
+        (None, Code::Unimplemented) => JoinError::NoRouter { address: router.clone() },
+        (
+            None,
+            Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied | Code::Unauthenticated,
+        ) => refused(status.message().to_owned()),
+        (None, _) => unreachable(status.message().to_owned()),
     };
     let entering = async {
         let channel = dialer
@@ -94,7 +111,13 @@ pub async fn join(
         Ok(Membership { card, stream })
     };
     let silent = |_| unreachable(format!("no answer within {ANSWER:?}"));
-    tokio::time::timeout(ANSWER, entering).await.map_err(silent)?
+    let entered = tokio::time::timeout(ANSWER, entering).await.map_err(silent)?;
+    if let Err(JoinError::Unreachable { reason, .. }) = &entered
+        && let Some(instead) = dialer.instead(router, reason).await
+    {
+        return Err(JoinError::Other { address: router.clone(), instead });
+    }
+    entered
 }
 
 /// Where `router` reaches a worker that listens at `listen`: one that listens on all addresses is reached at the one

@@ -1,7 +1,7 @@
 //! Expert dispatch over gRPC: the router's client and the worker's server.
 //!
 //! Owns the streams between them: who may speak, in what order, how much may be in flight, and what a broken
-//! stream means for the rows that were on it. [`GrpcDispatch`] implements the dispatch seam; [`ExpertServer`]
+//! stream means for the rows that were on it. [`client::Carrier`] is a transport of delivery; [`ExpertServer`]
 //! feeds the experts' thread. Bits are decided elsewhere: rows go out as the caller gave them, and outputs are rounded
 //! and added by whoever computes ([`ExpertCompute`](muster_engine::compute::ExpertCompute)) and by [`muster_kernels`].
 //!
@@ -21,7 +21,8 @@ mod transport;
 pub use address::{Address, AddressError};
 pub use client::{
     ClusterHandle, ConnectConfig, ConnectError, Digests, DigestsTeller, DispatchStats, Fallback,
-    GrpcDispatch, HealthHandle, LinkError, Reference, Sample, Start, StatsHandle, WorkerHealth, WorkerState,
+    GrpcDispatch, HealthHandle, LinkError, Reference, Start, StatsHandle, WorkerHealth, WorkerState, connect,
+    connect_with,
 };
 pub use fetch::{FetchError, Fetcher};
 pub use join::{JoinError, Membership, join, reached_at};
@@ -29,4 +30,4 @@ pub use server::{
     BindError, Bound, ComputeQueue, Custody, ExpertServer, Handed, Held, Network, Pressure, ServeError,
     ServerConfig, Smoothed, WeightSource, WeightTerms, WeightsService,
 };
-pub use transport::Dialer;
+pub use transport::{Dialer, Instead};

@@ -4,12 +4,14 @@
 //! trip to fill. Both sides ping, so that a silent peer is noticed when no deadline is running. Packets that are lost are
 //! sent again after milliseconds, where the system can be told so.
 
+use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use muster_identity::{Identity, IdentityError, Role};
+use muster_net::{Asked, Mismatch, mismatch};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
@@ -42,6 +44,13 @@ impl Dialer {
     /// When TLS cannot be set up.
     pub fn new(identity: Option<&Identity>, roles: &'static [Role]) -> Result<Self, IdentityError> {
         Ok(Self { tls: identity.map(|identity| identity.client(roles)).transpose()? })
+    }
+
+    /// What is spoken at an address instead, if that is why asking there came to `cause`.
+    pub(crate) async fn instead(&self, address: &Address, cause: &str) -> Option<Instead> {
+        let Address::Tcp { .. } = address else { return None };
+        let asked = if self.tls.is_some() { Asked::Tls } else { Asked::Plain };
+        mismatch(&address.to_string(), asked, cause).await.map(Instead)
     }
 
     pub(crate) async fn connect(
@@ -87,6 +96,33 @@ impl Dialer {
                 endpoint.connect_with_connector(connector).await
             }
         }
+    }
+}
+
+/// Another protocol at an address of the cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Instead(Mismatch);
+
+impl Instead {
+    /// What to do about it.
+    #[must_use]
+    pub const fn remedy(self) -> &'static str {
+        match self.0 {
+            Mismatch::Tls => "give it --tls-cert, --tls-key and --tls-ca",
+            Mismatch::Plain => "give --tls-cert, --tls-key and --tls-ca there too, or leave them out here",
+            Mismatch::Http => "give the address of gRPC: a router's --grpc, a worker's --listen",
+        }
+    }
+}
+
+impl fmt::Display for Instead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rest = match self.0 {
+            Mismatch::Tls => " and this process does not",
+            Mismatch::Plain => " and this process does",
+            Mismatch::Http => "",
+        };
+        write!(f, "{}{rest}", self.0)
     }
 }
 

@@ -5,12 +5,14 @@
 //! - [`microbatch`]: which of the two lanes each of them travels in;
 //! - [`batcher`]: which rows go to which worker at one layer;
 //! - [`dispatch`]: the seam through which they go there and come back;
+//! - [`delivery`]: what becomes of them in between, over whatever transport;
 //! - [`compute`]: the seam to the experts where they arrive.
 //!
 //! The same calls in the same order give the same answers, so a run can be replayed and simulated.
 
 pub mod batcher;
 pub mod compute;
+pub mod delivery;
 pub mod dispatch;
 mod kv;
 pub mod microbatch;

@@ -190,6 +190,30 @@ impl<'a> RowsMut<'a> {
         }
     }
 
+    /// Number of elements.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        match &self.at {
+            AtMut::Host(values) => values.len(),
+            AtMut::Device(slice) => slice.bytes / size_of::<f32>(),
+        }
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Room in host memory, borrowed.
+    #[must_use]
+    pub const fn f32_mut(&mut self) -> Option<&mut [f32]> {
+        match &mut self.at {
+            AtMut::Host(values) => Some(values),
+            AtMut::Device(_) => None,
+        }
+    }
+
     /// Room in host memory.
     #[must_use]
     pub fn into_f32(self) -> Option<&'a mut [f32]> {

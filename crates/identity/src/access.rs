@@ -26,6 +26,12 @@ pub enum Denied {
         "the authorization header is not of the form that this takes; send authorization: Bearer KEY, with that word before the key"
     )]
     Scheme,
+    /// A key was shown where keys are not looked for.
+    #[error("a key in the header {header} is not taken; send authorization: Bearer KEY")]
+    Header {
+        /// Where it was.
+        header: &'static str,
+    },
     /// The key is not good.
     #[error("the API key is not known here; it may have been revoked")]
     Key,
@@ -77,6 +83,17 @@ impl Access {
     }
 }
 
+impl Denied {
+    /// The same, where nothing was shown and one of the headers is there in which clients of other servers send keys.
+    #[must_use]
+    pub fn with_headers(self, has: impl Fn(&str) -> bool) -> Self {
+        match ["x-api-key", "api-key"].into_iter().find(|header| has(header)) {
+            Some(header) if self == Self::Nothing => Self::Header { header },
+            _ => self,
+        }
+    }
+}
+
 fn bearer(value: &str) -> Option<&str> {
     let (scheme, key) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
@@ -108,6 +125,12 @@ mod tests {
             assert_eq!(access.client(None, Some(wrong)), Err(Denied::Scheme));
         }
         assert!(Denied::Scheme.to_string().contains("Bearer KEY"));
+        let elsewhere = Denied::Nothing.with_headers(|header| header == "x-api-key");
+        assert!(
+            elsewhere.to_string().contains("header x-api-key is not taken; send authorization: Bearer KEY")
+        );
+        assert_eq!(Denied::Nothing.with_headers(|_| false), Denied::Nothing);
+        assert_eq!(Denied::Key.with_headers(|_| true), Denied::Key);
         assert_eq!(access.client(None, Some(b"Bearer ")), Err(Denied::Key));
 
         assert_eq!(access.client(None, Some(&bearer(&revoked.key))), Ok(()));

@@ -142,6 +142,7 @@ impl Reload for ApiKeys {
         };
         let wrong = |line, reason| KeysError::Line { path: path.clone(), line, reason };
         let text = std::str::from_utf8(content).map_err(|_| wrong(1, "the file is not UTF-8"))?;
+        let text = text.trim_start_matches('\u{feff}');
         let (mut keys, mut names) = (Self::default(), HashSet::new());
         for (at, line) in text.lines().enumerate() {
             let line = line.trim();
@@ -176,6 +177,12 @@ impl Reload for ApiKeys {
 
     fn unreadable(path: &Path, reason: String) -> KeysError {
         KeysError::Unreadable { path: path.to_owned(), reason }
+    }
+
+    fn warning(&self) -> Option<&'static str> {
+        self.is_empty().then_some(
+            "there are none in the file, so that nobody is let in by a key; `muster keys new NAME --file FILE` adds one",
+        )
     }
 
     fn report(&self) {
@@ -220,6 +227,22 @@ mod tests {
         );
         for bad in ["", "muster-", &first.key.to_uppercase(), &first.key[1..], &"x".repeat(1 << 20)] {
             assert_eq!(keys.name_of(bad), None);
+        }
+    }
+
+    #[test]
+    fn a_file_without_keys_is_warned_of() {
+        for empty in ["", "\n", "# none yet\n", "\u{feff}"] {
+            assert!(
+                parse(empty).unwrap().warning().unwrap().contains("nobody is let in by a key"),
+                "{empty:?}"
+            );
+        }
+        let line = NewKey::generate("ci").unwrap().line;
+        // As some editors begin a file.
+        for text in [line.clone(), format!("\u{feff}{line}\r\n")] {
+            let keys = parse(&text).unwrap();
+            assert_eq!((keys.len(), keys.warning()), (1, None));
         }
     }
 

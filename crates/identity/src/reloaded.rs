@@ -28,6 +28,11 @@ pub trait Reload: Sized + Send + Sync + 'static {
     /// A file that cannot be had.
     fn unreadable(path: &Path, reason: String) -> Self::Error;
 
+    /// What there is to warn of when it is taken into use.
+    fn warning(&self) -> Option<&'static str> {
+        None
+    }
+
     /// Says something of what is in use now, every time that files are looked at.
     fn report(&self) {}
 }
@@ -50,6 +55,7 @@ impl<T: Reload> Reloaded<T> {
         let contents = read::<T>(&paths)?;
         let made = T::make(&paths, &contents)?;
         made.report();
+        warn(&made, &paths);
         Ok(Self { current: RwLock::new(Arc::new(made)), seen: Mutex::new(digest(&contents)), paths })
     }
 
@@ -73,6 +79,7 @@ impl<T: Reload> Reloaded<T> {
         }
         *seen = digest;
         let made = T::make(&self.paths, &contents)?;
+        warn(&made, &self.paths);
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(made);
         Ok(true)
     }
@@ -97,6 +104,13 @@ impl<T: Reload> Reloaded<T> {
             last = wrong;
             self.current().report();
         }
+    }
+}
+
+fn warn<T: Reload>(made: &T, paths: &[PathBuf]) {
+    if let Some(warning) = made.warning() {
+        let file = paths.first().map(|path| tracing::field::display(path.display()));
+        tracing::warn!(file, "{}: {warning}", T::WHAT);
     }
 }
 

@@ -5,7 +5,9 @@
 //! precision it travels in, whether it did travel or not. An output or a sum that is not finite is found in the same pass
 //! that makes use of it or makes it: neither is ever given back as a result. Bytes are little-endian. It does not know what the rows mean or who asked for them.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use muster_types::Term;
 
 use crate::convert::Precision;
 use crate::cpu::Cpu;
@@ -29,43 +31,8 @@ pub enum Outputs<'a> {
     WireBf16(&'a [[u8; 2]]),
 }
 
-/// One output row and what it counts.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Term {
-    /// Which of the [`Outputs`].
-    pub source: u32,
-    /// Row in it.
-    pub row: u32,
-    /// Its factor.
-    pub weight: f32,
-}
-
-/// The terms of every row's sum, in the order in which they are given: where each row's begin, and the terms, row after
-/// row.
-///
-/// # Panics
-/// If a term is for a row outside `rows`.
-#[must_use]
-pub fn terms_by_row(rows: usize, terms: impl Iterator<Item = (u32, Term)> + Clone) -> (Vec<u32>, Vec<Term>) {
-    let mut starts = vec![0_u32; rows + 1];
-    for (row, _) in terms.clone() {
-        starts[row as usize + 1] += 1;
-    }
-    for row in 1..starts.len() {
-        starts[row] += starts[row - 1];
-    }
-    let mut next = starts.clone();
-    let mut sorted = vec![Term { source: 0, row: 0, weight: 0.0 }; starts[rows] as usize];
-    for (row, term) in terms {
-        let at = &mut next[row as usize];
-        sorted[*at as usize] = term;
-        *at += 1;
-    }
-    (starts, sorted)
-}
-
 /// An output row, or a sum of them, has a NaN or an infinity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotFinite {
     /// Row `row` of the outputs `source`.
     Output {
@@ -74,18 +41,15 @@ pub enum NotFinite {
         /// Row in it.
         row: usize,
     },
-    /// The sum in row `row`, though all its terms are finite.
-    Sum {
-        /// The row.
-        row: usize,
-    },
+    /// The sums in these rows, ascending, though all their terms are finite.
+    Sums(Vec<u32>),
 }
 
 /// Writes `sum of weight * output` for every row of `out` (`[rows, hidden]`). Row `r` has the terms
 /// `starts[r]..starts[r + 1]`.
 ///
 /// # Errors
-/// The first term with an output that is not finite; else the first row whose sum is not, as when it overflows. `out` is
+/// The first term with an output that is not finite; else the rows whose sums are not, as when they overflow. `out` is
 /// unspecified then.
 ///
 /// # Panics
@@ -162,19 +126,16 @@ impl<'a> Sums<'a> {
         target: &(dyn Fn(usize) -> Target<'out> + Sync),
     ) -> Result<(), NotFinite> {
         let &Self { hidden, sources, starts, terms, rows } = self;
-        let bad = AtomicUsize::new(usize::MAX);
-        let finite = over_rows(cpu, hidden, rows, terms.len(), &|row| {
+        let sum = |row: usize| {
             let terms = &terms[starts[row] as usize..starts[row + 1] as usize];
-            let finite = dispatch(cpu.isa(), SumRow { hidden, sources, terms, out: target(row) });
-            if !finite {
-                bad.fetch_min(row, Ordering::Relaxed);
-            }
-            finite
-        });
-        if finite {
+            dispatch(cpu.isa(), SumRow { hidden, sources, terms, out: target(row) })
+        };
+        if over_rows(cpu, hidden, rows, terms.len(), &sum) {
             return Ok(());
         }
-        Err(find(hidden, sources, terms).unwrap_or(NotFinite::Sum { row: bad.into_inner() }))
+        // Rare enough to be made once more, row by row.
+        let bad = || (0..).zip(0..rows).filter(|&(_, row)| !sum(row)).map(|(number, _)| number).collect();
+        Err(find(hidden, sources, terms).unwrap_or_else(|| NotFinite::Sums(bad())))
     }
 }
 
@@ -637,11 +598,11 @@ mod tests {
                 for cpu in cpus() {
                     for source in kinds {
                         // The last row alone overflows as well: its products do.
-                        for (rows, bad) in [(5, None), (6, Some(5)), (7, Some(5))] {
+                        for (rows, bad) in [(5, vec![]), (6, vec![5]), (7, vec![5, 6])] {
                             let what =
                                 format!("hidden {hidden}, at {at}, {precision:?}, {rows} rows, {cpu:?}");
                             let (starts, terms) = (&starts[..=rows], &terms[..starts[rows] as usize]);
-                            let want = bad.map_or(Ok(()), |row| Err(NotFinite::Sum { row }));
+                            let want = if bad.is_empty() { Ok(()) } else { Err(NotFinite::Sums(bad)) };
                             let mut out = vec![0.0; rows * hidden];
                             assert_eq!(
                                 combine(&cpu, hidden, &[source], starts, terms, &mut out),
@@ -658,7 +619,7 @@ mod tests {
                         let last = [Term { row: 5, ..terms[7] }, terms[8]];
                         let mut out = vec![0.0; hidden];
                         let outcome = combine(&cpu, hidden, &[source], &[0, 2], &last, &mut out);
-                        assert_eq!(outcome, Err(NotFinite::Sum { row: 0 }), "inf - inf, {cpu:?}");
+                        assert_eq!(outcome, Err(NotFinite::Sums(vec![0])), "inf - inf, {cpu:?}");
                     }
                 }
             }
@@ -689,7 +650,7 @@ mod tests {
             let (mut sums, mut wire) = ([0.0; 2], [0; 4]);
             assert_eq!(combine(&cpu, 1, &sources, &[0, 1, 2], &terms, &mut sums), Ok(()));
             let outcome = combine_to_wire(&cpu, 1, &sources, &[0, 1, 2], &terms, Precision::Bf16, &mut wire);
-            assert_eq!(outcome, Err(NotFinite::Sum { row: 1 }));
+            assert_eq!(outcome, Err(NotFinite::Sums(vec![1])));
         }
     }
 }

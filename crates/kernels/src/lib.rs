@@ -48,7 +48,7 @@ mod simd;
 mod tile;
 
 pub use attention::{AttentionShape, Sees, attention};
-pub use combine::{NotFinite, Outputs, Term, combine, combine_to_wire, terms_by_row, to_wire};
+pub use combine::{NotFinite, Outputs, combine, combine_to_wire, to_wire};
 pub use convert::{Precision, add_scaled, all_finite, from_bf16, round_bf16, to_bf16};
 pub use cpu::Cpu;
 pub use error::KernelError;

@@ -7,8 +7,8 @@ use std::time::Instant;
 use muster_engine::dispatch::{
     Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket,
 };
-use muster_kernels::{Cpu, NotFinite, Outputs, Term, combine};
-use muster_types::{ExpertId, ExpertKey, LayerId};
+use muster_kernels::{Cpu, NotFinite, Outputs, combine};
+use muster_types::{ExpertId, ExpertKey, LayerId, Term};
 
 use crate::experts::{ExpertError, ExpertScratch, ExpertSet, precision};
 
@@ -141,7 +141,7 @@ impl Local {
         for ((row, bounds), out) in (0..).zip(done.starts.windows(2)).zip(out.chunks_exact_mut(hidden)) {
             let terms = &done.terms[bounds[0] as usize..bounds[1] as usize];
             if let Err(bad) = combine(&self.cpu, hidden, &outputs, &[0, bounds[1] - bounds[0]], terms, out) {
-                lost.push(Loss { rows: vec![row], error: done.error(bad) });
+                lost.push(Loss { rows: vec![row], error: done.error(&bad) });
             }
         }
         lost
@@ -149,16 +149,14 @@ impl Local {
 }
 
 impl Done {
-    fn error(&self, bad: NotFinite) -> DispatchError {
+    fn error(&self, bad: &NotFinite) -> DispatchError {
         let layer = self.layer;
         match bad {
-            NotFinite::Output { row, .. } => {
-                match self.owners.iter().rev().find(|(first, _)| *first <= row) {
-                    Some(&(_, expert)) => DispatchError::NonFinite { layer, expert },
-                    None => DispatchError::Invalid("an output without an expert".into()),
-                }
-            }
-            NotFinite::Sum { .. } => DispatchError::NonFiniteSum { layer },
+            NotFinite::Output { row, .. } => match self.owners.iter().rev().find(|(first, _)| first <= row) {
+                Some(&(_, expert)) => DispatchError::NonFinite { layer, expert },
+                None => DispatchError::Invalid("an output without an expert".into()),
+            },
+            NotFinite::Sums(_) => DispatchError::NonFiniteSum { layer },
         }
     }
 }

@@ -1,14 +1,16 @@
 //! Listening sockets of every process, and what their peers may cost: places, time and frames.
 //!
 //! Owns the backlog ([`listen`]), the accept loop and the patience with one peer ([`Acceptor`], [`Socket`]), the budget of
-//! HTTP/2's control frames ([`Meter`]) and the rule on `Host` ([`host`]). What always holds: no error of `accept` ends a
+//! HTTP/2's control frames ([`Meter`]), the rule on `Host` ([`host`]) and what else listens where gRPC was expected ([`mismatch`]). What always holds: no error of `accept` ends a
 //! listener, a connection holds one of a fixed number of places, and a peer that makes no progress loses it. Knows nothing
 //! of TLS, requests or who is let in.
 
 mod accept;
+mod found;
 mod frames;
 pub mod host;
 pub mod listen;
 
 pub use accept::{Acceptor, Listener, Patience, Socket};
+pub use found::{Asked, Found, Mismatch, look, mismatch};
 pub use frames::{Flood, Meter, Opening};

@@ -10,7 +10,7 @@
 //! Routers that know different workers may lead at the same time, and so may two for as long as a lease lasts when a
 //! worker that starts again has forgotten the one it promised: to wait that out would leave a cluster without a leader
 //! whenever most of its workers are restarted. Each then leads those that granted it the lease, and counts on what these
-//! hold alone, as [`Ledger`](crate::Ledger) does. Times are since any origin that the caller keeps to; between processes only
+//! hold alone, as [`leader`](crate::leader) does. Times are since any origin that the caller keeps to; between processes only
 //! spans travel. Knows nothing of orders, messages or who is alive.
 
 use std::time::Duration;

@@ -8,7 +8,7 @@
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
 //! - [`hedge`]: how long an answer may take before another replica is asked too;
 //! - [`lease`]: which router leads;
-//! - [`Ledger`]: what a leader may count on while its orders are on their way;
+//! - [`leader`]: what the one that leads does, on top of all these;
 //! - [`Demand`] and [`workers_per_row()`]: how many workers a model takes, and what its rows take on the wire.
 //!
 //! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give
@@ -16,8 +16,8 @@
 
 mod capacity;
 pub mod hedge;
+pub mod leader;
 pub mod lease;
-mod ledger;
 mod loads;
 mod placement;
 mod plan;
@@ -28,7 +28,6 @@ mod traffic;
 mod transition;
 
 pub use capacity::Demand;
-pub use ledger::{Ledger, Stamp};
 pub use loads::Loads;
 pub use placement::{Placement, PlacementError, WorkerIx};
 pub use plan::{Figures, Goals, Holdings, Member, Target, plan};

@@ -41,6 +41,13 @@ pub struct Orders {
     pub load: Vec<ExpertKey>,
 }
 
+impl Orders {
+    /// All that it shall hold.
+    pub(crate) fn hold(&self) -> BTreeSet<ExpertKey> {
+        self.keep.iter().chain(&self.load).copied().collect()
+    }
+}
+
 /// One step towards the target.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transition {

@@ -4,7 +4,7 @@ use std::num::NonZeroU64;
 use std::time::Duration;
 
 use bytes::Bytes;
-use muster_types::{Epoch, Retry, WorkerId};
+use muster_types::{Epoch, Fault, FaultKind, WorkerId};
 
 use crate::convert::{WireError, worker_id_error};
 use crate::expert::v1;
@@ -13,121 +13,37 @@ use crate::expert::v1::shard_error::Code;
 /// Longest fault message kept, in characters. It ends up in logs of the other side.
 const MESSAGE_CHARS: usize = 256;
 
-/// Kinds of fault a shard can meet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum FaultKind {
-    /// An expert is not held by this worker.
-    NotHeld,
-    /// The worker is about to stop.
-    Draining,
-    /// The worker's queue is full.
-    Overloaded,
-    /// The shard breaks a rule of the protocol.
-    BadRequest,
-    /// The deadline passed.
-    Deadline,
-    /// A row has a value that is not finite.
-    NonFinite,
-    /// The worker failed inside.
-    Internal,
-}
-
-impl FaultKind {
-    /// Every kind.
-    pub const ALL: [Self; 7] = [
-        Self::NotHeld,
-        Self::Draining,
-        Self::Overloaded,
-        Self::BadRequest,
-        Self::Deadline,
-        Self::NonFinite,
-        Self::Internal,
-    ];
-
-    /// The wire's name.
-    #[must_use]
-    pub const fn to_wire(self) -> Code {
-        match self {
-            Self::NotHeld => Code::NotHeld,
-            Self::Draining => Code::Draining,
-            Self::Overloaded => Code::Overloaded,
-            Self::BadRequest => Code::BadRequest,
-            Self::Deadline => Code::Deadline,
-            Self::NonFinite => Code::NonFinite,
-            Self::Internal => Code::Internal,
-        }
-    }
-
-    fn from_wire(value: i32) -> Result<Self, WireError> {
-        match Code::try_from(value) {
-            Ok(Code::NotHeld) => Ok(Self::NotHeld),
-            Ok(Code::Draining) => Ok(Self::Draining),
-            Ok(Code::Overloaded) => Ok(Self::Overloaded),
-            Ok(Code::BadRequest) => Ok(Self::BadRequest),
-            Ok(Code::Deadline) => Ok(Self::Deadline),
-            Ok(Code::NonFinite) => Ok(Self::NonFinite),
-            Ok(Code::Internal) => Ok(Self::Internal),
-            Ok(Code::Unspecified) => Err(WireError::Missing("error.code")),
-            Err(_) => Err(WireError::UnknownValue { field: "error.code", value }),
-        }
-    }
-
-    /// A short name, for metrics.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::NotHeld => "not_held",
-            Self::Draining => "draining",
-            Self::Overloaded => "overloaded",
-            Self::BadRequest => "bad_request",
-            Self::Deadline => "deadline",
-            Self::NonFinite => "non_finite",
-            Self::Internal => "internal",
-        }
-    }
-
-    /// Whether sending the shard again can help.
-    #[must_use]
-    pub const fn retry(self) -> Retry {
-        match self {
-            Self::NotHeld | Self::Draining | Self::Internal => Retry::Elsewhere,
-            Self::Overloaded | Self::Deadline => Retry::Later,
-            Self::BadRequest | Self::NonFinite => Retry::Never,
-        }
+/// The wire's name of a kind of fault.
+const fn code(kind: FaultKind) -> Code {
+    match kind {
+        FaultKind::NotHeld => Code::NotHeld,
+        FaultKind::Draining => Code::Draining,
+        FaultKind::Overloaded => Code::Overloaded,
+        FaultKind::BadRequest => Code::BadRequest,
+        FaultKind::Deadline => Code::Deadline,
+        FaultKind::NonFinite => Code::NonFinite,
+        FaultKind::Internal => Code::Internal,
     }
 }
 
-/// Why a shard was not computed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct Fault {
-    /// Its kind.
-    pub kind: FaultKind,
-    /// For people. One line, at most 256 characters.
-    pub message: String,
-    /// The expert concerned, as it is numbered on the wire.
-    pub expert: Option<u32>,
+fn kind(code: i32) -> Result<FaultKind, WireError> {
+    match Code::try_from(code) {
+        Ok(Code::NotHeld) => Ok(FaultKind::NotHeld),
+        Ok(Code::Draining) => Ok(FaultKind::Draining),
+        Ok(Code::Overloaded) => Ok(FaultKind::Overloaded),
+        Ok(Code::BadRequest) => Ok(FaultKind::BadRequest),
+        Ok(Code::Deadline) => Ok(FaultKind::Deadline),
+        Ok(Code::NonFinite) => Ok(FaultKind::NonFinite),
+        Ok(Code::Internal) => Ok(FaultKind::Internal),
+        Ok(Code::Unspecified) => Err(WireError::Missing("error.code")),
+        Err(_) => Err(WireError::UnknownValue { field: "error.code", value: code }),
+    }
 }
 
-impl Fault {
-    /// A fault that is not about one expert.
-    #[must_use]
-    pub fn new(kind: FaultKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), expert: None }
-    }
-
-    /// A fault of one expert.
-    #[must_use]
-    pub fn of_expert(kind: FaultKind, expert: u32, message: impl Into<String>) -> Self {
-        Self { expert: Some(expert), ..Self::new(kind, message) }
-    }
-
-    fn parse(error: &v1::ShardError) -> Result<Self, WireError> {
-        let kind = FaultKind::from_wire(error.code)?;
-        let printable = |c: char| if c.is_control() { ' ' } else { c };
-        let message = error.message.chars().take(MESSAGE_CHARS).map(printable).collect();
-        Ok(Self { kind, message, expert: error.expert })
-    }
+fn fault(error: &v1::ShardError) -> Result<Fault, WireError> {
+    let printable = |c: char| if c.is_control() { ' ' } else { c };
+    let message = error.message.chars().take(MESSAGE_CHARS).map(printable).collect();
+    Ok(Fault { kind: kind(error.code)?, message, expert: error.expert })
 }
 
 impl From<WireError> for Fault {
@@ -215,7 +131,7 @@ impl Reply {
                         Body::Rows(v1::ExpertRows { rows, data, not_finite })
                     }
                     Err(Fault { kind, message, expert }) => {
-                        Body::Error(v1::ShardError { code: kind.to_wire().into(), message, expert })
+                        Body::Error(v1::ShardError { code: code(kind).into(), message, expert })
                     }
                 };
                 v1::DispatchReply {
@@ -250,7 +166,7 @@ impl Reply {
                 return Ok(Self::Ack { worker, epoch: Epoch::new(ack.epoch) });
             }
             Body::Rows(rows) => Ok(OutputRows::parse(rows)?),
-            Body::Error(error) => Err(Fault::parse(&error)?),
+            Body::Error(error) => Err(fault(&error)?),
         };
         let id = NonZeroU64::new(message.id).ok_or(WireError::Missing("id"))?;
         Ok(Self::Answer { id, outcome, timing })
@@ -321,7 +237,7 @@ mod tests {
     fn a_fault_message_cannot_flood_or_forge_a_log() {
         let message = format!("a\nb\u{1b}[31m{}", "x".repeat(1 << 20));
         let error = v1::ShardError { code: Code::Internal.into(), message, expert: None };
-        let fault = Fault::parse(&error).unwrap();
+        let fault = fault(&error).unwrap();
         assert!(fault.message.starts_with("a b [31mx"));
         assert_eq!(fault.message.chars().count(), MESSAGE_CHARS);
     }

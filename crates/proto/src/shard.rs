@@ -11,7 +11,7 @@ use crate::convert::WireError;
 use crate::description::layer_of;
 use crate::expert::v1::LayerShard;
 use crate::frame;
-use crate::reply::{Fault, FaultKind};
+use muster_types::{Fault, FaultKind};
 
 /// What a shard is checked against.
 #[derive(Debug, Clone)]

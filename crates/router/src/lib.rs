@@ -19,6 +19,7 @@ mod prompt;
 mod pulse;
 mod queue;
 pub mod request;
+mod request_id;
 mod resume;
 pub mod serve;
 pub mod service;

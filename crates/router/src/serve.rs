@@ -13,8 +13,7 @@ use muster_checkpoint::{Checkpoint, CheckpointError, Source};
 use muster_discovery::{Api as KubernetesApi, ObjectName, Source as WorkerSource};
 use muster_dispatch_grpc::secured::Only;
 use muster_dispatch_grpc::{
-    ClusterHandle, ConnectConfig, ConnectError, Dialer, Fallback, GrpcDispatch, Start, WeightTerms,
-    WeightsService,
+    ClusterHandle, ConnectConfig, ConnectError, Dialer, Fallback, Start, WeightTerms, WeightsService,
 };
 use muster_identity::{Access, Clients, Identity, IdentityError, Role};
 use muster_kernels::{Cpu, KernelError};
@@ -37,7 +36,9 @@ use crate::door::Door;
 use crate::health::Health;
 pub use crate::http::{Cors, Edge};
 use crate::service::Service;
-use crate::start::{Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, start};
+use crate::start::{
+    Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, check_kv, start,
+};
 use crate::{grpc, http, pulse};
 
 /// Bytes a second that workers without a model may read through a router.
@@ -440,6 +441,7 @@ fn assemble(
         Source::Directory(path) | Source::Linked(path) => Some(path.clone()),
         Source::Embedded { .. } => None,
     };
+    check_kv(&checkpoint, compute, config.engine.kv_bytes)?;
     let digests = digests::start(Checking {
         checkpoint: checkpoint.clone(),
         compute,
@@ -507,12 +509,12 @@ fn assemble(
         cpu: Arc::clone(&cpu),
         dialer: Dialer::new(config.identity.as_ref(), &[Role::Worker])?,
     };
-    let dispatch = GrpcDispatch::connect_with(connect, fallback)?;
+    let dispatch = muster_dispatch_grpc::connect_with(connect, fallback)?;
     let pulse = Arc::new(Pulse::default());
-    let handle = dispatch.cluster();
+    let handle = dispatch.transport().cluster();
     let cluster = Arc::new(Cluster {
         router: config.router_id,
-        workers: dispatch.health(),
+        workers: dispatch.transport().health(),
         digests: digests.clone(),
         leader: Arc::default(),
         pulse: Arc::clone(&pulse),

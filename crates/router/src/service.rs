@@ -364,6 +364,11 @@ impl Service {
             let message = format!("has {stops} entries; at most {} are allowed", limits.stops);
             return Err(RequestError::invalid("stop", message));
         }
+        if !model.has_tokenizer && !request.stop.strings.is_empty() {
+            let message =
+                "this model has no tokenizer, so that no text can end an answer; use stop_token_ids";
+            return Err(RequestError::invalid("stop", message));
+        }
         if request.stop.strings.iter().any(String::is_empty) {
             return Err(RequestError::invalid("stop", "has an empty string; leave it out"));
         }

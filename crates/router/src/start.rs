@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use muster_checkpoint::outline::Outline;
 use muster_checkpoint::{Checkpoint, CheckpointError};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_engine::reach::{Reach, longest, most_held};
@@ -17,9 +18,10 @@ use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
 use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
 use muster_model::defaults::{DefaultsError, SamplingDefaults, Wanted};
 use muster_model::experts::precision;
+use muster_model::footprint::Footprint;
 use muster_model::trunk::Trunk;
 use muster_text::Tokenizer;
-use muster_types::{Combine, Limits, WeightDType};
+use muster_types::{Combine, Compute, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Engine};
@@ -271,6 +273,22 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     let prompts = Prompts::new(&model, limits, tokenizer, settings.template_variables);
     let service = Service::new(model, limits, prompts, eos, health, Way { commands: sender, queue, text });
     Ok((service, EngineHandle { ended, abort }))
+}
+
+/// Whether a KV cache of this size can be used, before anything is loaded.
+///
+/// # Errors
+/// [`StartError::KvBudget`] when it holds nothing.
+pub fn check_kv(checkpoint: &Checkpoint, compute: Compute, budget: Option<u64>) -> Result<(), StartError> {
+    // Only the trunk's linears depend on how they are held.
+    let footprint =
+        Footprint::of(&Outline::of(checkpoint.spec()), compute, WeightDType::Native, WeightDType::Native);
+    match (budget, footprint) {
+        (Some(budget), Some(footprint)) if budget < footprint.kv_sequence_bytes(1, 1) => {
+            Err(StartError::KvBudget { budget, block: footprint.kv_sequence_bytes(1, 1) })
+        }
+        _ => Ok(()),
+    }
 }
 
 const BLOCK: NonZeroU32 = match NonZeroU32::new(BLOCK_TOKENS as u32) {

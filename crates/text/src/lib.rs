@@ -19,6 +19,7 @@ mod detokenizer;
 mod error;
 mod files;
 mod floor;
+mod growth;
 mod json;
 mod library;
 mod pieces;

@@ -12,7 +12,7 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::added::{Additions, Known};
 use crate::config::{self, CleanUp, TokenizerConfig};
 use crate::declared::{Declared, Place};
-use crate::{SpecialToken, SpecialTokens, TextError, TokenizerFiles, pieces};
+use crate::{SpecialToken, SpecialTokens, TextError, TokenizerFiles, growth, pieces};
 
 /// Cap on the size of `tokenizer.json`; published ones stay below 40 MiB.
 const MAX_FILE_BYTES: usize = 64 << 20;
@@ -55,6 +55,7 @@ impl Library {
         let additions = Additions::of(&config.tokens, &known)?;
         let unlisted = add(&mut library, &additions)?;
         check_forms(&library)?;
+        growth::check(&library).map_err(invalid)?;
         let named = additions.special();
         let special = special(&library, &before, &additions);
         Ok((Self { library, named, special, unlisted }, config))

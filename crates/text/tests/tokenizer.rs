@@ -47,6 +47,19 @@ fn a_token_to_add_that_does_not_exist_is_refused() {
 }
 
 #[test]
+fn a_normalizer_that_multiplies_a_text_is_refused() {
+    let with = |times: usize| {
+        let mut json: serde_json::Value = serde_json::from_str(&llama_json()).unwrap();
+        let step = serde_json::json!({"type": "Replace", "pattern": {"String": "h"}, "content": "hh"});
+        json["normalizer"] = serde_json::json!({"type": "Sequence", "normalizers": vec![step; times]});
+        load(&json.to_string(), "{}")
+    };
+    assert!(with(3).is_ok());
+    let error = with(40).expect_err("accepted").to_string();
+    assert!(error.contains("its normalizer can make a text 1099511627776 times as long"), "{error}");
+}
+
+#[test]
 fn truncation_left_over_from_training_is_off() {
     assert_eq!(llama().encode("h h h h", Special::Add).unwrap().len(), 4);
 }

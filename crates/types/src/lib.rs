@@ -5,14 +5,17 @@
 //! `thiserror` for error text, `blake3` for digests and `strsim` for edit distances alone.
 
 mod digest;
+mod fault;
 mod fingerprint;
 mod ids;
 mod limits;
 mod mode;
 mod nearest;
 mod speed;
+mod term;
 
 pub use digest::{ParseDigestError, WeightDigest, WeightHasher};
+pub use fault::{Fault, FaultKind};
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
 pub use ids::{Epoch, ExpertId, ExpertKey, InvalidWorkerId, LayerId, OutOfRange, SeqId, TokenId, WorkerId};
 pub use limits::Limits;
@@ -21,3 +24,4 @@ pub use mode::{
 };
 pub use nearest::nearest;
 pub use speed::{Speed, SpeedError};
+pub use term::{Term, terms_by_row};

@@ -91,7 +91,7 @@ fn description() -> Description {
 }
 
 fn connect(worker: String, cpu: Arc<Cpu>) -> GrpcDispatch {
-    GrpcDispatch::connect(ConnectConfig {
+    muster_dispatch_grpc::connect(ConnectConfig {
         dialer: Dialer::default(),
         digests: Digests::unchecked(),
         workers: vec![worker],
@@ -165,7 +165,7 @@ fn orders_loads_and_other_shards_do_not_wait_for_a_call_that_takes_long() {
     std::thread::spawn(move || queue.run(&network, &mut noted));
 
     let mut dispatch = connect(address, cpu());
-    let known = dispatch.cluster().workers().remove(0);
+    let known = dispatch.transport().cluster().workers().remove(0);
     let ask = LeadAsk { router: RouterName::new("test").unwrap(), term: NonZeroU64::MIN, ttl: PATIENCE };
     assert!(runtime.block_on(known.lead(&ask, PATIENCE)).unwrap().granted);
     let submit = |dispatch: &mut GrpcDispatch, lane, count: usize| {

@@ -117,7 +117,9 @@ impl Applicant {
                     Ok(addresses) => {
                         for router in addresses {
                             match self.ask(&router).await {
-                                Err(error @ JoinError::Unreachable { .. }) => reasons.push(error.to_string()),
+                                Err(error @ (JoinError::Unreachable { .. } | JoinError::Other { .. })) => {
+                                    reasons.push(error.to_string());
+                                }
                                 outcome => return outcome,
                             }
                         }

@@ -156,7 +156,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
 
 fn connect(config: &ConnectConfig, workers: &[Running]) -> GrpcDispatch {
     let workers = workers.iter().map(|worker| worker.ready.address.to_string()).collect();
-    GrpcDispatch::connect(ConnectConfig { workers, ..config.clone() }).expect("the workers fit")
+    muster_dispatch_grpc::connect(ConnectConfig { workers, ..config.clone() }).expect("the workers fit")
 }
 
 fn conforms_locally_and_over_grpc(name: &str) {
@@ -211,7 +211,7 @@ fn a_worker_that_is_told_to_stop_says_so_and_ends() {
     let workers = vec![Running::start(config("mixtral", Share::All))];
     let (_, _, _, config) = model("mixtral");
     let dispatch = connect(&config, &workers);
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     assert_eq!(health.missing(), []);
     for worker in workers {
         worker.stop();

@@ -23,8 +23,10 @@ pub(crate) struct StatusArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Type a line and press Enter. The conversation is remembered; Ctrl-D ends it.\n\n\
-                        Example:\n  muster chat --system \"Answer in one sentence.\" --temperature 0.7")]
+#[command(
+    after_help = "Type a line and press Enter. The conversation is remembered; /new begins a new one, /exit or Ctrl-D ends it.\n\n\
+                        Example:\n  muster chat --system \"Answer in one sentence.\" --temperature 0.7"
+)]
 pub(crate) struct ChatArgs {
     /// Where the router's gRPC listens. Several routers of one model, separated by commas or each with a --grpc of its
     /// own: when one is lost, another goes on with the answer.
@@ -34,7 +36,7 @@ pub(crate) struct ChatArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) system: Option<String>,
     /// Tokens of one answer at most [default: the model's, as far as the context leaves them].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: Option<u32>,
     #[command(flatten)]
     pub(crate) credentials: CredentialArgs,
@@ -64,7 +66,7 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) target: TargetArgs,
     /// Tokens to generate at most [default: the model's, else 64; or what the context leaves].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: Option<u32>,
     /// Print one JSON object: token_ids, text, finish_reason, prompt_token_ids (not with --chat), usage.
     #[arg(long)]

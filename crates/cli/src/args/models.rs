@@ -4,7 +4,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 
 use clap::Args;
-use muster_config::parse_weight_dtype;
+use muster_config::{parse_replicas, parse_weight_dtype};
 use muster_types::{Combine, WeightDType};
 
 use super::shared::{ComputeArgs, ComputeMode, LinkArgs};
@@ -77,8 +77,8 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "SIZE,SIZE,...", value_delimiter = ',', value_parser = machines)]
     pub(crate) devices: Vec<Machines>,
     /// Copies of every expert on different workers.
-    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub(crate) replicas: u32,
+    #[arg(long, default_value = "1", value_name = "N", value_parser = parse_replicas)]
+    pub(crate) replicas: NonZeroU32,
     /// How experts are held: native, q8 or q4.
     #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype)]
     pub(crate) expert_dtype: WeightDType,

@@ -2,9 +2,10 @@
 //! same settings and `muster-config` parses whichever wins.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 
 use clap::Args;
-use muster_config::{parse_size, parse_socket};
+use muster_config::{parse_replicas, parse_size, parse_socket};
 
 use super::shared::{ComputeArgs, ConfigArgs, EdgeArgs, LinkArgs, RoleTlsArgs, SamplingArgs};
 
@@ -23,13 +24,13 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value = "2", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) workers: u32,
     /// On how many workers every expert is; with 2 or more a worker can die unnoticed.
-    #[arg(long, default_value = "1", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
-    pub(crate) replicas: u32,
+    #[arg(long, default_value = "1", value_name = "N", value_parser = parse_replicas)]
+    pub(crate) replicas: NonZeroU32,
     /// Continue this text once, print the answer and stop everything.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: Option<String>,
     /// Tokens to generate for --prompt [default: the model's, else 64; or what the context leaves].
-    #[arg(long, value_name = "N", requires = "prompt")]
+    #[arg(long, value_name = "N", requires = "prompt", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_tokens: Option<u32>,
     /// Where OpenAI HTTP, probes and metrics listen [default: 127.0.0.1:8080; with --prompt, a free port].
     #[arg(long, value_name = "ADDR", value_parser = parse_socket)]

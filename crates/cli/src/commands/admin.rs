@@ -8,6 +8,10 @@ pub(crate) async fn drain(args: &DrainArgs) -> Result<(), Failure> {
     let authority = authority(&args.admin)?;
     match plain_http::ask(authority, "POST", "/drain", args.timeout).await {
         Ok((200, body)) => out::write(&body),
+        Ok((404, _)) => Err(Failure::input(format!(
+            "{}: there is nothing to drain here; --admin names the address that a process was started with by this flag",
+            args.admin
+        ))),
         Ok((status, body)) => Err(Failure::runtime(format!("{}: {status}: {}", args.admin, body.trim_end()))),
         Err(reason) => Err(unanswered(&args.admin, &reason)),
     }

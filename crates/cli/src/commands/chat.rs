@@ -6,9 +6,12 @@ use muster_proto::v1::ChatMessage;
 use tokio::sync::mpsc;
 
 use crate::args::ChatArgs;
-use crate::backend::{self, Ask, Backend, Manner, Piece};
+use crate::backend::{self, About, Ask, Backend, Manner, Piece};
+use crate::ending::{self, To};
 use crate::failure::Failure;
 use crate::out;
+
+const HELP: &str = "/new begins a new conversation, /exit or Ctrl-D ends it";
 
 pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
     let client = backend::connect(&args.grpc, &args.credentials).await?;
@@ -21,11 +24,16 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
     }
     let is_terminal = io::stdin().is_terminal();
     if is_terminal {
-        out::note(&format!("{} is listening; Ctrl-D ends the conversation", model.name));
+        out::note(&format!("{} is listening; {HELP}", model.name));
     }
     let mut backend = Backend::Router(client);
-    let manner = backend.manner(&args.sampling).await?;
-    let mut messages: Vec<ChatMessage> = args.system.iter().map(|text| message("system", text)).collect();
+    let talk = Talk {
+        manner: backend.manner(&args.sampling).await?,
+        model: backend.about().await?,
+        max_tokens: args.max_tokens,
+    };
+    let first: Vec<ChatMessage> = args.system.iter().map(|text| message("system", text)).collect();
+    let (mut messages, mut has_refused) = (first.clone(), false);
     let mut lines = lines()?;
     loop {
         if is_terminal {
@@ -33,38 +41,96 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
         }
         let Some(line) = lines.recv().await else { break };
         let line = line.map_err(|error| Failure::input(format!("cannot read standard input: {error}")))?;
-        if line.trim().is_empty() {
-            continue;
+        match Typed::of(&line) {
+            Typed::Nothing => continue,
+            Typed::End => break,
+            Typed::Help => {
+                out::note(HELP);
+                continue;
+            }
+            Typed::New => {
+                messages.clone_from(&first);
+                out::note("[a new conversation]");
+                continue;
+            }
+            Typed::Message => {}
         }
         messages.push(message("user", &line));
-        match answer(&mut backend, args.max_tokens, &manner, &messages).await {
+        match talk.answer(&mut backend, &messages).await {
             Ok(text) => messages.push(message("assistant", &text)),
             // Too long for the context, for one: the conversation goes on without that line.
-            Err(Failure::Input(reason)) if is_terminal => {
+            Err(Failure::Input(reason)) => {
                 out::note(&format!("error: {reason}"));
+                out::note("[that line is left out; /new begins a new conversation]");
                 messages.pop();
+                has_refused = true;
             }
             Err(failure) => return Err(failure),
         }
     }
-    if is_terminal { out::line("") } else { Ok(()) }
+    match (is_terminal, has_refused) {
+        (true, _) => out::line(""),
+        // A script learns by the exit code.
+        (false, true) => Err(Failure::Quiet),
+        (false, false) => Ok(()),
+    }
 }
 
-async fn answer(
-    backend: &mut Backend,
+/// What holds for all answers.
+struct Talk {
+    manner: Manner,
+    model: About,
     max_tokens: Option<u32>,
-    manner: &Manner,
-    messages: &[ChatMessage],
-) -> Result<String, Failure> {
-    let mut pieces = backend.generate(Ask::Chat(messages.to_vec()), max_tokens, manner).await?;
-    let mut whole = String::new();
-    while let Some(piece) = pieces.next().await? {
-        let (Piece::Token { text, .. } | Piece::Finished { text, .. }) = piece;
-        out::model_text(&text)?;
-        whole += &text;
+}
+
+impl Talk {
+    async fn answer(&self, backend: &mut Backend, messages: &[ChatMessage]) -> Result<String, Failure> {
+        let mut pieces =
+            backend.generate(Ask::Chat(messages.to_vec()), self.max_tokens, &self.manner).await?;
+        let (mut whole, mut end) = (String::new(), None);
+        while let Some(piece) = pieces.next().await? {
+            let text = match piece {
+                Piece::Token { text, .. } => text,
+                Piece::Finished { reason, text, output_tokens } => {
+                    end = Some((reason, output_tokens));
+                    text
+                }
+            };
+            out::model_text(&text)?;
+            whole += &text;
+        }
+        out::line("")?;
+        if let Some((reason, output_tokens)) = end {
+            let (prompt_tokens, to) = (pieces.prompt_tokens(), To::Conversation);
+            let answer = ending::Answer { reason, text: &whole, prompt_tokens, output_tokens, to };
+            if let Some(remark) = answer.remark(&self.manner, &self.model) {
+                out::note(&remark);
+            }
+        }
+        Ok(whole)
     }
-    out::line("")?;
-    Ok(whole)
+}
+
+/// A line that was typed. What is no command goes to the model, whatever it begins with.
+#[derive(Debug, PartialEq, Eq)]
+enum Typed {
+    Nothing,
+    New,
+    Help,
+    End,
+    Message,
+}
+
+impl Typed {
+    fn of(line: &str) -> Self {
+        match line.trim() {
+            "" => Self::Nothing,
+            "/new" | "/clear" | "/reset" => Self::New,
+            "/help" | "/?" => Self::Help,
+            "/exit" | "/quit" | "/bye" => Self::End,
+            _ => Self::Message,
+        }
+    }
 }
 
 fn message(role: &str, content: &str) -> ChatMessage {
@@ -84,4 +150,25 @@ fn lines() -> Result<mpsc::Receiver<io::Result<String>>, Failure> {
     let thread = std::thread::Builder::new().name("muster-stdin".into()).spawn(read);
     thread.map_err(|error| Failure::runtime(format!("cannot start a thread for standard input: {error}")))?;
     Ok(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_lines_that_are_commands_are_taken_for_them() {
+        for (line, typed) in [
+            ("", Typed::Nothing),
+            (" \t", Typed::Nothing),
+            ("/new", Typed::New),
+            (" /bye ", Typed::End),
+            ("/help", Typed::Help),
+            ("/new idea: what do you think?", Typed::Message),
+            ("/etc/hosts", Typed::Message),
+            ("new", Typed::Message),
+        ] {
+            assert_eq!(Typed::of(line), typed, "{line:?}");
+        }
+    }
 }

@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::target::with_backend;
 use crate::args::{GenerateArgs, LogArgs, SamplingArgs};
-use crate::backend::{About, Ask, Backend, Manner, Piece};
+use crate::backend::{Ask, Backend, Piece};
+use crate::ending::{self, To};
 use crate::engine::model_defaults;
 use crate::failure::Failure;
 use crate::{out, text};
@@ -114,13 +115,20 @@ pub(crate) async fn answer(
             break end;
         }
     };
-    if whole.trim().is_empty() {
-        let is_chat = ids.is_none();
-        out::note(&why_empty(finish_reason, is_chat, &manner, &backend.about().await?));
-    }
+    let answer = ending::Answer {
+        reason: finish_reason,
+        text: &whole,
+        prompt_tokens,
+        output_tokens: completion_tokens,
+        to: if ids.is_none() { To::Message } else { To::Text },
+    };
+    let remark = answer.remark(&manner, &backend.about().await?);
     match output {
         Output::Text => {
             out::line("")?;
+            if let Some(remark) = remark {
+                out::note(&remark);
+            }
             out::note(&timing(
                 prompt_tokens,
                 completion_tokens,
@@ -130,6 +138,10 @@ pub(crate) async fn answer(
             Ok(())
         }
         Output::Json => {
+            // Of an answer that was cut, the object says so.
+            if let Some(remark) = remark.filter(|_| whole.trim().is_empty()) {
+                out::note(&remark);
+            }
             let usage = Usage {
                 prompt_tokens,
                 completion_tokens,
@@ -139,24 +151,6 @@ pub(crate) async fn answer(
             out::line(&serde_json::to_string(&answer).map_err(Failure::runtime)?)
         }
     }
-}
-
-/// Why there is nothing to read.
-fn why_empty(reason: &str, is_chat: bool, manner: &Manner, model: &About) -> String {
-    let name = &model.name;
-    let why = match reason {
-        "stop" if !is_chat && model.has_chat_template => {
-            format!(
-                "{name} ended the text at once, as models for chats do with a bare text; ask it with --chat"
-            )
-        }
-        "stop" if !manner.stop.is_empty() => {
-            format!("{name} ended the text at once, or began it with what --stop names")
-        }
-        "stop" => format!("{name} ended the text at once; --ignore-eos goes on"),
-        _ => format!("the tokens of {name} have no text that can be seen; --json shows them"),
-    };
-    format!("[empty: {why}]")
 }
 
 fn timing(prompt: u32, output: u32, first: Duration, whole: Duration) -> String {

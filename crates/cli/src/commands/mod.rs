@@ -29,7 +29,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use muster_admin::Admin;
-use muster_config::{Flags, LogSettings};
+use muster_config::{Environment, Flags, LogSettings};
 use muster_identity::{Identity, TlsFiles};
 use muster_telemetry::init_logs;
 use tokio::runtime::{Builder, Runtime};
@@ -51,6 +51,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         _ => {
             let filter = log.log.as_deref().unwrap_or(default_filter(&command));
             init_logs(log.log_format.unwrap_or_default(), filter).map_err(Failure::input)?;
+            warn_of_strangers();
         }
     }
     match command {
@@ -68,6 +69,13 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
         Command::Probe(args) => on_main_thread(admin::probe(&args)),
         Command::Pull(args) => Err(pull::run(&args)),
         Command::Router(_) | Command::Worker(_) => Ok(()),
+    }
+}
+
+/// Tells of environment variables that are likely misspelt.
+fn warn_of_strangers() {
+    for stranger in Environment::of_process().strangers() {
+        tracing::warn!("{stranger}");
     }
 }
 
@@ -98,6 +106,7 @@ fn runtime(builder: &mut Builder) -> Result<Runtime, Failure> {
 /// Runs a server until it ends.
 fn serve(log: &LogSettings, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     init_logs(log.format, &log.filter).map_err(Failure::input)?;
+    warn_of_strangers();
     let runtime = runtime(Builder::new_multi_thread().worker_threads(2).thread_name("muster-io"))?;
     let outcome = runtime.block_on(work);
     runtime.shutdown_background();

@@ -199,7 +199,7 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     let footprint = |experts| Footprint::of(outline, compute, experts, args.trunk_dtype);
     let uncountable = || Failure::input(format!("model {}: its bytes cannot be counted", subject.name));
     let sizes = footprint(args.expert_dtype).ok_or_else(uncountable)?;
-    let demand = demand(outline, &sizes, args.replicas).ok_or_else(|| {
+    let demand = demand(outline, &sizes, args.replicas.get()).ok_or_else(|| {
         Failure::input(format!("model {}: has no layer with experts to place", subject.name))
     })?;
     let context = context(args, outline)?;
@@ -255,7 +255,7 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
         sequences: args.sequences,
         kv_bytes,
         router_bytes: sizes.trunk_bytes.saturating_add(kv_bytes),
-        replicas: args.replicas,
+        replicas: args.replicas.get(),
         memory_for_experts_percent: PART_FOR_EXPERTS,
         given_copies: demand.whole_copies(present()),
         given_missing: demand.missing(present()),

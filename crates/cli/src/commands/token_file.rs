@@ -40,7 +40,8 @@ fn parse<T: DeserializeOwned>(path: &Path, expected: &str) -> Result<T, Failure>
     if text.len() as u64 > LONGEST {
         return Err(failed(format!("is longer than {LONGEST} bytes")));
     }
-    serde_json::from_str(&text).map_err(|error| failed(format!("is not {expected} ({error})")))
+    serde_json::from_str(text.trim_start_matches('\u{feff}'))
+        .map_err(|error| failed(format!("is not {expected} ({error})")))
 }
 
 #[cfg(test)]

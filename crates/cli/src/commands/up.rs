@@ -12,6 +12,7 @@ use muster_model::defaults::{SamplingDefaults, Wanted};
 use muster_model::experts::faster_mode;
 use muster_proto::v1;
 use muster_router::serve::{RouterError, expert_shape};
+use muster_router::start::check_kv;
 use muster_router::tokenizer;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -40,6 +41,9 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     }
     // Opened here first, so that a model that cannot be served is refused once and not by every child.
     let model = Model::open(args)?;
+    let compute = compute_mode(&model.checkpoint, args.compute.compute.get());
+    check_kv(&model.checkpoint, compute, args.kv_memory)
+        .map_err(|error| Failure::input(format!("--kv-memory: {error}")))?;
     let mut signals = Signals::listen()?;
     addresses.check()?;
     let bars = Bars::new();
@@ -48,7 +52,7 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
         links: args.links.links(),
         count: NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN),
         experts_in_all: expert_shape(&model.checkpoint).total(),
-        replicas: NonZeroU32::new(args.replicas).unwrap_or(NonZeroU32::MIN),
+        replicas: args.replicas,
         compute: args.compute.compute.get(),
         experts: args.compute.expert_dtype,
         threads: args.compute.threads,

@@ -1,4 +1,4 @@
-//! How long the token path waits for the board while a fleet announces itself. A benchmark:
+//! How long the token path waits for the links while a fleet announces itself. A benchmark:
 //! `cargo test --release -p muster-dispatch-grpc --lib announcing -- --ignored --nocapture`.
 
 use std::num::NonZeroU32;
@@ -14,7 +14,7 @@ use muster_types::{
 use tokio::sync::mpsc;
 use tonic::transport::Endpoint;
 
-use super::board::Board;
+use super::links::Links;
 use super::peer::Control;
 
 const LAYERS: usize = 96;
@@ -53,8 +53,8 @@ fn describe(worker: u32, holdings: Vec<ExpertKey>, epoch: u64) -> Description {
 fn the_token_path_while_64_workers_announce_24576_experts() {
     let shape = Shape::new(vec![EXPERTS; LAYERS]);
     let address = |worker: u32| format!("10.0.{}.{}:1", worker / 250, worker % 250).parse().unwrap();
-    let board = Arc::new(Board::new(shape.clone(), (0..WORKERS).map(address).collect()).unwrap());
-    board.start().unwrap();
+    let links = Arc::new(Links::new(shape.clone(), (0..WORKERS).map(address).collect()).unwrap());
+    links.start().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();
     let count = NonZeroU32::new(WORKERS).unwrap();
@@ -62,9 +62,9 @@ fn the_token_path_while_64_workers_announce_24576_experts() {
     for (worker, held) in (0..).zip(&held) {
         let lanes: [_; LANES] = std::array::from_fn(|_| mpsc::channel(1).0);
         let control = Control::new(Endpoint::from_static("http://127.0.0.1:1").connect_lazy());
-        board.up(worker as usize, describe(worker, held.clone(), 1), lanes, control).unwrap();
+        links.up(worker as usize, describe(worker, held.clone(), 1), lanes, control).unwrap();
     }
-    let (began, first) = (Instant::now(), board.version());
+    let (began, first) = (Instant::now(), links.version());
     let (mut waits, mut control, mut own) = (Vec::new(), Vec::new(), Vec::new());
     let alone = Mutex::new(0_u64);
     let (mut announced, mut due) = (0_u32, began);
@@ -79,14 +79,14 @@ fn the_token_path_while_64_workers_announce_24576_experts() {
             let held = all[..all.len() - announced as usize % 8].to_vec();
             let description = Arc::new(describe(worker, held, epoch));
             let asked = Instant::now();
-            board.announce(worker as usize, description);
+            links.announce(worker as usize, description);
             own.push(asked.elapsed());
         }
         let asked = Instant::now();
-        let routes = board.routes();
-        let _ = board.issue(1);
+        let fleet = links.fleet();
+        links.poll(&mut Vec::new());
         waits.push(asked.elapsed());
-        drop(routes);
+        drop(fleet);
         // What the system takes of as short a time on a machine as busy.
         let asked = Instant::now();
         *alone.lock().unwrap() += 1;
@@ -94,11 +94,11 @@ fn the_token_path_while_64_workers_announce_24576_experts() {
         // About as often as layers are submitted and answered.
         std::thread::sleep(Duration::from_micros(50));
     }
-    let built = board.version() - first;
-    board.close();
-    println!("{announced} announcements, {built} routes");
+    let built = links.version() - first;
+    links.close();
+    println!("{announced} announcements, {built} fleets");
     let figures =
-        [("looks at the board", waits), ("announcements", own), ("looks at a lock of its own", control)];
+        [("looks at the links", waits), ("announcements", own), ("looks at a lock of its own", control)];
     for (what, mut waits) in figures {
         waits.sort_unstable();
         let at = |share: f64| waits[((waits.len() - 1) as f64 * share) as usize];

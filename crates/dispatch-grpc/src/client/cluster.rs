@@ -13,8 +13,8 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tonic::{Code, Response, Status};
 
-use super::board::Board;
 use super::link::{self, LinkConfig};
+use super::links::Links;
 use super::peer::Control;
 use crate::address::Address;
 
@@ -24,7 +24,7 @@ const ANSWER: Duration = Duration::from_millis(400);
 /// Other threads' way to the workers of a dispatch.
 #[derive(Clone)]
 pub struct ClusterHandle {
-    pub(super) board: Arc<Board>,
+    pub(super) links: Arc<Links>,
     pub(super) link: Arc<LinkConfig>,
     pub(super) runtime: Handle,
 }
@@ -36,13 +36,13 @@ pub struct Crowded;
 
 /// A worker that made itself known. It is forgotten when this is dropped and it is not connected.
 pub struct Joined {
-    board: Arc<Board>,
+    links: Arc<Links>,
     address: Address,
 }
 
 impl Drop for Joined {
     fn drop(&mut self) {
-        self.board.leave(&self.address);
+        self.links.leave(&self.address);
     }
 }
 
@@ -135,19 +135,19 @@ impl ClusterHandle {
     /// The workers that are connected now.
     #[must_use]
     pub fn workers(&self) -> Vec<ConnectedWorker> {
-        self.board.members()
+        self.links.members()
     }
 
     /// Tells whenever a worker comes, goes or announces something.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<()> {
-        self.board.versions()
+        self.links.versions()
     }
 
     /// Waits until every expert can be reached, at most until then; false when it cannot. Blocks.
     #[must_use]
     pub fn await_coverage(&self, deadline: Instant) -> bool {
-        self.board.await_coverage(deadline)
+        self.links.await_coverage(deadline)
     }
 
     /// A worker is there. It is connected and kept connected, if it was not known.
@@ -163,10 +163,10 @@ impl ClusterHandle {
     /// # Errors
     /// When there are too many.
     pub fn join_in(&self, address: Address, domain: Option<String>) -> Result<Joined, Crowded> {
-        if let Some(peer) = self.board.join(&address, domain)? {
+        if let Some(peer) = self.links.join(&address, domain)? {
             tracing::info!(%address, "a worker joins");
-            drop(self.runtime.spawn(link::keep(peer, self.board.clone(), self.link.clone())));
+            drop(self.runtime.spawn(link::keep(peer, self.links.clone(), self.link.clone())));
         }
-        Ok(Joined { board: self.board.clone(), address })
+        Ok(Joined { links: self.links.clone(), address })
     }
 }

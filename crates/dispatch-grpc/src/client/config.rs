@@ -10,7 +10,7 @@ use muster_types::{Combine, Compute, ExpertKey, Fingerprint, WeightDType};
 
 use super::digests::{Digests, OtherWeights};
 use crate::address::AddressError;
-use crate::transport::Dialer;
+use crate::transport::{Dialer, Instead};
 
 /// Whether to start without some of the experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +125,9 @@ pub enum LinkError {
     /// Something else listens there.
     #[error("does not answer as an expert worker: {0}")]
     NotAWorker(String),
+    /// Another protocol is spoken there.
+    #[error("{0}")]
+    Other(Instead),
     /// It cannot work with this router.
     #[error(transparent)]
     Handshake(#[from] HandshakeError),
@@ -176,9 +179,8 @@ impl LinkError {
         match self {
             Self::Unreachable(_) => "check that the worker runs and that the address is right",
             Self::Silent(_) => "it may still be loading; check its log, or allow more time to connect",
-            Self::NotAWorker(_) => {
-                "check the address: another program listens there, or TLS is on one side only"
-            }
+            Self::NotAWorker(_) => "check the address: another program listens there",
+            Self::Other(instead) => instead.remedy(),
             Self::Handshake(HandshakeError::Disagreement(difference)) => match difference.term {
                 Term::Version => "run versions of muster that are at most one apart, on both sides",
                 Term::Fingerprint | Term::Hidden => "start both with the same model directory",

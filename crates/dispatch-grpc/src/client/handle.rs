@@ -2,13 +2,16 @@
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use metrics::Histogram;
+use muster_engine::delivery::{Note, Observer, Summed};
 use muster_proto::description::Description;
-use muster_types::{ExpertKey, LayerId};
+use muster_types::ExpertKey;
 
-use super::board::Board;
+use super::links::Links;
 
 /// Layer dispatches remembered for [`StatsHandle::snapshot`].
 const SAMPLES: usize = 16 << 10;
@@ -48,44 +51,18 @@ pub struct WorkerHealth {
     pub banned: Duration,
 }
 
-/// One layer of one micro-batch, from `submit` to the end of `collect`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sample {
-    /// The layer.
-    pub layer: LayerId,
-    /// Rows of the micro-batch.
-    pub rows: usize,
-    /// From the start of `submit` until the engine thread had the last answer.
-    pub round_trip: Duration,
-    /// Of that, the time between `submit` and `collect`, in which the engine thread computed something else.
-    pub away: Duration,
-    /// Time in the experts, as reported: that of the worker that took longest. Waiting for the experts is not in it.
-    pub compute: Duration,
-    /// Checking and adding in `collect`.
-    pub combine: Duration,
-}
-
-impl Sample {
-    /// What dispatch and combine cost the engine thread beside the experts' computation. Of that computation, and of all
-    /// else, what went on while the engine thread was busy elsewhere cost it nothing.
-    #[must_use]
-    pub fn overhead(&self) -> Duration {
-        self.round_trip.saturating_sub(self.away.max(self.compute)) + self.combine
-    }
-}
-
 /// Where time went lately.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DispatchStats {
     /// The latest layer dispatches that came to their end, oldest first.
-    pub samples: Vec<Sample>,
+    pub samples: Vec<Summed>,
     /// Replies that came after nobody waited for them any more.
     pub late_replies: u64,
 }
 
 /// Tells any thread how the workers of a dispatch are.
 #[derive(Clone)]
-pub struct HealthHandle(pub(super) Arc<Board>);
+pub struct HealthHandle(pub(super) Arc<Links>);
 
 impl HealthHandle {
     /// Every worker, in the order of the configuration.
@@ -97,13 +74,13 @@ impl HealthHandle {
     /// The experts that no connected worker holds, ascending. Empty: every row can be dispatched.
     #[must_use]
     pub fn missing(&self) -> Vec<ExpertKey> {
-        self.0.routes().elsewhere.missing()
+        self.0.elsewhere().missing()
     }
 
     /// How many experts are on fewer connected workers than that.
     #[must_use]
     pub fn fewer_copies_than(&self, copies: NonZeroU32) -> usize {
-        self.0.routes().elsewhere.fewer_copies_than(copies)
+        self.0.elsewhere().fewer_copies_than(copies)
     }
 
     /// Changes with who holds what.
@@ -121,33 +98,81 @@ impl HealthHandle {
 
 /// Tells any thread where the time of a dispatch goes.
 #[derive(Clone)]
-pub struct StatsHandle {
-    pub(super) board: Arc<Board>,
-    pub(super) samples: Arc<Samples>,
-}
+pub struct StatsHandle(pub(super) Arc<Samples>);
 
 impl StatsHandle {
     /// Where time went lately.
     #[must_use]
     pub fn snapshot(&self) -> DispatchStats {
-        DispatchStats { samples: self.samples.snapshot(), late_replies: self.board.late_replies() }
+        DispatchStats {
+            samples: self.0.latest().iter().copied().collect(),
+            late_replies: self.0.late_replies.load(Ordering::Relaxed),
+        }
     }
 }
 
 /// The latest samples, a bounded number of them.
 #[derive(Default)]
-pub(super) struct Samples(Mutex<VecDeque<Sample>>);
+pub(super) struct Samples {
+    latest: Mutex<VecDeque<Summed>>,
+    late_replies: AtomicU64,
+}
 
 impl Samples {
-    pub(super) fn push(&self, sample: Sample) {
-        let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if samples.len() == SAMPLES {
-            samples.pop_front();
-        }
-        samples.push_back(sample);
+    fn latest(&self) -> MutexGuard<'_, VecDeque<Summed>> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn snapshot(&self) -> Vec<Sample> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    fn push(&self, sample: Summed) {
+        let mut latest = self.latest();
+        if latest.len() == SAMPLES {
+            latest.pop_front();
+        }
+        latest.push_back(sample);
+    }
+}
+
+/// Counts what happens to micro-batches, and logs what people should know.
+pub struct Counted {
+    samples: Arc<Samples>,
+    seconds: Histogram,
+    overhead_seconds: Histogram,
+}
+
+impl Counted {
+    pub(super) fn new(samples: Arc<Samples>) -> Self {
+        Self {
+            samples,
+            seconds: metrics::histogram!("muster_dispatch_seconds"),
+            overhead_seconds: metrics::histogram!("muster_dispatch_overhead_seconds"),
+        }
+    }
+}
+
+impl Observer for Counted {
+    fn note(&mut self, note: Note<'_>) {
+        match note {
+            Note::Summed(sample) => {
+                self.seconds.record(sample.round_trip);
+                self.overhead_seconds.record(sample.overhead());
+                self.samples.push(sample);
+            }
+            Note::Fault(code) => {
+                metrics::counter!("muster_dispatch_faults_total", "code" => code).increment(1);
+            }
+            Note::Lied { worker, layer, reason } => {
+                metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
+                tracing::warn!(%worker, layer = layer.map(tracing::field::display), reason, "bad reply");
+            }
+            Note::Late { worker, layer } => tracing::debug!(%worker, %layer, "a shard is late"),
+            Note::StandIns { shards, .. } => {
+                metrics::counter!("muster_dispatch_resent_shards_total").increment(shards as u64);
+            }
+            Note::TooLate => {
+                self.samples.late_replies.fetch_add(1, Ordering::Relaxed);
+                metrics::counter!("muster_dispatch_late_replies_total").increment(1);
+            }
+            Note::Expired => metrics::counter!("muster_dispatch_deadlines_total").increment(1),
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Experts in the router itself, for rows that no worker can take: slow, but never gone.
 //!
-//! To the board they are one more worker, which is asked last. Their shards go to a thread instead of a stream, are
+//! To delivery they are one more worker, which is asked last. Their shards go to a thread instead of a stream, are
 //! checked and computed by the code that workers run, and come back as a worker's answers do, so that their bits are
 //! the same.
 
@@ -9,16 +9,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_engine::compute::ExpertCompute;
+use muster_engine::delivery::Arrived;
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_request::Body;
 use muster_proto::handshake::{LANES, Terms};
-use muster_proto::reply::{Fault, FaultKind, OutputRows, Timing};
+use muster_proto::reply::OutputRows;
 use muster_proto::shard::{ShardRules, ShardView};
 use muster_types::{Combine, Epoch, InvalidWorkerId, Speed, WorkerId};
+use muster_types::{Fault, FaultKind};
 use tokio::sync::mpsc;
 
-use super::board::{Arrived, Board, StreamKey};
+use super::carrier::WireRows;
+use super::links::{Links, StreamKey};
 use crate::server::Call;
 
 /// What this process is called beside the workers. One that calls itself so, too, is refused as any double name is.
@@ -32,9 +35,9 @@ pub struct Fallback {
     pub experts: Box<dyn ExpertCompute>,
 }
 
-/// Puts them on the board and starts their thread, which ends with the board.
+/// Puts them on the links and starts their thread, which ends with the links.
 pub(super) fn start(
-    board: &Arc<Board>,
+    links: &Arc<Links>,
     terms: &Terms,
     fallback: Fallback,
     rules: ShardRules,
@@ -42,11 +45,11 @@ pub(super) fn start(
 ) -> Result<(), std::io::Error> {
     let (lanes, mut shards): (Vec<_>, Vec<_>) = (0..LANES).map(|_| mpsc::channel(WAITING)).unzip();
     let Ok(lanes) = lanes.try_into() else { return Err(std::io::Error::other("lanes were miscounted")) };
-    let description = describe(board, terms, rules.max_rows).map_err(std::io::Error::other)?;
+    let description = describe(links, terms, rules.max_rows).map_err(std::io::Error::other)?;
     let epoch = description.epoch;
-    let (peer, session) = board.here(description, lanes);
-    // Holding the board would keep it, and with it the lanes, for good.
-    let board = Arc::downgrade(board);
+    let hop = links.here(description, lanes);
+    // Holding the links would keep it, and with it the lanes, for good.
+    let links = Arc::downgrade(links);
     let run = move || {
         let Fallback { mut experts } = fallback;
         let mut call = Call::default();
@@ -61,17 +64,18 @@ pub(super) fn start(
                 }
             });
             let Some((lane, v1::DispatchRequest { body: Some(Body::Shard(shard)) })) = next else { return };
-            let Some(board) = board.upgrade() else { return };
+            let Some(links) = links.upgrade() else { return };
             metrics::counter!("muster_dispatch_fallback_shards_total").increment(1);
-            let (id, at) = (shard.id, Instant::now());
+            let id = shard.id;
             let outcome = ShardView::parse(shard, &rules, combine, epoch)
                 .and_then(|view| compute(&view, &mut call, &rules, experts.as_mut()))
-                .map(|(outputs, compute)| {
-                    let timing = Timing { queue: at.elapsed().saturating_sub(compute), compute };
-                    Arrived { outputs, timing, at: Instant::now() }
+                .map(|(rows, compute)| Arrived {
+                    outputs: WireRows::new(rows, rules.hidden as usize, rules.wire),
+                    compute,
+                    at: Instant::now(),
                 });
             // It was sent on this very lane.
-            let _ = board.deliver(StreamKey { peer, session, lane }, id, outcome);
+            let _ = links.deliver(StreamKey { hop, lane }, id, outcome);
         }
     };
     std::thread::Builder::new().name("muster-fallback".into()).spawn(run)?;
@@ -79,7 +83,7 @@ pub(super) fn start(
 }
 
 /// This process, as one more worker that holds everything.
-fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Description, InvalidWorkerId> {
+fn describe(links: &Links, terms: &Terms, max_rows: NonZeroU32) -> Result<Description, InvalidWorkerId> {
     Ok(Description {
         worker: WorkerId::new(NAME)?,
         fingerprint: terms.fingerprint,
@@ -87,7 +91,7 @@ fn describe(board: &Board, terms: &Terms, max_rows: NonZeroU32) -> Result<Descri
         compute: terms.compute,
         experts: terms.experts,
         epoch: Epoch::new(1),
-        holdings: board.keys(),
+        holdings: links.keys(),
         digests: Vec::new(),
         resident_bytes: 0,
         phase: Phase::Serving,

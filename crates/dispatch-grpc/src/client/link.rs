@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use muster_engine::delivery::{Arrived, Ended, Hop};
 use muster_proto::WireError;
 use muster_proto::convert::RouterName;
 use muster_proto::description::Description;
@@ -19,9 +20,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
-use super::board::{Arrived, Board, Ended, StreamKey};
+use super::carrier::WireRows;
 use super::config::LinkError;
 use super::digests::Digests;
+use super::links::{Links, StreamKey};
 use super::peer::Control;
 use crate::address::Address;
 use crate::transport::{self, Dialer};
@@ -57,8 +59,8 @@ pub(super) struct LinkConfig {
 }
 
 /// Keeps a worker connected, for as long as it is polled.
-pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>) {
-    let Some(address) = board.address(peer) else { return };
+pub(super) async fn keep(peer: usize, links: Arc<Links>, config: Arc<LinkConfig>) {
+    let Some(address) = links.address(peer) else { return };
     config.digests.settled().await;
     let (mut pause, mut sign, mut useless) = (FIRST_PAUSE, SIGN_OF_LIFE, 0);
     loop {
@@ -66,15 +68,15 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
         let opened = match open(&address, &config, (pause * STEP_IN_PAUSES).min(STEP_TIMEOUT)).await {
             Ok(link) => {
                 unverified = link.description.holdings.len() - link.description.digests.len();
-                board
+                links
                     .up(peer, link.description, link.senders, link.control)
-                    .map(|session| (session, link.client, link.inbound, link.watch))
+                    .map(|hop| (hop, link.client, link.inbound, link.watch))
             }
             Err(error) => Err(error),
         };
         tell(&config.digests, peer, opened.as_ref().map(|_| ()));
         match opened {
-            Ok((session, client, inbound, watch)) => {
+            Ok((hop, client, inbound, watch)) => {
                 tracing::info!(%address, "worker connected");
                 if unverified > 0 {
                     tracing::warn!(%address, experts = unverified, "its weights are not verified: it runs a version that tells no digests; upgrade it");
@@ -82,28 +84,28 @@ pub(super) async fn keep(peer: usize, board: Arc<Board>, config: Arc<LinkConfig>
                 pause = FIRST_PAUSE;
                 let since = Instant::now();
                 let mut tasks = JoinSet::new();
-                tasks.spawn(ask_in_doubt(peer, session, client, board.clone(), sign));
-                let ended = carry(peer, session, tasks, inbound, watch, &board, &config).await;
+                tasks.spawn(ask_in_doubt(hop, client, links.clone(), sign));
+                let ended = carry(hop, tasks, inbound, watch, &links, &config).await;
                 tracing::warn!(%address, ?ended, "worker lost");
                 metrics::counter!("muster_dispatch_links_lost_total").increment(1);
-                useless = if board.is_useful(peer) || since.elapsed() >= LASTED { 0 } else { useless + 1 };
-                if matches!(ended, Ended::Bad(_)) || useless >= MOST_USELESS {
-                    board.strike(peer);
+                useless = if links.is_useful(peer) || since.elapsed() >= LASTED { 0 } else { useless + 1 };
+                if matches!(ended, Ended::Lied(_)) || useless >= MOST_USELESS {
+                    links.strike(peer);
                 }
-                board.down(peer, session, ended);
+                links.down(hop, ended);
                 sign = if since.elapsed() < LASTED { (sign * 2).min(LONGEST_SIGN) } else { SIGN_OF_LIFE };
             }
             Err(error) => {
                 tracing::debug!(%address, %error, "worker not connected");
-                board.unreachable(peer, error);
+                links.unreachable(peer, error);
             }
         }
-        if board.forget_peer(peer) {
+        if links.forget_peer(peer) {
             config.digests.note(peer, Ok(()));
             tracing::info!(%address, "worker left");
             return;
         }
-        tokio::time::sleep(pause.max(board.banned_for(peer))).await;
+        tokio::time::sleep(pause.max(links.banned_for(peer))).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
@@ -134,6 +136,19 @@ async fn step<T>(
 }
 
 async fn open(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
+    let began = Instant::now();
+    let opened = attempt(address, config, patience).await;
+    // Somebody who says nothing has no protocol to be told by.
+    if began.elapsed() < patience
+        && let Err(LinkError::Unreachable(cause) | LinkError::NotAWorker(cause)) = &opened
+        && let Some(instead) = config.dialer.instead(address, cause).await
+    {
+        return Err(LinkError::Other(instead));
+    }
+    opened
+}
+
+async fn attempt(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
     let channel = step(patience, async {
         let unreachable =
             |error: tonic::transport::Error| LinkError::Unreachable(transport::root_cause(&error));
@@ -208,43 +223,42 @@ async fn open_lane(
 
 /// Asks the worker for a sign of life whenever there is doubt, until there is none: its network may be gone without a word.
 async fn ask_in_doubt(
-    peer: usize,
-    session: u64,
+    hop: Hop,
     mut client: ExpertsClient<Channel>,
-    board: Arc<Board>,
+    links: Arc<Links>,
     patience: Duration,
 ) -> Ended {
-    while board.doubt(peer, session).await {
+    while links.doubted(hop).await {
         let asked = client.describe(v1::DescribeRequest {});
         match tokio::time::timeout(patience, asked).await {
             Ok(Ok(_)) => {
-                board.is_alive(peer, session);
+                links.is_alive(hop);
                 tokio::time::sleep(patience).await;
             }
-            Ok(Err(status)) => return Ended::Lost(describe(&status)),
-            Err(_) => return Ended::Lost(format!("gave no sign of life within {patience:?}")),
+            Ok(Err(status)) => return Ended::Gone(describe(&status)),
+            Err(_) => return Ended::Gone(format!("gave no sign of life within {patience:?}")),
         }
     }
-    Ended::Lost("its session is over".into())
+    Ended::Gone("its session is over".into())
 }
 
-/// Carries replies and announcements to the board until one of the streams, or of the `tasks` beside them, ends.
+/// Carries replies and announcements to the links until one of the streams, or of the `tasks` beside them, ends.
 async fn carry(
-    peer: usize,
-    session: u64,
+    hop: Hop,
     mut tasks: JoinSet<Ended>,
     inbound: [Streaming<v1::DispatchReply>; LANES],
     mut watch: Streaming<v1::WorkerDescription>,
-    board: &Arc<Board>,
+    links: &Arc<Links>,
     config: &Arc<LinkConfig>,
 ) -> Ended {
     // Dropping the set aborts its tasks, which resets the other streams.
     for (lane, inbound) in inbound.into_iter().enumerate() {
-        tasks.spawn(receive(StreamKey { peer, session, lane }, inbound, board.clone()));
+        let (links, config) = (links.clone(), config.clone());
+        tasks.spawn(receive(StreamKey { hop, lane }, inbound, links, config));
     }
-    let (board, config) = (board.clone(), config.clone());
+    let (links, config) = (links.clone(), config.clone());
     tasks.spawn(async move {
-        let mut known = board.announced(peer);
+        let mut known = links.announced(hop.link);
         loop {
             let message = match next(&mut watch).await {
                 Ok(message) => message,
@@ -253,20 +267,20 @@ async fn carry(
             match check(&message, &config).and_then(|new| news(known.as_deref(), new)) {
                 Ok(Some(new)) => {
                     known = Some(Arc::clone(&new));
-                    board.announce(peer, new);
+                    links.announce(hop.link, new);
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    tell(&config.digests, peer, Err(&error));
-                    return Ended::Bad(error.to_string());
+                    tell(&config.digests, hop.link, Err(&error));
+                    return Ended::Lied(error.to_string());
                 }
             }
         }
     });
     match tasks.join_next().await {
         Some(Ok(ended)) => ended,
-        Some(Err(error)) => Ended::Lost(format!("its task failed: {error}")),
-        None => Ended::Lost("its tasks ended".into()),
+        Some(Err(error)) => Ended::Gone(format!("its task failed: {error}")),
+        None => Ended::Gone("its tasks ended".into()),
     }
 }
 
@@ -282,7 +296,13 @@ fn news(known: Option<&Description>, new: Description) -> Result<Option<Arc<Desc
     }
 }
 
-async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, board: Arc<Board>) -> Ended {
+async fn receive(
+    stream: StreamKey,
+    mut inbound: Streaming<v1::DispatchReply>,
+    links: Arc<Links>,
+    config: Arc<LinkConfig>,
+) -> Ended {
+    let (hidden, wire) = (config.terms.hidden as usize, config.terms.compute.wire_dtype());
     loop {
         let message = match next(&mut inbound).await {
             Ok(message) => message,
@@ -290,15 +310,19 @@ async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, b
         };
         let delivered = match Reply::parse(message) {
             Ok(Reply::Answer { id, outcome, timing }) => {
-                let outcome = outcome.map(|outputs| Arrived { outputs, timing, at: Instant::now() });
-                board.deliver(stream, id.get(), outcome)
+                let outcome = outcome.map(|rows| Arrived {
+                    outputs: WireRows::new(rows, hidden, wire),
+                    compute: timing.compute,
+                    at: Instant::now(),
+                });
+                links.deliver(stream, id.get(), outcome)
             }
             Ok(Reply::Ack { .. }) => Err("it acknowledged a stream twice".into()),
             Err(error) => Err(error.to_string()),
         };
         if let Err(reason) = delivered {
             metrics::counter!("muster_dispatch_bad_replies_total").increment(1);
-            return Ended::Bad(reason);
+            return Ended::Lied(reason);
         }
     }
 }
@@ -306,19 +330,22 @@ async fn receive(stream: StreamKey, mut inbound: Streaming<v1::DispatchReply>, b
 async fn next<T>(stream: &mut Streaming<T>) -> Result<T, Ended> {
     match stream.message().await {
         Ok(Some(message)) => Ok(message),
-        Ok(None) => Err(Ended::Lost("it closed a stream".into())),
+        Ok(None) => Err(Ended::Gone("it closed a stream".into())),
         // What the worker's own words do not explain, such as a message over the limit or one that cannot be
         // decoded, is told apart by code: these two are raised on this side.
         Err(status) if matches!(status.code(), Code::OutOfRange | Code::Internal) => {
-            Err(Ended::Bad(describe(&status)))
+            Err(Ended::Lied(describe(&status)))
         }
-        Err(status) => Err(Ended::Lost(describe(&status))),
+        Err(status) => Err(Ended::Gone(describe(&status))),
     }
 }
 
 fn refused(status: &Status) -> LinkError {
     let text = describe(status);
+    // What no worker said has a source: the connection broke, and its library names a code.
+    let is_said = std::error::Error::source(status).is_none();
     match status.code() {
+        Code::PermissionDenied if !is_said => LinkError::NotAWorker(text),
         Code::FailedPrecondition | Code::InvalidArgument | Code::PermissionDenied | Code::Unauthenticated => {
             LinkError::Refused(text)
         }

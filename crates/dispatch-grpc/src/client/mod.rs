@@ -1,28 +1,27 @@
 //! The router's side: one connection per worker, one stream per worker and lane, driven by one thread.
 //!
-//! [`GrpcDispatch`] belongs to the engine thread; it groups, encodes, waits, decodes and adds. The network thread
-//! moves bytes and keeps links alive. They meet in [`board::Board`], under one lock that is held for as long as a
-//! few map operations take; routes are built beside it. What always holds: a shard is on the board before it can be answered, and leaves it
-//! with its answer, its link or its ticket, whichever ends first; so a reply that nobody waits for changes nothing.
+//! Three rooms: `connect` makes links and the delivery over them; `links` knows which workers are connected, what they
+//! announce and which shards are out, under one lock; `link` keeps one worker connected. What becomes of shards is
+//! `muster_engine::delivery`'s; [`Carrier`] is the transport that it is given. The network's tasks move bytes and keep links
+//! alive; the engine thread waits in the carrier. They meet in `links` alone.
 
 #[cfg(test)]
 mod announcing;
-mod board;
+mod carrier;
 mod cluster;
-mod complete;
 mod config;
+mod connect;
 mod digests;
-mod dispatch;
-mod flight;
 mod handle;
 mod here;
 mod link;
+mod links;
 mod peer;
-mod routes;
 
+pub use carrier::{Carrier, WireRows, WireSums};
 pub use cluster::{ClusterHandle, ConnectedWorker, ControlError, Crowded, Joined};
 pub use config::{ConnectConfig, ConnectError, LinkError, Start};
+pub use connect::{GrpcDispatch, connect, connect_with};
 pub use digests::{Digests, DigestsTeller, OtherWeights, Reference};
-pub use dispatch::GrpcDispatch;
-pub use handle::{DispatchStats, HealthHandle, Sample, StatsHandle, WorkerHealth, WorkerState};
+pub use handle::{Counted, DispatchStats, HealthHandle, StatsHandle, WorkerHealth, WorkerState};
 pub use here::Fallback;

@@ -1,4 +1,4 @@
-//! What a router knows of one worker: where it is, what it announces, and how it has behaved.
+//! One worker as its links know it: where it is, whether it is connected, and what it announces.
 //!
 //! Always holds: a worker is connected over the lanes of one session at a time. Knows nothing of shards' contents.
 
@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_engine::batcher::Rank;
+use muster_engine::delivery::{Hop, Route, Strikes};
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::control_client::ControlClient;
 use muster_proto::handshake::LANES;
-use muster_proto::reply::{Fault, FaultKind};
 use muster_types::WorkerId;
 use tokio::sync::{Notify, mpsc};
 use tonic::transport::Channel;
@@ -18,19 +18,13 @@ use tonic::transport::Channel;
 use super::cluster::ConnectedWorker;
 use super::config::LinkError;
 use super::handle::{WorkerHealth, WorkerState};
-use super::routes::{Announced, Hop};
 use crate::address::Address;
 
-/// How long a worker that broke the protocol is left alone, the first time.
-const FIRST_BAN: Duration = Duration::from_secs(1);
-/// How often that time may double.
-const MOST_STRIKES: u32 = 6;
-/// After so long without another breach it begins anew.
-const GOOD_CONDUCT: Duration = Duration::from_secs(300);
-/// Errors in a row, with no outputs in between, after which a worker is left alone.
-const MOST_FAULTS: u32 = 16;
 /// How long a sign of life shows that a worker is there.
 const CONFIRMED: Duration = Duration::from_secs(5);
+
+/// The way to a worker, and what it announces.
+pub(super) type Announced = (Route, Arc<Description>);
 
 pub(super) type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
 
@@ -70,28 +64,26 @@ pub(super) struct Peer {
     /// Its failure domain, as whoever made it known says.
     pub(super) place: Option<String>,
     pub(super) state: LinkState,
-    /// Shards that were late and are not answered yet. While there are any, others are asked first.
+    /// Shards of its session that are not answered yet.
+    pub(super) out: usize,
+    /// Those of them that are late, as delivery said last.
     pub(super) late: usize,
+    /// Delivery waits for one that it can ask of nobody else.
+    in_doubt: bool,
+    /// Another has its name.
+    is_contested: bool,
     /// How it came to be known.
     origin: Origin,
     /// How many say that it is there.
     pub(super) joined: usize,
-    /// One of them nobody else can be asked for.
-    pub(super) doubted: bool,
-    /// Told when doubt begins.
+    /// Told when doubt begins, and when the session ends.
     pub(super) doubt: Arc<Notify>,
     /// When it last gave a sign of life because there was doubt.
     confirmed: Option<Instant>,
-    /// Shards of its session that nobody waits for and that it has yet to answer.
-    owed: usize,
-    /// Errors since it last gave outputs.
-    faults: u32,
     /// Its session gave outputs.
     useful: bool,
-    /// Until when it is not connected again, because it broke the protocol.
-    banned: Option<Instant>,
-    /// How often it broke it.
-    strikes: u32,
+    /// How long it is left alone for breaking the protocol.
+    strikes: Strikes,
 }
 
 impl Peer {
@@ -128,17 +120,16 @@ impl Peer {
             announced: None,
             place: None,
             state,
+            out: 0,
             late: 0,
+            in_doubt: false,
+            is_contested: false,
             origin: Origin::Configured,
             joined: 0,
-            doubted: false,
             doubt: Arc::default(),
             confirmed: None,
-            owed: 0,
-            faults: 0,
             useful: false,
-            banned: None,
-            strikes: 0,
+            strikes: Strikes::default(),
         }
     }
 
@@ -159,8 +150,8 @@ impl Peer {
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
         self.announced = Some(Arc::new(description));
         self.state = LinkState::Up { session, lanes, control: Some(control) };
-        (self.owed, self.useful, self.confirmed) = (0, false, None);
-        self.all_answered();
+        (self.out, self.useful, self.confirmed) = (0, false, None);
+        self.is_trusted();
     }
 
     /// Whether it announces itself by this name.
@@ -174,7 +165,7 @@ impl Peer {
         if self.is_here() || self.confirmed.is_some_and(|at| at.elapsed() < CONFIRMED) {
             return LinkError::SameName { worker, other };
         }
-        self.doubted = true;
+        self.is_contested = true;
         self.doubt.notify_one();
         LinkError::Contested { worker, other }
     }
@@ -182,39 +173,35 @@ impl Peer {
     /// It gave a sign of life. What is late still is.
     pub(super) fn confirm(&mut self) {
         self.confirmed = Some(Instant::now());
-        self.doubted = self.late > 0;
+        self.is_contested = false;
     }
 
-    /// Nobody waits for one of its shards any more.
-    pub(super) const fn owe(&mut self) {
-        self.owed += 1;
+    /// Whether it is to give a sign of life.
+    pub(super) const fn is_doubted(&self) -> bool {
+        self.in_doubt || self.is_contested
     }
 
-    /// It answered a shard that nobody waits for; false when it had answered that before.
-    pub(super) const fn is_owed(&mut self) -> bool {
-        let owed = self.owed > 0;
-        self.owed = self.owed.saturating_sub(1);
-        owed
-    }
-
-    /// Takes note of an answer.
-    ///
-    /// # Errors
-    /// When nothing but errors has come for long.
-    pub(super) fn judge<T>(&mut self, outcome: &Result<T, Fault>) -> Result<(), String> {
-        match outcome {
-            Ok(_) => (self.faults, self.useful) = (0, true),
-            // It says so for its own good.
-            Err(Fault { kind: FaultKind::Overloaded | FaultKind::Draining, .. }) => {}
-            Err(fault) => {
-                self.faults += 1;
-                if self.faults >= MOST_FAULTS {
-                    self.faults = 0;
-                    return Err(format!("{MOST_FAULTS} errors in a row; the last: {fault}"));
-                }
-            }
+    /// What delivery thinks of it.
+    pub(super) fn doubted(&mut self, late: usize, in_doubt: bool) {
+        (self.late, self.in_doubt) = (late, in_doubt);
+        if in_doubt {
+            self.doubt.notify_one();
         }
-        Ok(())
+    }
+
+    /// It was sent a shard.
+    pub(super) const fn sent(&mut self) {
+        self.out += 1;
+    }
+
+    /// It answered one, with outputs or not.
+    pub(super) const fn answered(&mut self, with_outputs: bool) {
+        self.useful |= with_outputs;
+        self.out = self.out.saturating_sub(1);
+        if self.out == 0 {
+            // Delivery may be away for long before it hears of it.
+            (self.late, self.in_doubt) = (0, false);
+        }
     }
 
     /// Whether its session, or the one before, gave any outputs.
@@ -225,15 +212,14 @@ impl Peer {
     /// Its link ended.
     pub(super) fn down(&mut self, reason: String) {
         self.state = LinkState::Down { since: Instant::now(), error: None, reason };
-        self.all_answered();
+        self.out = 0;
+        self.is_trusted();
         // Whoever carries the link ends it.
         self.doubt.notify_one();
     }
 
-    /// It has answered what was late, or nobody waits for that.
-    pub(super) const fn all_answered(&mut self) {
-        self.late = 0;
-        self.doubted = false;
+    const fn is_trusted(&mut self) {
+        (self.late, self.in_doubt, self.is_contested) = (0, false, false);
     }
 
     /// It could not be connected.
@@ -249,7 +235,8 @@ impl Peer {
     pub(super) fn route(&self, at: usize) -> Option<Announced> {
         match (&self.state, &self.announced) {
             (LinkState::Up { session, .. }, Some(announced)) => {
-                Some((Hop { peer: at, session: *session, epoch: announced.epoch }, Arc::clone(announced)))
+                let hop = Hop { link: at, session: *session };
+                Some((Route { hop, epoch: announced.epoch, rank: self.rank() }, Arc::clone(announced)))
             }
             _ => None,
         }
@@ -286,11 +273,11 @@ impl Peer {
         }
     }
 
-    /// Whether another is to be asked first: it is late, or is about to leave.
-    pub(super) fn rank(&self) -> Rank {
+    /// Preference by what it announces: whoever is about to leave comes later.
+    fn rank(&self) -> Rank {
         match () {
             () if self.is_here() => Rank::Last,
-            () if self.late > 0 || !self.is_serving() => Rank::Poor,
+            () if !self.is_serving() => Rank::Poor,
             () => Rank::Good,
         }
     }
@@ -311,17 +298,14 @@ impl Peer {
         }
     }
 
-    /// It broke the protocol: each time it is left alone for twice as long, unless it has behaved for long.
+    /// It broke the protocol.
     pub(super) fn strike(&mut self) {
-        let now = Instant::now();
-        let long_ago = self.banned.is_none_or(|until| now.saturating_duration_since(until) > GOOD_CONDUCT);
-        self.strikes = if long_ago { 0 } else { (self.strikes + 1).min(MOST_STRIKES) };
-        self.banned = Some(now + FIRST_BAN * (1 << self.strikes));
+        self.strikes.strike(Instant::now());
         metrics::counter!("muster_dispatch_workers_banned_total").increment(1);
     }
 
     /// How long it is still to be left alone.
     pub(super) fn banned_for(&self) -> Duration {
-        self.banned.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+        self.strikes.left(Instant::now())
     }
 }

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
 use muster_engine::dispatch::Rows;
 use muster_proto::frame::{FrameError, RowBuffer, byte_len};
-use muster_proto::reply::{Fault, FaultKind, OutputRows};
+use muster_proto::reply::OutputRows;
 use muster_proto::shard::{ShardRules, ShardView};
-use muster_types::{DType, ExpertId, ExpertKey, LayerId};
+use muster_types::{DType, ExpertId, ExpertKey, Fault, FaultKind, LayerId};
 
 /// What a shard gets, and how long the experts took.
 pub(crate) type Outcome = (Result<OutputRows, Fault>, Duration);

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use metrics::{Counter, Histogram};
 use muster_engine::compute::ExpertCompute;
 use muster_proto::expert::v1;
-use muster_proto::reply::{Fault, FaultKind, OutputRows, Reply, Timing};
+use muster_proto::reply::{OutputRows, Reply, Timing};
 use muster_proto::shard::{ShardRules, ShardView};
 use muster_proto::version::MARKS;
+use muster_types::{Fault, FaultKind};
 use tokio::sync::{Notify, mpsc, watch};
 use tonic::Status;
 

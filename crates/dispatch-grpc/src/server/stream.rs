@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use muster_proto::expert::v1;
 use muster_proto::handshake::Greeting;
-use muster_proto::reply::{Fault, FaultKind, Reply};
+use muster_proto::reply::Reply;
 use muster_proto::shard::{ShardIds, ShardView};
+use muster_types::{Fault, FaultKind};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};

@@ -42,7 +42,7 @@ impl ExpertDispatch for Cluster {
 
 fn harness(workers: Vec<TestWorker>, compute: Compute) -> Harness<Cluster> {
     let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
-    let dispatch = GrpcDispatch::connect(connect_config(&addresses, compute)).expect("workers fit");
+    let dispatch = muster_dispatch_grpc::connect(connect_config(&addresses, compute)).expect("workers fit");
     let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
     let experts = shape().experts().to_vec();
     let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle, sums: Sums::Exact };
@@ -53,7 +53,7 @@ fn partial(count: u32, compute: Compute) -> Harness<Cluster> {
     let workers = shares(count, compute);
     let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
     let config = ConnectConfig { combine: Combine::Partial, ..connect_config(&addresses, compute) };
-    let dispatch = GrpcDispatch::connect(config).expect("workers fit");
+    let dispatch = muster_dispatch_grpc::connect(config).expect("workers fit");
     let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
     let owner = move |layer, expert| {
         let holds = |n: &u32| share(*n, count).contains(&ExpertKey { layer, expert });
@@ -73,13 +73,17 @@ fn with_fallback(workers: Vec<TestWorker>, compute: Compute) -> Harness<Cluster>
     let addresses: Vec<&str> = workers.iter().map(|worker| worker.address.as_str()).collect();
     let config = ConnectConfig { start: Start::Assigned, ..connect_config(&addresses, compute) };
     let fallback = Fallback { experts: Box::new(fakes(&all(), compute)) };
-    let dispatch = GrpcDispatch::connect_with(config, Some(fallback)).expect("workers fit");
+    let dispatch = muster_dispatch_grpc::connect_with(config, Some(fallback)).expect("workers fit");
     let held: usize = shape()
         .keys()
         .filter(|key| workers.iter().any(|w| w.ledger.held.lock().unwrap().contains(key)))
         .count();
-    assert_eq!(dispatch.health().missing_experts(), all().len() - held, "the router's own do not count");
-    assert_eq!(dispatch.health().workers().len(), workers.len());
+    assert_eq!(
+        dispatch.transport().health().missing_experts(),
+        all().len() - held,
+        "the router's own do not count"
+    );
+    assert_eq!(dispatch.transport().health().workers().len(), workers.len());
     let oracle = Box::new(move |layer, expert, row: &[f32]| fake::output(compute, layer, expert, row));
     let experts = shape().experts().to_vec();
     let model = Model { hidden: HIDDEN, top_k: TOP_K as usize, compute, experts, oracle, sums: Sums::Exact };

@@ -8,14 +8,14 @@ use crate::support::lying::LyingWorker;
 use crate::support::{
     MAX_ROWS, OneRow, TestWorker, all, connect_config, describe, fakes, server_config, share, socket, soon,
 };
-use muster_dispatch_grpc::{ConnectConfig, ConnectError, GrpcDispatch, LinkError, Start, WorkerState};
+use muster_dispatch_grpc::{ConnectConfig, ConnectError, LinkError, Start, WorkerState};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch, RowsMut};
 use muster_proto::expert::v1;
 use muster_proto::version::OURS;
 use muster_types::{Compute, Fingerprint, WeightDType};
 
 fn error(config: ConnectConfig) -> ConnectError {
-    GrpcDispatch::connect(config).err().expect("the cluster must be refused")
+    muster_dispatch_grpc::connect(config).err().expect("the cluster must be refused")
 }
 
 fn link_error(config: ConnectConfig) -> (String, LinkError) {
@@ -143,11 +143,13 @@ fn another_program_at_the_address_is_recognised() {
     let incoming = tokio_stream::wrappers::TcpListenerStream::new(other);
     runtime.spawn(tonic::transport::Server::builder().add_routes(routes).serve_with_incoming(incoming));
 
-    for address in [plain_address, other_address] {
-        let (named, source) = link_error(connect_config(&[&address], Compute::F32));
-        assert_eq!(named, address);
-        assert!(matches!(source, LinkError::NotAWorker(_)), "{source:?}");
-    }
+    let (named, source) = link_error(connect_config(&[&plain_address], Compute::F32));
+    assert_eq!(named, plain_address);
+    assert!(matches!(source, LinkError::Other(_)), "{source:?}");
+    assert!(source.to_string().contains("speaks HTTP/1.1 and not gRPC"), "{source}");
+    let (named, source) = link_error(connect_config(&[&other_address], Compute::F32));
+    assert_eq!(named, other_address);
+    assert!(matches!(source, LinkError::NotAWorker(_)), "{source:?}");
 }
 
 #[test]
@@ -174,8 +176,8 @@ fn a_degraded_start_serves_what_is_there_and_says_what_is_not() {
         connect_timeout: Duration::from_millis(500),
         ..connect_config(&[&worker.address, &absent], Compute::F32)
     };
-    let mut dispatch = GrpcDispatch::connect(config).expect("degraded is allowed");
-    let health = dispatch.health();
+    let mut dispatch = muster_dispatch_grpc::connect(config).expect("degraded is allowed");
+    let health = dispatch.transport().health();
     assert_eq!(health.missing(), share(1, 2));
     assert_eq!(health.missing_experts(), 10);
     let workers = health.workers();
@@ -198,10 +200,10 @@ fn a_degraded_start_serves_what_is_there_and_says_what_is_not() {
 fn a_worker_that_comes_late_is_waited_for() {
     let address = socket();
     let config = connect_config(&[&address], Compute::F32);
-    let connecting = std::thread::spawn(move || GrpcDispatch::connect(config));
+    let connecting = std::thread::spawn(move || muster_dispatch_grpc::connect(config));
     let experts = fakes(&all(), Compute::F32);
     let description = describe("late", all(), Compute::F32);
     let _worker = TestWorker::with(&address, &server_config(), description, experts);
     let dispatch = connecting.join().unwrap().expect("the worker came in time");
-    assert_eq!(dispatch.health().missing(), []);
+    assert_eq!(dispatch.transport().health().missing(), []);
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, GrpcDispatch, Handed, ServerConfig, Start};
+use muster_dispatch_grpc::{Address, Dialer, FetchError, Fetcher, Handed, ServerConfig, Start};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_proto::control::{Assignment, Fetch, LeadAsk, Load};
 use muster_proto::convert::RouterName;
@@ -37,9 +37,9 @@ fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
     let worker = TestWorker::start("w0", all()[..3].to_vec(), Compute::F32);
     let config = connect_config(&[&worker.address], Compute::F32);
     let config = muster_dispatch_grpc::ConnectConfig { start: Start::Assigned, ..config };
-    let dispatch = GrpcDispatch::connect(config).unwrap();
-    let cluster = dispatch.cluster();
-    let health = dispatch.health();
+    let dispatch = muster_dispatch_grpc::connect(config).unwrap();
+    let cluster = dispatch.transport().cluster();
+    let health = dispatch.transport().health();
     runtime().block_on(async {
         let known = cluster.workers().remove(0);
         assert_eq!((known.name().as_str(), known.description.holdings.len()), ("w0", 3));
@@ -71,8 +71,9 @@ fn a_worker_carries_out_the_leader_s_orders_and_nobody_else_s() {
 #[test]
 fn whoever_holds_the_experts_may_take_its_time() {
     let worker = TestWorker::start("w0", all(), Compute::F32);
-    let mut dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
-    let known = dispatch.cluster().workers().remove(0);
+    let mut dispatch =
+        muster_dispatch_grpc::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    let known = dispatch.transport().cluster().workers().remove(0);
     let (runtime, patience) = (runtime(), Duration::from_secs(5));
     assert!(runtime.block_on(known.lead(&ask("a", 1, 60), patience)).unwrap().granted);
 
@@ -112,12 +113,13 @@ fn whoever_holds_the_experts_may_take_its_time() {
 #[test]
 fn rows_are_counted_where_they_are_computed() {
     let worker = TestWorker::start("w0", all(), Compute::F32);
-    let mut dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    let mut dispatch =
+        muster_dispatch_grpc::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
     for experts in [&[0, 1, 3][..], &[1], &[1, 2]] {
         let row = OneRow::new(2, experts);
         assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
     }
-    let cluster = dispatch.cluster();
+    let cluster = dispatch.transport().cluster();
     let known = cluster.workers().remove(0);
     let rows = runtime().block_on(known.count_rows(shape().experts())).unwrap();
     assert_eq!(rows, [vec![0; 8], vec![], vec![1, 3, 1, 1], vec![0; 8]]);
@@ -128,8 +130,8 @@ fn rows_are_counted_where_they_are_computed() {
 fn a_worker_that_joins_is_used_and_forgotten_when_it_is_gone() {
     let config =
         muster_dispatch_grpc::ConnectConfig { start: Start::Assigned, ..connect_config(&[], Compute::F32) };
-    let mut dispatch = GrpcDispatch::connect(config).expect("nobody is waited for");
-    let (cluster, health) = (dispatch.cluster(), dispatch.health());
+    let mut dispatch = muster_dispatch_grpc::connect(config).expect("nobody is waited for");
+    let (cluster, health) = (dispatch.transport().cluster(), dispatch.transport().health());
     let row = OneRow::new(0, &[5]);
     assert!(dispatch.submit(&row.batch()).is_err());
 

@@ -15,7 +15,7 @@ use muster_testkit::proxy::{FaultProxy, Weather};
 use muster_types::{Combine, Compute, Retry};
 
 fn connect(addresses: &[&str]) -> GrpcDispatch {
-    GrpcDispatch::connect(connect_config(addresses, Compute::F32)).expect("the workers fit")
+    muster_dispatch_grpc::connect(connect_config(addresses, Compute::F32)).expect("the workers fit")
 }
 
 /// Two honest workers that hold everything between them, twice: `b` and `c` half each, and `d` all of it.
@@ -60,7 +60,7 @@ fn lies_are_found_out_and_others_asked() {
         let (mut dispatch, _liar, _honest, outcome) = lied_to(lie);
         assert_eq!(outcome, Ok(row().sum()), "{what}");
         // It is not asked again for now, whatever it says of itself.
-        let health = dispatch.health();
+        let health = dispatch.transport().health();
         let down = || matches!(health.workers()[0].state, WorkerState::Down { .. });
         eventually("it is caught", || {
             // A busy machine may have taken it for a late one first.
@@ -112,7 +112,7 @@ fn refusals_send_rows_elsewhere_whatever_they_say() {
             let (dispatch, _liar, _honest, outcome) = lied_to(refuse(code, expert));
             assert_eq!(outcome, Ok(row().sum()), "{code:?} of {expert:?}");
             let is_final = matches!(code, Code::BadRequest | Code::NonFinite);
-            let first = &dispatch.health().workers()[0];
+            let first = &dispatch.transport().health().workers()[0];
             // What it said of the rows themselves, others have contradicted.
             assert_eq!(first.banned > Duration::ZERO, is_final, "{code:?} of {expert:?}: {first:?}");
         }
@@ -123,7 +123,7 @@ fn refusals_send_rows_elsewhere_whatever_they_say() {
 fn a_mark_that_another_worker_contradicts_is_a_lie() {
     let (dispatch, _liar, _honest, outcome) = lied_to(mark(vec![0, 1, 2], 0.0));
     assert_eq!(outcome, Ok(row().sum()));
-    assert!(dispatch.health().workers()[0].banned > Duration::ZERO);
+    assert!(dispatch.transport().health().workers()[0].banned > Duration::ZERO);
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn two_workers_that_agree_are_believed_for_the_rows_they_name() {
     let lost = dispatch.collect(ticket.unwrap(), soon(), RowsMut::of_f32(&mut out)).unwrap();
     // The first one's second row went alone to the other, where it was the first, and not marked.
     assert_eq!((lost, out), (vec![], [3.0; 2 * HIDDEN]));
-    assert!(dispatch.health().workers().iter().any(|worker| worker.banned > Duration::ZERO));
+    assert!(dispatch.transport().health().workers().iter().any(|worker| worker.banned > Duration::ZERO));
 
     let liars = ["a", "b"].map(|name| {
         let lie: Lie = Box::new(|shard| {
@@ -158,7 +158,7 @@ fn two_workers_that_agree_are_believed_for_the_rows_they_name() {
     let error = DispatchError::NonFinite { layer, expert: expert(2) };
     assert_eq!(lost, [Loss { rows: vec![1], error }]);
     assert_eq!(out[..HIDDEN], [3.0; HIDDEN]);
-    assert!(dispatch.health().workers().iter().all(|worker| worker.banned == Duration::ZERO));
+    assert!(dispatch.transport().health().workers().iter().all(|worker| worker.banned == Duration::ZERO));
 
     for code in [Code::BadRequest, Code::NonFinite] {
         let liars = ["a", "b"]
@@ -197,7 +197,7 @@ fn a_late_worker_is_stood_in_for_and_asked_last_until_it_answers() {
     let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     let quick = TestWorker::start("b", all(), Compute::F32);
     let mut dispatch = connect(&[&slow.address, &quick.address]);
-    let stats = dispatch.stats();
+    let stats = dispatch.transport().stats();
     let row = OneRow::new(0, &[3]);
     let ticket = dispatch.submit(&row.batch()).unwrap();
     gate.wait();
@@ -208,7 +208,10 @@ fn a_late_worker_is_stood_in_for_and_asked_last_until_it_answers() {
     }
     gate.no_other();
     gate.release();
-    eventually("the late reply is dropped", || stats.snapshot().late_replies == 1);
+    eventually("the late reply is dropped", || {
+        dispatch.catch_up();
+        stats.snapshot().late_replies == 1
+    });
     let ticket = dispatch.submit(&row.batch()).unwrap();
     gate.wait();
     gate.release();
@@ -221,13 +224,16 @@ fn who_has_answered_is_not_late_because_another_is() {
     let slow = TestWorker::with("127.0.0.1:0", &server_config(), describe("a", all(), Compute::F32), experts);
     let quick = TestWorker::start("b", all(), Compute::F32);
     let mut dispatch = connect(&[&slow.address, &quick.address]);
-    let stats = dispatch.stats();
+    let stats = dispatch.transport().stats();
     let both = OneRow::new(0, &[0, 1]);
     let ticket = dispatch.submit(&both.batch()).unwrap();
     gate.wait();
     assert_eq!(collect(&mut dispatch, ticket), Ok(both.sum()), "the other one answered for both");
     gate.release();
-    eventually("the late reply is dropped", || stats.snapshot().late_replies == 1);
+    eventually("the late reply is dropped", || {
+        dispatch.catch_up();
+        stats.snapshot().late_replies == 1
+    });
     // Had the slow one been asked for the quick one's rows, it would have those first.
     let row = OneRow::new(2, &[3]);
     let ticket = dispatch.submit(&row.batch()).unwrap();
@@ -258,8 +264,11 @@ fn the_one_that_is_late_may_still_be_the_first_to_answer() {
     assert_eq!(collect(&mut dispatch, ticket), Ok(row.sum()));
     let second = released.join().unwrap();
     second.release();
-    let stats = dispatch.stats();
-    eventually("the stand-in's reply is dropped", || stats.snapshot().late_replies == 1);
+    let stats = dispatch.transport().stats();
+    eventually("the stand-in's reply is dropped", || {
+        dispatch.catch_up();
+        stats.snapshot().late_replies == 1
+    });
 }
 
 #[test]
@@ -279,7 +288,7 @@ fn a_sole_holder_whose_network_is_gone_is_found_by_its_silence() {
     }
     assert!(proxy.counts().dropped_bytes > 0);
     proxy.set(Weather::Fair);
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     eventually("it is there again", || health.workers()[0].state == WorkerState::Connected);
     assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()));
 }
@@ -314,7 +323,7 @@ fn an_owner_that_comes_while_rows_wait_is_asked() {
     let mut config = connect_config(&[&stuck.address, &place], Compute::F32);
     config.start = muster_dispatch_grpc::Start::Degraded;
     config.connect_timeout = Duration::from_millis(200);
-    let mut dispatch = GrpcDispatch::connect(config).unwrap();
+    let mut dispatch = muster_dispatch_grpc::connect(config).unwrap();
     let ticket = dispatch.submit(&row().batch()).unwrap();
     gate.wait();
     let coming = std::thread::spawn(move || {
@@ -373,7 +382,7 @@ fn rows_of_a_large_batch_are_each_counted_once_whoever_fails() {
         let connect = |addresses: &[&str]| {
             let mut config = connect_config(addresses, Compute::F32);
             config.combine = combine;
-            GrpcDispatch::connect(config).unwrap()
+            muster_dispatch_grpc::connect(config).unwrap()
         };
         let want = run(&mut connect(&addresses));
         let lies: [Lie; 2] =
@@ -404,7 +413,7 @@ fn what_dies_with_its_rows_is_computed_here_where_that_is_allowed() {
     let only = TestWorker::with("127.0.0.1:0", &server_config(), description, experts);
     let fallback = Fallback { experts: Box::new(fakes(&all(), Compute::F32)) };
     let config = connect_config(&[&only.address], Compute::F32);
-    let mut dispatch = GrpcDispatch::connect_with(config, Some(fallback)).unwrap();
+    let mut dispatch = muster_dispatch_grpc::connect_with(config, Some(fallback)).unwrap();
     let row = OneRow::new(0, &[1, 5]);
     let ticket = dispatch.submit(&row.batch()).unwrap();
     gate.wait();
@@ -422,7 +431,7 @@ fn a_worker_that_comes_back_at_another_address_is_taken_as_soon_as_the_old_one_i
     let proxy = runtime.block_on(FaultProxy::start(&before.address)).unwrap();
     let mut dispatch = connect(&[&proxy.address()]);
     assert_eq!(once(&mut dispatch, &row()), Ok(row().sum()));
-    let (cluster, health) = (dispatch.cluster(), dispatch.health());
+    let (cluster, health) = (dispatch.transport().cluster(), dispatch.transport().health());
     // While the old one is alive, it stays.
     let now = TestWorker::start("a", all(), Compute::F32);
     let _joined = cluster.join(now.address.parse().unwrap()).unwrap();

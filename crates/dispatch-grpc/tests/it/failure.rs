@@ -14,7 +14,7 @@ use muster_proto::expert::v1::shard_error::Code;
 use muster_types::{Compute, Retry, WorkerId};
 
 fn connect(address: &str) -> GrpcDispatch {
-    GrpcDispatch::connect(connect_config(&[address], Compute::F32)).expect("the worker fits")
+    muster_dispatch_grpc::connect(connect_config(&[address], Compute::F32)).expect("the worker fits")
 }
 
 fn worker() -> WorkerId {
@@ -27,7 +27,7 @@ fn a_killed_worker_fails_what_it_had_and_is_used_again_when_it_is_back() {
     let (experts, gate) = Gated::new(fakes(&all(), Compute::F32));
     let first = TestWorker::with(&address, &server_config(), describe("w0", all(), Compute::F32), experts);
     let mut dispatch = connect(&address);
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     let row = OneRow::new(0, &[1, 2]);
     let ticket = dispatch.submit(&row.batch()).unwrap();
     gate.wait();
@@ -52,8 +52,8 @@ fn rows_go_to_a_replica_when_a_worker_is_gone_or_drains() {
     let mut workers: Vec<TestWorker> =
         ["a", "b", "c"].iter().map(|name| TestWorker::start(name, all(), Compute::F32)).collect();
     let addresses: Vec<&str> = workers.iter().map(|w| w.address.as_str()).collect();
-    let mut dispatch = GrpcDispatch::connect(connect_config(&addresses, Compute::F32)).unwrap();
-    let health = dispatch.health();
+    let mut dispatch = muster_dispatch_grpc::connect(connect_config(&addresses, Compute::F32)).unwrap();
+    let health = dispatch.transport().health();
     let row = OneRow::new(2, &[0, 1, 3]);
     assert_eq!(once(&mut dispatch, &row), Ok(row.sum()));
 
@@ -88,7 +88,7 @@ fn a_draining_worker_finishes_what_it_has() {
     let description = describe("w0", all(), Compute::F32);
     let mut only = TestWorker::with("127.0.0.1:0", &server_config(), description, experts);
     let mut dispatch = connect(&only.address);
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     let row = OneRow::new(0, &[5]);
     let ticket = dispatch.submit(&row.batch()).unwrap();
     gate.wait();
@@ -121,7 +121,7 @@ fn a_late_reply_is_dropped_and_counted() {
     gate.release();
     gate.release();
     assert_eq!(collect(&mut dispatch, ticket), Ok(late.sum()), "the late reply is not taken for this one");
-    let stats = dispatch.stats().snapshot();
+    let stats = dispatch.transport().stats().snapshot();
     assert_eq!((stats.late_replies, stats.samples.len()), (1, 1));
     let sample = stats.samples[0];
     assert_eq!((sample.layer, sample.rows), (late.layer, 1));
@@ -174,7 +174,7 @@ fn lies_about_ids_end_the_link() {
     assert_eq!(bad_reply(with_id(|id| id + 1)), "it answered shard 2, which was never sent");
     assert_eq!(bad_reply(with_id(|_| 0)), "field id is missing");
     let (dispatch, _liar, _) = lied_to(with_id(|_| u64::MAX));
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     eventually("the liar is tried again", || health.workers()[0].state == WorkerState::Connected);
 }
 
@@ -229,7 +229,7 @@ fn a_second_answer_to_one_shard_ends_the_link() {
         Err(DispatchError::BadReply { reason, .. }) => assert_eq!(reason, "it answered shard 1 twice"),
         other => panic!("{other:?}"),
     }
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     assert!(health.workers()[0].banned > Duration::ZERO);
 }
 
@@ -246,7 +246,7 @@ fn a_worker_that_only_errs_is_left_alone() {
     for _ in 0..15 {
         assert!(matches!(once(&mut dispatch, &row), Err(DispatchError::Refused { .. })));
     }
-    let health = dispatch.health();
+    let health = dispatch.transport().health();
     assert_eq!(health.workers()[0].state, WorkerState::Connected, "some errors are no reason");
     assert!(once(&mut dispatch, &row).is_err());
     eventually("it is left alone", || health.workers()[0].banned > Duration::ZERO);
@@ -258,7 +258,7 @@ fn a_worker_that_only_errs_is_left_alone() {
 fn a_worker_that_closes_each_time_is_left_alone_for_longer_and_longer() {
     let liar = LyingWorker::start(&describe("w0", all(), Compute::F32), Box::new(|_| None));
     let mut dispatch = connect(&liar.address);
-    let (health, row) = (dispatch.health(), OneRow::new(0, &[4]));
+    let (health, row) = (dispatch.transport().health(), OneRow::new(0, &[4]));
     let mut longest = Duration::ZERO;
     eventually("it is left alone", || {
         if health.workers()[0].state == WorkerState::Connected {

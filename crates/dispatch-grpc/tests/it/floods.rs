@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use muster_dispatch_grpc::GrpcDispatch;
 use muster_telemetry::Process;
 use muster_testkit::flood::{Flood, flood};
 use muster_types::Compute;
@@ -20,7 +19,8 @@ fn floods_end_and_a_router_at_work_is_none() {
         line.map_or(0, |count| count.parse::<u64>().unwrap())
     };
     let worker = TestWorker::start("w0", all(), Compute::F32);
-    let mut dispatch = GrpcDispatch::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
+    let mut dispatch =
+        muster_dispatch_grpc::connect(connect_config(&[&worker.address], Compute::F32)).unwrap();
     let row = OneRow::new(0, &[0, 1]);
     for kind in Flood::ALL {
         let before = floods();

@@ -72,10 +72,16 @@ counts! {
     cancelled: "requests cancelled",
     leaders: "leads won",
     plans: "plans made",
+    load_plans: "plans made as loads were counted",
+    aged_plans: "plans made as the last was not reached",
+    forced: "copies given up early, to make room",
+    stuck: "experts stuck for want of memory",
+    repeated_orders: "orders repeated",
     stale_orders: "orders of no leader",
     overtaken_orders: "orders overtaken",
     overtaken_announcements: "announcements overtaken",
     loaded: "experts loaded",
+    failed_loads: "experts that could not be loaded",
     withdrawn: "experts withdrawn",
     not_held: "shards for experts just released",
     late_replies: "replies too late",
@@ -83,7 +89,10 @@ counts! {
     parts_lost: "shards lost with a link",
     stand_ins: "stand-ins",
     hedged: "hedges",
-    flights_lost: "flights lost",
+    flights_lost: "flights with rows lost",
+    doubts: "workers in doubt",
+    given_up: "workers given up for silence",
+    believed: "claims that nobody contradicted",
     deadlines: "flights past the deadline",
     parked: "sequences parked",
     out_of_patience: "requests out of patience",
@@ -200,7 +209,7 @@ impl World {
             }
             Fault::Hot(key) => {
                 self.counts.hot += 1;
-                self.routers.iter_mut().for_each(|router| router.loads.observe(key, 5000));
+                self.workers.iter_mut().for_each(|worker| worker.count(key, 5000));
             }
             Fault::Cancel(request) => self.cancel(request),
             Fault::Heal => self.heal(),

@@ -1,5 +1,5 @@
 //! A whole cluster in one thread: workers, routers, leases, orders and messages on a virtual clock, with the real
-//! scheduler, batcher, plans and transitions, under faults drawn from a seed. `docs/invariants.md` lists what is checked.
+//! scheduler, delivery, plans and transitions, under faults drawn from a seed. `docs/invariants.md` lists what is checked.
 //!
 //! `MUSTER_SIM_SEED=7 cargo test --release -p muster-engine --test simulation -- one_seed --nocapture` runs seed 7 and
 //! prints its trace; `MUSTER_SIM_SEEDS=20000` runs so many in place of the usual number.
@@ -10,11 +10,11 @@
 )]
 
 mod faults;
-mod flight;
 mod leader;
 mod rng;
 mod router;
 mod toy;
+mod wire;
 mod worker;
 mod world;
 

@@ -1,33 +1,35 @@
-//! A router: schedules, attends, dispatches, combines, and ends requests, as `router::engine` does it.
+//! A router: schedules and attends as `router::engine` and the trunk do it, has delivery do the rest, and ends requests.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::sync::Arc;
 
-use muster_engine::batcher::{Rank, ShardPlan, group};
-use muster_engine::dispatch::{Choices, DispatchError};
+use muster_engine::batcher::Rank;
+use muster_engine::delivery::{
+    Arrived, Contract, Delivery, Ended, Event as Tale, Fleet, Hop, Progress, Route, Strikes,
+};
+use muster_engine::dispatch::{
+    Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket,
+};
 use muster_engine::reach::{LayerPlace, Reach};
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
-use muster_placement::hedge::{Budget, Hedge, Outcome, Rules};
-use muster_placement::{Loads, Placement, WorkerIx};
-use muster_types::{Epoch, ExpertKey, SeqId, TokenId};
+use muster_placement::Placement;
+use muster_types::{DType, Epoch, ExpertId, ExpertKey, Fault, Retry, SeqId, TokenId};
 
-use crate::flight::{Flight, Part, Standing, State, pairs};
 use crate::leader::Leader;
 use crate::toy::Toy;
+use crate::wire::{Tally, Told, ToyRows, ToySums, Wire, from_floats, to_floats};
 use crate::world::{
-    EXPERT_TIMEOUT, Event, MS, Process, RETRY, Request, RouterTimer, SECOND, Shard, Spec, Time, ToRouter,
-    ToWorker, World,
+    EXPERT_TIMEOUT, Event, MS, Process, RETRY, Request, RouterTimer, Spec, Time, ToRouter, ToWorker, World,
 };
 
-/// How long a worker that lied is left alone.
-const BAN: Time = SECOND;
+/// How long a worker in doubt may say nothing.
+const SIGN_OF_LIFE: Time = 600 * MS;
 /// How long sequences without experts wait before they are tried again, unless something changes.
 const PARKED_FOR: Time = 50 * MS;
 /// How much later than planned a step may end: for what is between two events.
 const SLACK: Time = 500 * MS;
 
-#[derive(Debug)]
 pub(crate) struct Router {
     pub(crate) process: Process,
     pub(crate) name: String,
@@ -38,20 +40,17 @@ pub(crate) struct Router {
     next_sequence: u64,
     running: Option<Running>,
     steps: u64,
-    flights: u64,
-    /// Shards that are waited for: the lane and part they are.
-    calls: BTreeMap<u64, (usize, usize)>,
-    next_shard: u64,
+    delivery: Delivery<Wire, ToySums, Tally>,
     pub(crate) peers: Vec<Peer>,
-    placement: Placement,
-    /// The workers of the placement: number, session and epoch.
-    hops: Vec<(usize, u64, u64)>,
-    pub(crate) version: u64,
+    placement: Arc<Placement>,
+    /// A fleet that is being built.
+    building: Option<Arc<Fleet>>,
+    /// That of the last fleet, built or being built.
+    epoch: u64,
+    /// Of those in doubt, by when a sign of life is due.
+    doubts: BTreeMap<Hop, Time>,
     parked: Option<(u64, Time)>,
     poke_at: Option<Time>,
-    hedges: Vec<Hedge>,
-    budget: Budget,
-    pub(crate) loads: Loads,
     pub(crate) leader: Leader,
     /// When it last stood still, or lived on: what it took then says nothing.
     pub(crate) woke: Time,
@@ -67,9 +66,7 @@ pub(crate) struct Peer {
     pub(crate) epoch: u64,
     pub(crate) held: BTreeSet<ExpertKey>,
     pub(crate) draining: bool,
-    banned_until: Time,
-    /// Shards that are late.
-    late: BTreeSet<u64>,
+    strikes: Strikes,
 }
 
 #[derive(Debug)]
@@ -99,17 +96,27 @@ struct Lane {
     /// Item, position and value of every row.
     rows: Vec<(usize, u32, u64)>,
     layer: usize,
-    flight: Option<Flight>,
+    flight: Option<Open>,
     done: bool,
-    /// Items that got nothing: whether it was for want of their own experts.
-    failed: BTreeMap<usize, Failure>,
+    /// Items that left the lane, and whether trying again can help.
+    failed: BTreeMap<usize, Retry>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Failure {
-    Experts,
-    /// It was in the same lane.
-    Interrupted,
+/// A micro-batch with the workers.
+#[derive(Debug)]
+struct Open {
+    ticket: Ticket,
+    deadline: Time,
+    /// Who was asked for what: worker, row and expert.
+    asked: BTreeSet<(usize, u32, ExpertKey)>,
+}
+
+impl Lane {
+    /// Items leave, with their rows.
+    fn lose(&mut self, items: &BTreeSet<usize>, retry: Retry) {
+        self.failed.extend(items.iter().map(|&item| (item, retry)));
+        self.rows.retain(|row| !items.contains(&row.0));
+    }
 }
 
 impl Active {
@@ -139,6 +146,18 @@ impl Router {
         let process = Process { life, ..Process::default() };
         // Another in every life.
         let name = format!("r{number}.{life}");
+        let is_partial = spec.combine == muster_types::Combine::Partial;
+        let contract = Contract {
+            experts: spec.shape.experts().to_vec(),
+            hidden: 2,
+            wire: DType::F32,
+            top_k: spec.toy.k,
+            max_rows: usize::MAX,
+            lanes: 2,
+            combine: spec.combine,
+        };
+        let fleet = Arc::new(Fleet::new(Epoch::new(0), &spec.shape, &[]).unwrap());
+        let placement = Arc::clone(fleet.placement());
         Self {
             process,
             name: name.clone(),
@@ -148,31 +167,29 @@ impl Router {
             next_sequence: 0,
             running: None,
             steps: 0,
-            flights: 0,
-            calls: BTreeMap::new(),
-            next_shard: 0,
+            delivery: Delivery::new(contract, fleet, Wire::new(is_partial), ToySums, Tally::default()),
             peers: vec![Peer::default(); workers],
-            placement: Placement::from_holdings(Epoch::new(0), &spec.shape, &[]).unwrap(),
-            hops: Vec::new(),
-            version: 0,
+            placement,
+            building: None,
+            epoch: 0,
+            doubts: BTreeMap::new(),
             parked: None,
             poke_at: None,
-            hedges: vec![Hedge::new(Rules::default()); workers],
-            budget: Budget::default(),
-            loads: Loads::new(&spec.shape),
-            leader: Leader::new(&name),
+            leader: Leader::new(&name, spec),
             woke: 0,
         }
     }
 
     pub(crate) fn may_connect(&self, worker: usize, now: Time) -> bool {
-        now >= self.peers[worker].banned_until
+        let now = self.delivery.transport().at(now);
+        self.peers[worker].strikes.left(now).is_zero()
     }
 
     pub(crate) fn connected(&mut self, worker: usize, session: u64, life: u64) {
         let peer = &mut self.peers[worker];
-        let banned_until = peer.banned_until;
-        *peer = Peer { up: true, session, life, banned_until, ..Peer::default() };
+        let strikes = std::mem::take(&mut peer.strikes);
+        *peer = Peer { up: true, session, life, strikes, ..Peer::default() };
+        self.delivery.transport_mut().up.insert(worker, session);
     }
 
     pub(crate) fn is_at_rest(&self) -> bool {
@@ -181,22 +198,22 @@ impl Router {
             && self.running.is_none()
             && self.scheduler.is_idle()
             && stats.blocks_free == stats.blocks_total
-            && self.calls.is_empty()
+            && self.delivery.transport().out.is_empty()
             && self.placement.is_complete()
     }
 
     /// What keeps it from being at rest.
     pub(crate) fn describe(&self) -> String {
-        let Self { name, active, parked, leader, hops, .. } = self;
-        let missing = self.placement.missing();
+        let Self { name, active, parked, leader, .. } = self;
+        let (missing, out) = (self.placement.missing(), &self.delivery.transport().out);
         format!(
-            "{name}: active {active:?} parked {parked:?} missing {missing:?} hops {hops:?} leader {leader:?}"
+            "{name}: active {active:?} parked {parked:?} missing {missing:?} out {out:?} leader {leader:?}"
         )
     }
 
-    fn rank(&self, worker: WorkerIx) -> Rank {
-        let peer = &self.peers[self.hops[worker.index()].0];
-        if peer.draining || !peer.late.is_empty() { Rank::Poor } else { Rank::Good }
+    /// Changes with the fleet that delivery knows.
+    pub(crate) fn version(&self) -> u64 {
+        self.delivery.version()
     }
 }
 
@@ -222,7 +239,7 @@ impl World {
         self.lose_requests(number, life);
     }
 
-    fn timer(&mut self, number: usize, at: Time, timer: RouterTimer) {
+    pub(crate) fn timer(&mut self, number: usize, at: Time, timer: RouterTimer) {
         let life = self.routers[number].process.life;
         self.at(at, Event::RouterTimer { router: number, life, timer });
     }
@@ -232,15 +249,9 @@ impl World {
             ToRouter::Announce { epoch, held, draining } => {
                 self.take_announcement(number, worker, epoch, &held, draining);
             }
-            ToRouter::Outputs { id, flight, rows, finite } => {
-                self.take_outputs(number, worker, id, flight, rows, finite);
-            }
-            ToRouter::NotHeld { id } => self.part_failed(number, id),
+            ToRouter::Answer { id, outcome } => self.take_answer(number, worker, id, outcome),
             ToRouter::Granted { round, reply, epoch } => self.take_grant(number, worker, round, reply, epoch),
-            ToRouter::Obeyed { term, number: orders, epoch } => {
-                let id = self.id(worker);
-                self.routers[number].leader.ledger.obeyed(&id, term, orders, Epoch::new(epoch));
-            }
+            ToRouter::Obeyed { id, epoch } => self.take_receipt(number, &id, epoch),
         }
     }
 
@@ -255,18 +266,21 @@ impl World {
                     self.dispatch(number, lane);
                 }
             }
-            RouterTimer::Due { flight, lane } => {
-                if self.flight(number, lane).is_some_and(|open| open.number == flight) {
+            RouterTimer::Due { ticket, lane } => {
+                if self.flight(number, lane).is_some_and(|open| open.ticket == ticket) {
                     self.advance(number, lane);
                 }
             }
+            RouterTimer::Fleet => self.fleet_built(number),
+            RouterTimer::Silence { hop } => self.silence(number, hop),
             RouterTimer::Tick => self.tick(number),
-            RouterTimer::Count { round } => self.count(number, round),
+            RouterTimer::CloseRound => self.close_round(number),
+            RouterTimer::Stirred => self.stirred(number),
             RouterTimer::Send { orders } => self.send_orders(number, orders),
         }
     }
 
-    fn flight(&mut self, number: usize, lane: usize) -> Option<&mut Flight> {
+    fn flight(&mut self, number: usize, lane: usize) -> Option<&mut Open> {
         self.routers[number].running.as_mut()?.lanes.get_mut(lane)?.flight.as_mut()
     }
 
@@ -280,7 +294,6 @@ impl World {
         held: &BTreeSet<ExpertKey>,
         draining: bool,
     ) {
-        let id = self.id(worker);
         let peer = &mut self.routers[number].peers[worker];
         if epoch <= peer.epoch {
             self.counts.overtaken_announcements += 1;
@@ -295,54 +308,212 @@ impl World {
             Some(held),
             "epochs-monotone: worker {worker} did not announce this in epoch {epoch}"
         );
-        self.routers[number].leader.ledger.announced(&id, Epoch::new(epoch), held);
+        self.stir(number);
         self.routes_changed(number);
     }
 
     pub(crate) fn broken(&mut self, number: usize, worker: usize, session: u64) {
-        let id = self.id(worker);
         let router = &mut self.routers[number];
         let life = router.process.life;
         if !router.process.alive || !router.peers[worker].up || router.peers[worker].session != session {
             return;
         }
-        let peer = &mut router.peers[worker];
-        peer.up = false;
-        peer.late.clear();
-        router.leader.ledger.lost(&id);
+        router.peers[worker].up = false;
+        self.stir(number);
         self.note("broken", number, worker as u64, session);
-        let open =
-            |part: &Part| part.worker == worker && part.session == session && part.state == State::Waiting;
-        let router = &mut self.routers[number];
-        let lanes = router.running.iter_mut().flat_map(|running| &mut running.lanes);
-        for part in lanes.filter_map(|lane| lane.flight.as_mut()).flat_map(|flight| &mut flight.parts) {
-            if open(part) {
-                part.state = State::Failed;
-                self.counts.parts_lost += 1;
-            }
-        }
+        self.lost(number, Hop { link: worker, session }, Ended::Gone("its link broke".into()));
         self.after(RETRY, Event::Connect { router: number, worker, life });
         self.routes_changed(number);
     }
 
-    /// Makes the routes anew, and sees what becomes possible, or impossible, by that.
+    /// Delivery hears that a session is over.
+    fn lost(&mut self, number: usize, hop: Hop, how: Ended) {
+        let wire = self.routers[number].delivery.transport_mut();
+        if wire.up.get(&hop.link) == Some(&hop.session) {
+            wire.up.remove(&hop.link);
+            wire.out.retain(|_, of| *of != hop);
+            self.routers[number].doubts.remove(&hop);
+            self.tell_delivery(number, hop, Tale::Lost { hop, how });
+        }
+    }
+
+    /// Another fleet is built of who is connected now.
     fn routes_changed(&mut self, number: usize) {
         let ids: Vec<_> = self.workers.iter().map(|worker| worker.id.clone()).collect();
         let router = &mut self.routers[number];
-        router.version += 1;
         let live = router.peers.iter().enumerate().filter(|(_, peer)| peer.up && peer.epoch > 0);
-        let live: Vec<_> = live.collect();
-        let holdings: Vec<_> =
-            live.iter().map(|&(n, peer)| (ids[n].clone(), peer.held.iter().copied().collect())).collect();
-        router.hops = live.iter().map(|&(n, peer)| (n, peer.session, peer.epoch)).collect();
-        let epoch = Epoch::new(router.version);
-        router.placement = Placement::from_holdings(epoch, &self.spec.shape, &holdings).unwrap();
+        let live: Vec<(usize, Vec<ExpertKey>, Route)> = live
+            .map(|(n, peer)| {
+                let rank = if peer.draining { Rank::Poor } else { Rank::Good };
+                let hop = Hop { link: n, session: peer.session };
+                (n, peer.held.iter().copied().collect(), Route { hop, epoch: Epoch::new(peer.epoch), rank })
+            })
+            .collect();
+        let live: Vec<_> = live.iter().map(|(n, held, route)| (&ids[*n], &held[..], *route)).collect();
+        router.epoch += 1;
+        let fleet = Fleet::new(Epoch::new(router.epoch), &self.spec.shape, &live).unwrap();
+        let was_building = router.building.replace(Arc::new(fleet)).is_some();
+        if self.spec.building == 0 {
+            self.fleet_built(number);
+        } else if !was_building {
+            self.timer(number, self.now + self.spec.building, RouterTimer::Fleet);
+        }
+    }
+
+    /// Delivery hears of another fleet, and what becomes possible, or impossible, by that is seen.
+    fn fleet_built(&mut self, number: usize) {
+        let router = &mut self.routers[number];
+        let Some(fleet) = router.building.take() else { return };
+        router.placement = Arc::clone(fleet.placement());
+        router.delivery.transport_mut().version = fleet.placement().epoch().get();
+        self.tell_delivery(number, Hop { link: 0, session: 0 }, Tale::Announced(fleet));
+        self.poke(number);
+    }
+
+    // Delivery.
+
+    /// Delivery hears something, of that session if it is about one.
+    fn tell_delivery(&mut self, number: usize, hop: Hop, tale: Tale<ToyRows>) {
+        let now = self.now;
+        let delivery = &mut self.routers[number].delivery;
+        delivery.transport_mut().set(now);
+        delivery.transport_mut().note(&tale, hop);
+        delivery.take(tale);
+        self.carry(number);
+        self.routers[number].delivery.transport().check();
         for lane in 0..2 {
             if self.flight(number, lane).is_some() {
                 self.advance(number, lane);
             }
         }
-        self.poke(number);
+    }
+
+    /// Does what delivery asked of its transport.
+    fn carry(&mut self, number: usize) {
+        for told in std::mem::take(&mut self.routers[number].delivery.transport_mut().told) {
+            match told {
+                Told::Shard { hop, lane, shard, pairs } => self.check_shard(number, hop, lane, shard, &pairs),
+                Told::Doubt { hop, in_doubt: false } => drop(self.routers[number].doubts.remove(&hop)),
+                Told::Doubt { hop, in_doubt: true } => {
+                    let due = self.now + SIGN_OF_LIFE;
+                    if self.routers[number].doubts.insert(hop, due).is_none() {
+                        self.counts.doubts += 1;
+                        self.timer(number, due, RouterTimer::Silence { hop });
+                    }
+                }
+                Told::Ban { hop } => self.ban(number, hop),
+            }
+        }
+        self.count_notes(number);
+    }
+
+    fn count_notes(&mut self, number: usize) {
+        let Tally { too_late, lied, lost, stand_ins, hedged, expired } =
+            std::mem::take(self.routers[number].delivery.observer_mut());
+        self.counts.late_replies += too_late;
+        self.counts.refused_replies += lied;
+        self.counts.parts_lost += lost;
+        self.counts.stand_ins += stand_ins;
+        self.counts.hedged += hedged;
+        self.counts.deadlines += expired;
+    }
+
+    fn check_shard(
+        &mut self,
+        number: usize,
+        hop: Hop,
+        lane: usize,
+        shard: crate::world::Shard,
+        pairs: &[(u32, ExpertKey)],
+    ) {
+        let worker = hop.link;
+        let life = self.routers[number].peers[worker].life;
+        let announced = &self.announced[&(worker, life, shard.epoch)];
+        for (_, key) in pairs {
+            let is_there = announced.contains(key);
+            assert!(
+                is_there,
+                "holder-only: rows for {key} go to worker {worker}, which does not announce it"
+            );
+        }
+        if let Some(open) = self.flight(number, lane) {
+            for &(row, key) in pairs {
+                let is_new = open.asked.insert((worker, row, key));
+                assert!(is_new, "every-pair-once: worker {worker} is asked twice for row {row}, {key}");
+            }
+        }
+        self.send_to_worker(number, worker, hop.session, ToWorker::Shard(shard));
+    }
+
+    /// A worker broke the protocol: nothing it says is used for a while.
+    fn ban(&mut self, number: usize, hop: Hop) {
+        let (worker, session) = (hop.link, hop.session);
+        let router = &mut self.routers[number];
+        if router.delivery.transport().up.get(&worker) == Some(&session) {
+            let now = router.delivery.transport().at(self.now);
+            router.peers[worker].strikes.strike(now);
+            let wire = router.delivery.transport_mut();
+            wire.up.remove(&worker);
+            wire.out.retain(|_, of| *of != hop);
+            router.doubts.remove(&hop);
+            self.links[number][worker].up = false;
+            self.note("banned", number, worker as u64, session);
+            self.at(self.now, Event::Broken { router: number, worker, session });
+        }
+    }
+
+    /// A worker that is still in doubt, and cannot give a sign of life, is given up.
+    fn silence(&mut self, number: usize, hop: Hop) {
+        let Some(&due) = self.routers[number].doubts.get(&hop) else { return };
+        let worker = hop.link;
+        let is_silent = self.workers[worker].process.stopped || self.links[number][worker].held > due;
+        if is_silent {
+            self.counts.given_up += 1;
+            self.cut(number, worker);
+            self.routers[number].doubts.remove(&hop);
+        } else {
+            let next = self.now + SIGN_OF_LIFE;
+            self.routers[number].doubts.insert(hop, next);
+            self.timer(number, next, RouterTimer::Silence { hop });
+        }
+    }
+
+    fn take_answer(&mut self, number: usize, worker: usize, id: u64, outcome: Result<ToyRows, Fault>) {
+        let wire = self.routers[number].delivery.transport_mut();
+        let at = wire.at(self.now);
+        let session = self.routers[number].peers[worker].session;
+        let hop = Hop { link: worker, session };
+        if self.routers[number].delivery.transport_mut().out.remove(&id) != Some(hop) {
+            self.counts.refused_replies += 1;
+            self.ban(number, hop);
+            return;
+        }
+        let arrived = |outputs| Arrived { outputs, compute: std::time::Duration::ZERO, at };
+        self.tell_delivery(number, hop, Tale::Answer { id, outcome: outcome.map(arrived) });
+    }
+
+    /// Brings a lane's micro-batch on as far as it gets.
+    fn advance(&mut self, number: usize, lane: usize) {
+        let now = self.now;
+        let router = &mut self.routers[number];
+        let Some(running) = &mut router.running else { return };
+        let Lane { flight, rows, .. } = &mut running.lanes[lane];
+        let Some(&mut Open { ticket, deadline, .. }) = flight.as_mut() else { return };
+        let mut out = vec![0.0; rows.len() * 2];
+        let (at, until) =
+            (router.delivery.transport_mut().set(now), router.delivery.transport().at(deadline));
+        let progress = router.delivery.advance(ticket, at, until, &mut RowsMut::of_f32(&mut out));
+        match progress.expect("late-never-combined: a lane's ticket is unknown") {
+            Progress::Waits(wanted) => {
+                let due = router.delivery.transport().time(wanted.until);
+                self.carry(number);
+                self.timer(number, due, RouterTimer::Due { ticket, lane });
+            }
+            Progress::Done(lost) => {
+                self.carry(number);
+                self.collected(number, lane, &from_floats(&out), &lost);
+            }
+        }
     }
 
     // Steps.
@@ -402,7 +573,8 @@ impl World {
         {
             return;
         }
-        let over = |&mut (version, until): &mut (u64, Time)| version != router.version || self.now >= until;
+        let known = router.version();
+        let over = |&mut (version, until): &mut (u64, Time)| version != known || self.now >= until;
         if router.parked.take_if(over).is_some() {
             router.scheduler.unpark();
         }
@@ -466,252 +638,96 @@ impl World {
             });
             *row = Toy::attend(*row, entries);
         }
-        let chosen: Vec<_> = lane.rows.iter().flat_map(|&(_, _, row)| toy.choose(layer, row)).collect();
-        let items: Vec<usize> = lane.rows.iter().map(|row| row.0).collect();
-        let weights = vec![1.0; chosen.len()];
-        let choices = Choices::new(toy.k, chosen, weights).unwrap();
-        let deadline = self.now + EXPERT_TIMEOUT;
-        let router = &self.routers[number];
-        let planned = group(toy.layer(layer), &choices, &router.placement, &|worker| router.rank(worker));
-        match planned {
-            Ok(plan) => {
-                let router = &mut self.routers[number];
-                router.flights += 1;
-                let flight =
-                    Flight::new(router.flights, toy.layer(layer), choices, plan, deadline, router.version);
-                let shards = flight.first_shards();
-                let Some(running) = &mut router.running else { return };
-                running.lanes[at].flight = Some(flight);
-                for shard in shards {
-                    self.send_shard(number, at, shard, None);
+        self.submit(number, at);
+    }
+
+    /// A lane's rows go to their experts; those whose experts nobody holds leave it.
+    fn submit(&mut self, number: usize, at: usize) {
+        let (now, toy) = (self.now, self.spec.toy.clone());
+        let router = &mut self.routers[number];
+        let instant = router.delivery.transport_mut().set(now);
+        loop {
+            let Some(running) = &mut router.running else { return };
+            let lane = &mut running.lanes[at];
+            if lane.rows.is_empty() {
+                lane.done = true;
+                return self.emit_if_done(number);
+            }
+            let chosen = |&(_, _, row): &(usize, u32, u64)| {
+                let chosen = toy.choose(lane.layer, row).into_iter();
+                chosen.map(move |expert| (expert, Toy::weight(expert, row))).collect::<Vec<_>>()
+            };
+            let (experts, weights) = lane.rows.iter().flat_map(chosen).unzip();
+            let choices = Choices::new(toy.k, experts, weights).unwrap();
+            let floats = to_floats(lane.rows.iter().map(|row| row.2));
+            let (layer, rows) = (toy.layer(lane.layer), Rows::of_f32(&floats, 2).unwrap());
+            let batch = LayerBatch { layer, lane: at, rows, choices: &choices };
+            match router.delivery.submit_at(instant, &batch) {
+                Ok(ticket) => {
+                    let deadline = now + EXPERT_TIMEOUT;
+                    lane.flight = Some(Open { ticket, deadline, asked: BTreeSet::new() });
+                    self.carry(number);
+                    return self.advance(number, at);
                 }
-                self.advance(number, at);
-            }
-            Err(DispatchError::NoOwner { expert, .. }) => {
-                let rows = choices.experts().chunks(toy.k).zip(items);
-                let wanting = rows.filter(|(experts, _)| experts.contains(&expert)).map(|(_, item)| item);
-                let wanting = wanting.collect();
-                self.fail_lane(number, at, Some(&wanting));
-            }
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    fn patience(&self, number: usize, worker: usize, rows: usize) -> Time {
-        self.routers[number].hedges[worker].deadline(rows as u32).as_micros() as Time
-    }
-
-    /// Sends a shard; `of` says which part it stands in for, and at which places.
-    fn send_shard(&mut self, number: usize, lane: usize, plan: ShardPlan, of: Option<(usize, Vec<u32>)>) {
-        let (worker, session, epoch) = self.routers[number].hops[plan.worker.index()];
-        let peer = &self.routers[number].peers[worker];
-        let announced = &self.announced[&(worker, peer.life, epoch)];
-        assert!(peer.epoch == epoch && peer.session == session, "holder-only: routes that are out of date");
-        let router = &mut self.routers[number];
-        router.next_shard += 1;
-        let id = router.next_shard;
-        let Some(running) = &router.running else { return };
-        let rows = &running.lanes[lane].rows;
-        let Some(flight) = &running.lanes[lane].flight else { return };
-        let layer = flight.layer;
-        let key = |expert| ExpertKey { layer, expert };
-        let content = pairs(&plan).map(|(row, expert)| (rows[row as usize].2, key(expert))).collect();
-        for &expert in &plan.experts {
-            assert!(
-                announced.contains(&key(expert)),
-                "holder-only: rows for {} go to worker {worker}, which does not announce it",
-                key(expert)
-            );
-        }
-        for (&expert, &count) in plan.experts.iter().zip(&plan.counts) {
-            router.loads.observe(key(expert), u64::from(count));
-        }
-        let shard = Shard { id, flight: flight.number, epoch, pairs: content };
-        let due = self.now + self.patience(number, worker, plan.rows.len());
-        let (now, stand_in) = (self.now, of.as_ref().map(|(part, _)| *part));
-        let Some(flight) = self.flight(number, lane) else { return };
-        let part = flight.parts.len();
-        flight.parts.push(Part {
-            id,
-            worker,
-            session,
-            plan,
-            since: now,
-            due,
-            state: State::Waiting,
-            stand_ins: Vec::new(),
-            alone: false,
-            hedged: false,
-            deferred: false,
-            of,
-        });
-        if let Some(of) = stand_in {
-            let asked = flight.asked(of);
-            assert!(!asked.contains(&worker), "every-pair-once: worker {worker} is asked twice for the same");
-            flight.parts[of].stand_ins.push(part);
-        }
-        self.routers[number].calls.insert(id, (lane, part));
-        self.send_to_worker(number, worker, session, ToWorker::Shard(shard));
-    }
-
-    fn take_outputs(
-        &mut self,
-        number: usize,
-        worker: usize,
-        id: u64,
-        flight: u64,
-        rows: Vec<u64>,
-        finite: bool,
-    ) {
-        let now = self.now;
-        self.routers[number].peers[worker].late.remove(&id);
-        let Some(&(lane, part)) = self.routers[number].calls.get(&id) else {
-            self.counts.late_replies += 1;
-            return;
-        };
-        let Some(open) = self.flight(number, lane) else {
-            panic!("late-never-combined: a call without a flight")
-        };
-        assert_eq!(open.number, flight, "late-never-combined: a reply to another flight");
-        let Part { plan, since, state, .. } = &mut open.parts[part];
-        if rows.len() != plan.indices.len() || !finite {
-            self.counts.refused_replies += 1;
-            return self.ban(number, worker, id);
-        }
-        let (size, took) = (plan.rows.len() as u32, Duration::from_micros(now - *since));
-        if *state == State::Waiting {
-            *state = State::Arrived(rows);
-        }
-        self.routers[number].hedges[worker].observe(size, took);
-        self.routers[number].budget.sent();
-        self.advance(number, lane);
-    }
-
-    /// A worker broke the protocol: nothing it says is used for a while.
-    fn ban(&mut self, number: usize, worker: usize, id: u64) {
-        let peer = &mut self.routers[number].peers[worker];
-        peer.banned_until = self.now + BAN;
-        let session = peer.session;
-        self.links[number][worker].up = false;
-        self.note("banned", number, worker as u64, id);
-        self.broken(number, worker, session);
-    }
-
-    fn part_failed(&mut self, number: usize, id: u64) {
-        let Some(&(lane, part)) = self.routers[number].calls.get(&id) else { return };
-        let Some(flight) = self.flight(number, lane) else { return };
-        flight.parts[part].state = State::Failed;
-        self.advance(number, lane);
-    }
-
-    /// Sees how a lane's flight stands, and does what follows.
-    fn advance(&mut self, number: usize, lane: usize) {
-        let (now, version) = (self.now, self.routers[number].version);
-        let Some(flight) = self.flight(number, lane) else { return };
-        if flight.parts.len() < flight.first_shards().len() {
-            // Still being sent.
-            return;
-        }
-        if flight.standing() == Standing::Complete {
-            return self.combine(number, lane);
-        }
-        flight.look_again(version);
-        for part in flight.to_replace(now) {
-            self.replace(number, lane, part);
-        }
-        let Some(flight) = self.flight(number, lane) else { return };
-        if flight.standing() == Standing::Lost {
-            self.counts.flights_lost += 1;
-            return self.fail_lane(number, lane, None);
-        }
-        if now >= flight.deadline {
-            self.counts.deadlines += 1;
-            return self.fail_lane(number, lane, None);
-        }
-        let until = flight.next_due().map_or(flight.deadline, |due| due.min(flight.deadline));
-        let due = RouterTimer::Due { flight: flight.number, lane };
-        self.timer(number, until, due);
-    }
-
-    /// Asks others for what failed or is late.
-    fn replace(&mut self, number: usize, lane: usize, part: usize) {
-        let Some(flight) = self.flight(number, lane) else { return };
-        let Part { id, worker, state, deferred, plan, .. } = &flight.parts[part];
-        let (id, worker, deferred, size) = (*id, *worker, *deferred, plan.rows.len());
-        let is_late = *state == State::Waiting;
-        if is_late {
-            self.routers[number].peers[worker].late.insert(id);
-            if !deferred && !self.routers[number].budget.take() {
-                let more = self.patience(number, worker, size) * 3;
-                let Some(flight) = self.flight(number, lane) else { return };
-                flight.parts[part].deferred = true;
-                flight.parts[part].due += more;
-                return;
+                Err(DispatchError::NoOwner { expert, .. }) => {
+                    let rows = choices.experts().chunks(toy.k).zip(&lane.rows);
+                    let wanting = rows.filter(|(experts, _)| experts.contains(&expert)).map(|(_, row)| row.0);
+                    let wanting = wanting.collect();
+                    lane.lose(&wanting, Retry::Later);
+                }
+                Err(error) => panic!("{error}"),
             }
         }
-        let router = &mut self.routers[number];
-        let Router { running, placement, hops, peers, .. } = router;
-        let names: Vec<usize> = hops.iter().map(|&(worker, ..)| worker).collect();
-        let rank = |worker: WorkerIx| {
-            let peer: &Peer = &peers[names[worker.index()]];
-            if peer.draining || !peer.late.is_empty() { Rank::Poor } else { Rank::Good }
-        };
-        let Some(flight) = running.as_mut().and_then(|running| running.lanes[lane].flight.as_mut()) else {
-            return;
-        };
-        let Some(planned) = flight.plan_stand_ins(part, placement, &names, &rank) else { return };
-        flight.parts[part].hedged = is_late;
-        self.counts.hedged += u64::from(is_late);
-        self.counts.stand_ins += planned.len() as u64;
-        for stand_in in planned {
-            self.send_shard(number, lane, stand_in.plan, Some((part, stand_in.places)));
-        }
     }
 
-    /// Forgets a flight's calls; what still comes is late.
-    fn close(&mut self, number: usize, lane: usize) -> Option<Flight> {
-        let running = self.routers[number].running.as_mut()?;
-        let flight = running.lanes[lane].flight.take()?;
-        for part in &flight.parts {
-            self.routers[number].calls.remove(&part.id);
-        }
-        Some(flight)
-    }
-
-    fn combine(&mut self, number: usize, at: usize) {
-        let Some(flight) = self.close(number, at) else { return };
-        for part in flight.parts.iter().filter(|part| part.hedged) {
-            let arrived = matches!(part.state, State::Arrived(_));
-            let outcome = if arrived { Outcome::Wasted } else { Outcome::Won };
-            self.routers[number].hedges[part.worker].hedged(part.plan.rows.len() as u32, outcome);
-        }
-        let outputs = flight.outputs();
-        let layers = self.spec.toy.layers();
-        let Some(running) = &mut self.routers[number].running else { return };
+    /// A lane's sums are here, but for the rows that are lost.
+    fn collected(&mut self, number: usize, at: usize, sums: &[u64], lost: &[Loss]) {
+        let (layers, toy) = (self.spec.toy.layers(), self.spec.toy.clone());
+        let Router { running, placement, delivery, .. } = &mut self.routers[number];
+        let Some(running) = running else { return };
         let (step, lane) = (running.number, &mut running.lanes[at]);
-        for ((_, _, row), outputs) in lane.rows.iter_mut().zip(outputs) {
-            *row = Toy::combine(*row, outputs.into_iter());
+        let Some(Open { asked, .. }) = lane.flight.take() else { return };
+        // A claim is the truth when two make it, or when nobody is left who could contradict.
+        let is_final = |row: u32, expert: ExpertId| {
+            let key = ExpertKey { layer: toy.layer(lane.layer), expert };
+            let asked: Vec<usize> =
+                asked.iter().filter(|of| (of.1, of.2) == (row, key)).map(|&(worker, ..)| worker).collect();
+            let owners =
+                placement.owners(key).iter().map(|owner| placement.workers()[owner.index()].as_str());
+            let number = |name: &str| name.trim_start_matches('w').parse::<usize>().unwrap();
+            let mut left = owners.map(number).filter(|owner| delivery.transport().up.contains_key(owner));
+            asked.len() > 1 || left.all(|owner| asked.contains(&owner))
+        };
+        for loss in lost.iter().filter(|loss| loss.error.retry() == Retry::Never) {
+            for &row in &loss.rows {
+                let chosen = toy.choose(lane.layer, lane.rows[row as usize].2);
+                let is_final = chosen.into_iter().any(|expert| is_final(row, expert));
+                assert!(is_final, "second-opinion: {} although others could be asked", loss.error);
+            }
         }
+        let is_lost = |row: usize| lost.iter().any(|loss| loss.rows.contains(&(row as u32)));
+        for (number, (row, sum)) in lane.rows.iter_mut().zip(sums).enumerate() {
+            if !is_lost(number) {
+                let expected = toy.sum(lane.layer, row.2);
+                assert_eq!(*sum, expected, "every-pair-once: row {number} has another sum");
+                row.2 = Toy::combine(row.2, *sum);
+            }
+        }
+        self.counts.flights_lost += u64::from(!lost.is_empty());
+        for loss in lost {
+            let items = loss.rows.iter().map(|&row| lane.rows[row as usize].0);
+            lane.failed.extend(items.map(|item| (item, loss.error.retry())));
+            self.counts.believed += u64::from(loss.error.retry() == Retry::Never);
+        }
+        let failed: BTreeSet<usize> = lane.failed.keys().copied().collect();
+        lane.rows.retain(|row| !failed.contains(&row.0));
         lane.layer += 1;
-        if lane.layer == layers {
+        if lane.layer == layers || lane.rows.is_empty() {
             lane.done = true;
             return self.emit_if_done(number);
         }
         let at_time = self.now + self.spec.attention;
         self.timer(number, at_time, RouterTimer::Attended { step, lane: at });
-    }
-
-    /// A lane ends without results; `wanting` are the items whose own experts nobody holds, where that is why.
-    fn fail_lane(&mut self, number: usize, at: usize, wanting: Option<&BTreeSet<usize>>) {
-        self.close(number, at);
-        let Some(running) = &mut self.routers[number].running else { return };
-        let lane = &mut running.lanes[at];
-        let is_wanting = |item| wanting.is_none_or(|wanting| wanting.contains(&item));
-        let failure =
-            |&item: &usize| (item, if is_wanting(item) { Failure::Experts } else { Failure::Interrupted });
-        lane.failed = lane.items.iter().map(failure).collect();
-        lane.done = true;
-        self.emit_if_done(number);
     }
 
     /// Once all lanes have ended: tokens, ends, and what is to be done again.
@@ -725,8 +741,8 @@ impl World {
         for lane in &lanes {
             for &at in &lane.items {
                 let item = &step.items[at];
-                if let Some(&failure) = lane.failed.get(&at) {
-                    self.set_back(number, item, failure, started);
+                if let Some(&retry) = lane.failed.get(&at) {
+                    self.set_back(number, item, retry, started);
                 } else if let Some(active) = self.routers[number].active.get_mut(&item.seq) {
                     active.stalled = None;
                     if item.sample {
@@ -758,7 +774,7 @@ impl World {
     }
 
     /// A sequence that got nothing from a step: it waits, or its request has waited long enough.
-    fn set_back(&mut self, number: usize, item: &StepItem, failure: Failure, started: Time) {
+    fn set_back(&mut self, number: usize, item: &StepItem, retry: Retry, started: Time) {
         let (now, block_tokens) = (self.now, self.spec.scheduler.block_tokens.get());
         let router = &mut self.routers[number];
         let Some(active) = router.active.get_mut(&item.seq) else { return };
@@ -772,23 +788,21 @@ impl World {
             "bounded-patience: {} waited {stalled} us",
             item.seq
         );
-        if failure == Failure::Interrupted || stalled < EXPERT_TIMEOUT {
+        if retry != Retry::Never && stalled < EXPERT_TIMEOUT {
             let kept = item.start.div_ceil(block_tokens) as usize;
             active.tables.iter_mut().for_each(|table| table.truncate(kept));
             active.computed = item.start;
             router.scheduler.undo(item);
-            if failure == Failure::Experts {
-                router.scheduler.park(item.seq);
-                let version = router.version;
-                router.parked.get_or_insert((version, now + PARKED_FOR));
-                self.counts.parked += 1;
-            }
+            router.scheduler.park(item.seq);
+            let version = router.version();
+            router.parked.get_or_insert((version, now + PARKED_FOR));
+            self.counts.parked += 1;
             return;
         }
         // The client is told to try again later.
         let request = self.remove(number, item.seq);
         self.requests[request].at = None;
-        self.counts.out_of_patience += 1;
+        self.counts.out_of_patience += u64::from(retry != Retry::Never);
         self.note("out of patience", number, request as u64, stalled);
         self.after(200 * MS, Event::Client { request });
     }

@@ -5,6 +5,7 @@ use muster_engine::reach::Reach;
 use muster_types::{ExpertId, LayerId, TokenId};
 
 use crate::rng::mix;
+use crate::wire::weighted;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Toy {
@@ -63,9 +64,20 @@ impl Toy {
         mix(mix(row, layer as u64 + 1000), u64::from(expert.get()))
     }
 
-    /// A row with its experts' outputs added up.
-    pub(crate) fn combine(row: u64, outputs: impl Iterator<Item = u64>) -> u64 {
-        mix(row, outputs.fold(0, u64::wrapping_add))
+    /// What an expert's output counts in a row's sum: a small whole number.
+    pub(crate) fn weight(expert: ExpertId, row: u64) -> f32 {
+        (1 + mix(row, u64::from(expert.get())) % 255) as f32
+    }
+
+    /// The weighted sum of a row's experts.
+    pub(crate) fn sum(&self, layer: usize, row: u64) -> u64 {
+        let term = |expert| weighted(Self::output(layer, expert, row), Self::weight(expert, row));
+        self.choose(layer, row).into_iter().map(term).fold(0, u64::wrapping_add)
+    }
+
+    /// A row with its experts' sum.
+    pub(crate) fn combine(row: u64, sum: u64) -> u64 {
+        mix(row, sum)
     }
 
     pub(crate) fn token(&self, row: u64) -> TokenId {
@@ -85,8 +97,7 @@ impl Toy {
                     entries.push(Self::entry(layer, row));
                     let seen = self.reaches[layer].first_visible(entries.len() as u32 - 1);
                     row = Self::attend(row, entries[seen as usize..].iter().copied());
-                    let chosen = self.choose(layer, row);
-                    row = Self::combine(row, chosen.iter().map(|&expert| Self::output(layer, expert, row)));
+                    row = Self::combine(row, self.sum(layer, row));
                 }
                 last = row;
             }

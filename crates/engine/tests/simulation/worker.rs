@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::num::NonZero;
 use std::time::Duration;
 
+use muster_placement::leader::OrderId;
 use muster_placement::lease::{Grant, Term};
 use muster_placement::split;
-use muster_types::{Epoch, ExpertKey, Speed, WorkerId};
+use muster_types::{Epoch, ExpertKey, Fault, FaultKind, Speed, WorkerId};
 
 use crate::toy::Toy;
-use crate::world::{Event, MS, Order, Process, Shard, Time, ToRouter, ToWorker, WorkerTimer, World};
+use crate::wire::{ToyRows, weighted};
+use crate::world::{Event, MS, Order, Process, QUIET, Shard, Time, ToRouter, ToWorker, WorkerTimer, World};
 
 #[derive(Debug)]
 pub(crate) struct Worker {
@@ -29,6 +31,8 @@ pub(crate) struct Worker {
     pub(crate) grant: Grant,
     /// The last orders.
     last: Option<(Term, u64)>,
+    /// Rows that experts got since it started, by layer and expert.
+    pub(crate) rows: Vec<Vec<u64>>,
     pub(crate) draining: bool,
     told_to_hold_nothing: bool,
     busy_until: Time,
@@ -65,6 +69,7 @@ impl Worker {
             to_load: VecDeque::new(),
             grant: Grant::default(),
             last: None,
+            rows: Vec::new(),
             draining: false,
             told_to_hold_nothing: false,
             busy_until: 0,
@@ -78,6 +83,13 @@ impl Worker {
 
     pub(crate) fn holds(&self, key: ExpertKey) -> bool {
         matches!(self.copies.get(&key), Some(Copy::Announced(_)))
+    }
+
+    /// Rows for an expert, if it serves that.
+    pub(crate) fn count(&mut self, key: ExpertKey, rows: u64) {
+        if self.holds(key) {
+            self.rows[key.layer.index()][key.expert.index()] += rows;
+        }
     }
 
     pub(crate) fn held(&self) -> BTreeSet<ExpertKey> {
@@ -95,6 +107,7 @@ impl World {
         (worker.busy_until, worker.lies_until, worker.loading) = (self.now, 0, None);
         worker.to_load.clear();
         worker.copies.clear();
+        worker.rows = self.spec.shape.experts().iter().map(|&of| vec![0; of as usize]).collect();
         if self.spec.starts_with_share {
             let share = split(&self.spec.shape, all, number as u32).unwrap();
             worker.copies = share.into_iter().map(|key| (key, Copy::Announced(1))).collect();
@@ -135,11 +148,14 @@ impl World {
             shard.epoch <= worker.epoch,
             "epochs-monotone: rows by an epoch that worker {number} never had"
         );
-        let is_there = |&(_, key): &(u64, ExpertKey)| worker.copies.contains_key(&key);
-        if !shard.pairs.iter().all(is_there) {
+        let answer = |outcome| ToRouter::Answer { id: shard.id, outcome };
+        let missing = shard.pairs.iter().find(|(_, key)| !worker.copies.contains_key(key));
+        if let Some(&(_, key)) = missing {
             self.counts.not_held += 1;
-            return self.send_to_router(router, number, session, ToRouter::NotHeld { id: shard.id });
+            let fault = Fault::of_expert(FaultKind::NotHeld, key.expert.get(), format!("{key} is not held"));
+            return self.send_to_router(router, number, session, answer(Err(fault)));
         }
+        shard.pairs.iter().for_each(|&(_, key)| worker.count(key, 1));
         let experts: BTreeSet<_> = shard.pairs.iter().map(|&(_, key)| key).collect();
         let cost = (experts.len() as u64 * 900 + shard.pairs.len() as u64 * 60) / worker.speed + 100;
         worker.busy_until = worker.busy_until.max(self.now) + cost;
@@ -147,21 +163,35 @@ impl World {
         if worker.draining {
             self.counts.served_draining += 1;
         }
-        let outputs = shard.pairs.iter().map(|&(row, key)| Toy::output(key.layer.index(), key.expert, row));
-        let (mut id, mut rows, mut finite) = (shard.id, outputs.collect::<Vec<_>>(), true);
-        if lies {
-            match self.rng.below(3) {
-                0 => rows.truncate(rows.len() - 1),
-                1 => finite = false,
-                // Something that nobody asked for, and then nothing.
-                _ => id += 1_000_000_000,
-            }
-            self.counts.lies += 1;
-        }
-        let message = ToRouter::Outputs { id, flight: shard.flight, rows, finite };
+        let outputs = ToyRows { rows: outputs(shard), marks: Vec::new(), is_sound: true };
+        let message = if lies { self.lie(shard, outputs) } else { answer(Ok(outputs)) };
         let life = self.workers[number].process.life;
         let timer = WorkerTimer::Computed { router, session, message };
         self.at(done, Event::WorkerTimer { worker: number, life, timer });
+    }
+
+    /// What a worker says that lies.
+    fn lie(&mut self, shard: &Shard, mut outputs: ToyRows) -> ToRouter {
+        self.counts.lies += 1;
+        let (mut id, kind) = (shard.id, self.rng.below(6));
+        match kind {
+            0 => outputs.rows.truncate(outputs.rows.len() - 1),
+            1 => outputs.is_sound = false,
+            // Something that nobody asked for, and then nothing.
+            2 => id += 1_000_000_000,
+            3 => outputs.marks = vec![self.rng.below(outputs.rows.len()) as u32],
+            4 => {
+                let (_, key) = shard.pairs[self.rng.below(shard.pairs.len())];
+                let fault = Fault::of_expert(FaultKind::NonFinite, key.expert.get(), "as a lie");
+                return ToRouter::Answer { id, outcome: Err(fault) };
+            }
+            _ => {
+                let kinds = [FaultKind::BadRequest, FaultKind::Internal, FaultKind::Overloaded];
+                let kind = kinds[self.rng.below(kinds.len())];
+                return ToRouter::Answer { id, outcome: Err(Fault::new(kind, "as a lie")) };
+            }
+        }
+        ToRouter::Answer { id, outcome: Ok(outputs) }
     }
 
     pub(crate) fn worker_timer(&mut self, number: usize, timer: WorkerTimer) {
@@ -172,9 +202,14 @@ impl World {
             WorkerTimer::Loaded { load } => {
                 let worker = &mut self.workers[number];
                 let Some((key, _)) = worker.loading.take_if(|(_, number)| *number == load) else { return };
-                worker.copies.insert(key, Copy::Announced(worker.epoch + 1));
-                self.counts.loaded += 1;
-                self.announce(number);
+                if self.now < QUIET && self.rng.chance(4) {
+                    // Its source has gone; it waits to be told of another.
+                    self.counts.failed_loads += 1;
+                } else {
+                    worker.copies.insert(key, Copy::Announced(worker.epoch + 1));
+                    self.counts.loaded += 1;
+                    self.announce(number);
+                }
                 self.load_next(number);
             }
             WorkerTimer::Released { key, at } => {
@@ -190,27 +225,30 @@ impl World {
     }
 
     fn obey(&mut self, router: usize, number: usize, session: u64, order: &Order) {
-        let Order { term, stamp, orders, .. } = order;
+        let Order { id, seen, orders, .. } = order;
+        let OrderId { term, number: operation, .. } = *id;
         let worker = &self.workers[number];
         let name = &self.routers[router].name;
-        if !worker.grant.obeys(name, *term) {
+        let refusal = ToRouter::Obeyed { id: id.clone(), epoch: None };
+        if !worker.grant.obeys(name, term) {
             self.counts.stale_orders += 1;
             self.note("stale orders", number, term.get(), router as u64);
-            return;
+            return self.send_to_router(router, number, session, refusal);
         }
         assert!(
-            *term == worker.grant.term() && worker.last.is_none_or(|(last, _)| last <= *term),
+            term == worker.grant.term() && worker.last.is_none_or(|(last, _)| last <= term),
             "terms-fenced: worker {number} follows orders of term {term} after those of a later one"
         );
-        if worker.last.is_some_and(|last| last > (*term, stamp.number)) {
+        if worker.last.is_some_and(|last| last > (term, operation)) {
             self.counts.overtaken_orders += 1;
-            return;
+            return self.send_to_router(router, number, session, refusal);
         }
+        self.counts.repeated_orders += u64::from(worker.last == Some((term, operation)));
         let desired: BTreeSet<_> = orders.keep.iter().chain(&orders.load).copied().collect();
         let bytes: u64 = desired.iter().map(|key| self.spec.sizes.get(key.layer)).sum();
         assert!(bytes <= worker.capacity, "capacity: worker {number} is told to hold {bytes} bytes");
         let gone = |(&key, copy): (&ExpertKey, &Copy)| {
-            let known = matches!(copy, Copy::Announced(since) if Epoch::new(*since) <= stamp.seen);
+            let known = matches!(copy, Copy::Announced(since) if Epoch::new(*since) <= *seen);
             (known && !desired.contains(&key)).then_some(key)
         };
         let gone: Vec<_> = worker.copies.iter().filter_map(gone).collect();
@@ -230,7 +268,7 @@ impl World {
         for &key in &back {
             worker.copies.insert(key, Copy::Announced(worker.epoch + 1));
         }
-        worker.last = Some((*term, stamp.number));
+        worker.last = Some((term, operation));
         worker.to_load = orders.load.iter().copied().filter(|key| !worker.copies.contains_key(key)).collect();
         if worker.loading.is_some_and(|(key, _)| !desired.contains(&key)) {
             worker.loading = None;
@@ -245,9 +283,9 @@ impl World {
             self.announce(number);
         }
         let epoch = self.workers[number].epoch;
-        self.note("obeyed", number, term.get(), stamp.number);
-        self.tell(|| format!("w{number} at epoch {epoch}: {orders:?}, seen {}", stamp.seen));
-        let message = ToRouter::Obeyed { term: *term, number: stamp.number, epoch };
+        self.note("obeyed", number, term.get(), operation);
+        self.tell(|| format!("w{number} at epoch {epoch}: {orders:?}, seen {seen}"));
+        let message = ToRouter::Obeyed { id: id.clone(), epoch: Some(epoch) };
         self.send_to_router(router, number, session, message);
         self.load_next(number);
         self.leave_if_done(number);
@@ -334,4 +372,20 @@ impl World {
         let session = self.links[router][number].session;
         self.send_to_router(router, number, session, message);
     }
+}
+
+/// What a shard's experts make of its rows: every output, or their weighted sums row by row.
+fn outputs(shard: &Shard) -> Vec<u64> {
+    let output = |&(index, key): &(u32, ExpertKey)| {
+        Toy::output(key.layer.index(), key.expert, shard.rows[index as usize])
+    };
+    if shard.weights.is_empty() {
+        return shard.pairs.iter().map(output).collect();
+    }
+    let mut sums = vec![0_u64; shard.rows.len()];
+    for (pair, &weight) in shard.pairs.iter().zip(&shard.weights) {
+        let sum = &mut sums[pair.0 as usize];
+        *sum = sum.wrapping_add(weighted(output(pair), weight));
+    }
+    sums
 }

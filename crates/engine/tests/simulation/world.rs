@@ -2,17 +2,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
+use std::time::Duration;
 
+use muster_engine::delivery::Hop;
+use muster_engine::dispatch::Ticket;
 use muster_engine::reach::{LayerGroups, Reach};
 use muster_engine::scheduler::{PrefixCache, SchedulerConfig};
-use muster_placement::lease::{Ask, Reply, Term};
-use muster_placement::{ExpertSizes, Orders, Shape, Stamp};
-use muster_types::{ExpertKey, TokenId, WorkerId};
+use muster_placement::leader::{OrderId, Rhythm};
+use muster_placement::lease::{Ask, Reply};
+use muster_placement::{ExpertSizes, Orders, Shape, split};
+use muster_types::{Combine, Epoch, ExpertKey, Fault, TokenId};
 
-use crate::faults::{Counts, Fault};
+use crate::faults::{self, Counts};
 use crate::rng::{Rng, mix};
 use crate::router::Router;
 use crate::toy::Toy;
+use crate::wire::ToyRows;
 use crate::worker::Worker;
 
 /// Microseconds since the beginning.
@@ -43,17 +48,18 @@ pub(crate) enum ToWorker {
 #[derive(Debug, Clone)]
 pub(crate) struct Shard {
     pub(crate) id: u64,
-    /// The flight it belongs to; only to check that its reply is used for no other.
-    pub(crate) flight: u64,
     pub(crate) epoch: u64,
-    /// (row, expert) pairs, in the order of the reply.
-    pub(crate) pairs: Vec<(u64, ExpertKey)>,
+    pub(crate) rows: Vec<u64>,
+    /// Which of the rows each output is of, and whose it is, in the order of the reply.
+    pub(crate) pairs: Vec<(u32, ExpertKey)>,
+    /// Of each output, where the worker is to add them up.
+    pub(crate) weights: Vec<f32>,
 }
 
 #[derive(Debug, Clone)]
 pub(crate) struct Order {
-    pub(crate) term: Term,
-    pub(crate) stamp: Stamp,
+    pub(crate) id: OrderId,
+    pub(crate) seen: Epoch,
     pub(crate) orders: Orders,
     /// For whatever is taken away: whose copies the leader counted on, and when. Only for checks.
     pub(crate) relied: BTreeMap<ExpertKey, Relied>,
@@ -70,10 +76,9 @@ pub(crate) struct Relied {
 #[derive(Debug, Clone)]
 pub(crate) enum ToRouter {
     Announce { epoch: u64, held: BTreeSet<ExpertKey>, draining: bool },
-    Outputs { id: u64, flight: u64, rows: Vec<u64>, finite: bool },
-    NotHeld { id: u64 },
+    Answer { id: u64, outcome: Result<ToyRows, Fault> },
     Granted { round: u64, reply: Reply, epoch: u64 },
-    Obeyed { term: Term, number: u64, epoch: u64 },
+    Obeyed { id: OrderId, epoch: Option<u64> },
 }
 
 #[derive(Debug, Clone)]
@@ -115,7 +120,7 @@ pub(crate) enum Event {
     Client {
         request: usize,
     },
-    Fault(Fault),
+    Fault(faults::Fault),
 }
 
 #[derive(Debug, Clone)]
@@ -128,11 +133,26 @@ pub(crate) enum WorkerTimer {
 #[derive(Debug, Clone)]
 pub(crate) enum RouterTimer {
     Poke,
-    Attended { step: u64, lane: usize },
-    Due { flight: u64, lane: usize },
+    Attended {
+        step: u64,
+        lane: usize,
+    },
+    Due {
+        ticket: Ticket,
+        lane: usize,
+    },
+    /// Another fleet is built.
+    Fleet,
+    /// A worker in doubt was to give a sign of life by now.
+    Silence {
+        hop: Hop,
+    },
     Tick,
-    Count { round: u64 },
-    Send { orders: Vec<(usize, Order)> },
+    CloseRound,
+    Stirred,
+    Send {
+        orders: Vec<(usize, Order)>,
+    },
 }
 
 /// A process: alive or not, running or not.
@@ -178,6 +198,7 @@ pub(crate) struct Spec {
     pub(crate) shape: Shape,
     pub(crate) sizes: ExpertSizes,
     pub(crate) min_replicas: NonZero<u32>,
+    pub(crate) rhythm: Rhythm,
     pub(crate) scheduler: SchedulerConfig,
     /// Whether steps travel in two lanes.
     pub(crate) two_lanes: bool,
@@ -185,6 +206,10 @@ pub(crate) struct Spec {
     pub(crate) grace: Time,
     /// How long attention takes.
     pub(crate) attention: Time,
+    /// How long building a fleet takes.
+    pub(crate) building: Time,
+    /// Where outputs are added up.
+    pub(crate) combine: Combine,
     /// Whether a worker that starts holds its share at once.
     pub(crate) starts_with_share: bool,
 }
@@ -238,8 +263,9 @@ impl World {
         let groups = LayerGroups::of(&reaches);
         let toy = Toy { experts: experts.clone(), reaches, k, vocab: 40, salt: rng.next() };
         let shape = Shape::new(experts);
-        let size = 10;
-        let sizes = ExpertSizes::uniform(&shape, size).unwrap();
+        let bytes: Vec<u64> = (0..layers).map(|_| rng.between(5, 16)).collect();
+        let largest = bytes.iter().copied().max().unwrap();
+        let sizes = ExpertSizes::new(&shape, bytes).unwrap();
         let count = 1 + rng.below(6);
         let routers = 1 + rng.below(2);
         let max_running = 1 + rng.below(6);
@@ -254,7 +280,13 @@ impl World {
             prefill_chunk: 1 + rng.below(12) as u32,
             prefix_cache: if rng.chance(70) { PrefixCache::On } else { PrefixCache::Off },
         };
+        // A plan's age of a minute is longer than things fail here.
+        let mut rhythm = Rhythm::default();
+        if rng.chance(50) {
+            rhythm.plan_age = Duration::from_secs(4);
+        }
         let spec = Spec {
+            rhythm,
             toy,
             groups,
             min_replicas: NonZero::new(1 + rng.below(3) as u32).unwrap(),
@@ -262,6 +294,8 @@ impl World {
             two_lanes: rng.chance(50),
             grace: rng.between(MS, 100 * MS),
             attention: rng.between(MS, 8 * MS),
+            building: if rng.chance(50) { 0 } else { rng.between(MS, 50 * MS) },
+            combine: if rng.chance(30) { Combine::Partial } else { Combine::Exact },
             starts_with_share: rng.chance(50),
             shape,
             sizes,
@@ -282,15 +316,19 @@ impl World {
             stop_leader_for: None,
             spec,
         };
-        world.populate(count, routers, size);
+        world.populate(count, routers, largest);
         world
     }
 
-    fn populate(&mut self, workers: usize, routers: usize, size: u64) {
+    fn populate(&mut self, workers: usize, routers: usize, largest: u64) {
         // Together they have room for all experts and a few more.
-        let least = self.spec.shape.total() / workers as u64 + 1;
+        let bytes = |key: ExpertKey| self.spec.sizes.get(key.layer);
+        let all = NonZero::new(workers as u32).unwrap();
+        let share = |of: u32| split(&self.spec.shape, all, of).unwrap().into_iter().map(bytes).sum();
+        let even = self.spec.shape.keys().map(bytes).sum::<u64>() / workers as u64 + largest;
+        let least = (0..all.get()).map(share).fold(even, u64::max);
         for number in 0..workers {
-            let capacity = (least + self.rng.between(0, least + 3)) * size + self.rng.between(0, size);
+            let capacity = least + self.rng.between(0, least + 3 * largest) + self.rng.between(0, largest);
             let speed = self.rng.between(1, 9);
             let domain = self.rng.chance(60).then(|| format!("rack-{}", self.rng.below(3)));
             let load = self.rng.between(20 * MS, 200 * MS);
@@ -307,7 +345,7 @@ impl World {
             let at = self.rng.between(0, QUIET);
             self.add_request(at);
         }
-        crate::faults::schedule(self);
+        faults::schedule(self);
     }
 
     fn add_request(&mut self, at: Time) {
@@ -354,10 +392,6 @@ impl World {
         if self.trace.print {
             println!("{:>12}   {}", self.now, detail());
         }
-    }
-
-    pub(crate) fn id(&self, worker: usize) -> WorkerId {
-        self.workers[worker].id.clone()
     }
 
     // Messages.

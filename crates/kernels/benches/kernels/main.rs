@@ -15,8 +15,9 @@ use std::time::Instant;
 
 use muster_kernels::{
     AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, KvValues, Matrix,
-    Outputs, Precision, Quantisation, Sees, Term, attention, combine, combine_to_wire, grouped_ffn, linear,
+    Outputs, Precision, Quantisation, Sees, attention, combine, combine_to_wire, grouped_ffn, linear,
 };
+use muster_types::Term;
 use roofline::Roofline;
 
 /// Seconds of the fastest of some calls.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use muster_engine::compute::{ComputeError, ExpertCompute, Merged, Segment, SegmentAnswer};
 use muster_engine::dispatch::Rows;
-use muster_kernels::{Cpu, Outputs, Precision, Term, combine_to_wire, terms_by_row, to_wire};
-use muster_types::{DType, ExpertId, LayerId};
+use muster_kernels::{Cpu, Outputs, Precision, combine_to_wire, to_wire};
+use muster_types::{DType, ExpertId, LayerId, Term, terms_by_row};
 
 use super::{CpuStore, ExpertError, ExpertScratch};
 

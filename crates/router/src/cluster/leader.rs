@@ -1,47 +1,37 @@
-//! The placement leader: sees to it that workers hold what they ought to.
+//! The placement leader of this router: a shell around [`placement::leader`](muster_placement::leader).
 //!
-//! Every router runs one; of those that share workers, one leads at a time. It keeps nothing but its plan: what workers
-//! announce says the rest, so that another router can go on at any moment. Orders are sent again until they are obeyed.
-//! The data path neither waits for it nor knows of it.
+//! Owns the calls to workers, the permit to campaign, logs and metrics, and where a worker finds what it is to load; what
+//! is decided is the leader's. The data path neither waits for it nor knows of it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroU64};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use muster_discovery::{Api, Held, LeaseTimes, ObjectName, Tenure};
-use muster_dispatch_grpc::client::ConnectedWorker;
+use muster_dispatch_grpc::client::{ConnectedWorker, ControlError};
 use muster_dispatch_grpc::{ClusterHandle, Digests};
-use muster_placement::lease::Term;
-use muster_placement::{
-    ExpertSizes, Goals, Ledger, Loads, Member, Orders, Present, Shape, Stamp, Target, Transition, plan,
-    transition,
-};
-use muster_proto::control::{Assignment, Load};
+use muster_placement::leader::{self, Answer, Connected, Decision, Order, PlanRequest, Rhythm, Round, Step};
+use muster_placement::lease::{Reply, Term, Verdict};
+use muster_placement::{ExpertSizes, Goals, Member, Shape, Target};
+use muster_proto::control::{Assignment, LeadAnswer, LeadAsk, Load};
 use muster_proto::convert::RouterName;
 use muster_proto::description::Phase;
-use muster_types::{ExpertKey, Speed, WorkerId};
-use tokio::sync::watch;
+use muster_types::ExpertKey;
+use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::evidence::Evidence;
-use super::lead::Lead;
 use super::status::LeaderView;
 
-/// Announcements that come close together are answered together.
-const GATHER: Duration = Duration::from_millis(5);
-/// How often loads are counted, and moves considered.
-const REBALANCE: Duration = Duration::from_secs(10);
-/// A plan that was not reached after this long is made anew.
-const PLAN_AGE: Duration = Duration::from_secs(60);
-/// Orders that are not carried out yet are sent again after this long.
-const REPEAT: Duration = Duration::from_secs(5);
 /// Workers that an expert may be fetched from, in an order.
 const PEERS: usize = 3;
+/// Answers that nobody has looked at yet.
+const ANSWERS: usize = 4096;
 
 /// What a leader needs to know.
 pub(crate) struct LeaderConfig {
+    /// One that no other process ever has.
     pub(crate) name: RouterName,
     pub(crate) shape: Shape,
     pub(crate) sizes: ExpertSizes,
@@ -56,321 +46,255 @@ pub(crate) struct LeaderConfig {
 /// See the module.
 pub(crate) struct Leader {
     cluster: ClusterHandle,
+    name: RouterName,
     shape: Shape,
-    sizes: ExpertSizes,
-    goals: Goals,
-    lead: Lead,
+    rhythm: Rhythm,
+    leader: leader::Leader,
+    /// What the leader's times are since.
+    origin: Instant,
     /// To be held to be let to ask workers for the lead.
     lease: Option<(Api, ObjectName)>,
     digests: Digests,
     view: Arc<LeaderView>,
-    evidence: Evidence,
-    counted: Instant,
-    /// What of the announcements counts.
-    ledger: Ledger,
-    /// By worker: the session that the ledger knows.
-    sessions: BTreeMap<WorkerId, u64>,
-    /// What is worked towards, as long as this router leads.
-    reign: Option<Reign>,
+    answers: mpsc::Sender<Answered>,
+    answered: mpsc::Receiver<Answered>,
 }
 
-/// A time of leading.
-struct Reign {
-    term: Term,
-    /// The workers that the plan was made for.
-    members: BTreeMap<WorkerId, Traits>,
-    /// `None` until there is a plan.
-    target: Option<Target>,
-    planned: Instant,
-    /// By worker: what it was told last, in which session and when.
-    told: HashMap<WorkerId, Told>,
-}
-
-/// A worker that takes orders, and what it certainly holds.
-struct Subject {
-    worker: ConnectedWorker,
-    held: BTreeSet<ExpertKey>,
-}
-
-impl std::ops::Deref for Subject {
-    type Target = ConnectedWorker;
-
-    fn deref(&self) -> &ConnectedWorker {
-        &self.worker
-    }
-}
-
-/// What a plan depends on, of a worker, beside what it holds.
-#[derive(Debug, Clone, PartialEq)]
-struct Traits {
-    session: u64,
-    capacity: u64,
-    speed: Speed,
-    domain: Option<String>,
-    is_draining: bool,
-}
-
-struct Told {
-    session: u64,
-    hold: BTreeSet<ExpertKey>,
-    at: Instant,
-}
+/// A worker's session, the round in which it was asked, and what came of it.
+type Answered = (u64, u64, Option<Answer>);
 
 impl Leader {
     pub(crate) fn new(cluster: ClusterHandle, config: LeaderConfig, view: Arc<LeaderView>) -> Self {
         let LeaderConfig { name, shape, sizes, replicas, lease, digests } = config;
         let goals = Goals { min_replicas: replicas, ..Goals::default() };
-        let (lead, evidence) = (Lead::new(name), Evidence::new(&shape));
-        Self {
-            cluster,
-            shape,
-            sizes,
-            goals,
-            lead,
-            lease,
-            digests,
-            view,
-            evidence,
-            counted: Instant::now(),
-            ledger: Ledger::default(),
-            sessions: BTreeMap::new(),
-            reign: None,
-        }
+        let rhythm = Rhythm::default();
+        let leader = leader::Leader::new(name.as_str(), shape.clone(), sizes, goals, rhythm);
+        let (answers, answered) = mpsc::channel(ANSWERS);
+        let origin = Instant::now();
+        Self { cluster, name, shape, rhythm, leader, origin, lease, digests, view, answers, answered }
+    }
+
+    fn now(&self) -> Duration {
+        self.origin.elapsed()
     }
 
     /// Leads when it may, until stopped.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
-        let name = self.lead.name().as_str().to_owned();
+        let name = self.name.as_str().to_owned();
         let tenure =
             self.lease.take().map(|(api, lease)| Tenure::start(api, lease, name, LeaseTimes::default()));
         // Told from the start: that nobody leads is watched.
         self.view.resigned();
         let mut permit = Permit(tenure.as_ref().map(Tenure::held));
         let mut changes = self.cluster.changes();
-        let mut ticks = tokio::time::interval(Lead::tick());
+        let mut ticks = tokio::time::interval(self.rhythm.lease.tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
                 _ = ticks.tick() => {
-                    let workers = self.cluster.workers();
                     self.view.barred(permit.problem());
                     if permit.is_open() {
-                        self.lead.campaign(&workers).await;
-                    } else if self.lead.term().is_some() {
-                        self.lead.resign(&workers).await;
+                        self.campaign().await;
                     }
                 }
-                () = permit.closed(), if self.reign.is_some() => {
-                    let workers = self.cluster.workers();
-                    self.lead.resign(&workers).await;
-                }
-                changed = changes.changed(), if self.reign.is_some() => {
+                () = permit.closed(), if self.leader.reigns().is_some() => {}
+                changed = changes.changed(), if self.leader.reigns().is_some() => {
                     if changed.is_err() {
                         break;
                     }
-                    tokio::time::sleep(GATHER).await;
+                    tokio::time::sleep(self.rhythm.gather).await;
                     changes.mark_unchanged();
                 }
             }
+            if !permit.is_open() {
+                self.resign().await;
+            }
             self.steer(&permit).await;
         }
-        let workers = self.cluster.workers();
-        self.lead.resign(&workers).await;
+        self.resign().await;
         self.view.resigned();
         if let Some(tenure) = tenure {
             tenure.release().await;
         }
     }
 
-    /// Gives orders, if this router leads.
+    /// Asks all workers for the lead, if it is time, and waits for those that answer.
+    async fn campaign(&mut self) {
+        // Where none counted there was nobody to wait for; who answered since then counts again.
+        while let Ok((session, round, answer)) = self.answered.try_recv() {
+            self.leader.answered(session, round, answer);
+        }
+        let workers = self.cluster.workers();
+        let round = self.leader.tick(self.now(), &sessions(&workers));
+        self.ask(round, workers).await;
+    }
+
+    /// Gives the lead up, if this router has it.
+    async fn resign(&mut self) {
+        let workers = self.cluster.workers();
+        let round = self.leader.resign(self.now(), &sessions(&workers));
+        self.ask(round, workers).await;
+    }
+
+    /// Asks all workers, until the round is over.
+    async fn ask(&mut self, round: Option<Round>, workers: Vec<ConnectedWorker>) {
+        let Some(Round { number, ask }) = round else { return };
+        let Some(term) = NonZeroU64::new(ask.term.get()) else { return };
+        let request = LeadAsk { router: self.name.clone(), term, ttl: ask.ttl };
+        let patience = self.rhythm.silence;
+        for worker in workers {
+            let (request, answers) = (request.clone(), self.answers.clone());
+            // Outlives this round where the worker is slow: its answer then only shows that it answers.
+            tokio::spawn(async move {
+                let answer = answer(worker.lead(&request, patience).await);
+                // When nobody looks any more, nobody leads.
+                let _ = answers.try_send((worker.session, number, answer));
+            });
+        }
+        while let Some(end) = self.leader.round_ends() {
+            let left = end.saturating_sub(self.now());
+            match tokio::time::timeout(left, self.answered.recv()).await {
+                Ok(Some((session, round, answer))) => self.leader.answered(session, round, answer),
+                _ => self.leader.close_round(),
+            }
+        }
+    }
+
+    /// Does what the leader decides.
     async fn steer(&mut self, permit: &Permit) {
-        let Some(term) = self.lead.term().filter(|_| permit.is_open()) else {
-            if self.reign.take().is_some() {
+        let workers = self.cluster.workers();
+        let before = self.leader.reigns();
+        let mut decision = self.leader.step(self.now(), workers.iter().map(connected));
+        match self.leader.reigns() {
+            Some(term) if before != Some(term) => tracing::info!(%term, "leading the placement"),
+            None if before.is_some() => {
                 tracing::info!("another router leads the placement, or none");
                 self.view.resigned();
             }
-            return;
-        };
-        let workers = self.accounted(term);
-        let members: BTreeMap<WorkerId, Traits> =
-            workers.iter().map(|worker| (worker.name().clone(), traits(worker))).collect();
-        let reign = match &mut self.reign {
-            Some(reign) if reign.term == term => reign,
-            reign => {
-                tracing::info!(%term, "leading the placement");
-                reign.insert(Reign::new(term, members.clone()))
+            _ => {}
+        }
+        loop {
+            decision = match decision {
+                Decision::Wait => return,
+                Decision::Count => {
+                    let rows = self.count(&workers).await;
+                    let decision = self.leader.counted(self.now(), rows);
+                    self.view.counted(self.leader.rows().collect());
+                    decision
+                }
+                Decision::Plan(request) => {
+                    let plan = plan(request).await;
+                    report(self.leader.target(), plan.target());
+                    self.leader.planned(self.now(), plan)
+                }
+                Decision::Order(step) => {
+                    if let Some((term, target)) = self.leader.reigns().zip(self.leader.target()) {
+                        self.view.leads(term.get(), target.figures.imbalance);
+                    }
+                    // Planning takes its time.
+                    if permit.is_open() {
+                        self.order(&workers, step).await;
+                    }
+                    return;
+                }
             }
-        };
-        let changed = std::mem::replace(&mut reign.members, members) != reign.members;
-        if reign.target.is_none() && changed {
-            // Workers come one by one to a new leader: none is to load what the next one holds.
-            return;
-        }
-        let aged = reign.planned.elapsed() > PLAN_AGE;
-        let is_first = reign.target.is_none();
-        let mut step = self.transition(&workers);
-        // The first count is what later ones are compared with.
-        let due = is_first || self.counted.elapsed() >= REBALANCE;
-        if due {
-            self.count(&workers).await;
-        }
-        let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
-        let is_settled = target.is_some_and(|target| step.is_settled(&target.hold));
-        if is_first || changed || (aged && !is_settled) || (due && is_settled && self.evidence.is_enough()) {
-            let target = self.plan(&workers).await;
-            if let Some(reign) = &mut self.reign {
-                report(reign.target.as_ref(), &target);
-                (reign.target, reign.planned) = (Some(target), Instant::now());
-            }
-            step = self.transition(&workers);
-        }
-        let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
-        self.view.leads(term.get(), target.map_or(0.0, |target| target.figures.imbalance));
-        // Planning takes its time.
-        if permit.is_open() {
-            self.order(&workers, step).await;
         }
     }
 
-    /// The workers that answer and that this router may give orders to, as far as what they announce counts.
-    fn accounted(&mut self, term: Term) -> Vec<Subject> {
-        let workers: Vec<_> =
-            self.cluster.workers().into_iter().filter(|worker| self.lead.answers(worker)).collect();
-        self.ledger.lead(term);
-        let now: BTreeMap<WorkerId, u64> =
-            workers.iter().map(|worker| (worker.name().clone(), worker.session)).collect();
-        for (worker, session) in &self.sessions {
-            if now.get(worker) != Some(session) {
-                self.ledger.lost(worker);
-            }
-        }
-        self.sessions = now;
-        let mut subjects = Vec::new();
-        for worker in workers {
-            let (name, description) = (worker.name().clone(), &worker.description);
-            if let Some((term, epoch)) = self.lead.grant(worker.session) {
-                self.ledger.granted(&name, term, epoch);
-            }
-            let held = description.holdings.iter().copied().collect();
-            self.ledger.announced(&name, description.epoch, &held);
-            subjects.extend(self.ledger.held(&name).map(|held| Subject { worker, held }));
-        }
-        subjects
+    /// Whether a worker takes orders.
+    fn is_subject(&self, worker: &ConnectedWorker) -> bool {
+        self.leader.subjects().get(worker.name()).is_some_and(|subject| subject.session == worker.session)
     }
 
-    /// Who ought to hold what. Long for a large cluster, hence not on the threads that serve.
-    async fn plan(&self, workers: &[Subject]) -> Target {
-        let (shape, sizes, goals) = (self.shape.clone(), self.sizes.clone(), self.goals);
-        // Few counts say little; then experts are taken to be asked alike.
-        let loads =
-            if self.evidence.is_enough() { self.evidence.loads().clone() } else { Loads::new(&shape) };
-        let members: BTreeMap<WorkerId, Member> =
-            workers.iter().map(|worker| (worker.name().clone(), member(worker))).collect();
-        let planned = members.clone();
-        let work = tokio::task::spawn_blocking(move || plan(&shape, &sizes, &planned, &loads, &goals));
-        match work.await {
-            Ok(target) => target,
-            // It panicked, which is in the log: everything stays where it is.
-            Err(_) => Target {
-                hold: members.into_iter().map(|(name, member)| (name, member.held)).collect(),
-                figures: muster_placement::Figures {
-                    imbalance: 1.0,
-                    layer_imbalance: 1.0,
-                    first_bytes: 0,
-                    moved_bytes: 0,
-                    uncovered: Vec::new(),
-                    under_replicated: Vec::new(),
-                },
-            },
-        }
-    }
-
-    fn transition(&self, workers: &[Subject]) -> Transition {
-        let present =
-            |worker: &Subject| Present { capacity: worker.description.capacity, held: worker.held.clone() };
-        let present = workers.iter().map(|worker| (worker.name().clone(), present(worker))).collect();
-        let nothing = BTreeMap::new();
-        let target = self.reign.as_ref().and_then(|reign| reign.target.as_ref());
-        let target = target.map_or(&nothing, |target| &target.hold);
-        transition(&self.sizes, &present, target, self.evidence.loads(), self.goals.min_replicas)
-    }
-
-    async fn count(&mut self, workers: &[Subject]) {
+    /// Rows that workers counted, by session.
+    async fn count(&self, workers: &[ConnectedWorker]) -> BTreeMap<u64, Vec<Vec<u64>>> {
         let mut asked = tokio::task::JoinSet::new();
-        for worker in workers {
-            let (worker, experts) = (worker.worker.clone(), self.shape.experts().to_vec());
+        for worker in workers.iter().filter(|worker| self.is_subject(worker)) {
+            let (worker, experts) = (worker.clone(), self.shape.experts().to_vec());
             asked.spawn(async move { (worker.session, worker.count_rows(&experts).await) });
         }
-        let mut counts = HashMap::new();
+        let mut counts = BTreeMap::new();
         while let Some(answer) = asked.join_next().await {
             if let Ok((session, Ok(rows))) = answer {
                 counts.insert(session, rows);
             }
         }
-        self.evidence.observe(self.counted.elapsed(), counts);
-        self.counted = Instant::now();
-        let rows = workers.iter().map(|worker| (worker.session, self.evidence.rows_of(worker.session)));
-        self.view.counted(rows.collect());
+        counts
     }
 
-    /// Tells each worker what it does not know yet.
-    async fn order(&mut self, workers: &[Subject], step: Transition) {
-        let Some(reign) = &mut self.reign else { return };
-        let Transition { orders, forced, stuck } = step;
-        metrics::gauge!("muster_placement_stuck_experts").set(stuck.len() as f64);
-        for (worker, key) in forced {
+    async fn order(&mut self, workers: &[ConnectedWorker], step: Step) {
+        let Step { transition, send } = step;
+        metrics::gauge!("muster_placement_stuck_experts").set(transition.stuck.len() as f64);
+        for (worker, key) in transition.forced {
             tracing::warn!(%worker, expert = %key, "a copy goes early, to make room");
         }
+        let workers: Vec<&ConnectedWorker> =
+            workers.iter().filter(|worker| self.is_subject(worker)).collect();
         let mut sending = tokio::task::JoinSet::new();
-        for worker in workers {
-            let Some(orders) = orders.get(worker.name()) else { continue };
-            let Orders { keep, load } = orders;
-            let hold: BTreeSet<ExpertKey> = keep.iter().chain(load).copied().collect();
-            let known = reign.told.get(worker.name()).is_some_and(|told| {
-                let again = !load.is_empty() && told.at.elapsed() > REPEAT;
-                told.session == worker.session && told.hold == hold && !again
-            });
-            if known {
-                continue;
-            }
-            let Stamp { number, seen } = self.ledger.order(worker.name(), orders);
-            let Some((term, operation)) = NonZeroU64::new(reign.term.get()).zip(NonZeroU64::new(number))
-            else {
-                continue;
-            };
-            let (peers, load) = sources(load, worker, workers, &self.digests);
-            let assignment = Assignment {
-                router: self.lead.name().clone(),
-                term,
-                operation,
-                seen,
-                keep: keep.iter().copied().collect(),
-                load,
-                peers,
-            };
-            let worker = worker.worker.clone();
-            sending.spawn(async move {
-                let outcome = worker.assign(&assignment).await;
-                (worker, hold, number, outcome)
-            });
+        for Order { id, seen, orders } in send {
+            let numbers = NonZeroU64::new(id.term.get()).zip(NonZeroU64::new(id.number));
+            let worker = workers.iter().find(|worker| worker.session == id.session);
+            let (Some((term, operation)), Some(&worker)) = (numbers, worker) else { continue };
+            let (peers, load) = sources(&orders.load, worker, &workers, &self.digests);
+            let keep = orders.keep.into_iter().collect();
+            let router = self.name.clone();
+            let assignment = Assignment { router, term, operation, seen, keep, load, peers };
+            let worker = worker.clone();
+            sending.spawn(async move { (id, worker.assign(&assignment).await) });
         }
         while let Some(sent) = sending.join_next().await {
-            let Ok((worker, hold, number, outcome)) = sent else { continue };
-            match outcome {
-                Ok(epoch) => {
+            match sent {
+                Ok((id, Ok(epoch))) => {
                     metrics::counter!("muster_placement_orders_total").increment(1);
-                    self.ledger.obeyed(worker.name(), reign.term, number, epoch);
-                    let told = Told { session: worker.session, hold, at: Instant::now() };
-                    reign.told.insert(worker.name().clone(), told);
+                    self.leader.obeyed(self.now(), &id, epoch);
                 }
-                Err(error) => {
-                    reign.told.remove(worker.name());
-                    tracing::warn!(worker = %worker.name(), %error, "a worker did not take its orders");
+                Ok((id, Err(error))) => {
+                    self.leader.failed(&id);
+                    tracing::warn!(worker = %id.worker, %error, "a worker did not take its orders");
                 }
+                // It panicked, which is in the log.
+                Err(_) => {}
             }
         }
     }
+}
+
+fn sessions(workers: &[ConnectedWorker]) -> BTreeSet<u64> {
+    workers.iter().map(|worker| worker.session).collect()
+}
+
+fn connected(worker: &ConnectedWorker) -> Connected {
+    let description = &worker.description;
+    let member = Member {
+        capacity: description.capacity,
+        speed: description.speed,
+        domain: worker.domain.clone(),
+        draining: description.phase == Phase::Draining,
+        held: description.holdings.iter().copied().collect(),
+    };
+    Connected { name: worker.name().clone(), session: worker.session, epoch: description.epoch, member }
+}
+
+fn answer(answer: Result<LeadAnswer, ControlError>) -> Option<Answer> {
+    let LeadAnswer { granted, holder, term, left, epoch } = match answer {
+        Ok(answer) => answer,
+        Err(error) => {
+            tracing::debug!(%error, "a worker did not say whom it obeys");
+            return None;
+        }
+    };
+    let verdict = if granted { Verdict::Granted } else { Verdict::Refused };
+    let holder = holder.map(|holder| holder.as_str().to_owned());
+    Some(Answer { reply: Reply { verdict, holder, term: Term::new(term), left }, epoch })
+}
+
+/// Makes a plan. Long for a large cluster, hence not on the threads that serve.
+async fn plan(request: PlanRequest) -> leader::Plan {
+    let request = Arc::new(request);
+    let work = request.clone();
+    // A panic is in the log.
+    tokio::task::spawn_blocking(move || work.plan()).await.unwrap_or_else(|_| request.stay())
 }
 
 /// Whether this router may ask for the lead: always, or as long as it holds a Lease.
@@ -407,46 +331,23 @@ impl Permit {
     }
 }
 
-impl Reign {
-    fn new(term: Term, members: BTreeMap<WorkerId, Traits>) -> Self {
-        // As if they had just come, so that the first look at them is not the last.
-        let members = members.into_iter().map(|(name, of)| (name, Traits { session: 0, ..of })).collect();
-        Self { term, members, target: None, planned: Instant::now(), told: HashMap::new() }
-    }
-}
-
-fn traits(worker: &Subject) -> Traits {
-    let description = &worker.description;
-    Traits {
-        session: worker.session,
-        capacity: description.capacity,
-        speed: description.speed,
-        domain: worker.domain.clone(),
-        is_draining: description.phase == Phase::Draining,
-    }
-}
-
-fn member(worker: &Subject) -> Member {
-    let Traits { capacity, speed, domain, is_draining, .. } = traits(worker);
-    let held = worker.held.clone();
-    Member { capacity, speed, domain, draining: is_draining, held }
-}
-
 /// Where a worker finds what it is to load: a few of those that hold each expert, not always the same.
 fn sources(
     load: &[ExpertKey],
-    to: &Subject,
-    workers: &[Subject],
+    to: &ConnectedWorker,
+    workers: &[&ConnectedWorker],
     digests: &Digests,
 ) -> (Vec<String>, Vec<Load>) {
-    let others: Vec<&Subject> = workers.iter().filter(|worker| worker.session != to.session).collect();
+    let others = workers.iter().copied().filter(|worker| worker.session != to.session);
+    let others: Vec<&ConnectedWorker> = others.collect();
     let peers = others.iter().map(|worker| worker.address.clone()).collect();
     let load = load
         .iter()
         .enumerate()
         .map(|(nth, &key)| {
-            let holds =
-                |(_, worker): &(usize, &&Subject)| worker.description.holdings.binary_search(&key).is_ok();
+            let holds = |(_, worker): &(usize, &&ConnectedWorker)| {
+                worker.description.holdings.binary_search(&key).is_ok()
+            };
             let mut holders: Vec<u32> =
                 others.iter().enumerate().filter(holds).map(|(at, _)| at as u32).collect();
             let turn = nth % holders.len().max(1);

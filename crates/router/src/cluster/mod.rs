@@ -3,9 +3,7 @@
 mod card;
 pub(crate) mod digests;
 mod discovery;
-mod evidence;
 mod fallback;
-mod lead;
 mod leader;
 mod status;
 mod weights;

@@ -14,9 +14,12 @@ pub(super) fn let_in(access: &Access, metadata: &MetadataMap, extensions: &Exten
     let peer = extensions.get::<Caller>().and_then(|caller| caller.peer.as_ref());
     let shown = metadata.get("authorization").map(|value| value.as_bytes());
     access.client(peer, shown).map_err(|denied| {
+        let denied = denied.with_headers(|header| metadata.contains_key(header));
         metrics::counter!("muster_access_denied_total", "what" => "grpc").increment(1);
         match denied {
-            Denied::Nothing | Denied::Scheme | Denied::Key => Status::unauthenticated(denied.to_string()),
+            Denied::Nothing | Denied::Scheme | Denied::Header { .. } | Denied::Key => {
+                Status::unauthenticated(denied.to_string())
+            }
             Denied::Role { .. } => Status::permission_denied(denied.to_string()),
         }
     })

@@ -44,6 +44,7 @@ pub(crate) use self::joins::Joins;
 use self::reflection::Reflection;
 use crate::door::Door;
 use crate::health::Health;
+use crate::request_id;
 use crate::service::Service;
 
 /// What reflection lists: the services that are here, not all that are described.
@@ -168,6 +169,7 @@ fn routes(
     Ok(routes
         .into_axum_router()
         .layer(middleware::map_response_with_state(listed.join(", "), explain))
+        .layer(middleware::from_fn(request_id::name))
         .into())
 }
 

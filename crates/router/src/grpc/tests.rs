@@ -75,6 +75,22 @@ async fn a_generation_streams_started_tokens_finished() {
 }
 
 #[tokio::test]
+async fn a_call_has_a_name() {
+    let server = start(fake::service(fake::echo)).await;
+    let mut client = InferenceClient::new(server.channel.clone());
+    let mut named = async |name: Option<&'static str>| {
+        let mut request = tonic::Request::new(v1::GetModelRequest {});
+        if let Some(name) = name {
+            request.metadata_mut().insert("x-request-id", name.parse().unwrap());
+        }
+        let answer = client.get_model(request).await.unwrap();
+        answer.metadata().get("x-request-id").unwrap().to_str().unwrap().to_owned()
+    };
+    assert_eq!(named(Some("abc-1")).await, "abc-1");
+    assert_eq!(named(None).await.len(), 32);
+}
+
+#[tokio::test]
 async fn failures_are_statuses() {
     let server = start(fake::service(fake::break_off)).await;
     let mut client = InferenceClient::new(server.channel.clone());

@@ -53,10 +53,17 @@ impl JsonBody {
         parse: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, ApiError> {
         match self.bytes.len() {
-            0..=SMALL => parse(&self.bytes),
+            0..=SMALL => parse(self.json()),
             // The body, and what it becomes.
-            bytes => service.work(bytes * 2, move |_| parse(&self.bytes)).await,
+            bytes => service.work(bytes * 2, move |_| parse(self.json())).await,
         }
+    }
+}
+
+impl JsonBody {
+    /// Without the mark that some programs begin UTF-8 with (RFC 8259, section 8.1).
+    fn json(&self) -> &[u8] {
+        self.bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&self.bytes)
     }
 }
 

@@ -15,7 +15,7 @@ use tower::ServiceExt;
 use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use super::openai::IGNORED;
-use super::request_id::REQUEST_ID;
+use crate::request_id::REQUEST_ID;
 
 /// A browser may remember for so long what it was told.
 const MAX_AGE: Duration = Duration::from_secs(600);

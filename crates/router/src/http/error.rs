@@ -103,7 +103,7 @@ impl ApiError {
     /// Somebody who may not ask this.
     pub(super) fn denied(denied: &Denied) -> Self {
         match denied {
-            Denied::Nothing | Denied::Scheme | Denied::Key => {
+            Denied::Nothing | Denied::Scheme | Denied::Header { .. } | Denied::Key => {
                 Self::status(StatusCode::UNAUTHORIZED, denied).with_code("invalid_api_key")
             }
             Denied::Role { .. } => Self::status(StatusCode::FORBIDDEN, denied).with_code("permission_denied"),

@@ -9,10 +9,10 @@ mod body;
 mod cors;
 mod error;
 mod half_close;
+mod linger;
 mod openai;
 mod paths;
 mod places;
-mod request_id;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +41,7 @@ use self::error::ApiError;
 use self::half_close::{Attended, Waits};
 use self::places::Large;
 use crate::door::Door;
+use crate::request_id;
 use crate::service::Service;
 
 /// Bytes of a request's head; more is answered 431.
@@ -165,6 +166,7 @@ fn routes(app: App, cors: Cors) -> Router {
         .layer(middleware::from_fn(one_host))
         .layer(middleware::from_fn(request_id::name))
         .layer(middleware::from_fn(count))
+        .layer(middleware::from_fn(linger::linger))
         .layer(middleware::from_fn(half_close::attend))
         .with_state(app)
 }
@@ -188,6 +190,7 @@ async fn let_in(State(app): State<App>, request: Request, next: Next) -> Respons
         Ok(()) => next.run(request).await,
         Err(denied) => {
             metrics::counter!("muster_access_denied_total", "what" => "http").increment(1);
+            let denied = denied.with_headers(|header| request.headers().contains_key(header));
             ApiError::denied(&denied).into_response()
         }
     }

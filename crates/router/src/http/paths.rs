@@ -41,6 +41,9 @@ fn remedy(path: &str) -> String {
     if bare != path && is_served(bare) {
         return format!("use {bare}, without the slash at its end");
     }
+    if bare == "/v1" {
+        return "this is the base URL of clients, which ask below it, as in /v1/models".to_owned();
+    }
     let with_base = format!("/v1{bare}");
     if is_served(&with_base) {
         return format!("use {with_base}: the base URL of a client ends in /v1");
@@ -73,6 +76,8 @@ mod tests {
                 "/openai/v1/completions",
                 "use /v1/completions: the base URL of a client is that of this router and /v1",
             ),
+            ("/v1", "this is the base URL of clients, which ask below it"),
+            ("/v1/", "this is the base URL of clients, which ask below it"),
             ("/metric", "did you mean /metrics?"),
             ("/v1/embeddings", "this router serves /v1/chat/completions, "),
             ("/", "this router serves "),

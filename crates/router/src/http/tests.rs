@@ -152,6 +152,7 @@ async fn what_the_service_refuses() {
         (json!({"prompt": [5], "max_tokens": 64}), 400, "max_tokens"),
         (json!({"prompt": [5], "n": 0}), 400, "n"),
         (json!({"prompt": [5], "stop": ""}), 400, "stop"),
+        (json!({"prompt": [5], "stop": ["\n"]}), 400, "stop"),
         (json!({"prompt": [5], "temperature": 1e308}), 400, "temperature"),
         (json!({"prompt": [5], "logit_bias": {"1000": 1}}), 400, "logit_bias"),
     ];
@@ -165,8 +166,19 @@ async fn what_the_service_refuses() {
     let (status, _, body) = server.post("/v1/chat/completions", &chat).await;
     assert_eq!(status, 400);
     assert!(body.contains("chat template"), "{body}");
+    let (_, _, body) = server.post("/v1/completions", &json!({"prompt": [5], "stop": "x"})).await;
+    assert!(body.contains("no tokenizer") && body.contains("stop_token_ids"), "{body}");
     let (status, ..) = server.post("/v1/completions", &json!({"prompt": [5]})).await;
     assert_eq!(status, 200, "the next good request is served");
+    // As some programs begin UTF-8.
+    let body = "\u{feff}{\"prompt\": [5]}";
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let (status, _, body) = server.raw(request.as_bytes()).await;
+    assert_eq!(status, 200, "{body}");
 }
 
 #[tokio::test]
@@ -419,4 +431,31 @@ async fn shutdown_finishes_what_is_under_way() {
     assert!(answer.contains("data: [DONE]"), "{answer}");
     timeout(SOON, server.task).await.expect("an idle connection does not hold it up").unwrap();
     drop(idle);
+}
+
+#[tokio::test]
+async fn a_client_that_writes_all_before_it_reads_learns_why_it_was_refused() {
+    let server = Server::start(fake::service(fake::echo)).await;
+    // More than is taken, and than the buffers of a connection hold.
+    let body = "x".repeat(32 << 20);
+    let length = body.len();
+    let json = "content-type: application/json";
+    for (line, head, status) in [
+        ("POST /v1/completions", json, 413),
+        ("POST /v1/completions", "content-type: text/plain", 415),
+        ("POST /v1/completion", json, 404),
+        ("POST /v1/models", json, 405),
+    ] {
+        let request = format!(
+            "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{head}\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        let (answered, ..) = server.raw(request.as_bytes()).await;
+        assert_eq!(answered, status, "{line} {head}");
+    }
+    // One that asks first is told before it sends.
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\n{json}\r\ncontent-length: {length}\r\nexpect: 100-continue\r\n\r\n"
+    );
+    let (answered, head, _) = server.raw(request.as_bytes()).await;
+    assert_eq!(answered, 413, "{head}");
 }

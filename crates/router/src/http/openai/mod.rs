@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::KeepAlive;
 use axum::response::{IntoResponse, Response, Sse};
 use serde::Serialize;
@@ -81,6 +81,13 @@ pub(super) async fn models(State(app): State<App>) -> Response {
 /// `GET /v1/models/{id}`; a name may contain slashes.
 pub(super) async fn model(State(app): State<App>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let model = app.service.model();
+    if id != model.name && id.trim_end_matches('/') == model.name {
+        let message = format!(
+            "there is nothing at /v1/models/{id}; use /v1/models/{}, without the slash at its end",
+            model.name
+        );
+        return Err(ApiError::status(StatusCode::NOT_FOUND, message));
+    }
     if id != model.name {
         let asked = id.chars().take(64).collect();
         return Err(RequestError::UnknownModel { asked, served: model.name.clone() }.into());

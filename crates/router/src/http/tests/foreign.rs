@@ -151,6 +151,8 @@ async fn wrong_paths_and_keys_are_told_what_to_use() {
         ("GET", "/v1/model", "did you mean /v1/models?"),
         ("GET", "/v1/completions", "it takes POST"),
         ("DELETE", "/v1/models/org/tiny-moe", "it takes GET"),
+        ("GET", "/v1/models/org/tiny-moe/", "use /v1/models/org/tiny-moe"),
+        ("GET", "/v1", "/v1/models"),
     ] {
         let (_, _, body) = server.get(method, path).await;
         let message = parse(&body)["error"]["message"].as_str().unwrap().to_owned();
@@ -169,10 +171,15 @@ async fn wrong_paths_and_keys_are_told_what_to_use() {
         let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{header}\r\n");
         server.raw(request.as_bytes()).await
     };
-    for header in [format!("authorization: {}\r\n", key.key), "authorization: Basic eDp5\r\n".to_owned()] {
+    for header in [
+        format!("authorization: {}\r\n", key.key),
+        "authorization: Basic eDp5\r\n".to_owned(),
+        format!("x-api-key: {}\r\n", key.key),
+        format!("api-key: {}\r\n", key.key),
+    ] {
         let (status, _, body) = ask("/v1/models", &header).await;
         assert_eq!(status, 401);
-        assert!(body.contains("authorization: Bearer KEY"), "{body}");
+        assert!(body.contains("send authorization: Bearer KEY"), "{body}");
         assert!(!body.contains(&key.key), "the key is not repeated");
     }
     assert_eq!(ask("/v1/models", &format!("authorization: Bearer {}\r\n", key.key)).await.0, 200);

@@ -19,18 +19,18 @@ use crate::lease::Term;
 
 /// Accounts of all workers under one leader.
 #[derive(Debug, Clone, Default)]
-pub struct Ledger {
+pub(super) struct Ledger {
     term: Term,
     accounts: BTreeMap<WorkerId, Account>,
 }
 
 /// What goes with orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Stamp {
+pub(super) struct Stamp {
     /// Greater than that of all orders to this worker before, in this term.
-    pub number: u64,
+    pub(super) number: u64,
     /// The last announcement of which all counted. What the worker announced after it, it keeps on these orders.
-    pub seen: Epoch,
+    pub(super) seen: Epoch,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -52,7 +52,7 @@ impl Ledger {
 
     /// This router leads in `term`. In a new term nothing counts until it is granted, since another leader may have
     /// given orders meanwhile; orders of older terms are not carried out any more by those that granted it.
-    pub fn lead(&mut self, term: Term) {
+    pub(super) fn lead(&mut self, term: Term) {
         if self.term == term {
             return;
         }
@@ -65,7 +65,7 @@ impl Ledger {
     }
 
     /// A worker granted `term`, or did so again, when its holdings had this epoch.
-    pub fn granted(&mut self, worker: &WorkerId, term: Term, epoch: Epoch) {
+    pub(super) fn granted(&mut self, worker: &WorkerId, term: Term, epoch: Epoch) {
         let account = self.account(worker);
         if account.granted.is_none_or(|(before, _)| before < term) {
             account.granted = Some((term, epoch));
@@ -73,7 +73,7 @@ impl Ledger {
     }
 
     /// A worker announced what it holds. Older announcements than the last are ignored.
-    pub fn announced(&mut self, worker: &WorkerId, epoch: Epoch, held: &BTreeSet<ExpertKey>) {
+    pub(super) fn announced(&mut self, worker: &WorkerId, epoch: Epoch, held: &BTreeSet<ExpertKey>) {
         let account = self.account(worker);
         if account.announced.as_ref().is_none_or(|&(before, _)| before < epoch) {
             account.announced = Some((epoch, held.clone()));
@@ -83,7 +83,7 @@ impl Ledger {
 
     /// A worker is not connected any more. It counts again once it has granted the term and announced itself anew, as
     /// whoever it then is; orders that may still reach it are not forgotten.
-    pub fn lost(&mut self, worker: &WorkerId) {
+    pub(super) fn lost(&mut self, worker: &WorkerId) {
         let account = self.account(worker);
         (account.granted, account.announced, account.obeyed) = (None, None, None);
         // Epochs of another life say nothing.
@@ -92,7 +92,7 @@ impl Ledger {
 
     /// Takes note of orders that are about to be sent, and stamps them. The same orders, made with the same
     /// announcement, have the same stamp.
-    pub fn order(&mut self, worker: &WorkerId, orders: &Orders) -> Stamp {
+    pub(super) fn order(&mut self, worker: &WorkerId, orders: &Orders) -> Stamp {
         let account = self.account(worker);
         // While orders are open, not all that was announced since counts; what did not count must not go.
         let announced = account.announced.as_ref().map(|&(epoch, _)| epoch);
@@ -104,7 +104,7 @@ impl Ledger {
         };
         let stamp = Stamp { number, seen };
         account.last = Some((stamp, orders.clone()));
-        account.open.push_back((stamp, orders.keep.iter().chain(&orders.load).copied().collect()));
+        account.open.push_back((stamp, orders.hold()));
         if account.open.len() > Self::MOST_OPEN
             && let (Some((first, older)), Some((stamp, newer))) =
                 (account.open.pop_front(), account.open.front_mut())
@@ -116,7 +116,7 @@ impl Ledger {
     }
 
     /// A worker has carried out the orders of this number in `term`, which its holdings of `epoch` show.
-    pub fn obeyed(&mut self, worker: &WorkerId, term: Term, number: u64, epoch: Epoch) {
+    pub(super) fn obeyed(&mut self, worker: &WorkerId, term: Term, number: u64, epoch: Epoch) {
         if term != self.term {
             return;
         }
@@ -128,8 +128,7 @@ impl Ledger {
     }
 
     /// The copies on a worker that count; `None` while nothing can be said of it, when it should have no orders.
-    #[must_use]
-    pub fn held(&self, worker: &WorkerId) -> Option<BTreeSet<ExpertKey>> {
+    pub(super) fn held(&self, worker: &WorkerId) -> Option<BTreeSet<ExpertKey>> {
         let account = self.accounts.get(worker)?;
         let (term, since) = account.granted?;
         let (epoch, held) = account.announced.as_ref()?;

@@ -1,20 +1,21 @@
-//! A name for every request: the client's `x-request-id` or one made here, in the answer and on the lines that are logged
-//! while the request is worked on.
+//! A name for every request, over HTTP and gRPC: the client's `x-request-id` or one made here, in the answer and on the lines that
+//! are logged while the request is worked on.
 
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::Response;
+use tonic::Status;
 use tracing::Instrument;
 use uuid::Uuid;
 
-pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Bytes of a name that is taken over.
 const LONGEST: usize = 128;
 
 /// Takes the name over, or makes one.
-pub(super) async fn name(request: Request, next: Next) -> Response {
+pub(crate) async fn name(request: Request, next: Next) -> Response {
     let id = given(request.headers()).unwrap_or_else(made);
     let shown = id.to_str().unwrap_or_default();
     let span =
@@ -22,7 +23,9 @@ pub(super) async fn name(request: Request, next: Next) -> Response {
     let answered = async {
         let response = next.run(request).await;
         let status = response.status().as_u16();
-        if response.status().is_server_error() {
+        // gRPC says in a header of its own what came of a call; `INTERNAL` is 13.
+        let is_internal = response.headers().get(Status::GRPC_STATUS).is_some_and(|code| code == "13");
+        if response.status().is_server_error() || is_internal {
             tracing::warn!(status, "a request failed");
         } else {
             tracing::debug!(status, "a request was answered");

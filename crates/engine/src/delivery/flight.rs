@@ -9,20 +9,18 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use muster_engine::batcher::{Rank, ShardPlan, Slot, StandIn, StandIns, stand_ins};
-use muster_engine::dispatch::{Choices, DispatchError, LayerBatch, Loss};
-use muster_kernels::{Term, terms_by_row};
-use muster_placement::{Placement, WorkerIx};
-use muster_proto::expert::v1;
-use muster_proto::reply::{Fault, FaultKind};
-use muster_types::{Combine, ExpertId, LayerId, Retry, WorkerId};
+use muster_types::{
+    Combine, Epoch, ExpertId, Fault, FaultKind, LayerId, Retry, Term, WorkerId, terms_by_row,
+};
 
-use super::board::{Arrived, Failure, Unsent};
-use super::routes::Hop;
+use super::conduct::Workers;
+use super::transport::{Arrived, Hop, Outgoing, Outputs, Unsent};
+use crate::batcher::{Rank, ShardPlan, Slot, StandIn, StandIns, stand_ins};
+use crate::dispatch::{Choices, DispatchError, LayerBatch, Loss};
+use muster_placement::WorkerIx;
 
 /// See the module.
-pub(super) struct Flight {
+pub(super) struct Flight<L, O> {
     pub(super) layer: LayerId,
     pub(super) lane: usize,
     pub(super) rows: usize,
@@ -35,7 +33,7 @@ pub(super) struct Flight {
     pairs: Vec<Pair>,
     /// Pairs that are to come.
     open: usize,
-    parts: Vec<Part>,
+    parts: Vec<Part<L, O>>,
     claims: Vec<Claim>,
     /// Parts whose worker said what another one contradicted.
     contradicted: Vec<usize>,
@@ -45,6 +43,10 @@ pub(super) struct Flight {
     pub(super) version: u64,
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
+    /// When waiting for it began.
+    begun: Option<Instant>,
+    /// Any answer may be the one that is waited for, not only the last.
+    is_eager: bool,
 }
 
 /// A (row, expert) pair.
@@ -73,26 +75,38 @@ struct Claim {
     error: DispatchError,
 }
 
+impl Failure {
+    /// A short name, for whoever counts.
+    pub(super) const fn name(&self) -> &'static str {
+        match self {
+            Self::Fault(fault) => fault.kind.name(),
+            Self::Lost(_) | Self::Unsent(_) => "lost",
+            Self::Lied(_) => "bad",
+        }
+    }
+}
+
 /// A shard to be sent.
-pub(super) struct Shard {
+pub(super) struct Shard<L> {
     pub(super) id: u64,
     pub(super) hop: Hop,
+    pub(super) epoch: Epoch,
     pub(super) worker: WorkerId,
     pub(super) plan: ShardPlan,
     /// The hidden rows.
-    pub(super) data: Bytes,
+    pub(super) load: L,
     /// Weights of the outputs, where the worker adds them up.
     pub(super) weights: Vec<f32>,
 }
 
 /// A shard that was sent.
-pub(super) struct Part {
-    pub(super) shard: Shard,
+pub(super) struct Part<L, O> {
+    pub(super) shard: Shard<L>,
     /// When waiting for it began.
     pub(super) since: Instant,
     /// When it is late.
     due: Instant,
-    state: State,
+    state: State<O>,
     /// The pair of each of its outputs.
     pairs: Vec<usize>,
     /// Open pairs that it is responsible for.
@@ -108,10 +122,23 @@ pub(super) struct Part {
     first: usize,
 }
 
-enum State {
+enum State<O> {
     Waiting,
-    Arrived(Arrived),
+    Arrived(Arrived<O>),
     Failed(Failure),
+}
+
+/// Why a shard gave nothing.
+#[derive(Debug, Clone)]
+pub(super) enum Failure {
+    /// The worker said why.
+    Fault(Fault),
+    /// Its hop was lost.
+    Lost(String),
+    /// It broke the protocol.
+    Lied(String),
+    /// It was never sent.
+    Unsent(Unsent),
 }
 
 /// The sums that a flight's rows are.
@@ -123,19 +150,19 @@ pub(super) struct Sum {
     pub(super) terms: Vec<Term>,
 }
 
-impl Flight {
+impl<L, O: Outputs> Flight<L, O> {
     /// A micro-batch that left in these shards; `slots` says where each output will be.
     pub(super) fn new(
         batch: &LayerBatch<'_>,
         slots: &[Slot],
         combine: Combine,
-        shards: Vec<Shard>,
+        shards: Vec<Shard<L>>,
         version: u64,
         submitted: Instant,
+        sent: Instant,
     ) -> Self {
         let LayerBatch { layer, lane, choices, .. } = *batch;
-        let sent = Instant::now();
-        let outputs = |shard: &Shard| vec![0; shard.plan.indices.len()];
+        let outputs = |shard: &Shard<L>| vec![0; shard.plan.indices.len()];
         let mut pairs_of: Vec<Vec<usize>> = shards.iter().map(outputs).collect();
         for (pair, slot) in slots.iter().enumerate() {
             pairs_of[slot.shard as usize][slot.position as usize] = pair;
@@ -161,17 +188,38 @@ impl Flight {
             version,
             submitted,
             sent,
+            begun: None,
+            is_eager: false,
         }
     }
 
-    /// Waiting for it begins.
-    pub(super) fn begin(&mut self, now: Instant, patience: impl Fn(&Shard) -> Duration) {
-        for part in &mut self.parts {
-            (part.since, part.due) = (now, now + patience(&part.shard));
+    /// Waiting for it begins, if it has not. Nobody drove the network for certain before.
+    pub(super) fn begin(&mut self, now: Instant, patience: impl Fn(&Shard<L>) -> Duration) {
+        if self.begun.is_none() {
+            self.begun = Some(now);
+            for part in &mut self.parts {
+                (part.since, part.due) = (now, now + patience(&part.shard));
+            }
         }
     }
 
-    pub(super) fn parts(&self) -> &[Part] {
+    /// Time between sending it and waiting for it.
+    pub(super) fn away(&self) -> Duration {
+        self.begun.map_or(Duration::ZERO, |begun| begun.saturating_duration_since(self.sent))
+    }
+
+    /// How long a part took that came then: nothing, if that was before anybody waited.
+    pub(super) fn waited(&self, part: usize, at: Instant) -> Duration {
+        self.begun.map_or(Duration::ZERO, |_| at.saturating_duration_since(self.parts[part].since))
+    }
+
+    /// Answers that are to be waited for: the last, or any once one of them failed or is late.
+    pub(super) fn wanted(&self) -> usize {
+        let waiting = self.parts.iter().filter(|part| matches!(part.state, State::Waiting)).count();
+        if self.is_eager { 1 } else { waiting }
+    }
+
+    pub(super) fn parts(&self) -> &[Part<L, O>] {
         &self.parts
     }
 
@@ -186,7 +234,7 @@ impl Flight {
     }
 
     /// Takes in the outputs of a part, which are as many as were asked for.
-    pub(super) fn arrive(&mut self, part: usize, arrived: Arrived) {
+    pub(super) fn arrive(&mut self, part: usize, arrived: Arrived<O>) {
         self.parts[part].state = State::Arrived(arrived);
         self.absorb(part);
     }
@@ -195,7 +243,7 @@ impl Flight {
     fn absorb(&mut self, number: usize) {
         let part = &mut self.parts[number];
         let State::Arrived(arrived) = &part.state else { return };
-        let marked = arrived.outputs.not_finite.clone();
+        let marked = arrived.outputs.marks().to_vec();
         let pairs = std::mem::take(&mut part.pairs);
         match self.combine {
             Combine::Exact => {
@@ -263,6 +311,7 @@ impl Flight {
 
     /// A part gave nothing.
     pub(super) fn fail(&mut self, number: usize, failure: Failure) {
+        (self.is_eager, self.parts[number].alone) = (true, false);
         if let Failure::Fault(fault) = &failure
             && fault.kind.retry() == Retry::Never
         {
@@ -297,7 +346,7 @@ impl Flight {
 
     /// What a part gave is a lie: none of it is used, and nothing that its worker claimed.
     pub(super) fn disown(&mut self, number: usize, reason: String) {
-        self.parts[number].state = State::Failed(Failure::Bad(reason));
+        self.parts[number].state = State::Failed(Failure::Lied(reason));
         self.claims.retain(|claim| claim.part != number);
         for pair in 0..self.pairs.len() {
             if matches!(self.pairs[pair].state, PairState::Answered { part, .. } if part == number) {
@@ -388,28 +437,24 @@ impl Flight {
         (0..self.parts.len()).filter(|&part| self.parts[part].owes > 0 && !self.parts[part].alone)
     }
 
-    /// Plans stand-ins for what a part owes, on workers that were not asked for it yet and are not `unreachable`. What
-    /// nobody else can be asked for is left to the part while it may still come, and lost else.
-    pub(super) fn plan_stand_ins(
-        &mut self,
-        number: usize,
-        placement: &Placement,
-        rank: &dyn Fn(WorkerIx) -> Rank,
-        unreachable: &[WorkerId],
-    ) -> Vec<StandIn> {
+    /// Plans stand-ins for what a part owes, on workers that were not asked for it yet. What nobody else can be asked for is
+    /// left to the part while it may still come, and lost else.
+    pub(super) fn plan_stand_ins(&mut self, number: usize, workers: &Workers) -> Vec<StandIn> {
         let part = &self.parts[number];
         let plan = &part.shard.plan;
-        let asked: Vec<&WorkerId> = self.asked(number).chain(unreachable).collect();
+        let asked: Vec<&WorkerId> = self.asked(number).collect();
         let of_others = |worker: WorkerIx| {
-            let known = placement.workers().get(worker.index());
-            if known.is_none_or(|worker| asked.contains(&worker)) { Rank::Unusable } else { rank(worker) }
+            let known = workers.placement().workers().get(worker.index());
+            let is_new = known.is_some_and(|worker| !asked.contains(&worker));
+            if is_new { workers.rank(worker) } else { Rank::Unusable }
         };
         let owed = |&(_, &pair): &(u32, &usize)| {
             let Pair { part, state } = &self.pairs[pair];
             *part == number && *state == PairState::Open
         };
         let owed: Vec<u32> = (0..).zip(&part.pairs).filter(owed).map(|(place, _)| place).collect();
-        let StandIns { mut plans, orphans } = stand_ins(self.layer, plan, &owed, placement, &of_others);
+        let StandIns { mut plans, orphans } =
+            stand_ins(self.layer, plan, &owed, workers.placement(), &of_others);
         if orphans.is_empty() {
             return plans;
         }
@@ -419,7 +464,7 @@ impl Flight {
                 let kept: Vec<u32> = orphans.iter().map(|&place| plan.indices[place as usize]).collect();
                 let whole = |place: &u32| !kept.contains(&plan.indices[*place as usize]);
                 let owed: Vec<u32> = owed.into_iter().filter(whole).collect();
-                plans = stand_ins(self.layer, plan, &owed, placement, &of_others).plans;
+                plans = stand_ins(self.layer, plan, &owed, workers.placement(), &of_others).plans;
             }
             self.parts[number].alone = true;
             return plans;
@@ -430,11 +475,11 @@ impl Flight {
         let (claimed, missing): (Vec<usize>, Vec<usize>) =
             orphans.into_iter().partition(|&pair| is_claimed(pair));
         for pair in claimed.into_iter().chain(missing) {
-            self.lose(self.row_of(pair), self.reason(number, pair, unreachable));
+            self.lose(self.row_of(pair), self.reason(number, pair));
         }
         // Of rows that are lost now nothing is asked for; what is left is planned in the next round.
         if plans.iter().any(|plan| plan.places.iter().any(|&place| !self.is_open(number, place))) {
-            return self.plan_stand_ins(number, placement, rank, unreachable);
+            return self.plan_stand_ins(number, workers);
         }
         plans
     }
@@ -450,30 +495,31 @@ impl Flight {
     }
 
     /// Why nothing will come of a pair that a part owes and nobody else can be asked for.
-    fn reason(&self, number: usize, pair: usize, unreachable: &[WorkerId]) -> DispatchError {
-        if let Some(worker) = unreachable.first() {
-            // Somebody could have contradicted.
-            return Unsent::Broken(worker.clone()).into();
+    fn reason(&self, number: usize, pair: usize) -> DispatchError {
+        let (layer, worker) = (self.layer, self.parts[number].shard.worker.clone());
+        let failure = match &self.parts[number].state {
+            State::Failed(failure) => Some(failure),
+            State::Waiting | State::Arrived(_) => None,
+        };
+        // Whatever was claimed, who was not reached could have contradicted.
+        if let Some(Failure::Unsent(unsent)) = failure {
+            return unsent.error(worker);
         }
         if let Some(claim) = self.claims.iter().find(|claim| claim.pair == pair) {
             return claim.error.clone();
         }
-        let (layer, worker) = (self.layer, self.parts[number].shard.worker.clone());
-        match &self.parts[number].state {
-            State::Failed(Failure::Lost(reason)) => {
-                DispatchError::WorkerLost { worker, reason: reason.clone() }
-            }
-            State::Failed(Failure::Bad(reason)) => DispatchError::BadReply { worker, reason: reason.clone() },
-            State::Failed(Failure::Fault(Fault { kind: FaultKind::Deadline, .. })) => {
+        match failure {
+            None => DispatchError::Invalid(format!("part {number} owes nothing that is lost")),
+            Some(Failure::Unsent(unsent)) => unsent.error(worker),
+            Some(Failure::Lost(reason)) => DispatchError::WorkerLost { worker, reason: reason.clone() },
+            Some(Failure::Lied(reason)) => DispatchError::BadReply { worker, reason: reason.clone() },
+            Some(Failure::Fault(Fault { kind: FaultKind::Deadline, .. })) => {
                 DispatchError::Deadline { layer }
             }
-            State::Failed(Failure::Fault(Fault { kind, message, .. })) => {
+            Some(Failure::Fault(Fault { kind, message, .. })) => {
                 // Final was only what it named.
                 let retry = if kind.retry() == Retry::Never { Retry::Later } else { kind.retry() };
                 DispatchError::Refused { worker, reason: message.clone(), retry }
-            }
-            State::Waiting | State::Arrived(_) => {
-                DispatchError::Invalid(format!("part {number} owes nothing that is lost"))
             }
         }
     }
@@ -499,10 +545,10 @@ impl Flight {
     pub(super) fn replace(
         &mut self,
         part: usize,
-        sent: Vec<(Shard, Vec<u32>)>,
-        patience: impl Fn(&Shard) -> Duration,
+        sent: Vec<(Shard<L>, Vec<u32>)>,
+        now: Instant,
+        patience: impl Fn(&Shard<L>) -> Duration,
     ) {
-        let now = Instant::now();
         self.parts[part].hedged = self.is_waiting(part);
         for (shard, places) in sent {
             let number = self.parts.len();
@@ -516,6 +562,11 @@ impl Flight {
             let first = self.parts[part].first;
             self.parts.push(Part::new(shard, pairs, now, due, Some(part), first));
         }
+    }
+
+    /// A part is late.
+    pub(super) const fn is_late(&mut self) {
+        self.is_eager = true;
     }
 
     /// A part that is late is given more time, once.
@@ -580,7 +631,7 @@ impl Flight {
     }
 
     /// What arrived as part `part`.
-    pub(super) fn arrived(&self, part: usize) -> Option<&Arrived> {
+    pub(super) fn arrived(&self, part: usize) -> Option<&Arrived<O>> {
         match &self.parts[part].state {
             State::Arrived(arrived) => Some(arrived),
             State::Waiting | State::Failed(_) => None,
@@ -588,9 +639,9 @@ impl Flight {
     }
 }
 
-impl Part {
+impl<L, O> Part<L, O> {
     fn new(
-        shard: Shard,
+        shard: Shard<L>,
         pairs: Vec<usize>,
         since: Instant,
         due: Instant,
@@ -603,21 +654,24 @@ impl Part {
     }
 }
 
-impl Shard {
-    /// The message that carries it.
-    pub(super) fn request(&self, layer: LayerId, deadline_ms: u32) -> v1::LayerShard {
-        v1::LayerShard {
-            id: self.id,
-            layer: layer.get(),
-            epoch: self.hop.epoch.get(),
-            deadline_ms,
-            // Counted in 32 bits by the plan.
-            rows: self.plan.rows.len() as u32,
-            data: self.data.clone(),
-            experts: self.plan.experts.iter().map(|expert| expert.get()).collect(),
-            counts: self.plan.counts.clone(),
-            indices: self.plan.indices.clone(),
-            weights: self.weights.clone(),
+impl<L> Shard<L> {
+    /// As a transport takes it.
+    pub(super) fn outgoing(&self, layer: LayerId) -> Outgoing<'_, L> {
+        let Self { id, epoch, plan, load, weights, .. } = self;
+        Outgoing { id: *id, layer, epoch: *epoch, plan, load, weights }
+    }
+}
+
+impl Unsent {
+    fn error(self, worker: WorkerId) -> DispatchError {
+        match self {
+            Self::Broken => {
+                DispatchError::WorkerLost { worker, reason: "its link broke before rows were sent".into() }
+            }
+            Self::Full => {
+                let reason = "its send queue is full".into();
+                DispatchError::Refused { worker, reason, retry: Retry::Later }
+            }
         }
     }
 }

@@ -1,11 +1,12 @@
 //! What was asked of each expert lately, from what workers counted.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use muster_placement::{Loads, Shape};
 #[cfg(test)]
 use muster_types::{ExpertId, ExpertKey, LayerId};
+
+use crate::{Loads, Shape};
 
 /// Half of what was counted is forgotten in this time.
 const HALF_LIFE: Duration = Duration::from_secs(60);
@@ -13,21 +14,22 @@ const HALF_LIFE: Duration = Duration::from_secs(60);
 const ENOUGH: f64 = 20.0;
 
 /// Counts of all workers. They count from their start, so what they say is compared with what they said before.
-pub(crate) struct Evidence {
+#[derive(Debug, Clone)]
+pub(super) struct Evidence {
     shape: Shape,
     loads: Loads,
     /// By session: what the worker said last.
-    before: HashMap<u64, Vec<Vec<u64>>>,
+    before: BTreeMap<u64, Vec<Vec<u64>>>,
     rows: f64,
 }
 
 impl Evidence {
-    pub(crate) fn new(shape: &Shape) -> Self {
-        Self { shape: shape.clone(), loads: Loads::new(shape), before: HashMap::new(), rows: 0.0 }
+    pub(super) fn new(shape: &Shape) -> Self {
+        Self { shape: shape.clone(), loads: Loads::new(shape), before: BTreeMap::new(), rows: 0.0 }
     }
 
     /// Takes in what workers counted, by session, so long after the last time. Sessions that are not there are over.
-    pub(crate) fn observe(&mut self, elapsed: Duration, counts: HashMap<u64, Vec<Vec<u64>>>) {
+    pub(super) fn observe(&mut self, elapsed: Duration, counts: BTreeMap<u64, Vec<Vec<u64>>>) {
         self.loads.decay_over(elapsed, HALF_LIFE);
         self.rows *= (-elapsed.as_secs_f64() / HALF_LIFE.as_secs_f64()).exp2();
         for (session, rows) in &counts {
@@ -46,17 +48,17 @@ impl Evidence {
     }
 
     /// What is known.
-    pub(crate) const fn loads(&self) -> &Loads {
+    pub(super) const fn loads(&self) -> &Loads {
         &self.loads
     }
 
     /// Whether it is worth moving experts for.
-    pub(crate) fn is_enough(&self) -> bool {
+    pub(super) fn is_enough(&self) -> bool {
         self.rows >= ENOUGH * self.shape.total() as f64
     }
 
     /// Rows counted last for a worker's session.
-    pub(crate) fn rows_of(&self, session: u64) -> u64 {
+    pub(super) fn rows_of(&self, session: u64) -> u64 {
         self.before.get(&session).map_or(0, |layers| layers.iter().flatten().sum())
     }
 
@@ -76,7 +78,7 @@ mod tests {
         let shape = Shape::new(vec![2, 0, 2]);
         let (layer, expert) = (LayerId::new(0, 3).unwrap(), ExpertId::new(0, 2).unwrap());
         let mut evidence = Evidence::new(&shape);
-        let counts = |n: u64| HashMap::from([(7, vec![vec![n, 100], vec![], vec![0, 0]])]);
+        let counts = |n: u64| BTreeMap::from([(7, vec![vec![n, 100], vec![], vec![0, 0]])]);
         evidence.observe(Duration::ZERO, counts(1_000_000));
         assert_eq!(evidence.share(layer, expert), 0.5, "from before it was known");
         assert!(!evidence.is_enough());
@@ -87,7 +89,7 @@ mod tests {
         // One that started again counts from zero: nothing is made of the difference.
         evidence.observe(Duration::ZERO, counts(5));
         assert_eq!(evidence.share(layer, expert), 1.0);
-        evidence.observe(HALF_LIFE * 10, HashMap::new());
+        evidence.observe(HALF_LIFE * 10, BTreeMap::new());
         assert!(!evidence.is_enough());
         assert_eq!(evidence.rows_of(7), 0);
     }

@@ -1,0 +1,221 @@
+//! gRPC as a transport of delivery, on the engine thread, which drives the network itself while it sends and waits.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use muster_engine::batcher::ShardPlan;
+use muster_engine::delivery::{
+    Closed, Event, Hop, Outgoing, Outputs, Sums, Transport, Unsent, Unsound, Wanted,
+};
+use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
+use muster_kernels::{Cpu, NotFinite, combine};
+use muster_proto::expert::v1;
+use muster_proto::frame;
+use muster_proto::reply::OutputRows;
+use muster_types::{Combine, DType, Term};
+
+use super::cluster::ClusterHandle;
+use super::handle::{HealthHandle, Samples, StatsHandle};
+use super::links::Links;
+use crate::busy::BusyPoll;
+use crate::driver::{Driver, Reins};
+
+/// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
+/// sockets' buffers, and the engine thread may have something else to compute meanwhile.
+const LARGE_BYTES: usize = 256 << 10;
+
+/// Workers in other processes, as delivery sees them.
+pub struct Carrier {
+    pub(super) links: Arc<Links>,
+    pub(super) cluster: ClusterHandle,
+    pub(super) samples: Arc<Samples>,
+    pub(super) hidden: usize,
+    pub(super) wire: DType,
+    pub(super) combine: Combine,
+    pub(super) deadline_ms: u32,
+    pub(super) busy_poll: Duration,
+    pub(super) reins: Reins,
+    /// `None` once closed.
+    pub(super) driver: Option<Driver>,
+    /// Bytes of the largest shard since the last flush, out or back.
+    pub(super) largest: usize,
+}
+
+impl Carrier {
+    /// Tells other threads how the workers are.
+    #[must_use]
+    pub fn health(&self) -> HealthHandle {
+        HealthHandle(Arc::clone(&self.links))
+    }
+
+    /// Lets other threads change which workers there are, and what they hold.
+    #[must_use]
+    pub fn cluster(&self) -> ClusterHandle {
+        self.cluster.clone()
+    }
+
+    /// Tells other threads where time goes.
+    #[must_use]
+    pub fn stats(&self) -> StatsHandle {
+        StatsHandle(Arc::clone(&self.samples))
+    }
+
+    /// Output rows that a shard brings.
+    fn answers(&self, plan: &ShardPlan) -> usize {
+        match self.combine {
+            Combine::Exact => plan.indices.len(),
+            Combine::Partial => plan.rows.len(),
+        }
+    }
+}
+
+impl Transport for Carrier {
+    type Load = Bytes;
+    type Outputs = WireRows;
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Bytes, DispatchError> {
+        match (rows.f32(), rows.bf16()) {
+            (Some(rows), _) => Ok(frame::gather_f32(rows, self.hidden, picked)),
+            (_, Some(rows)) => Ok(frame::gather_bf16(rows, self.hidden, picked)),
+            (None, None) => Err(DispatchError::misplaced("rows", rows.place(), Place::Host)),
+        }
+    }
+
+    fn pick(&self, load: &Bytes, picked: &[u32]) -> Bytes {
+        let width = self.hidden * self.wire.size();
+        if picked.len() * width == load.len() {
+            return load.clone();
+        }
+        let rows = picked.iter().filter_map(|&row| load.get(row as usize * width..)?.get(..width));
+        rows.collect::<Vec<_>>().concat().into()
+    }
+
+    fn send(&mut self, hop: Hop, lane: usize, shard: &Outgoing<'_, Bytes>) -> Result<(), Unsent> {
+        let Outgoing { id, layer, epoch, plan, load, weights } = *shard;
+        let request = v1::LayerShard {
+            id,
+            layer: layer.get(),
+            epoch: epoch.get(),
+            deadline_ms: self.deadline_ms,
+            // Counted in 32 bits by the plan.
+            rows: plan.rows.len() as u32,
+            data: load.clone(),
+            experts: plan.experts.iter().map(|expert| expert.get()).collect(),
+            counts: plan.counts.clone(),
+            indices: plan.indices.clone(),
+            weights: weights.to_vec(),
+        };
+        self.links.send(hop, lane, request)?;
+        let rows = plan.rows.len().max(self.answers(plan));
+        self.largest = self.largest.max(rows.saturating_mul(self.hidden * self.wire.size()));
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        // Until the sockets have taken what they can.
+        self.reins.drive(tokio::task::yield_now());
+        if std::mem::take(&mut self.largest) >= LARGE_BYTES {
+            self.reins.lend();
+        }
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event<WireRows>>) {
+        self.links.poll(events);
+    }
+
+    fn wait(&mut self, wanted: &Wanted, events: &mut Vec<Event<WireRows>>) -> Result<(), Closed> {
+        let mut busy = BusyPoll::start(self.busy_poll);
+        self.reins.drive(self.links.wait(wanted, &mut busy, events)).unwrap_or(Err(Closed))
+    }
+
+    fn version(&self) -> u64 {
+        self.links.version()
+    }
+
+    fn doubt(&mut self, hop: Hop, late: usize, in_doubt: bool) {
+        self.links.doubt(hop, late, in_doubt);
+    }
+
+    fn ban(&mut self, hop: Hop, reason: &str) {
+        self.links.ban(hop, reason);
+    }
+
+    fn close(&mut self) {
+        self.links.close();
+        // Its tasks end with it.
+        self.driver = None;
+    }
+}
+
+impl Drop for Carrier {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Output rows off the wire, not yet held against what was asked.
+#[derive(Debug)]
+pub struct WireRows {
+    rows: OutputRows,
+    hidden: usize,
+    wire: DType,
+}
+
+impl WireRows {
+    pub(super) const fn new(rows: OutputRows, hidden: usize, wire: DType) -> Self {
+        Self { rows, hidden, wire }
+    }
+
+    fn outputs(&self) -> muster_kernels::Outputs<'_> {
+        match self.wire {
+            DType::F32 => muster_kernels::Outputs::WireF32(self.rows.data.as_chunks().0),
+            DType::Bf16 => muster_kernels::Outputs::WireBf16(self.rows.data.as_chunks().0),
+        }
+    }
+}
+
+impl Outputs for WireRows {
+    fn check(&self, rows: usize) -> Result<(), String> {
+        if self.rows.rows as usize != rows {
+            return Err(format!("{} rows instead of {rows}", self.rows.rows));
+        }
+        frame::check_len(&self.rows.data, rows, self.hidden, self.wire).map_err(|error| error.to_string())
+    }
+
+    fn marks(&self) -> &[u32] {
+        &self.rows.not_finite
+    }
+}
+
+/// Adds up what came off the wire, on the CPU.
+pub struct WireSums {
+    pub(super) cpu: Arc<Cpu>,
+    pub(super) hidden: usize,
+}
+
+impl Sums<WireRows> for WireSums {
+    fn place(&self) -> Place {
+        Place::Host
+    }
+
+    fn sum(
+        &mut self,
+        sources: &[&WireRows],
+        starts: &[u32],
+        terms: &[Term],
+        out: &mut RowsMut<'_>,
+    ) -> Result<(), Unsound> {
+        // As `place` says.
+        let Some(out) = out.f32_mut() else { return Ok(()) };
+        let sources: Vec<_> = sources.iter().map(|source| source.outputs()).collect();
+        combine(&self.cpu, self.hidden, &sources, starts, terms, out).map_err(|error| match error {
+            NotFinite::Output { source, row } => Unsound::Source { source, row },
+            NotFinite::Sums(rows) => Unsound::Sums(rows),
+        })
+    }
+}

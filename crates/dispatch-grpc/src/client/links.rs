@@ -1,0 +1,671 @@
+//! All links of a router: which workers are connected and what they announce, which shards are out, and what is to be told.
+//!
+//! The engine thread and the network's tasks share it. Always holds: the lock is held for a few map operations, whatever
+//! workers announce; a fleet takes longer, and a thread of its own builds it without the lock from what was announced. A shard
+//! is out from before it can be answered until its answer or the end of its link, whichever comes first. What waits to be told
+//! is bounded by the shards that are out and the links of the fleet that was told last.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use muster_engine::delivery::{Arrived, Closed, Ended, Event, Fleet, Hop, Unsent, Wanted};
+use muster_placement::{Placement, Shape};
+use muster_proto::description::Description;
+use muster_proto::expert::v1;
+use muster_proto::handshake::LANES;
+use muster_types::{Epoch, ExpertKey, Fault, WorkerId};
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Notify, watch};
+use tokio::time::timeout_at;
+
+use super::carrier::WireRows;
+use super::cluster::{ConnectedWorker, Crowded};
+use super::config::LinkError;
+use super::handle::WorkerHealth;
+use super::peer::{Announced, Control, Lanes, LinkState, Peer};
+
+use crate::address::Address;
+use crate::busy::BusyPoll;
+
+/// Workers that a router knows at most.
+const MOST_PEERS: usize = 4096;
+/// How often the lock is tried before the thread sleeps until it is free: for longer than anybody holds it. Waking up takes a
+/// hundred times as long.
+const SPINS: u32 = 1000;
+/// How many times longer than building a fleet took nothing is built afterwards, and how long at most.
+const FLEET_REST: u32 = 4;
+const LONGEST_REST: Duration = Duration::from_millis(50);
+
+/// What a shard went down on: another stream is another worker's, session's or lane's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct StreamKey {
+    pub(super) hop: Hop,
+    pub(super) lane: usize,
+}
+
+/// What is to be told to delivery.
+struct Mail {
+    /// The newest fleet, if it was not told.
+    fleet: Option<Arc<Fleet>>,
+    events: Vec<Event<WireRows>>,
+    /// Outputs among them, by lane.
+    answers: [usize; LANES],
+    /// There is something else than outputs.
+    is_urgent: bool,
+    /// What delivery waits for.
+    wanted: Option<Wanted>,
+    /// The fleet that was told last.
+    told: Arc<Fleet>,
+}
+
+impl Mail {
+    /// Whether what is wanted is there.
+    fn is_due(&self) -> bool {
+        self.is_urgent || self.wanted.is_some_and(|wanted| self.answers[wanted.lane] >= wanted.answers.max(1))
+    }
+
+    fn hand_over(&mut self, events: &mut Vec<Event<WireRows>>) {
+        if let Some(fleet) = self.fleet.take() {
+            self.told = Arc::clone(&fleet);
+            events.push(Event::Announced(fleet));
+        }
+        events.append(&mut self.events);
+        (self.answers, self.is_urgent) = ([0; LANES], false);
+    }
+}
+
+struct State {
+    /// By number, which none ever has again.
+    peers: BTreeMap<usize, Peer>,
+    next_peer: usize,
+    announced: AllAnnounced,
+    fleet: Arc<Fleet>,
+    /// Who holds what beside this process.
+    elsewhere: Arc<Placement>,
+    freshness: Freshness,
+    /// Shards that are out.
+    out: HashMap<u64, StreamKey>,
+    /// The highest id of a shard that was sent.
+    issued: u64,
+    mail: Mail,
+    sessions: u64,
+    closed: bool,
+}
+
+/// What is announced, cheap to take away.
+#[derive(Clone, Default)]
+struct AllAnnounced {
+    /// By workers that are connected, by their numbers.
+    live: Arc<BTreeMap<usize, Announced>>,
+    /// By this process.
+    here: Option<Announced>,
+}
+
+/// Whether the fleet is that of what was announced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Freshness {
+    Fresh,
+    /// Something was announced since.
+    Stale,
+    /// Another is being built.
+    Building,
+}
+
+/// How waiting for the first connections went.
+pub(super) enum Gathered {
+    /// Every worker is connected.
+    All,
+    /// Time is over; these are missing.
+    Some(Vec<(Address, LinkError)>),
+    /// One can never be connected.
+    Fatal(Address, LinkError),
+}
+
+/// See the module.
+pub(super) struct Links {
+    shape: Shape,
+    /// Epoch of the fleet, to be read without the lock.
+    version: AtomicU64,
+    /// Tells those who wait for another.
+    versions: watch::Sender<()>,
+    state: Mutex<State>,
+    /// A link came or went, or there is another fleet; for `gather`.
+    links: Condvar,
+    /// The fleet is out of date; for the thread that builds it.
+    outdated: Condvar,
+    /// There may be what is wanted; for `wait`, of which there is one at a time.
+    arrived: Notify,
+}
+
+impl Links {
+    pub(super) fn new(shape: Shape, addresses: Vec<Address>) -> Result<Self, LinkError> {
+        let (fleet, elsewhere) = build(Epoch::new(1), &shape, &AllAnnounced::default())?;
+        let fleet = Arc::new(fleet);
+        let peers: BTreeMap<usize, Peer> = addresses.into_iter().map(Peer::new).enumerate().collect();
+        let mail = Mail {
+            fleet: None,
+            events: Vec::new(),
+            answers: [0; LANES],
+            is_urgent: false,
+            wanted: None,
+            told: Arc::clone(&fleet),
+        };
+        let state = State {
+            next_peer: peers.len(),
+            peers,
+            announced: AllAnnounced::default(),
+            fleet,
+            elsewhere,
+            freshness: Freshness::Fresh,
+            out: HashMap::new(),
+            issued: 0,
+            mail,
+            sessions: 0,
+            closed: false,
+        };
+        let (links, outdated, arrived) = (Condvar::new(), Condvar::new(), Notify::new());
+        let (version, versions) = (AtomicU64::new(1), watch::Sender::new(()));
+        Ok(Self { shape, version, versions, state: Mutex::new(state), links, outdated, arrived })
+    }
+
+    /// Keeps the fleet up to date, on a thread of its own that ends with the links.
+    ///
+    /// # Errors
+    /// When there can be no thread.
+    pub(super) fn start(self: &Arc<Self>) -> std::io::Result<()> {
+        let links = Arc::clone(self);
+        std::thread::Builder::new().name("muster-fleet".into()).spawn(move || links.keep_fleet())?;
+        Ok(())
+    }
+
+    fn keep_fleet(&self) {
+        // Fleets that were in force. They are large, and whoever holds them last must not be who frees them.
+        let mut retired: Vec<Arc<Fleet>> = Vec::new();
+        while let Some((epoch, announced)) = self.next_fleet() {
+            let began = Instant::now();
+            let built = build(epoch, &self.shape, &announced);
+            drop(announced);
+            match built {
+                Ok((fleet, elsewhere)) => retired.push(self.swap(fleet, elsewhere)),
+                // What is announced was checked, name by name.
+                Err(error) => tracing::error!(%error, "workers that were compatible no longer are"),
+            }
+            self.links.notify_all();
+            retired.retain(|fleet| Arc::strong_count(fleet) > 1);
+            // What is announced meanwhile is built in one go.
+            std::thread::sleep(began.elapsed().saturating_mul(FLEET_REST).min(LONGEST_REST));
+        }
+    }
+
+    /// Waits until another fleet is to be built, and says of what; `None` once closed.
+    fn next_fleet(&self) -> Option<(Epoch, AllAnnounced)> {
+        let fresh = |state: &mut State| state.freshness == Freshness::Fresh && !state.closed;
+        let mut state = self.outdated.wait_while(self.lock(), fresh).unwrap_or_else(PoisonError::into_inner);
+        if state.closed {
+            return None;
+        }
+        state.freshness = Freshness::Building;
+        Some((state.fleet.placement().epoch().next(), state.announced.clone()))
+    }
+
+    /// Puts a fleet in force; gives the one that was.
+    fn swap(&self, fleet: Fleet, elsewhere: Arc<Placement>) -> Arc<Fleet> {
+        let version = fleet.placement().epoch().get();
+        let fleet = Arc::new(fleet);
+        let mut state = self.lock();
+        let untold = state.mail.fleet.replace(Arc::clone(&fleet));
+        let before = std::mem::replace(&mut state.fleet, fleet);
+        let placement = std::mem::replace(&mut state.elsewhere, elsewhere);
+        state.mail.is_urgent = true;
+        if state.freshness == Freshness::Building {
+            state.freshness = Freshness::Fresh;
+        }
+        self.version.store(version, Ordering::Release);
+        drop(state);
+        // Freed without the lock.
+        drop((untold, placement));
+        self.versions.send_replace(());
+        self.arrived.notify_one();
+        before
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds the lock between two halves of a change.
+        for _ in 0..SPINS {
+            match self.state.try_lock() {
+                Ok(state) => return state,
+                Err(TryLockError::Poisoned(error)) => return error.into_inner(),
+                Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+            }
+        }
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who is connected.
+    pub(super) fn fleet(&self) -> Arc<Fleet> {
+        Arc::clone(&self.lock().fleet)
+    }
+
+    /// Who holds what beside this process.
+    pub(super) fn elsewhere(&self) -> Arc<Placement> {
+        Arc::clone(&self.lock().elsewhere)
+    }
+
+    /// Every expert of the model, ascending.
+    pub(super) fn keys(&self) -> Vec<ExpertKey> {
+        self.shape.keys().collect()
+    }
+
+    /// Changes with the fleet.
+    pub(super) fn version(&self) -> u64 {
+        self.version.load(Ordering::Acquire)
+    }
+
+    pub(super) fn health(&self) -> Vec<WorkerHealth> {
+        self.lock().peers.values().filter(|peer| !peer.is_here()).map(Peer::health).collect()
+    }
+
+    /// Waits until every worker is connected, one can never be, or `deadline` passes.
+    pub(super) fn gather(&self, deadline: Instant) -> Gathered {
+        let mut state = self.lock();
+        loop {
+            let mut missing = Vec::new();
+            for peer in state.peers.values() {
+                match &peer.state {
+                    LinkState::Up { .. } => {}
+                    // Waiting does not mend its files, and others may hold the same.
+                    LinkState::Down { error: Some(LinkError::Weights(_)), .. } => {}
+                    LinkState::Down { error: Some(error), .. } if error.is_fatal() => {
+                        return Gathered::Fatal(peer.address.clone(), error.clone());
+                    }
+                    LinkState::Down { error, reason, .. } => {
+                        let error = error.clone().unwrap_or_else(|| LinkError::Unreachable(reason.clone()));
+                        missing.push((peer.address.clone(), error));
+                    }
+                }
+            }
+            if missing.is_empty() && state.freshness == Freshness::Fresh {
+                return Gathered::All;
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return Gathered::Some(missing);
+            };
+            state = self.links.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Tells when the fleet changes.
+    pub(super) fn versions(&self) -> watch::Receiver<()> {
+        self.versions.subscribe()
+    }
+
+    /// The workers that are connected now.
+    pub(super) fn members(&self) -> Vec<ConnectedWorker> {
+        self.lock().peers.values().filter_map(Peer::connected).collect()
+    }
+
+    /// Waits until every expert has a worker or `deadline` passes; false then.
+    pub(super) fn await_coverage(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        loop {
+            if state.elsewhere.is_complete() {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || state.closed {
+                return false;
+            }
+            state = self.links.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Somebody says that there is a worker, and in which failure domain, if that is known. Gives the number of a peer that
+    /// is new and is to be connected.
+    ///
+    /// # Errors
+    /// When there are as many as may be.
+    pub(super) fn join(&self, address: &Address, domain: Option<String>) -> Result<Option<usize>, Crowded> {
+        let mut state = self.lock();
+        if let Some(peer) = state.peers.values_mut().find(|peer| peer.address == *address) {
+            peer.joined += 1;
+            if domain.is_some() && peer.place != domain {
+                peer.place = domain;
+                self.versions.send_replace(());
+            }
+            return Ok(None);
+        }
+        if state.peers.len() >= MOST_PEERS {
+            return Err(Crowded);
+        }
+        let number = state.next_peer;
+        state.next_peer += 1;
+        state.peers.insert(number, Peer::joined(address.clone(), domain));
+        Ok(Some(number))
+    }
+
+    /// This process computes as well, for what nobody else can be asked for. Gives the way to it.
+    pub(super) fn here(&self, description: Description, lanes: Lanes) -> Hop {
+        let mut state = self.lock();
+        let (number, session) = (state.next_peer, state.sessions + 1);
+        (state.next_peer, state.sessions) = (number + 1, session);
+        state.peers.insert(number, Peer::here(description, session, lanes));
+        state.note(number);
+        self.reroute(state);
+        Hop { link: number, session }
+    }
+
+    /// Who said so is gone.
+    pub(super) fn leave(&self, address: &Address) {
+        if let Some(peer) = self.lock().peers.values_mut().find(|peer| peer.address == *address) {
+            peer.joined = peer.joined.saturating_sub(1);
+        }
+    }
+
+    /// Forgets a worker that is not connected, if nobody says any more that it is there.
+    pub(super) fn forget_peer(&self, number: usize) -> bool {
+        let mut state = self.lock();
+        let gone = state.closed || state.peers.get(&number).is_none_or(Peer::is_forgotten);
+        if gone {
+            state.peers.remove(&number);
+        }
+        gone
+    }
+
+    /// Ends all waiting; nothing is accepted afterwards.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.peers.retain(|_, peer| !peer.is_here());
+        state.out.clear();
+        state.mail.events.clear();
+        self.links.notify_all();
+        self.outdated.notify_all();
+        self.arrived.notify_one();
+    }
+}
+
+/// What the engine thread does.
+impl Links {
+    /// Puts a shard into the queue of its link.
+    pub(super) fn send(&self, hop: Hop, lane: usize, shard: v1::LayerShard) -> Result<(), Unsent> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let peer = state.peers.get_mut(&hop.link).filter(|_| !state.closed).ok_or(Unsent::Broken)?;
+        let sender = peer.lane(hop.session, lane).ok_or(Unsent::Broken)?;
+        let id = shard.id;
+        let message = v1::DispatchRequest { body: Some(v1::dispatch_request::Body::Shard(shard)) };
+        sender.try_send(message).map_err(|error| match error {
+            TrySendError::Full(_) => Unsent::Full,
+            TrySendError::Closed(_) => Unsent::Broken,
+        })?;
+        peer.sent();
+        // Nobody can answer it before the lock is free.
+        state.out.insert(id, StreamKey { hop, lane });
+        state.issued = state.issued.max(id);
+        Ok(())
+    }
+
+    /// Takes what there is to tell.
+    pub(super) fn poll(&self, events: &mut Vec<Event<WireRows>>) {
+        self.lock().mail.hand_over(events);
+    }
+
+    /// Waits until what is wanted is there, or something else than outputs, or until time is over; takes what there is.
+    pub(super) async fn wait(
+        &self,
+        wanted: &Wanted,
+        busy: &mut BusyPoll,
+        events: &mut Vec<Event<WireRows>>,
+    ) -> Result<(), Closed> {
+        while !self.look(wanted, events)? {
+            if !busy.pause().await {
+                // Late or not is found out by looking.
+                let _ = timeout_at(wanted.until.into(), self.arrived.notified()).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what there is if that is what is wanted, or time is over.
+    fn look(&self, wanted: &Wanted, events: &mut Vec<Event<WireRows>>) -> Result<bool, Closed> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(Closed);
+        }
+        state.mail.wanted = Some(*wanted);
+        // Who has answered in time is not late because another is.
+        let is_over = state.mail.is_due() || Instant::now() >= wanted.until;
+        if is_over {
+            state.mail.wanted = None;
+            state.mail.hand_over(events);
+        }
+        Ok(is_over)
+    }
+
+    /// What delivery thinks of a worker.
+    pub(super) fn doubt(&self, hop: Hop, late: usize, in_doubt: bool) {
+        if let Some(peer) = self.lock().peers.get_mut(&hop.link)
+            && peer.is_in(hop.session)
+        {
+            peer.doubted(late, in_doubt);
+        }
+    }
+
+    /// A worker's answer was a lie: its link ends, and it is let in again only after a while.
+    pub(super) fn ban(&self, hop: Hop, reason: &str) {
+        let mut state = self.lock();
+        if let Some(peer) = state.peers.get_mut(&hop.link)
+            && peer.is_in(hop.session)
+        {
+            peer.strike();
+            drop(state);
+            self.down(hop, Ended::Lied(reason.to_owned()));
+        }
+    }
+}
+
+/// What the network's tasks do.
+impl Links {
+    pub(super) fn address(&self, peer: usize) -> Option<Address> {
+        self.lock().peers.get(&peer).map(|peer| peer.address.clone())
+    }
+
+    /// A worker is connected. Gives the way to it.
+    pub(super) fn up(
+        &self,
+        peer: usize,
+        description: Description,
+        lanes: Lanes,
+        control: Control,
+    ) -> Result<Hop, LinkError> {
+        let mut state = self.lock();
+        let worker = &description.worker;
+        let same_name =
+            |(at, other): &(&usize, &mut Peer)| **at != peer && other.is_up() && other.is_called(worker);
+        if let Some((_, other)) = state.peers.iter_mut().find(same_name) {
+            return Err(other.contest(worker));
+        }
+        state.sessions += 1;
+        let session = state.sessions;
+        let Some(known) = state.peers.get_mut(&peer) else {
+            return Err(LinkError::Unreachable("nobody says any more that it is there".into()));
+        };
+        known.up(description, session, lanes, control);
+        state.note(peer);
+        state.count_workers();
+        self.reroute(state);
+        Ok(Hop { link: peer, session })
+    }
+
+    /// What a worker announced last.
+    pub(super) fn announced(&self, peer: usize) -> Option<Arc<Description>> {
+        self.lock().peers.get(&peer)?.announced.clone()
+    }
+
+    /// A connected worker says something new about itself.
+    pub(super) fn announce(&self, peer: usize, description: Arc<Description>) {
+        let mut state = self.lock();
+        let Some(known) = state.peers.get_mut(&peer) else { return };
+        let before = known.announced.replace(description);
+        state.note(peer);
+        self.reroute(state);
+        // Freed without the lock.
+        drop(before);
+    }
+
+    /// A worker that was in doubt has given a sign of life.
+    pub(super) fn is_alive(&self, hop: Hop) {
+        if let Some(peer) = self.lock().peers.get_mut(&hop.link)
+            && peer.is_in(hop.session)
+        {
+            peer.confirm();
+        }
+    }
+
+    /// A worker could not be connected.
+    pub(super) fn unreachable(&self, peer: usize, error: LinkError) {
+        if let Some(peer) = self.lock().peers.get_mut(&peer) {
+            peer.unreachable(error);
+        }
+        self.links.notify_all();
+    }
+
+    /// A link ended, with all that is out on it.
+    pub(super) fn down(&self, hop: Hop, how: Ended) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let (Ended::Gone(reason) | Ended::Lied(reason)) = &how;
+        match state.peers.get_mut(&hop.link) {
+            Some(peer) if peer.is_in(hop.session) => peer.down(reason.clone()),
+            // It was ended from this side before.
+            _ => return,
+        }
+        let before = state.out.len();
+        state.out.retain(|_, stream| stream.hop != hop);
+        let is_known = state.mail.told.routes().iter().any(|route| route.hop == hop);
+        if is_known || state.out.len() < before {
+            state.mail.events.push(Event::Lost { hop, how });
+            state.mail.is_urgent = true;
+        }
+        state.note(hop.link);
+        state.count_workers();
+        self.reroute(guard);
+        self.arrived.notify_one();
+    }
+
+    /// A shard was answered.
+    ///
+    /// # Errors
+    /// When it was not sent on that stream: then nothing the worker says can be trusted.
+    pub(super) fn deliver(
+        &self,
+        stream: StreamKey,
+        id: u64,
+        outcome: Result<Arrived<WireRows>, Fault>,
+    ) -> Result<(), String> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        match state.out.get(&id) {
+            Some(sent) if *sent == stream => state.out.remove(&id),
+            Some(_) => return Err(format!("it answered shard {id}, which went to another stream")),
+            None if id > state.issued => return Err(format!("it answered shard {id}, which was never sent")),
+            None => return Err(format!("it answered shard {id} twice")),
+        };
+        if let Some(peer) = state.peers.get_mut(&stream.hop.link) {
+            peer.answered(outcome.is_ok());
+        }
+        let mail = &mut state.mail;
+        match outcome {
+            Ok(_) => mail.answers[stream.lane] += 1,
+            Err(_) => mail.is_urgent = true,
+        }
+        mail.events.push(Event::Answer { id, outcome });
+        if mail.is_due() {
+            self.arrived.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Waits until there is doubt whether a worker is there; false when its session is over.
+    pub(super) async fn doubted(&self, hop: Hop) -> bool {
+        loop {
+            let doubt = match self.lock().peers.get(&hop.link) {
+                Some(peer) if peer.is_in(hop.session) && peer.is_doubted() => return true,
+                Some(peer) if peer.is_in(hop.session) => peer.doubt.clone(),
+                _ => return false,
+            };
+            doubt.notified().await;
+        }
+    }
+
+    /// Whether a worker's last session brought anything.
+    pub(super) fn is_useful(&self, peer: usize) -> bool {
+        self.lock().peers.get(&peer).is_some_and(Peer::is_useful)
+    }
+
+    /// How long a worker that broke the protocol is still to be left alone.
+    pub(super) fn banned_for(&self, peer: usize) -> Duration {
+        self.lock().peers.get(&peer).map_or(Duration::ZERO, Peer::banned_for)
+    }
+
+    /// A link ended because the worker broke the protocol.
+    pub(super) fn strike(&self, peer: usize) {
+        if let Some(peer) = self.lock().peers.get_mut(&peer) {
+            peer.strike();
+        }
+    }
+
+    /// Has another fleet built from what is known now.
+    fn reroute(&self, mut state: MutexGuard<'_, State>) {
+        let before = std::mem::replace(&mut state.freshness, Freshness::Stale);
+        drop(state);
+        // Whoever is woken finds the lock free; while others are being built, nobody sleeps.
+        if before == Freshness::Fresh {
+            self.outdated.notify_all();
+        }
+        self.links.notify_all();
+    }
+}
+
+impl State {
+    /// Tells how many workers are connected.
+    fn count_workers(&self) {
+        let live = self.peers.values().filter(|peer| peer.is_up() && !peer.is_here()).count();
+        metrics::gauge!("muster_dispatch_workers").set(live as f64);
+    }
+
+    /// Takes over what a worker announces, or that it is gone.
+    fn note(&mut self, number: usize) {
+        let route = self.peers.get(&number).and_then(|peer| peer.route(number));
+        match route {
+            Some(route) if self.peers.get(&number).is_some_and(Peer::is_here) => {
+                self.announced.here = Some(route);
+            }
+            Some(route) => drop(Arc::make_mut(&mut self.announced.live).insert(number, route)),
+            None => drop(Arc::make_mut(&mut self.announced.live).remove(&number)),
+        }
+    }
+}
+
+/// The fleet of what was announced, and who holds what in it beside this process.
+fn build(
+    epoch: Epoch,
+    shape: &Shape,
+    announced: &AllAnnounced,
+) -> Result<(Fleet, Arc<Placement>), LinkError> {
+    let fleet = |announced: &[&Announced]| {
+        let workers: Vec<(&WorkerId, &[ExpertKey], _)> =
+            announced.iter().map(|(route, told)| (&told.worker, &told.holdings[..], *route)).collect();
+        Fleet::new(epoch, shape, &workers).map_err(|error| LinkError::Placement(error.to_string()))
+    };
+    let mut all: Vec<&Announced> = announced.live.values().collect();
+    let live = fleet(&all)?;
+    let elsewhere = Arc::clone(live.placement());
+    if announced.here.is_none() {
+        return Ok((live, elsewhere));
+    }
+    all.extend(&announced.here);
+    Ok((fleet(&all)?, elsewhere))
+}

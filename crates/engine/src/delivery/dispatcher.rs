@@ -1,0 +1,252 @@
+//! Shards on their way: sending them, and what each worker that got one is thought of.
+//!
+//! Always holds: a shard is accounted for from when it is sent until it is answered, its hop is lost, or nobody waits for it
+//! and it is not late. Knows flights one at a time, and nothing of how outputs are added up.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use muster_placement::hedge::Outcome;
+use muster_types::{LayerId, WorkerId};
+
+use super::conduct::{Doubt, Workers};
+use super::flight::{Failure, Flight, Part, Shard};
+use super::hedges::Hedges;
+use super::observer::{Note, Observer};
+use super::transport::{Fleet, Hop, Route, Transport};
+use crate::batcher::StandIn;
+use crate::dispatch::Ticket;
+
+/// A flight over a transport.
+pub(super) type FlightOver<T> = Flight<<T as Transport>::Load, <T as Transport>::Outputs>;
+
+/// A shard that is out.
+#[derive(Debug)]
+struct Out {
+    /// `None` once nobody waits for it: its answer only shows that its worker answers again.
+    ticket: Option<Ticket>,
+    part: usize,
+    hop: Hop,
+    is_late: bool,
+}
+
+/// See the module.
+pub(super) struct Dispatcher<T, O> {
+    pub(super) transport: T,
+    pub(super) observer: O,
+    pub(super) workers: Workers,
+    hedges: Hedges,
+    out: BTreeMap<u64, Out>,
+    /// The last shard id given out.
+    issued: u64,
+    /// Parts that came to nothing with their hop, and were not told to their flights yet.
+    fallen: Vec<(Ticket, usize, Failure)>,
+}
+
+impl<T: Transport, O: Observer> Dispatcher<T, O> {
+    pub(super) fn new(transport: T, observer: O, fleet: Arc<Fleet>) -> Self {
+        Self {
+            transport,
+            observer,
+            workers: Workers::new(fleet),
+            hedges: Hedges::default(),
+            out: BTreeMap::new(),
+            issued: 0,
+            fallen: Vec::new(),
+        }
+    }
+
+    /// A number for a shard.
+    pub(super) const fn issue(&mut self) -> u64 {
+        self.issued += 1;
+        self.issued
+    }
+
+    /// Sends a part of a flight. What cannot be sent has failed.
+    pub(super) fn send(&mut self, ticket: Ticket, flight: &mut FlightOver<T>, part: usize) {
+        let shard = &flight.parts()[part].shard;
+        let Shard { id, hop, .. } = *shard;
+        match self.transport.send(hop, flight.lane, &shard.outgoing(flight.layer)) {
+            Ok(()) => {
+                self.out.insert(id, Out { ticket: Some(ticket), part, hop, is_late: false });
+            }
+            Err(unsent) => flight.fail(part, Failure::Unsent(unsent)),
+        }
+    }
+
+    /// Waiting for a flight begins, if it has not.
+    pub(super) fn begin(&self, flight: &mut FlightOver<T>, now: Instant) {
+        flight.begin(now, |shard| self.hedges.patience(shard));
+    }
+
+    /// Sends what failed, and what is late, to other owners, as far as there are any.
+    pub(super) fn replace(&mut self, ticket: Ticket, flight: &mut FlightOver<T>, now: Instant) {
+        loop {
+            let parts = flight.to_replace(now);
+            let mut has_sent = false;
+            for number in parts {
+                let is_late = flight.is_waiting(number);
+                if is_late && !self.is_given_up(flight, number) {
+                    continue;
+                }
+                has_sent |= self.stand_in(ticket, flight, number, now);
+            }
+            if !has_sent {
+                return;
+            }
+            self.transport.flush();
+        }
+    }
+
+    /// Takes note that a part is late; whether others are to be asked for it.
+    fn is_given_up(&mut self, flight: &mut FlightOver<T>, number: usize) -> bool {
+        flight.is_late();
+        let Part { shard, deferred, .. } = &flight.parts()[number];
+        if let Some(out) = self.out.get_mut(&shard.id)
+            && !std::mem::replace(&mut out.is_late, true)
+        {
+            self.observer.note(Note::Late { worker: &shard.worker, layer: flight.layer });
+            let doubt = self.workers.late(shard.hop);
+            self.tell(shard.hop, doubt);
+        }
+        // Where everything is late, asking twice makes it later.
+        if !deferred && !self.hedges.afford() {
+            let more = self.hedges.extension(shard);
+            flight.defer(number, more);
+            return false;
+        }
+        true
+    }
+
+    /// Asks others for what is in a part; whether there were any.
+    fn stand_in(&mut self, ticket: Ticket, flight: &mut FlightOver<T>, number: usize, now: Instant) -> bool {
+        let stand_ins = flight.plan_stand_ins(number, &self.workers);
+        if flight.needs(number) {
+            let hop = flight.parts()[number].shard.hop;
+            let doubt = self.workers.needed(hop);
+            self.tell(hop, doubt);
+        }
+        let first = flight.parts().len();
+        let mut shards = Vec::with_capacity(stand_ins.len());
+        for stand_in in stand_ins {
+            let weights = flight.weights_of(number, &stand_in);
+            let StandIn { plan, picked, places } = stand_in;
+            let Some((Route { hop, epoch, .. }, worker)) = self.workers.route(plan.worker) else { continue };
+            let (worker, load) =
+                (worker.clone(), self.transport.pick(&flight.parts()[number].shard.load, &picked));
+            shards.push((Shard { id: self.issue(), hop, epoch, worker, plan, load, weights }, places));
+        }
+        if shards.is_empty() {
+            return false;
+        }
+        let is_hedge = flight.is_waiting(number);
+        self.observer.note(Note::StandIns { shards: shards.len(), is_hedge });
+        flight.replace(number, shards, now, |shard| self.hedges.patience(shard));
+        (first..flight.parts().len()).for_each(|part| self.send(ticket, flight, part));
+        true
+    }
+
+    /// A part's outputs are here.
+    pub(super) fn observe(&mut self, flight: &FlightOver<T>, part: usize, at: Instant) {
+        self.hedges.observe(&flight.parts()[part].shard, flight.waited(part, at));
+    }
+
+    /// Takes note of what came of asking twice.
+    pub(super) fn learn(&mut self, flight: &FlightOver<T>, now: Instant) {
+        for (number, part) in flight.parts().iter().enumerate().filter(|(_, part)| part.hedged) {
+            let outcome = if flight.arrived(number).is_some() {
+                Outcome::Wasted
+            } else {
+                self.hedges.observe(&part.shard, flight.waited(number, now));
+                Outcome::Won
+            };
+            self.hedges.learn(&part.shard, outcome);
+        }
+    }
+
+    /// What a part brought is a lie: nothing else that its worker says is used for a while.
+    pub(super) fn lied(&mut self, flight: &FlightOver<T>, part: usize, reason: &str) {
+        let Shard { worker, hop, .. } = &flight.parts()[part].shard;
+        self.ban(*hop, worker, Some(flight.layer), reason);
+    }
+
+    fn ban(&mut self, hop: Hop, worker: &WorkerId, layer: Option<LayerId>, reason: &str) {
+        // Whoever lied several times at once is found out once.
+        if self.lost(hop, &Failure::Lied(reason.to_owned())) {
+            self.observer.note(Note::Lied { worker, layer, reason });
+            self.transport.ban(hop, reason);
+        }
+    }
+
+    /// A hop is lost, and all that was on it; false when that was known.
+    pub(super) fn lost(&mut self, hop: Hop, failure: &Failure) -> bool {
+        let fallen = &mut self.fallen;
+        self.out.retain(|_, out| {
+            let is_lost = out.hop == hop;
+            if is_lost && let Some(ticket) = out.ticket {
+                fallen.push((ticket, out.part, failure.clone()));
+            }
+            !is_lost
+        });
+        self.workers.lost(hop)
+    }
+
+    /// Parts that fell with their hops since this was last asked.
+    pub(super) fn take_fallen(&mut self) -> Vec<(Ticket, usize, Failure)> {
+        std::mem::take(&mut self.fallen)
+    }
+
+    /// Whether there are any.
+    pub(super) const fn has_fallen(&self) -> bool {
+        !self.fallen.is_empty()
+    }
+
+    /// A shard was answered; the part that it is, if somebody waits for it and what its worker says is believed.
+    pub(super) fn answered<A>(
+        &mut self,
+        id: u64,
+        outcome: &Result<A, muster_types::Fault>,
+    ) -> Option<(Ticket, usize)> {
+        let Some(Out { ticket, part, hop, is_late }) = self.out.remove(&id) else {
+            self.observer.note(Note::TooLate);
+            return None;
+        };
+        if is_late {
+            let doubt = self.workers.answered_late(hop);
+            self.tell(hop, doubt);
+        }
+        if ticket.is_none() {
+            self.observer.note(Note::TooLate);
+        }
+        if let Err(reason) = self.workers.judge(hop, outcome)
+            && let Some(worker) = self.workers.name(hop).cloned()
+        {
+            self.ban(hop, &worker, None, &reason);
+        }
+        ticket.map(|ticket| (ticket, part))
+    }
+
+    /// Nobody waits for a flight's shards any more.
+    pub(super) fn forget(&mut self, flight: &FlightOver<T>) {
+        for id in flight.ids() {
+            match self.out.get_mut(&id) {
+                // Its answer will tell that the worker answers again.
+                Some(out) if out.is_late => out.ticket = None,
+                _ => drop(self.out.remove(&id)),
+            }
+        }
+    }
+
+    pub(super) fn close(&mut self) {
+        self.out.clear();
+        self.fallen.clear();
+        self.transport.close();
+    }
+
+    fn tell(&mut self, hop: Hop, doubt: Option<Doubt>) {
+        if let Some(Doubt { late, in_doubt }) = doubt {
+            self.transport.doubt(hop, late, in_doubt);
+        }
+    }
+}
