@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use muster_placement::WorkerIx;
 use muster_types::{
     Combine, Epoch, ExpertId, Fault, FaultKind, LayerId, Retry, Term, WorkerId, terms_by_row,
 };
@@ -17,7 +18,6 @@ use super::conduct::Workers;
 use super::transport::{Arrived, Hop, Outgoing, Outputs, Unsent};
 use crate::batcher::{Rank, ShardPlan, Slot, StandIn, StandIns, stand_ins};
 use crate::dispatch::{Choices, DispatchError, LayerBatch, Loss};
-use muster_placement::WorkerIx;
 
 /// See the module.
 pub(super) struct Flight<L, O> {
@@ -39,7 +39,7 @@ pub(super) struct Flight<L, O> {
     contradicted: Vec<usize>,
     /// Rows that have no sum.
     lost: BTreeMap<u32, DispatchError>,
-    /// Version of the routes that stand-ins were last looked for in.
+    /// Version of the fleet that stand-ins were last looked for in.
     pub(super) version: u64,
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
