@@ -14,7 +14,7 @@ use muster_engine::reach::{LayerPlace, Reach};
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
 use muster_placement::Placement;
-use muster_types::{DType, Epoch, ExpertId, ExpertKey, Fault, Retry, SeqId, TokenId};
+use muster_types::{DType, Epoch, ExpertId, ExpertKey, Fault, FaultKind, Retry, SeqId, TokenId};
 
 use crate::leader::Leader;
 use crate::toy::Toy;
@@ -43,6 +43,8 @@ pub(crate) struct Router {
     delivery: Delivery<Wire, ToySums, Tally>,
     pub(crate) peers: Vec<Peer>,
     placement: Arc<Placement>,
+    /// How often a worker connected.
+    connections: u64,
     /// A fleet that is being built.
     building: Option<Arc<Fleet>>,
     /// That of the last fleet, built or being built.
@@ -109,6 +111,12 @@ struct Open {
     deadline: Time,
     /// Who was asked for what: worker, row and expert.
     asked: BTreeSet<(usize, u32, ExpertKey)>,
+    /// Workers that had connected, and the fleet, when it was submitted.
+    world: (u64, u64),
+    /// Shards that were sent for it: to whom, and for which rows.
+    shards: BTreeMap<u64, (Hop, BTreeSet<u32>)>,
+    /// Shards whose worker says that nobody can compute any of their pairs.
+    refused: BTreeSet<u64>,
 }
 
 impl Lane {
@@ -170,6 +178,7 @@ impl Router {
             delivery: Delivery::new(contract, fleet, Wire::new(is_partial), ToySums, Tally::default()),
             peers: vec![Peer::default(); workers],
             placement,
+            connections: 0,
             building: None,
             epoch: 0,
             doubts: BTreeMap::new(),
@@ -190,6 +199,7 @@ impl Router {
         let strikes = std::mem::take(&mut peer.strikes);
         *peer = Peer { up: true, session, life, strikes, ..Peer::default() };
         self.delivery.transport_mut().up.insert(worker, session);
+        self.connections += 1;
     }
 
     pub(crate) fn is_at_rest(&self) -> bool {
@@ -401,7 +411,14 @@ impl World {
                         self.timer(number, due, RouterTimer::Silence { hop });
                     }
                 }
-                Told::Ban { hop } => self.ban(number, hop),
+                Told::Ban { hop } => {
+                    self.ban(number, hop);
+                    let wire = self.routers[number].delivery.transport_mut();
+                    if wire.up.get(&hop.link) == Some(&hop.session) {
+                        wire.up.remove(&hop.link);
+                        wire.out.retain(|_, of| *of != hop);
+                    }
+                }
             }
         }
         self.count_notes(number);
@@ -437,6 +454,7 @@ impl World {
             );
         }
         if let Some(open) = self.flight(number, lane) {
+            open.shards.insert(shard.id, (hop, pairs.iter().map(|pair| pair.0).collect()));
             for &(row, key) in pairs {
                 let is_new = open.asked.insert((worker, row, key));
                 assert!(is_new, "every-pair-once: worker {worker} is asked twice for row {row}, {key}");
@@ -452,9 +470,6 @@ impl World {
         if router.delivery.transport().up.get(&worker) == Some(&session) {
             let now = router.delivery.transport().at(self.now);
             router.peers[worker].strikes.strike(now);
-            let wire = router.delivery.transport_mut();
-            wire.up.remove(&worker);
-            wire.out.retain(|_, of| *of != hop);
             router.doubts.remove(&hop);
             self.links[number][worker].up = false;
             self.note("banned", number, worker as u64, session);
@@ -486,7 +501,15 @@ impl World {
         if self.routers[number].delivery.transport_mut().out.remove(&id) != Some(hop) {
             self.counts.refused_replies += 1;
             self.ban(number, hop);
-            return;
+            return self.lost(number, hop, Ended::Lied("it answered what nobody asked".into()));
+        }
+        if matches!(&outcome, Err(fault) if fault.kind == FaultKind::BadRequest) {
+            for lane in 0..2 {
+                let open = self.flight(number, lane).filter(|open| open.shards.contains_key(&id));
+                if let Some(open) = open {
+                    open.refused.insert(id);
+                }
+            }
         }
         let arrived = |outputs| Arrived { outputs, compute: std::time::Duration::ZERO, at };
         self.tell_delivery(number, hop, Tale::Answer { id, outcome: outcome.map(arrived) });
@@ -665,7 +688,9 @@ impl World {
             match router.delivery.submit_at(instant, &batch) {
                 Ok(ticket) => {
                     let deadline = now + EXPERT_TIMEOUT;
-                    lane.flight = Some(Open { ticket, deadline, asked: BTreeSet::new() });
+                    let world = (router.connections, router.delivery.version());
+                    let (asked, shards, refused) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
+                    lane.flight = Some(Open { ticket, deadline, asked, world, shards, refused });
                     self.carry(number);
                     return self.advance(number, at);
                 }
@@ -683,10 +708,25 @@ impl World {
     /// A lane's sums are here, but for the rows that are lost.
     fn collected(&mut self, number: usize, at: usize, sums: &[u64], lost: &[Loss]) {
         let (layers, toy) = (self.spec.toy.layers(), self.spec.toy.clone());
-        let Router { running, placement, delivery, .. } = &mut self.routers[number];
+        let Router { running, placement, delivery, connections, .. } = &mut self.routers[number];
         let Some(running) = running else { return };
         let (step, lane) = (running.number, &mut running.lanes[at]);
-        let Some(Open { asked, .. }) = lane.flight.take() else { return };
+        let Some(Open { asked, world, shards, refused, .. }) = lane.flight.take() else { return };
+        let is_lost = |row: usize| lost.iter().any(|loss| loss.rows.contains(&(row as u32)));
+        let wire = delivery.transport();
+        for (hop, rows) in refused.iter().map(|id| &shards[id]) {
+            let is_contradicted = rows.iter().any(|&row| !is_lost(row as usize));
+            let is_up = wire.up.get(&hop.link) == Some(&hop.session);
+            assert!(!is_contradicted || !is_up, "second-opinion: {hop:?} was contradicted and goes on");
+        }
+        let expired = lost.iter().filter(|loss| matches!(loss.error, DispatchError::Deadline { .. }));
+        for &row in expired.flat_map(|loss| &loss.rows) {
+            let is_out =
+                shards.iter().any(|(id, (_, rows))| rows.contains(&row) && wire.out.contains_key(id));
+            assert!(is_out, "bounded-patience: row {row} was waited for, and nobody was to answer");
+        }
+        // Who came since may have come too late to be asked.
+        let is_as_before = world == (*connections, delivery.version());
         // A claim is the truth when two make it, or when nobody is left who could contradict.
         let is_final = |row: u32, expert: ExpertId| {
             let key = ExpertKey { layer: toy.layer(lane.layer), expert };
@@ -698,14 +738,13 @@ impl World {
             let mut left = owners.map(number).filter(|owner| delivery.transport().up.contains_key(owner));
             asked.len() > 1 || left.all(|owner| asked.contains(&owner))
         };
-        for loss in lost.iter().filter(|loss| loss.error.retry() == Retry::Never) {
+        for loss in lost.iter().filter(|loss| is_as_before && loss.error.retry() == Retry::Never) {
             for &row in &loss.rows {
                 let chosen = toy.choose(lane.layer, lane.rows[row as usize].2);
                 let is_final = chosen.into_iter().any(|expert| is_final(row, expert));
                 assert!(is_final, "second-opinion: {} although others could be asked", loss.error);
             }
         }
-        let is_lost = |row: usize| lost.iter().any(|loss| loss.rows.contains(&(row as u32)));
         for (number, (row, sum)) in lane.rows.iter_mut().zip(sums).enumerate() {
             if !is_lost(number) {
                 let expected = toy.sum(lane.layer, row.2);
