@@ -92,6 +92,7 @@ counts! {
     flights_lost: "flights with rows lost",
     doubts: "workers in doubt",
     given_up: "workers given up for silence",
+    banned_for_faults: "workers banned for nothing but faults",
     believed: "claims that nobody contradicted",
     deadlines: "flights past the deadline",
     parked: "sequences parked",

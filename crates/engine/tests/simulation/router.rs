@@ -427,6 +427,8 @@ impl World {
     fn count_notes(&mut self, number: usize) {
         let Tally { too_late, lied, lost, stand_ins, hedged, expired } =
             std::mem::take(self.routers[number].delivery.observer_mut());
+        let banned = &mut self.routers[number].delivery.transport_mut().banned_for_faults;
+        self.counts.banned_for_faults += std::mem::take(banned);
         self.counts.late_replies += too_late;
         self.counts.refused_replies += lied;
         self.counts.parts_lost += lost;

@@ -46,6 +46,8 @@ pub(crate) struct Wire {
     doubts: BTreeMap<Hop, (usize, bool)>,
     /// Faults of a session since its last outputs.
     faults: BTreeMap<Hop, u32>,
+    /// Bans for faults alone.
+    pub(crate) banned_for_faults: u64,
     /// That of the fleet that was told.
     pub(crate) version: u64,
     is_partial: bool,
@@ -62,6 +64,7 @@ impl Wire {
             lost: BTreeSet::new(),
             doubts: BTreeMap::new(),
             faults: BTreeMap::new(),
+            banned_for_faults: 0,
             version: 0,
             is_partial,
         }
@@ -87,7 +90,8 @@ impl Wire {
     pub(crate) fn check(&self) {
         for (hop, faults) in &self.faults {
             let is_over = self.lost.contains(hop) || self.up.get(&hop.link) != Some(&hop.session);
-            assert!(is_over || *faults < 16, "conduct: {hop:?} gives nothing but faults and is not banned");
+            // Answers that nobody waits for any more are not held against a worker.
+            assert!(is_over || *faults < 40, "conduct: {hop:?} gives nothing but faults and is not banned");
         }
         for (hop, &(late, in_doubt)) in &self.doubts {
             let out = self.out.values().filter(|of| *of == hop).count();
@@ -183,7 +187,12 @@ impl Transport for Wire {
         self.told.push(Told::Doubt { hop, in_doubt });
     }
 
-    fn ban(&mut self, hop: Hop, _: &str) {
+    fn ban(&mut self, hop: Hop, reason: &str) {
+        if reason.contains("errors in a row") {
+            let faults = self.faults.get(&hop).copied().unwrap_or(0);
+            assert!(faults >= 16, "conduct: {hop:?} is banned after {faults} faults");
+            self.banned_for_faults += 1;
+        }
         self.lost.insert(hop);
         self.doubts.remove(&hop);
         self.told.push(Told::Ban { hop });

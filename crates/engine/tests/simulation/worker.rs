@@ -164,15 +164,20 @@ impl World {
             self.counts.served_draining += 1;
         }
         let outputs = ToyRows { rows: outputs(shard), marks: Vec::new(), is_sound: true };
-        let message = if lies { self.lie(shard, outputs) } else { answer(Ok(outputs)) };
+        let message = if lies { self.lie(number, shard, outputs) } else { answer(Ok(outputs)) };
         let life = self.workers[number].process.life;
         let timer = WorkerTimer::Computed { router, session, message };
         self.at(done, Event::WorkerTimer { worker: number, life, timer });
     }
 
     /// What a worker says that lies.
-    fn lie(&mut self, shard: &Shard, mut outputs: ToyRows) -> ToRouter {
+    fn lie(&mut self, number: usize, shard: &Shard, mut outputs: ToyRows) -> ToRouter {
         self.counts.lies += 1;
+        // One time in four it says nothing but that it fails.
+        if self.workers[number].lies_until.is_multiple_of(4) {
+            let fault = Fault::new(FaultKind::Internal, "as a lie");
+            return ToRouter::Answer { id: shard.id, outcome: Err(fault) };
+        }
         let (mut id, kind) = (shard.id, self.rng.below(6));
         match kind {
             0 => outputs.rows.truncate(outputs.rows.len() - 1),
