@@ -8,7 +8,7 @@
 use std::cmp::Reverse;
 
 use muster_placement::{Placement, WorkerIx};
-use muster_types::{ExpertId, ExpertKey, LayerId};
+use muster_types::{Combine, ExpertId, ExpertKey, LayerId};
 
 use crate::dispatch::{Choices, DispatchError};
 use crate::spread::{Part, spread};
@@ -27,6 +27,17 @@ pub struct ShardPlan {
     /// Positions in `rows`, expert after expert, strictly ascending within an expert. The reply has one output
     /// row for each, in this order.
     pub indices: Vec<u32>,
+}
+
+impl ShardPlan {
+    /// Rows of its reply.
+    #[must_use]
+    pub const fn answers(&self, combine: Combine) -> usize {
+        match combine {
+            Combine::Exact => self.indices.len(),
+            Combine::Partial => self.rows.len(),
+        }
+    }
 }
 
 /// Where an output row comes back.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use muster_engine::batcher::ShardPlan;
 use muster_engine::delivery::{
     Closed, Event, Hop, Outgoing, Outputs, Sums, Transport, Unsent, Unsound, Wanted,
 };
@@ -60,14 +59,6 @@ impl Carrier {
     pub fn stats(&self) -> StatsHandle {
         StatsHandle(Arc::clone(&self.samples))
     }
-
-    /// Output rows that a shard brings.
-    fn answers(&self, plan: &ShardPlan) -> usize {
-        match self.combine {
-            Combine::Exact => plan.indices.len(),
-            Combine::Partial => plan.rows.len(),
-        }
-    }
 }
 
 impl Transport for Carrier {
@@ -111,7 +102,7 @@ impl Transport for Carrier {
             weights: weights.to_vec(),
         };
         self.links.send(hop, lane, request)?;
-        let rows = plan.rows.len().max(self.answers(plan));
+        let rows = plan.rows.len().max(plan.answers(self.combine));
         self.largest = self.largest.max(rows.saturating_mul(self.hidden * self.wire.size()));
         Ok(())
     }

@@ -419,7 +419,7 @@ impl<L, O: Outputs> Flight<L, O> {
 
     /// Output rows that a part must bring.
     pub(super) fn answers(&self, part: usize) -> usize {
-        answers(&self.parts[part].shard.plan, self.combine)
+        self.parts[part].shard.plan.answers(self.combine)
     }
 
     /// Parts that owe what others should be asked for now: those that gave too little, and those that are late.
@@ -683,14 +683,6 @@ fn by_row(plan: &ShardPlan, pairs: &[usize]) -> Vec<Vec<usize>> {
         rows[index as usize].push(pair);
     }
     rows
-}
-
-/// Output rows that a shard brings.
-pub(super) fn answers(plan: &ShardPlan, combine: Combine) -> usize {
-    match combine {
-        Combine::Exact => plan.indices.len(),
-        Combine::Partial => plan.rows.len(),
-    }
 }
 
 /// The weights of each shard's outputs.

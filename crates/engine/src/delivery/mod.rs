@@ -153,12 +153,12 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         let rank = |worker| workers.rank(worker);
         let BatchPlan { shards: plans, slots } =
             group(batch.layer, batch.choices, workers.placement(), &rank)?;
-        let mut weights = match self.contract.combine {
+        let weights = match self.contract.combine {
             Combine::Exact => vec![Vec::new(); plans.len()],
             Combine::Partial => flight::weights(batch.choices, &plans, &slots),
         };
         let mut shards = Vec::with_capacity(plans.len());
-        for (plan, weights) in plans.into_iter().zip(weights.drain(..)) {
+        for (plan, weights) in plans.into_iter().zip(weights) {
             let Some((Route { hop, epoch, .. }, worker)) = self.dispatcher.workers.route(plan.worker) else {
                 return Err(DispatchError::Invalid("a plan names no worker of the placement".into()));
             };
@@ -281,17 +281,21 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
     pub fn catch_up(&mut self) {
         let mut events = std::mem::take(&mut self.events);
         self.dispatcher.transport.poll(&mut events);
-        events.drain(..).for_each(|event| self.take(event));
-        self.events = events;
+        self.take_all(events);
     }
 
     /// Waits, and takes in what came.
     fn wait(&mut self, wanted: &Wanted) -> Result<(), Closed> {
         let mut events = std::mem::take(&mut self.events);
         let waited = self.dispatcher.transport.wait(wanted, &mut events);
+        self.take_all(events);
+        waited
+    }
+
+    /// Takes events in, and keeps their memory.
+    fn take_all(&mut self, mut events: Vec<Event<T::Outputs>>) {
         events.drain(..).for_each(|event| self.take(event));
         self.events = events;
-        waited
     }
 
     fn bring_home(
