@@ -116,7 +116,7 @@ async fn collect(body: Body, limit: usize, large: &Large) -> Result<JsonBody, Ap
             return Err(too_large(limit));
         }
         if let Some(place) = &mut place {
-            place.advance(chunk.len());
+            place.pace(chunk.len()).await;
         } else if bytes.len() + chunk.len() > SMALL {
             let refused = || ApiError::busy("too many large requests are under way; try again in a moment");
             place = Some(large.take().ok_or_else(refused)?);

@@ -3,7 +3,7 @@
 //! A body that is being received makes a step with every [`STEP`] bytes. Where places are short, the one whose last step
 //! is longest ago gives way; without a step for [`SLOWEST`] a body is given up in any case. So a peer that promises much
 //! and stalls keeps nobody out, and one that wants to has to send as much as all others. A body that is complete keeps its
-//! place until it is dropped.
+//! place until it is dropped. All of them together are read at [`PACE`], so that they leave the machine to others.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,6 +18,12 @@ pub(super) const PLACES: usize = 32;
 const STEP: usize = 16 << 10;
 /// A body that made a step since then goes on, whoever else waits: the gaps of a long way.
 const GOES_ON: Duration = Duration::from_millis(100);
+/// Bytes that are read of large bodies in a second.
+const PACE: usize = 16 << 20;
+/// Those of half a second are read at once: a body of the usual limit alone is not held up.
+const BURST: Duration = Duration::from_millis(500);
+/// Shorter waits are put off: timers are no finer.
+const TICK: Duration = Duration::from_millis(5);
 /// The longest that one step may take.
 const SLOWEST: Duration = Duration::from_secs(5);
 
@@ -30,10 +36,12 @@ struct Places {
     taken: BTreeMap<u64, Taken>,
     /// How often one was taken.
     count: u64,
+    /// When what came so far has had its time.
+    paced: Option<Instant>,
 }
 
 struct Taken {
-    /// When the last step was made; `None` of a body that is complete.
+    /// When the last step was made; `None` of a body that is complete or waits for its turn.
     stepped: Option<Instant>,
     gives_way: CancellationToken,
 }
@@ -63,6 +71,16 @@ impl Large {
     fn places(&self) -> MutexGuard<'_, Places> {
         // Nothing panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When more may be read, now that so many bytes came.
+    fn turn(&self, now: Instant, bytes: usize) -> Instant {
+        let mut places = self.places();
+        let earliest = now.checked_sub(BURST).unwrap_or(now);
+        let since = places.paced.map_or(earliest, |paced| paced.max(earliest));
+        let turn = since + Duration::from_secs_f64(bytes as f64 / PACE as f64);
+        places.paced = Some(turn);
+        turn
     }
 
     /// A place for a body of which more has come than goes without one; `None` when all others go on.
@@ -98,8 +116,20 @@ impl Place {
         Err(lost)
     }
 
-    /// So many bytes came.
-    pub(super) fn advance(&mut self, bytes: usize) {
+    /// So many bytes came; waits until more may.
+    pub(super) async fn pace(&mut self, bytes: usize) {
+        let now = Instant::now();
+        let turn = self.all.turn(now, bytes);
+        if turn > now + TICK {
+            self.mark(None);
+            tokio::time::sleep_until(turn).await;
+            self.stepped = Instant::now();
+            self.mark(Some(self.stepped));
+        }
+        self.advance(bytes);
+    }
+
+    fn advance(&mut self, bytes: usize) {
         self.since += bytes;
         if self.since >= STEP {
             (self.stepped, self.since) = (Instant::now(), 0);
@@ -172,6 +202,37 @@ mod tests {
         assert!(large.take().is_none());
         drop(places);
         assert!(large.take().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn all_together_have_a_pace_and_one_alone_is_not_held_up() {
+        let large = Large::default();
+        advance(BURST).await;
+        let began = Instant::now();
+        let mut alone = large.take().unwrap();
+        for _ in 0..(PACE / 2 / STEP) {
+            alone.pace(STEP).await;
+        }
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        drop(alone);
+        let bytes = 4 * PACE;
+        let read = (0..PLACES).map(|_| {
+            let mut place = large.take().unwrap();
+            async move {
+                for _ in 0..bytes / PLACES / STEP {
+                    place.pace(STEP).await;
+                }
+                assert_eq!(place.keep(ready(1)).await, Ok(1), "who waits for its turn does not stall");
+            }
+        });
+        let reading: Vec<_> = read.map(tokio::spawn).collect();
+        tokio::time::sleep(2 * GOES_ON).await;
+        assert!(large.take().is_none(), "and gives way to nobody");
+        for reading in reading {
+            reading.await.unwrap();
+        }
+        let took = began.elapsed();
+        assert!(took.abs_diff(Duration::from_secs(4)) < Duration::from_millis(100), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
