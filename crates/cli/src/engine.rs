@@ -12,7 +12,7 @@ use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::local;
-use muster_model::trunk::Trunk;
+use muster_model::trunk::{CpuDevice, Trunk};
 use muster_router::health::Health;
 use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
@@ -43,7 +43,6 @@ pub(crate) enum Experts {
 /// A loaded trunk and the way to its experts.
 pub(crate) struct Loaded {
     pub(crate) checkpoint: Arc<Checkpoint>,
-    pub(crate) cpu: Arc<Cpu>,
     pub(crate) trunk: Arc<Trunk>,
     pub(crate) dispatch: Box<dyn ExpertDispatch>,
     dtype: WeightDType,
@@ -90,7 +89,8 @@ pub(crate) fn load(
 ) -> Result<Loaded, Failure> {
     let Mode { compute, experts: dtype, trunk } = mode;
     let cpu = Arc::new(Cpu::new(threads).map_err(Failure::runtime)?);
-    let trunk = Trunk::load(&checkpoint, compute, trunk, &mut |p| bar.update(p)).map_err(Failure::input)?;
+    let device = CpuDevice::new(Arc::clone(&cpu), compute);
+    let trunk = Trunk::load(&device, &checkpoint, trunk, &mut |p| bar.update(p)).map_err(Failure::input)?;
     let trunk = Arc::new(trunk);
     match experts {
         Experts::Here => {
@@ -103,7 +103,6 @@ pub(crate) fn load(
             let health: HealthProbe = Arc::new(|| Health::Ready);
             Ok(Loaded {
                 checkpoint,
-                cpu,
                 trunk,
                 dispatch,
                 dtype,
@@ -122,7 +121,6 @@ pub(crate) fn load(
             let health: HealthProbe = Arc::new(|| Health::Ready);
             Ok(Loaded {
                 checkpoint,
-                cpu,
                 trunk,
                 dispatch: Box::new(dispatch),
                 dtype,
@@ -175,11 +173,10 @@ impl Loaded {
         defaults: ModelDefaults,
     ) -> Result<(Service, EngineHandle), Failure> {
         let defaults = defaults.of(&self.checkpoint).map_err(Failure::input)?;
-        let Self { checkpoint, cpu, trunk, dispatch, dtype: experts, health, workers, combine, .. } = self;
+        let Self { checkpoint, trunk, dispatch, dtype: experts, health, workers, combine, .. } = self;
         start(Parts {
             checkpoint,
             trunk,
-            cpu,
             dispatch,
             experts,
             health,

@@ -4,6 +4,8 @@ use muster_checkpoint::CheckpointError;
 use muster_kernels::KernelError;
 use muster_types::ExpertKey;
 
+use crate::trunk::device::DeviceError;
+
 /// A model that could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
@@ -21,6 +23,9 @@ pub enum ModelError {
     /// Memory or threads were not to be had.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The device has no room.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The reference implementation failed inside candle.
     #[error("reference computation: {0}")]
     Reference(#[from] candle_core::Error),

@@ -5,11 +5,14 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use muster_engine::dispatch::ExpertDispatch;
-use muster_kernels::{BLOCK_TOKENS, Cpu};
+use muster_kernels::BLOCK_TOKENS;
 use muster_types::TokenId;
 
-use crate::trunk::{GateView, SeqInput, StepContext, StepError, StepState, Trunk, View, WantLogits};
-use crate::{ModelError, reference::LayerChoices};
+use crate::ModelError;
+use crate::reference::LayerChoices;
+use crate::step::{SeqInput, StepError, WantLogits};
+use crate::trunk::device::Device;
+use crate::trunk::{GateView, StepContext, StepState, Trunk, View};
 
 /// What came out.
 pub struct Evaluation {
@@ -36,9 +39,8 @@ pub enum EvaluateError {
 ///
 /// # Errors
 /// When `tokens` is empty, names a token the model lacks or is longer than its context; or a step fails.
-pub fn evaluate(
-    trunk: &Trunk,
-    cpu: &Cpu,
+pub fn evaluate<D: Device>(
+    trunk: &Trunk<D>,
     dispatch: &mut dyn ExpertDispatch,
     tokens: &[u32],
     chunk: NonZeroUsize,
@@ -48,7 +50,7 @@ pub fn evaluate(
     let blocks = tokens.len().div_ceil(BLOCK_TOKENS) * trunk.kv_groups().reaches().len();
     let mut kv = trunk.new_kv(blocks).map_err(ModelError::from)?;
     let table: Vec<u32> = (0..).take(blocks).collect();
-    let mut state = StepState::default();
+    let mut state = StepState::<D>::default();
     let mut out =
         Evaluation { logits: Vec::new(), choices: Vec::new(), hidden: vec![Vec::new(); spec.layers.len()] };
     for (index, part) in tokens.chunks(chunk.get()).enumerate() {
@@ -62,7 +64,6 @@ pub fn evaluate(
             View::Hidden { layer, rows } => hidden[layer.index()].extend_from_slice(rows),
         };
         let mut ctx = StepContext {
-            cpu,
             kv: &mut kv,
             dispatch,
             timeout: Duration::from_secs(60),

@@ -17,6 +17,7 @@ mod kv;
 pub mod local;
 pub mod reference;
 pub mod sampler;
+pub mod step;
 pub mod trunk;
 mod weights;
 

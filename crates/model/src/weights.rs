@@ -46,12 +46,8 @@ impl<'a> Loader<'a> {
         Ok(weight)
     }
 
-    /// A matrix `[out, in]`. In bf16 an f32 checkpoint is rounded, as any bf16 engine would.
-    pub(crate) fn matrix(&mut self, role: Role) -> Result<Matrix, ModelError> {
-        self.matrix_as(role, WeightDType::Native)
-    }
-
-    /// A matrix held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute mode.
+    /// A matrix `[out, in]`, held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute
+    /// mode. In bf16 an f32 checkpoint is rounded, as any bf16 engine would.
     pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
         let form = self.form(role);
         self.packed_as(role, packing(form, self.compute, dtype))

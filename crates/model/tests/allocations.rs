@@ -18,7 +18,8 @@ use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::{Local, local};
 use muster_model::sampler::{History, Pick, RawSampling, SampleScratch, Sampling, sample};
-use muster_model::trunk::{SeqInput, StepContext, StepState, Trunk, WantLogits};
+use muster_model::step::{SeqInput, WantLogits};
+use muster_model::trunk::{CpuDevice, StepContext, StepState, Trunk};
 use muster_types::{Compute, TokenId};
 
 thread_local! {
@@ -108,14 +109,15 @@ fn steps_after_the_first_allocate_nothing() {
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden").join(family);
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
         let compute = Compute::Bf16;
+        let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
+        let device = CpuDevice::new(Arc::clone(&cpu), compute);
         let trunk =
-            Trunk::load(&checkpoint, compute, muster_types::WeightDType::Native, &mut |_| {}).unwrap();
+            Trunk::load(&device, &checkpoint, muster_types::WeightDType::Native, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(
             ExpertSet::load(&checkpoint, &keys, compute, muster_types::WeightDType::Native, &mut |_| {})
                 .unwrap(),
         );
-        let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let mut dispatch = Apart(local(Arc::clone(&cpu), &experts).unwrap());
         let vocab = checkpoint.spec().vocab;
         let tokens: Vec<TokenId> = TokenId::all(vocab).take(20).collect();
@@ -135,7 +137,6 @@ fn steps_after_the_first_allocate_nothing() {
                 logits: WantLogits::Last,
             };
             let mut ctx = StepContext {
-                cpu: &cpu,
                 kv: &mut kv,
                 dispatch: &mut dispatch,
                 timeout: Duration::from_secs(60),

@@ -2,19 +2,22 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 
 use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::{Checkpoint, Outline, Preset, Source, Survey};
-use muster_kernels::BLOCK_TOKENS;
+use muster_kernels::{BLOCK_TOKENS, Cpu};
 use muster_model::experts::{ExpertForm, ExpertSet};
 use muster_model::footprint::Footprint;
-use muster_model::trunk::Trunk;
+use muster_model::trunk::{CpuDevice, Trunk};
 use muster_types::{Compute, DType, ExpertId, ExpertKey, LayerId, WeightDType};
 
 #[test]
 fn computed_sizes_are_those_of_loaded_models() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
     let goldens = std::fs::read_dir(root.join("tests/fixtures/golden")).unwrap();
     for path in goldens.map(|entry| entry.unwrap().path()).chain([root.join("models/demo")]) {
         let (model, source) = (path.display(), Source::Directory(path.clone()));
@@ -23,7 +26,9 @@ fn computed_sizes_are_those_of_loaded_models() {
         for compute in [Compute::F32, Compute::Bf16] {
             for dtype in WeightDType::ALL {
                 let footprint = Footprint::of(&outline, compute, dtype, dtype).unwrap();
-                let trunk = Trunk::load(&checkpoint, compute, dtype, &mut |_| {}).unwrap();
+                let trunk =
+                    Trunk::load(&CpuDevice::new(Arc::clone(&cpu), compute), &checkpoint, dtype, &mut |_| {})
+                        .unwrap();
                 assert_eq!(footprint.trunk_bytes, trunk.bytes(), "{model} {compute} {dtype}");
                 // Of every group of layers.
                 let blocks = 3;

@@ -14,7 +14,7 @@ use muster_model::evaluate::{Evaluation, evaluate};
 use muster_model::experts::ExpertSet;
 use muster_model::local::local;
 use muster_model::reference::{LayerChoices, Reference};
-use muster_model::trunk::Trunk;
+use muster_model::trunk::{CpuDevice, Trunk};
 use muster_types::Compute;
 use muster_types::WeightDType::{self, Native, Q4, Q8};
 use safetensors::SafeTensors;
@@ -40,17 +40,18 @@ impl Model {
         threads: usize,
     ) -> Self {
         let checkpoint = Checkpoint::open(&Source::Directory(directory.to_owned())).unwrap();
-        let trunk = Trunk::load(&checkpoint, compute, trunk, &mut |_| {}).unwrap();
+        let cpu = Arc::new(Cpu::with_isa(NonZeroUsize::new(threads).unwrap(), isa).unwrap());
+        let device = CpuDevice::new(Arc::clone(&cpu), compute);
+        let trunk = Trunk::load(&device, &checkpoint, trunk, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, experts, &mut |_| {}).unwrap());
-        let cpu = Arc::new(Cpu::with_isa(NonZeroUsize::new(threads).unwrap(), isa).unwrap());
         Self { checkpoint, trunk, experts, cpu }
     }
 
     fn evaluate(&self, tokens: &[u32], chunk: usize) -> Evaluation {
         let mut local = local(Arc::clone(&self.cpu), &self.experts).unwrap();
         let chunk = NonZeroUsize::new(chunk).unwrap();
-        evaluate(&self.trunk, &self.cpu, &mut local, tokens, chunk).unwrap()
+        evaluate(&self.trunk, &mut local, tokens, chunk).unwrap()
     }
 
     fn greedy(&self, prompt: &[u32], count: usize) -> Vec<u32> {

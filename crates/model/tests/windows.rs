@@ -38,7 +38,7 @@ fn windowed(test: &str, window: u32) -> PathBuf {
 fn evaluated(model: &Model, tokens: &[u32], chunk: usize) -> Vec<f32> {
     let mut local = local(Arc::clone(&model.cpu), &model.experts).unwrap();
     let chunk = NonZeroUsize::new(chunk).unwrap();
-    evaluate(&model.trunk, &model.cpu, &mut local, tokens, chunk).unwrap().logits
+    evaluate(&model.trunk, &mut local, tokens, chunk).unwrap().logits
 }
 
 fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {

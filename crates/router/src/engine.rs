@@ -1,6 +1,6 @@
 //! The engine thread: schedule, compute, emit, over and over.
 //!
-//! It owns scheduler, trunk, KV cache and dispatch, so none of them is shared. Requests come through one bounded
+//! It owns scheduler, model with KV cache, and dispatch, so none of them is shared. Requests come through one bounded
 //! channel; events leave through one bounded channel per request, sized so that sending never waits. A request
 //! whose reader is gone is dropped before the next step.
 
@@ -13,9 +13,8 @@ use metrics::{counter, gauge, histogram};
 use muster_engine::dispatch::{DispatchError, ExpertDispatch};
 use muster_engine::microbatch;
 use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Step, StepItem};
-use muster_kernels::{Cpu, KvCache};
-use muster_model::sampler::{self, History, Pick, Sampler, Sampling};
-use muster_model::trunk::{SeqInput, StepContext, StepError, StepState, Trunk, WantLogits};
+use muster_model::sampler::{self, History, Sampling};
+use muster_model::step::{Draw, SeqInput, StepError, StepModel, WantLogits};
 use muster_text::Tokenizer;
 use muster_types::{Retry, SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
@@ -76,9 +75,7 @@ pub(crate) struct NewChoice {
 /// What the engine thread works with.
 pub(crate) struct Engine {
     pub(crate) scheduler: Scheduler,
-    pub(crate) trunk: Arc<Trunk>,
-    pub(crate) cpu: Arc<Cpu>,
-    pub(crate) kv: KvCache,
+    pub(crate) model: Box<dyn StepModel>,
     pub(crate) dispatch: Box<dyn ExpertDispatch>,
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) expert_timeout: Duration,
@@ -133,8 +130,6 @@ impl Engine {
     /// Runs until all senders are gone and all sequences have ended, or `abort` is set.
     pub(crate) fn run(mut self) {
         let mut table = Table::default();
-        let mut state = StepState::default();
-        let sampler = Sampler::default();
         let (mut pace, mut lane_choice, mut turns) =
             (Pace::default(), LaneChoice::default(), Turns::default());
         while self.receive(&mut table) {
@@ -153,8 +148,8 @@ impl Engine {
                 let rows = step.tokens();
                 let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
                 let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
-                let split = self.compute(&step, lanes, &mut state);
-                let whole = self.emit(&step, &split, &state, started, &mut table, &sampler);
+                let split = self.compute(&step, lanes);
+                let whole = self.emit(&step, &split, started, &mut table);
                 let took = started.elapsed();
                 // What a step took that did not come to its end says nothing.
                 if whole && splits {
@@ -252,7 +247,7 @@ impl Engine {
     }
 
     /// Runs the step; the result says which items went in which lane.
-    fn compute(&mut self, step: &Step, lanes: Lanes, state: &mut StepState) -> [Vec<usize>; 2] {
+    fn compute(&mut self, step: &Step, lanes: Lanes) -> [Vec<usize>; 2] {
         let lanes = match lanes {
             Lanes::One => [(0..step.items.len()).collect(), Vec::new()],
             Lanes::Two => microbatch::split(step),
@@ -268,35 +263,21 @@ impl Engine {
                 })
                 .collect()
         });
-        let mut ctx = StepContext {
-            cpu: &self.cpu,
-            kv: &mut self.kv,
-            dispatch: &mut *self.dispatch,
-            timeout: self.expert_timeout,
-            observe: None,
-        };
-        self.trunk.forward(&mut ctx, [&inputs[0], &inputs[1]], state);
+        self.model.step([&inputs[0], &inputs[1]], &mut *self.dispatch, self.expert_timeout);
         lanes
     }
 
-    fn emit(
-        &mut self,
-        step: &Step,
-        lanes: &[Vec<usize>; 2],
-        state: &StepState,
-        started: Instant,
-        table: &mut Table,
-        sampler: &Sampler,
-    ) -> bool {
+    /// Gives clients what the step brought. False when it did not come to its end for every sequence.
+    fn emit(&mut self, step: &Step, lanes: &[Vec<usize>; 2], started: Instant, table: &mut Table) -> bool {
         let mut whole = true;
-        let vocab = self.trunk.spec().vocab as usize;
         let mut sampled = Vec::with_capacity(step.items.len());
         for (lane, items) in lanes.iter().enumerate() {
             for (place, &item) in items.iter().enumerate() {
                 let item = &step.items[item];
-                match state.logits(lane, place, vocab) {
-                    Ok(logits) if item.sample => sampled.push((item.seq, logits)),
-                    Ok(_) => {
+                let outcome = self.model.logits(lane, place).map(|_| ());
+                match outcome {
+                    Ok(()) if item.sample => sampled.push((item.seq, lane, place)),
+                    Ok(()) => {
                         if let Some(active) = table.active.get_mut(&item.seq) {
                             active.stalled = None;
                         }
@@ -309,12 +290,21 @@ impl Engine {
             }
         }
         // Those are gone of whose request another choice failed in this very step.
-        sampled.retain(|(seq, _)| table.active.contains_key(seq));
-        let picks: Vec<Pick<'_>> =
-            sampled.iter().filter_map(|&(seq, logits)| Some(table.active.get(&seq)?.pick(logits))).collect();
-        let tokens = sampler.sample(&self.cpu, &picks);
-        for ((seq, logits), token) in sampled.into_iter().zip(tokens) {
-            self.advance(seq, token, logits, table);
+        sampled.retain(|(seq, ..)| table.active.contains_key(seq));
+        let draw = |&(seq, lane, place)| Some(table.active.get(&seq)?.draw(lane, place));
+        let draws: Vec<Draw<'_>> = sampled.iter().filter_map(draw).collect();
+        let tokens = self.model.sample(&draws);
+        drop(draws);
+        match tokens {
+            Ok(tokens) => {
+                for ((seq, lane, place), token) in sampled.into_iter().zip(tokens) {
+                    self.advance(seq, token, (lane, place), table);
+                }
+            }
+            Err(error) => {
+                whole = false;
+                sampled.iter().for_each(|(seq, ..)| self.fail(*seq, &error, table));
+            }
         }
         whole
     }
@@ -351,8 +341,9 @@ impl Engine {
     }
 
     /// Takes a sampled token, tells the client, and ends the sequence where it ends.
-    fn advance(&mut self, id: SeqId, token: TokenId, logits: &[f32], table: &mut Table) {
+    fn advance(&mut self, id: SeqId, token: TokenId, (lane, place): (usize, usize), table: &mut Table) {
         let Some(active) = table.active.get_mut(&id) else { return };
+        let Ok(logits) = self.model.logits(lane, place) else { return };
         active.observe_latency();
         active.stalled = None;
         counter!("muster_tokens_generated_total").increment(1);
@@ -383,6 +374,7 @@ impl Engine {
         let error = match error {
             StepError::Dispatch(error) => RequestError::from_dispatch(error),
             StepError::Gate { .. } | StepError::Hidden { .. } | StepError::Logits => RequestError::NonFinite,
+            StepError::Device(_) => RequestError::Internal,
         };
         let _ = active.events.try_send(Err(error));
         let request = active.request;
@@ -434,10 +426,10 @@ impl Active {
         }
     }
 
-    /// The next token, to be picked from these logits.
-    fn pick<'a>(&'a self, logits: &'a [f32]) -> Pick<'a> {
+    /// How its next token is picked.
+    fn draw(&self, lane: usize, sequence: usize) -> Draw<'_> {
         let position = self.prompt_tokens + self.generated;
-        Pick { sampling: &self.sampling, logits, history: &self.history, position }
+        Draw { lane, sequence, sampling: &self.sampling, history: &self.history, position }
     }
 
     fn observe_latency(&mut self) {
@@ -502,7 +494,7 @@ fn refusal(error: &AdmitError) -> RequestError {
 
 #[cfg(test)]
 mod tests {
-    use muster_model::sampler::RawSampling;
+    use muster_model::sampler::{Pick, RawSampling};
 
     use super::*;
 
@@ -546,7 +538,9 @@ mod tests {
         // 5 was chosen twice and loses 3, 3 was chosen once and loses 2; 1 stood in the prompt and loses nothing.
         let logits = [0.0, 6.5, 0.0, 8.0, 0.0, 9.0, 0.0, 0.0];
         for active in [&resumed, &undisturbed] {
-            let next = sampler::sample(&active.pick(&logits), &mut sampler::SampleScratch::default());
+            let Draw { sampling, history, position, .. } = active.draw(0, 0);
+            let pick = Pick { sampling, logits: &logits, history, position };
+            let next = sampler::sample(&pick, &mut sampler::SampleScratch::default());
             assert_eq!(next, token(1));
         }
     }

@@ -18,7 +18,7 @@ use muster_dispatch_grpc::{
 use muster_identity::{Access, Clients, Identity, IdentityError, Role};
 use muster_kernels::{Cpu, KernelError};
 use muster_model::experts::faster_mode;
-use muster_model::trunk::Trunk;
+use muster_model::trunk::{CpuDevice, Trunk};
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::{Shape, SizesError};
 use muster_proto::card::ModelCard;
@@ -469,7 +469,12 @@ fn assemble(
             digests: digests.clone(),
         }),
     };
-    let trunk = Arc::new(Trunk::load(&checkpoint, compute, config.trunk, &mut progress)?);
+    let trunk = Arc::new(Trunk::load(
+        &CpuDevice::new(Arc::clone(&cpu), compute),
+        &checkpoint,
+        config.trunk,
+        &mut progress,
+    )?);
     let is_alone = config.workers.is_empty();
     if !is_alone {
         // They are waited for, which is of no use before they can be connected.
@@ -537,7 +542,6 @@ fn assemble(
     let parts = Parts {
         checkpoint,
         trunk,
-        cpu,
         dispatch: Box::new(dispatch),
         experts: config.experts,
         health: Arc::new(move || probe.health()),

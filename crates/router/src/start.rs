@@ -15,11 +15,12 @@ use muster_engine::dispatch::ExpertDispatch;
 use muster_engine::reach::{Reach, longest, most_held};
 pub use muster_engine::scheduler::PrefixCache;
 use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
-use muster_kernels::{BLOCK_TOKENS, Cpu, KernelError, KvCache};
+use muster_kernels::{BLOCK_TOKENS, KvCache};
 use muster_model::defaults::{DefaultsError, SamplingDefaults, Wanted};
 use muster_model::experts::precision;
 use muster_model::footprint::Footprint;
-use muster_model::trunk::Trunk;
+use muster_model::trunk::device::DeviceError;
+use muster_model::trunk::{Stepper, Trunk};
 use muster_text::Tokenizer;
 use muster_types::{Combine, Compute, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
@@ -41,8 +42,6 @@ pub struct Parts {
     pub checkpoint: Arc<Checkpoint>,
     /// Its loaded trunk.
     pub trunk: Arc<Trunk>,
-    /// Where the trunk computes.
-    pub cpu: Arc<Cpu>,
     /// The way to the experts.
     pub dispatch: Box<dyn ExpertDispatch>,
     /// How they are held.
@@ -140,7 +139,7 @@ pub enum StartError {
     Tokenizer(#[from] TokenizerError),
     /// The KV cache.
     #[error("kv cache: {0}")]
-    Kv(#[from] KernelError),
+    Kv(#[from] DeviceError),
     /// A KV budget too small for the blocks of a few tokens.
     #[error(
         "the KV budget of {budget} bytes holds no block; {BLOCK_TOKENS} tokens take {block} bytes in all layers: give that \
@@ -199,7 +198,6 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     let Parts {
         checkpoint,
         trunk,
-        cpu,
         dispatch,
         experts,
         health,
@@ -222,8 +220,8 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         },
     }
     let (blocks, context) = kv_size(&trunk, &settings)?;
-    let kv = trunk.new_kv(blocks as usize)?;
-    tracing::info!(blocks, bytes = kv.bytes(), context, "kv cache");
+    tracing::info!(blocks, bytes = u64::from(blocks) * block_bytes(&trunk), context, "kv cache");
+    let model = Stepper::new(Arc::clone(&trunk), blocks as usize, Arc::clone(trunk.device().cpu()))?;
     let limits = settings.limits;
     let most_waiting = limits.queue.saturating_add(limits.running);
     let scheduler = Scheduler::new(SchedulerConfig {
@@ -238,7 +236,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         prefill_chunk: settings.prefill_chunk,
         prefix_cache: settings.prefix_cache,
     })?;
-    let model = ModelInfo {
+    let info = ModelInfo {
         defaults,
         ..describe(&checkpoint, &trunk, tokenizer.as_ref(), model_name, experts, workers, combine, context)
     };
@@ -250,9 +248,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     let abort = Arc::new(AtomicBool::new(false));
     let engine = Engine {
         scheduler,
-        trunk,
-        cpu,
-        kv,
+        model: Box::new(model),
         dispatch,
         tokenizer: tokenizer.clone(),
         expert_timeout: settings.expert_timeout,
@@ -270,8 +266,8 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
             engine.run();
         })
         .map_err(StartError::Thread)?;
-    let prompts = Prompts::new(&model, limits, tokenizer, settings.template_variables);
-    let service = Service::new(model, limits, prompts, eos, health, Way { commands: sender, queue, text });
+    let prompts = Prompts::new(&info, limits, tokenizer, settings.template_variables);
+    let service = Service::new(info, limits, prompts, eos, health, Way { commands: sender, queue, text });
     Ok((service, EngineHandle { ended, abort }))
 }
 
@@ -298,8 +294,11 @@ const BLOCK: NonZeroU32 = match NonZeroU32::new(BLOCK_TOKENS as u32) {
 
 /// Blocks to allocate and the longest sequence they allow.
 fn kv_size(trunk: &Trunk, settings: &EngineSettings) -> Result<(u32, u32), StartError> {
-    let block = KvCache::bytes_per_block(trunk.kv_shape(), precision(trunk.compute())) as u64;
-    fit(trunk.kv_groups().reaches(), trunk.spec().context, block, settings)
+    fit(trunk.kv_groups().reaches(), trunk.spec().context, block_bytes(trunk), settings)
+}
+
+fn block_bytes(trunk: &Trunk) -> u64 {
+    KvCache::bytes_per_block(trunk.kv_shape(), precision(trunk.compute())) as u64
 }
 
 /// The same, for groups of layers that see so much, in blocks of so many bytes.

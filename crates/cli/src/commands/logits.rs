@@ -85,7 +85,7 @@ async fn compute_with(
     let chunk = args.chunk;
     blocking(move || {
         let mut loaded = engine::load(checkpoint, mode, threads, experts, &bar)?;
-        let outcome = evaluate(&loaded.trunk, &loaded.cpu, loaded.dispatch.as_mut(), &tokens, chunk);
+        let outcome = evaluate(&loaded.trunk, loaded.dispatch.as_mut(), &tokens, chunk);
         loaded.dispatch.close();
         let outcome = outcome.map_err(failure)?;
         Ok(Outcome { logits: outcome.logits, choices: outcome.choices })

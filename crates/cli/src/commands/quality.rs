@@ -161,8 +161,7 @@ fn logits(
     let mut loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &bar)?;
     let mut all = Vec::new();
     for tokens in texts {
-        let outcome =
-            evaluate(&loaded.trunk, &loaded.cpu, loaded.dispatch.as_mut(), tokens, NonZeroUsize::MAX);
+        let outcome = evaluate(&loaded.trunk, loaded.dispatch.as_mut(), tokens, NonZeroUsize::MAX);
         all.extend(outcome.map_err(failure)?.logits);
     }
     Ok(all)

@@ -1,177 +1,144 @@
 //! One layer's attention: project, norm, clip, rotate, norm, cache, attend, project back.
 
-use muster_checkpoint::spec::{self, AttentionSpec, QkNorm, Temperature};
-use muster_kernels::{
-    Angles, AttentionShape, Cpu, KvSlot, Matrix, Precision, Sees, attention, linear, rms_norm_in_place,
-    rotate,
-};
+use muster_checkpoint::spec::{AttentionSpec, QkNorm, Temperature};
+use muster_kernels::KvSlot;
 
+use super::device::{Device, Norm, Projection};
 use super::latent::{self, Latent};
-use super::norm::Norm;
-use super::{StepContext, Trunk};
-use crate::experts::precision;
 
 /// Weights of one layer's attention.
-pub(super) struct Attention {
+pub(super) struct Attention<D: Device> {
     pub(super) spec: AttentionSpec,
-    pub(super) norm: Norm,
-    pub(super) source: Source,
-    pub(super) o: Projection,
+    pub(super) norm: Norm<D>,
+    pub(super) source: Source<D>,
+    pub(super) o: Projection<D>,
     /// Number of its rotary embedding in the trunk.
     pub(super) rope: Option<usize>,
     /// A score per query head that brings no value.
-    pub(super) sinks: Option<Vec<f32>>,
+    pub(super) sinks: Option<D::Vector>,
 }
 
 /// Where queries, keys and values come from.
-pub(super) enum Source {
+pub(super) enum Source<D: Device> {
     /// Each from its own projection.
-    Heads(Box<Heads>),
+    Heads(Box<Heads<D>>),
     /// From compressed rows.
-    Latent(Box<Latent>),
+    Latent(Box<Latent<D>>),
 }
 
 /// Projections of heads.
-pub(super) struct Heads {
-    pub(super) q: Projection,
-    pub(super) k: Projection,
-    pub(super) v: Projection,
-    pub(super) q_norm: Option<Vec<f32>>,
-    pub(super) k_norm: Option<Vec<f32>>,
-}
-
-/// A linear layer with a bias where the model has one.
-pub(super) struct Projection {
-    pub(super) weight: Matrix,
-    pub(super) bias: Option<Vec<f32>>,
+pub(super) struct Heads<D: Device> {
+    pub(super) q: Projection<D>,
+    pub(super) k: Projection<D>,
+    pub(super) v: Projection<D>,
+    /// Norms of queries and keys.
+    pub(super) norms: Option<[D::Vector; 2]>,
+    pub(super) norm_eps: f32,
 }
 
 /// Buffers of one lane.
-#[derive(Default)]
-pub(super) struct Buffers {
-    pub(super) q: Vec<f32>,
-    pub(super) k: Vec<f32>,
-    pub(super) v: Vec<f32>,
-    pub(super) mixed: Vec<f32>,
-    pub(super) latent: latent::Buffers,
-    out: Vec<f32>,
+pub(super) struct Buffers<D: Device> {
+    pub(super) q: D::Buffer,
+    pub(super) k: D::Buffer,
+    pub(super) v: D::Buffer,
+    pub(super) mixed: D::Buffer,
+    pub(super) latent: latent::Buffers<D>,
+    out: D::Buffer,
+    /// What queries are multiplied by, row by row.
+    factors: Vec<f32>,
 }
 
-impl Attention {
-    /// `[rows, hidden]` normed and rounded in, `[rows, hidden]` out, before the residual multiplier. `layer` is its number
-    /// in its group, `slots` has the tables of that group.
-    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same seven")]
+/// Where rows stand.
+pub(super) struct At<'a, D: Device> {
+    pub(super) kv: &'a mut D::Kv,
+    /// The layer's number in its group.
+    pub(super) layer: usize,
+    /// With the tables of that group.
+    pub(super) slots: &'a [KvSlot<'a>],
+    /// Of every rotary embedding.
+    pub(super) angles: &'a [D::Angles],
+}
+
+impl<D: Device> Default for Buffers<D> {
+    fn default() -> Self {
+        Self {
+            q: D::Buffer::default(),
+            k: D::Buffer::default(),
+            v: D::Buffer::default(),
+            mixed: D::Buffer::default(),
+            latent: latent::Buffers::default(),
+            out: D::Buffer::default(),
+            factors: Vec::new(),
+        }
+    }
+}
+
+impl<D: Device> Attention<D> {
+    /// `[rows, hidden]` normed and rounded in, `[rows, hidden]` out, before the residual multiplier.
     pub(super) fn run<'b>(
         &self,
-        trunk: &Trunk,
-        ctx: &mut StepContext<'_>,
-        layer: usize,
-        x: &[f32],
-        slots: &[KvSlot<'_>],
-        angles: &[Angles],
-        buffers: &'b mut Buffers,
-    ) -> &'b [f32] {
-        let precision = precision(trunk.compute);
+        device: &D,
+        at: &mut At<'_, D>,
+        x: &D::Buffer,
+        buffers: &'b mut Buffers<D>,
+        scratch: &mut D::Scratch,
+    ) -> &'b D::Buffer {
         match &self.source {
-            Source::Heads(heads) => heads.project(ctx.cpu, trunk, &self.spec, x, buffers),
-            Source::Latent(latent) => latent.project(ctx.cpu, trunk, &self.spec, x, buffers),
+            Source::Heads(heads) => heads.project(device, &self.spec, x, buffers),
+            Source::Latent(latent) => latent.project(device, &self.spec, x, buffers, scratch),
         }
-        let Buffers { q, k, v, mixed, .. } = &mut *buffers;
-        if let Some(angles) = self.rope.and_then(|rope| angles.get(rope)) {
-            rotate(angles, q, self.spec.head_dim);
-            rotate(angles, k, self.spec.head_dim);
+        let Buffers { q, k, v, mixed, factors, .. } = &mut *buffers;
+        if let Some(angles) = self.rope.and_then(|rope| at.angles.get(rope)) {
+            device.rotate(angles, self.spec.head_dim, q);
+            device.rotate(angles, self.spec.head_dim, k);
         }
         if let Source::Heads(heads) = &self.source
             && matches!(self.spec.qk_norm, QkNorm::PerHeadRotated | QkNorm::UnweightedRotated)
         {
-            heads.norm(ctx.cpu, trunk, q, k);
+            heads.norm(device, q, k);
         }
         if let Some(temperature) = &self.spec.temperature {
-            heat(temperature, slots, q);
+            factors.clear();
+            factors.extend(at.slots.iter().map(|slot| heat(temperature, slot.position)));
+            device.scale_rows(factors, q);
         }
-        ctx.kv.write(layer, slots, k, v);
-        let shape = AttentionShape {
-            heads: self.spec.heads,
-            kv_heads: self.spec.kv_heads,
-            head_dim: self.spec.head_dim,
-            value_dim: self.spec.cached_value(),
-            scale: self.spec.scale,
-            sees: match self.spec.sees {
-                spec::Sees::All => Sees::All,
-                spec::Sees::Last(count) => Sees::Last(count),
-                spec::Sees::Chunk(length) => Sees::Chunk(length),
-            },
-            sinks: self.sinks.as_deref(),
-        };
-        mixed.resize(slots.len() * shape.heads * shape.value_dim, 0.0);
-        attention(ctx.cpu, &shape, layer, q, slots, ctx.kv, mixed);
-        trunk.round(mixed);
+        device.append(at.kv, at.layer, at.slots, k, v);
+        device.attend((&self.spec, self.sinks.as_ref()), at.kv, at.layer, q, at.slots, mixed);
         if let Source::Latent(latent) = &self.source {
-            latent.expand(ctx.cpu, trunk, &self.spec, buffers);
+            latent.expand(device, buffers, scratch);
         }
         let Buffers { mixed, out, .. } = buffers;
-        self.o.apply(ctx.cpu, mixed, precision, out);
+        device.linear(&self.o, mixed, out);
         out
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        let source = match &self.source {
-            Source::Heads(heads) => {
-                [&heads.q, &heads.k, &heads.v].iter().map(|projection| projection.weight.bytes()).sum()
-            }
-            Source::Latent(latent) => latent.bytes(),
-        };
-        source + self.o.weight.bytes()
     }
 }
 
-impl Heads {
-    fn project(&self, cpu: &Cpu, trunk: &Trunk, spec: &AttentionSpec, x: &[f32], buffers: &mut Buffers) {
+impl<D: Device> Heads<D> {
+    fn project(&self, device: &D, spec: &AttentionSpec, x: &D::Buffer, buffers: &mut Buffers<D>) {
         let Buffers { q, k, v, .. } = buffers;
-        let precision = precision(trunk.compute);
-        self.q.apply(cpu, x, precision, q);
-        self.k.apply(cpu, x, precision, k);
-        self.v.apply(cpu, x, precision, v);
+        device.linear(&self.q, x, q);
+        device.linear(&self.k, x, k);
+        device.linear(&self.v, x, v);
         if matches!(spec.qk_norm, QkNorm::PerHead | QkNorm::FullWidth) {
-            self.norm(cpu, trunk, q, k);
+            self.norm(device, q, k);
         }
         if let Some(limit) = spec.clip_qkv {
             for x in [q, k, v] {
-                x.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+                device.clamp(limit, x);
             }
+        }
+    }
+
+    fn norm(&self, device: &D, q: &mut D::Buffer, k: &mut D::Buffer) {
+        if let Some([of_q, of_k]) = &self.norms {
+            device.norm_heads(of_q, self.norm_eps, q);
+            device.norm_heads(of_k, self.norm_eps, k);
         }
     }
 }
 
-impl Heads {
-    fn norm(&self, cpu: &Cpu, trunk: &Trunk, q: &mut [f32], k: &mut [f32]) {
-        for (x, norm) in [(q, &self.q_norm), (k, &self.k_norm)] {
-            if let Some(weight) = norm {
-                rms_norm_in_place(cpu, x, weight, trunk.spec.norm_eps);
-            }
-        }
-    }
-}
-
-/// Multiplies queries by what their positions say.
-fn heat(temperature: &Temperature, slots: &[KvSlot<'_>], q: &mut [f32]) {
-    let width = q.len() / slots.len().max(1);
-    for (slot, row) in slots.iter().zip(q.chunks_exact_mut(width)) {
-        let passed = ((slot.position as f32 + 1.0) / temperature.floor).floor();
-        let factor = libm::log1p(f64::from(passed)) as f32 * temperature.scale + 1.0;
-        row.iter_mut().for_each(|x| *x *= factor);
-    }
-}
-
-impl Projection {
-    pub(super) fn apply(&self, cpu: &Cpu, x: &[f32], precision: Precision, out: &mut Vec<f32>) {
-        let rows = x.len() / self.weight.k();
-        out.resize(rows * self.weight.n(), 0.0);
-        linear(cpu, &self.weight, x, precision, out);
-        if let Some(bias) = &self.bias {
-            for row in out.chunks_exact_mut(bias.len()) {
-                row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-            }
-        }
-    }
+/// What the query at a position is multiplied by.
+fn heat(temperature: &Temperature, position: u32) -> f32 {
+    let passed = ((position as f32 + 1.0) / temperature.floor).floor();
+    libm::log1p(f64::from(passed)) as f32 * temperature.scale + 1.0
 }

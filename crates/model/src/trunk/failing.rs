@@ -2,9 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use muster_engine::dispatch::RowsMut;
+use muster_types::{ExpertId, TokenId};
+
 use super::tests::Model;
 use super::*;
 use crate::local::Local;
+use crate::step::WantLogits;
 
 const SEQUENCES: usize = 8;
 const TOKENS: usize = 2;
@@ -89,7 +93,7 @@ fn run(model: &Model, dispatch: &mut dyn ExpertDispatch, observe: &mut dyn FnMut
         tokens.iter().map(Vec::as_slice).zip(blocks.iter().map(<[u32; 1]>::as_slice)).map(input).collect();
     let mut kv = model.trunk.new_kv(SEQUENCES).unwrap();
     let timeout = Duration::from_secs(60);
-    let mut ctx = StepContext { cpu: &model.cpu, kv: &mut kv, dispatch, timeout, observe: Some(observe) };
+    let mut ctx = StepContext { kv: &mut kv, dispatch, timeout, observe: Some(observe) };
     let mut state = StepState::default();
     model.trunk.forward(&mut ctx, [&inputs, &[]], &mut state);
     let outcome = |n| state.logits(0, n, 320).map(|logits| logits.iter().map(|x| x.to_bits()).collect());

@@ -6,10 +6,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use muster_checkpoint::{Checkpoint, Source};
+use muster_engine::dispatch::RowsMut;
+use muster_kernels::Cpu;
+use muster_types::TokenId;
 
 use super::*;
 use crate::experts::ExpertSet;
 use crate::local::{Local, local};
+use crate::step::WantLogits;
 
 /// Bytes of the rows of every micro-batch in flight, as they were submitted.
 type Submitted = Arc<Mutex<BTreeMap<Ticket, Vec<u8>>>>;
@@ -58,10 +62,11 @@ fn rows_stay_as_they_are_until_they_are_collected() {
             Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden").join(family);
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
         let dtype = WeightDType::Native;
-        let trunk = Trunk::load(&checkpoint, compute, dtype, &mut |_| {}).unwrap();
+        let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
+        let device = CpuDevice::new(Arc::clone(&cpu), compute);
+        let trunk = Trunk::load(&device, &checkpoint, dtype, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |_| {}).unwrap());
-        let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let submitted = Submitted::default();
         let local = local(Arc::clone(&cpu), &experts).unwrap();
         let mut dispatch = Late { local, submitted: Arc::clone(&submitted) };
@@ -85,7 +90,7 @@ fn rows_stay_as_they_are_until_they_are_collected() {
         };
         let timeout = Duration::from_secs(60);
         let observe: Option<&mut dyn FnMut(View<'_>)> = Some(&mut observe);
-        let mut ctx = StepContext { cpu: &cpu, kv: &mut kv, dispatch: &mut dispatch, timeout, observe };
+        let mut ctx = StepContext { kv: &mut kv, dispatch: &mut dispatch, timeout, observe };
         trunk.forward(&mut ctx, [&long, &short], &mut StepState::default());
         assert_eq!(collected, 2 * checkpoint.spec().moe_layers().count());
     }

@@ -9,19 +9,21 @@ use muster_checkpoint::{Checkpoint, Source};
 use muster_engine::NO_BLOCK;
 use muster_engine::reach::{Reach, most_held};
 use muster_engine::scheduler::{NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats};
-use muster_types::SeqId;
+use muster_kernels::Cpu;
+use muster_types::{SeqId, TokenId};
 
 use super::*;
 use crate::evaluate::evaluate;
 use crate::experts::ExpertSet;
 use crate::local::{Local, local};
+use crate::step::WantLogits;
 
 const PROMPT: usize = 45;
 
 pub(super) struct Model {
     pub(super) trunk: Trunk,
     experts: Arc<ExpertSet>,
-    pub(super) cpu: Arc<Cpu>,
+    cpu: Arc<Cpu>,
     /// Sequences of up to 90 tokens: the first two begin alike.
     sequences: [Vec<TokenId>; 3],
 }
@@ -39,13 +41,14 @@ impl Model {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
         let (compute, dtype) = (Compute::F32, WeightDType::Native);
-        let mut trunk = Trunk::load(&checkpoint, compute, dtype, &mut |_| {}).unwrap();
+        let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
+        let mut trunk =
+            Trunk::load(&CpuDevice::new(Arc::clone(&cpu), compute), &checkpoint, dtype, &mut |_| {}).unwrap();
         for (layer, sees) in trunk.layers.iter_mut().zip(layers) {
             layer.attention.spec.sees = sees;
         }
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |_| {}).unwrap());
-        let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let token = |id: u32| TokenId::new(id % 320, 320).unwrap();
         let alike = |i: u32| token(i * 7 + 3);
         let sequences = [
@@ -67,7 +70,7 @@ impl Model {
             let ids: Vec<u32> = tokens.iter().map(|token| token.get()).collect();
             let mut dispatch = self.dispatch();
             let chunk = NonZeroUsize::new(512).unwrap();
-            let logits = evaluate(&self.trunk, &self.cpu, &mut dispatch, &ids, chunk).unwrap().logits;
+            let logits = evaluate(&self.trunk, &mut dispatch, &ids, chunk).unwrap().logits;
             logits.chunks_exact(320).map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
         };
         let expected = self.sequences.iter().map(of_sequence).collect();
@@ -102,7 +105,6 @@ impl Model {
                     })
                     .collect();
                 let mut ctx = StepContext {
-                    cpu: &self.cpu,
                     kv: &mut kv,
                     dispatch: &mut dispatch,
                     timeout: Duration::from_secs(60),

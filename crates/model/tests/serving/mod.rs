@@ -17,7 +17,8 @@ use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::local;
 use muster_model::sampler::{History, Pick, SampleScratch, Sampling, sample};
-use muster_model::trunk::{SeqInput, StepContext, StepState, Trunk, WantLogits};
+use muster_model::step::{SeqInput, WantLogits};
+use muster_model::trunk::{CpuDevice, StepContext, StepState, Trunk};
 use muster_types::{Compute, SeqId, TokenId};
 
 pub(crate) const OUTPUT: u32 = 20;
@@ -38,14 +39,15 @@ pub(crate) type Output = Vec<(TokenId, Vec<u32>)>;
 impl Model {
     pub(crate) fn open(directory: &Path, compute: Compute) -> Self {
         let checkpoint = Checkpoint::open(&Source::Directory(directory.to_owned())).unwrap();
+        let cpu = Arc::new(Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());
+        let device = CpuDevice::new(Arc::clone(&cpu), compute);
         let trunk =
-            Trunk::load(&checkpoint, compute, muster_types::WeightDType::Native, &mut |_| {}).unwrap();
+            Trunk::load(&device, &checkpoint, muster_types::WeightDType::Native, &mut |_| {}).unwrap();
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(
             ExpertSet::load(&checkpoint, &keys, compute, muster_types::WeightDType::Native, &mut |_| {})
                 .unwrap(),
         );
-        let cpu = Arc::new(Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap());
         Self { trunk, experts, cpu }
     }
 
@@ -88,7 +90,6 @@ impl Model {
                 };
                 let lanes = split.each_ref().map(|lane| lane.iter().map(input).collect::<Vec<_>>());
                 let mut ctx = StepContext {
-                    cpu: &self.cpu,
                     kv: &mut kv,
                     dispatch: &mut local,
                     timeout: Duration::from_secs(60),
