@@ -3,11 +3,9 @@
 //! Always holds: the outline of a [`ModelSpec`] has exactly the parameters that a checkpoint of that spec must have. Does
 //! not know how weights are packed in memory.
 
-use muster_types::DType;
+use muster_types::{DType, Reach};
 
-use crate::spec::{
-    AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, Sees, SharedSpec,
-};
+use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, SharedSpec};
 
 /// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +38,7 @@ pub struct LayerOutline {
     /// Its attention.
     pub attention: AttentionOutline,
     /// Which positions it sees.
-    pub sees: Sees,
+    pub reach: Reach,
     /// Width of the gated MLP that every token passes, a dense layer's or shared experts'; 0 without one.
     pub dense: usize,
     /// Shared experts are weighted by a linear layer with one output.
@@ -289,11 +287,11 @@ impl LayerOutline {
     // Every field is named, so that a field which is new has to be counted or said to have no weights.
     fn of(layer: &LayerSpec, hidden: usize) -> Self {
         let LayerSpec { attention, mlp } = layer;
-        let sees = attention.sees;
+        let reach = attention.reach;
         let attention = AttentionOutline::of(attention, hidden);
         match mlp {
             MlpSpec::Dense { intermediate } => {
-                Self { attention, sees, dense: *intermediate, shared_scale: false, experts: None }
+                Self { attention, reach, dense: *intermediate, shared_scale: false, experts: None }
             }
             MlpSpec::Moe(MoeSpec {
                 experts,
@@ -311,7 +309,7 @@ impl LayerOutline {
                     ExpertsOutline { count, top_k, intermediate, biases, gate_bias, selection_bias };
                 let shared_scale = matches!(shared, SharedSpec::SigmoidGated { .. });
                 let dense = shared.intermediate().unwrap_or(0);
-                Self { attention, sees, dense, shared_scale, experts: Some(experts) }
+                Self { attention, reach, dense, shared_scale, experts: Some(experts) }
             }
         }
     }
@@ -351,7 +349,7 @@ impl AttentionOutline {
             o_bias,
             rope: _,
             temperature: _,
-            sees: _,
+            reach: _,
             sinks,
             latent,
         } = *attention;

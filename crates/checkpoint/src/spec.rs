@@ -6,7 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use muster_types::DType;
+use muster_types::{DType, Gating, Reach};
 
 use crate::outline::StoredAs;
 
@@ -116,23 +116,12 @@ pub struct AttentionSpec {
     pub rope: Option<RopeSpec>,
     /// Queries are multiplied by something that grows with their position.
     pub temperature: Option<Temperature>,
-    /// Which positions a query sees.
-    pub sees: Sees,
+    /// How far queries look back.
+    pub reach: Reach,
     /// Every query head has a score of its own that takes part in the softmax and brings no value.
     pub sinks: bool,
     /// What is cached per position is one compressed row; `None` caches keys and values head by head.
     pub latent: Option<LatentSpec>,
-}
-
-/// Which positions a query sees, among those up to its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Sees {
-    /// All.
-    All,
-    /// The last so many, its own included.
-    Last(usize),
-    /// Those of its own chunk; chunks are this long and start at position 0.
-    Chunk(usize),
 }
 
 /// A factor on queries: `ln(1 + floor((position + 1) / floor)) * scale + 1`.
@@ -317,20 +306,6 @@ pub struct MoeSpec {
     pub weight_on: WeightOn,
     /// What every token gets beside its routed experts. Kept in the router.
     pub shared: SharedSpec,
-}
-
-/// What lies between an expert's gate and up projections and its down projection.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Gating {
-    /// `silu(gate) * up`.
-    Silu,
-    /// `(up + 1) * gate * sigmoid(alpha * gate)`, where gate is at most `limit` and up within plus or minus `limit`.
-    ClampedSwish {
-        /// Steepness of the sigmoid.
-        alpha: f32,
-        /// Above 0.
-        limit: f32,
-    },
 }
 
 /// What the weights of the chosen experts multiply.

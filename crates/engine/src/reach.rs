@@ -10,45 +10,23 @@
 
 use std::num::NonZero;
 
-/// The positions that a layer's attention sees, up to and including a row's own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
-    /// Every one.
-    All,
-    /// This many, the row's own among them.
-    Last(NonZero<u32>),
-    /// Those of the row's own chunk, where chunks of this length follow each other from position 0.
-    Chunk(NonZero<u32>),
+use muster_types::Reach;
+
+/// Leading blocks that the position `next` and all after it do not see.
+pub(crate) const fn unseen_blocks(reach: Reach, next: u32, block_tokens: NonZero<u32>) -> u32 {
+    reach.first_visible(next) / block_tokens.get()
 }
 
-impl Reach {
-    /// The first position that the one at `position` sees.
-    #[must_use]
-    pub const fn first_visible(self, position: u32) -> u32 {
-        match self {
-            Self::All => 0,
-            Self::Last(count) => position.saturating_sub(count.get() - 1),
-            Self::Chunk(size) => position - position % size.get(),
-        }
-    }
-
-    /// Leading blocks that the position `next` and all after it do not see.
-    pub(crate) const fn unseen_blocks(self, next: u32, block_tokens: NonZero<u32>) -> u32 {
-        self.first_visible(next) / block_tokens.get()
-    }
-
-    /// Most blocks that hold `chunk` consecutive positions and all that those see; `None` where length alone bounds
-    /// them.
-    pub(crate) const fn most_blocks(self, chunk: u32, block_tokens: NonZero<u32>) -> Option<u64> {
-        let before = match self {
-            Self::All => return None,
-            Self::Last(count) => count.get() - 1,
-            Self::Chunk(size) => size.get() - 1,
-        };
-        // Wherever they begin: one may be the last of its block.
-        let but_one = before as u64 + chunk as u64 - 1;
-        Some(but_one.div_ceil(block_tokens.get() as u64) + 1)
-    }
+/// Most blocks that hold `chunk` consecutive positions and all that those see; `None` where length alone bounds them.
+pub(crate) const fn most_blocks(reach: Reach, chunk: u32, block_tokens: NonZero<u32>) -> Option<u64> {
+    let before = match reach {
+        Reach::All => return None,
+        Reach::Last(count) => count.get() - 1,
+        Reach::Chunk(length) => length.get() - 1,
+    };
+    // Wherever they begin: one may be the last of its block.
+    let but_one = before as u64 + chunk as u64 - 1;
+    Some(but_one.div_ceil(block_tokens.get() as u64) + 1)
 }
 
 /// Where a layer's keys and values are.
@@ -72,7 +50,8 @@ impl LayerGroups {
     /// The fewest groups of equal size with layers of one reach each: their size is the greatest common divisor of how
     /// many layers have each reach. Groups are in order of their first layers' reaches, layers in their own order.
     #[must_use]
-    pub fn of(layers: &[Reach]) -> Self {
+    pub fn of(layers: impl IntoIterator<Item = Reach>) -> Self {
+        let layers: Vec<Reach> = layers.into_iter().collect();
         let mut kinds: Vec<(Reach, Vec<usize>)> = Vec::new();
         for (layer, &reach) in layers.iter().enumerate() {
             match kinds.iter_mut().find(|(kind, _)| *kind == reach) {
@@ -130,7 +109,7 @@ const fn greatest_common_divisor(a: usize, b: usize) -> usize {
 #[must_use]
 pub fn most_held(groups: &[Reach], block_tokens: NonZero<u32>, chunk: u32, tokens: u32) -> u64 {
     let all = u64::from(tokens.div_ceil(block_tokens.get()));
-    let of_group = |reach: &Reach| reach.most_blocks(chunk, block_tokens).map_or(all, |most| most.min(all));
+    let of_group = |&reach: &Reach| most_blocks(reach, chunk, block_tokens).map_or(all, |most| most.min(all));
     groups.iter().map(of_group).sum()
 }
 
@@ -184,7 +163,7 @@ mod tests {
         let place = |group, layer| LayerPlace { group, layer };
         // Every other layer of 24 has a window.
         let layers: Vec<_> = (0..24).map(|layer| if layer % 2 == 0 { window } else { Reach::All }).collect();
-        let groups = LayerGroups::of(&layers);
+        let groups = LayerGroups::of(layers);
         assert_eq!((groups.reaches(), groups.size()), (&[window, Reach::All][..], 12));
         assert_eq!(
             [0, 1, 22, 23].map(|layer| groups.place(layer)),
@@ -192,14 +171,14 @@ mod tests {
         );
         // Three of four of 48 see their chunk.
         let layers: Vec<_> = (0..48).map(|layer| if layer % 4 < 3 { chunk } else { Reach::All }).collect();
-        let groups = LayerGroups::of(&layers);
+        let groups = LayerGroups::of(layers);
         assert_eq!((groups.reaches(), groups.size()), (&[chunk, chunk, chunk, Reach::All][..], 12));
         assert_eq!(
             [0, 3, 16, 47].map(|layer| groups.place(layer)),
             [place(0, 0), place(3, 0), place(1, 0), place(3, 11)]
         );
         // All alike.
-        let groups = LayerGroups::of(&[window; 32]);
+        let groups = LayerGroups::of([window; 32]);
         assert_eq!((groups.reaches(), groups.size(), groups.place(31)), (&[window][..], 32, place(0, 31)));
     }
 
@@ -221,7 +200,7 @@ mod tests {
         fn every_layer_has_a_place_of_its_own(layers in prop::collection::vec(
             prop::sample::select(vec![Reach::All, Reach::Last(positive(8)), Reach::Chunk(positive(8))]), 0..40,
         )) {
-            let groups = LayerGroups::of(&layers);
+            let groups = LayerGroups::of(layers);
             let mut places: Vec<_> = (0..layers.len())
                 .map(|layer| (groups.place(layer).group, groups.place(layer).layer))
                 .collect();
@@ -242,7 +221,7 @@ mod tests {
             let mut reached = false;
             for start in 0..tokens {
                 for end in start + 1..=tokens.min(start + chunk) {
-                    let held = end.div_ceil(block_tokens) - reach.unseen_blocks(start, size);
+                    let held = end.div_ceil(block_tokens) - unseen_blocks(reach, start, size);
                     prop_assert!(u64::from(held) <= bound);
                     reached |= u64::from(held) + 1 >= bound;
                 }

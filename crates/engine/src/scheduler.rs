@@ -25,9 +25,10 @@ use std::num::NonZero;
 use muster_types::{Retry, SeqId, TokenId};
 
 use crate::kv::{BlockPool, Keep};
-use crate::reach::{Reach, most_held};
+use crate::reach::most_held;
 use crate::sequence::Sequence;
 use crate::table::Group;
+use muster_types::Reach;
 
 /// In [`StepItem::blocks`], where there is no block because nothing looks at its positions any more. No block has this
 /// number.

@@ -203,8 +203,8 @@ mod tests {
 
     use super::*;
     use crate::kv::Keep;
-    use crate::reach::Reach;
     use crate::scheduler::NO_BLOCK;
+    use muster_types::Reach;
 
     fn tokens(count: u32) -> Vec<TokenId> {
         TokenId::all(count).collect()

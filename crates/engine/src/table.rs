@@ -6,9 +6,11 @@
 
 use std::num::NonZero;
 
+use muster_types::Reach;
+
 use crate::kv::{Block, BlockPool, Found};
 use crate::prefix::{BlockKey, BlockName};
-use crate::reach::Reach;
+use crate::reach::{most_blocks, unseen_blocks};
 use crate::scheduler::NO_BLOCK;
 
 /// A group of layers.
@@ -22,7 +24,7 @@ pub(crate) struct Group {
 impl Group {
     /// With sequences that are computed in chunks of at most `chunk` positions.
     pub(crate) fn new(reach: Reach, block_tokens: NonZero<u32>, chunk: u32) -> Self {
-        Self { reach, most: reach.most_blocks(chunk, block_tokens).unwrap_or(u64::MAX) }
+        Self { reach, most: most_blocks(reach, chunk, block_tokens).unwrap_or(u64::MAX) }
     }
 }
 
@@ -75,7 +77,7 @@ impl Table {
     pub(crate) fn forget_unseen(&mut self, pool: &mut BlockPool, next: u32) {
         let places = self.places();
         for OfGroup { group, blocks, emptied } in &mut self.groups {
-            let unseen = group.reach.unseen_blocks(next, pool.block_tokens()).min(places);
+            let unseen = unseen_blocks(group.reach, next, pool.block_tokens()).min(places);
             if unseen > *emptied {
                 pool.release(blocks[*emptied as usize..unseen as usize].iter_mut().filter_map(Option::take));
                 *emptied = unseen;
@@ -166,5 +168,5 @@ impl Table {
 /// The first block that positions behind so many places see; `places` if they see none of them.
 fn first_needed(group: &Group, pool: &BlockPool, places: u32) -> u32 {
     // What full blocks hold is counted in u32, as the context is.
-    group.reach.unseen_blocks(places * pool.block_tokens().get(), pool.block_tokens())
+    unseen_blocks(group.reach, places * pool.block_tokens().get(), pool.block_tokens())
 }

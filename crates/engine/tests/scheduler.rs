@@ -4,11 +4,11 @@
 use std::num::NonZero;
 
 use muster_engine::NO_BLOCK;
-use muster_engine::reach::Reach;
 use muster_engine::scheduler::{
     AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step, StepItem,
     UnknownSequence,
 };
+use muster_types::Reach;
 use muster_types::{Retry, SeqId, TokenId};
 
 /// Room for everything; scenes tighten what they are about.

@@ -6,8 +6,8 @@
 
 use std::marker::PhantomData;
 
-use crate::matrix::{Bf16Block, Block};
 use crate::pairs::{Engine, PairRows, PairWork, Paired};
+use crate::panels::{Bf16Block, Block};
 use crate::simd::{LANES, Simd};
 use crate::tile::{Sink, panels_at};
 

@@ -2,14 +2,13 @@
 //!
 //! What must hold: a sum starts at 0.0 and takes its terms in the order given; each product and each sum is rounded to
 //! f32, with no fused multiply-add, which would round once and give other bits. An output counts as rounded to the
-//! precision it travels in, whether it did travel or not. An output or a sum that is not finite is found in the same pass
+//! dtype it travels in, whether it did travel or not. An output or a sum that is not finite is found in the same pass
 //! that makes use of it or makes it: neither is ever given back as a result. Bytes are little-endian. It does not know what the rows mean or who asked for them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use muster_types::Term;
+use muster_types::{DType, Term};
 
-use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Kernel, dispatch};
@@ -23,8 +22,8 @@ const TASK_ELEMENTS: usize = 1 << 16;
 /// Output rows `[_, hidden]` of one origin.
 #[derive(Debug, Clone, Copy)]
 pub enum Outputs<'a> {
-    /// As a kernel left them; each value is rounded to the precision where it is used.
-    Computed(&'a [f32], Precision),
+    /// As a kernel left them; each value is rounded to the dtype where it is used.
+    Computed(&'a [f32], DType),
     /// f32 off the wire.
     WireF32(&'a [[u8; 4]]),
     /// bf16 off the wire.
@@ -84,11 +83,11 @@ pub fn combine_to_wire(
     sources: &[Outputs<'_>],
     starts: &[u32],
     terms: &[Term],
-    wire: Precision,
+    wire: DType,
     out: &mut [u8],
 ) -> Result<(), NotFinite> {
     let sums = Sums::new(hidden, sources, starts, terms);
-    let width = hidden * wire.bytes();
+    let width = hidden * wire.size();
     assert_eq!(out.len(), sums.rows * width, "out: it must be [rows, hidden] in the wire's type");
     let out = Disjoint::new(out);
     sums.write(cpu, &|row| {
@@ -151,10 +150,10 @@ pub fn to_wire(
     hidden: usize,
     outputs: &[f32],
     ranges: &[std::ops::Range<usize>],
-    wire: Precision,
+    wire: DType,
     out: &mut [u8],
 ) -> Result<(), usize> {
-    let width = hidden * wire.bytes();
+    let width = hidden * wire.size();
     let mut rest = out;
     for range in ranges {
         let (mine, others) = rest.split_at_mut(range.len() * width);
@@ -169,7 +168,7 @@ pub fn to_wire(
         if !finite {
             let bad = |row: &usize| {
                 let x = &outputs[row * hidden..][..hidden];
-                x.iter().any(|&value| !wire.round(value).is_finite())
+                x.iter().any(|&value| !rounded(wire, value).is_finite())
             };
             return Err(range.clone().find(bad).unwrap_or(range.start));
         }
@@ -178,14 +177,11 @@ pub fn to_wire(
     Ok(())
 }
 
-impl Precision {
-    /// Bytes of an element.
-    const fn bytes(self) -> usize {
-        if self.rounds() { 2 } else { 4 }
-    }
-
-    fn round(self, value: f32) -> f32 {
-        if self.rounds() { crate::convert::bf16_to_f32(crate::convert::f32_to_bf16(value)) } else { value }
+/// A value as it is on the wire.
+fn rounded(wire: DType, value: f32) -> f32 {
+    match wire {
+        DType::F32 => value,
+        DType::Bf16 => crate::convert::bf16_to_f32(crate::convert::f32_to_bf16(value)),
     }
 }
 
@@ -201,7 +197,7 @@ impl Outputs<'_> {
     /// One element, as it counts.
     fn value(&self, at: usize) -> f32 {
         match self {
-            Self::Computed(x, precision) => precision.round(x[at]),
+            Self::Computed(x, wire) => rounded(*wire, x[at]),
             Self::WireF32(x) => f32::from_le_bytes(x[at]),
             Self::WireBf16(x) => crate::convert::bf16_to_f32(u16::from_le_bytes(x[at])),
         }
@@ -244,11 +240,10 @@ enum Target<'a> {
     WireBf16(&'a mut [[u8; 2]]),
 }
 
-fn target(wire: Precision, out: &mut [u8]) -> Target<'_> {
-    if wire.rounds() {
-        Target::WireBf16(out.as_chunks_mut().0)
-    } else {
-        Target::WireF32(out.as_chunks_mut().0)
+fn target(wire: DType, out: &mut [u8]) -> Target<'_> {
+    match wire {
+        DType::F32 => Target::WireF32(out.as_chunks_mut().0),
+        DType::Bf16 => Target::WireBf16(out.as_chunks_mut().0),
     }
 }
 
@@ -288,13 +283,16 @@ impl Outputs<'_> {
     #[inline(always)]
     fn load<S: Simd>(&self, s: S, at: usize, len: usize) -> S::V {
         match self {
-            Self::Computed(x, precision) => {
+            Self::Computed(x, dtype) => {
                 let x = &x[at..at + len];
                 let v = match x.as_array::<LANES>() {
                     Some(whole) => s.load(whole),
                     None => s.load(&padded(x, 0.0)),
                 };
-                if precision.rounds() { s.round_bf16(v) } else { v }
+                match dtype {
+                    DType::F32 => v,
+                    DType::Bf16 => s.round_bf16(v),
+                }
             }
             Self::WireF32(x) => {
                 let x = &x[at..at + len];
@@ -420,13 +418,10 @@ mod tests {
         Isa::available().into_iter().flat_map(|isa| threads.map(|n| Cpu::with_isa(n, isa).unwrap())).collect()
     }
 
-    fn bytes(x: &[f32], wire: Precision) -> Vec<u8> {
-        let element = |&value: &f32| {
-            if wire.rounds() {
-                ((wire.round(value).to_bits() >> 16) as u16).to_le_bytes().to_vec()
-            } else {
-                value.to_le_bytes().to_vec()
-            }
+    fn bytes(x: &[f32], wire: DType) -> Vec<u8> {
+        let element = |&value: &f32| match wire {
+            DType::F32 => value.to_le_bytes().to_vec(),
+            DType::Bf16 => ((rounded(wire, value).to_bits() >> 16) as u16).to_le_bytes().to_vec(),
         };
         x.iter().flat_map(element).collect()
     }
@@ -471,12 +466,12 @@ mod tests {
             let rows = if hidden == 1024 { 300 } else { 12 };
             let (starts, terms) = case(rows);
             let x: Vec<Vec<f32>> = (0..3).map(|seed| values(9 * hidden, seed)).collect();
-            let wide: Vec<Vec<u8>> = x.iter().map(|x| bytes(x, Precision::F32)).collect();
-            let narrow: Vec<Vec<u8>> = x.iter().map(|x| bytes(x, Precision::Bf16)).collect();
+            let wide: Vec<Vec<u8>> = x.iter().map(|x| bytes(x, DType::F32)).collect();
+            let narrow: Vec<Vec<u8>> = x.iter().map(|x| bytes(x, DType::Bf16)).collect();
             let kinds: [Vec<Outputs<'_>>; 4] = [
-                x.iter().map(|x| Outputs::Computed(x, Precision::F32)).collect(),
+                x.iter().map(|x| Outputs::Computed(x, DType::F32)).collect(),
                 wide.iter().map(|x| Outputs::WireF32(x.as_chunks().0)).collect(),
-                x.iter().map(|x| Outputs::Computed(x, Precision::Bf16)).collect(),
+                x.iter().map(|x| Outputs::Computed(x, DType::Bf16)).collect(),
                 narrow.iter().map(|x| Outputs::WireBf16(x.as_chunks().0)).collect(),
             ];
             let want: Vec<Vec<f32>> = kinds.iter().map(|k| plain(hidden, k, &starts, &terms)).collect();
@@ -487,8 +482,8 @@ mod tests {
                     let mut out = vec![f32::NAN; rows * hidden];
                     combine(&cpu, hidden, sources, &starts, &terms, &mut out).unwrap();
                     assert_eq!(bits(&out), bits(want), "hidden {hidden}, {cpu:?}");
-                    for wire in [Precision::F32, Precision::Bf16] {
-                        let mut out = vec![7; rows * hidden * wire.bytes()];
+                    for wire in [DType::F32, DType::Bf16] {
+                        let mut out = vec![7; rows * hidden * wire.size()];
                         combine_to_wire(&cpu, hidden, sources, &starts, &terms, wire, &mut out).unwrap();
                         assert_eq!(out, bytes(want, wire), "hidden {hidden}, {wire:?}, {cpu:?}");
                     }
@@ -502,8 +497,8 @@ mod tests {
         let hidden = 37;
         let x = values(9 * hidden, 5);
         for cpu in cpus() {
-            for wire in [Precision::F32, Precision::Bf16] {
-                let mut out = vec![7; 5 * hidden * wire.bytes()];
+            for wire in [DType::F32, DType::Bf16] {
+                let mut out = vec![7; 5 * hidden * wire.size()];
                 to_wire(&cpu, hidden, &x, &[6..9, 1..1, 0..2], wire, &mut out).unwrap();
                 let want = [&x[6 * hidden..], &x[..2 * hidden]].concat();
                 assert_eq!(out, bytes(&want, wire));
@@ -515,7 +510,7 @@ mod tests {
         let cpu = Cpu::new(NonZeroUsize::MIN).unwrap();
         let terms: Vec<Term> =
             (0..).zip(weights).map(|(row, &weight)| Term { source: 0, row, weight }).collect();
-        let (sources, mut out) = ([Outputs::Computed(outputs, Precision::F32)], [7.0]);
+        let (sources, mut out) = ([Outputs::Computed(outputs, DType::F32)], [7.0]);
         combine(&cpu, 1, &sources, &[0, terms.len() as u32], &terms, &mut out).unwrap();
         out[0]
     }
@@ -534,7 +529,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_named() {
-        let (hidden, wire) = (100, Precision::Bf16);
+        let (hidden, wire) = (100, DType::Bf16);
         let (starts, terms) = case(12);
         for cpu in cpus() {
             for (at, bad) in [(0, f32::NAN), (63, f32::INFINITY), (99, f32::NEG_INFINITY), (98, f32::MAX)] {
@@ -581,26 +576,23 @@ mod tests {
     #[test]
     fn a_sum_that_overflows_is_named_on_every_instruction_set() {
         // Of f32, and of bf16, whose greatest value is the smaller one.
-        let greatest = [(Precision::F32, f32::MAX), (Precision::Bf16, Precision::Bf16.round(3.38e38))];
+        let greatest = [(DType::F32, f32::MAX), (DType::Bf16, rounded(DType::Bf16, 3.38e38))];
         for hidden in [1, 15, 16, 17, 64, 100, 1024] {
-            for (at, (precision, top)) in [0, hidden / 2, hidden - 1].into_iter().zip(greatest.iter().cycle())
-            {
+            for (at, (dtype, top)) in [0, hidden / 2, hidden - 1].into_iter().zip(greatest.iter().cycle()) {
                 let (x, starts, terms) = overflowing(hidden, at, *top);
-                let (wide, narrow) = (bytes(&x, Precision::F32), bytes(&x, Precision::Bf16));
+                let (wide, narrow) = (bytes(&x, DType::F32), bytes(&x, DType::Bf16));
                 let kinds = [
-                    Outputs::Computed(&x, *precision),
-                    if precision.rounds() {
-                        Outputs::WireBf16(narrow.as_chunks().0)
-                    } else {
-                        Outputs::WireF32(wide.as_chunks().0)
+                    Outputs::Computed(&x, *dtype),
+                    match dtype {
+                        DType::F32 => Outputs::WireF32(wide.as_chunks().0),
+                        DType::Bf16 => Outputs::WireBf16(narrow.as_chunks().0),
                     },
                 ];
                 for cpu in cpus() {
                     for source in kinds {
                         // The last row alone overflows as well: its products do.
                         for (rows, bad) in [(5, vec![]), (6, vec![5]), (7, vec![5, 6])] {
-                            let what =
-                                format!("hidden {hidden}, at {at}, {precision:?}, {rows} rows, {cpu:?}");
+                            let what = format!("hidden {hidden}, at {at}, {dtype:?}, {rows} rows, {cpu:?}");
                             let (starts, terms) = (&starts[..=rows], &terms[..starts[rows] as usize]);
                             let want = if bad.is_empty() { Ok(()) } else { Err(NotFinite::Sums(bad)) };
                             let mut out = vec![0.0; rows * hidden];
@@ -609,8 +601,8 @@ mod tests {
                                 want,
                                 "{what}"
                             );
-                            for wire in [Precision::F32, Precision::Bf16] {
-                                let mut out = vec![0; rows * hidden * wire.bytes()];
+                            for wire in [DType::F32, DType::Bf16] {
+                                let mut out = vec![0; rows * hidden * wire.size()];
                                 let outcome =
                                     combine_to_wire(&cpu, hidden, &[source], starts, terms, wire, &mut out);
                                 assert_eq!(outcome, want, "{what} to {wire:?}");
@@ -631,7 +623,7 @@ mod tests {
         for cpu in cpus() {
             let (mut x, starts, mut terms) = overflowing(64, 9, f32::MAX);
             x[7 * 64] = f32::NAN;
-            let sources = [Outputs::Computed(&x, Precision::F32)];
+            let sources = [Outputs::Computed(&x, DType::F32)];
             let mut out = vec![0.0; 7 * 64];
             let named = Err(NotFinite::Output { source: 0, row: 7 });
             assert_eq!(combine(&cpu, 64, &sources, &starts, &terms, &mut out), named);
@@ -645,11 +637,11 @@ mod tests {
     fn a_sum_that_is_finite_until_it_is_rounded_is_not_sent() {
         for cpu in cpus() {
             let x = [1.0, f32::MAX];
-            let sources = [Outputs::Computed(&x, Precision::F32)];
+            let sources = [Outputs::Computed(&x, DType::F32)];
             let terms = [0, 1].map(|row| Term { source: 0, row, weight: 1.0 });
             let (mut sums, mut wire) = ([0.0; 2], [0; 4]);
             assert_eq!(combine(&cpu, 1, &sources, &[0, 1, 2], &terms, &mut sums), Ok(()));
-            let outcome = combine_to_wire(&cpu, 1, &sources, &[0, 1, 2], &terms, Precision::Bf16, &mut wire);
+            let outcome = combine_to_wire(&cpu, 1, &sources, &[0, 1, 2], &terms, DType::Bf16, &mut wire);
             assert_eq!(outcome, Err(NotFinite::Sums(vec![1])));
         }
     }

@@ -3,28 +3,6 @@
 //! bf16 rounding is to nearest, ties to even; a NaN stays a NaN; subnormals and infinities are treated like any
 //! other number. The loops are plain: the compiler vectorises them, and each element has one operation order.
 
-/// The number type of activations between linears, and of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// Nothing is rounded below f32.
-    F32,
-    /// Inputs of linears, keys and values are rounded to bf16; sums stay in f32.
-    Bf16,
-    /// As [`Precision::Bf16`], but linears on bf16 weights add in the order of the instruction `vdpbf16ps`.
-    Bf16Pairs,
-}
-
-impl Precision {
-    /// Whether inputs of linears, keys and values are rounded to bf16.
-    #[must_use]
-    pub const fn rounds(self) -> bool {
-        match self {
-            Self::F32 => false,
-            Self::Bf16 | Self::Bf16Pairs => true,
-        }
-    }
-}
-
 #[inline(always)]
 pub(crate) fn f32_to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();

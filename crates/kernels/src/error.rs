@@ -1,5 +1,7 @@
 //! What a constructor of this crate can refuse, and why.
 
+use muster_types::Packing;
+
 use crate::isa::Isa;
 
 /// Why a kernel object could not be made. Trying again helps only after [`KernelError::OutOfMemory`], once memory is
@@ -58,6 +60,9 @@ pub enum KernelError {
         /// Bytes given.
         bytes: usize,
     },
+    /// A packing that weights are not rounded to.
+    #[error("weights are not rounded to {0}: it is taken only as it is published")]
+    Unrounded(Packing),
     /// A weight that is to be quantised has a NaN or an infinity.
     #[error("row {n} of the weight is not finite: it cannot be quantised")]
     NonFinite {

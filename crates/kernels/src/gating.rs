@@ -4,24 +4,11 @@
 //! are those written at [`Gating`], each rounded once. It does not know where gate and up come from nor what becomes of
 //! the result.
 
+use muster_types::Gating;
+
 use crate::error::KernelError;
 use crate::math::{sigmoid_lanes, silu_lanes};
 use crate::simd::{LANES, Simd, load_part};
-
-/// The activation between gate, up and down.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub enum Gating {
-    /// `silu(gate) * up`.
-    #[default]
-    Silu,
-    /// `(up + 1) * (gate * sigmoid(alpha * gate))`, with gate at most `limit` and up within `-limit..=limit`.
-    ClampedSwish {
-        /// What the gate is multiplied by inside the sigmoid.
-        alpha: f32,
-        /// What gate and up are clamped to.
-        limit: f32,
-    },
-}
 
 /// Biases of an expert's linears.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,16 +21,13 @@ pub struct Biases {
     pub down: Vec<f32>,
 }
 
-impl Gating {
-    pub(crate) fn check(self) -> Result<(), KernelError> {
-        match self {
-            Self::ClampedSwish { alpha, limit }
-                if !(alpha.is_finite() && limit.is_finite() && limit > 0.0) =>
-            {
-                Err(KernelError::Gating { alpha, limit })
-            }
-            Self::Silu | Self::ClampedSwish { .. } => Ok(()),
+/// Whether its constants are usable.
+pub(crate) fn check(gating: Gating) -> Result<(), KernelError> {
+    match gating {
+        Gating::ClampedSwish { alpha, limit } if !(alpha.is_finite() && limit.is_finite() && limit > 0.0) => {
+            Err(KernelError::Gating { alpha, limit })
         }
+        Gating::Silu | Gating::ClampedSwish { .. } => Ok(()),
     }
 }
 
@@ -63,10 +47,6 @@ impl Biases {
             }
         }
         Ok(())
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        (self.gate.len() + self.up.len() + self.down.len()) * size_of::<f32>()
     }
 }
 

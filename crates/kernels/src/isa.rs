@@ -23,9 +23,9 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// [`Isa::Avx512`] with AVX512-BF16, whose dot product has the order of [`Precision::Bf16Pairs`].
+    /// [`Isa::Avx512`] with AVX512-BF16, whose dot product has the order of [`Compute::Bf16Pairs`].
     ///
-    /// [`Precision::Bf16Pairs`]: crate::Precision::Bf16Pairs
+    /// [`Compute::Bf16Pairs`]: crate::Compute::Bf16Pairs
     Avx512Bf16,
     /// [`Isa::Avx512Bf16`] with AMX tiles, whose dot product has the canonical order.
     Amx,

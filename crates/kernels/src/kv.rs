@@ -9,7 +9,9 @@
 
 use std::fmt;
 
-use crate::convert::{Precision, f32_to_bf16};
+use muster_types::Compute;
+
+use crate::convert::f32_to_bf16;
 use crate::error::KernelError;
 use crate::memory::{Buffer, Zeroed};
 use crate::simd::{LANES, Simd};
@@ -183,13 +185,13 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// A cache of `blocks` blocks. Keys and values are rounded when they are written, if the precision says so.
+    /// A cache of `blocks` blocks. Keys and values are rounded when they are written, if the compute says so.
     /// Memory becomes resident as blocks are used.
     ///
     /// # Errors
     /// [`KernelError::Size`] if a size is zero or above what u32 counts, or values longer than the keys that they end;
     /// [`KernelError::TooLarge`] or [`KernelError::OutOfMemory`] if there cannot be so many blocks.
-    pub fn new(shape: KvShape, blocks: usize, precision: Precision) -> Result<Self, KernelError> {
+    pub fn new(shape: KvShape, blocks: usize, compute: Compute) -> Result<Self, KernelError> {
         let KvShape { layers, kv_heads, head_dim, value_dim, values } = shape;
         for (field, value) in [
             ("layers", layers),
@@ -207,9 +209,9 @@ impl KvCache {
             let rule = "at most head_dim where values are the ends of keys";
             return Err(KernelError::Size { field: "value_dim", value: value_dim, rule });
         }
-        let store = match precision {
-            Precision::F32 => Store::F32(Lines::new(shape, blocks)?),
-            Precision::Bf16 | Precision::Bf16Pairs => Store::Bf16(Lines::new(shape, blocks)?),
+        let store = match compute {
+            Compute::F32 => Store::F32(Lines::new(shape, blocks)?),
+            Compute::Bf16 | Compute::Bf16Pairs => Store::Bf16(Lines::new(shape, blocks)?),
         };
         Ok(Self { shape, blocks, store })
     }
@@ -238,10 +240,10 @@ impl KvCache {
     /// Bytes of one block of a cache of this shape, `usize::MAX` if that cannot be counted: what a memory budget is
     /// divided by.
     #[must_use]
-    pub fn bytes_per_block(shape: KvShape, precision: Precision) -> usize {
-        let line = match precision {
-            Precision::F32 => size_of::<[f32; LANES]>(),
-            Precision::Bf16 | Precision::Bf16Pairs => size_of::<[u16; LANES]>(),
+    pub fn bytes_per_block(shape: KvShape, compute: Compute) -> usize {
+        let line = match compute {
+            Compute::F32 => size_of::<[f32; LANES]>(),
+            Compute::Bf16 | Compute::Bf16Pairs => size_of::<[u16; LANES]>(),
         };
         shape.lines().and_then(|lines| lines.checked_mul(line)).unwrap_or(usize::MAX)
     }
@@ -312,7 +314,7 @@ mod tests {
 
     #[test]
     fn rows_land_in_their_block_and_lane_and_nowhere_else() {
-        let mut cache = KvCache::new(SHAPE, 4, Precision::F32).unwrap();
+        let mut cache = KvCache::new(SHAPE, 4, Compute::F32).unwrap();
         let k: Vec<f32> = (1..=60_u8).map(f32::from).collect();
         let v: Vec<f32> = k.iter().map(|k| -k).collect();
         cache.write(1, &[KvSlot { position: 21, blocks: &[0, 2] }], &k, &v);
@@ -339,7 +341,7 @@ mod tests {
     #[test]
     fn values_that_end_keys_are_held_once() {
         let shape = KvShape { head_dim: 23, value_dim: 18, values: KvValues::EndOfKey, ..SHAPE };
-        let mut cache = KvCache::new(shape, 4, Precision::F32).unwrap();
+        let mut cache = KvCache::new(shape, 4, Compute::F32).unwrap();
         let k: Vec<f32> = (1..=69_u8).map(f32::from).collect();
         cache.write(1, &[KvSlot { position: 21, blocks: &[0, 2] }], &k, &[]);
         // Sixteen keys of 5 and values padded to 32.
@@ -358,26 +360,26 @@ mod tests {
     #[should_panic(expected = "v: values are the ends of keys")]
     fn values_beside_the_keys_that_they_end_are_refused() {
         let shape = KvShape { values: KvValues::EndOfKey, ..SHAPE };
-        let mut cache = KvCache::new(shape, 4, Precision::F32).unwrap();
+        let mut cache = KvCache::new(shape, 4, Compute::F32).unwrap();
         cache.write(0, &[KvSlot { position: 0, blocks: &[0] }], &[0.0; 60], &[0.0; 60]);
     }
 
     #[test]
     fn bf16_caches_round_and_take_half_the_bytes() {
-        let mut cache = KvCache::new(SHAPE, 4, Precision::Bf16).unwrap();
+        let mut cache = KvCache::new(SHAPE, 4, Compute::Bf16).unwrap();
         let x = vec![1.003_f32; 60];
         cache.write(0, &[KvSlot { position: 0, blocks: &[3] }], &x, &x);
         let Store::Bf16(lines) = &cache.store else { panic!("bf16 expected") };
         assert_eq!(lines.head(3, 0, 2).0[19][0], 0x3f80);
         // 2 layers, 3 heads, sixteen keys of 20 and values padded to 32, 2 bytes each.
-        assert_eq!(KvCache::bytes_per_block(SHAPE, Precision::Bf16), 2 * 3 * 16 * (20 + 32) * 2);
-        assert_eq!(cache.bytes(), 4 * KvCache::bytes_per_block(SHAPE, Precision::Bf16));
-        assert_eq!(cache.bytes() * 2, KvCache::new(SHAPE, 4, Precision::F32).unwrap().bytes());
+        assert_eq!(KvCache::bytes_per_block(SHAPE, Compute::Bf16), 2 * 3 * 16 * (20 + 32) * 2);
+        assert_eq!(cache.bytes(), 4 * KvCache::bytes_per_block(SHAPE, Compute::Bf16));
+        assert_eq!(cache.bytes() * 2, KvCache::new(SHAPE, 4, Compute::F32).unwrap().bytes());
     }
 
     #[test]
     fn unusable_sizes_are_named() {
-        let message = |shape, blocks| KvCache::new(shape, blocks, Precision::F32).unwrap_err().to_string();
+        let message = |shape, blocks| KvCache::new(shape, blocks, Compute::F32).unwrap_err().to_string();
         let none = message(KvShape { head_dim: 0, ..SHAPE }, 1);
         assert_eq!(none, "head_dim is 0: it must be at least 1 and below 2^32");
         assert_eq!(message(SHAPE, 0), "blocks is 0: it must be at least 1 and below 2^32");
@@ -389,19 +391,19 @@ mod tests {
         let most = u32::MAX as usize;
         let many = KvShape { layers: most, kv_heads: most, head_dim: 512, value_dim: 512, ..SHAPE };
         assert!(message(many, 7).contains("more bytes than an address can count"));
-        assert_eq!(KvCache::bytes_per_block(many, Precision::F32), usize::MAX);
+        assert_eq!(KvCache::bytes_per_block(many, Compute::F32), usize::MAX);
     }
 
     #[test]
     #[should_panic(expected = "rows: position 32 needs 3 blocks, its table has 2")]
     fn a_short_table_is_refused() {
-        let mut cache = KvCache::new(SHAPE, 4, Precision::F32).unwrap();
+        let mut cache = KvCache::new(SHAPE, 4, Compute::F32).unwrap();
         cache.write(0, &[KvSlot { position: 32, blocks: &[0, 1] }], &[0.0; 60], &[0.0; 60]);
     }
 
     #[test]
     fn entries_before_the_row_are_not_looked_at_to_write_it() {
-        let mut cache = KvCache::new(SHAPE, 4, Precision::F32).unwrap();
+        let mut cache = KvCache::new(SHAPE, 4, Compute::F32).unwrap();
         let slot = KvSlot { position: 33, blocks: &[u32::MAX, u32::MAX, 1] };
         cache.write(0, &[slot], &[2.0; 60], &[2.0; 60]);
         let Store::F32(lines) = &cache.store else { panic!("f32 expected") };
@@ -411,7 +413,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "rows: block 4 is outside a cache of 4")]
     fn a_foreign_block_is_refused() {
-        let mut cache = KvCache::new(SHAPE, 4, Precision::F32).unwrap();
+        let mut cache = KvCache::new(SHAPE, 4, Compute::F32).unwrap();
         cache.write(0, &[KvSlot { position: 0, blocks: &[4] }], &[0.0; 60], &[0.0; 60]);
     }
 }

@@ -8,7 +8,7 @@
 //! - **Canonical order of a linear.** An output is a running total over 32-wide blocks of K in ascending order. Inside
 //!   a block the even and the odd products are accumulated apart, each from +0.0, in ascending order, with a fused
 //!   multiply-add in f32; the block is even + odd; K is padded with zeros to a whole block.
-//! - **Order of [`Precision::Bf16Pairs`]**, for linears on bf16 weights: a running total over the pairs of K in ascending
+//! - **Order of [`Bf16Pairs`](muster_types::Compute::Bf16Pairs)**, for linears on bf16 weights: a running total over the pairs of K in ascending
 //!   order; of each pair the odd product is added first, then the even one, each with a fused multiply-add in f32; K is
 //!   padded as above.
 //! - Weights are packed once, when they are loaded, into the layout that the kernels read ([`Matrix`]).
@@ -29,6 +29,7 @@ mod convert;
 mod cpu;
 mod disjoint;
 mod error;
+mod expert;
 mod ffn;
 mod gating;
 mod isa;
@@ -39,26 +40,25 @@ mod matrix;
 mod memory;
 mod mxfp4;
 mod norm;
-mod packed;
 mod pairs;
+mod panels;
 mod pool;
 mod quant;
 mod rope;
 mod simd;
 mod tile;
 
-pub use attention::{AttentionShape, Sees, attention};
+pub use attention::{AttentionShape, attention};
 pub use combine::{NotFinite, Outputs, combine, combine_to_wire, to_wire};
-pub use convert::{Precision, add_scaled, all_finite, from_bf16, round_bf16, to_bf16};
+pub use convert::{add_scaled, all_finite, from_bf16, round_bf16, to_bf16};
 pub use cpu::Cpu;
 pub use error::KernelError;
-pub use ffn::{Expert, ExpertRows, FfnScratch, grouped_ffn};
-pub use gating::{Biases, Gating};
+pub use expert::Expert;
+pub use ffn::{ExpertRows, FfnScratch, grouped_ffn};
+pub use gating::Biases;
 pub use isa::Isa;
 pub use kv::{BLOCK_TOKENS, KvCache, KvShape, KvSlot, KvValues};
 pub use linear::linear;
 pub use matrix::Matrix;
 pub use norm::{layer_norm, rms_norm, rms_norm_in_place};
-pub use packed::Packing;
-pub use quant::Quantisation;
 pub use rope::{Angles, Llama3, Rope, RopePairs, RopeScaling, Yarn, rotate};

@@ -6,34 +6,36 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Kernel, dispatch_flushing};
-use crate::matrix::{Elements, Matrix, Panels, Stored};
+use crate::matrix::{Elements, Matrix};
 use crate::pairs::{
     Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Paired, Path, pack, path, words_per_row,
 };
+use crate::panels::{Panels, Stored};
 use crate::quant;
 use crate::simd::{LANES, Simd, load_part, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
+use muster_types::Compute;
 
 /// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten. A quantised weight reads `x` quantised
 /// in its turn, into memory of the call's own.
 ///
-/// `x` is given as the linear shall read it: where `precision` rounds, it holds bf16 values already.
+/// `x` is given as the linear shall read it: where `compute` rounds, it holds bf16 values already.
 ///
 /// # Panics
 /// If `x` or `out` does not fit the weight and each other.
-pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], precision: Precision, out: &mut [f32]) {
+pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], compute: Compute, out: &mut [f32]) {
     let rows = x.len() / w.k();
     assert_eq!(x.len(), rows * w.k(), "x: its length must be a multiple of k = {}", w.k());
     assert_eq!(out.len(), rows * w.n(), "out: its length must be rows * n = {rows} * {}", w.n());
     match &w.elements {
-        Elements::Bf16(panels) => run_bf16(cpu, w, panels, x, precision, out),
-        Elements::Mxfp4(panels) => run_bf16(cpu, w, panels, x, precision, out),
+        Elements::Bf16(panels) => run_bf16(cpu, w, panels, x, compute, out),
+        Elements::Mxfp4(panels) => run_bf16(cpu, w, panels, x, compute, out),
         Elements::F32(panels) => run(cpu, w, panels, x, out),
-        Elements::Quantised(weights) => quant::linear(cpu, w, weights, x, out),
+        Elements::Q8(panels) => run_bytes(cpu, w, panels, x, out),
+        Elements::Q4(panels) => run_bytes(cpu, w, panels, x, out),
     }
 }
 
@@ -43,10 +45,10 @@ fn run_bf16<B: Paired>(
     w: &Matrix,
     weights: &Panels<B>,
     x: &[f32],
-    precision: Precision,
+    compute: Compute,
     out: &mut [f32],
 ) {
-    match path(cpu.isa(), precision) {
+    match path(cpu.isa(), compute) {
         Path::Lanes => run(cpu, w, weights, x, out),
         Path::Pairs => run_pairs(InPairs, cpu, w, weights, x, out),
         Path::Tiles(engine) => run_pairs(engine, cpu, w, weights, x, out),
@@ -85,8 +87,16 @@ fn run<B: Stored>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &m
     });
 }
 
+fn run_bytes<B: quant::Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &mut [f32]) {
+    let mut memory = quant::Buffers::default();
+    let inputs = memory.inputs(cpu, x, w.k());
+    over_tasks(cpu, w, x.len() / w.k(), out, |rows, panels, sink| {
+        quant::run(cpu, std::array::from_ref(weights), inputs.rows(), sink, rows, panels);
+    });
+}
+
 /// Shares out `rows` rows times all panels: `task` takes some rows, some panels and where its results go.
-pub(crate) fn over_tasks(
+fn over_tasks(
     cpu: &Cpu,
     w: &Matrix,
     rows: usize,
@@ -161,7 +171,7 @@ mod tests {
                 let x = crate::amx::tests::numbers(130 * k, 2);
                 let canonical = Cpu::with_isa(NonZeroUsize::MIN, Isa::Portable).unwrap();
                 let mut want = vec![0.0; 130 * n];
-                linear(&canonical, matrix, &x, Precision::Bf16, &mut want);
+                linear(&canonical, matrix, &x, Compute::Bf16, &mut want);
                 for rows in (1..=40).chain([47, 48, 49, 63, 64, 65, 66, 80, 96, 97, 128, 129, 130]) {
                     let mut out = vec![f32::NAN; rows * n];
                     let x = &x[..rows * k];

@@ -1,148 +1,42 @@
 //! A weight packed for the kernels.
 //!
-//! What must hold: a [`Matrix`] is made of panels of sixteen output features; a panel is a run of blocks of 32 input
-//! features; both sizes are padded with zeros. A bf16 block holds sixteen lines, one per pair of input features, each
-//! with the sixteen outputs' pairs (the even feature in the low half). That is also the layout of AMX's B operand.
-//! An f32 block holds 32 lines, one per input feature; [`crate::quant`] has the quantised ones, [`crate::mxfp4`] those
-//! that become bf16 blocks when they are used. It does not know how the products are added; [`crate::tile`] does.
+//! What must hold: the packed bytes depend on the weight and its [`Packing`] alone, not on the instruction set, and a
+//! matrix made of the bytes of another is that matrix. They are little-endian, as every machine is that this crate runs
+//! on. [`crate::panels`] says where an element lies.
 
 use std::fmt;
 
-use crate::convert::from_bf16;
+use muster_types::Packing;
+
+use crate::convert::{from_bf16, to_bf16};
 use crate::error::KernelError;
-use crate::memory::{Buffer, Zeroed};
 use crate::mxfp4::Mxfp4Block;
-use crate::quant::{Quantisation, Quantised};
-use crate::simd::{LANES, Simd};
+use crate::panels::{BLOCK_K, Bf16Block, F32Block, Packed, Panels, check_shape};
+use crate::quant::pack::{Q4Block, Q8Block};
+use crate::simd::LANES;
 
-/// Input features of a block.
-pub(crate) const BLOCK_K: usize = 32;
-
-/// A block of a bf16 panel.
-pub(crate) type Bf16Block = [[u32; LANES]; BLOCK_K / 2];
-/// A block of an f32 panel.
-pub(crate) type F32Block = [[f32; LANES]; BLOCK_K];
-
-/// 32 input features by 16 output features of a weight, as they are kept.
-pub(crate) trait Stored: Zeroed + Send + Sync {
-    /// As what they are multiplied.
-    type Block: Block;
-    /// The blocks themselves, if they are multiplied as they are.
-    fn plain(blocks: &[Self]) -> Option<&[Self::Block]>;
-    /// Writes the block as it is multiplied.
-    fn decode<S: Simd>(&self, s: S, to: &mut Self::Block);
-}
-
-/// A block that is multiplied as it is.
-pub(crate) trait Block: Zeroed + Send + Sync {
-    /// A block of zeros.
-    const ZERO: Self;
-    /// The weights of input features `2 * pair` and `2 * pair + 1`.
-    fn pair<S: Simd>(&self, s: S, pair: usize) -> (S::V, S::V);
-}
-
-impl<B: Block> Stored for B {
-    type Block = B;
-    #[inline(always)]
-    fn plain(blocks: &[B]) -> Option<&[B]> {
-        Some(blocks)
-    }
-    #[inline(always)]
-    fn decode<S: Simd>(&self, _: S, to: &mut B) {
-        *to = *self;
-    }
-}
-
-impl Block for Bf16Block {
-    const ZERO: Self = [[0; LANES]; BLOCK_K / 2];
-    #[inline(always)]
-    fn pair<S: Simd>(&self, s: S, pair: usize) -> (S::V, S::V) {
-        s.load_bf16_pairs(&self[pair])
-    }
-}
-
-impl Block for F32Block {
-    const ZERO: Self = [[0.0; LANES]; BLOCK_K];
-    #[inline(always)]
-    fn pair<S: Simd>(&self, s: S, pair: usize) -> (S::V, S::V) {
-        (s.load(&self[2 * pair]), s.load(&self[2 * pair + 1]))
-    }
-}
-
-/// The panels of one element type, which are as long as each other.
-pub(crate) struct Panels<B> {
-    pub(crate) blocks: Buffer<B>,
-    pub(crate) per_panel: usize,
-}
-
-impl<B> Panels<B> {
-    /// The blocks of panel `index` in ascending K.
-    #[inline(always)]
-    pub(crate) fn panel(&self, index: usize) -> &[B] {
-        &self.blocks[index * self.per_panel..(index + 1) * self.per_panel]
-    }
-}
-
-impl<B: Stored> Panels<B> {
-    pub(crate) fn pack(
-        n: usize,
-        k: usize,
-        found: usize,
-        mut fill: impl FnMut(Place, &mut B) -> Result<(), KernelError>,
-    ) -> Result<Self, KernelError> {
-        check_shape(n, k, found)?;
-        let per_panel = k.div_ceil(BLOCK_K);
-        // No overflow: n and k are at least 1 and n * k elements exist, so the padded sizes stay within a small factor.
-        let mut blocks = Buffer::zeroed("weight", n.div_ceil(LANES) * per_panel)?;
-        for (index, block) in blocks.iter_mut().enumerate() {
-            let (first_n, first_k) = (index / per_panel * LANES, index % per_panel * BLOCK_K);
-            let place =
-                Place { first_n, n: LANES.min(n - first_n), first_k, k: BLOCK_K.min(k - first_k), stride: k };
-            fill(place, block)?;
-        }
-        Ok(Self { blocks, per_panel })
-    }
-}
-
-pub(crate) fn check_shape(n: usize, k: usize, found: usize) -> Result<(), KernelError> {
-    for (field, value) in [("n", n), ("k", k)] {
-        if value == 0 {
-            return Err(KernelError::Size { field, value, rule: "at least 1" });
-        }
-    }
-    if n.checked_mul(k) != Some(found) {
-        return Err(KernelError::Elements { n, k, found });
-    }
-    Ok(())
-}
-
-/// Where a block lies in the row-major weight.
-pub(crate) struct Place {
-    pub(crate) first_n: usize,
-    pub(crate) n: usize,
-    pub(crate) first_k: usize,
-    k: usize,
-    pub(crate) stride: usize,
-}
-
-impl Place {
-    /// The block's part of output feature `lane`.
-    fn row<'w, T>(&self, w: &'w [T], lane: usize) -> &'w [T] {
-        let from = (self.first_n + lane) * self.stride + self.first_k;
-        &w[from..from + self.k]
-    }
-}
+const _: () = assert!(cfg!(target_endian = "little"), "packed weights are little-endian");
 
 /// The packed elements.
 pub(crate) enum Elements {
-    /// bf16 pairs.
-    Bf16(Panels<Bf16Block>),
-    /// f32.
     F32(Panels<F32Block>),
-    /// MXFP4.
+    Bf16(Panels<Bf16Block>),
+    Q8(Panels<Q8Block>),
+    Q4(Panels<Q4Block>),
     Mxfp4(Panels<Mxfp4Block>),
-    /// Few bits and scales.
-    Quantised(Quantised),
+}
+
+/// Does the same with panels of any kind.
+macro_rules! of_any {
+    ($elements:expr, $panels:ident => $value:expr) => {
+        match $elements {
+            Elements::F32($panels) => $value,
+            Elements::Bf16($panels) => $value,
+            Elements::Q8($panels) => $value,
+            Elements::Q4($panels) => $value,
+            Elements::Mxfp4($panels) => $value,
+        }
+    };
 }
 
 /// A weight `[n, k]`: `n` output features of `k` input features each, packed and read-only.
@@ -195,59 +89,131 @@ impl Matrix {
         Ok(Self { n, k, elements: Elements::Mxfp4(Panels::of_codes(n, k, blocks, scales)?) })
     }
 
-    /// Rounds a row-major f32 weight `[n, k]` to few bits and packs it.
+    /// Packs a row-major f32 weight `[n, k]`, rounded to what `packing` can hold.
     ///
     /// # Errors
-    /// As for [`Matrix::pack_bf16`], and [`KernelError::NonFinite`].
-    pub fn quantise_f32(kind: Quantisation, n: usize, k: usize, w: &[f32]) -> Result<Self, KernelError> {
-        Self::quantise(kind, n, k, w.len(), |from, out| out.copy_from_slice(&w[from..from + out.len()]))
+    /// As for [`Matrix::pack_bf16`]; [`KernelError::NonFinite`] where it is rounded to few bits, and
+    /// [`KernelError::Unrounded`] of MXFP4, which is only taken as it is published.
+    pub fn round_f32(packing: Packing, n: usize, k: usize, w: &[f32]) -> Result<Self, KernelError> {
+        match packing {
+            Packing::F32 => Self::pack_f32(n, k, w),
+            Packing::Bf16 => {
+                let mut bits = vec![0; w.len()];
+                to_bf16(w, &mut bits);
+                Self::pack_bf16(n, k, &bits)
+            }
+            _ => Self::round(packing, n, k, w.len(), |from, out| {
+                out.copy_from_slice(&w[from..from + out.len()]);
+            }),
+        }
     }
 
-    /// Rounds a row-major bf16 weight `[n, k]` to few bits and packs it.
+    /// Packs a row-major bf16 weight `[n, k]`, rounded to what `packing` can hold.
     ///
     /// # Errors
-    /// As for [`Matrix::quantise_f32`].
-    pub fn quantise_bf16(kind: Quantisation, n: usize, k: usize, w: &[u16]) -> Result<Self, KernelError> {
-        Self::quantise(kind, n, k, w.len(), |from, out| from_bf16(&w[from..from + out.len()], out))
+    /// As for [`Matrix::round_f32`].
+    pub fn round_bf16(packing: Packing, n: usize, k: usize, w: &[u16]) -> Result<Self, KernelError> {
+        match packing {
+            Packing::F32 => {
+                let mut wide = vec![0.0; w.len()];
+                from_bf16(w, &mut wide);
+                Self::pack_f32(n, k, &wide)
+            }
+            Packing::Bf16 => Self::pack_bf16(n, k, w),
+            _ => Self::round(packing, n, k, w.len(), |from, out| from_bf16(&w[from..from + out.len()], out)),
+        }
     }
 
-    fn quantise(
-        kind: Quantisation,
+    fn round(
+        packing: Packing,
         n: usize,
         k: usize,
         found: usize,
         widen: impl Fn(usize, &mut [f32]),
     ) -> Result<Self, KernelError> {
         check_shape(n, k, found)?;
-        Ok(Self { n, k, elements: Elements::Quantised(Quantised::pack(kind, n, k, widen)?) })
+        let elements = match packing {
+            Packing::Q8 => Elements::Q8(Panels::quantise(n, k, widen)?),
+            Packing::Q4 => Elements::Q4(Panels::quantise(n, k, widen)?),
+            Packing::F32 | Packing::Bf16 | Packing::Mxfp4 => return Err(KernelError::Unrounded(packing)),
+        };
+        Ok(Self { n, k, elements })
     }
 
-    /// From its elements, which are those of `[n, k]`.
-    pub(crate) fn of(n: usize, k: usize, elements: Elements) -> Self {
-        Self { n, k, elements }
+    /// The matrix `[n, k]` with these packed bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::Packed`] when they are not as many as there must be or have a value that is not finite; and when
+    /// memory is short.
+    pub fn from_packed(packing: Packing, n: usize, k: usize, bytes: &[u8]) -> Result<Self, KernelError> {
+        let refused = || KernelError::Packed { n, k, bytes: bytes.len() };
+        if Self::packed_bytes(packing, n, k) != Some(bytes.len()) {
+            return Err(refused());
+        }
+        let elements = match packing {
+            Packing::F32 => Panels::of_bytes(k, bytes)?.map(Elements::F32),
+            Packing::Bf16 => Panels::of_bytes(k, bytes)?.map(Elements::Bf16),
+            Packing::Q8 => Panels::of_bytes(k, bytes)?.map(Elements::Q8),
+            Packing::Q4 => Panels::of_bytes(k, bytes)?.map(Elements::Q4),
+            Packing::Mxfp4 => Panels::of_bytes(k, bytes)?.map(Elements::Mxfp4),
+        };
+        Ok(Self { n, k, elements: elements.ok_or_else(refused)? })
+    }
+
+    /// Bytes of a packed weight `[n, k]`, padding included; `None` when there is no such weight or its bytes cannot be
+    /// counted.
+    #[must_use]
+    pub fn packed_bytes(packing: Packing, n: usize, k: usize) -> Option<usize> {
+        if n == 0 || k == 0 || (packing == Packing::Mxfp4 && !k.is_multiple_of(BLOCK_K)) {
+            return None;
+        }
+        const fn block<B: Packed>() -> (usize, usize) {
+            (size_of::<B>(), B::DEPTH)
+        }
+        let (block, depth) = match packing {
+            Packing::F32 => block::<F32Block>(),
+            Packing::Bf16 => block::<Bf16Block>(),
+            Packing::Q8 => block::<Q8Block>(),
+            Packing::Q4 => block::<Q4Block>(),
+            Packing::Mxfp4 => block::<Mxfp4Block>(),
+        };
+        n.div_ceil(LANES).checked_mul(k.div_ceil(depth))?.checked_mul(block)
+    }
+
+    /// How the elements are stored.
+    #[must_use]
+    pub const fn packing(&self) -> Packing {
+        match &self.elements {
+            Elements::F32(_) => Packing::F32,
+            Elements::Bf16(_) => Packing::Bf16,
+            Elements::Q8(_) => Packing::Q8,
+            Elements::Q4(_) => Packing::Q4,
+            Elements::Mxfp4(_) => Packing::Mxfp4,
+        }
+    }
+
+    /// The packed weight; as many bytes as [`Matrix::packed_bytes`] says.
+    #[must_use]
+    pub fn packed(&self) -> &[u8] {
+        of_any!(&self.elements, panels => panels.blocks.as_bytes())
     }
 
     /// Output features.
     #[must_use]
-    pub fn n(&self) -> usize {
+    pub const fn n(&self) -> usize {
         self.n
     }
 
     /// Input features.
     #[must_use]
-    pub fn k(&self) -> usize {
+    pub const fn k(&self) -> usize {
         self.k
     }
 
     /// Bytes that the packed weight keeps in memory, padding included.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        match &self.elements {
-            Elements::Bf16(panels) => panels.blocks.bytes(),
-            Elements::F32(panels) => panels.blocks.bytes(),
-            Elements::Mxfp4(panels) => panels.blocks.bytes(),
-            Elements::Quantised(weights) => weights.bytes(),
-        }
+        self.packed().len()
     }
 
     /// Writes row `n` of the weight to `out`, widened: an embedding's vector, without a second copy of the table.
@@ -257,49 +223,18 @@ impl Matrix {
     pub fn row(&self, n: usize, out: &mut [f32]) {
         assert!(n < self.n, "row {n} of a matrix of {} rows", self.n);
         assert_eq!(out.len(), self.k, "out is [k]");
-        let (panel, lane) = (n / LANES, n % LANES);
-        match &self.elements {
-            Elements::Bf16(panels) => {
-                for (part, block) in out.chunks_mut(BLOCK_K).zip(panels.panel(panel)) {
-                    for (values, line) in part.chunks_mut(2).zip(block) {
-                        let pair = line[lane];
-                        let halves = [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
-                        values.iter_mut().zip(halves).for_each(|(value, half)| *value = half);
-                    }
-                }
-            }
-            Elements::F32(panels) => {
-                for (part, block) in out.chunks_mut(BLOCK_K).zip(panels.panel(panel)) {
-                    part.iter_mut().zip(block).for_each(|(value, line)| *value = line[lane]);
-                }
-            }
-            Elements::Mxfp4(panels) => {
-                for (part, block) in out.chunks_mut(BLOCK_K).zip(panels.panel(panel)) {
-                    part.iter_mut().enumerate().for_each(|(k, value)| *value = block.weight(k, lane));
-                }
-            }
-            Elements::Quantised(weights) => weights.row(n, out),
-        }
+        of_any!(&self.elements, panels => panels.row(n, out));
     }
 
     /// Panels of sixteen output features.
-    pub(crate) fn panels(&self) -> usize {
+    pub(crate) const fn panels(&self) -> usize {
         self.n.div_ceil(LANES)
     }
 }
 
 impl fmt::Debug for Matrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match &self.elements {
-            Elements::Bf16(_) => "bf16",
-            Elements::F32(_) => "f32",
-            Elements::Mxfp4(_) => "mxfp4",
-            Elements::Quantised(weights) => match weights.kind() {
-                Quantisation::Q8 => "q8",
-                Quantisation::Q4 => "q4",
-            },
-        };
-        write!(f, "Matrix({kind} [{}, {}])", self.n, self.k)
+        write!(f, "Matrix({} [{}, {}])", self.packing(), self.n, self.k)
     }
 }
 
@@ -371,5 +306,60 @@ mod tests {
         let wrong = message(Matrix::pack_bf16(2, 3, &[0; 5]));
         assert_eq!(wrong, "weight of shape [2, 3] has 5 elements: it must have n * k");
         assert!(Matrix::pack_f32(usize::MAX, 2, &[]).is_err());
+    }
+
+    const KINDS: [Packing; 5] = [Packing::Bf16, Packing::F32, Packing::Mxfp4, Packing::Q8, Packing::Q4];
+
+    fn matrix(packing: Packing, n: usize, k: usize) -> Matrix {
+        let wide: Vec<f32> = (0..n * k).map(|i| (i as f32 * 0.37).sin()).collect();
+        let bits: Vec<u16> = wide.iter().map(|v| (v.to_bits() >> 16) as u16).collect();
+        match packing {
+            Packing::Bf16 => Matrix::pack_bf16(n, k, &bits),
+            Packing::F32 => Matrix::pack_f32(n, k, &wide),
+            Packing::Mxfp4 => {
+                let codes: Vec<u8> = (0..n * k / 2).map(|i| (i * 37) as u8).collect();
+                let scales: Vec<u8> = (0..n * k / 32).map(|i| (i * 11 % 253) as u8).collect();
+                Matrix::pack_mxfp4(n, k, &codes, &scales)
+            }
+            Packing::Q8 | Packing::Q4 => Matrix::round_f32(packing, n, k, &wide),
+        }
+        .unwrap()
+    }
+
+    #[test]
+    fn bytes_make_the_same_matrix_again() {
+        for packing in KINDS {
+            for (n, k) in [(1, 1_usize), (16, 32), (17, 33), (40, 95), (64, 64)] {
+                let k = if packing == Packing::Mxfp4 { k.next_multiple_of(32) } else { k };
+                let matrix = matrix(packing, n, k);
+                assert_eq!(matrix.packing(), packing);
+                assert_eq!(Some(matrix.bytes()), Matrix::packed_bytes(packing, n, k));
+                let again = Matrix::from_packed(packing, n, k, matrix.packed()).unwrap();
+                assert_eq!(again.packed(), matrix.packed());
+                let (mut before, mut after) = (vec![0.0; k], vec![1.0; k]);
+                for row in 0..n {
+                    matrix.row(row, &mut before);
+                    again.row(row, &mut after);
+                    assert_eq!(before, after);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_that_cannot_be_the_weight_are_refused() {
+        for packing in KINDS {
+            let k = if packing == Packing::Mxfp4 { 64 } else { 33 };
+            let good = matrix(packing, 17, k);
+            let bytes = good.packed();
+            assert!(Matrix::from_packed(packing, 17, k, &bytes[1..]).is_err());
+            assert!(Matrix::from_packed(packing, 170, k, bytes).is_err());
+            assert!(Matrix::from_packed(packing, 0, k, &[]).is_err());
+            assert!(Matrix::from_packed(packing, usize::MAX, usize::MAX, bytes).is_err());
+            // A NaN wherever it can be.
+            let bad = vec![0xff; bytes.len()];
+            let text = Matrix::from_packed(packing, 17, k, &bad).unwrap_err().to_string();
+            assert!(text.contains("not finite"), "{text}");
+        }
     }
 }

@@ -9,8 +9,8 @@
 
 use crate::convert::bf16_to_f32;
 use crate::error::KernelError;
-use crate::matrix::{BLOCK_K, Bf16Block, Panels, Place, Stored, check_shape};
 use crate::memory::Zeroed;
+use crate::panels::{BLOCK_K, Bf16Block, Packed, Panels, Place, Stored, check_shape};
 use crate::simd::{LANES, Simd};
 
 /// Words of 32 bits that hold a block's codes of one output.
@@ -75,19 +75,19 @@ impl Stored for Mxfp4Block {
     }
 }
 
-impl Mxfp4Block {
-    /// Input `k` of output `lane`.
-    pub(crate) fn weight(&self, k: usize, lane: usize) -> f32 {
+impl Packed for Mxfp4Block {
+    const DEPTH: usize = BLOCK_K;
+    fn weight(&self, k: usize, lane: usize) -> f32 {
         let (line, shift) = place(k);
         bf16_to_f32(decode(self.codes[line][lane] >> shift, self.scales[lane]))
     }
-
-    /// Whether every weight is a number.
-    pub(crate) fn is_finite(&self) -> bool {
+    fn is_finite(&self) -> bool {
         let finite = |lane| (0..BLOCK_K).all(|k| self.weight(k, lane).is_finite());
         self.scales.iter().all(|scale| *scale <= MOST_SCALE) && (0..LANES).all(finite)
     }
+}
 
+impl Mxfp4Block {
     fn fill(&mut self, at: &Place, codes: &[u8], scales: &[u8]) -> Result<(), KernelError> {
         for lane in 0..at.n {
             let (n, group) = (at.first_n + lane, at.first_k / BLOCK_K);

@@ -6,13 +6,13 @@
 use std::ops::Range;
 
 use crate::amx::{Hardware, InTiles};
-use crate::convert::Precision;
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Isa, Kernel};
-use crate::matrix::{BLOCK_K, Bf16Block, Panels, Stored};
+use crate::panels::{BLOCK_K, Bf16Block, Panels, Stored};
 use crate::simd::{LANES, Simd};
 use crate::tile::{Ahead, CHUNK_BLOCKS, DECODED_BLOCKS, Decoded, MAX_ROWS, Sink, panels_at, plain};
+use muster_types::Compute;
 
 /// Rows of memory that must follow the last row: tiles are loaded whole.
 const SPARE_ROWS: usize = LANES - 1;
@@ -109,13 +109,13 @@ pub(crate) enum Path {
     Tiles(InTiles<Hardware>),
 }
 
-/// The path that gives what `precision` asks for. The caller has checked that the machine has `isa`.
-pub(crate) fn path(isa: Isa, precision: Precision) -> Path {
-    match (precision, isa) {
-        (Precision::Bf16Pairs, _) => Path::Pairs,
+/// The path that gives what `compute` asks for. The caller has checked that the machine has `isa`.
+pub(crate) fn path(isa: Isa, compute: Compute) -> Path {
+    match (compute, isa) {
+        (Compute::Bf16Pairs, _) => Path::Pairs,
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a context with this instruction set is made only where it was detected.
-        (Precision::Bf16, Isa::Amx) => Path::Tiles(unsafe { InTiles::new() }),
+        (Compute::Bf16, Isa::Amx) => Path::Tiles(unsafe { InTiles::new() }),
         _ => Path::Lanes,
     }
 }

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::matrix::{BLOCK_K, Block, Panels, Stored};
+use crate::panels::{BLOCK_K, Block, Panels, Stored};
 use crate::simd::Simd;
 
 /// Rows that a piece of work may have at most.

@@ -2,10 +2,9 @@
 
 mod common;
 
-use common::{CLAMPED, Numbers, PRECISIONS, assert_same, bf16_bits, cpu, cpus, gated, to_bf16_values};
-use muster_kernels::{
-    Biases, Expert, ExpertRows, FfnScratch, Gating, Isa, KernelError, Matrix, Precision, grouped_ffn,
-};
+use common::{CLAMPED, MODES, Numbers, assert_same, bf16_bits, cpu, cpus, gated, to_bf16_values};
+use muster_kernels::{Biases, Expert, ExpertRows, FfnScratch, Isa, KernelError, Matrix, grouped_ffn};
+use muster_types::{Compute, Gating};
 
 /// An expert and its weights as they were.
 struct Known {
@@ -16,12 +15,12 @@ struct Known {
 }
 
 impl Known {
-    fn new(numbers: &mut Numbers, hidden: usize, intermediate: usize, precision: Precision) -> Self {
+    fn new(numbers: &mut Numbers, hidden: usize, intermediate: usize, compute: Compute) -> Self {
         let mut weight = || to_bf16_values(&numbers.vec(hidden * intermediate));
         let (gate, up, down) = (weight(), weight(), weight());
-        let pack = |n, k, w: &[f32]| match precision {
-            Precision::F32 => Matrix::pack_f32(n, k, w).expect("the shape fits"),
-            Precision::Bf16 | Precision::Bf16Pairs => {
+        let pack = |n, k, w: &[f32]| match compute {
+            Compute::F32 => Matrix::pack_f32(n, k, w).expect("the shape fits"),
+            Compute::Bf16 | Compute::Bf16Pairs => {
                 Matrix::pack_bf16(n, k, &bf16_bits(w)).expect("the shape fits")
             }
         };
@@ -34,25 +33,25 @@ impl Known {
         Self { expert: self.expert.with(gating, biases).expect("they fit"), ..self }
     }
 
-    fn apply(&self, x: &[f32], precision: Precision) -> Vec<f32> {
+    fn apply(&self, x: &[f32], compute: Compute) -> Vec<f32> {
         let biased = |out: Vec<f32>, of: fn(&Biases) -> &[f32]| match self.expert.biases() {
             Some(biases) => common::biased(out, of(biases)),
             None => out,
         };
-        let gate = biased(common::linear(x, &self.gate, x.len(), precision), |biases| &biases.gate);
-        let up = biased(common::linear(x, &self.up, x.len(), precision), |biases| &biases.up);
+        let gate = biased(common::linear(x, &self.gate, x.len(), compute), |biases| &biases.gate);
+        let up = biased(common::linear(x, &self.up, x.len(), compute), |biases| &biases.up);
         let pairs = gate.iter().zip(up);
         let mut between: Vec<f32> = pairs.map(|(&g, u)| gated(self.expert.gating(), g, u)).collect();
-        if precision.rounds() {
+        if compute.rounds() {
             between = to_bf16_values(&between);
         }
-        biased(common::linear(&between, &self.down, between.len(), precision), |biases| &biases.down)
+        biased(common::linear(&between, &self.down, between.len(), compute), |biases| &biases.down)
     }
 }
 
-fn want(groups: &[(&Known, Vec<u32>)], x: &[f32], hidden: usize, precision: Precision) -> Vec<f32> {
+fn want(groups: &[(&Known, Vec<u32>)], x: &[f32], hidden: usize, compute: Compute) -> Vec<f32> {
     let rows = groups.iter().flat_map(|(known, rows)| rows.iter().map(move |&row| (known, row as usize)));
-    rows.flat_map(|(known, row)| known.apply(&x[row * hidden..(row + 1) * hidden], precision)).collect()
+    rows.flat_map(|(known, row)| known.apply(&x[row * hidden..(row + 1) * hidden], compute)).collect()
 }
 
 #[test]
@@ -60,8 +59,8 @@ fn groups_of_any_size_match_single_rows_on_every_instruction_set() {
     let mut numbers = Numbers(11);
     let mut scratch = FfnScratch::default();
     for (hidden, widths) in [(64, [32, 32, 32]), (70, [48, 17, 130]), (33, [1, 300, 16])] {
-        for precision in PRECISIONS {
-            let known = widths.map(|width| Known::new(&mut numbers, hidden, width, precision));
+        for compute in MODES {
+            let known = widths.map(|width| Known::new(&mut numbers, hidden, width, compute));
             let x = to_bf16_values(&numbers.vec(90 * hidden));
             let groups = [
                 (&known[0], vec![5]),
@@ -70,13 +69,13 @@ fn groups_of_any_size_match_single_rows_on_every_instruction_set() {
                 (&known[1], vec![1, 3, 3, 89]),
                 (&known[0], vec![0, 2, 5]),
             ];
-            let want = want(&groups, &x, hidden, precision);
+            let want = want(&groups, &x, hidden, compute);
             let asked: Vec<_> =
                 groups.iter().map(|(known, rows)| ExpertRows { expert: &known.expert, rows }).collect();
             for cpu in cpus() {
                 let mut out = vec![f32::NAN; want.len()];
-                grouped_ffn(&cpu, &asked, &x, precision, &mut scratch, &mut out);
-                assert_same(&out, &want, &format!("{} hidden {hidden} {precision:?}", cpu.isa()));
+                grouped_ffn(&cpu, &asked, &x, compute, &mut scratch, &mut out);
+                assert_same(&out, &want, &format!("{} hidden {hidden} {compute:?}", cpu.isa()));
             }
         }
     }
@@ -88,25 +87,25 @@ fn activations_and_biases_follow_their_order_on_every_instruction_set() {
     let mut numbers = Numbers(15);
     let mut scratch = FfnScratch::default();
     for (hidden, widths) in [(64, [32, 32, 32, 32]), (70, [48, 17, 131, 16]), (33, [1, 300, 16, 15])] {
-        for precision in PRECISIONS {
+        for compute in MODES {
             let styles = [(Gating::Silu, true), (CLAMPED, false), (CLAMPED, true), (Gating::Silu, false)];
             let known: Vec<_> = std::iter::zip(widths, styles)
                 .map(|(width, (gating, biased))| {
                     let biases = biased.then(|| common::biases(&mut numbers, hidden, width));
-                    Known::new(&mut numbers, hidden, width, precision).with(gating, biases)
+                    Known::new(&mut numbers, hidden, width, compute).with(gating, biases)
                 })
                 .collect();
             let x = to_bf16_values(&numbers.vec(70 * hidden));
             let rows = [vec![5], (0..70).rev().collect(), vec![1, 3, 3, 69, 0, 7, 8, 9, 11], vec![0, 2, 5]];
             for shift in 0..known.len() {
                 let groups: Vec<_> = (0..4).map(|i| (&known[(i + shift) % 4], rows[i].clone())).collect();
-                let want = want(&groups, &x, hidden, precision);
+                let want = want(&groups, &x, hidden, compute);
                 let asked: Vec<_> =
                     groups.iter().map(|(known, rows)| ExpertRows { expert: &known.expert, rows }).collect();
                 for cpu in cpus().into_iter().chain([cpu(3, Isa::detect())]) {
                     let mut out = vec![f32::NAN; want.len()];
-                    grouped_ffn(&cpu, &asked, &x, precision, &mut scratch, &mut out);
-                    assert_same(&out, &want, &format!("{} hidden {hidden} {precision:?}", cpu.isa()));
+                    grouped_ffn(&cpu, &asked, &x, compute, &mut scratch, &mut out);
+                    assert_same(&out, &want, &format!("{} hidden {hidden} {compute:?}", cpu.isa()));
                 }
             }
         }
@@ -119,7 +118,7 @@ fn a_clamped_expert_with_biases_is_what_the_definition_says() {
     let mut numbers = Numbers(16);
     let (hidden, intermediate, alpha, limit) = (48, 40, 1.702_f32, 1.25_f32);
     let biases = common::biases(&mut numbers, hidden, intermediate);
-    let known = Known::new(&mut numbers, hidden, intermediate, Precision::F32)
+    let known = Known::new(&mut numbers, hidden, intermediate, Compute::F32)
         .with(Gating::ClampedSwish { alpha, limit }, Some(biases.clone()));
     let x = numbers.vec(hidden);
     let linear = |w: &[f32], bias: &[f32], x: &[f64]| -> Vec<f64> {
@@ -147,7 +146,7 @@ fn a_clamped_expert_with_biases_is_what_the_definition_says() {
     let groups = [ExpertRows { expert: &known.expert, rows: &[0] }];
     let mut out = vec![f32::NAN; hidden];
     let mut scratch = FfnScratch::default();
-    grouped_ffn(&cpu(1, Isa::detect()), &groups, &x, Precision::F32, &mut scratch, &mut out);
+    grouped_ffn(&cpu(1, Isa::detect()), &groups, &x, Compute::F32, &mut scratch, &mut out);
     for (found, want) in out.iter().zip(want) {
         assert!((f64::from(*found) - want).abs() < 2e-5, "{found} {want}");
     }
@@ -160,9 +159,9 @@ fn instruction_sets_agree_on_extreme_inputs() {
     let mut numbers = Numbers(13);
     let (hidden, intermediate, rows) = (40, 45, 70);
     let styles = [(Gating::Silu, false), (CLAMPED, false), (CLAMPED, true)];
-    for (precision, (gating, biased)) in PRECISIONS.into_iter().flat_map(|p| styles.map(|style| (p, style))) {
+    for (compute, (gating, biased)) in MODES.into_iter().flat_map(|p| styles.map(|style| (p, style))) {
         let biases = biased.then(|| common::biases(&mut numbers, hidden, intermediate));
-        let known = Known::new(&mut numbers, hidden, intermediate, precision).with(gating, biases);
+        let known = Known::new(&mut numbers, hidden, intermediate, compute).with(gating, biases);
         let mut x = numbers.odd_vec(rows * hidden, false);
         for (row, x) in x.chunks_mut(hidden).enumerate() {
             let scale = [1e-38, 1e-30, 1e-19, 1.0, 20.0, 60.0, 4e18][row % 7];
@@ -175,8 +174,8 @@ fn instruction_sets_agree_on_extreme_inputs() {
         let mut outs: Vec<Vec<f32>> = Vec::new();
         for cpu in cpus() {
             let mut out = vec![f32::NAN; rows * hidden];
-            grouped_ffn(&cpu, &groups, &x, precision, &mut FfnScratch::default(), &mut out);
-            assert_same(&out, outs.first().unwrap_or(&out), &format!("{} {precision:?}", cpu.isa()));
+            grouped_ffn(&cpu, &groups, &x, compute, &mut FfnScratch::default(), &mut out);
+            assert_same(&out, outs.first().unwrap_or(&out), &format!("{} {compute:?}", cpu.isa()));
             outs.push(out);
         }
         let count = |is: fn(&f32) -> bool| outs[0].iter().filter(|v| is(v)).count();
@@ -185,7 +184,7 @@ fn instruction_sets_agree_on_extreme_inputs() {
         let clamped = gating != Gating::Silu;
         assert!(
             (zero > 0 || biased) && (infinite > 0 || clamped) && nan > 0,
-            "{precision:?} {gating:?} {zero} {infinite} {nan}: inputs miss a case"
+            "{compute:?} {gating:?} {zero} {infinite} {nan}: inputs miss a case"
         );
     }
 }
@@ -194,8 +193,8 @@ fn instruction_sets_agree_on_extreme_inputs() {
 fn experts_of_both_types_in_one_call_keep_their_orders() {
     let mut numbers = Numbers(14);
     let hidden = 50;
-    let f32 = Known::new(&mut numbers, hidden, 30, Precision::F32);
-    let bf16 = Known::new(&mut numbers, hidden, 70, Precision::Bf16);
+    let f32 = Known::new(&mut numbers, hidden, 30, Compute::F32);
+    let bf16 = Known::new(&mut numbers, hidden, 70, Compute::Bf16);
     let x = to_bf16_values(&numbers.vec(20 * hidden));
     let rows: Vec<u32> = (0..20).collect();
     let order = [(&bf16, 5), (&f32, 20), (&bf16, 20), (&f32, 1)];
@@ -206,12 +205,12 @@ fn experts_of_both_types_in_one_call_keep_their_orders() {
         for x in x.chunks(hidden).take(n) {
             // Rounded either way, but only bf16 weights are added in the order of pairs.
             let pairs = std::ptr::eq(known, &bf16);
-            want.extend(known.apply(x, if pairs { Precision::Bf16Pairs } else { Precision::Bf16 }));
+            want.extend(known.apply(x, if pairs { Compute::Bf16Pairs } else { Compute::Bf16 }));
         }
     }
     for cpu in cpus() {
         let mut out = vec![f32::NAN; want.len()];
-        grouped_ffn(&cpu, &groups, &x, Precision::Bf16Pairs, &mut FfnScratch::default(), &mut out);
+        grouped_ffn(&cpu, &groups, &x, Compute::Bf16Pairs, &mut FfnScratch::default(), &mut out);
         assert_same(&out, &want, &cpu.isa().to_string());
     }
 }
@@ -220,9 +219,8 @@ fn experts_of_both_types_in_one_call_keep_their_orders() {
 fn threads_do_not_show() {
     let mut numbers = Numbers(12);
     let (hidden, intermediate) = (256, 300);
-    for precision in PRECISIONS {
-        let known: Vec<_> =
-            (0..4).map(|_| Known::new(&mut numbers, hidden, intermediate, precision)).collect();
+    for compute in MODES {
+        let known: Vec<_> = (0..4).map(|_| Known::new(&mut numbers, hidden, intermediate, compute)).collect();
         let x = to_bf16_values(&numbers.vec(80 * hidden));
         for rows in [1, 3, 80] {
             let rows: Vec<u32> = (0..rows).collect();
@@ -231,7 +229,7 @@ fn threads_do_not_show() {
             let [alone, two, four] = [1, 2, 4].map(|threads| {
                 let mut out = vec![f32::NAN; groups.len() * rows.len() * hidden];
                 let cpu = cpu(threads, Isa::detect());
-                grouped_ffn(&cpu, &groups, &x, precision, &mut FfnScratch::default(), &mut out);
+                grouped_ffn(&cpu, &groups, &x, compute, &mut FfnScratch::default(), &mut out);
                 out
             });
             assert_same(&two, &alone, "two threads");
@@ -299,5 +297,5 @@ fn a_row_outside_is_refused() {
     let expert = Expert::new(matrix(), matrix(), matrix()).unwrap();
     let groups = [ExpertRows { expert: &expert, rows: &[2] }];
     let cpu = cpu(1, Isa::Portable);
-    grouped_ffn(&cpu, &groups, &[0.0; 8], Precision::F32, &mut FfnScratch::default(), &mut [0.0; 4]);
+    grouped_ffn(&cpu, &groups, &[0.0; 8], Compute::F32, &mut FfnScratch::default(), &mut [0.0; 4]);
 }

@@ -3,25 +3,26 @@
 mod common;
 
 use common::{Numbers, assert_same, bf16_bits, cpu, cpus, to_bf16_values};
-use muster_kernels::{Isa, Matrix, Precision, linear};
+use muster_kernels::{Isa, Matrix, linear};
+use muster_types::Compute;
 use proptest::prelude::*;
 
-/// A weight of bf16 values in every element type and precision that it is used with, and the order that results.
-fn packed(n: usize, k: usize, w: &[f32]) -> Vec<(Matrix, Precision, Precision)> {
+/// A weight of bf16 values in every element type and compute that it is used with, and the order that results.
+fn packed(n: usize, k: usize, w: &[f32]) -> Vec<(Matrix, Compute, Compute)> {
     let bf16 = || Matrix::pack_bf16(n, k, &bf16_bits(w)).expect("the shape fits");
     let f32 = || Matrix::pack_f32(n, k, w).expect("the shape fits");
     vec![
-        (bf16(), Precision::F32, Precision::F32),
-        (bf16(), Precision::Bf16, Precision::Bf16),
-        (bf16(), Precision::Bf16Pairs, Precision::Bf16Pairs),
-        (f32(), Precision::F32, Precision::F32),
-        (f32(), Precision::Bf16Pairs, Precision::Bf16),
+        (bf16(), Compute::F32, Compute::F32),
+        (bf16(), Compute::Bf16, Compute::Bf16),
+        (bf16(), Compute::Bf16Pairs, Compute::Bf16Pairs),
+        (f32(), Compute::F32, Compute::F32),
+        (f32(), Compute::Bf16Pairs, Compute::Bf16),
     ]
 }
 
-/// Inputs as `precision` has them.
-fn rounded(x: &[f32], precision: Precision) -> Vec<f32> {
-    if precision.rounds() { to_bf16_values(x) } else { x.to_vec() }
+/// Inputs as `compute` has them.
+fn rounded(x: &[f32], compute: Compute) -> Vec<f32> {
+    if compute.rounds() { to_bf16_values(x) } else { x.to_vec() }
 }
 
 const SHAPES: [(usize, usize); 9] =
@@ -34,14 +35,14 @@ fn every_instruction_set_follows_the_order_for_any_rows() {
     for (n, k) in SHAPES {
         let w = to_bf16_values(&numbers.vec(n * k));
         let plain = numbers.vec(130 * k);
-        for (matrix, precision, order) in packed(n, k, &w) {
-            let x = rounded(&plain, precision);
+        for (matrix, compute, order) in packed(n, k, &w) {
+            let x = rounded(&plain, compute);
             let want = common::linear(&x, &w, k, order);
             for cpu in cpus() {
                 for rows in sizes {
                     let mut out = vec![f32::NAN; rows * n];
-                    linear(&cpu, &matrix, &x[..rows * k], precision, &mut out);
-                    let what = format!("{} {matrix:?} {precision:?} {rows} rows", cpu.isa());
+                    linear(&cpu, &matrix, &x[..rows * k], compute, &mut out);
+                    let what = format!("{} {matrix:?} {compute:?} {rows} rows", cpu.isa());
                     assert_same(&out, &want[..rows * n], &what);
                 }
             }
@@ -61,7 +62,7 @@ fn zeros_huge_numbers_and_infinities_follow_it_and_subnormals_are_flushed() {
             x[..k].iter_mut().for_each(|v| *v = v.clamp(-1e-20, 1e-20) * 1e-19);
             x[k..2 * k].iter_mut().for_each(|v| *v = v.clamp(-1.0, 1.0) * 1e-37);
             let x = to_bf16_values(&x);
-            let want = common::linear(&x, &w, k, Precision::Bf16);
+            let want = common::linear(&x, &w, k, Compute::Bf16);
             let exact = |i: usize| -> f64 {
                 let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
                 x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
@@ -70,12 +71,12 @@ fn zeros_huge_numbers_and_infinities_follow_it_and_subnormals_are_flushed() {
             infinite += want.iter().filter(|v| v.is_infinite()).count();
             nan += want.iter().filter(|v| v.is_nan()).count();
             assert!(!want.iter().any(|v| v.is_subnormal()));
-            for (matrix, precision, order) in packed(n, k, &w) {
+            for (matrix, compute, order) in packed(n, k, &w) {
                 let want = common::linear(&x, &w, k, order);
                 for cpu in cpus() {
                     let mut out = vec![0.0; 9 * n];
-                    linear(&cpu, &matrix, &x, precision, &mut out);
-                    assert_same(&out, &want, &format!("{} {matrix:?} {precision:?}", cpu.isa()));
+                    linear(&cpu, &matrix, &x, compute, &mut out);
+                    assert_same(&out, &want, &format!("{} {matrix:?} {compute:?}", cpu.isa()));
                 }
             }
         }
@@ -101,11 +102,11 @@ fn each_step_flushes() {
     ];
     for (case, x, w, want) in cases {
         for cpu in cpus() {
-            for (matrix, precision, order) in packed(1, w.len(), w) {
+            for (matrix, compute, order) in packed(1, w.len(), w) {
                 let mut out = [f32::NAN];
-                linear(&cpu, &matrix, x, precision, &mut out);
-                let want = if order == Precision::Bf16Pairs { common::dot_pairs(x, w) } else { want };
-                assert_same(&out, &[want], &format!("{case} {} {matrix:?} {precision:?}", cpu.isa()));
+                linear(&cpu, &matrix, x, compute, &mut out);
+                let want = if order == Compute::Bf16Pairs { common::dot_pairs(x, w) } else { want };
+                assert_same(&out, &[want], &format!("{case} {} {matrix:?} {compute:?}", cpu.isa()));
             }
         }
     }
@@ -115,20 +116,20 @@ fn each_step_flushes() {
     (x[2], w[2]) = (f32::from_bits(0x1a00_0000), -f32::from_bits(0x1a00_0000));
     assert_eq!(x[2] * 2.0_f32.powi(75), 1.0);
     for cpu in cpus() {
-        for (matrix, precision, _) in packed(1, 3, &w) {
+        for (matrix, compute, _) in packed(1, 3, &w) {
             let mut out = [f32::NAN];
-            linear(&cpu, &matrix, &x, precision, &mut out);
-            assert_same(&out, &[0.0], &format!("{} {matrix:?} {precision:?}", cpu.isa()));
+            linear(&cpu, &matrix, &x, compute, &mut out);
+            assert_same(&out, &[0.0], &format!("{} {matrix:?} {compute:?}", cpu.isa()));
         }
     }
     // And between whole blocks: 1.5 in the first and -1 in the second.
     let (mut x, mut w) = ([0.0; 40], [0.0; 40]);
     (x[0], w[0], x[33], w[33]) = (least, 1.5, least, -1.0);
     for cpu in cpus() {
-        for (matrix, precision, _) in packed(1, 40, &w) {
+        for (matrix, compute, _) in packed(1, 40, &w) {
             let mut out = [f32::NAN];
-            linear(&cpu, &matrix, &x, precision, &mut out);
-            assert_same(&out, &[0.0], &format!("{} {matrix:?} {precision:?}", cpu.isa()));
+            linear(&cpu, &matrix, &x, compute, &mut out);
+            assert_same(&out, &[0.0], &format!("{} {matrix:?} {compute:?}", cpu.isa()));
         }
     }
 }
@@ -139,14 +140,14 @@ fn threads_do_not_show() {
     let (n, k) = (330, 545);
     let w = to_bf16_values(&numbers.vec(n * k));
     let x = to_bf16_values(&numbers.vec(150 * k));
-    for (matrix, precision, _) in packed(n, k, &w) {
+    for (matrix, compute, _) in packed(n, k, &w) {
         for rows in [2, 5, 150] {
             let mut want = vec![0.0; rows * n];
-            linear(&cpu(1, Isa::detect()), &matrix, &x[..rows * k], precision, &mut want);
+            linear(&cpu(1, Isa::detect()), &matrix, &x[..rows * k], compute, &mut want);
             for threads in [2, 4] {
                 let mut out = vec![f32::NAN; rows * n];
-                linear(&cpu(threads, Isa::detect()), &matrix, &x[..rows * k], precision, &mut out);
-                assert_same(&out, &want, &format!("{precision:?}, {threads} threads, {rows} rows"));
+                linear(&cpu(threads, Isa::detect()), &matrix, &x[..rows * k], compute, &mut out);
+                assert_same(&out, &want, &format!("{compute:?}, {threads} threads, {rows} rows"));
             }
         }
     }
@@ -155,21 +156,21 @@ fn threads_do_not_show() {
 #[test]
 fn no_rows_are_no_work() {
     let matrix = Matrix::pack_f32(3, 2, &[1.0; 6]).unwrap();
-    linear(&cpu(2, Isa::Portable), &matrix, &[], Precision::F32, &mut []);
+    linear(&cpu(2, Isa::Portable), &matrix, &[], Compute::F32, &mut []);
 }
 
 #[test]
 #[should_panic(expected = "x: its length must be a multiple of k = 2")]
 fn a_torn_row_is_refused() {
     let matrix = Matrix::pack_f32(3, 2, &[1.0; 6]).unwrap();
-    linear(&cpu(1, Isa::Portable), &matrix, &[1.0; 3], Precision::F32, &mut [0.0; 3]);
+    linear(&cpu(1, Isa::Portable), &matrix, &[1.0; 3], Compute::F32, &mut [0.0; 3]);
 }
 
 #[test]
 #[should_panic(expected = "out: its length must be rows * n = 2 * 3")]
 fn a_short_output_is_refused() {
     let matrix = Matrix::pack_f32(3, 2, &[1.0; 6]).unwrap();
-    linear(&cpu(1, Isa::Portable), &matrix, &[1.0; 4], Precision::F32, &mut [0.0; 5]);
+    linear(&cpu(1, Isa::Portable), &matrix, &[1.0; 4], Compute::F32, &mut [0.0; 5]);
 }
 
 proptest! {
@@ -184,12 +185,12 @@ proptest! {
         let w = to_bf16_values(&numbers.odd_vec(n * k, false));
         let x = to_bf16_values(&numbers.odd_vec(rows * k, false));
         let pick = pick % rows;
-        for (matrix, precision, _) in packed(n, k, &w) {
+        for (matrix, compute, _) in packed(n, k, &w) {
             let mut alone = vec![0.0; n];
-            linear(&cpu(1, Isa::Portable), &matrix, &x[pick * k..(pick + 1) * k], precision, &mut alone);
+            linear(&cpu(1, Isa::Portable), &matrix, &x[pick * k..(pick + 1) * k], compute, &mut alone);
             for isa in Isa::available() {
                 let mut all = vec![0.0; rows * n];
-                linear(&cpu(threads, isa), &matrix, &x, precision, &mut all);
+                linear(&cpu(threads, isa), &matrix, &x, compute, &mut all);
                 assert_same(&all[pick * n..(pick + 1) * n], &alone, "row in its batch");
             }
         }

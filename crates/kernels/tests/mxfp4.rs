@@ -2,11 +2,9 @@
 
 mod common;
 
-use common::{CLAMPED, Numbers, PRECISIONS, assert_same, bf16_bits, cpu, cpus, to_bf16_values};
-use muster_kernels::{
-    Expert, ExpertRows, FfnScratch, Gating, Isa, KernelError, Matrix, Packing, Precision, Quantisation,
-    grouped_ffn, linear,
-};
+use common::{CLAMPED, MODES, Numbers, assert_same, bf16_bits, cpu, cpus, to_bf16_values};
+use muster_kernels::{Expert, ExpertRows, FfnScratch, Isa, KernelError, Matrix, grouped_ffn, linear};
+use muster_types::{Compute, Gating, Packing};
 use proptest::prelude::*;
 
 const NUMBERS: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
@@ -70,14 +68,14 @@ fn linears_have_the_bits_of_bf16_for_any_rows_on_every_path() {
             let published = Published::new(&mut numbers, n, k, scales);
             let (found, want) = (published.pack(), published.pack_as_bf16());
             let x = numbers.odd_vec(70 * k, false);
-            for precision in PRECISIONS {
-                let x = if precision.rounds() { to_bf16_values(&x) } else { x.clone() };
+            for compute in MODES {
+                let x = if compute.rounds() { to_bf16_values(&x) } else { x.clone() };
                 for cpu in cpus() {
                     for &rows in &counts {
                         let [mut a, mut b] = [0, 1].map(|_| vec![f32::NAN; rows * n]);
-                        linear(&cpu, &found, &x[..rows * k], precision, &mut a);
-                        linear(&cpu, &want, &x[..rows * k], precision, &mut b);
-                        assert_same(&a, &b, &format!("{} {found:?} {precision:?} {rows} rows", cpu.isa()));
+                        linear(&cpu, &found, &x[..rows * k], compute, &mut a);
+                        linear(&cpu, &want, &x[..rows * k], compute, &mut b);
+                        assert_same(&a, &b, &format!("{} {found:?} {compute:?} {rows} rows", cpu.isa()));
                     }
                 }
             }
@@ -96,11 +94,11 @@ fn every_number_and_scale_decodes_to_its_bf16_on_every_instruction_set() {
         for big in [1.0, f32::INFINITY] {
             let x: Vec<f32> = (0..32 * 32).map(|i| if i / 32 == i % 32 { big } else { 0.0 }).collect();
             for cpu in cpus() {
-                for precision in PRECISIONS {
+                for compute in MODES {
                     let [mut a, mut b] = [0, 1].map(|_| vec![f32::NAN; 32 * 16]);
-                    linear(&cpu, &found, &x, precision, &mut a);
-                    linear(&cpu, &want, &x, precision, &mut b);
-                    assert_same(&a, &b, &format!("{} scales from {first}, {precision:?}", cpu.isa()));
+                    linear(&cpu, &found, &x, compute, &mut a);
+                    linear(&cpu, &want, &x, compute, &mut b);
+                    assert_same(&a, &b, &format!("{} scales from {first}, {compute:?}", cpu.isa()));
                 }
             }
         }
@@ -139,8 +137,8 @@ fn four_bits_and_a_quarter_are_kept_of_every_weight() {
     assert_eq!(matrix.bytes() * 8, 64 * 2880 * 17 / 4);
     assert_eq!((matrix.packing(), matrix.packed().len()), (Packing::Mxfp4, matrix.bytes()));
     assert_eq!(format!("{matrix:?}"), "Matrix(mxfp4 [64, 2880])");
-    assert_eq!(Packing::Mxfp4.bytes(64, 2880), Some(matrix.bytes()));
-    assert_eq!(Packing::Mxfp4.bytes(64, 2881), None);
+    assert_eq!(Matrix::packed_bytes(Packing::Mxfp4, 64, 2880), Some(matrix.bytes()));
+    assert_eq!(Matrix::packed_bytes(Packing::Mxfp4, 64, 2881), None);
 }
 
 #[test]
@@ -219,17 +217,17 @@ fn experts_have_the_bits_of_bf16_whole_or_in_part() {
     let x = to_bf16_values(&numbers.vec(70 * hidden));
     let rows = [vec![5], (0..70).rev().collect(), vec![1, 3, 3, 69, 0, 7, 8, 9, 11], vec![0, 2, 5]];
     for shift in 0..known.len() {
-        for precision in PRECISIONS {
+        for compute in MODES {
             for cpu in cpus().into_iter().chain([2, 3].map(|threads| cpu(threads, Isa::detect()))) {
                 let [found, want] = [0, 1].map(|which| {
                     let groups: Vec<_> = std::iter::zip(0..4, &rows)
                         .map(|(i, rows)| ExpertRows { expert: &known[(i + shift) % 4][which], rows })
                         .collect();
                     let mut out = vec![f32::NAN; 83 * hidden];
-                    grouped_ffn(&cpu, &groups, &x, precision, &mut scratch, &mut out);
+                    grouped_ffn(&cpu, &groups, &x, compute, &mut scratch, &mut out);
                     out
                 });
-                assert_same(&found, &want, &format!("{} {precision:?}", cpu.isa()));
+                assert_same(&found, &want, &format!("{} {compute:?}", cpu.isa()));
                 assert!(muster_kernels::all_finite(&found));
             }
         }
@@ -240,7 +238,7 @@ fn experts_have_the_bits_of_bf16_whole_or_in_part() {
 fn experts_of_mixed_gate_and_up_or_partly_quantised_are_refused() {
     let few = |n, k| Matrix::pack_mxfp4(n, k, &vec![0; n * k / 2], &vec![127; n * k / 32]).unwrap();
     let wide = |n, k| Matrix::pack_bf16(n, k, &vec![0; n * k]).unwrap();
-    let q4 = |n, k| Matrix::quantise_f32(Quantisation::Q4, n, k, &vec![0.0; n * k]).unwrap();
+    let q4 = |n, k| Matrix::round_f32(Packing::Q4, n, k, &vec![0.0; n * k]).unwrap();
     for refused in [
         Expert::new(few(32, 64), wide(32, 64), few(64, 32)),
         Expert::new(wide(32, 64), few(32, 64), few(64, 32)),
@@ -265,13 +263,13 @@ proptest! {
         let (mut numbers, k, pick) = (Numbers(seed), 32 * blocks, pick % rows);
         let published = Published::new(&mut numbers, n, k, SCALES[3]);
         let x = to_bf16_values(&numbers.odd_vec(rows * k, true));
-        for precision in [Precision::Bf16, Precision::Bf16Pairs] {
+        for compute in [Compute::Bf16, Compute::Bf16Pairs] {
             let mut alone = vec![0.0; n];
             let row = &x[pick * k..(pick + 1) * k];
-            linear(&cpu(1, Isa::Portable), &published.pack_as_bf16(), row, precision, &mut alone);
+            linear(&cpu(1, Isa::Portable), &published.pack_as_bf16(), row, compute, &mut alone);
             for isa in Isa::available() {
                 let mut all = vec![0.0; rows * n];
-                linear(&cpu(threads, isa), &published.pack(), &x, precision, &mut all);
+                linear(&cpu(threads, isa), &published.pack(), &x, compute, &mut all);
                 assert_same(&all[pick * n..(pick + 1) * n], &alone, "row in its batch");
             }
         }

@@ -4,12 +4,12 @@ mod common;
 
 use common::{CLAMPED, Numbers, assert_same, cpu, cpus, gated};
 use muster_kernels::{
-    Biases, Expert, ExpertRows, FfnScratch, Gating, Isa, KernelError, Matrix, Precision, Quantisation,
-    grouped_ffn, linear, to_bf16,
+    Biases, Expert, ExpertRows, FfnScratch, Isa, KernelError, Matrix, grouped_ffn, linear, to_bf16,
 };
+use muster_types::{Compute, Gating, Packing};
 use proptest::prelude::*;
 
-const KINDS: [Quantisation; 2] = [Quantisation::Q8, Quantisation::Q4];
+const KINDS: [Packing; 2] = [Packing::Q8, Packing::Q4];
 const SHAPES: [(usize, usize); 10] =
     [(1, 1), (16, 32), (17, 33), (48, 64), (40, 95), (100, 257), (64, 288), (33, 600), (80, 31), (7, 1024)];
 
@@ -64,10 +64,10 @@ fn q4(w: &[f32]) -> Group {
     Group { scale: best, values: divided(w, best, -8.0, 7.0) }
 }
 
-fn groups(kind: Quantisation, w: &[f32]) -> Vec<Group> {
+fn groups(kind: Packing, w: &[f32]) -> Vec<Group> {
     let group = |w: &[f32]| match kind {
-        Quantisation::Q8 => q8(w),
-        Quantisation::Q4 => q4(w),
+        Packing::Q8 => q8(w),
+        _ => q4(w),
     };
     w.chunks(32).map(group).collect()
 }
@@ -91,7 +91,7 @@ fn dot(x: &[Group], w: &[Group]) -> f32 {
 }
 
 /// A weight's rows in groups.
-fn rows(kind: Quantisation, w: &[f32], k: usize) -> Vec<Vec<Group>> {
+fn rows(kind: Packing, w: &[f32], k: usize) -> Vec<Vec<Group>> {
     w.chunks(k).map(|row| groups(kind, row)).collect()
 }
 
@@ -131,7 +131,7 @@ fn weights_come_back_as_the_rules_have_them() {
     for kind in KINDS {
         for (n, k) in SHAPES {
             let w = odd_weights(&mut numbers, n * k);
-            let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
+            let matrix = Matrix::round_f32(kind, n, k, &w).unwrap();
             let mut row = vec![f32::NAN; k];
             for (index, w) in rows(kind, &w, k).iter().enumerate() {
                 matrix.row(index, &mut row);
@@ -142,7 +142,7 @@ fn weights_come_back_as_the_rules_have_them() {
                 assert_same(&unsigned(&row), &unsigned(&want), &format!("{matrix:?} row {index}"));
             }
             let (bytes, padded) = (matrix.bytes(), n.next_multiple_of(16) * k.next_multiple_of(64));
-            let per_group = if kind == Quantisation::Q8 { 34 } else { 18 };
+            let per_group = if kind == Packing::Q8 { 34 } else { 18 };
             assert_eq!(bytes, padded / 32 * per_group);
         }
     }
@@ -155,12 +155,12 @@ fn linears_follow_the_fixed_order_on_every_instruction_set_for_any_rows() {
         for (n, k) in SHAPES {
             let w = numbers.vec(n * k);
             let x = numbers.vec(40 * k);
-            let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
+            let matrix = Matrix::round_f32(kind, n, k, &w).unwrap();
             let want = want(&x, &rows(kind, &w, k), k);
             for cpu in cpus() {
                 for rows in 1..=40 {
                     let mut out = vec![f32::NAN; rows * n];
-                    linear(&cpu, &matrix, &x[..rows * k], Precision::F32, &mut out);
+                    linear(&cpu, &matrix, &x[..rows * k], Compute::F32, &mut out);
                     assert_same(&out, &want[..rows * n], &format!("{} {matrix:?} {rows} rows", cpu.isa()));
                 }
             }
@@ -186,10 +186,10 @@ fn zeros_subnormals_huge_numbers_and_infinities_follow_it_too() {
                 subnormal += want.iter().filter(|v| v.is_subnormal()).count();
                 infinite += want.iter().filter(|v| v.is_infinite()).count();
                 nan += want.iter().filter(|v| v.is_nan()).count();
-                let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
+                let matrix = Matrix::round_f32(kind, n, k, &w).unwrap();
                 for cpu in cpus() {
                     let mut out = vec![0.0; 12 * n];
-                    linear(&cpu, &matrix, &x, Precision::F32, &mut out);
+                    linear(&cpu, &matrix, &x, Compute::F32, &mut out);
                     assert_same(&out, &want, &format!("{} {matrix:?}", cpu.isa()));
                 }
             }
@@ -203,12 +203,12 @@ fn extreme_sums_within_a_group_are_exact() {
     for kind in KINDS {
         for signs in [[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]] {
             let (w, x) = (vec![signs[0]; 16 * 64], vec![signs[1]; 3 * 64]);
-            let matrix = Matrix::quantise_f32(kind, 16, 64, &w).unwrap();
+            let matrix = Matrix::round_f32(kind, 16, 64, &w).unwrap();
             let want = want(&x, &rows(kind, &w, 64), 64);
             assert!((want[0] - 64.0 * signs[0] * signs[1]).abs() < 0.3, "{}", want[0]);
             for cpu in cpus() {
                 let mut out = vec![0.0; 3 * 16];
-                linear(&cpu, &matrix, &x, Precision::F32, &mut out);
+                linear(&cpu, &matrix, &x, Compute::F32, &mut out);
                 assert_same(&out, &want, &format!("{} {matrix:?}", cpu.isa()));
             }
         }
@@ -222,8 +222,8 @@ fn rounding_is_within_its_bounds() {
     // Sums of four are nearer to how weights are distributed than one number is.
     let w: Vec<f32> = (0..n * k).map(|_| (0..4).map(|_| numbers.f32()).sum::<f32>() / 50.0).collect();
     // Relative root mean square errors; measured: 0.0051 and 0.0773.
-    for (kind, most) in [(Quantisation::Q8, 0.0055), (Quantisation::Q4, 0.082)] {
-        let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
+    for (kind, most) in [(Packing::Q8, 0.0055), (Packing::Q4, 0.082)] {
+        let matrix = Matrix::round_f32(kind, n, k, &w).unwrap();
         let mut row = vec![0.0; k];
         let (mut error, mut square) = (0.0, 0.0);
         for (index, w) in w.chunks(k).enumerate() {
@@ -231,7 +231,7 @@ fn rounding_is_within_its_bounds() {
             for (group, w) in row.chunks(32).zip(w.chunks(32)) {
                 let largest = w.iter().fold(0.0_f32, |largest, v| largest.max(v.abs()));
                 // Half a step, and what the scale's own rounding cuts off at the ends; clipping may cost a whole one.
-                let step = if kind == Quantisation::Q8 { 0.76 / 127.0 } else { 1.5 / 7.0 };
+                let step = if kind == Packing::Q8 { 0.76 / 127.0 } else { 1.5 / 7.0 };
                 for (found, w) in group.iter().zip(w) {
                     assert!((found - w).abs() <= step * largest, "{found} for {w} among {largest}");
                     error += f64::from(found - w).powi(2);
@@ -251,8 +251,8 @@ fn bf16_weights_are_quantised_as_the_numbers_they_are() {
     let (n, k) = (20, 70);
     let w = common::to_bf16_values(&numbers.vec(n * k));
     for kind in KINDS {
-        let wide = Matrix::quantise_f32(kind, n, k, &w).unwrap();
-        let narrow = Matrix::quantise_bf16(kind, n, k, &common::bf16_bits(&w)).unwrap();
+        let wide = Matrix::round_f32(kind, n, k, &w).unwrap();
+        let narrow = Matrix::round_bf16(kind, n, k, &common::bf16_bits(&w)).unwrap();
         let (mut a, mut b) = (vec![0.0; k], vec![1.0; k]);
         for row in 0..n {
             wide.row(row, &mut a);
@@ -268,11 +268,11 @@ fn weights_that_cannot_be_quantised_are_refused() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut w = [1.0; 3 * 40];
             w[2 * 40 + 39] = bad;
-            let refused = Matrix::quantise_f32(kind, 3, 40, &w).unwrap_err();
+            let refused = Matrix::round_f32(kind, 3, 40, &w).unwrap_err();
             assert!(matches!(refused, KernelError::NonFinite { n: 2 }), "{refused}");
         }
-        assert!(matches!(Matrix::quantise_f32(kind, 0, 4, &[]), Err(KernelError::Size { field: "n", .. })));
-        assert!(matches!(Matrix::quantise_bf16(kind, 2, 3, &[0; 5]), Err(KernelError::Elements { .. })));
+        assert!(matches!(Matrix::round_f32(kind, 0, 4, &[]), Err(KernelError::Size { field: "n", .. })));
+        assert!(matches!(Matrix::round_bf16(kind, 2, 3, &[0; 5]), Err(KernelError::Elements { .. })));
     }
 }
 
@@ -283,11 +283,11 @@ struct Known {
 }
 
 impl Known {
-    fn new(numbers: &mut Numbers, kind: Quantisation, hidden: usize, intermediate: usize) -> Self {
+    fn new(numbers: &mut Numbers, kind: Packing, hidden: usize, intermediate: usize) -> Self {
         let shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)];
         let weights = shapes.map(|(n, k)| (n, k, numbers.vec(n * k)));
         let [gate, up, down] = [0, 1, 2].map(|i| {
-            Matrix::quantise_f32(kind, weights[i].0, weights[i].1, &weights[i].2).expect("the shape fits")
+            Matrix::round_f32(kind, weights[i].0, weights[i].1, &weights[i].2).expect("the shape fits")
         });
         let matrices = weights.map(|(_, k, w)| rows(kind, &w, k));
         Self { expert: Expert::new(gate, up, down).expect("the shapes fit"), matrices }
@@ -342,10 +342,10 @@ fn experts_of_any_rows_match_single_rows_on_every_instruction_set() {
             let asked: Vec<_> =
                 groups.iter().map(|(known, rows)| ExpertRows { expert: &known.expert, rows }).collect();
             for cpu in cpus() {
-                // Nothing is rounded to bf16 within, so the precision does not matter.
-                for precision in [Precision::F32, Precision::Bf16] {
+                // Nothing is rounded to bf16 within, so the compute does not matter.
+                for compute in [Compute::F32, Compute::Bf16] {
                     let mut out = vec![f32::NAN; want.len()];
-                    grouped_ffn(&cpu, &asked, &x, precision, &mut scratch, &mut out);
+                    grouped_ffn(&cpu, &asked, &x, compute, &mut scratch, &mut out);
                     assert_same(&out, &want, &format!("{} {kind:?} hidden {hidden}", cpu.isa()));
                 }
             }
@@ -367,7 +367,7 @@ fn threads_do_not_show() {
             let [alone, two, four] = [1, 2, 4].map(|threads| {
                 let mut out = vec![f32::NAN; groups.len() * rows.len() * hidden];
                 let cpu = cpu(threads, Isa::detect());
-                grouped_ffn(&cpu, &groups, &x, Precision::Bf16, &mut FfnScratch::default(), &mut out);
+                grouped_ffn(&cpu, &groups, &x, Compute::Bf16, &mut FfnScratch::default(), &mut out);
                 out
             });
             assert_same(&two, &alone, "two threads");
@@ -379,7 +379,7 @@ fn threads_do_not_show() {
 #[test]
 fn experts_are_quantised_whole_and_alike() {
     let plain = |n, k| Matrix::pack_f32(n, k, &vec![0.0; n * k]).unwrap();
-    let few = |kind, n, k| Matrix::quantise_f32(kind, n, k, &vec![0.0; n * k]).unwrap();
+    let few = |kind, n, k| Matrix::round_f32(kind, n, k, &vec![0.0; n * k]).unwrap();
     let [q8, q4] = KINDS;
     let refused = [
         Expert::new(few(q8, 2, 3), few(q4, 2, 3), few(q8, 3, 2)),
@@ -395,15 +395,39 @@ fn experts_are_quantised_whole_and_alike() {
 }
 
 #[test]
-#[should_panic(expected = "groups: either all experts are quantised or none")]
-fn calls_do_not_mix_kinds() {
-    let plain = || Matrix::pack_f32(4, 4, &[0.0; 16]).unwrap();
-    let few = || Matrix::quantise_f32(Quantisation::Q4, 4, 4, &[0.0; 16]).unwrap();
-    let experts =
-        [Expert::new(plain(), plain(), plain()).unwrap(), Expert::new(few(), few(), few()).unwrap()];
-    let groups = [0, 1].map(|i| ExpertRows { expert: &experts[i], rows: &[0] });
-    let (cpu, mut scratch) = (cpu(1, Isa::Portable), FfnScratch::default());
-    grouped_ffn(&cpu, &groups, &[0.0; 4], Precision::F32, &mut scratch, &mut [0.0; 8]);
+fn calls_mix_kinds_and_each_expert_keeps_its_bits() {
+    let mut numbers = Numbers(17);
+    let mut matrix = |packing, n: usize, k: usize| {
+        Matrix::round_f32(packing, n, k, &numbers.vec(n * k)).expect("the shape fits")
+    };
+    let (hidden, x) = (40, (0..9 * 40).map(|at| (at as f32 * 0.7).sin()).collect::<Vec<f32>>());
+    let kinds = [Packing::Q8, Packing::Bf16, Packing::Q4, Packing::F32, Packing::Q4, Packing::Bf16];
+    let experts: Vec<Expert> = kinds
+        .into_iter()
+        .zip([33, 64, 20, 20, 20, 7])
+        .map(|(kind, width)| {
+            let down = matrix(kind, hidden, width);
+            Expert::new(matrix(kind, width, hidden), matrix(kind, width, hidden), down).expect("it fits")
+        })
+        .collect();
+    let rows: [&[u32]; 6] = [&[0, 3], &[8, 1, 2], &[4], &[], &[5, 0, 7], &[6]];
+    let groups: Vec<_> = experts.iter().zip(rows).map(|(expert, rows)| ExpertRows { expert, rows }).collect();
+    let total: usize = rows.iter().map(|rows| rows.len()).sum();
+    for isa in Isa::available() {
+        for compute in [Compute::F32, Compute::Bf16, Compute::Bf16Pairs] {
+            let (cpu, mut scratch) = (cpu(2, isa), FfnScratch::default());
+            let x = if compute.rounds() { common::to_bf16_values(&x) } else { x.clone() };
+            let mut all = vec![f32::NAN; total * hidden];
+            grouped_ffn(&cpu, &groups, &x, compute, &mut scratch, &mut all);
+            let mut apart = Vec::new();
+            for group in &groups {
+                let mut alone = vec![f32::NAN; group.rows.len() * hidden];
+                grouped_ffn(&cpu, std::slice::from_ref(group), &x, compute, &mut scratch, &mut alone);
+                apart.extend(alone);
+            }
+            assert_same(&all, &apart, &format!("{isa} {compute}"));
+        }
+    }
 }
 
 proptest! {
@@ -419,12 +443,12 @@ proptest! {
         let x = numbers.odd_vec(rows * k, true);
         let pick = pick % rows;
         for kind in KINDS {
-            let matrix = Matrix::quantise_f32(kind, n, k, &w).unwrap();
+            let matrix = Matrix::round_f32(kind, n, k, &w).unwrap();
             let mut alone = vec![0.0; n];
-            linear(&cpu(1, Isa::Portable), &matrix, &x[pick * k..(pick + 1) * k], Precision::F32, &mut alone);
+            linear(&cpu(1, Isa::Portable), &matrix, &x[pick * k..(pick + 1) * k], Compute::F32, &mut alone);
             for isa in Isa::available() {
                 let mut all = vec![0.0; rows * n];
-                linear(&cpu(threads, isa), &matrix, &x, Precision::F32, &mut all);
+                linear(&cpu(threads, isa), &matrix, &x, Compute::F32, &mut all);
                 assert_same(&all[pick * n..(pick + 1) * n], &alone, "row in its batch");
             }
         }

@@ -8,10 +8,9 @@ use std::num::NonZero;
 
 use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, StoredAs, Use};
 use muster_engine::reach::{LayerGroups, most_held};
-use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape, KvValues};
+use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape, KvValues, Matrix};
 use muster_types::{Compute, WeightDType};
 
-use crate::experts::precision;
 use crate::weights::packing;
 
 /// Bytes of a loaded model.
@@ -62,7 +61,7 @@ impl Footprint {
                 .map(|layer| layer.experts.as_ref().map_or(Some(0), expert))
                 .collect::<Option<_>>()?,
             kv_token_bytes: outline.layers.iter().map(|layer| kv_bytes(&layer.attention, compute)).sum(),
-            kv_groups: crate::kv::groups(outline.layers.iter().map(|layer| layer.sees)),
+            kv_groups: LayerGroups::of(outline.layers.iter().map(|layer| layer.reach)),
         })
     }
 
@@ -86,7 +85,7 @@ const BLOCK: NonZero<u32> = match NonZero::new(BLOCK_TOKENS as u32) {
 
 /// Bytes of a matrix `[rows, cols]` that is stored and held so.
 fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, cols: usize) -> Option<u64> {
-    packing(stored, compute, dtype).bytes(rows, cols).map(|bytes| bytes as u64)
+    Matrix::packed_bytes(packing(stored, compute, dtype), rows, cols).map(|bytes| bytes as u64)
 }
 
 /// Of one token, in one layer.
@@ -104,5 +103,5 @@ fn kv_bytes(attention: &AttentionOutline, compute: Compute) -> u64 {
             values: KvValues::EndOfKey,
         },
     };
-    (KvCache::bytes_per_block(shape, precision(compute)) / BLOCK_TOKENS) as u64
+    (KvCache::bytes_per_block(shape, compute) / BLOCK_TOKENS) as u64
 }

@@ -13,7 +13,6 @@ pub mod evaluate;
 pub mod experts;
 pub mod footprint;
 pub mod gate;
-mod kv;
 pub mod local;
 pub mod reference;
 pub mod sampler;

@@ -7,11 +7,11 @@
 
 use candle_core::{D, Device, IndexOp, Result as CandleResult, Tensor};
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertRole, Gating, GroupWorth, LatentSpec, LayerRole, Llama3Spec, MlpSpec, MoeSpec,
-    NormKind, QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score, Sees, SharedSpec, WeightOn,
-    YarnSpec,
+    AttentionSpec, ExpertRole, GroupWorth, LatentSpec, LayerRole, Llama3Spec, MlpSpec, MoeSpec, NormKind,
+    QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score, SharedSpec, WeightOn, YarnSpec,
 };
 use muster_checkpoint::{Checkpoint, Weight};
+use muster_types::{Gating, Reach};
 
 use crate::ModelError;
 use crate::weights::widen;
@@ -184,7 +184,7 @@ impl<'a> Reference<'a> {
             true => Some(self.read(Role::Layer(layer, LayerRole::Sinks))?.to_vec1::<f32>()?),
             false => None,
         };
-        let mask = mask(tokens, spec.sees)?;
+        let mask = mask(tokens, spec.reach)?;
         let group = spec.heads / spec.kv_heads;
         let mut heads = Vec::with_capacity(spec.heads);
         for head in 0..spec.heads {
@@ -235,7 +235,7 @@ impl<'a> Reference<'a> {
         let shared = turned(&shared)?.squeeze(1)?;
         let kv = linear(&row, &weight(LayerRole::KvUp)?)?;
         let kv = kv.reshape((tokens, spec.heads, plain + latent.value_dim))?;
-        let mask = mask(tokens, spec.sees)?;
+        let mask = mask(tokens, spec.reach)?;
         let mut heads = Vec::with_capacity(spec.heads);
         for head in 0..spec.heads {
             let q = Tensor::cat(&[q_plain.i((.., head))?, q_turned.i((.., head))?], D::Minus1)?;
@@ -395,11 +395,11 @@ fn softmax(scores: &Tensor) -> CandleResult<Tensor> {
 }
 
 /// Zero where a query may look, minus infinity where not.
-fn mask(tokens: usize, sees: Sees) -> CandleResult<Tensor> {
-    let seen = |query: usize, key: usize| match sees {
-        Sees::All => key <= query,
-        Sees::Last(window) => key <= query && query - key < window,
-        Sees::Chunk(length) => key <= query && query / length == key / length,
+fn mask(tokens: usize, reach: Reach) -> CandleResult<Tensor> {
+    let seen = |query: usize, key: usize| match reach {
+        Reach::All => key <= query,
+        Reach::Last(window) => key <= query && query - key < window.get() as usize,
+        Reach::Chunk(length) => key <= query && query / length.get() as usize == key / length.get() as usize,
     };
     let values: Vec<f32> = (0..tokens * tokens)
         .map(|at| if seen(at / tokens, at % tokens) { 0.0 } else { f32::NEG_INFINITY })

@@ -3,8 +3,8 @@
 use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::Role;
 use muster_checkpoint::{Checkpoint, Weight, WeightData, mxfp4};
-use muster_kernels::{KernelError, Matrix, Packing, Quantisation, from_bf16, to_bf16};
-use muster_types::{Compute, DType, WeightDType};
+use muster_kernels::{KernelError, Matrix, from_bf16};
+use muster_types::{Compute, DType, Packing, WeightDType};
 
 use crate::{LoadProgress, ModelError};
 
@@ -107,30 +107,23 @@ impl<'a> Loader<'a> {
 }
 
 fn pack(rows: usize, cols: usize, data: &WeightData, packing: Packing) -> Result<Matrix, KernelError> {
-    match (data, packing) {
-        (WeightData::Mxfp4 { blocks, scales }, Packing::Mxfp4) => {
+    match data {
+        WeightData::Mxfp4 { blocks, scales } if packing == Packing::Mxfp4 => {
             Matrix::pack_mxfp4(rows, cols, blocks, scales)
         }
-        (WeightData::Mxfp4 { blocks, scales }, _) => {
-            pack(rows, cols, &WeightData::F32(mxfp4::widen(blocks, scales)), packing)
+        WeightData::Mxfp4 { blocks, scales } => {
+            Matrix::round_f32(packing, rows, cols, &mxfp4::widen(blocks, scales))
         }
-        (WeightData::Bf16(bits), Packing::Quantised(kind)) => Matrix::quantise_bf16(kind, rows, cols, bits),
-        (WeightData::F32(values), Packing::Quantised(kind)) => Matrix::quantise_f32(kind, rows, cols, values),
-        (WeightData::Bf16(bits), _) => Matrix::pack_bf16(rows, cols, bits),
-        (WeightData::F32(values), Packing::F32) => Matrix::pack_f32(rows, cols, values),
-        (WeightData::F32(values), _) => {
-            let mut bits = vec![0; values.len()];
-            to_bf16(values, &mut bits);
-            Matrix::pack_bf16(rows, cols, &bits)
-        }
+        WeightData::Bf16(bits) => Matrix::round_bf16(packing, rows, cols, bits),
+        WeightData::F32(values) => Matrix::round_f32(packing, rows, cols, values),
     }
 }
 
 /// How [`Loader::matrix_as`] packs a matrix that is stored so. What is widened when it is read is rounded in bf16.
 pub(crate) const fn packing(stored: StoredAs, compute: Compute, dtype: WeightDType) -> Packing {
     match (dtype, stored, compute) {
-        (WeightDType::Q8, ..) => Packing::Quantised(Quantisation::Q8),
-        (WeightDType::Q4, ..) => Packing::Quantised(Quantisation::Q4),
+        (WeightDType::Q8, ..) => Packing::Q8,
+        (WeightDType::Q4, ..) => Packing::Q4,
         (WeightDType::Native, StoredAs::Mxfp4, _) => Packing::Mxfp4,
         (WeightDType::Native, StoredAs::Plain(DType::Bf16), _) => Packing::Bf16,
         (WeightDType::Native, _, Compute::F32) => Packing::F32,

@@ -12,16 +12,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use muster_checkpoint::outline::Outline;
 use muster_checkpoint::{Checkpoint, CheckpointError};
 use muster_engine::dispatch::ExpertDispatch;
-use muster_engine::reach::{Reach, longest, most_held};
+use muster_engine::reach::{longest, most_held};
 pub use muster_engine::scheduler::PrefixCache;
 use muster_engine::scheduler::{ConfigError, Scheduler, SchedulerConfig};
 use muster_kernels::{BLOCK_TOKENS, KvCache};
 use muster_model::defaults::{DefaultsError, SamplingDefaults, Wanted};
-use muster_model::experts::precision;
 use muster_model::footprint::Footprint;
 use muster_model::trunk::device::DeviceError;
 use muster_model::trunk::{Stepper, Trunk};
 use muster_text::Tokenizer;
+use muster_types::Reach;
 use muster_types::{Combine, Compute, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
@@ -298,7 +298,7 @@ fn kv_size(trunk: &Trunk, settings: &EngineSettings) -> Result<(u32, u32), Start
 }
 
 fn block_bytes(trunk: &Trunk) -> u64 {
-    KvCache::bytes_per_block(trunk.kv_shape(), precision(trunk.compute())) as u64
+    KvCache::bytes_per_block(trunk.kv_shape(), trunk.compute()) as u64
 }
 
 /// The same, for groups of layers that see so much, in blocks of so many bytes.

@@ -11,8 +11,10 @@ mod ids;
 mod limits;
 mod mode;
 mod nearest;
+mod reach;
 mod speed;
 mod term;
+mod weights;
 
 pub use digest::{ParseDigestError, WeightDigest, WeightHasher};
 pub use fault::{Fault, FaultKind};
@@ -23,5 +25,7 @@ pub use mode::{
     Combine, Compute, DType, NumericsClass, ParseCombineError, ParseWeightDTypeError, Retry, WeightDType,
 };
 pub use nearest::nearest;
+pub use reach::Reach;
 pub use speed::{Speed, SpeedError};
 pub use term::{Term, terms_by_row};
+pub use weights::{Gating, Packing};

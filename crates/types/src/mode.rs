@@ -54,6 +54,15 @@ impl Compute {
         }
     }
 
+    /// Whether inputs of linears, keys and values are rounded to bf16.
+    #[must_use]
+    pub const fn rounds(self) -> bool {
+        match self {
+            Self::F32 => false,
+            Self::Bf16 | Self::Bf16Pairs => true,
+        }
+    }
+
     /// The mode a checkpoint of this dtype is served in when nobody says otherwise.
     #[must_use]
     pub const fn default_for(weights: DType) -> Self {

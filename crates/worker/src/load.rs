@@ -8,12 +8,12 @@ use std::time::Instant;
 
 use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
-use muster_kernels::{Cpu, Packing, Quantisation};
-use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, Gating, PackedExpert, faster_mode};
+use muster_kernels::Cpu;
+use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, PackedExpert, faster_mode};
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::{Shape, split};
 use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
-use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
+use muster_types::{Compute, ExpertKey, Gating, Packing, WeightDType, WeightDigest};
 use tokio::sync::oneshot;
 
 use crate::loader::Sources;
@@ -88,8 +88,8 @@ const fn packing(packed: PackedAs) -> Packing {
     match packed {
         PackedAs::F32 => Packing::F32,
         PackedAs::Bf16 => Packing::Bf16,
-        PackedAs::Q8 => Packing::Quantised(Quantisation::Q8),
-        PackedAs::Q4 => Packing::Quantised(Quantisation::Q4),
+        PackedAs::Q8 => Packing::Q8,
+        PackedAs::Q4 => Packing::Q4,
         PackedAs::Mxfp4 => Packing::Mxfp4,
     }
 }

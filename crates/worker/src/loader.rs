@@ -261,13 +261,12 @@ mod tests {
     use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 
     use muster_dispatch_grpc::{Custody, ServerConfig};
-    use muster_kernels::Packing;
-    use muster_model::experts::{CpuStore, ExpertSet, Gating};
+    use muster_model::experts::{CpuStore, ExpertSet};
     use muster_placement::Shape;
     use muster_proto::control::{Assignment, Load};
     use muster_proto::convert::RouterName;
     use muster_proto::description::{Description, Phase};
-    use muster_types::{Epoch, ExpertId, LayerId, NumericsClass, Speed, WorkerId};
+    use muster_types::{Epoch, ExpertId, Gating, LayerId, NumericsClass, Packing, Speed, WorkerId};
 
     use super::*;
 

@@ -4,15 +4,15 @@
 //! no plan grows past some hundred thousand entries. A key that is absent means what it means to transformers: the
 //! default of the family's configuration class.
 
-use muster_types::DType;
+use muster_types::{DType, Gating, Reach};
 use serde_json::Value;
 
 use super::rope::rope;
 use crate::config::{Config, ConfigError};
 use crate::outline::StoredAs;
 use crate::spec::{
-    AttentionSpec, ExpertGroups, GateRecipe, Gating, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec,
-    NormKind, QkNorm, RopeSpec, Sees, SharedSpec, StoredForms, WeightOn,
+    AttentionSpec, ExpertGroups, GateRecipe, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind,
+    QkNorm, RopeSpec, SharedSpec, StoredForms, WeightOn,
 };
 
 /// Most elements of the residual stream.
@@ -163,7 +163,7 @@ impl Base {
             o_bias: false,
             rope: Some(self.rope.clone()),
             temperature: None,
-            sees: Sees::All,
+            reach: Reach::All,
             sinks: false,
             latent: None,
         }
@@ -240,17 +240,17 @@ impl Base {
         Ok(Some(ExpertGroups { groups: count(groups), kept: count(kept), worth }))
     }
 
-    /// What each layer sees: `layer_types` in these words, or `default`.
+    /// What each layer reach: `layer_types` in these words, or `default`.
     pub(super) fn layer_types(
         &self,
         config: &Config,
-        words: [(&str, Sees); 2],
-        default: impl Fn(usize) -> Sees,
-    ) -> Result<Vec<Sees>, ConfigError> {
+        words: [(&str, Reach); 2],
+        default: impl Fn(usize) -> Reach,
+    ) -> Result<Vec<Reach>, ConfigError> {
         const KEY: &str = "layer_types";
         let Some(value) = config.get(KEY) else { return Ok((0..self.layers).map(default).collect()) };
-        let word = |item: &Value| words.iter().find(|(word, _)| item == word).map(|(_, sees)| *sees);
-        let list: Option<Vec<Sees>> = value
+        let word = |item: &Value| words.iter().find(|(word, _)| item == word).map(|(_, reach)| *reach);
+        let list: Option<Vec<Reach>> = value
             .as_array()
             .and_then(|list| list.iter().map(word).collect())
             .filter(|list: &Vec<_>| list.len() == self.layers);
@@ -312,8 +312,8 @@ pub(super) fn shared_experts(
 }
 
 /// What a sliding window lets a query see, if there is one.
-pub(super) fn window(config: &Config) -> Result<Sees, ConfigError> {
-    Ok(config.optional_size("sliding_window", 1..=LONGEST_CONTEXT)?.map_or(Sees::All, Sees::Last))
+pub(super) fn window(config: &Config) -> Result<Reach, ConfigError> {
+    Ok(config.optional_size("sliding_window", 1..=LONGEST_CONTEXT)?.map_or(Reach::All, Reach::last))
 }
 
 /// Begin-of-text. A class default that the vocabulary does not reach names no token; the same holds for [`eos`].

@@ -1,7 +1,7 @@
 //! gpt-oss: top-k of the logits, then softmax over those; experts with biases and a clamped gate, in MXFP4 or bf16, rows
 //! of gate and up taking turns; every other layer sees a window; attention sinks; YaRN.
 
-use muster_types::DType;
+use muster_types::{DType, Gating, Reach};
 use serde_json::Value;
 
 use super::base::{Base, Defaults, Habits, intermediate, window};
@@ -10,8 +10,8 @@ use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, MXFP4_GROUP, PlanBuilder, View};
 use crate::spec::{
-    AttentionSpec, ExpertRole, GateRecipe, Gating, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec,
-    Renormalise, Role, RopeScaling, RopeSpec, Score, Sees, YarnSpec,
+    AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise,
+    Role, RopeScaling, RopeSpec, Score, YarnSpec,
 };
 
 pub(super) const FAMILY: Family = Family::new("gpt_oss", spec, ExpertTensors::Own(experts));
@@ -53,10 +53,10 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     let window = match config.has("sliding_window") {
         true => window(config)?,
-        false => Sees::Last(128),
+        false => Reach::last(128),
     };
-    let words = [("sliding_attention", window), ("full_attention", Sees::All)];
-    let sees = base.layer_types(config, words, |layer| if layer % 2 == 0 { window } else { Sees::All })?;
+    let words = [("sliding_attention", window), ("full_attention", Reach::All)];
+    let reach = base.layer_types(config, words, |layer| if layer % 2 == 0 { window } else { Reach::All })?;
     let bias = config.flag("attention_bias", true)?;
     let said = ["rope_scaling", "rope_parameters"].iter().any(|key| config.get(key).is_some());
     let scaling = if said { base.rope.scaling.clone() } else { RopeScaling::Yarn(YARN) };
@@ -79,11 +79,11 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
             }
         }
     }
-    let layer = |sees| LayerSpec {
-        attention: AttentionSpec { sees, ..attention.clone() },
+    let layer = |reach| LayerSpec {
+        attention: AttentionSpec { reach, ..attention.clone() },
         mlp: MlpSpec::Moe(moe.clone()),
     };
-    let layers = sees.into_iter().map(layer).collect();
+    let layers = reach.into_iter().map(layer).collect();
     Ok(base.model(FAMILY.model_type, dtype, layers))
 }
 

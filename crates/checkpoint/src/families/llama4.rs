@@ -2,7 +2,7 @@
 //! neighbouring elements rotated together and normed afterwards, but for some layers that see everything, rotate nothing
 //! and have queries that grow with their position.
 
-use muster_types::DType;
+use muster_types::{DType, Reach};
 use serde_json::Value;
 
 use super::base::{Base, Defaults, Habits, intermediate};
@@ -13,7 +13,7 @@ use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};
 use crate::spec::{
     AttentionSpec, ExpertRole, GateRecipe, LayerRole, ModelSpec, MoeSpec, QkNorm, Renormalise, Role,
-    RopePairs, RopeSpec, Score, Sees, SharedSpec, Temperature, WeightOn,
+    RopePairs, RopeSpec, Score, SharedSpec, Temperature, WeightOn,
 };
 
 pub(super) const TEXT: Family = Family {
@@ -57,11 +57,11 @@ fn described(family: &'static str, config: &Config, dtype: DType) -> Result<Mode
     config.refuse_set("sliding_window", "this family attends to chunks")?;
     let rotates = rotates(config, base.layers)?;
     let chunk = match config.has("attention_chunk_size") {
-        true => config.optional_size("attention_chunk_size", 1..=1 << 30)?.map_or(Sees::All, Sees::Chunk),
-        false => Sees::Chunk(8192),
+        true => config.optional_size("attention_chunk_size", 1..=1 << 30)?.map_or(Reach::All, Reach::chunk),
+        false => Reach::chunk(8192),
     };
-    let words = [("chunked_attention", chunk), ("full_attention", Sees::All)];
-    let sees = base.layer_types(config, words, |layer| if rotates[layer] { chunk } else { Sees::All })?;
+    let words = [("chunked_attention", chunk), ("full_attention", Reach::All)];
+    let reach = base.layer_types(config, words, |layer| if rotates[layer] { chunk } else { Reach::All })?;
     let bias = config.flag("attention_bias", false)?;
     let qk_norm = if config.flag("use_qk_norm", true)? { QkNorm::UnweightedRotated } else { QkNorm::None };
     let rotating = AttentionSpec {
@@ -87,11 +87,11 @@ fn described(family: &'static str, config: &Config, dtype: DType) -> Result<Mode
     let dense = intermediate(config, "intermediate_size_mlp", 16384)?;
     let with_experts = layers_with_experts(config, base.layers)?;
     let mut layers = base.mixed_layers(&rotating, &moe, dense, with_experts);
-    for ((layer, sees), rotates) in layers.iter_mut().zip(sees).zip(rotates) {
+    for ((layer, reach), rotates) in layers.iter_mut().zip(reach).zip(rotates) {
         if !rotates {
             layer.attention = still.clone();
         }
-        layer.attention.sees = sees;
+        layer.attention.reach = reach;
     }
     Ok(base.model(family, dtype, layers))
 }

@@ -31,7 +31,7 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     let gate = GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::SUM);
     let layer = LayerSpec {
-        attention: AttentionSpec { sees: window(config)?, ..base.attention() },
+        attention: AttentionSpec { reach: window(config)?, ..base.attention() },
         mlp: MlpSpec::Moe(base.moe(intermediate(config, "intermediate_size", 14336)?, gate)),
     };
     let layers = vec![layer; base.layers];

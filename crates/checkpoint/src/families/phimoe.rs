@@ -30,7 +30,8 @@ fn spec(config: &Config, dtype: DType) -> Result<ModelSpec, ConfigError> {
     let base = Base::read(config, &DEFAULTS)?;
     config.refuse_unless("num_experts_per_tok", "SparseMixer picks 2 experts", |value| value == 2)?;
     let bias = config.flag("attention_bias", false)?;
-    let attention = AttentionSpec { qkv_bias: bias, o_bias: bias, sees: window(config)?, ..base.attention() };
+    let attention =
+        AttentionSpec { qkv_bias: bias, o_bias: bias, reach: window(config)?, ..base.attention() };
     // Noise in training only, but the bound that comes from it holds at inference, too.
     let jitter = config.positive("router_jitter_noise", 0.01)? as f32;
     let gate = GateRecipe::plain(Score::SparseMixer { jitter }, Renormalise::None);

@@ -4,10 +4,9 @@
 //! what that repository's safetensors have. Additional layers that only predict further tokens are left out, as they are
 //! when such a model is served.
 
-use muster_types::DType;
+use muster_types::{DType, Reach};
 
 use crate::outline::{AttentionOutline, ExpertsOutline, LayerOutline, Outline, StoredAs};
-use crate::spec::Sees;
 
 /// A published model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,11 +53,11 @@ impl Preset {
         let (dense_layers, dense_width) = self.dense;
         let layer = |number: usize| {
             let window = self.window.filter(|_| number.is_multiple_of(2));
-            let sees = window.map_or(Sees::All, Sees::Last);
+            let reach = window.map_or(Reach::All, Reach::last);
             if number < dense_layers {
                 LayerOutline {
                     attention: self.attention,
-                    sees,
+                    reach,
                     dense: dense_width,
                     shared_scale: false,
                     experts: None,
@@ -66,7 +65,7 @@ impl Preset {
             } else {
                 LayerOutline {
                     attention: self.attention,
-                    sees,
+                    reach,
                     dense: self.shared,
                     shared_scale: false,
                     experts: Some(self.experts),

@@ -1,8 +1,9 @@
 //! `config.json` and `generation_config.json`: every wrong value is refused by key and value.
 
+use muster_types::Reach;
 use std::fs;
 
-use muster_checkpoint::spec::{MlpSpec, Sees};
+use muster_checkpoint::spec::MlpSpec;
 use serde_json::{Value, json};
 
 use crate::model::{Model, open, refused};
@@ -220,7 +221,7 @@ fn windows_and_alternative_names_are_understood() {
     model.config.insert("num_experts".to_owned(), json!(6));
     model.config.insert("rope_parameters".to_owned(), json!({"rope_type": "default", "rope_theta": 10000}));
     let spec = open(model.written().path()).unwrap().spec().clone();
-    assert_eq!(spec.layers[2].attention.sees, Sees::Last(32));
+    assert_eq!(spec.layers[2].attention.reach, Reach::last(32));
     assert!(matches!(&spec.layers[2].mlp, MlpSpec::Moe(moe) if moe.experts == 6));
 }
 

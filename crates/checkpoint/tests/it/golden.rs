@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::{
-    AttentionSpec, ExpertGroups, ExpertRole, GateRecipe, Gating, GroupWorth, LatentSpec, LayerRole, MlpSpec,
-    ModelSpec, MoeSpec, NormKind, QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score, Sees,
+    AttentionSpec, ExpertGroups, ExpertRole, GateRecipe, GroupWorth, LatentSpec, LayerRole, MlpSpec,
+    ModelSpec, MoeSpec, NormKind, QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score,
     SharedSpec, Temperature, WeightOn, YarnSpec,
 };
 use muster_checkpoint::{Checkpoint, Outline, Source, Survey, WeightData};
-use muster_types::DType;
+use muster_types::{DType, Gating, Reach};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};
 
@@ -219,7 +219,7 @@ fn mixtral_is_described_as_published() {
         o_bias: false,
         rope: Some(rope(1e6, 16, RopePairs::Halves)),
         temperature: None,
-        sees: Sees::All,
+        reach: Reach::All,
         sinks: false,
         latent: None,
     };
@@ -269,7 +269,7 @@ fn qwen2_moe_and_granitemoeshared_have_shared_experts() {
     assert_eq!(moe.shared, SharedSpec::SigmoidGated { intermediate: 56 });
     assert_eq!(moe.gate, GateRecipe::plain(Score::SoftmaxThenTopK, Renormalise::None));
     let attention = &qwen.layers[0].attention;
-    assert_eq!((attention.qkv_bias, attention.o_bias, attention.sees), (true, false, Sees::All));
+    assert_eq!((attention.qkv_bias, attention.o_bias, attention.reach), (true, false, Reach::All));
     let granite = opened("granitemoeshared").spec().clone();
     assert_eq!(granite.moe(0).unwrap().shared, SharedSpec::Add { intermediate: 56 });
     assert_eq!((granite.family, granite.logits_divisor), ("granitemoeshared", 1.5));
@@ -338,8 +338,8 @@ fn gpt_oss_alternates_and_is_the_same_in_both_forms() {
     let (packed, plain) = (opened("gpt_oss"), opened("gpt_oss_bf16"));
     let spec = packed.spec();
     assert_eq!((spec.stored.experts, spec.stored.linears), (StoredAs::Mxfp4, StoredAs::Plain(DType::Bf16)));
-    let sees: Vec<Sees> = spec.layers.iter().map(|layer| layer.attention.sees).collect();
-    assert_eq!(sees, [Sees::Last(8), Sees::All, Sees::Last(8), Sees::All]);
+    let reach: Vec<Reach> = spec.layers.iter().map(|layer| layer.attention.reach).collect();
+    assert_eq!(reach, [Reach::last(8), Reach::All, Reach::last(8), Reach::All]);
     let attention = &spec.layers[0].attention;
     assert_eq!((attention.sinks, attention.qkv_bias, attention.o_bias), (true, true, true));
     let RopeScaling::Yarn(yarn) = attention.rope.clone().unwrap().scaling else { panic!("YaRN expected") };
@@ -360,11 +360,11 @@ fn llama4_weighs_inputs_and_has_layers_that_rotate_nothing() {
     assert_eq!(spec.moe_layers().map(|(layer, _)| layer).collect::<Vec<_>>(), [1, 3]);
     let (first, last) = (&spec.layers[0].attention, &spec.layers[3].attention);
     assert_eq!(
-        (first.sees, first.qk_norm, first.temperature),
-        (Sees::Chunk(16), QkNorm::UnweightedRotated, None)
+        (first.reach, first.qk_norm, first.temperature),
+        (Reach::chunk(16), QkNorm::UnweightedRotated, None)
     );
     let temperature = Some(Temperature { floor: 8.0, scale: 0.1 });
-    assert_eq!((last.sees, last.qk_norm, last.temperature), (Sees::All, QkNorm::None, temperature));
+    assert_eq!((last.reach, last.qk_norm, last.temperature), (Reach::All, QkNorm::None, temperature));
     assert_eq!((first.rope.as_ref().unwrap().pairs, &last.rope), (RopePairs::Neighbours, &None));
     let moe = spec.moe(1).unwrap();
     assert_eq!((moe.weight_on, moe.gate.score), (WeightOn::Input, Score::TopKThenSigmoid));
@@ -387,7 +387,7 @@ fn phimoe_minimax_m2_and_hunyuan_are_described_as_published() {
         GateRecipe::plain(Score::SparseMixer { jitter: 0.1 }, Renormalise::None)
     );
     // Beyond the context trained on first, keys in the cache would have to change.
-    assert_eq!((phi.context, phi.layers[0].attention.sees), (4096, Sees::Last(131_072)));
+    assert_eq!((phi.context, phi.layers[0].attention.reach), (4096, Reach::last(131_072)));
     let RopeScaling::Each { divisors, amplitude } = phi.layers[0].attention.rope.clone().unwrap().scaling
     else {
         panic!("a divisor each expected")

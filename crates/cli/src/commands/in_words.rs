@@ -2,9 +2,10 @@
 
 use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::{
-    AttentionSpec, Gating, GroupWorth, MoeSpec, QkNorm, Renormalise, RopePairs, RopeScaling, RopeSpec, Score,
-    Sees, SharedSpec, StoredForms, Temperature, WeightOn,
+    AttentionSpec, GroupWorth, MoeSpec, QkNorm, Renormalise, RopePairs, RopeScaling, RopeSpec, Score,
+    SharedSpec, StoredForms, Temperature, WeightOn,
 };
+use muster_types::{Gating, Reach};
 
 /// How weights are stored.
 pub(super) fn stored(forms: &StoredForms) -> String {
@@ -130,10 +131,10 @@ pub(super) fn attention(attention: &AttentionSpec) -> String {
     if let Some(Temperature { floor, scale }) = attention.temperature {
         words += &format!(", queries that grow by {scale} of a logarithm every {floor} positions");
     }
-    match attention.sees {
-        Sees::All => {}
-        Sees::Last(count) => words += &format!(", a window of {count}"),
-        Sees::Chunk(length) => words += &format!(", chunks of {length}"),
+    match attention.reach {
+        Reach::All => {}
+        Reach::Last(count) => words += &format!(", a window of {count}"),
+        Reach::Chunk(length) => words += &format!(", chunks of {length}"),
     }
     words
 }

@@ -10,10 +10,11 @@ use muster_engine::delivery::{
 use muster_engine::dispatch::{
     Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket,
 };
-use muster_engine::reach::{LayerPlace, Reach};
+use muster_engine::reach::LayerPlace;
 use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
 use muster_placement::Placement;
+use muster_types::Reach;
 use muster_types::{DType, Epoch, ExpertId, ExpertKey, Fault, FaultKind, Retry, SeqId, TokenId};
 
 use crate::leader::Leader;

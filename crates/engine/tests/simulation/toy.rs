@@ -1,7 +1,7 @@
 //! A model of whole numbers: attention, gate and experts are pure functions, so that what a sequence becomes depends on
 //! its tokens alone, and on every one of them, every key and value, and every (row, expert) pair exactly once.
 
-use muster_engine::reach::Reach;
+use muster_types::Reach;
 use muster_types::{ExpertId, LayerId, TokenId};
 
 use crate::rng::mix;

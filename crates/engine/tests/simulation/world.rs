@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use muster_engine::delivery::Hop;
 use muster_engine::dispatch::Ticket;
-use muster_engine::reach::{LayerGroups, Reach};
+use muster_engine::reach::LayerGroups;
 use muster_engine::scheduler::{PrefixCache, SchedulerConfig};
 use muster_placement::leader::{OrderId, Rhythm};
 use muster_placement::lease::{Ask, Reply};
 use muster_placement::{ExpertSizes, Orders, Shape, split};
+use muster_types::Reach;
 use muster_types::{Combine, Epoch, ExpertKey, Fault, TokenId};
 
 use crate::faults::{self, Counts};

@@ -15,9 +15,9 @@ use std::time::Instant;
 
 use muster_kernels::{
     AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, Isa, KvCache, KvShape, KvSlot, KvValues, Matrix,
-    Outputs, Precision, Quantisation, Sees, attention, combine, combine_to_wire, grouped_ffn, linear,
+    Outputs, attention, combine, combine_to_wire, grouped_ffn, linear,
 };
-use muster_types::Term;
+use muster_types::{Compute, DType, Packing, Reach, Term};
 use roofline::Roofline;
 
 /// Seconds of the fastest of some calls.
@@ -53,46 +53,46 @@ fn bf16(len: usize) -> Vec<u16> {
 }
 
 /// One line: rates and shares of what is possible.
-fn report(what: &str, line: &Roofline, precision: Precision, flop: f64, bytes: f64, seconds: f64) {
+fn report(what: &str, line: &Roofline, compute: Compute, flop: f64, bytes: f64, seconds: f64) {
     let (rate, read) = (flop / seconds, bytes / seconds);
     println!(
         "{what:58} {:7.1} GFLOP/s ({:5.1} %) {:6.1} GB/s ({:5.1} %)",
         rate / 1e9,
-        100.0 * rate / line.compute(precision),
+        100.0 * rate / line.compute(compute),
         read / 1e9,
         100.0 * read / line.read,
     );
 }
 
-fn name(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
-        Precision::Bf16Pairs => "bf16-pairs",
+fn name(compute: Compute) -> &'static str {
+    match compute {
+        Compute::F32 => "f32",
+        Compute::Bf16 => "bf16",
+        Compute::Bf16Pairs => "bf16-pairs",
     }
 }
 
-const MODES: [Precision; 2] = [Precision::Bf16, Precision::Bf16Pairs];
+const MODES: [Compute; 2] = [Compute::Bf16, Compute::Bf16Pairs];
 
 fn linears(cpu: &Cpu, line: &Roofline, n: usize, k: usize) {
     let copies = ((256 << 20) / (n * k * 2)).max(2);
     let w = bf16(n * k);
     let weights: Vec<_> = (0..copies).map(|_| Matrix::pack_bf16(n, k, &w).expect("the shape fits")).collect();
-    for precision in MODES {
+    for compute in MODES {
         for rows in [1, 2, 4, 8, 32, 64, 512] {
             let (mut x, mut out) = (numbers(rows * k), vec![0.0; rows * n]);
             muster_kernels::round_bf16(&mut x);
             let mut index = 0;
             let cold = best(cpu, || {
                 index = (index + 1) % copies;
-                linear(cpu, &weights[index], black_box(&x), precision, &mut out);
+                linear(cpu, &weights[index], black_box(&x), compute, &mut out);
             });
-            let what = format!("linear [{n}, {k}] {}, {rows} rows", name(precision));
-            report(&what, line, precision, (2 * rows * n * k) as f64, (n * k * 2) as f64, cold);
+            let what = format!("linear [{n}, {k}] {}, {rows} rows", name(compute));
+            report(&what, line, compute, (2 * rows * n * k) as f64, (n * k * 2) as f64, cold);
             if rows >= 64 && n * k <= 4 << 20 {
-                let warm = best(cpu, || linear(cpu, &weights[0], black_box(&x), precision, &mut out));
+                let warm = best(cpu, || linear(cpu, &weights[0], black_box(&x), compute, &mut out));
                 let what = format!("{what}, warm");
-                report(&what, line, precision, (2 * rows * n * k) as f64, (n * k * 2) as f64, warm);
+                report(&what, line, compute, (2 * rows * n * k) as f64, (n * k * 2) as f64, warm);
             }
         }
     }
@@ -109,7 +109,7 @@ fn ffns(cpu: &Cpu, line: &Roofline) {
     let layers: Vec<Vec<_>> =
         (0..LAYERS).map(|_| (0..EXPERTS).map(|_| expert().expect("the shapes fit")).collect()).collect();
     let mut scratch = FfnScratch::default();
-    for precision in MODES {
+    for compute in MODES {
         for tokens in [1, 8, 16, 32, 64, 128, 512] {
             let mut x = numbers(tokens * HIDDEN);
             muster_kernels::round_bf16(&mut x);
@@ -131,13 +131,13 @@ fn ffns(cpu: &Cpu, line: &Roofline) {
                     .filter(|(_, rows)| !rows.is_empty())
                     .map(|(expert, rows)| ExpertRows { expert, rows })
                     .collect();
-                grouped_ffn(cpu, &groups, black_box(&x), precision, &mut scratch, &mut out);
+                grouped_ffn(cpu, &groups, black_box(&x), compute, &mut scratch, &mut out);
             });
             let per_expert = tokens * PICKED / used;
             let what =
-                format!("ffn {}, {tokens} tokens: {used} experts, {per_expert} rows each", name(precision));
+                format!("ffn {}, {tokens} tokens: {used} experts, {per_expert} rows each", name(compute));
             let flop = (2 * 3 * tokens * PICKED * HIDDEN * WIDTH) as f64;
-            report(&what, line, precision, flop, (used * 3 * HIDDEN * WIDTH * 2) as f64, time);
+            report(&what, line, compute, flop, (used * 3 * HIDDEN * WIDTH * 2) as f64, time);
         }
     }
 }
@@ -145,22 +145,22 @@ fn ffns(cpu: &Cpu, line: &Roofline) {
 /// Experts in bf16, in MXFP4, in bytes and in nibbles side by side, out of as many as no cache holds.
 fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
     type Pack<'a> = &'a dyn Fn(usize, usize) -> Matrix;
-    let few = |kind, n, k| Matrix::quantise_bf16(kind, n, k, &bf16(n * k)).expect("the shape fits");
+    let few = |kind, n, k| Matrix::round_bf16(kind, n, k, &bf16(n * k)).expect("the shape fits");
     let wide = |n, k| Matrix::pack_bf16(n, k, &bf16(n * k)).expect("the shape fits");
     let mxfp4 = |n, k| {
         let codes: Vec<u8> = (0..n * k / 2).map(|i| ((i * 2_654_435_761) >> 16) as u8).collect();
         Matrix::pack_mxfp4(n, k, &codes, &vec![123; n * k / 32]).expect("the shape fits")
     };
-    let packs: [(&str, Precision, Pack<'_>); 6] = [
-        ("bf16", Precision::Bf16, &wide),
-        ("mxfp4", Precision::Bf16, &mxfp4),
-        ("bf16 in pairs", Precision::Bf16Pairs, &wide),
-        ("mxfp4 in pairs", Precision::Bf16Pairs, &mxfp4),
-        ("q8", Precision::Bf16, &|n, k| few(Quantisation::Q8, n, k)),
-        ("q4", Precision::Bf16, &|n, k| few(Quantisation::Q4, n, k)),
+    let packs: [(&str, Compute, Pack<'_>); 6] = [
+        ("bf16", Compute::Bf16, &wide),
+        ("mxfp4", Compute::Bf16, &mxfp4),
+        ("bf16 in pairs", Compute::Bf16Pairs, &wide),
+        ("mxfp4 in pairs", Compute::Bf16Pairs, &mxfp4),
+        ("q8", Compute::Bf16, &|n, k| few(Packing::Q8, n, k)),
+        ("q4", Compute::Bf16, &|n, k| few(Packing::Q4, n, k)),
     ];
     let (h, i) = (hidden, intermediate);
-    for (name, precision, pack) in packs {
+    for (name, compute, pack) in packs {
         let expert = || Expert::new(pack(i, h), pack(i, h), pack(h, i)).expect("the shapes fit");
         let first = expert();
         let count = ((256 << 20) / first.bytes()).next_multiple_of(8);
@@ -178,7 +178,7 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
                     .iter()
                     .map(|expert| ExpertRows { expert, rows: &picked })
                     .collect();
-                grouped_ffn(cpu, &groups, black_box(&x), precision, &mut scratch, &mut out);
+                grouped_ffn(cpu, &groups, black_box(&x), compute, &mut scratch, &mut out);
             });
             let flop = (2 * 3 * 8 * hidden * intermediate) as f64 * f64::from(rows);
             println!(
@@ -197,7 +197,7 @@ fn combines(cpu: &Cpu) {
     const HIDDEN: usize = 1024;
     for (rows, terms) in [(1, 8), (8, 8), (64, 8), (512, 8), (8, 2), (512, 1)] {
         let x = numbers(rows * terms * HIDDEN);
-        let sources = [Outputs::Computed(&x, Precision::Bf16)];
+        let sources = [Outputs::Computed(&x, DType::Bf16)];
         let starts: Vec<u32> = (0..=rows).map(|row| (row * terms) as u32).collect();
         let of: Vec<Term> =
             (0..rows * terms).map(|row| Term { source: 0, row: row as u32, weight: 0.125 }).collect();
@@ -206,7 +206,7 @@ fn combines(cpu: &Cpu) {
             combine(cpu, HIDDEN, black_box(&sources), &starts, &of, &mut sums).expect("they are finite");
         });
         let sent = best(cpu, || {
-            combine_to_wire(cpu, HIDDEN, black_box(&sources), &starts, &of, Precision::Bf16, &mut wire)
+            combine_to_wire(cpu, HIDDEN, black_box(&sources), &starts, &of, DType::Bf16, &mut wire)
                 .expect("they are finite");
         });
         println!(
@@ -221,12 +221,13 @@ fn attentions(cpu: &Cpu) {
     let (heads, kv_heads, head_dim, context) = (32, 8, 128, 4096_u32);
     let shape = KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim, values: KvValues::Apart };
     let blocks: Vec<u32> = (0..context / 16).collect();
-    let mut kv = KvCache::new(shape, blocks.len(), Precision::Bf16).expect("the shape fits");
+    let mut kv = KvCache::new(shape, blocks.len(), Compute::Bf16).expect("the shape fits");
     let slots: Vec<_> = (0..context).map(|position| KvSlot { position, blocks: &blocks }).collect();
     let x = numbers(context as usize * kv_heads * head_dim);
     kv.write(0, &slots, &x, &x);
     let (value_dim, scale) = (head_dim, 0.088);
-    let shape = AttentionShape { heads, kv_heads, head_dim, value_dim, scale, sees: Sees::All, sinks: None };
+    let shape =
+        AttentionShape { heads, kv_heads, head_dim, value_dim, scale, reach: Reach::All, sinks: None };
     for rows in [1, 16] {
         let slots = &slots[slots.len() - rows..];
         let q = numbers(rows * heads * head_dim);
@@ -248,7 +249,7 @@ fn latents(cpu: &Cpu) {
     let k = numbers(context as usize * head_dim);
     let caches = [KvValues::Apart, KvValues::EndOfKey].map(|values| {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim, value_dim, values };
-        let mut kv = KvCache::new(shape, blocks.len(), Precision::Bf16).expect("the shape fits");
+        let mut kv = KvCache::new(shape, blocks.len(), Compute::Bf16).expect("the shape fits");
         let ends = k.chunks_exact(head_dim).flat_map(|key| &key[head_dim - value_dim..]).copied();
         let v: Vec<f32> = if values == KvValues::Apart { ends.collect() } else { Vec::new() };
         kv.write(0, &slots, &k, &v);
@@ -261,7 +262,7 @@ fn latents(cpu: &Cpu) {
             head_dim,
             value_dim,
             scale: 0.04,
-            sees: Sees::All,
+            reach: Reach::All,
             sinks: None,
         };
         let slots = &slots[slots.len() - rows..];

@@ -3,7 +3,8 @@
 use std::hint::black_box;
 use std::sync::Barrier;
 
-use muster_kernels::{Isa, Precision};
+use muster_kernels::Isa;
+use muster_types::Compute;
 
 use crate::seconds;
 
@@ -31,11 +32,11 @@ impl Roofline {
     }
 
     /// Operations per second that a linear on bf16 weights could reach.
-    pub(crate) fn compute(&self, precision: Precision) -> f64 {
-        match precision {
-            Precision::Bf16Pairs => self.pairs.unwrap_or(self.fma),
-            Precision::Bf16 => self.tiles.unwrap_or(self.fma),
-            Precision::F32 => self.fma,
+    pub(crate) fn compute(&self, compute: Compute) -> f64 {
+        match compute {
+            Compute::Bf16Pairs => self.pairs.unwrap_or(self.fma),
+            Compute::Bf16 => self.tiles.unwrap_or(self.fma),
+            Compute::F32 => self.fma,
         }
     }
 }

@@ -23,6 +23,8 @@ mod products;
 use std::ops::RangeInclusive;
 
 use self::products::{Stretched, add_products};
+use muster_types::Reach;
+
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::isa::{Kernel, dispatch};
@@ -37,28 +39,9 @@ const TOGETHER: usize = 4;
 /// Lines of values that are added for them at a time, where registers suffice.
 const LINES: usize = 4;
 
-/// Which of the positions up to its own a row attends to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sees {
-    /// All of them.
-    All,
-    /// The last so many, its own included.
-    Last(usize),
-    /// Those of its own chunk: positions are cut into chunks so long, the first starting at 0.
-    Chunk(usize),
-}
-
-impl Sees {
-    /// The positions that a row at `position` attends to.
-    fn visible(self, position: u32) -> RangeInclusive<usize> {
-        let last = position as usize;
-        let first = match self {
-            Self::All => 0,
-            Self::Last(window) => (last + 1).saturating_sub(window),
-            Self::Chunk(len) => last / len * len,
-        };
-        first..=last
-    }
+/// The positions that a row at `position` attends to.
+fn visible(reach: Reach, position: u32) -> RangeInclusive<usize> {
+    reach.first_visible(position) as usize..=position as usize
 }
 
 /// The shape of one attention layer.
@@ -75,7 +58,7 @@ pub struct AttentionShape<'a> {
     /// What scores are multiplied by, usually `head_dim` to the power of -1/2.
     pub scale: f32,
     /// Which positions a row attends to.
-    pub sees: Sees,
+    pub reach: Reach,
     /// The query heads' sinks: scores that take part in the softmax and whose value is nothing.
     pub sinks: Option<&'a [f32]>,
 }
@@ -91,7 +74,7 @@ impl AttentionShape<'_> {
 /// at, so all rows of a chunk may have been written before.
 ///
 /// # Panics
-/// If the shape does not fit the cache, a row sees 0 positions, its heads are no multiple of its KV heads, there is not
+/// If the shape does not fit the cache, its heads are no multiple of its KV heads, there is not
 /// one sink per head, or `layer`, `q`, `rows` or `out` do not fit.
 pub fn attention(
     cpu: &Cpu,
@@ -110,10 +93,6 @@ pub fn attention(
         shape.heads > 0 && shape.heads.is_multiple_of(shape.kv_heads),
         "shape: heads must divide by kv_heads"
     );
-    assert!(
-        !matches!(shape.sees, Sees::Last(0) | Sees::Chunk(0)),
-        "shape: a row must see at least its own position"
-    );
     if let Some(sinks) = shape.sinks {
         assert_eq!(sinks.len(), shape.heads, "shape: there must be one sink per head");
     }
@@ -122,7 +101,7 @@ pub fn attention(
     let width = shape.heads * shape.value_dim;
     assert_eq!(out.len(), rows.len() * width, "out: its length must be rows * heads * value_dim");
     // No more than the position, which has 32 bits.
-    kv.check(layer, rows, |position| *shape.sees.visible(position).start() as u32);
+    kv.check(layer, rows, |position| shape.reach.first_visible(position));
     match &kv.store {
         Store::F32(lines) => run(cpu, shape, layer, q, rows, lines, out),
         Store::Bf16(lines) => run(cpu, shape, layer, q, rows, lines, out),
@@ -138,7 +117,7 @@ fn run<E: Element>(
     cache: &Lines<E>,
     out: &mut [f32],
 ) {
-    let positions: usize = rows.iter().map(|row| shape.sees.visible(row.position).count()).sum();
+    let positions: usize = rows.iter().map(|row| visible(shape.reach, row.position).count()).sum();
     let work = positions.saturating_mul(shape.heads * (shape.head_dim + shape.value_dim));
     let (threads, group) = (cpu.threads_for(work), shape.group());
     // Rows of a chunk share their sequence's blocks, so some go together, and all heads share them, but never so many go
@@ -211,7 +190,7 @@ impl<E: Element> Kernel for Pass<'_, E> {
         let queries = &mut queries[..self.rows.len() * self.heads];
         let (mut first, mut last) = (usize::MAX, 0);
         for (row, queries) in queries.chunks_exact_mut(self.heads).enumerate() {
-            let visible = self.shape.sees.visible(self.rows[row].position);
+            let visible = visible(self.shape.reach, self.rows[row].position);
             first = first.min(visible.start() / BLOCK_TOKENS);
             last = last.max(visible.end() / BLOCK_TOKENS);
             for (head, query) in queries.iter_mut().enumerate() {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::bytes::{ByteKernel, Bytes};
 use super::pack::{Block, GROUP, GROUPS};
 use super::rows::{QRows, RowBlock};
-use crate::matrix::Panels;
+use crate::panels::Panels;
 use crate::simd::Simd;
 use crate::tile::Sink;
 

@@ -11,8 +11,8 @@ use super::bytes::{Bytes, LINE};
 use crate::convert::bf16_to_f32;
 use crate::error::KernelError;
 use crate::isa::{Isa, Kernel, dispatch};
-use crate::matrix::Panels;
 use crate::memory::{Buffer, Zeroed};
+use crate::panels::{Packed, Panels};
 use crate::simd::{LANES, Simd, lanes};
 
 /// Input features that share a scale.
@@ -21,15 +21,6 @@ pub(crate) const GROUP: usize = 32;
 pub(crate) const GROUPS: usize = 2;
 /// Input features of a block.
 pub(crate) const BLOCK_K: usize = GROUP * GROUPS;
-
-/// How many bits a quantised weight takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Quantisation {
-    /// A byte: -127 to 127 times the scale.
-    Q8,
-    /// Four bits: -8 to 7 times the scale, which may be negative; it is searched for the least square error.
-    Q4,
-}
 
 type Scales = [[u16; LANES]; GROUPS];
 
@@ -70,13 +61,24 @@ pub(crate) trait Block: Zeroed + Send + Sync {
     /// The sixteen outputs' scales of a group.
     fn scales(&self, group: usize) -> &[u16; LANES];
     /// Scale and stored weight of input feature `k` of the block, of output `lane`.
-    fn weight(&self, k: usize, lane: usize) -> (f32, u8);
+    fn stored(&self, k: usize, lane: usize) -> (f32, u8);
     /// Keeps a weight as stored.
     fn set(&mut self, k: usize, lane: usize, stored: u8);
     /// Keeps the scales of a group.
     fn set_scales(&mut self, group: usize, scales: [u16; LANES]);
     /// Scales that suit a group; input features by outputs.
     fn choose<S: Simd>(s: S, group: &Lines) -> S::V;
+}
+
+impl<B: Block> Packed for B {
+    const DEPTH: usize = BLOCK_K;
+    fn weight(&self, k: usize, lane: usize) -> f32 {
+        let (scale, stored) = self.stored(k, lane);
+        scale * (i32::from(stored) - B::ZERO) as f32
+    }
+    fn is_finite(&self) -> bool {
+        (0..GROUPS).all(|group| self.scales(group).iter().all(|scale| scale & 0x7f80 != 0x7f80))
+    }
 }
 
 /// A group's weights before they are rounded: a line per input feature.
@@ -113,7 +115,7 @@ impl Block for Q8Block {
         &self.scales[group]
     }
 
-    fn weight(&self, k: usize, lane: usize) -> (f32, u8) {
+    fn stored(&self, k: usize, lane: usize) -> (f32, u8) {
         (bf16_to_f32(self.scales[k / GROUP][lane]), self.lines[k / 4][in_line(k, lane)])
     }
 
@@ -157,7 +159,7 @@ impl Block for Q4Block {
         &self.scales[group]
     }
 
-    fn weight(&self, k: usize, lane: usize) -> (f32, u8) {
+    fn stored(&self, k: usize, lane: usize) -> (f32, u8) {
         let (group, k) = (k / GROUP, k % GROUP);
         let both = self.lines[4 * group + k % 16 / 4][in_line(k, lane)];
         (bf16_to_f32(self.scales[group][lane]), if k < 16 { both & 15 } else { both >> 4 })
@@ -257,18 +259,12 @@ impl<B: Block> Kernel for Round<'_, B> {
 }
 
 impl<B: Block> Panels<B> {
-    /// Row `n` of the weight as it counts, with rounding.
-    fn row(&self, n: usize, out: &mut [f32]) {
-        for (part, block) in out.chunks_mut(BLOCK_K).zip(self.panel(n / LANES)) {
-            for (k, value) in part.iter_mut().enumerate() {
-                let (scale, stored) = block.weight(k, n % LANES);
-                *value = scale * (i32::from(stored) - B::ZERO) as f32;
-            }
-        }
-    }
-
     /// Rounds and packs a weight `[n, k]` whose sizes are at least 1; `widen` gives some elements in f32.
-    fn quantise(n: usize, k: usize, widen: impl Fn(usize, &mut [f32])) -> Result<Self, KernelError> {
+    pub(crate) fn quantise(
+        n: usize,
+        k: usize,
+        widen: impl Fn(usize, &mut [f32]),
+    ) -> Result<Self, KernelError> {
         let per_panel = k.div_ceil(BLOCK_K);
         let mut blocks: Buffer<B> = Buffer::zeroed("weight", n.div_ceil(LANES) * per_panel)?;
         let isa = Isa::detect();
@@ -291,61 +287,5 @@ impl<B: Block> Panels<B> {
             }
         }
         Ok(Self { blocks, per_panel })
-    }
-}
-
-/// A quantised weight's panels.
-pub(crate) enum Quantised {
-    /// Bytes.
-    Q8(Panels<Q8Block>),
-    /// Nibbles.
-    Q4(Panels<Q4Block>),
-}
-
-impl Quantised {
-    pub(crate) fn pack(
-        kind: Quantisation,
-        n: usize,
-        k: usize,
-        widen: impl Fn(usize, &mut [f32]),
-    ) -> Result<Self, KernelError> {
-        Ok(match kind {
-            Quantisation::Q8 => Self::Q8(Panels::quantise(n, k, widen)?),
-            Quantisation::Q4 => Self::Q4(Panels::quantise(n, k, widen)?),
-        })
-    }
-
-    pub(crate) fn kind(&self) -> Quantisation {
-        match self {
-            Self::Q8(_) => Quantisation::Q8,
-            Self::Q4(_) => Quantisation::Q4,
-        }
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        match self {
-            Self::Q8(panels) => panels.blocks.bytes(),
-            Self::Q4(panels) => panels.blocks.bytes(),
-        }
-    }
-
-    /// Whether every scale is a number.
-    pub(crate) fn is_finite(&self) -> bool {
-        fn finite<B: Block>(panels: &Panels<B>) -> bool {
-            let scales =
-                |block: &B| (0..GROUPS).all(|g| block.scales(g).iter().all(|s| s & 0x7f80 != 0x7f80));
-            panels.blocks.iter().all(scales)
-        }
-        match self {
-            Self::Q8(panels) => finite(panels),
-            Self::Q4(panels) => finite(panels),
-        }
-    }
-
-    pub(crate) fn row(&self, n: usize, out: &mut [f32]) {
-        match self {
-            Self::Q8(panels) => panels.row(n, out),
-            Self::Q4(panels) => panels.row(n, out),
-        }
     }
 }

@@ -35,7 +35,7 @@ pub(crate) use portable::{Portable, Scalar};
 /// Lanes of a vector, which is also the width of a panel of weights and of a KV block.
 pub(crate) const LANES: usize = 16;
 
-/// IEEE single-precision arithmetic, lane by lane.
+/// IEEE single-compute arithmetic, lane by lane.
 pub(crate) trait Arith: Copy {
     /// The value that is worked on: one lane or sixteen.
     type V: Copy;

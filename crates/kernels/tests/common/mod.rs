@@ -4,7 +4,8 @@
 
 use std::num::NonZeroUsize;
 
-use muster_kernels::{Biases, Cpu, Gating, Isa, Precision, math};
+use muster_kernels::{Biases, Cpu, Isa, math};
+use muster_types::{Compute, Gating};
 
 /// Numbers that follow from a seed (SplitMix64).
 pub(crate) struct Numbers(pub(crate) u64);
@@ -144,8 +145,8 @@ pub(crate) fn dot_pairs(x: &[f32], w: &[f32]) -> f32 {
 }
 
 /// `[rows, k]` times `[n, k]`, both bf16 where `order` is that of pairs.
-pub(crate) fn linear(x: &[f32], w: &[f32], k: usize, order: Precision) -> Vec<f32> {
-    let dot = if order == Precision::Bf16Pairs { dot_pairs } else { dot };
+pub(crate) fn linear(x: &[f32], w: &[f32], k: usize, order: Compute) -> Vec<f32> {
+    let dot = if order == Compute::Bf16Pairs { dot_pairs } else { dot };
     x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(x, w))).collect()
 }
 
@@ -177,8 +178,8 @@ pub(crate) fn biased(mut rows: Vec<f32>, bias: &[f32]) -> Vec<f32> {
     rows
 }
 
-/// All precisions.
-pub(crate) const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::Bf16, Precision::Bf16Pairs];
+/// All compute.
+pub(crate) const MODES: [Compute; 3] = [Compute::F32, Compute::Bf16, Compute::Bf16Pairs];
 
 /// Sum of sixteen lanes by halves.
 pub(crate) fn tree_sum(lanes: [f32; 16]) -> f32 {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use muster_engine::compute::{ComputeError, ExpertCompute, Merged, Segment, SegmentAnswer};
 use muster_engine::dispatch::Rows;
-use muster_kernels::{Cpu, Outputs, Precision, combine_to_wire, to_wire};
+use muster_kernels::{Cpu, Outputs, combine_to_wire, to_wire};
 use muster_types::{DType, ExpertId, LayerId, Term, terms_by_row};
 
 use super::{CpuStore, ExpertError, ExpertScratch};
@@ -71,7 +71,7 @@ impl Computed<'_> {
     /// A segment's outputs, or the sums of its weighted rows. Those that are not finite are marked and zero.
     fn answer(&self, segment: &Segment<'_>, places: &[Range<usize>]) -> SegmentAnswer {
         let Self { cpu, hidden, dtype, outputs } = *self;
-        let (wire, width) = (precision(dtype), hidden * dtype.size());
+        let (wire, width) = (dtype, hidden * dtype.size());
         let mut data = vec![0; segment.answers() * width];
         let mut not_finite = Vec::new();
         // One row, or all: where something is not finite, every row is tried alone.
@@ -133,13 +133,6 @@ fn terms(segment: &Segment<'_>, places: &[Range<usize>], weights: &[f32]) -> (Ve
         (row, Term { source: 0, row: output as u32, weight })
     };
     terms_by_row(segment.rows, outputs.zip(weights).map(term))
-}
-
-const fn precision(wire: DType) -> Precision {
-    match wire {
-        DType::F32 => Precision::F32,
-        DType::Bf16 => Precision::Bf16,
-    }
 }
 
 #[cfg(test)]

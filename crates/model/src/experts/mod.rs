@@ -15,10 +15,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use muster_checkpoint::Checkpoint;
-use muster_checkpoint::spec::{self, ExpertRole, MoeSpec, Role};
+use muster_checkpoint::spec::{ExpertRole, Role};
 use muster_engine::dispatch::Rows;
-pub use muster_kernels::Gating;
-use muster_kernels::{Biases, Cpu, Expert, ExpertRows, FfnScratch, Isa, Precision, from_bf16, grouped_ffn};
+use muster_kernels::{Biases, Cpu, Expert, ExpertRows, FfnScratch, Isa, from_bf16, grouped_ffn};
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId, WeightDType};
 
 use crate::weights::Loader;
@@ -246,7 +245,7 @@ impl Picked {
             })
             .collect::<Result<Vec<_>, _>>()?;
         out.resize(total * self.hidden, 0.0);
-        grouped_ffn(cpu, &work, x, precision(self.compute), &mut scratch.ffn, out);
+        grouped_ffn(cpu, &work, x, self.compute, &mut scratch.ffn, out);
         Ok(())
     }
 }
@@ -282,7 +281,7 @@ pub fn read(
                 Some(Biases { gate: gate?, up: up?, down: down? })
             }
         };
-        let expert = Expert::new(gate?, up?, down?).and_then(|expert| expert.with(gating(moe), biases));
+        let expert = Expert::new(gate?, up?, down?).and_then(|expert| expert.with(moe.gating, biases));
         let expert = expert.map_err(|source| ModelError::Pack { what: key.to_string(), source })?;
         take(key, expert.into());
     }
@@ -312,26 +311,8 @@ pub fn faster_mode(compute: Compute, isa: Isa) -> Option<&'static str> {
     )
 }
 
-/// The kernels' word for it.
-#[must_use]
-pub const fn precision(compute: Compute) -> Precision {
-    match compute {
-        Compute::F32 => Precision::F32,
-        Compute::Bf16 => Precision::Bf16,
-        Compute::Bf16Pairs => Precision::Bf16Pairs,
-    }
-}
-
 const MATRICES: [ExpertRole; 3] = [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down];
 const BIASES: [ExpertRole; 3] = [ExpertRole::GateBias, ExpertRole::UpBias, ExpertRole::DownBias];
-
-/// The kernels' word for it.
-const fn gating(moe: &MoeSpec) -> Gating {
-    match moe.gating {
-        spec::Gating::Silu => Gating::Silu,
-        spec::Gating::ClampedSwish { alpha, limit } => Gating::ClampedSwish { alpha, limit },
-    }
-}
 
 #[cfg(test)]
 mod tests {

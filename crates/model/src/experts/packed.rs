@@ -5,10 +5,9 @@ use std::sync::Arc;
 use bytes::Bytes;
 use muster_checkpoint::Checkpoint;
 use muster_checkpoint::spec::{ExpertRole, Role};
-use muster_kernels::{Biases, Expert, Gating, KernelError, Matrix, Packing};
-use muster_types::{Compute, WeightDType, WeightDigest};
+use muster_kernels::{Biases, Expert, KernelError, Matrix};
+use muster_types::{Compute, Gating, Packing, WeightDType, WeightDigest};
 
-use super::gating;
 use crate::weights::packing;
 
 /// One expert in host memory, packed as every process that computes alike packs it.
@@ -91,7 +90,7 @@ impl ExpertForm {
             };
             let packings = [packing(ExpertRole::Gate)?, packing(ExpertRole::Up)?, packing(ExpertRole::Down)?];
             let (hidden, intermediate) = (spec.hidden, moe.intermediate);
-            Some(Self { hidden, intermediate, packings, gating: gating(moe), biases: moe.biases })
+            Some(Self { hidden, intermediate, packings, gating: moe.gating, biases: moe.biases })
         };
         (0..u32::try_from(spec.layers.len()).unwrap_or(u32::MAX)).map(form).collect()
     }
@@ -111,7 +110,7 @@ impl ExpertForm {
     /// Bytes of a packed expert; `None` when they cannot be counted.
     #[must_use]
     pub fn bytes(&self) -> Option<usize> {
-        let matrices = self.parts().map(|(packing, n, k)| packing.bytes(n, k));
+        let matrices = self.parts().map(|(packing, n, k)| Matrix::packed_bytes(packing, n, k));
         let biases = self.bias_lengths().map(|length| length.checked_mul(size_of::<f32>()));
         matrices.into_iter().chain(biases).try_fold(0_usize, |sum, bytes| sum.checked_add(bytes?))
     }
@@ -120,11 +119,8 @@ impl ExpertForm {
     #[must_use]
     pub fn packed<'e>(&self, packed: &'e PackedExpert) -> Option<[&'e [u8]; 6]> {
         let expert = packed.weights();
-        let [gate, up, down] = expert.matrices();
-        let fits = |(matrix, part): (&Matrix, (Packing, usize, usize))| {
-            (matrix.packing(), matrix.n(), matrix.k()) == part
-        };
-        if ![gate, up, down].into_iter().zip(self.parts()).all(fits) || expert.gating() != self.gating {
+        let form = (expert.packings(), expert.hidden(), expert.intermediate(), expert.gating());
+        if form != (self.packings, self.hidden, self.intermediate, self.gating) {
             return None;
         }
         let biases = expert.biases().map(|b| [&b.gate, &b.up, &b.down].map(Vec::as_slice));
@@ -139,7 +135,7 @@ impl ExpertForm {
     pub fn unpack(&self, bytes: &[u8]) -> Result<PackedExpert, KernelError> {
         let mut rest = bytes;
         let mut matrix = |(packing, n, k): (Packing, usize, usize)| {
-            let own = packing.bytes(n, k).and_then(|own| rest.split_at_checked(own));
+            let own = Matrix::packed_bytes(packing, n, k).and_then(|own| rest.split_at_checked(own));
             let Some((own, more)) = own else { return Err(KernelError::Packed { n, k, bytes: rest.len() }) };
             rest = more;
             Matrix::from_packed(packing, n, k, own)

@@ -151,9 +151,8 @@ impl Apart {
 fn projection(of: &Projection<Apart>) -> impl Fn(&CpuDevice, &Vec<f32>, &mut Vec<f32>) + use<> {
     let (weight, bias) = (of.weight.get(), of.bias.as_ref().map(Opaque::get));
     move |cpu, x, out| {
-        let cpu_linear = muster_kernels::linear;
         out.resize(x.len() / weight.k() * weight.n(), 0.0);
-        cpu_linear(cpu.cpu(), &weight, x, crate::experts::precision(cpu.compute()), out);
+        muster_kernels::linear(cpu.cpu(), &weight, x, cpu.compute(), out);
         for row in out.chunks_exact_mut(weight.n()) {
             row.iter_mut().zip(bias.iter().flat_map(|bias| bias.iter())).for_each(|(x, bias)| *x += bias);
         }
@@ -246,8 +245,7 @@ impl Device for Apart {
                     cpu.round(&mut input);
                     let to = (row * heads + head) * to.width + to.first;
                     let out = &mut out[to..to + weight.n()];
-                    let precision = crate::experts::precision(cpu.compute());
-                    muster_kernels::linear(cpu.cpu(), weight, &input, precision, out);
+                    muster_kernels::linear(cpu.cpu(), weight, &input, cpu.compute(), out);
                 }
             }
         });

@@ -3,18 +3,17 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use muster_checkpoint::spec::{self, AttentionSpec};
+use muster_checkpoint::spec::AttentionSpec;
 use muster_engine::dispatch::{Rows, RowsMut, UnevenRows};
 use muster_kernels::math::sigmoid;
 use muster_kernels::{
-    Angles, AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, KvCache, KvShape, KvSlot, Matrix, Precision,
-    Rope, Sees, add_scaled, all_finite, attention, grouped_ffn, layer_norm, linear, rms_norm,
-    rms_norm_in_place, rotate, round_bf16, to_bf16,
+    Angles, AttentionShape, Cpu, Expert, ExpertRows, FfnScratch, KvCache, KvShape, KvSlot, Matrix, Rope,
+    add_scaled, all_finite, attention, grouped_ffn, layer_norm, linear, rms_norm, rms_norm_in_place, rotate,
+    round_bf16, to_bf16,
 };
 use muster_types::{Compute, DType, ExpertId, TokenId};
 
 use super::device::{Choice, Device, DeviceError, Gate, Head, HeadColumns, Norm, Projection, Unusable};
-use crate::experts::precision;
 use crate::gate::{self, GateScratch};
 
 /// This machine's cores and memory.
@@ -47,10 +46,6 @@ impl CpuDevice {
     #[must_use]
     pub const fn cpu(&self) -> &Arc<Cpu> {
         &self.cpu
-    }
-
-    const fn precision(&self) -> Precision {
-        precision(self.compute)
     }
 
     fn is_bf16(&self) -> bool {
@@ -91,7 +86,7 @@ impl Device for CpuDevice {
     }
 
     fn kv(&self, shape: KvShape, blocks: usize) -> Result<KvCache, DeviceError> {
-        Ok(KvCache::new(shape, blocks, self.precision())?)
+        Ok(KvCache::new(shape, blocks, self.compute)?)
     }
 
     fn embed(&self, table: &Matrix, tokens: &[TokenId], multiplier: f32, out: &mut Vec<f32>) {
@@ -118,14 +113,14 @@ impl Device for CpuDevice {
     }
 
     fn round(&self, x: &mut Vec<f32>) {
-        if self.precision().rounds() {
+        if self.compute.rounds() {
             round_bf16(x);
         }
     }
 
     fn linear(&self, Projection { weight, bias }: &Projection<Self>, x: &Vec<f32>, out: &mut Vec<f32>) {
         out.resize(x.len() / weight.k() * weight.n(), 0.0);
-        linear(&self.cpu, weight, x, self.precision(), out);
+        linear(&self.cpu, weight, x, self.compute, out);
         if let Some(bias) = bias {
             add_to_rows(bias, out);
         }
@@ -147,7 +142,7 @@ impl Device for CpuDevice {
             }
             self.round(inputs);
             outputs.resize(rows * weight.n(), 0.0);
-            linear(&self.cpu, weight, inputs, self.precision(), outputs);
+            linear(&self.cpu, weight, inputs, self.compute, outputs);
             let rows = out.chunks_exact_mut(weights.len() * to.width);
             for (row, output) in rows.zip(outputs.chunks_exact(weight.n())) {
                 row[head * to.width + to.first..][..weight.n()].copy_from_slice(output);
@@ -205,11 +200,7 @@ impl Device for CpuDevice {
             head_dim: spec.head_dim,
             value_dim: spec.cached_value(),
             scale: spec.scale,
-            sees: match spec.sees {
-                spec::Sees::All => Sees::All,
-                spec::Sees::Last(count) => Sees::Last(count),
-                spec::Sees::Chunk(length) => Sees::Chunk(length),
-            },
+            reach: spec.reach,
             sinks: sinks.map(Vec::as_slice),
         };
         out.resize(slots.len() * shape.heads * shape.value_dim, 0.0);
@@ -236,13 +227,13 @@ impl Device for CpuDevice {
         every_row.extend((0..).take(x.len() / mlp.hidden()));
         out.resize(x.len(), 0.0);
         let rows = [ExpertRows { expert: mlp, rows: every_row }];
-        grouped_ffn(&self.cpu, &rows, x, self.precision(), ffn, out);
+        grouped_ffn(&self.cpu, &rows, x, self.compute, ffn, out);
     }
 
     fn sigmoid_gate(&self, weight: &Matrix, x: &Vec<f32>, scratch: &mut CpuScratch, out: &mut Vec<f32>) {
         let scales = &mut scratch.inputs;
         scales.resize(x.len() / weight.k(), 0.0);
-        linear(&self.cpu, weight, x, self.precision(), scales);
+        linear(&self.cpu, weight, x, self.compute, scales);
         for (row, scale) in out.chunks_exact_mut(weight.k()).zip(scales.iter()) {
             let scale = sigmoid(*scale);
             row.iter_mut().for_each(|x| *x *= scale);
@@ -313,7 +304,7 @@ impl Device for CpuDevice {
         logits: &mut Vec<f32>,
     ) -> Result<(), DeviceError> {
         logits.resize(x.len() / weight.k() * weight.n(), 0.0);
-        linear(&self.cpu, weight, x, self.precision(), logits);
+        linear(&self.cpu, weight, x, self.compute, logits);
         if let Some(bias) = bias {
             add_to_rows(bias, logits);
         }

@@ -7,6 +7,7 @@ use muster_checkpoint::spec::{
     self, AttentionSpec, LatentSpec, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, QkNorm,
     Role, RopeSpec, SharedSpec,
 };
+use muster_engine::reach::LayerGroups;
 use muster_kernels::{Expert, KernelError, Llama3, Matrix, Rope, RopePairs, RopeScaling, Yarn};
 use muster_types::WeightDType;
 
@@ -42,7 +43,7 @@ impl<D: Device> Trunk<D> {
         let final_norm = loading.norm(&spec, [Role::FinalNorm, Role::FinalNormBias])?;
         let head = if spec.tied_head { None } else { Some(loading.matrix(Role::Head)?) };
         let head_bias = loading.vector_if(spec.head_bias, Role::HeadBias)?;
-        let kv_groups = crate::kv::groups(spec.layers.iter().map(|layer| layer.attention.sees));
+        let kv_groups = LayerGroups::of(spec.layers.iter().map(|layer| layer.attention.reach));
         let Loading { bytes, ropes, .. } = loading;
         Ok(Self {
             device: Arc::clone(device),

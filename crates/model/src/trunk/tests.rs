@@ -4,12 +4,12 @@ use std::num::{NonZero, NonZeroUsize};
 use std::path::Path;
 use std::sync::Arc;
 
-use muster_checkpoint::spec::Sees;
 use muster_checkpoint::{Checkpoint, Source};
 use muster_engine::NO_BLOCK;
-use muster_engine::reach::{Reach, most_held};
+use muster_engine::reach::most_held;
 use muster_engine::scheduler::{NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats};
 use muster_kernels::Cpu;
+use muster_types::Reach;
 use muster_types::{SeqId, TokenId};
 
 use super::*;
@@ -31,21 +31,21 @@ pub(super) struct Model {
 impl Model {
     /// As it is stored, with all layers in one group.
     pub(super) fn plain() -> Self {
-        let mut model = Self::open([Sees::All; 3]);
-        model.trunk.kv_groups = LayerGroups::of(&[Reach::All; 3]);
+        let mut model = Self::open([Reach::All; 3]);
+        model.trunk.kv_groups = LayerGroups::of([Reach::All; 3]);
         model
     }
 
     /// Three layers that see this.
-    fn open(layers: [Sees; 3]) -> Self {
+    fn open(layers: [Reach; 3]) -> Self {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
         let (compute, dtype) = (Compute::F32, WeightDType::Native);
         let cpu = Arc::new(Cpu::new(NonZeroUsize::MIN).unwrap());
         let mut trunk =
             Trunk::load(&CpuDevice::new(Arc::clone(&cpu), compute), &checkpoint, dtype, &mut |_| {}).unwrap();
-        for (layer, sees) in trunk.layers.iter_mut().zip(layers) {
-            layer.attention.spec.sees = sees;
+        for (layer, reach) in trunk.layers.iter_mut().zip(layers) {
+            layer.attention.spec.reach = reach;
         }
         let keys = ExpertSet::all_keys(&checkpoint);
         let experts = Arc::new(ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |_| {}).unwrap());
@@ -64,8 +64,8 @@ impl Model {
     }
 
     /// Bits of the logits of all positions, from one group.
-    fn expected(&mut self, layers: [Sees; 3]) -> Vec<Vec<Vec<u32>>> {
-        self.trunk.kv_groups = LayerGroups::of(&[Reach::All; 3]);
+    fn expected(&mut self, layers: [Reach; 3]) -> Vec<Vec<Vec<u32>>> {
+        self.trunk.kv_groups = LayerGroups::of([Reach::All; 3]);
         let of_sequence = |tokens: &Vec<TokenId>| -> Vec<Vec<u32>> {
             let ids: Vec<u32> = tokens.iter().map(|token| token.get()).collect();
             let mut dispatch = self.dispatch();
@@ -74,7 +74,7 @@ impl Model {
             logits.chunks_exact(320).map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
         };
         let expected = self.sequences.iter().map(of_sequence).collect();
-        self.trunk.kv_groups = crate::kv::groups(layers.into_iter());
+        self.trunk.kv_groups = LayerGroups::of(layers);
         expected
     }
 
@@ -136,12 +136,12 @@ impl Model {
 #[test]
 fn groups_of_layers_give_the_bits_of_one_group() {
     for (layers, groups) in [
-        ([Sees::Last(8), Sees::All, Sees::Last(8)], 3),
-        ([Sees::Last(24), Sees::Last(8), Sees::All], 3),
-        ([Sees::All, Sees::Last(40), Sees::Last(1)], 3),
-        ([Sees::Last(20); 3], 1),
-        ([Sees::Chunk(24), Sees::Chunk(24), Sees::All], 3),
-        ([Sees::Chunk(32), Sees::Last(8), Sees::Chunk(10)], 3),
+        ([Reach::last(8), Reach::All, Reach::last(8)], 3),
+        ([Reach::last(24), Reach::last(8), Reach::All], 3),
+        ([Reach::All, Reach::last(40), Reach::last(1)], 3),
+        ([Reach::last(20); 3], 1),
+        ([Reach::chunk(24), Reach::chunk(24), Reach::All], 3),
+        ([Reach::chunk(32), Reach::last(8), Reach::chunk(10)], 3),
     ] {
         let mut model = Model::open(layers);
         let expected = model.expected(layers);

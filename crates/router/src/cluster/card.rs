@@ -3,11 +3,10 @@
 use std::num::NonZeroU32;
 
 use muster_checkpoint::Checkpoint;
-use muster_kernels::{Packing, Quantisation};
-use muster_model::experts::{ExpertForm, Gating};
+use muster_model::experts::ExpertForm;
 use muster_placement::{ExpertSizes, Shape, SizesError};
 use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
-use muster_types::{Compute, WeightDType};
+use muster_types::{Compute, Gating, Packing, WeightDType};
 
 /// What a worker that has no model of its own is told; `None` when a size of the model is out of the protocol's range.
 #[must_use]
@@ -43,8 +42,8 @@ const fn packed(packing: Packing) -> PackedAs {
     match packing {
         Packing::F32 => PackedAs::F32,
         Packing::Bf16 => PackedAs::Bf16,
-        Packing::Quantised(Quantisation::Q8) => PackedAs::Q8,
-        Packing::Quantised(Quantisation::Q4) => PackedAs::Q4,
+        Packing::Q8 => PackedAs::Q8,
+        Packing::Q4 => PackedAs::Q4,
         Packing::Mxfp4 => PackedAs::Mxfp4,
     }
 }

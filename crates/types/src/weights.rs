@@ -1,0 +1,45 @@
+//! How weights are packed, and what lies between an expert's linears.
+
+use std::fmt;
+
+/// How the elements of a packed weight are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Packing {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// A byte each, -127 to 127, times a bf16 scale for every 32 inputs of a row.
+    Q8,
+    /// Four bits each, -8 to 7, times a bf16 scale for every 32 inputs of a row, which may be negative.
+    Q4,
+    /// OCP Microscaling: four bits each, and a byte of scale for every 32 inputs of a row.
+    Mxfp4,
+}
+
+impl fmt::Display for Packing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+            Self::Mxfp4 => "mxfp4",
+        })
+    }
+}
+
+/// What lies between an expert's gate and up projections and its down projection.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Gating {
+    /// `silu(gate) * up`.
+    #[default]
+    Silu,
+    /// `(up + 1) * (gate * sigmoid(alpha * gate))`, with gate at most `limit` and up within `-limit..=limit`.
+    ClampedSwish {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Above 0.
+        limit: f32,
+    },
+}
