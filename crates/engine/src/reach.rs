@@ -200,7 +200,7 @@ mod tests {
         fn every_layer_has_a_place_of_its_own(layers in prop::collection::vec(
             prop::sample::select(vec![Reach::All, Reach::Last(positive(8)), Reach::Chunk(positive(8))]), 0..40,
         )) {
-            let groups = LayerGroups::of(layers);
+            let groups = LayerGroups::of(layers.iter().copied());
             let mut places: Vec<_> = (0..layers.len())
                 .map(|layer| (groups.place(layer).group, groups.place(layer).layer))
                 .collect();

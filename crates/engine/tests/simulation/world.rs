@@ -261,7 +261,7 @@ impl World {
         let k = 1 + rng.below(3);
         let experts: Vec<u32> = (0..layers).map(|_| k as u32 + rng.between(1, 8) as u32).collect();
         let reaches: Vec<Reach> = (0..layers).map(|_| reach(&mut rng)).collect();
-        let groups = LayerGroups::of(&reaches);
+        let groups = LayerGroups::of(reaches.iter().copied());
         let toy = Toy { experts: experts.clone(), reaches, k, vocab: 40, salt: rng.next() };
         let shape = Shape::new(experts);
         let bytes: Vec<u64> = (0..layers).map(|_| rng.between(5, 16)).collect();
