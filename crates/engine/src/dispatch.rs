@@ -271,7 +271,7 @@ pub trait ExpertDispatch: Send {
         0
     }
 
-    /// Abandons a micro-batch and spends its ticket; later replies are dropped. Unknown tickets are ignored.
+    /// Gives a micro-batch up, which spends its ticket; replies that still come are dropped. Unknown tickets are ignored.
     fn cancel(&mut self, ticket: Ticket);
 
     /// Ends all streams. May be called twice.

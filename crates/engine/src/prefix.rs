@@ -1,9 +1,9 @@
 //! Names for the content of KV blocks.
 //!
 //! The keys and values of a position depend on the tokens up to it and on nothing else, so a full block is named by
-//! all tokens up to its end: a SHA-256 of the name of the block before it and of its own tokens. A client that could make two
+//! all tokens up to its end: a SHA-256 of the name of the block before it and of its own tokens. Whoever could make two
 //! prefixes with one name could be served another's attention; hence a cryptographic hash. Every group of layers has
-//! blocks of its own for the same tokens, told apart by the group's number. Knows nothing of blocks.
+//! blocks of its own for the same tokens, which its number tells apart. Knows nothing of blocks.
 
 use muster_types::TokenId;
 use sha2::{Digest, Sha256};

@@ -1,10 +1,10 @@
 //! Owners of every expert, current and target: pure data and decisions.
 //!
-//! Owns [`Shape`] (how many routed experts each layer has), [`Placement`] (an immutable snapshot of the owners of
-//! every expert) and [`split()`] (the shares a cluster starts with). On top of these:
+//! Owns [`Shape`] (how many routed experts each layer has), [`Placement`] (an immutable snapshot of who holds
+//! what) and [`split()`] (the shares a cluster starts with). On top of these:
 //!
-//! - [`Loads`]: recent rows of each expert;
-//! - [`plan()`]: the target placement, given loads, memory and speeds;
+//! - [`Loads`]: what was asked of each expert lately;
+//! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
 //! - [`hedge`]: when a shard is sent to another replica too;
 //! - [`lease`]: which router leads;

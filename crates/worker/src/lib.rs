@@ -56,7 +56,7 @@ const QUIET: Duration = Duration::from_millis(150);
 /// Which of the model's experts a worker starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Share {
-    /// None: it waits for orders.
+    /// None: it waits to be told.
     None,
     /// All of them.
     All,
@@ -66,7 +66,7 @@ pub enum Share {
         index: u32,
         /// How many there are.
         count: NonZeroU32,
-        /// Replicas of every expert: this share and those behind it are held.
+        /// On how many workers every expert is: this share and those behind it are held.
         replicas: NonZeroU32,
     },
 }
@@ -214,8 +214,9 @@ pub enum WorkerError {
     Experts,
 }
 
-/// Runs a worker until `shutdown` resolves, then drains it: it serves until its experts have other replicas or get no more
-/// rows, at most for the drain time. A drain through [`Hooks::admin`] is the same, but the process goes on until `shutdown`.
+/// Runs a worker until `shutdown` resolves, then drains it: it serves on until what it holds is elsewhere or nobody asks
+/// for it, at most for the drain time. A drain that [`Hooks::admin`] is asked for is the same, but the process goes on until
+/// `shutdown`.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
@@ -321,7 +322,7 @@ pub async fn run(
         drain(&server, &holder, drain_timeout).await;
         admin.drained();
         if !is_told {
-            // The caller of the drain ends the process.
+            // Whoever asked ends the process.
             shutdown.await;
         }
     }

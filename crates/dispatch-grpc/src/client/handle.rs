@@ -83,7 +83,7 @@ impl HealthHandle {
         self.0.elsewhere().fewer_copies_than(copies)
     }
 
-    /// Version of the fleet.
+    /// Changes with who holds what.
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.0.version()

@@ -199,7 +199,7 @@ impl Links {
         }
     }
 
-    /// Waits for newer announcements and returns them; `None` once closed.
+    /// Waits until another fleet is to be built, and says of what; `None` once closed.
     fn next_fleet(&self) -> Option<(Epoch, AllAnnounced)> {
         let fresh = |state: &mut State| state.freshness == Freshness::Fresh && !state.closed;
         let mut state = self.outdated.wait_while(self.lock(), fresh).unwrap_or_else(PoisonError::into_inner);
@@ -649,7 +649,7 @@ impl State {
     }
 }
 
-/// The fleet of the announcements, and its placement without this process.
+/// The fleet of what was announced, and who holds what in it beside this process.
 fn build(
     epoch: Epoch,
     shape: &Shape,

@@ -92,7 +92,7 @@ impl Workers {
         self.fleet.placement()
     }
 
-    /// Version of the fleet.
+    /// Changes with the fleet.
     pub(super) fn version(&self) -> u64 {
         self.fleet.placement().epoch().get()
     }

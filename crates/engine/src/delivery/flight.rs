@@ -3,8 +3,8 @@
 //! A micro-batch leaves in *parts*, one shard each. When a part fails, is late, or marks outputs that are not finite, the pairs
 //! it owes are sent to other owners as further parts, its *stand-ins*; stand-ins can fail in turn. What always holds: one part
 //! is responsible for a pair at a time; every pair is taken from exactly one part, or its row is lost; no worker is asked
-//! twice for the same pair; a worker's claim is final only when a second worker makes it too or no other owner can be asked.
-//! It does not know how parts are sent, nor how long they may take.
+//! twice for the same pair; what one worker says that others could contradict is final only when a second one agrees or nobody
+//! else can be asked. It does not know how parts are sent, nor how long they may take.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -629,7 +629,7 @@ impl<L, O: Outputs> Flight<L, O> {
         terms_by_row(self.rows, terms.into_iter())
     }
 
-    /// Outputs of part `part`, if it answered.
+    /// What arrived as part `part`.
     pub(super) fn arrived(&self, part: usize) -> Option<&Arrived<O>> {
         match &self.parts[part].state {
             State::Arrived(arrived) => Some(arrived),

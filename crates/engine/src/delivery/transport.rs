@@ -42,7 +42,7 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// A fleet of these workers, each with its holdings and route.
+    /// Of workers with what they hold.
     ///
     /// # Errors
     /// When the holdings make no placement.

@@ -1,7 +1,8 @@
 //! Copies that are needed, whatever the load.
 //!
-//! Owns the places of first copies and of the further copies that the goals ask for. A first copy may displace any copy that
-//! is not the last of its expert; a further copy only one that the goals do without.
+//! Owns who gets the first copy of an expert that has none, and the further copies that the goals ask for. First
+//! copies make others give way that are not the last of their expert; further copies only such as the goals do
+//! without.
 
 use std::collections::BTreeSet;
 
