@@ -62,27 +62,6 @@ const README: Commands = &[
         "muster generate --chat \"What is 37 + 45?\" --grpc http://127.0.0.1:50051",
         Prints { more: "", texts: &["82"] },
     ),
-    ("muster chat --grpc HOST:50051,OTHER:50051", By("resume.rs: the_command_line_names_several_routers")),
-    (
-        "muster generate \"Once\" --model models/demo --json",
-        Prints { more: "", texts: &["\"text\":", "\"finish_reason\":"] },
-    ),
-    (
-        "muster plan mixtral-8x7b --worker 24GiB",
-        Prints { more: "", texts: &["47 B held", "2 copies", "helm install"] },
-    ),
-    (
-        "muster check-model models/demo",
-        Prints { more: "", texts: &["8 experts each", "every weight was read"] },
-    ),
-    (
-        "muster bench --model models/demo --workers 2 --concurrency 1,8",
-        Prints { more: "--rounds 1 --output-tokens 16", texts: &["decode tok/s", "dispatch/layer"] },
-    ),
-    (
-        "muster bench --soak 10m --grpc http://127.0.0.1:50051",
-        Prints { more: "--output-tokens 32", texts: &["0 failed, 0 differ"] },
-    ),
     (
         "muster bench --chaos",
         Prints {
@@ -91,19 +70,43 @@ const README: Commands = &[
         },
     ),
     (
+        "muster plan mixtral-8x7b --worker 24GiB",
+        Prints { more: "", texts: &["47 B held", "2 copies", "helm install"] },
+    ),
+    ("muster router --model DIR", Serves { more: LISTENING, text: "router: loaded" }),
+    ("muster worker --join 127.0.0.1:50051 --listen 127.0.0.1:0", Serves { more: "", text: "joined" }),
+    ("muster status", Prints { more: GRPC, texts: &["48 of 48 experts held"] }),
+];
+
+const USE: Commands = &[
+    ("muster up --workers 3 --replicas 2", Serves { more: LISTENING, text: "Ctrl-C" }),
+    (
+        "muster bench --soak 10m --grpc http://127.0.0.1:50051",
+        Prints { more: "--output-tokens 32", texts: &["0 failed, 0 differ"] },
+    ),
+    ("helm install demo helm/muster --set image.repository=REGISTRY/muster", CLUSTER),
+    (
         "muster pull ibm-granite/granite-3.1-1b-a400m-instruct",
         Needs("the Hugging Face hub: tests of muster-pull have one of their own"),
+    ),
+    (
+        "muster check-model models/demo",
+        Prints { more: "", texts: &["8 experts each", "every weight was read"] },
+    ),
+    (
+        "muster generate \"Once\" --model models/demo --json",
+        Prints { more: "", texts: &["\"text\":", "\"finish_reason\":"] },
+    ),
+    (
+        "muster bench --model models/demo --workers 2 --concurrency 1,8",
+        Prints { more: "--rounds 1 --output-tokens 16", texts: &["decode tok/s", "dispatch/layer"] },
     ),
     (
         "muster logits --model models/demo --tokens tokens.json --out logits.safetensors",
         Prints { more: "", texts: &["logits.safetensors"] },
     ),
-    ("muster plan mixtral-8x7b --gpu 24GiB", By("documented.rs: what_the_readme_shows_is_printed")),
-    ("muster router --model DIR", Serves { more: LISTENING, text: "router: loaded" }),
-    ("muster worker --join 127.0.0.1:50051 --listen 127.0.0.1:0", Serves { more: "", text: "joined" }),
-    ("muster status", Prints { more: GRPC, texts: &["48 of 48 experts held"] }),
-    ("muster up --workers 3 --replicas 2", Serves { more: LISTENING, text: "Ctrl-C" }),
-    ("helm install demo helm/muster --set image.repository=REGISTRY/muster", CLUSTER),
+    ("muster plan mixtral-8x7b --gpu 24GiB", By("documented.rs: what_pages_show_is_printed")),
+    ("muster chat --grpc HOST:50051,OTHER:50051", By("resume.rs: the_command_line_names_several_routers")),
 ];
 
 const PLACEMENT: Commands = &[
@@ -160,6 +163,7 @@ const PERFORMANCE: Commands = &[
 /// A page, the commands that are typed before its own, and its commands in its order.
 const PAGES: &[(&str, Commands, Commands)] = &[
     ("README.md", &[], README),
+    ("docs/use.md", &[], USE),
     ("docs/placement.md", &[], PLACEMENT),
     ("docs/security.md", &[], SECURITY),
     ("docs/performance.md", &[("muster up", Serves { more: LISTENING, text: "Ctrl-C" })], PERFORMANCE),
@@ -341,9 +345,7 @@ fn follow_page(name: &str) {
 fn commands_are_all_known() {
     for (name, _, list) in PAGES {
         let mut documented = commands(&page(name));
-        if *name == "README.md" {
-            documented.extend(shown(&page(name)).into_iter().map(|(command, _)| command));
-        }
+        documented.extend(shown(&page(name)).into_iter().map(|(command, _)| command));
         let listed: BTreeSet<&str> = list.iter().map(|(command, _)| *command).collect();
         let documented: BTreeSet<&str> = documented.iter().map(String::as_str).collect();
         assert_eq!(documented, listed, "{name}");
@@ -361,6 +363,11 @@ fn commands_are_all_known() {
 #[test]
 fn the_readme_can_be_followed() {
     follow_page("README.md");
+}
+
+#[test]
+fn the_page_about_use_can_be_followed() {
+    follow_page("docs/use.md");
 }
 
 #[test]
@@ -389,8 +396,8 @@ fn shown(page: &str) -> Vec<(String, Vec<String>)> {
 }
 
 #[test]
-fn what_the_readme_shows_is_printed() {
-    let shown = shown(&page("README.md"));
+fn what_pages_show_is_printed() {
+    let shown: Vec<_> = PAGES.iter().flat_map(|(name, ..)| shown(&page(name))).collect();
     assert!(!shown.is_empty());
     let reader = Reader::new();
     for (command, lines) in shown {
@@ -418,12 +425,36 @@ fn code(text: &str) -> Vec<&str> {
 }
 
 #[test]
-fn the_rust_of_the_readme_is_compiled() {
-    let snippets = blocks(&page("README.md"), "rust");
+fn the_rust_of_the_page_about_use_is_compiled() {
+    let snippets = blocks(&page("docs/use.md"), "rust");
     assert_eq!(snippets.len(), 1);
     let source = fs::read_to_string(workspace_root().join("crates/client/src/lib.rs")).unwrap();
     let example: String =
         source.lines().filter_map(|line| Some(format!("{}\n", line.strip_prefix("//!")?))).collect();
     let (wanted, example) = (code(&snippets[0]), code(&example));
     assert!(example.windows(wanted.len()).any(|lines| lines == wanted), "{wanted:?}\nis not in\n{example:?}");
+}
+
+/// Pages and records that the index of `docs` links to, and links of all pages that lead to a file.
+#[test]
+fn pages_are_in_the_index_and_links_lead_somewhere() {
+    let docs = workspace_root().join("docs");
+    let markdown = |directory: PathBuf| {
+        let paths = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.extension().is_some_and(|kind| kind == "md")).collect::<Vec<_>>()
+    };
+    let (pages, records) = (markdown(docs.clone()), markdown(docs.join("decisions")));
+    let index = page("docs/README.md");
+    for path in pages.iter().chain(&records).filter(|path| !path.ends_with("README.md")) {
+        let name = path.strip_prefix(&docs).unwrap().to_str().unwrap();
+        assert!(index.contains(&format!("({name})")), "docs/README.md does not name {name}");
+    }
+    for path in pages.into_iter().chain(records).chain(markdown(workspace_root())) {
+        let text = fs::read_to_string(&path).unwrap();
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for target in targets.filter(|target| !target.contains("://") && !target.starts_with('#')) {
+            let file = path.parent().unwrap().join(target.split('#').next().unwrap());
+            assert!(file.exists(), "{} links to {target}, which is not there", path.display());
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! A strict reader of `config.json`: typed getters that name the key, the value and what is allowed.
 //!
-//! Keys that nobody asks for are ignored, because published configurations are full of them; a key that would change
-//! the result must be asked for, or refused, by whoever knows that it exists. Knows no family and no tensor.
+//! Keys that no getter reads are ignored, because published configurations are full of them; a family must read, or refuse,
+//! every key that would change its result. Knows no family and no tensor.
 
 use std::fmt;
 use std::ops::RangeInclusive;

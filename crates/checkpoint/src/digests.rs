@@ -1,8 +1,8 @@
 //! Digests of a model's packed experts, kept in a file, so that they need not be computed at every start.
 //!
 //! A file of text: what it was made for (model, compute mode, dtype of experts, every shard's length and time of change),
-//! a line for every expert, and a digest of all lines above it. Always holds: what is read was written whole, and is used
-//! only as long as the shards are as they were then. Knows nothing about how experts are packed.
+//! a line for every expert, and a digest of all lines above it. Always holds: a file is used only if it was written whole and
+//! the shards are unchanged since. Knows nothing about how experts are packed.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -20,7 +20,7 @@ const MAGIC: &str = "muster expert digests 1";
 /// Bytes of a file: more than any model's experts take.
 const LONGEST: u64 = 64 << 20;
 
-/// What such a file says.
+/// Contents of such a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DigestFile {
     /// The lines that say what it was made for.
@@ -40,7 +40,7 @@ pub enum DigestFileError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The folder in the model's directory is a link: what is behind it is not the model's.
+    /// The folder in the model's directory is a link: its target is not the model's.
     #[error("{path} is a link, and nothing is written through it; put a folder there, or name a file: --digests=FILE", path = .path.display())]
     Link {
         /// The folder.
@@ -56,7 +56,7 @@ pub enum DigestFileError {
     },
 }
 
-/// What such a file is called, of experts that are packed so.
+/// Name of such a file, for experts that are packed so.
 #[must_use]
 pub fn file_name(compute: Compute, dtype: WeightDType) -> String {
     format!("experts-{compute}-{dtype}.digests")
@@ -67,7 +67,7 @@ pub fn file_name(compute: Compute, dtype: WeightDType) -> String {
 pub struct Places {
     /// The one file to use; `None` looks for those below.
     pub file: Option<PathBuf>,
-    /// The model's directory, in which somebody may have put one on purpose.
+    /// The model's directory, for a file that was made there on purpose.
     pub model: Option<PathBuf>,
     /// Where a process keeps what it computed.
     pub cache: Option<PathBuf>,
@@ -126,7 +126,7 @@ impl DigestFile {
         self.digests.get(&(key.layer.get(), key.expert.get())).copied()
     }
 
-    /// Why it cannot be used for this model as it is now, if it cannot: what it was made for, and what there is.
+    /// The mismatch, if it cannot be used for the model as it is now: the recorded and the current line.
     #[must_use]
     pub fn stale(&self, checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Option<String> {
         let now = made_for(checkpoint, compute, dtype);

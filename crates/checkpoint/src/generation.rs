@@ -1,7 +1,7 @@
-//! `generation_config.json`: how the authors of a model want its tokens picked.
+//! `generation_config.json`: the sampling settings of a model's authors.
 //!
-//! Types are checked here, ranges by whoever samples. What transformers would follow and this build does not is listed by
-//! name, so that it can be told.
+//! Types are checked here, ranges by the sampler. Settings that transformers follows and this build does not are listed by
+//! name, to be reported.
 
 use serde_json::Value;
 
@@ -28,7 +28,7 @@ pub struct GenerationConfig {
     pub repetition_penalty: Option<f32>,
     /// Tokens to generate at most.
     pub max_new_tokens: Option<u32>,
-    /// What would change answers and is not done here, as `key` is value; and keys that are not known.
+    /// Settings that would change answers and are not implemented, as `key` is value; and unknown keys.
     pub not_followed: Vec<String>,
 }
 

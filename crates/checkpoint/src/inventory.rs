@@ -1,4 +1,4 @@
-//! How big a model is: parameters and bytes, as stored, split the way placement needs them.
+//! Sizes of a model: parameters and bytes, as stored, split the way placement needs them.
 //!
 //! Counts what the plan names, from headers alone; a tensor that two roles share is counted once per role's own part.
 

@@ -1,4 +1,4 @@
-//! Model directory to verified plan: config, index, headers, and which bytes are which expert.
+//! Model directory to verified plan: config, index, headers, and the bytes of each expert.
 //!
 //! [`Checkpoint::open`] reads `config.json`, the index and the header of every shard, and checks the presence, dtype
 //! and shape of every tensor against the configuration before any weight byte is touched. After that,

@@ -24,7 +24,7 @@ pub enum LocateError {
     Snapshot {
         /// The folder.
         folder: String,
-        /// What is in it.
+        /// Its contents.
         found: String,
     },
     /// Neither a directory nor a name that a hub could have.

@@ -1,4 +1,4 @@
-//! Which bytes are which weight: every role the configuration implies, matched with a tensor and checked.
+//! The bytes of each weight: every role that the configuration implies, matched with a tensor and checked.
 //!
 //! What always holds of a finished plan: every role's tensor exists, has the implied shape and a readable dtype, all
 //! plain matrices share one dtype, the experts of a layer are stored alike, and no tensor is left over that would have

@@ -17,7 +17,7 @@ const GROUP_BYTES: usize = MXFP4_GROUP / 2;
 /// The scale that is no number.
 const MXFP4_NAN: u8 = 0xff;
 
-/// Why a weight cannot be had.
+/// Why a weight cannot be read.
 pub(crate) enum ReadError {
     /// Reading failed.
     File(CheckpointError),

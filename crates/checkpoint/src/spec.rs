@@ -1,4 +1,4 @@
-//! What a model is, as data: dimensions, attention, norms, rope, multipliers, and how its gate picks experts.
+//! A model as data: dimensions, attention, norms, rope, multipliers, and its gate's recipe.
 //!
 //! A family file turns `config.json` into a [`ModelSpec`]; everything downstream reads only this. No family is
 //! named outside `families/`, and a value that this build cannot compute never gets this far.

@@ -1,8 +1,7 @@
-//! When to try again, and when no more. Pure: the time comes in as an argument.
+//! Retry policy over several routers. Pure: the time comes in as an argument.
 //!
-//! Always holds: with several routers each is asked once before any is asked again, and before it is asked again there
-//! is a pause that grows. Attempts in a row without progress are bounded in number, and in time while nobody takes the
-//! request.
+//! Always holds: each of several routers is tried once before any is tried again, after a growing pause. Attempts in a row
+//! without progress are bounded in number, and in time while no router accepts the request.
 
 use std::time::{Duration, Instant};
 
@@ -12,23 +11,23 @@ use crate::policy::Policy;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// The longest pause, unless a router asks for a longer one.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// So often each router may take a request and then say itself that it cannot go on: it has waited for its experts each time.
+/// Times that each router may accept a request and then give it up itself: each time it has waited for its experts.
 const GIVEN_UP: usize = 3;
-/// What a router may ask for at most.
+/// Longest pause that a router may ask for.
 const LONGEST_HINT: Duration = Duration::from_secs(10);
 
-/// The attempts at one thing.
+/// The attempts at one request.
 #[derive(Debug)]
 pub(crate) struct Attempts {
     routers: usize,
     patience: Duration,
     most: u32,
     in_a_row: u32,
-    /// Of these, how often a router took the request and gave it up by its own word.
+    /// Attempts among these in which a router accepted the request and gave it up itself.
     given_up: usize,
     /// Time without a router so far, since the last progress.
     waited: Duration,
-    /// Since when there is none.
+    /// Start of the time without a router.
     lost_at: Option<Instant>,
 }
 
@@ -39,26 +38,26 @@ impl Attempts {
         Self { routers: routers.max(1), patience, most, in_a_row, given_up, waited, lost_at: None }
     }
 
-    /// A router took the request: no time counts until it is lost again.
+    /// Records that a router accepted the request: no time counts until it is lost again.
     pub(crate) fn admitted(&mut self, now: Instant) {
         if let Some(since) = self.lost_at.take() {
             self.waited += now.saturating_duration_since(since);
         }
     }
 
-    /// Something new came.
+    /// Records progress.
     pub(crate) const fn progressed(&mut self) {
         (self.in_a_row, self.given_up) = (0, 0);
         (self.waited, self.lost_at) = (Duration::ZERO, None);
     }
 
-    /// The router that took the request says that it cannot go on with it now.
+    /// Records that the router gave the request up.
     pub(crate) const fn given_up(&mut self) {
         self.given_up += 1;
     }
 
-    /// An attempt failed; the router asks for a pause of `hint`. The time from which the next router may be asked, or
-    /// `None` when it is enough.
+    /// Records a failed attempt, for which the router asks for a pause of `hint`. Returns the time of the next attempt, or `None`
+    /// after the last.
     pub(crate) fn failed(&mut self, now: Instant, hint: Option<Duration>) -> Option<Instant> {
         self.in_a_row = self.in_a_row.saturating_add(1);
         self.admitted(now);

@@ -1,4 +1,4 @@
-//! What a client shows to routers, and whom it takes for one.
+//! A client's credentials, and the authority that it trusts for routers.
 
 use std::fmt;
 
@@ -9,7 +9,7 @@ use tonic::{Request, Status};
 
 use crate::error::ClientError;
 
-/// How a client is known, over https. By default it shows nothing and trusts the authorities that browsers trust.
+/// A client's credentials, over https. By default it has none and trusts the public authorities.
 #[derive(Clone, Default)]
 pub struct Credentials {
     /// Certificates, PEM, of the authority that routers must have.
@@ -50,7 +50,7 @@ impl Credentials {
     }
 }
 
-/// Shows the key with every call.
+/// Sends the key with every call.
 #[derive(Debug, Clone)]
 pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
 

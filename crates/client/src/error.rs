@@ -1,4 +1,4 @@
-//! Why a client could not do what it was asked.
+//! Errors of a client.
 
 use std::time::Duration;
 
@@ -23,12 +23,12 @@ pub enum ClientError {
     /// There is no connection.
     #[error("no router answers at {routers} ({reason})")]
     Unreachable {
-        /// Where it was tried.
+        /// The addresses tried.
         routers: String,
-        /// What came of it at last.
+        /// The last error.
         reason: String,
     },
-    /// A router refused the request for what it asks.
+    /// A router refused the request as invalid.
     #[error("{message}")]
     Refused {
         /// The router's words: the field, what is wrong and what would be right.
@@ -48,7 +48,7 @@ pub enum ClientError {
         /// Which.
         mismatch: Mismatch,
     },
-    /// A router could not do it, and says that trying again will not help.
+    /// A router failed, and a retry will not help.
     #[error("the router failed: {message} ({code})")]
     Failed {
         /// Name of the gRPC status code.
@@ -56,32 +56,32 @@ pub enum ClientError {
         /// The router's words.
         message: String,
     },
-    /// A router sent what no router may send.
+    /// A router broke the protocol.
     #[error("{router} breaks the protocol: {violation}; is it another version?")]
     Protocol {
         /// Which.
         router: String,
-        /// What it did.
+        /// The breach.
         violation: String,
     },
-    /// No router did it, or went on with what another had begun.
+    /// No router accepted the request, or resumed the stream.
     #[error("gave up after {tokens} tokens: {reason}")]
     Lost {
         /// Tokens that had been handed out.
         tokens: usize,
-        /// What came of the last attempt.
+        /// The error of the last attempt.
         reason: String,
     },
-    /// It took too long.
+    /// The deadline passed.
     #[error("not done within {limit:?}")]
     Deadline {
-        /// The time it had.
+        /// The time limit.
         limit: Duration,
     },
 }
 
 impl ClientError {
-    /// Whether trying again can help. Nothing here is worth a retry at once: those have been made.
+    /// Whether a later retry can help. Immediate retries have been made already.
     #[must_use]
     pub const fn retry(&self) -> Retry {
         match self {

@@ -1,8 +1,7 @@
 //! One generation, over as many streams as it takes.
 //!
-//! Always holds: between two events it is known exactly what has been handed out, so a broken stream costs time and
-//! nothing else. A future of [`Generation::next`] may be dropped at any time; the next one goes on, and makes an
-//! attempt that was under way anew.
+//! Always holds: between two events the delivered tokens are known exactly, so a broken stream costs only time. A future of
+//! [`Generation::next`] may be dropped at any time; the next one goes on, and repeats an attempt that was in progress.
 
 use std::time::{Duration, Instant};
 
@@ -16,12 +15,12 @@ use crate::progress::{Event, Progress};
 use crate::routers::Client;
 use crate::trouble::Trouble;
 
-/// A generation: how it began, then its events. Dropping it ends it.
+/// A generation: its `started`, then its events. Dropping it ends it.
 #[derive(Debug)]
 pub struct Generation {
     source: Source,
     progress: Progress,
-    /// `None` after it broke off.
+    /// `None` after a break.
     stream: Option<Streaming<GenerateEvent>>,
     resumed: u32,
     failed: bool,
@@ -33,11 +32,11 @@ struct Source {
     client: Client,
     request: GenerateRequest,
     attempts: Attempts,
-    /// Routers in a row that refused to go on with it.
+    /// Routers in a row that refused to resume it.
     refusals: usize,
-    /// The router in use, or to be asked next.
+    /// The router in use, or to try next.
     at: usize,
-    /// When it may be asked.
+    /// Time of the next attempt.
     not_before: Instant,
     deadline: Option<Instant>,
 }
@@ -54,13 +53,13 @@ impl Generation {
         Ok(Self { source, progress, stream: Some(stream), resumed: 0, failed: false })
     }
 
-    /// How it began.
+    /// Its `started`.
     #[must_use]
     pub const fn started(&self) -> &Started {
         self.progress.started()
     }
 
-    /// How often it went on after its stream had broken off.
+    /// Number of times that it was resumed.
     #[must_use]
     pub const fn resumed(&self) -> u32 {
         self.resumed
@@ -69,7 +68,7 @@ impl Generation {
     /// The next event; `None` after the end of every choice.
     ///
     /// # Errors
-    /// When no router goes on with it in time, or what came is no answer to the request. Nothing comes after that.
+    /// When no router resumes it in time, or a router breaks the protocol. No event follows.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
         if self.failed {
             return Ok(None);
@@ -118,7 +117,7 @@ impl Generation {
 }
 
 impl Source {
-    /// Opens a stream at the first router that takes the request, from its beginning or behind what has come.
+    /// Opens a stream at the first router that accepts the request, from its beginning or behind the delivered tokens.
     async fn open(
         &mut self,
         mut progress: Option<&mut Progress>,
@@ -144,7 +143,7 @@ impl Source {
                 (Err(trouble), _) => trouble,
             };
             match trouble {
-                // To go on with a stream is for a router that would send the same; there may be one.
+                // Another router may serve the same model and resume the stream.
                 Trouble::Final(status) if progress.is_some() => self.refused(&status, tokens)?,
                 trouble => {
                     if let Trouble::Passing { reason, .. } = &trouble
@@ -158,7 +157,7 @@ impl Source {
         }
     }
 
-    /// The request to go on with what has come. The seed is that of the stream, given or chosen.
+    /// The request that resumes behind the delivered tokens, with the stream's seed, given or chosen.
     fn resuming(&self, progress: &Progress) -> GenerateRequest {
         let mut request = self.request.clone();
         request.sampling.get_or_insert_default().seed = Some(progress.started().seed);
@@ -197,7 +196,7 @@ impl Source {
         (started, stream)
     }
 
-    /// The router in use is lost to this request: turns to the next one.
+    /// Turns to the next router after losing the one in use.
     fn lost(&mut self, trouble: Trouble, tokens: usize) -> Result<(), ClientError> {
         let router = self.client.url(self.at);
         let (reason, hint) = match trouble {
@@ -213,7 +212,7 @@ impl Source {
         Ok(())
     }
 
-    /// The router in use will not go on with the stream: turns to the next one, unless all refused.
+    /// Turns to the next router after the one in use refused to resume, unless all refused.
     fn refused(&mut self, status: &Status, tokens: usize) -> Result<(), ClientError> {
         self.refusals += 1;
         let reason = status.message();

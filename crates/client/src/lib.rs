@@ -1,12 +1,12 @@
 //! A client of one or several routers whose streams survive the loss of one.
 //!
-//! Owns connections, deadlines, retries with back-off, and *resuming*: when a stream breaks off, it goes on at another
-//! router, or at the same one when that is back, behind the last token that was handed out. Always holds: the events of
+//! Owns connections, deadlines, retries with back-off, and *resuming*: a broken stream goes on at another router, or at the
+//! same one when that is back, behind the last delivered token. Always holds: the events of
 //! a [`Generation`] are those of one undisturbed stream. Indices count up from 0 without a gap, no token comes twice,
 //! every choice has one end; a router that sends anything else is an error, not an event.
 //!
-//! Routers that are named together must serve the same model in the same way; one that does not is found out before a
-//! token of it is handed out. Knows nothing of models, prompts or text.
+//! Routers that are named together must serve the same model in the same way; one that does not is detected before any of its
+//! tokens is delivered. Knows nothing of models, prompts or text.
 //!
 //! ```no_run
 //! # use muster_client::{Client, ClientError, Policy};

@@ -1,17 +1,17 @@
-//! How long a client waits for what.
+//! Timeouts and retries of a client.
 
 use std::time::Duration;
 
-/// How long a client waits, and how often it tries.
+/// Timeouts and attempts of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
     /// For a connection.
     pub connect: Duration,
     /// For the answer to a call; for a generation, until it is admitted.
     pub answer: Duration,
-    /// For a router that takes a request, from when the last one was lost.
+    /// For a router that accepts a request, after the loss of the last one.
     pub patience: Duration,
-    /// Attempts in a row that bring nothing new.
+    /// Attempts in a row without progress.
     pub attempts: u32,
     /// For the end of a generation. `None` waits as long as it makes progress.
     pub generation: Option<Duration>,

@@ -1,4 +1,4 @@
-//! What of a stream has been handed out, and whether what a router sends belongs behind it. Pure.
+//! Delivered tokens of a stream, and the check that a router's next event follows them. Pure.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use muster_proto::v1::finished::Reason;
 use muster_proto::v1::generate_event::Event as Sent;
 use muster_proto::v1::{Finished, Resume, Started, TokenFrame, TokenIds};
 
-/// One thing that happened to one choice.
+/// An event of one choice.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// A token; its index is the number of tokens of its choice that came before.
@@ -26,24 +26,24 @@ pub(crate) struct Progress {
 #[derive(Debug, Default)]
 struct Choice {
     ids: Vec<u32>,
-    /// Its end has been handed out.
+    /// Its end was delivered.
     finished: bool,
-    /// The present stream has told its end.
+    /// The present stream has sent its end.
     told: bool,
 }
 
 impl Progress {
-    /// Before the first token of a stream that began with `started`.
+    /// Progress at the start of a stream with this `started`.
     pub(crate) const fn new(started: Started, choices: u32) -> Self {
         Self { started, choices, begun: BTreeMap::new() }
     }
 
-    /// How the stream began.
+    /// The stream's `started`.
     pub(crate) const fn started(&self) -> &Started {
         &self.started
     }
 
-    /// Tokens handed out.
+    /// Number of delivered tokens.
     pub(crate) fn tokens(&self) -> usize {
         self.begun.values().map(|choice| choice.ids.len()).sum()
     }
@@ -53,7 +53,7 @@ impl Progress {
         self.begun.values().filter(|choice| choice.finished).count() == self.choices as usize
     }
 
-    /// What to ask another router for.
+    /// The tokens to resume from, for another router.
     pub(crate) fn resume(&self) -> Resume {
         let ids = |choice| self.begun.get(&choice).map_or_else(Vec::new, |choice| choice.ids.clone());
         let choices = (0..self.choices).map(|choice| TokenIds { ids: ids(choice) }).collect();
@@ -61,10 +61,10 @@ impl Progress {
         Resume { choices, key: (!key.is_empty()).then(|| key.clone()) }
     }
 
-    /// Another stream goes on with this one.
+    /// Continues with another stream.
     ///
     /// # Errors
-    /// Says how it is the stream of another request.
+    /// The difference, if it is a stream of another request.
     pub(crate) fn goes_on(&mut self, started: &Started) -> Result<(), String> {
         let facts = |started: &Started| (started.prompt_tokens, started.seed, started.resume_key.clone());
         let (ours, theirs) = (facts(&self.started), facts(started));
@@ -75,10 +75,10 @@ impl Progress {
         Ok(())
     }
 
-    /// Checks the next event of the present stream. `None` when it has been handed out already.
+    /// Checks the next event of the present stream. `None` when it was delivered already.
     ///
     /// # Errors
-    /// Says how it breaks the protocol.
+    /// The breach of the protocol.
     pub(crate) fn accept(&mut self, sent: Option<Sent>) -> Result<Option<Event>, String> {
         match sent {
             None => Err("an event without content".into()),

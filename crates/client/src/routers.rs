@@ -1,7 +1,6 @@
 //! The routers and the connections to them.
 //!
-//! A connection is made when it is first needed and made again when it broke. The router that served last is asked
-//! first.
+//! A connection is made at its first use and again after it broke. The router that served last is tried first.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -31,7 +30,7 @@ const PING: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub struct Client {
     routers: Arc<[Router]>,
-    /// Index of the router to ask first.
+    /// Index of the router to try first.
     preferred: Arc<AtomicUsize>,
     policy: Policy,
 }
@@ -40,9 +39,9 @@ pub struct Client {
 struct Router {
     url: String,
     wire: Wire,
-    /// Set once it answered, or was looked at.
+    /// Set once it answered, or its protocol was checked.
     is_known: AtomicBool,
-    /// What else is there, as far as that was seen.
+    /// The other protocol there, if one was detected.
     mismatch: OnceLock<Mismatch>,
 }
 
@@ -51,7 +50,7 @@ impl Router {
         Self { url, wire, is_known: AtomicBool::new(false), mismatch: OnceLock::new() }
     }
 
-    /// Looks at what else may be there, given what came of asking: once, and only where no router ever answered.
+    /// Checks for another protocol there, given the error: once, and only if no router ever answered.
     async fn look(&self, cause: &str) -> Option<ClientError> {
         if !self.is_known.swap(true, Ordering::Relaxed)
             && let Some(found) = mismatch_at(&self.url, cause).await
@@ -63,7 +62,7 @@ impl Router {
     }
 }
 
-/// A connection that shows what this client shows.
+/// A connection with this client's credentials.
 pub(crate) type Wire = InterceptedService<Channel, Bearer>;
 
 impl Client {
@@ -76,7 +75,7 @@ impl Client {
         Self::connect_as(&Credentials::default(), addresses, policy).await
     }
 
-    /// As [`Self::connect`], for routers that take only who they know.
+    /// As [`Self::connect`], with credentials.
     ///
     /// # Errors
     /// When an address cannot be used, or nobody answers.
@@ -129,7 +128,7 @@ impl Client {
         self.call(|mut client| async move { client.get_model(GetModelRequest {}).await }).await
     }
 
-    /// What each router knows of its cluster, or why it does not say; with its address.
+    /// Each router's address, with its view of the cluster or its error.
     pub async fn statuses(&self) -> Vec<(String, Result<StatusReply, ClientError>)> {
         let mut statuses = Vec::new();
         for router in self.routers.iter() {
@@ -167,12 +166,12 @@ impl Client {
     /// Starts a generation. Dropping it ends it.
     ///
     /// # Errors
-    /// When the request is refused, or no router takes it in time.
+    /// When the request is refused, or no router accepts it in time.
     pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, ClientError> {
         Generation::start(self.clone(), request).await
     }
 
-    /// Asks one router after the other.
+    /// Tries one router after the other.
     async fn call<T, F>(&self, ask: impl Fn(InferenceClient<Wire>) -> F) -> Result<T, ClientError>
     where
         F: Future<Output = Result<Response<T>, Status>>,
@@ -215,24 +214,24 @@ impl Client {
         self.routers.len()
     }
 
-    /// The router to ask first.
+    /// The router to try first.
     pub(crate) fn preferred(&self) -> usize {
         self.preferred.load(Ordering::Relaxed)
     }
 
-    /// What is there instead of this router, once something else is known to be instead of every router.
+    /// The other protocol at this router's address, once every address has one.
     pub(crate) async fn others(&self, at: usize, cause: &str) -> Option<ClientError> {
         let other = self.router(at).look(cause).await?;
         self.routers.iter().all(|router| router.mismatch.get().is_some()).then_some(other)
     }
 
-    /// This router serves.
+    /// Records that this router serves.
     pub(crate) fn prefer(&self, at: usize) {
         self.router(at).is_known.store(true, Ordering::Relaxed);
         self.preferred.store(at, Ordering::Relaxed);
     }
 
-    /// The router to ask after this one.
+    /// The router to try after this one.
     pub(crate) fn after(&self, at: usize) -> usize {
         (at + 1) % self.routers.len().max(1)
     }

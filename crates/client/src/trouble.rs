@@ -1,4 +1,4 @@
-//! What a status means for the next attempt.
+//! Meaning of a status for the next attempt.
 
 use std::error::Error;
 use std::time::Duration;
@@ -13,7 +13,7 @@ const RETRY_AFTER: &str = "retry-after-ms";
 pub(crate) enum Trouble {
     /// Another attempt may succeed, after this pause when the same router is asked again.
     Passing { reason: String, hint: Option<Duration> },
-    /// This router will not do it, ever.
+    /// This router will never accept it.
     Final(Status),
 }
 
@@ -28,9 +28,9 @@ impl From<Status> for Trouble {
         let hint = status.metadata().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let hint = hint.map(Duration::from_millis);
         let passes = match status.code() {
-            // What no router sent has a source: the connection broke, or there was none.
+            // A status with a source is no router's: the connection broke, or there was none.
             _ if status.source().is_some() => true,
-            // Nobody here cancels what is waited for: the router did not get to it in time.
+            // This client cancels nothing that it waits for: the router did not answer in time.
             Code::Unavailable | Code::Cancelled => true,
             Code::ResourceExhausted => hint.is_some(),
             _ => false,
@@ -42,12 +42,12 @@ impl From<Status> for Trouble {
     }
 }
 
-/// What happened, in the words of the router or of the system.
+/// The error, in the words of the router or of the system.
 pub(crate) fn cause_of(status: &Status) -> String {
     status.source().map_or_else(|| status.message().to_owned(), root_cause)
 }
 
-/// The innermost of a chain of errors, which says what happened.
+/// The innermost error of a chain.
 pub(crate) fn root_cause(error: &(dyn Error + 'static)) -> String {
     let mut deepest = error;
     while let Some(source) = deepest.source() {

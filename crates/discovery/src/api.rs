@@ -1,7 +1,7 @@
-//! The way to an API server, and what can go wrong with it.
+//! Client of an API server, and its errors.
 //!
 //! Always holds: every request has a deadline; a process that cannot reach an API server yet can later. An error is one
-//! sentence that names what was asked and what to do, without addresses; the rest is its detail, for logs.
+//! sentence that names the request and the remedy, without addresses; the rest is its detail, for logs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,11 +14,11 @@ use kube::{Client, Config};
 use tokio::sync::Mutex;
 use tower::{BoxError, ServiceBuilder};
 
-/// How long one request may take.
+/// Deadline of one request.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// The way to the API server of this process's cluster. Nothing is asked before it is needed.
+/// Client of the API server of this process's cluster. No request goes out before it is needed.
 #[derive(Clone, Default)]
 pub struct Api(Arc<Mutex<Option<Client>>>);
 
@@ -47,7 +47,7 @@ impl Api {
         Ok(kept.insert(client).clone())
     }
 
-    /// The namespace that is meant when none is named: the pod's, or that of the kubeconfig.
+    /// The default namespace: the pod's, or that of the kubeconfig.
     ///
     /// # Errors
     /// When the environment names no API server.
@@ -74,10 +74,10 @@ fn connect(config: &Config) -> Result<Client, kube::Error> {
     Ok(Client::new(service, config.default_namespace.clone()))
 }
 
-/// What is asked of the API server, in its own words.
+/// A request to the API server, in its own terms.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Access {
-    /// All that are needed, for the remedy.
+    /// All needed verbs, for the remedy.
     pub(crate) verbs: &'static str,
     pub(crate) resource: &'static str,
     /// `""` is the core group.
@@ -85,33 +85,33 @@ pub(crate) struct Access {
     pub(crate) namespace: String,
 }
 
-/// A request to the API server that came to nothing.
+/// A failed request to the API server.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApiError {
-    /// There is none, as far as this process knows.
+    /// This process knows no API server.
     #[error(
         "no way to an API server is known; run in a pod whose ServiceAccount token is mounted \
          (automountServiceAccountToken), or name a kubeconfig in KUBECONFIG"
     )]
     Unknown(String),
-    /// It could not be asked.
+    /// It could not be reached.
     #[error("the API server cannot be reached; what was known is kept")]
     Unreachable(String),
     /// It gave no answer.
     #[error("the API server gave no answer within {0:?}; what was known is kept")]
     Silent(Duration),
-    /// It does not know who asks.
+    /// It does not know the caller.
     #[error(
         "the API server does not accept the credentials of this process; check the ServiceAccount and its token"
     )]
     Unauthorized(String),
-    /// It knows, and says no.
+    /// It denies the caller.
     #[error(
         "{account} may not use {resource} in namespace {namespace}; give it a Role with the verbs {verbs} on {resource} \
          of the API group {group:?}, and a RoleBinding"
     )]
     Denied {
-        /// Who asked.
+        /// The caller.
         account: String,
         /// For what.
         resource: &'static str,
@@ -124,16 +124,16 @@ pub enum ApiError {
         /// What the API server said.
         detail: String,
     },
-    /// It does not serve such a thing.
+    /// It does not serve the resource.
     #[error("the API server serves no {0}")]
     NotServed(&'static str),
-    /// There is no such thing.
+    /// The object does not exist.
     #[error("there is no such object")]
     NotFound,
-    /// Somebody else was faster.
+    /// A conflict: another writer was faster.
     #[error("somebody else changed it at the same time")]
     Conflict,
-    /// What was known of it is too old.
+    /// The known version is too old.
     #[error("what was known is too old for the API server")]
     Gone,
     /// Anything else that it said.
@@ -144,7 +144,7 @@ pub enum ApiError {
         /// Its reason.
         message: String,
     },
-    /// It said what cannot be understood.
+    /// Its answer cannot be parsed.
     #[error("the API server's answer cannot be read")]
     Unreadable(String),
 }
@@ -181,7 +181,7 @@ impl ApiError {
         }
     }
 
-    /// What is known beyond the sentence; may name addresses.
+    /// The detail beyond the sentence; may name addresses.
     #[must_use]
     pub fn detail(&self) -> &str {
         match self {
@@ -220,7 +220,7 @@ pub(crate) async fn found<T>(
     }
 }
 
-/// Who was denied, out of the API server's words.
+/// The denied caller, from the API server's message.
 fn account(message: &str) -> String {
     let user = message.split_once("User \"").and_then(|(_, rest)| rest.split_once('"')).map(|(user, _)| user);
     match user.map(|user| (user, user.strip_prefix("system:serviceaccount:"))) {

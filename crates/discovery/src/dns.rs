@@ -1,4 +1,4 @@
-//! All addresses of a name, asked for again and again.
+//! All addresses of a name, resolved again and again.
 //!
 //! Resolvers give a part of a long answer now and then, and none at all while they are restarted. So an address goes only when
 //! answers have lacked it for [`ABSENT`], and what is known outlives [`EMPTY`] of answers without any address and
@@ -15,17 +15,17 @@ use tokio::time::{Instant, timeout};
 
 use crate::seen::{MOST, Place, Seen};
 
-/// Between two questions.
+/// Interval of look-ups.
 const EVERY: Duration = Duration::from_secs(5);
-/// Between two while there is nothing to go on.
+/// Interval of look-ups while no address is known.
 const EAGER: Duration = Duration::from_secs(1);
-/// How long the resolver may take.
+/// Deadline of the resolver.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// An address that is no longer in the answers is kept so long.
+/// Time for which an address is kept that is no longer in the answers.
 const ABSENT: Duration = Duration::from_secs(15);
-/// All are kept so long when the answers are empty.
+/// Time for which all are kept while answers are empty.
 const EMPTY: Duration = Duration::from_secs(60);
-/// And so long when there are none.
+/// Time for which all are kept while there are no answers.
 const FAILING: Duration = Duration::from_secs(300);
 
 pub(crate) fn watch(host: String, port: u16) -> watch::Receiver<Seen> {
@@ -62,15 +62,15 @@ where
     receiver
 }
 
-/// What answers have said.
+/// State of a name's answers.
 struct Memory {
-    /// By address: when it was last in an answer.
+    /// By address: time of the last answer with it.
     known: BTreeMap<SocketAddr, Instant>,
     /// The last answer that had an address.
     good: Instant,
     /// The last answer.
     answered: Instant,
-    /// What was last complained of.
+    /// The last logged problem.
     complaint: Option<String>,
 }
 

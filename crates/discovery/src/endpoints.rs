@@ -1,8 +1,8 @@
 //! The EndpointSlices of a Service, watched.
 //!
-//! Lists them, watches from there on, and lists again whenever a watch ends otherwise than by its own time limit. So nothing
-//! of a failed watch can stay behind, and the version of the API is asked for anew. What was seen is kept while the
-//! API server does not answer or says no: then the state says so, one line is logged, and it is asked again.
+//! Lists them, watches from there on, and lists again whenever a watch ends otherwise than by its own time limit. So no state
+//! of a failed watch can stay behind, and the version of the API is determined anew. Known workers are kept while the API
+//! server does not answer or refuses: the state then says so, one line is logged, and it is asked again.
 //!
 //! Two loops over [`kube::Client`], and not `kube-runtime`: that one does not end the wait for a list or for the beginning of a
 //! watch, and needs a type for each version of an object.
@@ -27,9 +27,9 @@ use crate::source::ObjectName;
 const GROUP: &str = "discovery.k8s.io";
 /// Versions that can be read, the best first.
 const VERSIONS: [&str; 2] = ["v1", "v1beta1"];
-/// A watch is asked for anew after so long, seconds.
+/// Length of a watch before it is renewed, seconds.
 const WATCH: u32 = 30;
-/// A watch that says nothing for so long is dead: the API server ends it before.
+/// Silence after which a watch is dead: the API server ends it before.
 const IDLE: Duration = Duration::from_secs(WATCH as u64 + 10);
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -96,7 +96,7 @@ impl Watcher {
             let watch = built(request.watch(&params, &from))?;
             match self.follow(&client, &access, watch, &mut from, is_cut).await {
                 Ok(()) => pause.reset(),
-                // Denied or not: if it is more than a moment, the list will tell.
+                // Denied or not: if it lasts, the next list reports it.
                 Err(error @ ApiError::Denied { .. }) => return Err(error),
                 Err(error) => {
                     tracing::debug!(%error, detail = error.detail(), "a watch broke");
@@ -185,7 +185,7 @@ async fn version(client: &Client, access: &Access) -> Result<&'static str, ApiEr
     let group = match within(PATIENCE, access, client.request::<APIGroup>(request)).await {
         Ok(group) => group,
         Err(ApiError::NotFound) => return Err(ApiError::NotServed("discovery.k8s.io")),
-        // Some clusters hide what they serve; v1 has been there since 1.21.
+        // Some clusters hide their served versions; v1 exists since 1.21.
         Err(ApiError::Denied { .. }) => return Ok(VERSIONS[0]),
         Err(error) => return Err(error),
     };

@@ -5,11 +5,11 @@
 //! another's Lease only when the object did not change for as long as it promises, counted from when this process *got* it.
 //! The first time is shorter than the second, so one lets go before another takes over, as long as their clocks run about
 //! equally fast. Every change names the version of the object that it was decided by, so of several that take it at once one
-//! does. Wall clocks are written for people, and never read. Only who deletes the object gives it away before its time: its
-//! holder stops when it notices.
+//! succeeds. Wall clocks are written for people, and never read. Only a deletion of the object gives it away before its time:
+//! its holder stops when it notices.
 //!
-//! An identity is used by one process ever: what stands under it was written by this one. Knows nothing of what is done
-//! while the Lease is held.
+//! An identity is used by one process ever, so a Lease under it was written by this process. Knows nothing of the work done
+//! under the Lease.
 
 use std::time::Duration;
 
@@ -24,22 +24,22 @@ use tokio::time::Instant;
 use crate::api::{Access, Api, ApiError, found, within};
 use crate::source::ObjectName;
 
-/// What another's Lease may promise at most; more is not waited for.
+/// Longest promise of another's Lease that is respected.
 const LONGEST: Duration = Duration::from_secs(300);
-/// How long giving the Lease back may take when the process ends.
+/// Deadline of giving the Lease back at exit.
 const RELEASE: Duration = Duration::from_secs(2);
 
-/// How often a Lease is renewed and how long it lasts.
+/// Intervals and durations of a Lease.
 #[derive(Debug, Clone, Copy)]
 pub struct LeaseTimes {
-    /// What others wait for after the last renewal; whole seconds.
+    /// Time that others wait after the last renewal; whole seconds.
     pub duration: Duration,
-    /// How long it is held after a renewal was sent. Less than `duration`: what lies between is for clocks that run
-    /// unequally, and for noticing.
+    /// Time for which it is held after sending a renewal. Less than `duration`: the difference covers clocks that run
+    /// unequally, and the time to notice.
     pub hold: Duration,
-    /// Between two renewals, or two looks at another's.
+    /// Interval of renewals, or of checks of another's.
     pub renew: Duration,
-    /// How long one request may take.
+    /// Deadline of one request.
     pub patience: Duration,
 }
 
@@ -54,13 +54,13 @@ impl Default for LeaseTimes {
     }
 }
 
-/// What is known of a Lease.
+/// State of a Lease.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Held {
     until: Option<Instant>,
-    /// Who has it, as far as is known.
+    /// Its holder, if known.
     pub holder: Option<String>,
-    /// Why it cannot be had or kept, in a sentence without addresses.
+    /// Why it cannot be taken or kept, in a sentence without addresses.
     pub problem: Option<String>,
 }
 
@@ -71,14 +71,14 @@ impl Held {
         self.until.is_some_and(|until| Instant::now() < until)
     }
 
-    /// When that ends, if nothing renews it.
+    /// When that ends without a renewal.
     #[must_use]
     pub fn until(&self) -> Option<Instant> {
         self.until
     }
 }
 
-/// Tries to hold a Lease for as long as it exists.
+/// Tries to hold a Lease, while this value exists.
 pub struct Tenure {
     held: watch::Receiver<Held>,
     stop: Option<oneshot::Sender<()>>,
@@ -98,13 +98,13 @@ impl Tenure {
         Self { held, stop: Some(stop), task: tokio::spawn(candidate.run(stopped)) }
     }
 
-    /// What is known now, and whenever it changes. That the time is up does not wake anyone: ask [`Held::is_held`].
+    /// The state, and its changes. The end of the time notifies nobody: ask [`Held::is_held`].
     #[must_use]
     pub fn held(&self) -> watch::Receiver<Held> {
         self.held.clone()
     }
 
-    /// Gives it back, so that another can have it at once. What is done under it must have ended.
+    /// Gives it back, so that another can take it at once. The work under it must have ended.
     pub async fn release(mut self) {
         drop(self.stop.take());
         // The task has a deadline of its own.
@@ -125,13 +125,13 @@ struct Candidate {
     identity: String,
     times: LeaseTimes,
     sender: watch::Sender<Held>,
-    /// The object as this process wrote it last, while it may be the latest.
+    /// The object as this process wrote it last, while it may be current.
     ours: Option<Lease>,
-    /// The version of the object when another had it, and when this process got that first.
+    /// Version of the object under another holder, and the time when this process first read it.
     others: Option<(String, Instant)>,
 }
 
-/// What to do about the Lease as it is.
+/// Next step for the Lease's current state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Move {
     Renew,
@@ -150,9 +150,9 @@ impl Candidate {
             };
             let pause = match outcome {
                 Ok(()) => self.times.renew.saturating_sub(begun.elapsed()),
-                // Somebody was faster, or this process's own last request: look again.
+                // Another writer was faster, or this process's own last request: read again.
                 Err(ApiError::Conflict) => self.times.renew / 8,
-                // Somebody removed it.
+                // It was deleted.
                 Err(ApiError::NotFound) => {
                     self.tell(None, None);
                     self.times.renew / 8
@@ -167,7 +167,7 @@ impl Candidate {
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        // First nobody here takes it for held, then others may have it.
+        // This process stops holding it before others may take it.
         self.sender.send_modify(|held| held.until = None);
         let _ = tokio::time::timeout(RELEASE, self.release()).await;
     }
@@ -185,7 +185,7 @@ impl Candidate {
         Ok((kube::Api::namespaced(client, &namespace), access))
     }
 
-    /// Looks at the Lease, and renews or takes it if that is due.
+    /// Reads the Lease, and renews or takes it if that is due.
     async fn turn(&mut self) -> Result<(), ApiError> {
         let (leases, access) = self.leases().await?;
         let patience = self.times.patience;
@@ -307,7 +307,7 @@ impl Candidate {
     }
 }
 
-/// Who has it; an empty name is nobody's.
+/// Its holder; an empty name means none.
 fn holder(lease: &Lease) -> Option<&str> {
     let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.as_deref());
     holder.filter(|holder| !holder.is_empty())

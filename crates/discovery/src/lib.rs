@@ -1,8 +1,8 @@
-//! Finds workers, and says who may lead: DNS, and Kubernetes' EndpointSlices, Leases and Secrets.
+//! Finds workers, and decides which router may lead: DNS, and Kubernetes' EndpointSlices, Leases and Secrets.
 //!
-//! Everything here is told as the latest state in a [`tokio::sync::watch`] channel; the task behind it ends when nobody
-//! listens any more. Always holds: what was seen stays seen while the one that is asked gives no answer, and the state says
-//! so; no wait is without a deadline, no answer without a bound. Knows nothing of routers, workers or placement.
+//! Every result is the latest state in a [`tokio::sync::watch`] channel; the task behind it ends with the last receiver.
+//! Always holds: known workers stay while their source does not answer, and the state says so; every wait has a deadline and
+//! every answer a bound. Knows nothing of routers, workers or placement.
 
 mod api;
 mod dns;

@@ -1,4 +1,4 @@
-//! How long to wait before trying again.
+//! Pauses between retries.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ impl Pause {
         Self { first, longest, next: first }
     }
 
-    /// It went well: the next pause is the first again.
+    /// Resets to the first pause, after a success.
     pub(crate) const fn reset(&mut self) {
         self.next = self.first;
     }

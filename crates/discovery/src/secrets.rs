@@ -12,10 +12,10 @@ use crate::api::{Access, Api, ApiError, PATIENCE, found, within};
 
 /// The type of such Secrets.
 const TLS: &str = "kubernetes.io/tls";
-/// How often somebody else may be faster.
+/// Number of lost races that are retried.
 const ATTEMPTS: usize = 5;
 
-/// What is in a Secret; `None` when there is no such Secret.
+/// Contents of a Secret; `None` without such a Secret.
 ///
 /// # Errors
 /// When the API server cannot be asked or says no.

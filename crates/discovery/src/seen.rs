@@ -1,12 +1,12 @@
-//! What is seen of workers.
+//! Discovered workers.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-/// Addresses that one source may give. What it has beyond them is left out, and said.
+/// Most addresses of one source. Further ones are left out and reported.
 pub(crate) const MOST: usize = 4096;
 
-/// Where a worker runs, as far as that is known.
+/// A worker's zone and machine, if known.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Place {
     /// The zone of the machine.
@@ -16,7 +16,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// What a worker there shares its fate with: `zone/node`, or what is known of it.
+    /// Failure domain of a worker there: `zone/node`, or the known part.
     #[must_use]
     pub fn domain(&self) -> Option<String> {
         match (&self.zone, &self.node) {
@@ -28,12 +28,12 @@ impl Place {
     }
 }
 
-/// What a source says now.
+/// Current state of a source.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Seen {
     /// The workers it names.
     pub workers: BTreeMap<SocketAddr, Place>,
-    /// Why that may be out of date or not all, in a sentence without addresses, and what to do about it.
+    /// Why that may be outdated or incomplete, and the remedy, in a sentence without addresses.
     pub problem: Option<String>,
 }
 

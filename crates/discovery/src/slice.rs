@@ -1,11 +1,11 @@
-//! EndpointSlices of a Service, as they come, to the workers in them.
+//! From EndpointSlices of a Service to the workers in them.
 //!
 //! One reader for `discovery.k8s.io/v1` and `v1beta1`: only what both have, or one of them, is read, and nothing of it has
 //! to be there. A slice has a list of endpoints and one of ports, either of which may be null.
 //!
-//! Whether an endpoint is ready is not looked at. Kubernetes' readiness says whether a pod takes traffic of clients; a worker
-//! that is not ready yet is one that wants to be told what to hold, and one that terminates still serves what nobody else
-//! holds. What a worker can do it says itself, to the routers that are connected to it.
+//! Readiness of endpoints is ignored. Kubernetes' readiness says whether a pod takes traffic of clients; a worker that is not
+//! ready yet waits for orders, and one that terminates still serves experts without another owner. A worker announces its own
+//! state to the routers that are connected to it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -122,7 +122,7 @@ fn is_name(text: &str) -> bool {
     (1..=253).contains(&text.len()) && text.bytes().all(fits)
 }
 
-/// The workers in these slices, and what is wrong with the slices.
+/// The workers in these slices, and the problems of the slices.
 ///
 /// A pod that is in slices of both address families is one worker: it is reached by IPv4.
 pub(crate) fn workers(slices: &BTreeMap<String, Slice>) -> (BTreeMap<SocketAddr, Place>, Option<String>) {

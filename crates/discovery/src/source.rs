@@ -10,7 +10,7 @@ const LONGEST_LABEL: usize = 63;
 /// What names in a Kubernetes cluster begin with.
 const KUBERNETES: &str = "kubernetes:";
 
-/// Where to look for workers.
+/// A source of workers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Source {
     /// All addresses of a name.
@@ -33,7 +33,7 @@ pub struct ObjectName {
     pub name: String,
 }
 
-/// Text that names nothing.
+/// Text that is no such name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} {reason}; write {form}")]
 pub struct SourceError {

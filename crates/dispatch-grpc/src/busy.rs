@@ -1,4 +1,4 @@
-//! Busy polling: looking again and again for a bounded time before going to sleep.
+//! Busy polling: repeated looks for a bounded time before sleep.
 //!
 //! Waking a thread that sleeps costs more than a whole message between two processes of one machine. Each look gives up
 //! the core to whoever else wants it, so a core is spent only while it would be idle.
@@ -16,7 +16,7 @@ impl BusyPoll {
         Self { until }
     }
 
-    /// Lets others and the runtime's tasks run once; false when the time is up and the caller should sleep.
+    /// Yields to other threads and the runtime's tasks once; false when the time is up and the caller should sleep.
     pub(crate) async fn pause(&mut self) -> bool {
         let Some(until) = self.until else { return false };
         if Instant::now() >= until {

@@ -1,4 +1,4 @@
-//! Peers that speak another protocol than a port does: recognised by their first bytes, and told in words that they can read.
+//! Peers that speak another protocol than the port: recognised by their first bytes, and answered in their own protocol.
 
 use std::io;
 use std::time::Duration;
@@ -12,36 +12,36 @@ use crate::secured::Speaks;
 /// First byte of a TLS handshake.
 const HANDSHAKE: u8 = 0x16;
 
-/// A peer is given so long to send a request.
+/// Time for a peer to send its request.
 const ASKING: Duration = Duration::from_millis(500);
 
-/// A peer is given so long to take what it is told.
+/// Time for a peer to take the answer.
 const TELLING: Duration = Duration::from_secs(1);
 
-/// Bytes of its request that are read and left.
+/// Bytes of its request that are read and discarded.
 const LEFT: u64 = 64 << 10;
 
-/// What a peer took a port for.
+/// The peer's mistake about the port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Crossed {
-    /// No TLS came where it is spoken.
+    /// A client without TLS at a port with TLS.
     #[error("this port speaks TLS, and a client came without; use https:// in its URL")]
     Plain,
-    /// TLS came where it is not spoken.
+    /// A client with TLS at a port without.
     #[error("this port speaks no TLS, and a client came with it; use http:// in its URL")]
     Tls,
-    /// HTTP/2 came where HTTP/1.1 is spoken.
+    /// HTTP/2 at a port of HTTP/1.1.
     #[error("this is the HTTP port, which speaks HTTP/1.1; gRPC listens on another")]
     Http2,
 }
 
 impl Crossed {
-    /// Looks at the first byte of a peer where TLS is spoken.
+    /// Checks a peer's first byte at a port with TLS.
     pub(crate) fn before_tls(first: u8) -> Option<Self> {
         (first != HANDSHAKE).then_some(Self::Plain)
     }
 
-    /// Looks at the first bytes of a peer where it is not.
+    /// Checks a peer's first bytes at a port without TLS.
     pub(crate) fn without_tls(first: &[u8], speaks: Speaks) -> Option<Self> {
         match (first, speaks) {
             // A record of the handshake, of whatever version.
@@ -51,7 +51,7 @@ impl Crossed {
         }
     }
 
-    /// What such a peer is answered; nothing where the protocol's own error says enough.
+    /// Answer to such a peer; `None` where the protocol's own error says enough.
     pub(crate) fn answer(self, speaks: Speaks) -> Option<Answer> {
         /// Of HTTP/2, RFC 9113, section 7.
         const INADEQUATE_SECURITY: u8 = 0xc;
@@ -67,7 +67,7 @@ impl Crossed {
         Some(Answer { bytes, opening })
     }
 
-    /// Answers, and waits until the peer has taken it or will not.
+    /// Answers, and waits until the peer has taken the answer or its time is up.
     pub(crate) async fn tell(self, mut io: impl AsyncRead + AsyncWrite + Unpin, speaks: Speaks) {
         let Some(mut answer) = self.answer(speaks) else { return };
         let asking = async {
@@ -83,22 +83,22 @@ impl Crossed {
         let telling = async {
             io.write_all(answer.bytes()).await?;
             io.shutdown().await?;
-            // What is not read would have the system take the answer back.
+            // Unread input would make the system reset the connection, and the answer with it.
             tokio::io::copy(&mut io.take(LEFT), &mut tokio::io::sink()).await
         };
         let _ = timeout(TELLING, telling).await;
     }
 }
 
-/// What a peer is told, and when: a client of HTTP/2 gives the reason to the requests that it has sent, to none before.
+/// Answer to a peer, and its time: a client of HTTP/2 reports the reason only for requests that it has sent before.
 pub(crate) struct Answer {
     bytes: Vec<u8>,
-    /// Up to the request that is waited for.
+    /// Input up to the awaited request.
     opening: Option<Opening>,
 }
 
 impl Answer {
-    /// Whether it is to be sent, now that the peer has sent these bytes.
+    /// Whether to send it after these further bytes of the peer.
     pub(crate) fn is_due(&mut self, bytes: &[u8]) -> bool {
         self.opening.as_mut().is_none_or(|opening| opening.received(bytes))
     }

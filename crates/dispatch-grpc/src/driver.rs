@@ -1,4 +1,4 @@
-//! The network's one runtime, and whose turn it is to drive it.
+//! The network's one runtime, and the turns of the two threads that drive it.
 //!
 //! A current-thread runtime makes progress only inside `block_on`, and one thread at a time is in there. The *owner*
 //! (a router's engine thread, a worker's experts' thread) drives it while it waits for the other side, so that a message
@@ -6,9 +6,9 @@
 //! at once when the owner lends it the runtime, else once the owner has been away for [`AWAY`]. The owner takes the
 //! runtime back whenever it has something to wait for.
 //!
-//! What always holds: while neither thread is stuck in a task, one of them drives within [`AWAY`] or is about to; a
-//! hand-over wakes one thread, and none is made between the layers of a step; nothing wakes up while there is nothing to
-//! do. Threads are stopped by [`Driver::drop`], and the runtime's tasks are dropped with the last user of it.
+//! Always holds: while neither thread is stuck in a task, one of them drives within [`AWAY`] or is about to; a hand-over
+//! wakes one thread, and none happens between the layers of a step; an idle process has no wake-ups. [`Driver::drop`]
+//! stops the threads, and the runtime's tasks are dropped with its last user.
 //!
 //! It does not know what the runtime's tasks are.
 
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::Notify;
 
-/// How long the owner may be away before the keeper takes its place.
+/// Time that the owner may be away before the keeper takes its place.
 const AWAY: Duration = Duration::from_millis(10);
 
 /// A runtime with its keeper thread.
@@ -32,7 +32,7 @@ pub(crate) struct Driver {
     keeper: Option<JoinHandle<()>>,
 }
 
-/// The owner's way to the runtime. Does not keep it alive.
+/// The owner's handle to the runtime. Does not keep it alive.
 #[derive(Clone)]
 pub(crate) struct Reins(Weak<Core>);
 
@@ -53,7 +53,7 @@ struct Core {
 struct Turn {
     /// The owner drives, or waits for the keeper to let it.
     owner: bool,
-    /// How often it has come or gone.
+    /// Number of times that it came or went.
     moves: u64,
     /// It asked the keeper to drive at once.
     lent: bool,
@@ -87,7 +87,7 @@ impl Driver {
         self.core.handle.spawn(task)
     }
 
-    /// To run tasks on it from anywhere, as long as it is there.
+    /// Handle to run tasks on it from any thread, while it lives.
     pub(crate) fn handle(&self) -> Handle {
         self.core.handle.clone()
     }
@@ -118,7 +118,7 @@ impl Reins {
     pub(crate) fn drive<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let core = self.0.upgrade()?;
         let turn = core.take();
-        // The driver's drop lets in nobody who comes after it; who is inside then is told.
+        // After the driver's drop no owner gets in; one inside is notified.
         if core.turn().closed {
             return None;
         }
@@ -166,7 +166,7 @@ impl Core {
         Taken(self)
     }
 
-    /// `work`, unless the driver goes first.
+    /// Runs `work` until it is done or the driver is dropped.
     async fn until_ended<T>(&self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
         let mut ended = pin!(self.ended.notified());
@@ -194,7 +194,7 @@ impl Core {
         turn.owner || turn.closed
     }
 
-    /// Waits until the owner has lent the runtime or has been away for long; false when all is over.
+    /// Waits until the owner has lent the runtime or has been away for [`AWAY`]; false once closed.
     fn wait_for_turn(&self) -> bool {
         let mut turn = self.turn();
         let (mut moves, mut since) = (turn.moves, Instant::now());
@@ -227,7 +227,7 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        // Whoever comes last may be a task of another runtime, where waiting for this one is not allowed.
+        // The last user may be a task of another runtime, where waiting for this one is not allowed.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }

@@ -1,7 +1,7 @@
 //! Fetching the weights of an expert from a process that has them.
 //!
-//! Always holds: what is handed over is as long as it must be, has the digest that its sender gave it, and is what it was
-//! expected to be, where that is known.
+//! Always holds: fetched weights have the right length, the digest that their sender gave, and the expected digest, where
+//! one is known.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 use crate::address::Address;
 use crate::transport::{self, Dialer};
 
-/// How long the other side may say nothing.
+/// Longest silence of the other side.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Connections that are kept.
 const CONNECTIONS: usize = 16;
@@ -25,21 +25,21 @@ const MESSAGE: usize = 1 << 20;
 /// Weights that could not be fetched.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
-    /// The other side cannot be reached, or has not what was asked for.
+    /// The other side cannot be reached, or does not hold the expert.
     #[error("{0}")]
     Refused(String),
-    /// It says nothing.
+    /// The other side is silent.
     #[error("no answer within {SILENCE:?}")]
     Silent,
-    /// What it sent is not what it must be.
+    /// The bytes differ from the sender's digest or length.
     #[error("the weights were damaged on the way or are others: {0}")]
     Damaged(String),
-    /// It came as it was sent, and is not what it must be.
+    /// The sender's digest differs from the expected one.
     #[error("the weights have digest {theirs} there and must have {ours}")]
     Others {
-        /// What it must be.
+        /// The expected digest.
         ours: WeightDigest,
-        /// What was sent.
+        /// The sender's digest.
         theirs: WeightDigest,
     },
 }
@@ -57,8 +57,7 @@ impl Fetcher {
         Self { dialer, channels: HashMap::new() }
     }
 
-    /// The packed weights of an expert, which are this many bytes, and their digest, which must be the one that is expected,
-    /// if any is.
+    /// The packed weights of an expert, `bytes` long, and their digest, which must be the expected one, if there is one.
     ///
     /// # Errors
     /// See [`FetchError`]. Another process may have them.
@@ -112,7 +111,7 @@ impl Fetcher {
                 return Err(FetchError::Damaged(format!("there are more than {bytes} bytes")));
             }
             if data.is_empty() {
-                // Only what a sender that has begun to send will fill.
+                // Reserved only after the sender has begun to send.
                 data.reserve_exact(bytes);
             }
             hasher.update(&part.data);

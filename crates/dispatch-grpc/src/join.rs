@@ -1,4 +1,4 @@
-//! A worker's way into a cluster: it makes itself known to a router, and stays known as long as the stream lives.
+//! A worker's join to a router, which lasts as long as its stream.
 
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
@@ -13,10 +13,10 @@ use tonic::{Code, Status, Streaming};
 use crate::address::Address;
 use crate::transport::{self, Dialer, Instead};
 
-/// How long a router may take to answer.
+/// Deadline of a router's answer.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Why a router does not know this worker.
+/// Why a join failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum JoinError {
     /// It cannot be reached now.
@@ -26,7 +26,7 @@ pub enum JoinError {
     Unreachable {
         /// Where it should be.
         address: Address,
-        /// What was seen.
+        /// The error.
         reason: String,
     },
     /// Something else is there.
@@ -37,13 +37,13 @@ pub enum JoinError {
         /// What is there.
         instead: Instead,
     },
-    /// No router is there, but gRPC.
+    /// A gRPC server that is no router.
     #[error("what answers at {address} is no router; give the address of a router's --grpc")]
     NoRouter {
         /// Where it should be.
         address: Address,
     },
-    /// It does not want this worker.
+    /// The router refused this worker.
     #[error("router at {address} refused this worker: {reason}")]
     Refused {
         /// Where it is.
@@ -53,7 +53,7 @@ pub enum JoinError {
     },
 }
 
-/// Being known to a router.
+/// Membership with a router.
 pub struct Membership {
     /// The router's model.
     pub card: ModelCard,
@@ -61,13 +61,13 @@ pub struct Membership {
 }
 
 impl Membership {
-    /// Waits until the router is gone or lets go.
+    /// Waits until the router is gone or ends the membership.
     pub async fn ended(mut self) {
         while let Ok(Some(_)) = self.stream.message().await {}
     }
 }
 
-/// Makes a worker that others reach at `me` known to a router; `model` is its model's, if it has one.
+/// Joins a router as a worker that others reach at `me`; `model` is the fingerprint of its model, if it has one.
 ///
 /// # Errors
 /// See [`JoinError`].
@@ -80,7 +80,7 @@ pub async fn join(
 ) -> Result<Membership, JoinError> {
     let unreachable = |reason: String| JoinError::Unreachable { address: router.clone(), reason };
     let refused = |reason: String| JoinError::Refused { address: router.clone(), reason };
-    // What no router said has a source: the connection broke, and its library names a code.
+    // A status with a source is no router's: the connection broke, and its library chose the code.
     let broke = |status: &Status| std::error::Error::source(status).map(transport::root_cause);
     let failed = |status: Status| match (broke(&status), status.code()) {
         (Some(cause), _) => unreachable(cause),
@@ -120,8 +120,8 @@ pub async fn join(
     entered
 }
 
-/// Where `router` reaches a worker that listens at `listen`: one that listens on all addresses is reached at the one
-/// that this machine speaks to the router from.
+/// Address at which `router` reaches a worker that listens at `listen`. For all addresses it is the one from which this
+/// machine speaks to the router.
 #[must_use]
 pub fn reached_at(listen: &Address, router: &Address) -> Address {
     let (Address::Tcp { host, port }, Address::Tcp { host: far, port: far_port }) = (listen, router) else {
@@ -132,7 +132,7 @@ pub fn reached_at(listen: &Address, router: &Address) -> Address {
         return listen.clone();
     }
     let towards = || {
-        // Nothing is sent: the system only picks a way.
+        // Nothing is sent: the system only picks a route.
         let any = if far.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
         let socket = UdpSocket::bind(any)?;
         socket.connect((far.as_str(), *far_port))?;

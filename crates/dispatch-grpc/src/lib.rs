@@ -1,9 +1,9 @@
 //! Expert dispatch over gRPC: the router's client and the worker's server.
 //!
-//! Owns the streams between them: who may speak, in what order, how much may be in flight, and what a broken
-//! stream means for the rows that were on it. [`client::Carrier`] is a transport of delivery; [`ExpertServer`]
-//! feeds the experts' thread. Bits are decided elsewhere: rows go out as the caller gave them, and outputs are rounded
-//! and added by whoever computes ([`ExpertCompute`](muster_engine::compute::ExpertCompute)) and by [`muster_kernels`].
+//! Owns the streams between them: their peers, their order, the bounds on shards in flight, and what a broken
+//! stream means for its rows. [`client::Carrier`] is a transport of delivery; [`ExpertServer`]
+//! feeds the experts' thread. It decides no bits: rows go out as the caller gave them, and outputs are rounded
+//! and combined by [`ExpertCompute`](muster_engine::compute::ExpertCompute) and [`muster_kernels`].
 //!
 //! Knows nothing of weights, tokens or requests.
 

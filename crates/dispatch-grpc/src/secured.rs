@@ -1,9 +1,8 @@
-//! Accepted connections, behind a TLS handshake where there is an identity, and who is at their other end.
+//! Accepted connections with the identity of their peers, behind a TLS handshake where there is an identity.
 //!
-//! Always holds: handshakes run beside each other, as many as [`HANDSHAKES`] and each for at most [`HANDSHAKE`]; where there
-//! are as many, the oldest gives way, so that peers that stall in them keep nobody else out; what fails in one ends that
-//! connection alone; a connection whose peer floods it with frames ends. Knows nothing of what is said on a connection
-//! beyond that.
+//! Always holds: up to [`HANDSHAKES`] handshakes run at once, each for at most [`HANDSHAKE`]; at that number the oldest
+//! gives way, so that peers which stall in them keep no others out; a failure ends its own connection alone; a connection
+//! that its peer floods with frames ends. Knows nothing else of a connection's contents.
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,26 +29,26 @@ use crate::crossed::{Answer, Crossed};
 
 /// Handshakes at once.
 const HANDSHAKES: usize = 256;
-/// How long one may take.
+/// Longest time of a handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// One that began less than this ago goes on, whoever waits for its place: two round trips of a long way.
+/// Age below which a handshake never gives way: two long round trips.
 const GOES_ON: Duration = Duration::from_millis(500);
 
-/// Who is at the other end.
+/// The peer of a connection.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Caller {
-    /// As far as a certificate says so.
+    /// Its identity, from its certificate.
     pub peer: Option<PeerId>,
-    /// Where; `None` over a Unix socket.
+    /// Its address; `None` over a Unix socket.
     pub address: Option<IpAddr>,
 }
 
-/// What is spoken on the connections of a listener.
+/// Protocol of a listener's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Speaks {
-    /// HTTP/1.1, whose requests are what they cost.
+    /// HTTP/1.1, where a peer's cost is its requests.
     Http1,
-    /// HTTP/2, whose frames are counted.
+    /// HTTP/2, where frames are counted.
     Http2,
 }
 
@@ -61,15 +60,15 @@ pub struct Connection<I> {
     meter: Option<Meter>,
     /// Whether the peer has sent anything.
     has_begun: bool,
-    /// What it is told of being wrong here; its server is to hear nothing of it.
+    /// Answer to a peer at the wrong port; the server behind never sees such a peer.
     wrong: Option<Told>,
 }
 
-/// What a peer that is wrong here is told.
+/// State of the answer to a peer at the wrong port.
 enum Told {
-    /// Once it has asked for something.
+    /// Pending until its request.
     Soon(Answer),
-    /// It was.
+    /// Sent.
     All,
 }
 
@@ -93,7 +92,7 @@ impl<I> Connection<I> {
         }
     }
 
-    /// Who is at the other end.
+    /// The peer.
     #[must_use]
     pub fn caller(&self) -> Caller {
         self.caller.clone()
@@ -124,9 +123,9 @@ pub struct Secured<S, I> {
     tls: Option<TlsAcceptor>,
     speaks: Speaks,
     running: JoinSet<Option<Connection<I>>>,
-    /// Those that were not told to end, in the order in which they began.
+    /// Running handshakes that were not told to end, oldest first.
     begun: VecDeque<(Instant, AbortHandle)>,
-    /// Until the first of them gives way.
+    /// Time until the oldest gives way.
     wait: Option<Pin<Box<Sleep>>>,
     is_over: bool,
 }
@@ -218,15 +217,15 @@ where
     None
 }
 
-/// Lets in who has one of these roles; everybody, where there is no TLS to tell.
+/// Admits callers with one of these roles; any caller where there is no TLS.
 #[derive(Debug, Clone, Copy)]
 pub struct Only(pub Option<&'static [Role]>);
 
 impl Only {
-    /// Looks at a call's extensions.
+    /// Checks the caller in a call's extensions.
     ///
     /// # Errors
-    /// When the caller is somebody else.
+    /// When the caller has another role.
     pub fn check(self, extensions: &tonic::Extensions) -> Result<(), Status> {
         let Some(roles) = self.0 else { return Ok(()) };
         let peer = extensions.get::<Caller>().and_then(|caller| caller.peer.as_ref());
@@ -261,7 +260,7 @@ impl<I> Connection<I> {
         }
     }
 
-    /// Looks at what a peer sent before it goes further.
+    /// Checks a peer's input before it goes on.
     fn received(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Some(meter) = &mut self.meter else { return Ok(()) };
         meter.received(bytes, std::time::Instant::now).map_err(|flood| {
@@ -275,7 +274,7 @@ impl<I> Connection<I> {
 }
 
 impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
-    /// Looks at the first bytes: a peer that takes this port for another is told, and logged.
+    /// Checks the first bytes: a peer at the wrong port gets an answer and a log line.
     fn begun(&mut self, bytes: &[u8]) -> Option<Told> {
         if self.has_begun || bytes.is_empty() {
             return None;
@@ -287,13 +286,13 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
         crossed.answer(self.speaks).map(Told::Soon)
     }
 
-    /// Tells a peer that is wrong here why, if these bytes are what that waited for.
+    /// Answers a peer at the wrong port, if these bytes complete its request.
     fn tell(&mut self, cx: &mut Context<'_>, bytes: &[u8]) {
         let Some(Told::Soon(answer)) = &mut self.wrong else { return };
         if answer.is_due(bytes)
             && let Layer::Plain(io) = &mut self.io
         {
-            // It fits into an empty socket's buffer; a peer that does not take it is none to wait for.
+            // It fits into an empty socket's buffer; a peer that does not take it is not waited for.
             let _ = Pin::new(io).poll_write(cx, answer.bytes());
             self.wrong = Some(Told::All);
         }
@@ -306,7 +305,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> Connection<I> {
         }
     }
 
-    /// Leaves what a peer sends that is wrong here: closing before would have the system take the words back.
+    /// Discards further input of a peer at the wrong port: an early close would reset the connection, and the answer with it.
     fn poll_leave(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             let mut bytes = [0; 4096];

@@ -29,7 +29,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// A router opens two dispatch streams, one watch and short calls on each connection.
 const STREAMS_PER_CONNECTION: u32 = 32;
 
-/// Opens connections to processes of one's own cluster. The only place that knows how.
+/// Opens connections to processes of the same cluster. The only place that does.
 ///
 /// With an identity every connection is TLS to a peer of the wanted roles, but for Unix sockets, which the system guards.
 #[derive(Debug, Clone, Default)]
@@ -38,7 +38,7 @@ pub struct Dialer {
 }
 
 impl Dialer {
-    /// To peers with one of these roles.
+    /// A dialer of peers with one of these roles.
     ///
     /// # Errors
     /// When TLS cannot be set up.
@@ -46,7 +46,7 @@ impl Dialer {
         Ok(Self { tls: identity.map(|identity| identity.client(roles)).transpose()? })
     }
 
-    /// What is spoken at an address instead, if that is why asking there came to `cause`.
+    /// The other protocol at an address, if that is the reason of `cause`.
     pub(crate) async fn instead(&self, address: &Address, cause: &str) -> Option<Instead> {
         let Address::Tcp { .. } = address else { return None };
         let asked = if self.tls.is_some() { Asked::Tls } else { Asked::Plain };
@@ -140,8 +140,8 @@ pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
 #[cfg(target_os = "linux")]
 const RESEND_AFTER: Duration = Duration::from_millis(5);
 
-/// A layer waits for a packet that is lost, and the system's 200 ms are meant for the Internet. The system adds the round
-/// trip and its variation by itself, and acknowledges sooner than this too.
+/// A layer waits for each lost packet, and the system's 200 ms are meant for the Internet. The system adds the round trip and
+/// its variation by itself, and acknowledges sooner than this, too.
 #[cfg(target_os = "linux")]
 pub(crate) fn resend_soon(stream: &TcpStream) {
     use std::os::fd::AsRawFd;
@@ -168,7 +168,7 @@ pub(crate) fn resend_soon(stream: &TcpStream) {
 #[cfg(not(target_os = "linux"))]
 pub(crate) const fn resend_soon(_: &TcpStream) {}
 
-/// A server whose sockets match.
+/// A server with the matching settings.
 pub(crate) fn server() -> Server {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
@@ -179,7 +179,7 @@ pub(crate) fn server() -> Server {
         .http2_keepalive_timeout(Some(PING_TIMEOUT))
 }
 
-/// The innermost cause, which is where the system's own words are.
+/// The innermost cause, which has the system's own words.
 pub(crate) fn root_cause(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {

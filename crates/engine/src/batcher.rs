@@ -3,7 +3,7 @@
 //! Owns the choice of a replica and the layout of shards, also of those that take the place of one that failed.
 //! Every (row, expert) is in exactly one shard, and a worker gets a row at most once, however many of its experts want it.
 //! All rows of an expert are in the same shard, unless they are so many that `spread` divides them. Knows nothing
-//! of row contents or transports, and of the workers' health only the [`Rank`] that it is told.
+//! of row contents or transports, and of the workers' health only their [`Rank`].
 
 use std::cmp::Reverse;
 
@@ -40,7 +40,7 @@ impl ShardPlan {
     }
 }
 
-/// Where an output row comes back.
+/// Position of an output row in the replies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot {
     /// Index into [`BatchPlan::shards`].
@@ -54,20 +54,20 @@ pub struct Slot {
 pub struct BatchPlan {
     /// One per worker that has something to do, in ascending order of workers.
     pub shards: Vec<ShardPlan>,
-    /// `[rows, k]`: where the output for a row's j-th expert will be.
+    /// `[rows, k]`: position of the output of a row's j-th expert.
     pub slots: Vec<Slot>,
 }
 
-/// Who is asked first.
+/// Preference order for choosing a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Rank {
-    /// A worker like any other.
+    /// Healthy.
     Good,
-    /// It is late, or about to go: asked only for what no better one holds.
+    /// Late or draining: chosen only without a better owner.
     Poor,
-    /// Asked only for what nobody else can be asked for.
+    /// Chosen only as the last owner left.
     Last,
-    /// Not to be asked at all.
+    /// Never chosen.
     Unusable,
 }
 
@@ -76,7 +76,7 @@ pub enum Rank {
 /// Of several owners one is chosen per expert: one of the best rank there is, of these the one with
 /// the fewest experts to run so far, then the fewest rows, then the lowest index. With few rows per expert a worker's time goes into
 /// reading weights, hence experts before rows. Experts with the fewest owners choose first, then those with the
-/// most rows. Where a worker then has far more rows than others, owners as good take some of an expert's.
+/// most rows. Where a worker then has far more rows than others, equally ranked owners take part of an expert's rows.
 ///
 /// # Errors
 /// `NoOwner` when no usable worker holds a chosen expert, `Invalid` when there are more (row, expert) pairs than 32
@@ -129,13 +129,13 @@ pub fn group(
 pub struct StandIn {
     /// What to send; `rows` are of the micro-batch, as in the shard itself.
     pub plan: ShardPlan,
-    /// Which of the shard's rows these are: positions in its `rows`, ascending.
+    /// Its rows: positions in the shard's `rows`, ascending.
     pub picked: Vec<u32>,
     /// For each output row, the place of the shard's output row that it stands in for.
     pub places: Vec<u32>,
 }
 
-/// What takes the place of outputs of a shard.
+/// Plan of the stand-ins for a shard's outputs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StandIns {
     /// One per worker, in ascending order of workers.
@@ -144,8 +144,8 @@ pub struct StandIns {
     pub orphans: Vec<u32>,
 }
 
-/// Plans outputs of one shard of `layer` again, with other workers or other ranks. `places` are those of the outputs in the
-/// shard, ascending. Each of them is in exactly one plan or an orphan.
+/// Plans outputs of one shard of `layer` again, with other workers or other ranks. `places` are the positions of the outputs
+/// in the shard, ascending. Each place is in exactly one plan or an orphan.
 #[must_use]
 pub fn stand_ins(
     layer: LayerId,
@@ -243,14 +243,14 @@ fn choose_owners(
     rank: &dyn Fn(WorkerIx) -> Rank,
 ) -> Result<Vec<WorkerIx>, DispatchError> {
     let owners = |at: usize| placement.owners(ExpertKey { layer, expert: active[at].expert });
-    // Those with no choice come first, so that the others can even out what is fixed.
+    // Experts with the fewest owners first, so that the rest can even out the load.
     let mut order: Vec<_> = (0..active.len()).collect();
     order.sort_unstable_by_key(|&at| (owners(at).len(), Reverse(active[at].rows), at));
 
     let mut load = vec![(0_u32, 0_u32); placement.workers().len()];
     let mut chosen = Vec::with_capacity(active.len());
     for at in order {
-        // Of equals the first is taken, and owners are ascending.
+        // The first of equals wins; owners are ascending.
         let usable = owners(at).iter().map(|&owner| (rank(owner), owner));
         let usable = usable.filter(|(rank, _)| *rank != Rank::Unusable);
         let best = usable.min_by_key(|&(rank, owner)| (rank, load[owner.index()]));
@@ -264,7 +264,7 @@ fn choose_owners(
     Ok(chosen.into_iter().map(|(_, owner)| owner).collect())
 }
 
-/// Where the next row of a part goes, and how many are to come.
+/// Position of a part's next row, and the number of rows left.
 struct Route {
     slot: Slot,
     left: u32,
@@ -285,7 +285,7 @@ fn lay_out(active: &[Active], parts: &[Part], experts: usize) -> (Vec<ShardPlan>
     };
     let mut shards: Vec<_> = workers.iter().map(empty).collect();
     let mut routes = Vec::with_capacity(parts.len());
-    // Experts that were not chosen keep this, and nobody looks it up.
+    // Experts that were not chosen keep this value, which is never read.
     let mut firsts = vec![usize::MAX; experts];
     for &Part { expert, worker, rows } in parts {
         let shard = workers.partition_point(|&before| before < worker);

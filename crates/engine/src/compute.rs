@@ -1,8 +1,8 @@
-//! The seam between whoever takes rows in and the experts that compute on them.
+//! The seam between a worker's transport and its experts.
 //!
 //! A call is one layer's rows with one or several [`Segment`]s: shards that are computed together and answered apart. The
-//! compute side does all that concerns numbers: the experts, rounding to the wire dtype, partial sums, and finding values
-//! that are not finite. A transport sees bytes and marks.
+//! compute side owns all numerics: the experts, rounding to the wire dtype, partial sums, and the search for values that are
+//! not finite. A transport sees bytes and marks.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -56,7 +56,7 @@ impl Segment<'_> {
     }
 }
 
-/// What a segment gets.
+/// Answer to a segment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SegmentAnswer {
     /// [`Segment::answers`] rows in the wire dtype, little-endian.
@@ -68,7 +68,7 @@ pub struct SegmentAnswer {
 /// Why experts gave no answers.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ComputeError {
-    /// The expert is not here.
+    /// The expert is not held.
     #[error("{0} is not held here")]
     NotHeld(ExpertKey),
     /// Anything else.

@@ -2,8 +2,7 @@
 //!
 //! A micro-batch's rows leave through [`ExpertDispatch::submit`], which returns at once, and their weighted sum
 //! comes back through [`ExpertDispatch::collect`]. Between the two the caller is free to compute attention for
-//! the other micro-batch. In-process, gRPC and (later) NCCL implementations pass one conformance kit and give
-//! identical bits.
+//! the other micro-batch. All transports pass one conformance kit and give identical bits.
 //!
 //! Rows are a handle ([`Rows`], [`RowsMut`]): a shape and the memory, of the host or of a device.
 
@@ -141,7 +140,7 @@ pub struct Loss {
     pub error: DispatchError,
 }
 
-/// Why expert outputs did not come.
+/// Why expert outputs are missing.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum DispatchError {
     /// No live worker holds this expert.
@@ -157,7 +156,7 @@ pub enum DispatchError {
     WorkerLost {
         /// The worker.
         worker: WorkerId,
-        /// What was seen of the failure.
+        /// The failure, as observed.
         reason: String,
     },
     /// The worker's answer breaks the protocol: wrong shape, non-finite rows, an id nobody asked for.
@@ -267,7 +266,7 @@ pub trait ExpertDispatch: Send {
         out: RowsMut<'_>,
     ) -> Result<Vec<Loss>, DispatchError>;
 
-    /// Changes whenever an answer may have become possible that was not before: a worker came, or holds more.
+    /// Version of the fleet: changes when a worker joins or holds more, so that a failed micro-batch may succeed now.
     fn version(&self) -> u64 {
         0
     }

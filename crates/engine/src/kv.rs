@@ -1,10 +1,10 @@
 //! The blocks of the KV cache, as numbers.
 //!
-//! Owns who holds a block and what is known of its content. A [`Block`] is one holder's claim; it can be neither
-//! copied nor made elsewhere, and giving it back consumes it, so no claim is given up twice. Every block is one of:
+//! Owns the holders of each block and the name of its content. A [`Block`] is one holder's claim; it can be neither
+//! copied nor made elsewhere, and its release consumes it, so no claim is released twice. Every block is one of:
 //! - held, by one sequence or by several that begin with the same tokens;
-//! - cached: nobody holds it, but its content has a name and is kept until the room is needed;
-//! - free: nobody holds it and nothing is known of its content.
+//! - cached: without a holder, but its content has a name and is kept until the room is needed;
+//! - free: without a holder and without a name.
 //!
 //! The three always add up to the total. A block with holders is never handed out as room, and of the cached
 //! ones the least recently used goes first. Knows nothing of sequences, nor of the memory behind a block.
@@ -34,16 +34,16 @@ impl Block {
     }
 }
 
-/// What becomes of a block's content when its last holder is gone.
+/// Whether a block's content is kept after its last holder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Keep {
-    /// It is forgotten.
+    /// Content is dropped.
     Nothing,
-    /// It stays for whoever begins with the same tokens.
+    /// Content stays cached for sequences with the same prefix.
     Prefixes,
 }
 
-/// What is known of a block.
+/// State of a block.
 #[derive(Debug, Clone, Default)]
 struct State {
     holders: u32,
@@ -119,8 +119,8 @@ impl BlockPool {
         }
     }
 
-    /// Takes claims back. Of blocks given back together the last are evicted first: without the blocks before it a
-    /// block is of no use, but not the other way round.
+    /// Releases claims. Of blocks released together the last are evicted first: a block is useless without the blocks before it,
+    /// but not the other way round.
     pub(crate) fn release(&mut self, blocks: impl DoubleEndedIterator<Item = Block>) {
         for block in blocks.rev().map(|block| block.index()) {
             let state = &mut self.states[block as usize];
@@ -138,13 +138,13 @@ impl BlockPool {
         }
     }
 
-    /// Whether there is a block with this content, and whether somebody holds it.
+    /// The block with this content, held or cached, if there is one.
     pub(crate) fn find(&self, name: &BlockName) -> Option<Found> {
         let &block = self.named.get(name)?;
         Some(if self.states[block as usize].holders == 0 { Found::Cached } else { Found::Held })
     }
 
-    /// Whether content is kept at all.
+    /// Whether content is cached.
     pub(crate) fn keeps_prefixes(&self) -> bool {
         self.keep == Keep::Prefixes
     }
@@ -170,24 +170,24 @@ impl BlockPool {
         self.states.len() as u32
     }
 
-    /// Blocks that nobody holds, free and cached.
+    /// Blocks without a holder, free and cached.
     pub(crate) fn available(&self) -> u32 {
         // At most `total`.
         self.free.len() as u32 + self.cached()
     }
 
-    /// Blocks that nobody holds and whose content is kept.
+    /// Blocks without a holder whose content is cached.
     pub(crate) fn cached(&self) -> u32 {
         self.cached.len() as u32
     }
 }
 
-/// A block whose content was looked for.
+/// State of a block that was found by its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// Somebody holds it.
+    /// It has a holder.
     Held,
-    /// Nobody does.
+    /// It has none.
     Cached,
 }
 

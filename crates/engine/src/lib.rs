@@ -5,7 +5,7 @@
 //! - [`microbatch`]: which of the two lanes each of them travels in;
 //! - [`batcher`]: which rows go to which worker at one layer;
 //! - [`dispatch`]: the seam through which they go there and come back;
-//! - [`delivery`]: what becomes of them in between, over whatever transport;
+//! - [`delivery`]: the life of a shard between the two, over any transport;
 //! - [`compute`]: the seam to the experts where they arrive.
 //!
 //! The same calls in the same order give the same answers, so a run can be replayed and simulated.

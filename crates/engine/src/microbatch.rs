@@ -12,7 +12,7 @@ use crate::scheduler::Step;
 ///
 /// An item is never cut, however long. Its later tokens attend, in every layer, to keys and values that its
 /// earlier tokens write in that same layer; in different lanes they would be correct only for one order of the
-/// lanes. As it is, lanes depend on nothing of each other and each may be ahead.
+/// lanes. Whole items keep the lanes independent, so either may be ahead.
 #[must_use]
 pub fn split(step: &Step) -> [Vec<usize>; 2] {
     let items = step.items.len();
@@ -20,7 +20,7 @@ pub fn split(step: &Step) -> [Vec<usize>; 2] {
     if items < 2 {
         return [(0..items).collect(), Vec::new()];
     }
-    // Both lanes have an item, and of two equally good cuts the earlier one is taken.
+    // Both lanes have an item; of two equally good cuts the earlier one wins.
     let mut first = 0;
     let mut best = (usize::MAX, 0);
     for (at, item) in step.items[..items - 1].iter().enumerate() {

@@ -33,7 +33,7 @@ pub struct DeviceSlice<'a> {
     buffer: PhantomData<&'a ()>,
 }
 
-/// Values whose number is no whole number of rows.
+/// Values that do not fill whole rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{bytes} bytes of {dtype} are no rows of {hidden}")]
 pub struct UnevenRows {

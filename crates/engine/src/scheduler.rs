@@ -1,21 +1,21 @@
 //! Continuous batching: which sequences run in a step, on which tokens, with which KV blocks.
 //!
 //! Owns every sequence from admission to its end. Always holds:
-//! - running sequences, then waiting ones, are in order of admission, because only the oldest waiting one is let
-//!   in and only the youngest running one is sent back; nobody overtakes;
+//! - running sequences, then waiting ones, are in order of admission: only the oldest waiting one is admitted to the
+//!   batch, only the youngest running one is preempted, and none overtakes another;
 //! - the oldest sequence advances in every step, so every sequence ends;
-//! - every block is nobody's or in the tables of running sequences, in more than one only as a full block of a
-//!   common beginning, which nobody writes to any more;
-//! - a running sequence holds every block that it will still look at, and gives up the others before a step;
+//! - every block is free, cached or in the tables of running sequences, in more than one only as a full block of a
+//!   common prefix, which is never written again;
+//! - a running sequence holds every block that a later position sees, and gives up the others before a step;
 //! - a step has at most `step_tokens` tokens.
 //!
 //! Tokens that were just sampled go first, one per sequence, and what is left of the budget goes to prefill
-//! chunks, oldest first. How much prefill may go beside sampled tokens, and so delay their streams, the caller says
-//! anew for every step. Blocks of sequences that ended or were sent back keep their content while there is room, and
+//! chunks, oldest first. The caller bounds the prefill beside sampled tokens, which delays their streams, for every
+//! step. Blocks of ended or preempted sequences keep their content while there is room, and
 //! a sequence that begins with the same tokens starts behind them. When a sequence finds no free
 //! block, the youngest running one gives up its blocks, waits at the front of the queue and later computes its
-//! prompt and output again. The youngest itself just stays as it is until blocks come free: were it to give up
-//! its own, nobody older would gain and its work would be lost.
+//! prompt and output again. The youngest itself keeps its blocks until others come free: giving them up would help no
+//! older sequence and lose its work.
 //!
 //! Knows nothing of sampling, stop conditions, text, deadlines or experts.
 
@@ -30,8 +30,7 @@ use crate::sequence::Sequence;
 use crate::table::Group;
 use muster_types::Reach;
 
-/// In [`StepItem::blocks`], where there is no block because nothing looks at its positions any more. No block has this
-/// number.
+/// In [`StepItem::blocks`]: no block, since no later position sees its positions. No block has this number.
 pub const NO_BLOCK: u32 = u32::MAX;
 
 /// Sizes of a [`Scheduler`].
@@ -79,7 +78,7 @@ pub enum ConfigError {
     /// No sequence fits: one has at least a prompt token and an output token.
     #[error("context is {0}; at least 2 is needed, for one prompt and one output token")]
     Context(u32),
-    /// Running sequences could be left out of a step for want of tokens.
+    /// `step_tokens` is below `max_running`: a running sequence could get no token of a step.
     #[error(
         "step_tokens is {step_tokens}, below max_running ({max_running}); every running sequence needs one"
     )]
@@ -105,10 +104,10 @@ pub struct NewSequence {
 /// Why a sequence was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AdmitError {
-    /// There is nothing to start from.
+    /// The prompt is empty.
     #[error("the prompt is empty; at least one token is needed")]
     EmptyPrompt,
-    /// There is nothing to do.
+    /// `max_tokens` is 0.
     #[error("max_tokens is 0; at least 1 is needed")]
     ZeroMaxTokens,
     /// The prompt leaves no room for an output token.
@@ -134,7 +133,7 @@ pub enum AdmitError {
     /// A sequence of this id is here already.
     #[error("sequence {0} is already scheduled")]
     DuplicateId(SeqId),
-    /// As many sequences wait as may.
+    /// The queue is full.
     #[error("{limit} sequences are waiting already, as many as may; try again later")]
     QueueFull {
         /// Sequences that may wait.
@@ -162,7 +161,7 @@ impl AdmitError {
 #[error("sequence {0} does not expect a token")]
 pub struct UnknownSequence(pub SeqId);
 
-/// Where a sequence stands after a new token.
+/// State of a sequence after a new token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Progress {
@@ -200,7 +199,7 @@ pub struct StepItem {
     /// The tokens; at least one.
     pub tokens: Vec<TokenId>,
     /// The sequence's KV blocks: for one group of layers after the other its table in order of position, with exactly
-    /// enough places for `start + tokens.len()` positions. A place that nothing looks at any more has [`NO_BLOCK`].
+    /// enough places for `start + tokens.len()` positions. A place that no later position sees has [`NO_BLOCK`].
     pub blocks: Vec<u32>,
     /// Whether the last token's logits are wanted, to sample the next token and [`Scheduler::append`] it.
     pub sample: bool,
@@ -217,13 +216,13 @@ pub struct Stats {
     pub blocks_total: u32,
     /// KV blocks that no sequence holds.
     pub blocks_free: u32,
-    /// Those of them whose content is kept for sequences to come.
+    /// Free blocks whose content is cached for later sequences.
     pub blocks_cached: u32,
     /// Preemptions since the start.
     pub preemptions: u64,
-    /// Tokens of sequences let into the batch that were in the cache, since the start.
+    /// Tokens found in the prefix cache when their sequence was admitted to the batch, since the start.
     pub prefix_hits: u64,
-    /// Those that were not.
+    /// Tokens not found there, since the start.
     pub prefix_misses: u64,
 }
 
@@ -242,7 +241,7 @@ pub struct Scheduler {
     prefix_misses: u64,
 }
 
-/// Which of its budgets an item is taken off.
+/// Budget of the step that an item is charged to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
     Decode,
@@ -311,8 +310,7 @@ impl Scheduler {
     /// Puts a sequence at the end of the queue.
     ///
     /// # Errors
-    /// See [`AdmitError`]. What is wrong with the sequence itself comes before a full queue, so that nobody
-    /// tries again in vain.
+    /// See [`AdmitError`]. Errors of the sequence itself come before a full queue, so that no caller retries in vain.
     pub fn admit(&mut self, seq: NewSequence) -> Result<(), AdmitError> {
         let context = self.config.context;
         if seq.prompt.is_empty() {
@@ -359,8 +357,8 @@ impl Scheduler {
             sequence.settle(&mut self.pool);
             sequence.forget_unseen(&mut self.pool);
         }
-        // Taken off the budget first. The budget has a token for each of `max_running` sequences, so whoever is
-        // not decoding leaves one over, and the oldest prefill always gets some.
+        // Charged to the budget first. The budget has a token for each of `max_running` sequences, so each sequence that
+        // does not decode leaves one over, and the oldest prefill always gets some.
         let decodes = self.decoding();
         let rest = self.config.step_tokens - decodes as u32;
         let mut draft = Draft {
@@ -383,21 +381,21 @@ impl Scheduler {
         Step { items, preempted }
     }
 
-    /// Sequences that the next step will decode a token of, room for it permitting.
+    /// Sequences that decode a token in the next step, if there are blocks.
     #[must_use]
     pub fn decoding(&self) -> usize {
         let decodes = |sequence: &&Sequence| sequence.is_decoding() && !sequence.is_parked();
         self.running.iter().filter(decodes).count()
     }
 
-    /// Takes back an item of the current step whose keys and values are not good: its sequence stands where it stood
-    /// before the step, and a later step computes the same again. Nothing happens when it is gone or was preempted.
+    /// Takes back an item of the current step whose keys and values are not good: its sequence returns to its state
+    /// before the step, and a later step computes the same again. Does nothing for a finished or preempted sequence.
     pub fn undo(&mut self, item: &StepItem) {
         let Some(sequence) = self.running.iter_mut().find(|running| running.id() == item.seq) else { return };
         sequence.undo(&mut self.pool, item.start);
     }
 
-    /// Leaves a running sequence out of steps until [`unpark`](Self::unpark). It keeps its blocks, unless older ones
+    /// Leaves a running sequence out of steps until [`unpark`](Self::unpark). It keeps its blocks, unless older sequences
     /// need them.
     pub fn park(&mut self, seq: SeqId) {
         if let Some(sequence) = self.running.iter_mut().find(|running| running.id() == seq) {
@@ -435,9 +433,8 @@ impl Scheduler {
     /// Removes a sequence in whatever state, because it is complete, has failed or was cancelled, and gives up its
     /// blocks. False when there is none of that id.
     ///
-    /// Between [`schedule`](Self::schedule) and the end of its step this is fine too: what the step may still write
-    /// is kept for nobody, and its blocks get a new owner only in the next step, which reads no position before
-    /// writing it.
+    /// Allowed between [`schedule`](Self::schedule) and the end of the step, too: positions that the step still writes are not
+    /// cached, and the blocks get a new owner only in the next step, which writes each position before reading it.
     pub fn finish(&mut self, seq: SeqId) -> bool {
         if let Some(at) = self.running.iter().position(|running| running.id() == seq) {
             self.running.remove(at).reset(&mut self.pool);
@@ -462,14 +459,14 @@ impl Scheduler {
         }
     }
 
-    /// Whether the batch takes another sequence and nobody waits.
+    /// Whether the batch has room for another sequence and the queue is empty.
     #[must_use]
     pub fn has_place(&self) -> bool {
         self.waiting.is_empty() && self.running.len() < self.config.max_running
     }
 
-    /// How many sequences that never ran the next steps can let in, those that wait already included: as far as there are
-    /// places in the batch, and blocks for their known tokens. What they share with others is not counted on.
+    /// Number of sequences that the next steps can admit to the batch for the first time, those already waiting included: bounded
+    /// by places in the batch and by blocks for their known tokens. Shared prefixes are not counted on.
     #[must_use]
     pub fn room(&self) -> usize {
         let places = self.config.max_running.saturating_sub(self.running.len());
@@ -484,7 +481,7 @@ impl Scheduler {
             unclaimed -= wanted;
             room += usize::from(!sequence.has_run());
         }
-        // Whoever comes next takes a block of each group at least.
+        // A further sequence takes at least one block of each group.
         let blocks = usize::try_from(unclaimed / self.groups.len() as u64).unwrap_or(usize::MAX);
         room + places.saturating_sub(self.waiting.len()).min(blocks)
     }
@@ -495,7 +492,7 @@ impl Scheduler {
         self.running.is_empty() && self.waiting.is_empty()
     }
 
-    /// Adds to the draft what the running sequence at `at` can do.
+    /// Adds the work of the running sequence at `at` to the draft.
     fn plan(&mut self, at: usize, work: Work, draft: &mut Draft) {
         if self.running[at].is_parked() {
             return;
@@ -522,8 +519,8 @@ impl Scheduler {
         }
     }
 
-    /// Finds blocks for up to `wanted` tokens of the sequence at `at` and says how many they are for. Others are
-    /// preempted only for the first block: a shorter chunk costs less than computing a sequence again. 0 means
+    /// Finds blocks for up to `wanted` tokens of the sequence at `at` and returns the number of tokens they hold. Other
+    /// sequences are preempted only for the first block: a shorter chunk costs less than a sequence computed again. 0 means
     /// that it is the youngest and must wait.
     fn make_room(&mut self, at: usize, wanted: u32, preempted: &mut Vec<SeqId>) -> u32 {
         loop {
@@ -543,8 +540,8 @@ impl Scheduler {
     /// Moves waiting sequences into the step, oldest first, while there are tokens, places and blocks. All blocks
     /// that a sequence holds at once on the way to the end of its known tokens must be there, beyond what running
     /// prefills still need, though it takes only those of its first chunk now: half a prefill that is then preempted would be work for nothing.
-    /// Nobody is let in by a step that preempted: blocks are short, and whoever just lost its own could be let in
-    /// again by what it shares with others, only to lose them again.
+    /// A step that preempted admits none: blocks are short, and the preempted sequence could be admitted again by its shared
+    /// prefix, only to lose its blocks again.
     fn let_in(&mut self, draft: &mut Draft) {
         if !draft.preempted.is_empty() {
             return;

@@ -1,8 +1,7 @@
 //! One sequence under generation: its tokens, and how far its keys and values are computed.
 //!
-//! Always holds: `computed <= tokens.len() <= limit`, `table` covers exactly `computed` positions, and of its
-//! blocks the ones that others may hold, too, are full. Knows nothing of other sequences, nor whether it is
-//! waiting or running.
+//! Always holds: `computed <= tokens.len() <= limit`, `table` covers exactly `computed` positions, and every block that it
+//! may share with others is full. Knows nothing of other sequences, nor whether it is waiting or running.
 
 use muster_types::{SeqId, TokenId};
 
@@ -23,7 +22,7 @@ pub(crate) struct Sequence {
     table: Table,
     /// Names of the tokens that fill blocks, as far as they were needed.
     keys: Vec<BlockKey>,
-    /// Places of the table whose names the pool was told, or had.
+    /// Leading places of the table whose blocks have a name in the pool.
     named: usize,
     /// Prompt tokens that were in the cache when it first ran.
     cached_prompt: Option<u32>,
@@ -71,7 +70,7 @@ impl Sequence {
         self.parked
     }
 
-    /// Whether one token is left to feed: a sampled one, or the last of a prefill.
+    /// Whether one token is left to compute: a sampled one, or the last of a prefill.
     pub(crate) const fn is_decoding(&self) -> bool {
         self.computed > 0 && self.pending() == 1
     }
@@ -86,20 +85,20 @@ impl Sequence {
         self.computed == self.known() && !self.is_full()
     }
 
-    /// Blocks that it comes to hold beyond those it has, at most at once, up to the end of its known tokens.
+    /// Most further blocks that it holds at once on the way to the end of its known tokens.
     pub(crate) fn blocks_wanted(&self, pool: &BlockPool) -> u64 {
         self.table.wanted(pool.blocks_for(self.known()))
     }
 
-    /// Blocks that would no longer be available, at most at once, if it ran to the end of its known tokens, having no
-    /// block now. Those that others hold cost nothing.
+    /// Most available blocks that it takes at once, from none, on the way to the end of its known tokens. Blocks that others hold
+    /// cost nothing.
     pub(crate) fn cost(&mut self, pool: &BlockPool) -> u64 {
         let adopted = self.adoptable(pool);
         self.table.cost(pool, &self.keys, adopted, pool.blocks_for(self.known()))
     }
 
-    /// Takes the longest beginning that is there already and says how many tokens it spares. At least one token
-    /// is left to compute, for its logits.
+    /// Adopts the longest prefix in the pool and returns the number of its tokens. At least one token is left to compute, for
+    /// its logits.
     pub(crate) fn adopt(&mut self, pool: &mut BlockPool) -> u32 {
         let places = self.adoptable(pool);
         self.table.adopt(pool, &self.keys, places);
@@ -114,12 +113,12 @@ impl Sequence {
         self.cached_prompt.unwrap_or(0)
     }
 
-    /// Whether it was in the batch before.
+    /// Whether it was admitted to the batch before.
     pub(crate) const fn has_run(&self) -> bool {
         self.cached_prompt.is_some()
     }
 
-    /// Full blocks, from the first on, that need not be computed.
+    /// Number of leading full blocks that it can adopt.
     fn adoptable(&mut self, pool: &BlockPool) -> u32 {
         if !pool.keeps_prefixes() {
             return 0;
@@ -129,7 +128,7 @@ impl Sequence {
         self.table.adoptable(pool, &self.keys[..most as usize])
     }
 
-    /// Tells the pool what the full blocks hold. Every position counted as computed must have been, successfully.
+    /// Names the full blocks in the pool. Every position counted as computed must have been computed successfully.
     pub(crate) fn settle(&mut self, pool: &mut BlockPool) {
         let full = (self.computed / pool.block_tokens()) as usize;
         if pool.keeps_prefixes() && full > self.named {
@@ -141,7 +140,7 @@ impl Sequence {
         }
     }
 
-    /// Gives up the blocks that no position to come sees. What is computed must be settled.
+    /// Gives up the blocks that no later position sees. Computed positions must be settled.
     pub(crate) fn forget_unseen(&mut self, pool: &mut BlockPool) {
         self.table.forget_unseen(pool, self.computed);
     }
@@ -154,7 +153,7 @@ impl Sequence {
         }
     }
 
-    /// Takes free blocks for up to `wanted` more positions and says for how many there is room now.
+    /// Takes free blocks for up to `wanted` more positions and returns the number of positions with room.
     pub(crate) fn reserve(&mut self, pool: &mut BlockPool, wanted: u32) -> u32 {
         self.table.grow(pool, pool.blocks_for(self.computed + wanted));
         let room = pool.tokens_in(self.table.places()) - u64::from(self.computed);
@@ -162,8 +161,7 @@ impl Sequence {
         room.min(u64::from(wanted)) as u32
     }
 
-    /// Counts the next `count` pending tokens as computed and returns the work that makes it true. There must
-    /// be room for them.
+    /// Counts the next `count` pending tokens as computed and returns their step item. There must be room for them.
     pub(crate) fn advance(&mut self, count: u32) -> StepItem {
         let start = self.computed;
         self.computed += count;
@@ -176,8 +174,7 @@ impl Sequence {
         }
     }
 
-    /// Counts nothing from position `start` on as computed, and gives up the blocks that are no longer needed. What
-    /// was settled must lie before it.
+    /// Resets `computed` to position `start`, and gives up the blocks behind it. Settled positions must lie before it.
     pub(crate) fn undo(&mut self, pool: &mut BlockPool, start: u32) {
         self.computed = start;
         self.table.truncate(pool, pool.blocks_for(start));

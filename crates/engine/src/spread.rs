@@ -1,11 +1,11 @@
-//! Rows of an expert that is asked much more than others, spread over the workers that hold it.
+//! Spreads the rows of a hot expert over its replicas.
 //!
-//! Owns the decision which rows are worth it. To spread an expert costs: one more worker reads its weights. So with few
-//! rows, as when tokens are decoded, nothing is spread. Knows nothing of rows but their number.
+//! Owns the decision which rows are worth moving: each further replica has to read the expert's weights. So few rows, as in
+//! decode, are never spread. Knows nothing of rows but their number.
 
 use muster_placement::WorkerIx;
 
-/// Rows that take about as long as reading an expert's weights.
+/// Rows whose computation takes about as long as reading an expert's weights.
 const READ: u64 = 16;
 
 /// Rows of one expert on one worker.
@@ -19,8 +19,8 @@ pub(crate) struct Part {
     pub(crate) rows: u32,
 }
 
-/// Takes rows from busy ones of so many workers, and gives them to less busy ones, as long as that is worth it. `parts` is
-/// one part for each expert, ascending; `others(expert)` are the workers that may take rows of it.
+/// Moves rows of hot experts from overloaded to less loaded owners while that pays. `parts` has one part for each expert,
+/// ascending; `others(expert)` are the workers that may take rows of it.
 pub(crate) fn spread<I: Iterator<Item = WorkerIx>>(
     parts: &mut Vec<Part>,
     workers: usize,
@@ -30,7 +30,7 @@ pub(crate) fn spread<I: Iterator<Item = WorkerIx>>(
     for part in &*parts {
         busy[part.worker.index()] += READ + u64::from(part.rows);
     }
-    // More steps would change little.
+    // Bound on the moves; further ones would change little.
     for _ in 0..4 * workers {
         let Some(Shift { from, to, rows }) = best(parts, &busy, &others) else { break };
         let Part { expert, worker, .. } = parts[from];
@@ -47,14 +47,14 @@ pub(crate) fn spread<I: Iterator<Item = WorkerIx>>(
     }
 }
 
-/// So many rows of the part `from`, to the worker `to`.
+/// A move of rows from the part `from` to the worker `to`.
 struct Shift {
     from: usize,
     to: WorkerIx,
     rows: u32,
 }
 
-/// What evens out most. Not always from the busiest: that one may have to wait until another has given something away.
+/// The move that evens out most. Not always from the busiest worker, whose rows may fit only after another move.
 fn best<I: Iterator<Item = WorkerIx>>(
     parts: &[Part],
     busy: &[u64],
@@ -63,7 +63,7 @@ fn best<I: Iterator<Item = WorkerIx>>(
     let least = READ as u32;
     let mut best: Option<Shift> = None;
     for (from, part) in parts.iter().enumerate() {
-        // Both sides keep what is worth reading the weights for.
+        // Both sides keep enough rows to pay for reading the weights.
         if part.rows < 2 * least {
             continue;
         }
@@ -80,7 +80,7 @@ fn best<I: Iterator<Item = WorkerIx>>(
     best
 }
 
-/// Where the part of an expert on a worker is, or would be.
+/// Index of an expert's part on a worker, or where to insert it.
 fn place(parts: &[Part], expert: usize, worker: WorkerIx) -> Result<usize, usize> {
     parts.binary_search_by_key(&(expert, worker), |part| (part.expert, part.worker))
 }

@@ -1,8 +1,8 @@
 //! The KV blocks of one sequence, in all groups of layers.
 //!
-//! Always holds: every group has as many places, one for every block's worth of positions from 0 on, and of each group
-//! the places that positions to come may see hold a block, those before them may be empty. A place that was emptied
-//! stays empty. Knows nothing of tokens, nor of other sequences.
+//! Always holds: all groups have the same number of places, one for every block's worth of positions from 0 on; in each group
+//! every place that a later position may see holds a block, and earlier ones may be empty. An emptied place stays empty.
+//! Knows nothing of tokens, nor of other sequences.
 
 use std::num::NonZero;
 
@@ -17,7 +17,7 @@ use crate::scheduler::NO_BLOCK;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Group {
     reach: Reach,
-    /// Blocks that a sequence of any length holds at most at once.
+    /// Most blocks that a sequence of any length holds at once.
     most: u64,
 }
 
@@ -39,7 +39,7 @@ struct OfGroup {
     group: Group,
     /// By place.
     blocks: Vec<Option<Block>>,
-    /// Places, from the first on, that are empty.
+    /// Number of leading empty places.
     emptied: u32,
 }
 
@@ -56,7 +56,7 @@ impl Table {
         self.groups[0].blocks.len() as u32
     }
 
-    /// Blocks that it comes to hold beyond those it has, at most at once, when it grows to so many places.
+    /// Most further blocks that it holds at once while it grows to `places` places.
     pub(crate) fn wanted(&self, places: u32) -> u64 {
         let more = u64::from(places.saturating_sub(self.places()));
         let of_group = |OfGroup { group, emptied, .. }: &OfGroup| {
@@ -66,14 +66,14 @@ impl Table {
         self.groups.iter().map(of_group).sum()
     }
 
-    /// Adds places, with a block in every group, until there are so many or blocks run out.
+    /// Adds places, with a block in every group, up to `places` or until blocks run out.
     pub(crate) fn grow(&mut self, pool: &mut BlockPool, places: u32) {
         while self.places() < places && pool.available() as usize >= self.groups.len() {
             self.groups.iter_mut().for_each(|of_group| of_group.blocks.push(pool.allocate()));
         }
     }
 
-    /// Gives up what the position `next` and all after it do not see.
+    /// Gives up the blocks that the position `next` and all after it do not see.
     pub(crate) fn forget_unseen(&mut self, pool: &mut BlockPool, next: u32) {
         let places = self.places();
         for OfGroup { group, blocks, emptied } in &mut self.groups {
@@ -85,9 +85,9 @@ impl Table {
         }
     }
 
-    /// Gives up all places but the first so many.
+    /// Gives up all places but the first `places`.
     pub(crate) fn truncate(&mut self, pool: &mut BlockPool, places: u32) {
-        // From the end, so that what is cached longest is a beginning in all groups.
+        // From the end, so that the last blocks to be evicted are a prefix in all groups.
         while self.places() > places {
             for of_group in &mut self.groups {
                 pool.release(of_group.blocks.pop().flatten().into_iter());
@@ -98,7 +98,7 @@ impl Table {
         }
     }
 
-    /// Tells the pool what the blocks of a place hold.
+    /// Names the blocks of a place in the pool.
     pub(crate) fn name(&self, pool: &mut BlockPool, place: usize, key: BlockKey) {
         for (group, of_group) in (0..).zip(&self.groups) {
             if let Some(block) = &of_group.blocks[place] {
@@ -107,10 +107,10 @@ impl Table {
         }
     }
 
-    /// The greatest number of places that can be taken over from the pool: of each group, the blocks must be there
-    /// that positions behind those places see.
+    /// Most leading places that can be adopted from the pool: in each group, every block that later positions see must be in it,
+    /// held or cached.
     pub(crate) fn adoptable(&self, pool: &BlockPool, keys: &[BlockKey]) -> u32 {
-        // By group: how many blocks in a row are there, up to the one just looked at.
+        // By group: length of the run of blocks in the pool that ends at the current place.
         let mut in_a_row = vec![0_u32; self.groups.len()];
         let mut most = 0;
         for (places, &key) in (1..).zip(keys) {
@@ -132,8 +132,8 @@ impl Table {
         most
     }
 
-    /// Blocks that would no longer be available if an empty table took over so many places and then grew to `places`,
-    /// at most at once. Those that others hold cost nothing.
+    /// Most available blocks that an empty table takes at once when it adopts `adopted` places and grows to `places`. Blocks that
+    /// others hold cost nothing.
     pub(crate) fn cost(&self, pool: &BlockPool, keys: &[BlockKey], adopted: u32, places: u32) -> u64 {
         let of_group = |(number, OfGroup { group, .. }): (u32, &OfGroup)| {
             let first = first_needed(group, pool, adopted);
@@ -145,7 +145,7 @@ impl Table {
         (0..).zip(self.groups.iter()).map(of_group).sum()
     }
 
-    /// Takes over so many places, as [`adoptable`](Self::adoptable) allowed, into an empty table.
+    /// Adopts `places` places, as [`adoptable`](Self::adoptable) allowed, into an empty table.
     pub(crate) fn adopt(&mut self, pool: &mut BlockPool, keys: &[BlockKey], places: u32) {
         for (number, OfGroup { group, blocks, emptied }) in (0..).zip(&mut self.groups) {
             *emptied = first_needed(group, pool, places);
@@ -165,7 +165,7 @@ impl Table {
     }
 }
 
-/// The first block that positions behind so many places see; `places` if they see none of them.
+/// First block that positions behind `places` places see; `places` if they see none of them.
 fn first_needed(group: &Group, pool: &BlockPool, places: u32) -> u32 {
     // What full blocks hold is counted in u32, as the context is.
     unseen_blocks(group.reach, places * pool.block_tokens().get(), pool.block_tokens())

@@ -1,4 +1,4 @@
-//! Who may ask for what.
+//! Access to public interfaces.
 
 use std::sync::Arc;
 
@@ -6,39 +6,39 @@ use crate::keys::{ApiKeys, KeysError};
 use crate::peer::{PeerId, Role};
 use crate::reloaded::Reloaded;
 
-/// Who is let in by public interfaces.
+/// Callers that public interfaces admit.
 #[derive(Debug, Clone)]
 pub enum Access {
-    /// Everybody.
+    /// All callers.
     Open,
-    /// Who has a certificate of the cluster for asking, or a good key, where there are keys.
+    /// Callers with a client's certificate of the cluster, or, where there are keys, a valid key.
     Known(Option<Arc<Reloaded<ApiKeys>>>),
 }
 
-/// Why somebody is not let in. Says nothing that helps to guess.
+/// Why a caller is refused. Says nothing that helps to guess.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
-    /// Nothing was shown.
+    /// No credentials.
     #[error("this needs an API key (authorization: Bearer KEY) or a client certificate of this cluster")]
     Nothing,
-    /// Something was shown that is no key as keys are shown.
+    /// A malformed key.
     #[error(
         "the authorization header is not of the form that this takes; send authorization: Bearer KEY, with that word before the key"
     )]
     Scheme,
-    /// A key was shown where keys are not looked for.
+    /// A key in the wrong place.
     #[error("a key in the header {header} is not taken; send authorization: Bearer KEY")]
     Header {
-        /// Where it was.
+        /// Its place.
         header: &'static str,
     },
-    /// The key is not good.
+    /// The key is not valid.
     #[error("the API key is not known here; it may have been revoked")]
     Key,
-    /// The certificate is one for something else.
+    /// The certificate has another role.
     #[error("{peer} may not ask for this; it takes a certificate of a {wanted}")]
     Role {
-        /// Who asked.
+        /// The caller.
         peer: PeerId,
         /// Who may.
         wanted: &'static str,
@@ -61,10 +61,10 @@ impl Access {
         }
     }
 
-    /// Lets somebody ask for what clients ask for.
+    /// Admits a caller to the calls of clients.
     ///
     /// # Errors
-    /// When nothing that was shown is good for that.
+    /// When none of its credentials is valid for that.
     pub fn client(&self, peer: Option<&PeerId>, authorization: Option<&[u8]>) -> Result<(), Denied> {
         let Self::Known(keys) = self else { return Ok(()) };
         if peer.is_some_and(|peer| peer.role() == Role::Client) {
@@ -84,7 +84,7 @@ impl Access {
 }
 
 impl Denied {
-    /// The same, where nothing was shown and one of the headers is there in which clients of other servers send keys.
+    /// The error, when there are no credentials but a header in which clients of other servers send keys.
     #[must_use]
     pub fn with_headers(self, has: impl Fn(&str) -> bool) -> Self {
         match ["x-api-key", "api-key"].into_iter().find(|header| has(header)) {

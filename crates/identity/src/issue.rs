@@ -13,12 +13,12 @@ use webpki::EndEntityCert;
 use crate::material::{IdentityError, certificates, end_of, roots};
 use crate::peer::{PeerId, PeerIdError, Role};
 
-/// How long an authority is good.
+/// Validity of an authority.
 const AUTHORITY: Duration = Duration::from_secs(3650 * 86_400);
 /// Clocks differ.
 const BEFORE: Duration = Duration::from_secs(3600);
 
-/// Something that cannot be made.
+/// A certificate that cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum IssueError {
     /// The trust domain.
@@ -27,7 +27,7 @@ pub enum IssueError {
     /// A name of the router.
     #[error("{0:?} is neither a DNS name nor an IP address")]
     Name(String),
-    /// The authority's key is none.
+    /// The authority's key is invalid.
     #[error("the authority's key cannot be used")]
     Key,
     /// The library's own refusal.
@@ -52,7 +52,7 @@ pub struct Issued {
     pub key: String,
 }
 
-/// Who issues a cluster's certificates.
+/// A cluster's authority.
 pub struct Authority {
     trust_domain: String,
     issuer: Issuer<'static, KeyPair>,
@@ -63,7 +63,7 @@ impl Authority {
     /// Makes a new one.
     ///
     /// # Errors
-    /// When the trust domain is none.
+    /// When the trust domain is invalid.
     pub fn new(trust_domain: &str) -> Result<Self, IssueError> {
         PeerId::new(trust_domain, Role::Router)?;
         let key = KeyPair::generate()?;
@@ -72,7 +72,7 @@ impl Authority {
         Ok(Self { trust_domain: trust_domain.to_owned(), issuer: Issuer::new(params, key), issued })
     }
 
-    /// Takes one up that [`Self::new`] made.
+    /// An authority that [`Self::new`] made before.
     ///
     /// # Errors
     /// When the key cannot be read.
@@ -97,7 +97,7 @@ impl Authority {
     /// look at them.
     ///
     /// # Errors
-    /// When a name is none.
+    /// When a name is invalid.
     pub fn issue(&self, role: Role, names: &[String], until: SystemTime) -> Result<Issued, IssueError> {
         let id = PeerId::new(&self.trust_domain, role)?;
         let mut params =

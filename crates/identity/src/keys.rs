@@ -14,11 +14,11 @@ use crate::reloaded::Reload;
 const MOST: usize = 100_000;
 /// Longest name, bytes.
 const LONGEST_NAME: usize = 128;
-/// Longest key that is looked at, bytes.
+/// Longest key that is checked, bytes.
 const LONGEST_KEY: usize = 512;
-/// Shortest key that is taken, bytes.
+/// Shortest allowed key, bytes.
 const SHORTEST_KEY: usize = 32;
-/// What new keys begin with, so that a leaked one is known for what it is.
+/// Prefix of new keys, so that a leaked one is recognised.
 const PREFIX: &str = "muster-";
 
 /// A file of keys that cannot be used.
@@ -32,19 +32,19 @@ pub enum KeysError {
         /// The system's reason.
         reason: String,
     },
-    /// A line is none.
+    /// A line is malformed.
     #[error("{}:{line}: {reason}; a line is NAME sha256:HEX, as `muster keys new NAME` prints it", path.display())]
     Line {
         /// The file.
         path: PathBuf,
         /// From 1.
         line: usize,
-        /// What is wrong. Never what stands there: it may be a key.
+        /// The problem. Never the line's text: it may be a key.
         reason: &'static str,
     },
 }
 
-/// A key or a name that cannot be taken.
+/// A key or a name that is not allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// The name.
@@ -60,9 +60,9 @@ pub enum KeyError {
     Random,
 }
 
-/// A key that was made just now.
+/// A new key.
 pub struct NewKey {
-    /// For the client. It cannot be found out again.
+    /// For the client. It cannot be recovered.
     pub key: String,
     /// For the file.
     pub line: String,
@@ -72,7 +72,7 @@ impl NewKey {
     /// Makes one.
     ///
     /// # Errors
-    /// When the name cannot be taken, or the system has no randomness.
+    /// When the name is not allowed, or the system has no randomness.
     pub fn generate(name: &str) -> Result<Self, KeyError> {
         let mut random = [0_u8; 32];
         crate::material::provider().secure_random.fill(&mut random).map_err(|_| KeyError::Random)?;
@@ -84,7 +84,7 @@ impl NewKey {
 /// The line of a key.
 ///
 /// # Errors
-/// When the name or the key cannot be taken.
+/// When the name or the key is not allowed.
 pub fn key_line(name: &str, key: &str) -> Result<String, KeyError> {
     if !is_name(name) {
         return Err(KeyError::Name);
@@ -101,21 +101,21 @@ fn is_name(name: &str) -> bool {
     (1..=LONGEST_NAME).contains(&name.len()) && name.bytes().all(allowed)
 }
 
-/// Keys that are good.
+/// Valid keys.
 #[derive(Debug, Default)]
 pub struct ApiKeys {
     names: HashMap<[u8; 32], Arc<str>>,
 }
 
 impl ApiKeys {
-    /// The name of a key; `None` when it is not good.
+    /// The name of a key; `None` when it is not valid.
     #[must_use]
     pub fn name_of(&self, key: &str) -> Option<Arc<str>> {
         if key.len() > LONGEST_KEY {
             return None;
         }
         let digest: [u8; 32] = Sha256::digest(key).into();
-        // Looking up a hash tells by its time at most something of hashes, from which no key follows.
+        // The time of a look-up reveals at most something of hashes, from which no key follows.
         self.names.get(&digest).cloned()
     }
 

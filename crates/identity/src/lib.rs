@@ -1,9 +1,9 @@
-//! Who a process is, whom it talks to, and who may ask it for something.
+//! Identity of processes, of their peers, and access of clients.
 //!
 //! Inside a cluster a process is known by a certificate of the cluster's own authority, whose URI name says its role
-//! ([`PeerId`]); addresses and host names say nothing, for they change. Outside, a client shows an API key or a
-//! certificate ([`Access`]). Files are read whole, checked whole, and taken into use whole; when they change they are
-//! read again, and what is wrong then changes nothing ([`Reloaded`]). Knows nothing of gRPC, HTTP or sockets.
+//! ([`PeerId`]); addresses and host names do not count, for they change. Outside, a client sends an API key or a
+//! certificate ([`Access`]). Files are read, checked and taken into use as a whole; changed files are read again, and
+//! invalid ones change nothing ([`Reloaded`]). Knows nothing of gRPC, HTTP or sockets.
 
 mod access;
 mod issue;

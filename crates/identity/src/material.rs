@@ -43,15 +43,15 @@ pub enum IdentityError {
         /// The system's reason.
         reason: String,
     },
-    /// One has not what it should have.
+    /// One lacks its contents.
     #[error("{}: {reason}", path.display())]
     Content {
         /// Which one.
         path: PathBuf,
-        /// What is missing or wrong.
+        /// The problem.
         reason: String,
     },
-    /// Everybody on this machine can read the key.
+    /// Every user of this machine can read the key.
     #[error("{} can be read by everybody on this machine; take that away with `chmod o-r`, and make a new key if others may have read it", .0.display())]
     OpenKey(PathBuf),
     /// The key is another certificate's.
@@ -70,7 +70,7 @@ pub enum IdentityError {
         /// What is wrong.
         source: PeerIdError,
     },
-    /// Nobody would trust the certificate.
+    /// The certificate is not valid under the authority.
     #[error("the certificate in {} would be refused by others with the authority in {}: {reason}", cert.display(), ca.display())]
     Untrusted {
         /// Its file.
@@ -95,7 +95,7 @@ pub struct Material {
 }
 
 impl Material {
-    /// Who this process is.
+    /// This process's identity.
     #[must_use]
     pub const fn id(&self) -> &PeerId {
         &self.id
@@ -231,7 +231,7 @@ impl Reload for Material {
     }
 }
 
-/// The refusals that people meet.
+/// The common refusals.
 pub(crate) fn in_words(error: &webpki::Error) -> String {
     match error {
         webpki::Error::CertExpired { .. } => "it has expired; renew it".to_owned(),

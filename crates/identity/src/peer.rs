@@ -9,7 +9,7 @@ use webpki::EndEntityCert;
 /// Longest trust domain, bytes; SPIFFE allows 255.
 const LONGEST_DOMAIN: usize = 255;
 
-/// What a process is for.
+/// Role of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
     /// It serves requests, and asks workers.
@@ -24,7 +24,7 @@ impl Role {
     /// All of them.
     pub const ALL: [Self; 3] = [Self::Router, Self::Worker, Self::Client];
 
-    /// As certificates and directories name it.
+    /// Its name in certificates and directories.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -41,7 +41,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// Who somebody is, by certificate.
+/// A peer's identity, from its certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerId {
     trust_domain: String,
@@ -65,10 +65,10 @@ pub enum PeerIdError {
 }
 
 impl PeerId {
-    /// That role in that cluster.
+    /// The identity of a role in a cluster.
     ///
     /// # Errors
-    /// When the trust domain is no such name.
+    /// When the trust domain is invalid.
     pub fn new(trust_domain: &str, role: Role) -> Result<Self, PeerIdError> {
         let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
         if trust_domain.is_empty()
@@ -86,7 +86,7 @@ impl PeerId {
         &self.trust_domain
     }
 
-    /// What it is there for.
+    /// Its role.
     #[must_use]
     pub const fn role(&self) -> Role {
         self.role

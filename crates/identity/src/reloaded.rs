@@ -8,12 +8,12 @@ use sha2::{Digest, Sha256};
 
 /// Longest file that is read, bytes.
 const LONGEST: u64 = 1 << 20;
-/// How often files are looked at.
+/// Interval of the checks of files.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-/// What can be made of the contents of files.
+/// A value that is parsed from the contents of files.
 pub trait Reload: Sized + Send + Sync + 'static {
-    /// Why it cannot.
+    /// Why it cannot be parsed.
     type Error: std::error::Error + Send + Sync + 'static;
 
     /// What it is, for the log.
@@ -25,19 +25,19 @@ pub trait Reload: Sized + Send + Sync + 'static {
     /// When something is wrong with them.
     fn make(paths: &[PathBuf], contents: &[Vec<u8>]) -> Result<Self, Self::Error>;
 
-    /// A file that cannot be had.
+    /// A file that cannot be read.
     fn unreadable(path: &Path, reason: String) -> Self::Error;
 
-    /// What there is to warn of when it is taken into use.
+    /// A warning for when it is taken into use.
     fn warning(&self) -> Option<&'static str> {
         None
     }
 
-    /// Says something of what is in use now, every time that files are looked at.
+    /// Reports on the value in use, at every check of the files.
     fn report(&self) {}
 }
 
-/// See the module. Always holds something that was right as a whole.
+/// See the module. Always holds a value that was valid as a whole.
 #[derive(Debug)]
 pub struct Reloaded<T> {
     paths: Vec<PathBuf>,
@@ -50,7 +50,7 @@ impl<T: Reload> Reloaded<T> {
     /// Reads the files.
     ///
     /// # Errors
-    /// When one cannot be read, or they are not right.
+    /// When one cannot be read, or they are not valid.
     pub fn load(paths: Vec<PathBuf>) -> Result<Self, T::Error> {
         let contents = read::<T>(&paths)?;
         let made = T::make(&paths, &contents)?;
@@ -65,11 +65,11 @@ impl<T: Reload> Reloaded<T> {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Reads the files again and takes them into use, if they changed since the last time and are right. Says whether
-    /// they were taken.
+    /// Reads the files again and takes them into use, if they changed since the last time and are valid. Returns whether they
+    /// were.
     ///
     /// # Errors
-    /// When they are not right; what is in use stays.
+    /// When they are not valid; the value in use stays.
     pub fn refresh(&self) -> Result<bool, T::Error> {
         let contents = read::<T>(&self.paths)?;
         let digest = digest(&contents);
@@ -94,7 +94,7 @@ impl<T: Reload> Reloaded<T> {
             let wrong = refreshed.as_ref().err().map(ToString::to_string);
             match (&refreshed, &wrong) {
                 (Ok(true), _) => tracing::info!("{} changed and are in use", T::WHAT),
-                // Once for each trouble.
+                // Logged once for each problem.
                 (_, Some(error)) if wrong != last => {
                     tracing::warn!(%error, "{} changed and cannot be used; those from before stay in use", T::WHAT);
                     metrics::counter!("muster_reload_failures_total", "what" => T::WHAT).increment(1);
@@ -122,7 +122,7 @@ fn read_one(path: &Path) -> Result<Vec<u8>, String> {
     use std::io::Read;
 
     let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
-    // Looked at before opening, because opening a pipe waits for its other end.
+    // Checked before opening, because opening a pipe waits for its other end.
     if !metadata.is_file() {
         return Err("it is not a regular file".to_owned());
     }

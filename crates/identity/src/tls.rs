@@ -1,8 +1,8 @@
-//! TLS 1.3 between processes that are known by role.
+//! TLS 1.3 between processes, which are authenticated by role.
 //!
 //! Always holds: a connection of ours is to a peer with a certificate of the cluster's authority, of the same trust
-//! domain, with one of the roles that were asked for. A certificate is looked at anew in every handshake, with what is in
-//! use then; sessions are not resumed.
+//! domain, with one of the wanted roles. Every handshake checks the certificate anew, with the files in use then; sessions
+//! are not resumed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,16 +24,16 @@ use crate::material::{IdentityError, Material, TlsFiles, in_words, provider, ver
 use crate::peer::{PeerId, Role};
 use crate::reloaded::Reloaded;
 
-/// Who this process is, kept up to date.
+/// This process's identity, kept up to date.
 #[derive(Debug, Clone)]
 pub struct Identity(Arc<Reloaded<Material>>);
 
-/// Whom a server talks to.
+/// Peers that a server admits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Clients {
-    /// Those that show a certificate of the cluster.
+    /// Peers with a certificate of the cluster.
     WithCertificate,
-    /// Those too that show none. A wrong one is refused.
+    /// Also peers without a certificate. A wrong one is refused.
     Any,
 }
 
@@ -57,7 +57,7 @@ impl Identity {
         self.0.keep_fresh().await;
     }
 
-    /// For connections to peers with one of these roles. Names and addresses of peers are not looked at.
+    /// For connections to peers with one of these roles. Names and addresses of peers are not checked.
     ///
     /// # Errors
     /// When the library refuses.
@@ -74,7 +74,7 @@ impl Identity {
         Ok(Arc::new(config))
     }
 
-    /// For a server that speaks one protocol, such as `h2`. Roles are for its services to look at: see [`peer_of`].
+    /// For a server that speaks one protocol, such as `h2`. Its services check roles: see [`peer_of`].
     ///
     /// # Errors
     /// When the library refuses.
@@ -94,13 +94,13 @@ impl Identity {
     }
 }
 
-/// Who is at the other end of a connection whose handshake is done.
+/// The peer of a connection after its handshake.
 #[must_use]
 pub fn peer_of(certificates: Option<&[CertificateDer<'_>]>) -> Option<PeerId> {
     PeerId::of_certificate(certificates?.first()?).ok()
 }
 
-/// Shows this process's certificate.
+/// Presents this process's certificate.
 #[derive(Debug)]
 struct Own(Arc<Reloaded<Material>>);
 
@@ -120,7 +120,7 @@ impl ResolvesClientCert for Own {
     }
 }
 
-/// Looks at the other's certificate.
+/// Verifies the peer's certificate.
 #[derive(Debug)]
 struct Verifier {
     identity: Arc<Reloaded<Material>>,
@@ -129,7 +129,7 @@ struct Verifier {
     mandatory: bool,
 }
 
-/// A peer with a good certificate that is the wrong one.
+/// A peer with a valid certificate of the wrong role or trust domain.
 #[derive(Debug)]
 struct Wrong(String);
 
@@ -155,7 +155,7 @@ impl Verifier {
     ) -> Result<(), Error> {
         let ours = self.identity.current();
         verify(leaf, intermediates, &ours.roots, usage, now).map_err(|error| match error {
-            // Alerts of their own, so that the other end reads what is wrong.
+            // Alerts of their own, so that the peer can read the reason.
             webpki::Error::CertExpired { .. } => CertificateError::Expired.into(),
             webpki::Error::CertNotValidYet { .. } => CertificateError::NotValidYet.into(),
             // An authority with the same name and another key is another.

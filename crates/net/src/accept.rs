@@ -1,4 +1,4 @@
-//! Connections: accepted one at a time, counted, and given up on when the peer stops playing.
+//! Connections: accepted one at a time, counted, and ended when the peer makes no progress.
 
 use std::io;
 use std::net::IpAddr;
@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-/// Connections of one listener at once, where there are descriptors enough. More wait in the system's backlog.
+/// Connections of one listener at once, given enough descriptors. More wait in the system's backlog.
 const CONNECTIONS: usize = 8192;
 
 /// Part of a process's descriptors that one listener's connections may take; the rest is for other listeners, peers and
@@ -28,10 +28,10 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes a peer has to send within its first silence, at whatever pace: the length of HTTP/2's preface.
 const OPENING_BYTES: usize = 24;
 
-/// How long a peer may do nothing.
+/// Longest times without progress of a peer.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
-    /// Without taking a byte that waits to be sent.
+    /// Without reading a byte that waits to be sent.
     pub stall: Duration,
     /// Without sending a byte. `None` where the protocol has its own timers.
     pub silence: Option<Duration>,
@@ -42,7 +42,7 @@ pub trait Listener: Send + Sync + 'static {
     /// Its connections.
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
-    /// The next connection and where it comes from. Nothing is lost when the future is dropped.
+    /// The next connection and its address. Nothing is lost when the future is dropped.
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Io, Option<IpAddr>)>> + Send;
 }
 
@@ -73,7 +73,7 @@ pub struct Acceptor<L> {
 }
 
 impl<L: Listener> Acceptor<L> {
-    /// With as many places as the process has descriptors for.
+    /// With as many places as the process's descriptors allow.
     #[must_use]
     pub fn new(listener: L, patience: Patience) -> Self {
         Self::with_places(listener, patience, places())
@@ -153,7 +153,7 @@ pub struct Socket<S> {
     reads: Option<Timer>,
     writes: Timer,
     received: usize,
-    /// Looked at, and still to be read.
+    /// The first byte, peeked at and still to be read.
     first: Option<u8>,
 }
 
@@ -170,7 +170,7 @@ impl<S> Socket<S> {
         }
     }
 
-    /// Where the peer is; `None` on this machine's Unix sockets.
+    /// The peer's address; `None` on Unix sockets.
     #[must_use]
     pub const fn peer(&self) -> Option<IpAddr> {
         self.peer
@@ -269,7 +269,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
 /// Runs while one direction makes no progress.
 struct Timer {
     limit: Duration,
-    /// Since when there is none.
+    /// Start of the time without progress.
     since: Option<Instant>,
     /// Set for no later than the limit after that; looked at again when it is over. A read of a busy connection so costs
     /// no change of the timer wheel.

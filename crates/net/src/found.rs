@@ -1,5 +1,5 @@
-//! What listens at an address that was taken for gRPC's: another protocol than was asked for looks like a peer that breaks off,
-//! and the libraries' errors name neither.
+//! Detection of the protocol at an address that should speak gRPC: with another protocol the peer seems to break off, and the
+//! libraries' errors do not name the cause.
 //!
 //! Servers of HTTP/2 speak first. Others are asked in HTTP/1.1 without TLS, which all answer in a way of their own.
 
@@ -14,13 +14,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// For a server that speaks first.
 const FIRST: Duration = Duration::from_millis(200);
 
-/// Bytes of an answer that are looked at.
+/// Bytes of an answer that are read.
 const LOOKED_AT: u64 = 4 << 10;
 
 /// How rustls and tonic say that TLS is right and has no HTTP/2 under it.
 const NO_HTTP2: [&str; 2] = ["NoApplicationProtocol", "HTTP/2 was not negotiated"];
 
-/// How gRPC was asked for.
+/// Form of the gRPC request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
     /// Without TLS.
@@ -29,7 +29,7 @@ pub enum Asked {
     Tls,
 }
 
-/// What is spoken at an address.
+/// Protocol at an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
     /// TLS, whatever is under it.
@@ -40,22 +40,22 @@ pub enum Found {
     Http2,
 }
 
-/// Why gRPC does not work at an address, as what is there.
+/// Why gRPC does not work at an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// It was asked without TLS.
+    /// It needs TLS; the request had none.
     #[error("speaks TLS")]
     Tls,
-    /// It was asked with TLS.
+    /// It has no TLS; the request had it.
     #[error("speaks no TLS")]
     Plain,
-    /// It is no port of gRPC.
+    /// It does not speak gRPC.
     #[error("speaks HTTP/1.1 and not gRPC, as a router does at its --http address")]
     Http,
 }
 
 impl Found {
-    /// Reads what a server says to a question in HTTP/1.1 without TLS. `None` where that is nothing known.
+    /// Protocol of a server from its answer to HTTP/1.1 without TLS. `None` if unknown.
     #[must_use]
     pub fn of(answer: &[u8]) -> Option<Self> {
         let text = String::from_utf8_lossy(answer);
@@ -83,8 +83,8 @@ impl Found {
     }
 }
 
-/// Why gRPC does not work at an address (`host:port`), if that is because of the protocol there; `cause` is the innermost error
-/// that came of asking.
+/// Why gRPC does not work at an address (`host:port`), if the protocol there is the reason; `cause` is the innermost error of the
+/// request.
 pub async fn mismatch(authority: &str, asked: Asked, cause: &str) -> Option<Mismatch> {
     if asked == Asked::Tls && NO_HTTP2.iter().any(|words| cause.contains(words)) {
         return Some(Mismatch::Http);
@@ -92,7 +92,7 @@ pub async fn mismatch(authority: &str, asked: Asked, cause: &str) -> Option<Mism
     look(authority).await?.instead_of(asked)
 }
 
-/// Looks at what is spoken at an address (`host:port`). `None` where nobody answers, or in no way that is known.
+/// Detects the protocol at an address (`host:port`). `None` without an answer, or with an unknown one.
 pub async fn look(authority: &str) -> Option<Found> {
     let mut answer = Vec::new();
     let asking = async {
@@ -106,7 +106,7 @@ pub async fn look(authority: &str) -> Option<Found> {
         stream.write_all(request.as_bytes()).await?;
         stream.take(LOOKED_AT).read_to_end(&mut answer).await
     };
-    // What had come is looked at, whatever ended it.
+    // The bytes so far count, whatever ended the answer.
     let _ = tokio::time::timeout(PATIENCE, asking).await;
     Found::of(&answer)
 }

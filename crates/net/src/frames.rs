@@ -1,21 +1,20 @@
-//! What an HTTP/2 connection's frames may cost.
+//! Budget of an HTTP/2 connection's frames.
 //!
-//! A library that speaks HTTP/2 takes every frame, and frames that carry nothing (`SETTINGS`, `PING`, `WINDOW_UPDATE`,
+//! An HTTP/2 library accepts every frame, and frames that carry nothing (`SETTINGS`, `PING`, `WINDOW_UPDATE`,
 //! `PRIORITY`, streams that are refused or reset at once, empty `DATA`) cost work and answers for a few bytes each. A
 //! [`Meter`] reads the headers of the frames that pass, both ways, and keeps an account: every frame from the peer costs,
-//! and what a connection is there for earns: answers and data. Whoever has spent a burst and goes on faster than the
-//! account is filled up by time is a flood.
+//! and answers and data earn. A peer that has spent its burst and continues faster than the account refills is a flood.
 //!
 //! The account allows for peers that confirm all they get: two window updates and a ping for each `DATA` frame. Reads
 //! bytes and decides; has no socket and no clock of its own.
 
 use std::time::{Duration, Instant};
 
-/// Frames that a peer may send at once for nothing.
+/// Burst: frames that a peer may send at once without traffic.
 const BURST: u32 = 2000;
-/// The same, a second, for ever.
+/// Refill of the burst, frames a second.
 const RATE: u32 = 200;
-/// What an answer's frame earns: window updates of stream and connection, a ping, and the stream's own frames.
+/// Frames that an answer's frame earns: window updates of stream and connection, a ping, and the stream's own frames.
 const ANSWER: u32 = 4;
 /// Bytes of `DATA`, in either direction, that earn one frame beside that.
 const BYTES: u32 = 1024;
@@ -49,10 +48,10 @@ impl Default for Meter {
 }
 
 impl Meter {
-    /// Counts what came from the peer. `now` is asked for only where it matters.
+    /// Counts bytes from the peer. `now` is called only where it matters.
     ///
     /// # Errors
-    /// [`Flood`], when this was too much.
+    /// [`Flood`], when the account is spent.
     pub fn received(&mut self, bytes: &[u8], now: impl FnOnce() -> Instant) -> Result<(), Flood> {
         let (mut cost, mut earned) = (0_u32, 0_u32);
         self.inbound.feed(bytes, |head| {
@@ -69,7 +68,7 @@ impl Meter {
         Ok(())
     }
 
-    /// Counts what went to the peer.
+    /// Counts bytes to the peer.
     pub fn sent(&mut self, bytes: &[u8]) {
         let mut earned = 0_u32;
         self.outbound.feed(bytes, |head| {
@@ -92,7 +91,7 @@ impl Meter {
     }
 }
 
-/// What a client sends first, up to its first request.
+/// A client's input up to its first request.
 #[derive(Debug)]
 pub struct Opening(Frames);
 
@@ -133,7 +132,7 @@ enum State {
     Header(usize),
     /// Bytes of a payload that are to come.
     Payload(usize),
-    /// This is not HTTP/2; whoever reads it will find that out.
+    /// The bytes are not HTTP/2, which their reader will find out.
     Foreign,
 }
 
@@ -142,7 +141,7 @@ impl Frames {
         Self { state, header: [0; HEADER] }
     }
 
-    /// Goes on with these bytes, and tells every header that is complete by them.
+    /// Reads further bytes and reports every header that they complete.
     fn feed(&mut self, mut bytes: &[u8], mut seen: impl FnMut(Head)) {
         while !bytes.is_empty() {
             match self.state {

@@ -7,13 +7,13 @@
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Version, header};
 
-/// A request whose `Host` cannot stand.
+/// A request with an invalid `Host`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BadHost {
-    /// There is none.
+    /// It is missing.
     #[error("a request of HTTP/1.1 needs a host header")]
     Missing,
-    /// There are several.
+    /// It is given several times.
     #[error("a request has one host header, not several")]
     Several,
     /// It names no host.
@@ -21,7 +21,7 @@ pub enum BadHost {
     Malformed,
 }
 
-/// Looks at a request's version and headers.
+/// Checks a request's version and headers.
 ///
 /// # Errors
 /// See [`BadHost`]; the answer to each is 400.

@@ -22,7 +22,7 @@ pub fn tcp(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Listens on the first address of a name that can be had.
+/// Listens on the first usable address of a name.
 ///
 /// # Errors
 /// The system's, of the last address.

@@ -2,18 +2,18 @@
 //!
 //! Experts are placed whole, and a worker holds no expert twice. With experts of one size that decides it: workers that hold
 //! `c` experts each hold `r` copies of all of `n` exactly if the `min(c, n)` add up to `r * n`, since copies can then be
-//! dealt out in turn. A plan that improves one which is in force does not always find that last place: it surely gives every
-//! expert a holder, and surely finds all copies with `r - 1` workers more. All experts count as large as the largest, so a
+//! dealt out in turn. A plan that starts from a placement in force does not always find that last place: it always gives every
+//! expert an owner, and always finds all copies with `r - 1` workers more. All experts count as large as the largest, so a
 //! model whose layers differ may need less.
 
-/// Experts to be held.
+/// Experts to place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Demand {
-    /// How many, in all layers.
+    /// Number of experts in all layers.
     pub experts: u64,
     /// Bytes of the largest; above 0.
     pub bytes_each: u64,
-    /// Copies of each, on different workers.
+    /// Replicas of each, on different workers.
     pub replicas: u32,
 }
 
@@ -37,14 +37,14 @@ impl Demand {
         held.fold(self.copies(), u64::saturating_sub)
     }
 
-    /// How many workers of this size hold all copies, beside these; `None` when one cannot hold a single expert.
+    /// Number of further workers of this size that hold all copies, beside these; `None` when one cannot hold a single expert.
     #[must_use]
     pub fn workers_of(&self, bytes: u64, beside: impl IntoIterator<Item = u64>) -> Option<u64> {
         let each = self.held_by(bytes);
         (each > 0).then(|| self.missing(beside).div_ceil(each))
     }
 
-    /// How many whole copies of everything these workers hold.
+    /// Number of whole copies of the model that these workers hold.
     #[must_use]
     pub fn whole_copies(&self, workers: impl IntoIterator<Item = u64>) -> u64 {
         let held = workers.into_iter().map(|bytes| self.held_by(bytes));

@@ -1,10 +1,9 @@
-//! How long an answer may take before another replica is asked too.
+//! Hedging: the deadline after which a shard is sent to another replica too.
 //!
-//! Owns what is known of a worker's latencies, and the budget of second shards. A deadline lies between its floor and
-//! its cap; while too little is known of shards of one size, those of the nearest sizes say what to expect, and while
-//! nothing is known it is a fixed one. What is sent twice is bounded in number whatever happens, so
-//! that hedging never makes an overload worse. Nothing here allocates once it is made, and every update takes the
-//! same few operations (on a rare few, all buckets of one table are scaled down).
+//! Owns a worker's latencies, and the budget of hedges. A deadline lies between its floor and its cap; it comes from shards
+//! of the same size, with too few of them from the nearest sizes, and without any it is fixed. The number of hedges is
+//! bounded whatever happens, so that hedging never makes an overload worse. Nothing here allocates once it is made, and every
+//! update takes the same few operations (on a rare few, all buckets of one table are scaled down).
 //!
 //! A latency is counted in a bucket of a fixed table, an octave being four buckets, with new ones weighing more than
 //! old ones; a quantile is read off the table. This forgets a slow start, knows tails that an average would not, and
@@ -21,14 +20,14 @@ pub struct Rules {
     pub cap: Duration,
     /// The deadline while too little is known.
     pub unknown: Duration,
-    /// The part of recent answers that came in time to be expected again; between 0 and 1.
+    /// Quantile of recent latencies that deadlines start from; between 0 and 1.
     pub quantile: f64,
-    /// The deadline, in terms of that quantile.
+    /// Factor of the deadline to that quantile.
     pub factor: f64,
 }
 
 impl Default for Rules {
-    /// 2 to 150 ms, 150 to begin with; one and a half times what 99 % of answers take at most.
+    /// 2 to 150 ms, 150 without data; one and a half times the 99 % quantile.
     fn default() -> Self {
         Self {
             floor: Duration::from_millis(2),
@@ -40,21 +39,21 @@ impl Default for Rules {
     }
 }
 
-/// What came of a hedge.
+/// Outcome of a hedge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The second answer came first.
+    /// The hedge answered first.
     Won,
-    /// The first answer came first after all.
+    /// The original shard answered first after all.
     Wasted,
 }
 
 /// The classes of shard sizes, by rows: up to 4, 16, 64, 256, 1024, and more.
 const CLASSES: usize = 6;
-/// How many times larger the shards of one class are than those of the class before.
+/// Ratio of shard sizes between neighbouring classes.
 const PER_CLASS: f64 = 4.0;
 
-/// What is known of one worker's latencies, by size of shards.
+/// One worker's latencies, by class of shard size.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Hedge {
     rules: Rules,
@@ -62,25 +61,25 @@ pub struct Hedge {
 }
 
 impl Hedge {
-    /// A worker of which nothing is known.
+    /// A worker without data.
     #[must_use]
     pub fn new(rules: Rules) -> Self {
         Self { rules, classes: [Class::NEW; CLASSES] }
     }
 
-    /// An answer to a shard of `rows` came after `latency`. One that is no longer waited for counts with the time
-    /// that it was, or the deadline would be learned from the quick ones alone.
+    /// Counts the latency of a shard of `rows`. A shard that is no longer waited for counts with its waiting time, or the
+    /// deadline would be learned from the quick ones alone.
     pub fn observe(&mut self, rows: u32, latency: Duration) {
         self.classes[class(rows)].observe(latency);
     }
 
-    /// A shard of `rows` was hedged, with this outcome. Deadlines get longer while hedges are wasted, and come down
-    /// again as they are of use.
+    /// Counts the outcome of a hedge of a shard of `rows`. Deadlines grow while hedges are wasted, and shrink again while they
+    /// win.
     pub fn hedged(&mut self, rows: u32, outcome: Outcome) {
         self.classes[class(rows)].hedged(outcome);
     }
 
-    /// How long to wait for the answer to a shard of `rows` before another worker is asked too.
+    /// Time to wait for a shard of `rows` before it is hedged.
     #[must_use]
     pub fn deadline(&self, rows: u32) -> Duration {
         let (rules, own) = (&self.rules, &self.classes[class(rows)]);
@@ -90,8 +89,8 @@ impl Hedge {
         Duration::try_from_secs_f64(seconds).map_or(cap, |deadline| deadline.clamp(rules.floor, cap))
     }
 
-    /// The deadline in seconds that other sizes speak for: what is large takes no less time than what is small, and no more
-    /// than in proportion to its rows.
+    /// Deadline in seconds, inferred from other sizes: a larger shard takes at least as long as a smaller one, and at most in
+    /// proportion to its rows.
     fn borrowed(&self, own: usize) -> Option<f64> {
         let known = |at: usize| self.classes[at].known(&self.rules);
         let smaller = (0..own).rev().find_map(|at| Some(known(at)? * PER_CLASS.powi((own - at) as i32)));
@@ -118,7 +117,7 @@ const fn class(rows: u32) -> usize {
 
 /// Buckets of a table. The last begins at about 3 s and has all that is longer.
 const BUCKETS: usize = 64;
-/// Microseconds of the shortest latency that is told from others.
+/// Resolution: microseconds of the shortest bucket.
 const UNIT: u64 = 64;
 
 /// Latencies of shards of about one size.
@@ -128,7 +127,7 @@ struct Class {
     seen: u16,
     /// Weight of the next answer.
     weight: f32,
-    /// Deadlines are this many times longer than latencies alone would have them.
+    /// Factor of the deadline beyond the one from latencies alone.
     stretch: f32,
     /// Weight of the answers in each bucket.
     buckets: [f32; BUCKETS],
@@ -141,7 +140,7 @@ impl Class {
     const WARMUP: u16 = 8;
     /// Answers that say enough for a deadline.
     const ENOUGH: u16 = 40;
-    /// How much more an answer weighs than the one before: a hundred back, it has a fifth less.
+    /// Ratio of an answer's weight to the one before: a hundred back, it has a fifth less.
     const GROWTH: f32 = 1.0 + 1.0 / 512.0;
     /// Weight at which all are scaled down, as 32-bit floats grow coarse.
     const HEAVY: f32 = 1024.0;
@@ -173,7 +172,7 @@ impl Class {
         self.stretch = (self.stretch * change).clamp(1.0, Self::MOST);
     }
 
-    /// The deadline in seconds that latencies alone would have, once enough of them are known.
+    /// Deadline in seconds from latencies alone, once there are enough.
     fn known(&self, rules: &Rules) -> Option<f64> {
         (self.seen >= Self::ENOUGH).then(|| self.quantile(rules.quantile).as_secs_f64() * rules.factor)
     }
@@ -183,7 +182,7 @@ impl Class {
         let total: f32 = self.buckets.iter().sum();
         let above = f64::from(total) * (1.0 - quantile);
         let mut sum = 0.0;
-        // From the top, where few are, so that sums are exact enough.
+        // From the sparse top, so that sums are exact enough.
         let at = (0..BUCKETS).rev().find(|&at| {
             sum += f64::from(self.buckets[at]);
             sum > above
@@ -210,7 +209,7 @@ fn bucket_end(bucket: usize) -> Duration {
     Duration::from_micros(quarters * UNIT / 4)
 }
 
-/// How many shards may be sent twice: a part of all, plus a few at once.
+/// Budget of hedges: a fraction of all shards, plus a burst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {
     permille: u32,
@@ -229,7 +228,7 @@ impl Budget {
         Self { permille, burst, left: burst as u64 * Self::ONE }
     }
 
-    /// A shard was sent; hedges do not count.
+    /// Counts a sent shard; hedges do not count.
     pub fn sent(&mut self) {
         let full = u64::from(self.burst) * Self::ONE;
         self.left = self.left.saturating_add(u64::from(self.permille)).min(full);

@@ -1,6 +1,6 @@
-//! Who leads: a lease that workers grant.
+//! The placement lease, which workers grant to one router.
 //!
-//! Owns both sides: [`Grant`], what a worker has promised, and [`Campaign`], a router's way to the lead. Always holds:
+//! Owns both sides: [`Grant`], a worker's promise, and [`Campaign`], a router's election. Always holds:
 //!
 //! - a worker's promise to one router holds until it runs out, is given back or the worker dies, and the terms it grants
 //!   only grow, so a worker obeys one router at a time, and never again one that was followed by another;
@@ -9,18 +9,18 @@
 //!
 //! Routers that know different workers may lead at the same time, and so may two for as long as a lease lasts when a
 //! worker that starts again has forgotten the one it promised: to wait that out would leave a cluster without a leader
-//! whenever most of its workers are restarted. Each then leads those that granted it the lease, and counts on what these
-//! hold alone, as [`leader`](crate::leader) does. Times are since any origin that the caller keeps to; between processes only
-//! spans travel. Knows nothing of orders, messages or who is alive.
+//! whenever most of its workers are restarted. Each then leads the workers that granted it the lease, and counts only on
+//! their holdings, as [`leader`](crate::leader) does. Times count from any fixed origin of the caller's; between processes
+//! only durations travel. Knows nothing of orders, messages or liveness.
 
 use std::time::Duration;
 
-/// The number of a lead. A router that takes over has a higher one than all before it.
+/// Number of a term of leading, higher than all before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Term(u64);
 
 impl Term {
-    /// The one with this number.
+    /// The term with this number.
     #[must_use]
     pub const fn new(number: u64) -> Self {
         Self(number)
@@ -45,21 +45,21 @@ impl std::fmt::Display for Term {
     }
 }
 
-/// What a router asks all workers for.
+/// A router's request for the lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ask {
-    /// The term it leads or wants to lead.
+    /// The term that it leads or wants to lead.
     pub term: Term,
-    /// How long the lease shall last from now on. Zero gives it back.
+    /// Duration of the lease from now on. Zero gives it back.
     pub ttl: Duration,
 }
 
 /// Whether the lease was granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is the candidate's.
+    /// The candidate has it.
     Granted,
-    /// It is not.
+    /// The candidate does not have it.
     Refused,
 }
 
@@ -68,15 +68,15 @@ pub enum Verdict {
 pub struct Reply {
     /// Whether the candidate has the lease.
     pub verdict: Verdict,
-    /// Who had it last; nobody since this worker started if none.
+    /// Its last holder since this worker's start, if any.
     pub holder: Option<String>,
     /// The highest term this worker has granted.
     pub term: Term,
-    /// How long it will refuse everybody but the holder.
+    /// Time for which every other router is refused.
     pub left: Duration,
 }
 
-/// What a worker has promised since it started: nothing at first.
+/// A worker's promise: none at its start.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Grant {
     holder: Option<String>,
@@ -85,11 +85,11 @@ pub struct Grant {
 }
 
 impl Grant {
-    /// Longest lease that is granted, whatever is asked.
+    /// Longest lease that is granted.
     pub const LONGEST: Duration = Duration::from_secs(60);
 
-    /// A router asks. It gets the lease if nobody else has it now, for a term above all granted before, or if it has it
-    /// already, for that term or a higher one.
+    /// Answers a router's request. It gets the lease for a term above all granted before if no other router has it now, or, if
+    /// it has the lease already, for that term or a higher one.
     pub fn ask(&mut self, now: Duration, candidate: &str, ask: Ask) -> Reply {
         let is_holder = self.holder.as_deref() == Some(candidate);
         let renews = is_holder && ask.term >= self.term;
@@ -97,7 +97,7 @@ impl Grant {
         let verdict = if renews || takes { Verdict::Granted } else { Verdict::Refused };
         if verdict == Verdict::Granted {
             let until = now.saturating_add(ask.ttl.min(Self::LONGEST));
-            // An ask that was overtaken by the next one must not shorten it; only giving back does.
+            // A request that the next one overtook must not shorten the lease; only giving back does.
             let stays = is_holder && ask.term == self.term && !ask.ttl.is_zero();
             self.until = if stays { until.max(self.until) } else { until };
             self.term = ask.term;
@@ -108,8 +108,8 @@ impl Grant {
         Reply { verdict, holder: self.holder.clone(), term: self.term, left: self.until.saturating_sub(now) }
     }
 
-    /// Whether orders of this router and term are to be carried out: those of the last holder of the lease, also when
-    /// it has run out, until somebody else has it.
+    /// Whether to carry out orders of this router and term: those of the lease's last holder, even after it ran out, until another
+    /// router gets it.
     #[must_use]
     pub fn obeys(&self, candidate: &str, term: Term) -> bool {
         self.term == term && self.holder.as_deref() == Some(candidate)
@@ -121,19 +121,19 @@ impl Grant {
         self.term
     }
 
-    /// Whether somebody has the lease.
+    /// Whether a router has the lease.
     #[must_use]
     pub fn is_held(&self, now: Duration) -> bool {
         self.holder.is_some() && now < self.until
     }
 }
 
-/// How a router campaigns.
+/// Intervals of a campaign.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rhythm {
-    /// How long a lease lasts.
+    /// Duration of a lease.
     pub ttl: Duration,
-    /// How often [`Campaign::tick`] is called, and a lease renewed.
+    /// Interval of [`Campaign::tick`], and of renewals.
     pub tick: Duration,
 }
 
@@ -144,19 +144,19 @@ impl Default for Rhythm {
     }
 }
 
-/// A router's way to the lead, and staying there.
+/// A router's campaign for the lease, and its renewals.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Campaign {
     name: String,
     rhythm: Rhythm,
-    /// The highest term that was heard of or used.
+    /// The highest term seen or used.
     seen: Term,
-    /// The term that is asked for.
+    /// The requested term.
     term: Term,
-    /// The lead that was won last.
+    /// The last lead won.
     lead: Option<Lead>,
     stage: Stage,
-    /// Rounds that were lost, to make the next pause another one.
+    /// Number of lost rounds, which varies the next pause.
     lost: u64,
 }
 
@@ -168,19 +168,19 @@ struct Lead {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
-    /// Asks again then.
+    /// Waits until this time to ask again.
     Waiting(Duration),
-    /// Asks since then.
+    /// Asking since this time.
     Asking(Duration),
-    /// Got the lease of too few, and gives it back.
+    /// Got too few grants, and gives them back.
     Yielding,
-    /// Renews.
+    /// Leads, and renews.
     Leading,
 }
 
 impl Campaign {
-    /// A router of this name, which no other may have, nor this one in an earlier life: one that was started again cannot
-    /// know the term it led, and would be taken for the one that did.
+    /// A router of this name, which must be unique, also among its own restarts: a restarted router does not know the term that it
+    /// led, and would be taken for its predecessor.
     #[must_use]
     pub fn new(name: &str, rhythm: Rhythm) -> Self {
         Self {
@@ -194,8 +194,8 @@ impl Campaign {
         }
     }
 
-    /// What to ask of all workers now, if anything; to be called once every tick. The answers go to
-    /// [`replies`](Self::replies) before the next.
+    /// The request to all workers now, if any; to be called once every tick. The answers go to [`replies`](Self::replies) before
+    /// the next.
     pub fn tick(&mut self, now: Duration) -> Option<Ask> {
         match self.stage {
             Stage::Waiting(until) if now < until => None,
@@ -206,7 +206,7 @@ impl Campaign {
                 self.stage = Stage::Asking(now);
                 Some(Ask { term: self.term, ttl: self.rhythm.ttl })
             }
-            // Whoever is in the way is to yield by now.
+            // Routers in the way yield by now.
             Stage::Asking(since) if now.saturating_sub(since) < self.rhythm.ttl => {
                 self.raise();
                 Some(Ask { term: self.term, ttl: self.rhythm.ttl })
@@ -219,7 +219,7 @@ impl Campaign {
         }
     }
 
-    /// What workers answered to the ask that was sent at `sent`, each at most once, of so many that are known.
+    /// Takes the answers to the request sent at `sent`, at most one per worker, of `workers_known` workers.
     pub fn replies(&mut self, sent: Duration, workers_known: usize, replies: &[Reply]) {
         let majority = workers_known / 2 + 1;
         let highest = replies.iter().map(|reply| reply.term).max();
@@ -245,14 +245,14 @@ impl Campaign {
             }
             Stage::Leading | Stage::Waiting(_) | Stage::Yielding => {}
         }
-        // A worker that granted somebody else this term or a higher one only takes one above it.
+        // A worker that granted another router this term or a higher one accepts only a higher one.
         let is_others = |reply: &Reply| reply.verdict == Verdict::Refused && reply.term >= self.term;
         if self.stage == Stage::Leading && (self.seen > self.term || replies.iter().any(is_others)) {
             self.raise();
         }
     }
 
-    /// The term this router leads, if it does.
+    /// The term that this router leads in, if it leads.
     #[must_use]
     pub fn leads(&self, now: Duration) -> Option<Term> {
         self.lead.filter(|lead| now < lead.until).map(|lead| lead.term)
@@ -264,7 +264,7 @@ impl Campaign {
         self.leads(now).is_some()
     }
 
-    /// Gives the lead up, so that another router need not wait for the lease to run out. None when there is none.
+    /// Gives up the lead, so that another router need not wait for the lease to run out. `None` without a lead.
     pub fn resign(&mut self, now: Duration) -> Option<Ask> {
         let leads = self.is_leader(now);
         self.lead = None;
@@ -276,8 +276,7 @@ impl Campaign {
         reply.verdict == Verdict::Granted && reply.term == self.term
     }
 
-    /// Whether of routers that share the workers between them this is the one that asks on. It is the first by name of
-    /// those that were granted something, unless one of them leads.
+    /// Whether this router keeps asking when several got grants: the first of them by name does, unless one of them leads.
     fn goes_first(&self, majority: usize, replies: &[Reply]) -> bool {
         let others = || replies.iter().filter(|reply| !self.is_mine(reply) && !reply.left.is_zero());
         let leads = |holder: &String| others().filter(|other| other.holder.as_ref() == Some(holder)).count();
@@ -290,7 +289,7 @@ impl Campaign {
         self.seen = self.term;
     }
 
-    /// When enough of the leases of others will have run out for a majority.
+    /// Time until enough leases of others run out for a majority.
     fn free(&self, majority: usize, replies: &[Reply]) -> Duration {
         let mut left: Vec<_> = replies.iter().map(|reply| reply.left).collect();
         left.sort_unstable();
@@ -298,7 +297,7 @@ impl Campaign {
         enough.min(Grant::LONGEST)
     }
 
-    /// Up to a tick, another for every router and every round, so that two that ask at the same time do not do it again.
+    /// A pause of up to a tick, different for every router and round, so that two routers that collide do not collide again.
     fn pause(&mut self) -> Duration {
         self.lost = self.lost.wrapping_add(1);
         // FNV-1a.

@@ -1,4 +1,4 @@
-//! Which worker holds which expert, and which ought to: pure data and decisions.
+//! Owners of every expert, current and target: pure data and decisions.
 //!
 //! Owns [`Shape`] (how many routed experts each layer has), [`Placement`] (an immutable snapshot of who holds
 //! what) and [`split()`] (the shares a cluster starts with). On top of these:
@@ -6,9 +6,9 @@
 //! - [`Loads`]: what was asked of each expert lately;
 //! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
-//! - [`hedge`]: how long an answer may take before another replica is asked too;
+//! - [`hedge`]: when a shard is sent to another replica too;
 //! - [`lease`]: which router leads;
-//! - [`leader`]: what the one that leads does, on top of all these;
+//! - [`leader`]: the leader's decisions, on top of all these;
 //! - [`Demand`] and [`workers_per_row()`]: how many workers a model takes, and what its rows take on the wire.
 //!
 //! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give

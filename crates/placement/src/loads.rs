@@ -1,7 +1,7 @@
-//! What was asked of each expert lately: decayed counts of rows.
+//! Recent load of each expert: decayed counts of rows.
 //!
-//! Owns the counts. Every count is finite and not negative, and a layer of which nothing is known is taken to be
-//! asked evenly. Does not know when it is told of rows: whoever owns it says how much to forget.
+//! Owns the counts. Every count is finite and not negative, and a layer without counts is taken to be
+//! loaded evenly. Knows no time: its owner says how much to decay.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ impl Loads {
     /// A count that fell below this many rows is forgotten.
     const LEAST: f64 = 1e-6;
 
-    /// Counts of which nothing is known yet.
+    /// Loads without counts.
     #[must_use]
     pub fn new(shape: &Shape) -> Self {
         Self { layers: shape.experts().iter().map(|&experts| vec![0.0; experts as usize]).collect() }
@@ -52,8 +52,7 @@ impl Loads {
         }
     }
 
-    /// Forgets what `elapsed` makes forget when half is forgotten every `half_life`. With a half-life of zero any
-    /// time at all forgets everything.
+    /// Decays by `elapsed` with a half-life of `half_life`. With a half-life of zero any time at all forgets everything.
     pub fn decay_over(&mut self, elapsed: Duration, half_life: Duration) {
         if elapsed.is_zero() {
             return;
@@ -62,7 +61,7 @@ impl Loads {
         self.decay((-halvings).exp2());
     }
 
-    /// Adds what another router counted. What it says of experts that this model does not have is ignored.
+    /// Adds another router's counts. Counts of experts that this model does not have are ignored.
     pub fn merge(&mut self, other: &Self) {
         for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
             for (count, more) in mine.iter_mut().zip(theirs) {
@@ -78,8 +77,8 @@ impl Loads {
         layer.and_then(|layer| layer.get(key.expert.index())).copied().unwrap_or(0.0)
     }
 
-    /// The part of its layer's rows that goes to each expert, ascending. They add up to 1 and are even when nothing
-    /// is known; a layer that the model does not have, or a dense one, has none.
+    /// Share of its layer's rows for each expert, ascending. The shares add up to 1 and are even without counts; a layer that the
+    /// model does not have, or a dense one, has none.
     pub fn shares(&self, layer: LayerId) -> impl Iterator<Item = f64> {
         let counts = self.layers.get(layer.index()).map_or(&[][..], Vec::as_slice);
         let total: f64 = counts.iter().sum();
@@ -87,7 +86,7 @@ impl Loads {
         counts.iter().map(move |count| if total > 0.0 { count / total } else { even })
     }
 
-    /// The part of its layer's rows that goes to this expert; 0 when the model does not have it.
+    /// Share of its layer's rows for this expert; 0 when the model does not have it.
     #[must_use]
     pub fn share(&self, key: ExpertKey) -> f64 {
         self.shares(key.layer).nth(key.expert.index()).unwrap_or(0.0)

@@ -1,4 +1,4 @@
-//! An immutable snapshot of who holds what.
+//! An immutable snapshot of the owners of every expert.
 
 use std::collections::HashSet;
 use std::num::NonZero;

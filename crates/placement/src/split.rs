@@ -1,4 +1,4 @@
-//! The static start: which experts each of N workers loads before anything is known about load.
+//! The static start: the experts that each of N workers loads before any load is measured.
 
 use std::num::NonZero;
 

@@ -31,18 +31,18 @@ pub struct Present {
     pub held: BTreeSet<ExpertKey>,
 }
 
-/// What a worker shall do now. All it shall hold is `keep` and `load`; anything else it unloads.
+/// Orders of a worker: it holds `keep` and `load`, and unloads all else.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Orders {
-    /// What it goes on holding.
+    /// Experts to keep.
     pub keep: BTreeSet<ExpertKey>,
-    /// What it shall load, the most urgent first: what nobody holds, then what waits to leave another worker, then
-    /// further copies; the hottest first within each.
+    /// Experts to load, the most urgent first: those without an owner, then those that wait to leave another worker, then further
+    /// copies; the hottest first within each.
     pub load: Vec<ExpertKey>,
 }
 
 impl Orders {
-    /// All that it shall hold.
+    /// All experts to hold.
     pub(crate) fn hold(&self) -> BTreeSet<ExpertKey> {
         self.keep.iter().chain(&self.load).copied().collect()
     }
@@ -56,8 +56,7 @@ pub struct Transition {
     /// Copies that are given up although their expert has fewer than needed then, so that something moves at all.
     /// Another live worker keeps it.
     pub forced: Vec<(WorkerId, ExpertKey)>,
-    /// What live workers shall hold but cannot, as no memory is to be had without giving up the last copy of
-    /// something; ascending.
+    /// Experts that live workers shall hold but cannot, since memory for them would cost the last copy of another; ascending.
     pub stuck: Vec<ExpertKey>,
 }
 
@@ -310,7 +309,7 @@ impl<'a> State<'a> {
 
     // Circles.
 
-    /// Forces a way for workers that would else wait for ever, as long as there are any.
+    /// Breaks circles of workers that would otherwise wait for ever, until there are none.
     fn break_circles(&mut self) {
         loop {
             let dead = self.dead();
@@ -377,8 +376,8 @@ impl<'a> State<'a> {
         self.admit_over(site, key, victims)
     }
 
-    /// Has other workers load what is in the way, those that have all they shall hold and memory to spare. In the
-    /// next steps the copies here can go.
+    /// Has other workers, complete and with spare memory, load the copies in the way, so that the copies here can go in the next
+    /// steps.
     fn detour(&mut self, site: usize, key: ExpertKey) -> bool {
         let Some(mut missing) = self.missing(site, key) else { return false };
         let mut strays: Vec<_> = self.sites[site].strays().collect();

@@ -1,4 +1,4 @@
-//! The fetching: which commit, its files one after the other, and the reference by which it is found.
+//! Fetches a model: the commit, its files one after the other, and the cache's reference to it.
 //!
 //! Always holds: all files are of one commit, and the revision's reference in the cache names it only when
 //! all of them are there. Files that are already there are not fetched again,

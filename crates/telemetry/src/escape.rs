@@ -1,4 +1,4 @@
-//! Keeps one log event on one line, whatever came in from outside, and says how many lines were left out before it.
+//! Keeps one log event on one line, whatever its values, with the number of lines left out before it.
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
@@ -6,13 +6,13 @@ use std::io::{self, Write};
 /// Whether the formatter above colours its output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Colour {
-    /// It does; the escape character is its own, and it takes those in values out itself.
+    /// It does, and removes escape characters from values itself.
     On,
     /// It does not; no escape character belongs in a line.
     Off,
 }
 
-/// How a line ends, and so where something can be added to it.
+/// End of a line, where a field can be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
     /// `field=value`, for people.

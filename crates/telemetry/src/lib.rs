@@ -1,9 +1,8 @@
 //! Logs, metrics and their names.
 //!
 //! Owns the one log subscriber and the one metrics recorder of a process, and the names under which every crate
-//! counts. A log event is one line, whatever values it carries, and
-//! nobody outside can have lines written without end. Knows nothing about where settings come from: the
-//! caller passes the filter and the format.
+//! counts. A log event is one line, whatever values it carries, and no peer can cause lines without end. Knows
+//! nothing about where settings come from: the caller passes the filter and the format.
 
 mod escape;
 mod limit;

@@ -1,4 +1,4 @@
-//! How many lines of one kind go into a log.
+//! Limit of log lines from one place in the code.
 //!
 //! A peer can cause a line with every frame, call or handshake. So each place in the code that logs has an account of its
 //! own: a burst, filled up at a steady pace. What is left out is counted, and told with the next line from that place.
@@ -69,7 +69,7 @@ impl Limits {
         accounts.entry(metadata.callsite()).or_insert_with(|| Account::new(now)).takes(now)
     }
 
-    /// Lines of this place that were left out since this was asked last.
+    /// Lines of this place that were left out since the last call.
     pub(crate) fn left_out(&self, metadata: &Metadata<'_>) -> u64 {
         let mut accounts = self.accounts();
         accounts.get_mut(&metadata.callsite()).map_or(0, |account| std::mem::take(&mut account.left_out))

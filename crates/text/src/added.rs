@@ -1,4 +1,4 @@
-//! Which tokens the files beside `tokenizer.json` add to it, in which order, and by which names templates know them.
+//! Tokens that the files beside `tokenizer.json` add to it: their order, and their names in templates.
 //!
 //! The rules are those of transformers' `TokenizersBackend`, step for step (`_from_pretrained`, `__init__`):
 //!
@@ -32,7 +32,7 @@ const EXTRA: &str = "extra_special_tokens";
 const ADDITIONAL: &str = "additional_special_tokens";
 const SPECIFIC: &str = "model_specific_special_tokens";
 
-/// What is known before: the files, and what the library read in `tokenizer.json`.
+/// Inputs: the files, and the tokens that the library read in `tokenizer.json`.
 pub(crate) struct Known<'a> {
     pub(crate) tokenizer_json: &'a [u8],
     pub(crate) special_tokens_map: Option<&'a [u8]>,
@@ -43,7 +43,7 @@ pub(crate) struct Known<'a> {
     pub(crate) padding: Option<String>,
 }
 
-/// What is to be added.
+/// Tokens to add.
 #[derive(Debug)]
 pub(crate) struct Additions {
     /// Tokens that a file lists with a number, then those that have none.

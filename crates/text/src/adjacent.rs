@@ -1,4 +1,4 @@
-//! Which characters may stand side by side in a match of a regular expression.
+//! Pairs of characters that may be adjacent in a match of a regular expression.
 //!
 //! The expression is over-approximated by the language it would have without its lookaheads: what is said never to
 //! be adjacent never is. Only one lookahead is known, `(?!\S)`; an expression with any other, with an anchor, or with
@@ -30,7 +30,7 @@ const FOREIGN: [(char, char); 10] = [
     ('\u{80}', '\u{84}'),
 ];
 
-/// A character, as far as it is told from others: each of ASCII by itself, the rest in groups.
+/// A class of characters: each of ASCII by itself, the rest in groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Symbol(u8);
 
@@ -141,7 +141,7 @@ impl Symbols {
 /// For each symbol those of a kind that go with it.
 pub(crate) type Table = [Symbols; Symbol::COUNT];
 
-/// What is known of an expression.
+/// Analysis of an expression.
 pub(crate) struct Adjacency {
     /// What may follow a character within a match.
     pairs: Table,

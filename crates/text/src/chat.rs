@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::TextError;
 use crate::json::{BoundedJson, MAX_DEPTH};
 
-/// What a template is rendered over.
+/// Input of a template.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chat {
     /// The conversation, oldest message first.
@@ -20,7 +20,7 @@ pub struct Chat {
 }
 
 impl Chat {
-    /// Checks what no type says.
+    /// Checks the rules that no type holds.
     ///
     /// # Errors
     /// A tool or a variable is nested too deeply, or a variable has a name that is not the caller's to set.
@@ -70,21 +70,21 @@ impl From<Vec<ChatMessage>> for Chat {
 /// One message of a conversation.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ChatMessage {
-    /// Who says it: `system`, `user`, `assistant`, `tool`, or what else the template knows.
+    /// Role: `system`, `user`, `assistant`, `tool`, or another that the template knows.
     pub role: String,
-    /// What is said.
+    /// Content.
     pub content: Content,
-    /// What the model thought before it said it.
+    /// The model's reasoning before the content.
     pub reasoning: Option<String>,
-    /// Name of the one who says it, or of the tool that answers.
+    /// Name of the speaker, or of the tool that answers.
     pub name: Option<String>,
-    /// What the model called.
+    /// Calls that the model made.
     pub tool_calls: Vec<ToolCall>,
-    /// Which call a tool answers.
+    /// Id of the call that a tool answers.
     pub tool_call_id: Option<String>,
 }
 
-/// What a message says.
+/// Content of a message.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Content {
     /// Nothing: the message is there for its calls.

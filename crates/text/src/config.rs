@@ -1,7 +1,7 @@
 //! `tokenizer_config.json`: the keys that serving needs, each of the type that it must have.
 //!
-//! What its tokens mean beside those of other files is the business of [`crate::added`], which ids they have that of the
-//! tokenizer. What would change ids or text in a way that is not done here is refused by name.
+//! [`crate::added`] merges its tokens with those of other files, and the tokenizer gives them ids. A setting that would change
+//! ids or text and is not implemented is refused by name.
 
 use serde_json::{Map, Value};
 
@@ -13,7 +13,7 @@ pub(crate) const FILE: &str = "tokenizer_config.json";
 /// Cap on its size and on that of the other files beside `tokenizer.json`; published ones stay below 2 MiB.
 const MAX_BYTES: usize = 16 << 20;
 
-/// What serving takes from the file.
+/// The keys that serving needs.
 #[derive(Debug, Default)]
 pub(crate) struct TokenizerConfig {
     /// Keys about tokens, as they are written.

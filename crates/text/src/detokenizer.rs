@@ -48,7 +48,7 @@ impl Detokenizer {
         self.strip_beginning(text)
     }
 
-    /// Ends the text: what is left of an incomplete character becomes U+FFFD.
+    /// Ends the text: an incomplete character becomes U+FFFD.
     pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned();
         self.strip_beginning(text)

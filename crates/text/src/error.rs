@@ -1,5 +1,5 @@
-//! What can go wrong with text. Messages name the file or field, the value and, where there is one, the
-//! remedy; none of them is cured by a retry.
+//! Errors of text. Messages name the file or field, the value and, where there is one, the remedy; a retry
+//! helps none of them.
 
 /// An error of this crate.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -43,7 +43,7 @@ pub enum TextError {
         /// The cap.
         limit: usize,
     },
-    /// The text has more tokens than were asked for.
+    /// The text has more tokens than allowed.
     #[error("has {least} tokens or more; at most {most} are allowed")]
     TooManyTokens {
         /// Tokens that it has at least.
@@ -51,18 +51,18 @@ pub enum TextError {
         /// Most that are allowed.
         most: usize,
     },
-    /// The text holds together for too long.
+    /// The text has too long a part without a seam.
     #[error(
         "has {bytes} bytes without a place to divide them, such as a space between two words; at most {limit} can be \
          tokenized at once"
     )]
     StretchTooLong {
-        /// Bytes that hold together.
+        /// Bytes of that part.
         bytes: usize,
         /// Most that are taken.
         limit: usize,
     },
-    /// The one who asked has gone.
+    /// The caller is gone.
     #[error("nobody waits for it any more")]
     Unwanted,
     /// The tokenizer refused a text.

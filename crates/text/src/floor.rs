@@ -1,4 +1,4 @@
-//! How few tokens a text can have, without tokenizing it.
+//! Lower bound of a text's number of tokens, without tokenizing it.
 //!
 //! What must hold: no tokenization has fewer. A token that stands for `n` bytes of text counts at most `1/n` for each
 //! of them, so every byte is given one over the length of the longest token that has it. A byte that may be dropped, or that one token may
@@ -16,7 +16,7 @@ const ONE: u64 = 1 << 32;
 /// What a space becomes in some vocabularies.
 const SPACE: char = '▁';
 
-/// What every byte of a text counts, in tokens of [`ONE`].
+/// Count of every byte of a text, in units of [`ONE`] a token.
 #[derive(Debug)]
 pub(crate) struct Floor {
     bytes: [u64; 256],
@@ -60,7 +60,7 @@ impl Floor {
         Counts(if text.is_ascii() { &self.bytes } else { &self.foreign })
     }
 
-    /// `None` where nothing can be said.
+    /// `None` without a bound.
     fn found(library: &Tokenizer, pieces: &Pieces) -> Option<Self> {
         let change = match library.get_normalizer() {
             Some(normalizer) => change(&serde_json::to_value(normalizer).ok()?)?,

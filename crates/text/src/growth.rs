@@ -1,4 +1,4 @@
-//! How much longer a normalizer can make a text: one whose steps each double it takes memory without end.
+//! Upper bound of a normalizer's growth of a text: one whose steps each double it would take memory without end.
 //!
 //! What must hold: no text grows by more than the product of what the steps can do each. Character maps (`Precompiled`) are taken
 //! for those of Unicode, which is what they are made from.
@@ -16,7 +16,7 @@ const CHARACTER: u64 = 3;
 /// Refuses a tokenizer that could make a text longer than any real one does.
 ///
 /// # Errors
-/// How much longer, in words.
+/// The growth, in words.
 pub(crate) fn check(library: &Tokenizer) -> Result<(), String> {
     let Some(normalizer) = library.get_normalizer() else { return Ok(()) };
     let json = serde_json::to_value(normalizer).map_err(|error| error.to_string())?;

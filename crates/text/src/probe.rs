@@ -1,8 +1,8 @@
-//! Finds out in which [`Forms`] a template takes what templates take differently, by rendering a small
-//! conversation and looking for it in the outcome.
+//! Detects the [`Forms`] of values that a template expects, by rendering a small conversation and searching the
+//! outcome for it.
 //!
-//! The reference hands over whatever its caller has; a caller in Python sees what comes out. A server does
-//! not, and its clients send one form only: parts for text, JSON text for arguments, `null` for no content.
+//! The reference passes on its caller's values, and a caller in Python sees the outcome. A server's clients do
+//! not, and send one form only: parts for text, JSON text for arguments, `null` for no content.
 
 use serde_json::{Map, json};
 

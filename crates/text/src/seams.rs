@@ -1,4 +1,4 @@
-//! Where a text can be cut so that the ids of its parts, one after the other, are the ids of the whole.
+//! Seams: cuts of a text at which the ids of its parts, one after the other, are the ids of the whole.
 //!
 //! What must hold: at a seam no added token reaches over it or looks beyond it, the normalizer changes nothing across
 //! it, and either every pre-tokenizer keeps to its side and one of them always splits there, or, where words are not

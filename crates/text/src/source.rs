@@ -1,4 +1,4 @@
-//! A template's source, with what our engine reads differently written so that it reads the same.
+//! Rewrites a template's source so that our engine reads it as the reference does.
 //!
 //! Line breaks are one character, as the reference reads them. `{% generation %}` marks what a model is trained
 //! on and shows in no text; here it only keeps its scope. Escapes in strings are Python's. Knows as much of the

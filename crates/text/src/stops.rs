@@ -1,10 +1,10 @@
 //! Stop strings, matched in text that comes in pieces.
 //!
-//! Always holds: what was handed out never contains a stop string, and together with what is held back it
-//! is all the text so far. The result does not depend on how the text was cut. At most the length of the
-//! longest stop string is held back.
+//! Always holds: emitted text never contains a stop string, and together with the text held back it is all the
+//! text so far. The result does not depend on how the text was cut. At most the length of the longest stop
+//! string is held back.
 
-/// What came of one more piece of text.
+/// Result of one more piece of text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StopOutcome {
     /// Text that belongs to the answer; may be empty.
@@ -47,7 +47,7 @@ impl StopMatcher {
         StopOutcome::Text(std::mem::replace(&mut self.held, undecided))
     }
 
-    /// Ends the text and returns what was held back.
+    /// Ends the text and returns the text held back.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }

@@ -29,7 +29,7 @@ pub enum Special {
     Omit,
 }
 
-/// How far [`Tokenizer::encode_within`] goes.
+/// Bounds of [`Tokenizer::encode_within`].
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     /// Most tokens.
@@ -39,7 +39,7 @@ pub struct Bounds {
     pub stretch: usize,
 }
 
-/// What decoding does with special tokens.
+/// Treatment of special tokens in decoding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpecialText {
     /// They are text like any other.
@@ -174,7 +174,7 @@ impl Tokenizer {
         self.encode(rendered, Special::Omit)
     }
 
-    /// How few tokens `text` can have, special tokens aside; 0 where nothing can be said. Reads every byte once.
+    /// Lower bound of the tokens of `text`, special tokens aside; 0 without a bound. Reads every byte once.
     #[must_use]
     pub fn least_tokens(&self, text: &str) -> usize {
         Counts::tokens(self.floor.counts(text).sum(text))

@@ -5,7 +5,7 @@
 
 use crate::{Chat, ChatMessage, CivilDate, GenerationPrompt, TextError, Tokenizer, probe};
 
-/// What became of the conversation of one role.
+/// Outcome of the conversation of one role.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RoleTrial {
     /// `user`, `system`, `assistant` or `tool`.

@@ -1,8 +1,8 @@
-//! What a worker holds and what it shall hold: the only place where experts come and go.
+//! A worker's held and wanted experts: the only place that adds and removes experts.
 //!
-//! Always holds: what is announced is in memory and wanted; what is no longer wanted stays in memory, unannounced, until
-//! routers have had the time to learn of it. Memory is the store's to count. The store is not asked under the lock. Does not
-//! know who decides, how weights are had, or what computes with them.
+//! Always holds: announced experts are in memory and wanted; an expert that is no longer wanted stays in memory, unannounced,
+//! until routers have had time to learn of it. The store counts memory, and is not called under the lock. Does not know the
+//! leader, the sources of weights, or the compute.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::pin;
@@ -15,65 +15,65 @@ use muster_proto::control::Assignment;
 use muster_types::{ExpertKey, WeightDigest};
 use tokio::sync::Notify;
 
-/// How long what is no longer wanted can still be asked for.
+/// Time for which a withdrawn expert still serves.
 const RELEASE: Duration = Duration::from_millis(500);
-/// How long what was given up and is in use is left alone before it is looked at again.
+/// Interval of the checks of removed experts that are still in use.
 const IN_USE: Duration = Duration::from_millis(10);
 
 /// An expert to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Task {
     pub(crate) key: ExpertKey,
-    /// Addresses of workers that are said to have it.
+    /// Addresses of workers that hold it, as the order says.
     pub(crate) peers: Vec<String>,
-    /// What its weights must be, where the leader says so.
+    /// Expected digest of its weights, if the order has one.
     pub(crate) digest: Option<WeightDigest>,
 }
 
-/// What the loader is to do.
+/// Next task of the loader.
 #[derive(Debug)]
 pub(crate) enum Work {
     /// Load this.
     Load(Task),
-    /// Tell others: something was given up.
+    /// Announce: an expert was given up.
     Released,
-    /// All is over.
+    /// Stop.
     Stop,
 }
 
 /// See the module.
 pub(crate) struct Holder {
-    /// What can be computed with. Changed by the loader alone.
+    /// Experts for the compute side. Changed by the loader alone.
     store: Arc<dyn ExpertStore>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Orders, for whoever waits asynchronously.
+    /// Number of orders so far, for asynchronous waits.
     news: Notify,
-    /// When the process began to be a worker.
+    /// Start of the worker.
     started: Instant,
 }
 
 struct State {
     wanted: BTreeSet<ExpertKey>,
-    /// Experts that can be asked for, with the digests of what was loaded: each is in the store before it is here, and leaves
-    /// the store after it left here.
+    /// Servable experts, with the digests of their loaded weights: each enters the store before this map, and leaves the store
+    /// after it.
     held: BTreeMap<ExpertKey, WeightDigest>,
-    /// Wanted and not there, the most urgent first.
+    /// Wanted and not loaded, the most urgent first.
     tasks: VecDeque<Task>,
-    /// Held and not wanted, with the moment from which it may go.
+    /// Held and not wanted, with the time from which it may go.
     released: BTreeMap<ExpertKey, Instant>,
-    /// The last source that was passed over because what it has is damaged or different.
+    /// The last source that was passed over for damaged or different weights.
     trouble: Option<String>,
     stopped: bool,
     /// Counts orders.
     orders: u64,
-    /// How long after the start the first expert was there, and all that were to be there first.
+    /// Time from the start to the first expert, and to the last expert of the first order.
     useful: Option<Duration>,
     full: Option<Duration>,
 }
 
 impl State {
-    /// Something is held, for the first time or not.
+    /// Records those times.
     fn note(&mut self, started: Instant) {
         let since = started.elapsed();
         self.useful.get_or_insert(since);
@@ -82,7 +82,7 @@ impl State {
         }
     }
 
-    /// Withdraws what was released long enough ago.
+    /// Takes out the released experts whose time is over.
     fn take_due(&mut self, now: Instant) -> Vec<ExpertKey> {
         let due: Vec<_> = self.released.extract_if(.., |_, at| *at <= now).map(|(key, _)| key).collect();
         for key in &due {
@@ -91,7 +91,7 @@ impl State {
         due
     }
 
-    /// When memory that nobody wants may be had; `in_use`: some of it was given up already.
+    /// When memory of unwanted experts becomes free; `in_use`: removed experts still have users.
     fn next_release(&self, now: Instant, in_use: bool) -> Option<Instant> {
         let in_use = in_use.then(|| now + IN_USE);
         self.released.values().copied().chain(in_use).min()
@@ -127,7 +127,7 @@ impl Holder {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether nothing shall be held.
+    /// Whether no expert is wanted.
     pub(crate) fn is_unwanted(&self) -> bool {
         self.state().wanted.is_empty()
     }
@@ -142,7 +142,7 @@ impl Holder {
         self.store.capacity().saturating_sub(self.store.resident_bytes())
     }
 
-    /// Waits for something to do. Gives up what may go.
+    /// Waits for the next task. Removes experts that may go.
     pub(crate) fn next(&self) -> Work {
         loop {
             let is_freed = self.store.reclaim() > 0;
@@ -183,7 +183,7 @@ impl Holder {
         drop(self.changed.wait_timeout_while(state, left, same));
     }
 
-    /// When memory that is taken by what nobody wants may be had.
+    /// When memory of unwanted experts becomes free.
     pub(crate) fn next_release(&self) -> Option<Instant> {
         let in_use = self.store.removed_bytes() > 0;
         self.state().next_release(Instant::now(), in_use)
@@ -192,7 +192,7 @@ impl Holder {
     /// Stores a loaded expert; discards it if the assignment no longer includes it.
     ///
     /// # Errors
-    /// When the store does not take it; it is still to be loaded then.
+    /// When the store refuses it; it then stays on the list to load.
     pub(crate) fn take_in(
         &self,
         key: ExpertKey,
@@ -224,7 +224,7 @@ impl Holder {
     pub(crate) async fn called_off(&self, key: ExpertKey) {
         loop {
             let mut news = pin!(self.news.notified());
-            // From here on nothing is missed.
+            // Subscribed before the check, so that no change is missed.
             news.as_mut().enable();
             if !self.is_asked_for(key) {
                 return;
@@ -233,12 +233,12 @@ impl Holder {
         }
     }
 
-    /// A source was passed over because what it has is damaged or different; in words.
+    /// Records a source that was passed over for damaged or different weights, in words.
     pub(crate) fn trouble(&self, text: String) {
         self.state().trouble = Some(text);
     }
 
-    /// An expert could not be loaded: others come first.
+    /// Moves an expert that could not be loaded to the end of the list.
     pub(crate) fn defer(&self, key: ExpertKey) {
         let mut state = self.state();
         if let Some(at) = state.tasks.iter().position(|task| task.key == key) {
@@ -269,7 +269,7 @@ impl Custody for Holder {
         state.orders += 1;
         let before = std::mem::replace(&mut state.wanted, wanted);
         let State { wanted, held, tasks, released, .. } = &mut *state;
-        // What it is to keep and lost without being told to is loaded again.
+        // An expert to keep that is missing is loaded again.
         let lost = wanted.iter().filter(|key| !listed.contains(key)).map(|&key| task(key, &[], None));
         let told = load.iter().map(|load| task(load.key, &load.peers, load.digest));
         *tasks = told.chain(lost).filter(|task| !held.contains_key(&task.key)).collect();

@@ -2,9 +2,8 @@
 //!
 //! Owns the order of a worker's life. An address that cannot be had is reported before anything is loaded, and
 //! nothing is served before every expert of the share it starts with is read, checked and packed. From then on a leader
-//! among the routers says what it shall hold, and it serves meanwhile. Keeps nothing about a request after its reply.
-//! Knows nothing of routers beyond what [`muster_dispatch_grpc`] tells them, and nothing of signals, flags or files other
-//! than the model's.
+//! among the routers orders what it holds, and it serves meanwhile. Keeps nothing about a request after its reply.
+//! Knows routers only through [`muster_dispatch_grpc`], and nothing of signals, flags or files other than the model's.
 
 mod holder;
 mod load;
@@ -49,9 +48,9 @@ const MAX_DEADLINE: Duration = Duration::from_secs(300);
 /// Time for streams to end, and for the experts' thread to finish its shard, once everything is answered.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a worker that drains looks whether it is needed.
+/// Interval of a draining worker's checks whether it is still needed.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
-/// A worker that nobody leads is not needed when nobody asked it for so long.
+/// Time without shards after which a worker without a leader is not needed.
 const QUIET: Duration = Duration::from_millis(150);
 
 /// Which of the model's experts a worker starts with.
@@ -81,7 +80,7 @@ pub struct WorkerConfig {
     pub worker_id: WorkerId,
     /// The model; `None` takes that of a router to join, and its weights from there.
     pub source: Option<Source>,
-    /// Routers to make itself known to; a name stands for those at all its addresses.
+    /// Routers to join; a name stands for those at all its addresses.
     pub join: Vec<Address>,
     /// Where others reach it, if that is not where it listens.
     pub advertise: Option<Address>,
@@ -91,7 +90,7 @@ pub struct WorkerConfig {
     pub memory: Option<u64>,
     /// How fast it is, compared with other workers; `None` counts threads.
     pub speed: Option<Speed>,
-    /// What it shares its fate with, such as a host or a rack.
+    /// Failure domain, such as a host or a rack.
     pub domain: Option<String>,
     /// Bytes a second that other workers may fetch from it.
     pub fetch_rate: NonZeroUsize,
@@ -107,11 +106,11 @@ pub struct WorkerConfig {
     pub queue: NonZeroUsize,
     /// Streams open at once; a router needs three.
     pub streams: NonZeroUsize,
-    /// How long to look for the next shard after an answer before sleeping.
+    /// Time to poll for the next shard after an answer before sleeping.
     pub busy_poll: Duration,
-    /// How long it may go on serving what nobody else holds after a stop was asked for.
+    /// Longest drain: time to serve experts without another owner.
     pub drain_timeout: Duration,
-    /// Who it is; `None` speaks plaintext.
+    /// Its identity; `None` speaks plaintext.
     pub identity: Option<Identity>,
 }
 
@@ -126,13 +125,13 @@ pub struct Ready {
     pub bytes: u64,
 }
 
-/// What the process around a worker gives it.
+/// Hooks of the process around a worker.
 pub struct Hooks {
     /// Called while experts are loaded.
     pub progress: Box<dyn FnMut(LoadProgress) + Send>,
-    /// Called once, when rows are taken.
+    /// Called once, when it accepts rows.
     pub ready: Box<dyn FnOnce(Ready) + Send>,
-    /// What the machine around it asks.
+    /// The admin interface.
     pub admin: Admin,
 }
 
@@ -172,7 +171,7 @@ pub enum WorkerError {
     /// No router takes it.
     #[error(transparent)]
     Join(#[from] JoinError),
-    /// There is neither a model nor a router that has one.
+    /// There is neither a model nor a router to take one from.
     #[error("there is no model: give --model, or --join a router that has one")]
     NoModel,
     /// The share does not fit the memory.
@@ -292,7 +291,7 @@ pub async fn run(
     for routers in routers {
         beside.spawn(applicant.clone().stay_with(routers));
     }
-    // Only now, so that a router that it was known to by this need not forget it in between.
+    // Only now, so that a router that knew it from this join need not forget it in between.
     drop(first);
     tracing::info!(worker = %config.worker_id, %address, experts, bytes, "serving experts");
     let standing =
@@ -334,7 +333,7 @@ pub async fn run(
         tracing::warn!("a router keeps its connection open; leaving it");
         serving.abort();
     }
-    // One finishes the shard it has, the other what it reads of an expert.
+    // The compute thread finishes its shard, the loader its current read.
     for thread in [&mut computing, &mut loading] {
         // Else it has ended before, which is why all ends.
         if !thread.is_terminated() {
@@ -357,7 +356,7 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
         if server.open_streams() == 0 || holder.is_unwanted() {
             break;
         }
-        // A leader sees to it that others hold what is needed.
+        // The leader has others load the needed experts.
         if !server.is_led() && now - since >= QUIET {
             break;
         }
@@ -423,7 +422,7 @@ fn on_thread<T: Send + 'static>(
 ) -> Result<oneshot::Receiver<T>, WorkerError> {
     let (done, result) = oneshot::channel();
     let run = move || {
-        // Nobody may be waiting any more.
+        // The receiver may be gone.
         let _ = done.send(work());
     };
     match std::thread::Builder::new().name(name.to_owned()).spawn(run) {

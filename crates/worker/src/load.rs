@@ -1,4 +1,4 @@
-//! From a model on disk to a worker that can serve: what the model is, and the experts it starts with.
+//! From a model on disk to a worker that can serve: the model's description, and the experts to start with.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -22,7 +22,7 @@ use crate::{Share, WorkerConfig, WorkerError, memory_for_experts, on_thread};
 /// Experts that are loaded and wait for their digest.
 const UNDIGESTED: usize = 2;
 
-/// All that serving needs of the model.
+/// The parts of the model that serving needs.
 pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) store: Arc<CpuStore>,
@@ -34,8 +34,8 @@ pub(crate) struct Loaded {
     pub(crate) top_k: NonZeroU32,
 }
 
-/// Loads on a thread of its own, which a process that is told to stop need not wait for. Without a model of its own a
-/// worker is what the card says, and holds nothing yet.
+/// Loads on a thread of its own, which a stopping process need not wait for. A worker without a model takes its description
+/// from the card, and holds nothing yet.
 pub(crate) fn start(
     config: WorkerConfig,
     card: Option<ModelCard>,
@@ -48,7 +48,7 @@ pub(crate) fn start(
     })
 }
 
-/// Begins empty, with a model that others have.
+/// Starts empty, with a model that others have.
 fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> {
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = card.name, compute = %card.compute, dtype = %card.experts, isa = ?cpu.isa(), "taking the router's model");
@@ -133,7 +133,7 @@ fn load(
     Ok(Loaded { cpu, store, digests, sources, shape, hidden, top_k })
 }
 
-/// Reads and packs experts. Another thread digests what is there meanwhile, so that it takes no longer.
+/// Reads and packs experts. Another thread computes their digests meanwhile, at no extra time.
 fn load_experts(
     checkpoint: &Checkpoint,
     keys: &[ExpertKey],
@@ -149,7 +149,7 @@ fn load_experts(
         let read = experts::read(checkpoint, keys, compute, dtype, progress, &mut |key, expert| {
             set.insert(key, expert);
             if let Some(expert) = set.get(key) {
-                // Fails when the other thread panicked, which is told below.
+                // Fails when the other thread panicked, which is reported below.
                 let _ = sender.send((key, expert));
             }
         });

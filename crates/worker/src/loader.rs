@@ -1,8 +1,8 @@
-//! Has the experts that are wanted loaded, one after the other, while the worker serves.
+//! Loads the wanted experts, one after the other, while the worker serves.
 //!
-//! An expert comes from a worker that holds it, if one is named and gives it, else from the checkpoint, else from a router.
-//! A source that fails, or gives other weights than the leader says they are, is passed over. Serving comes first: the
-//! thread asks the system for the smaller part of the processor.
+//! An expert comes from a worker that holds it, if the order names one, else from the checkpoint, else from a router. A
+//! source that fails, or whose weights have another digest than the order says, is passed over. Serving comes first: the
+//! thread runs at a lower priority.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -20,18 +20,18 @@ use tokio::runtime::Handle;
 
 use crate::holder::{Holder, Task, Work};
 
-/// How much lower than others the thread's priority is.
+/// Niceness of the thread.
 const NICE: i32 = 10;
-/// Pause after an expert that could not be had anywhere.
+/// Pause after an expert that no source could give.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Experts that are loaded in less time are announced together.
 const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
-/// Messages that are remembered so as not to be repeated; beyond that, all are forgotten.
+/// Log messages that are remembered, so as not to be repeated; beyond that, all are forgotten.
 const SAID: usize = 1024;
 
-/// What weights are, and where they are.
+/// Description and sources of the weights.
 pub(crate) struct Sources {
-    /// `None` where weights come from others alone.
+    /// `None` if weights come only from other processes.
     pub(crate) checkpoint: Option<Checkpoint>,
     /// Routers that read their checkpoint for others.
     pub(crate) routers: Vec<Address>,
@@ -51,7 +51,7 @@ pub(crate) struct Loader {
     pub(crate) dialer: Dialer,
 }
 
-/// Where weights can be had.
+/// A source of weights.
 enum Source<'a> {
     Peer(Address),
     Checkpoint(&'a Checkpoint),
@@ -95,7 +95,7 @@ enum Passed {
 }
 
 impl Passed {
-    /// Whether somebody has to look at it: the source is damaged, not only busy or away.
+    /// Whether the source is damaged, not only busy or away, and needs an operator.
     const fn is_damage(&self) -> bool {
         match self {
             Self::Fetch(FetchError::Others { .. } | FetchError::Damaged(_)) => true,
@@ -105,15 +105,15 @@ impl Passed {
     }
 }
 
-/// What the loading thread keeps from one expert to the next.
+/// State of the loading thread between experts.
 struct Hands {
     fetcher: Fetcher,
-    /// What was logged already.
+    /// Messages logged already.
     said: HashSet<String>,
 }
 
 impl Hands {
-    /// Whether this was not said before.
+    /// Whether a message is new.
     fn is_news(&mut self, text: &str) -> bool {
         if self.said.len() >= SAID {
             self.said.clear();
@@ -147,7 +147,7 @@ impl Loader {
         }
     }
 
-    /// Loads an expert, or says when to try again.
+    /// Loads an expert, or returns the time of the next attempt.
     fn load(&self, hands: &mut Hands, task: &Task) -> Result<(), Instant> {
         let later = Instant::now() + PAUSE;
         let Some((form, bytes)) = self.form(task.key) else {
@@ -162,7 +162,7 @@ impl Loader {
         }
         let started = Instant::now();
         let Some((expert, digest, source)) = self.find(hands, task, &form, bytes) else {
-            // What was called off meanwhile has not failed.
+            // An expert that is no longer wanted has not failed.
             return if self.holder.is_asked_for(task.key) { Err(later) } else { Ok(()) };
         };
         if let Err(error) = self.holder.take_in(task.key, expert, digest) {
@@ -181,7 +181,7 @@ impl Loader {
         Some((form, form.bytes()?))
     }
 
-    /// From the first source that has what it must be, and which kind that was; `None` also once it is called off.
+    /// The expert from the first source with the expected weights, and the kind of source; `None` also once it is not wanted.
     fn find(
         &self,
         hands: &mut Hands,

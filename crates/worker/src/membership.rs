@@ -1,7 +1,7 @@
-//! Being known to routers: asks until it is, and again whenever one lets go.
+//! Membership with routers: joins each, and joins again whenever a membership ends.
 //!
-//! A name stands for all routers at its addresses, which are asked for again and again: the worker is known to each of them,
-//! and lets go of those that the name has no more.
+//! A name stands for all routers at its addresses and is resolved again and again: the worker joins each router there, and
+//! leaves those whose address the name has lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +18,7 @@ use tokio::task::{AbortHandle, JoinSet};
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// Where routers are.
+/// Source of routers' addresses.
 #[derive(Clone)]
 pub(crate) enum Routers {
     /// One of them.
@@ -32,10 +32,10 @@ pub(crate) enum Routers {
 }
 
 impl Routers {
-    /// Those that an address means. A name is asked for from now on.
+    /// The routers of an address. A name is resolved from now on.
     pub(crate) fn of(address: &Address) -> Self {
         match address {
-            // What every machine calls itself is one address to connect to, of whichever family answers.
+            // A machine's name for itself is one address, of whichever family answers.
             Address::Tcp { host, port } if host.parse::<IpAddr>().is_err() && host != "localhost" => {
                 Self::Named { name: address.clone(), seen: muster_discovery::watch_name(host, *port) }
             }
@@ -43,7 +43,7 @@ impl Routers {
         }
     }
 
-    /// Those that are known now, or why there are none.
+    /// The current addresses, or why there are none.
     fn now(&self) -> Result<Vec<Address>, String> {
         match self {
             Self::At(address) => Ok(vec![address.clone()]),
@@ -62,7 +62,7 @@ impl Routers {
     }
 }
 
-/// Counts a router that knows this worker, for as long as it exists.
+/// Counts a membership while it exists.
 struct Known(Arc<AtomicUsize>);
 
 impl Known {
@@ -78,7 +78,7 @@ impl Drop for Known {
     }
 }
 
-/// A worker that makes itself known.
+/// A worker that joins routers.
 #[derive(Clone)]
 pub(crate) struct Applicant {
     pub(crate) dialer: Dialer,
@@ -86,9 +86,9 @@ pub(crate) struct Applicant {
     pub(crate) listen: Address,
     /// Where others reach it, if that is not where it listens.
     pub(crate) advertise: Option<Address>,
-    /// Of the model it has, if it has one.
+    /// Fingerprint of its model, if it has one.
     pub(crate) model: Option<Fingerprint>,
-    /// Routers that know it.
+    /// Number of memberships.
     pub(crate) known: Arc<AtomicUsize>,
 }
 
@@ -98,11 +98,10 @@ impl Applicant {
         join(&self.dialer, router, &self.worker, &me, self.model).await
     }
 
-    /// The first of these routers that takes it. Asks for as long as none does, and says why whenever that is another
-    /// reason.
+    /// Membership with the first of these routers that accepts it. Retries until one does, and logs each new reason.
     ///
     /// # Errors
-    /// When one refuses it: something is set up wrongly.
+    /// When a router refuses it, which means a wrong configuration.
     pub(crate) async fn first(
         &self,
         routers: &[Routers],
@@ -137,7 +136,7 @@ impl Applicant {
         }
     }
 
-    /// Keeps it known to routers, for as long as it is polled.
+    /// Keeps the memberships with all routers, for as long as it is polled.
     pub(crate) async fn stay_with(self, routers: Routers) {
         match routers {
             Routers::At(router) => self.stay(router).await,
@@ -164,13 +163,13 @@ impl Applicant {
             }
             while tasks.try_join_next().is_some() {}
             if seen.changed().await.is_err() {
-                // Whoever asked for the name panicked, which is in the log.
+                // The resolver panicked, which is in the log.
                 std::future::pending::<()>().await;
             }
         }
     }
 
-    /// Keeps it known to a router, for as long as it is polled.
+    /// Keeps the membership with one router, for as long as it is polled.
     async fn stay(self, router: Address) {
         let mut pause = FIRST_PAUSE;
         let mut complained = false;

@@ -1,4 +1,4 @@
-//! How much memory a worker may fill with experts when nobody says.
+//! Default memory of a worker for experts.
 
 use std::path::Path;
 

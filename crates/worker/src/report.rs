@@ -1,4 +1,4 @@
-//! What a worker tells the machine around it: readiness and metrics.
+//! A worker's readiness and metrics.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,17 +9,17 @@ use muster_dispatch_grpc::{Custody, Held, Pressure, Smoothed};
 
 use crate::holder::Holder;
 
-/// How often metrics are brought up to date.
+/// Interval of metric updates.
 const EVERY: Duration = Duration::from_secs(1);
-/// Over which time pressure is averaged: long enough that one request does not add a worker.
+/// Time over which pressure is averaged: long enough that one request does not add a worker.
 const OVER: Duration = Duration::from_secs(15);
 
-/// What readiness depends on.
+/// Inputs of readiness.
 pub(crate) struct Standing {
     pub(crate) holder: Arc<Holder>,
-    /// Routers that know this worker.
+    /// Number of memberships with routers.
     pub(crate) known: Arc<AtomicUsize>,
-    /// Whether it asks routers to know it.
+    /// Whether it joins routers.
     pub(crate) joins: bool,
 }
 

@@ -87,7 +87,7 @@ fn the_token_path_while_64_workers_announce_24576_experts() {
         links.poll(&mut Vec::new());
         waits.push(asked.elapsed());
         drop(fleet);
-        // What the system takes of as short a time on a machine as busy.
+        // Baseline: the same time without the links, on an equally busy machine.
         let asked = Instant::now();
         *alone.lock().unwrap() += 1;
         control.push(asked.elapsed());

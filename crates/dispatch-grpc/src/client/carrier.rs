@@ -20,8 +20,8 @@ use super::links::Links;
 use crate::busy::BusyPoll;
 use crate::driver::{Driver, Reins};
 
-/// Bytes out or back from which another thread drives the network until they are collected: this many do not fit the
-/// sockets' buffers, and the engine thread may have something else to compute meanwhile.
+/// Bytes out or back from which the keeper thread drives the network until they are collected: they exceed the sockets'
+/// buffers, and the engine thread may compute meanwhile.
 const LARGE_BYTES: usize = 256 << 10;
 
 /// Workers in other processes, as delivery sees them.
@@ -42,19 +42,19 @@ pub struct Carrier {
 }
 
 impl Carrier {
-    /// Tells other threads how the workers are.
+    /// Handle to the workers' health, for other threads.
     #[must_use]
     pub fn health(&self) -> HealthHandle {
         HealthHandle(Arc::clone(&self.links))
     }
 
-    /// Lets other threads change which workers there are, and what they hold.
+    /// Handle to the cluster's workers and their control calls, for other threads.
     #[must_use]
     pub fn cluster(&self) -> ClusterHandle {
         self.cluster.clone()
     }
 
-    /// Tells other threads where time goes.
+    /// Handle to timing samples, for other threads.
     #[must_use]
     pub fn stats(&self) -> StatsHandle {
         StatsHandle(Arc::clone(&self.samples))
@@ -149,7 +149,7 @@ impl Drop for Carrier {
     }
 }
 
-/// Output rows off the wire, not yet held against what was asked.
+/// Output rows off the wire, not yet checked against their shard.
 #[derive(Debug)]
 pub struct WireRows {
     rows: OutputRows,
@@ -183,7 +183,7 @@ impl Outputs for WireRows {
     }
 }
 
-/// Adds up what came off the wire, on the CPU.
+/// Combines outputs off the wire, on the CPU.
 pub struct WireSums {
     pub(super) cpu: Arc<Cpu>,
     pub(super) hidden: usize,

@@ -1,6 +1,6 @@
-//! Which workers there are, and calls to them beside the data plane: for whoever leads, and for workers that join.
+//! The connected workers, and control calls to them beside the data plane: for the placement leader and for joining workers.
 //!
-//! Every call has a deadline. Knows nothing of why something is asked.
+//! Every call has a deadline. Knows nothing of the purpose of a call.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,10 +18,10 @@ use super::links::Links;
 use super::peer::Control;
 use crate::address::Address;
 
-/// How long a worker may take to answer. A leader that waits for one that stands still must not lose its lease over it.
+/// Deadline of a worker's answer: short, so that a leader does not lose its lease while it waits for a stalled worker.
 const ANSWER: Duration = Duration::from_millis(400);
 
-/// Other threads' way to the workers of a dispatch.
+/// Other threads' handle to the workers of a dispatch.
 #[derive(Clone)]
 pub struct ClusterHandle {
     pub(super) links: Arc<Links>,
@@ -29,12 +29,12 @@ pub struct ClusterHandle {
     pub(super) runtime: Handle,
 }
 
-/// There are as many workers as a router knows.
+/// The router knows its maximum of workers already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("this router knows as many workers as it may")]
 pub struct Crowded;
 
-/// A worker that made itself known. It is forgotten when this is dropped and it is not connected.
+/// Membership of a joined worker. After its drop, an unconnected worker is forgotten.
 pub struct Joined {
     links: Arc<Links>,
     address: Address,
@@ -46,13 +46,13 @@ impl Drop for Joined {
     }
 }
 
-/// A call that came to nothing.
+/// A control call that failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ControlError {
-    /// It obeys somebody else.
+    /// The worker obeys another router.
     #[error("it obeys another router: {0}")]
     NotLeader(String),
-    /// It said nothing in time.
+    /// No answer within the deadline.
     #[error("it gave no answer within {0:?}")]
     Silent(Duration),
     /// Anything else.
@@ -75,11 +75,11 @@ impl From<Status> for ControlError {
 pub struct ConnectedWorker {
     /// Where it is.
     pub address: String,
-    /// Changes whenever it is connected anew.
+    /// Number of its session; another for each connection.
     pub session: u64,
     /// What it announces.
     pub description: Arc<Description>,
-    /// What it shares its fate with: as it announces, else as whoever made it known says.
+    /// Failure domain: as the worker announces it, else as its discovery or join says.
     pub domain: Option<String>,
     pub(super) control: Control,
 }
@@ -101,7 +101,7 @@ impl ConnectedWorker {
         LeadAnswer::parse(&reply).map_err(|error| ControlError::Failed(error.to_string()))
     }
 
-    /// Tells it what to hold. Gives the epoch of the description that has nothing in it which the order takes away.
+    /// Orders what it shall hold. Returns the epoch of the first description without the experts that the order takes away.
     ///
     /// # Errors
     /// When it does not take that order.
@@ -110,7 +110,7 @@ impl ConnectedWorker {
         Ok(Epoch::new(within(ANSWER, control.assign(assignment.to_wire())).await?.epoch))
     }
 
-    /// Rows that its experts got since it started, by layer and expert, for a model of that many experts in each layer.
+    /// Rows of its experts since its start, by layer and expert, for a model with `experts` experts in each layer.
     ///
     /// # Errors
     /// When it does not answer as it should.
@@ -138,19 +138,19 @@ impl ClusterHandle {
         self.links.members()
     }
 
-    /// Tells whenever a worker comes, goes or announces something.
+    /// Notifies of every worker that connects, ends or announces something.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<()> {
         self.links.versions()
     }
 
-    /// Waits until every expert can be reached, at most until then; false when it cannot. Blocks.
+    /// Waits until every expert has a connected worker; false at the deadline. Blocks.
     #[must_use]
     pub fn await_coverage(&self, deadline: Instant) -> bool {
         self.links.await_coverage(deadline)
     }
 
-    /// A worker is there. It is connected and kept connected, if it was not known.
+    /// Adds a worker. It is connected and kept connected, unless it is known already.
     ///
     /// # Errors
     /// When there are too many.
@@ -158,7 +158,7 @@ impl ClusterHandle {
         self.join_in(address, None)
     }
 
-    /// As [`Self::join`], of a worker that shares its fate with `domain` if it announces nothing else.
+    /// As [`Self::join`], in the failure domain `domain` unless the worker announces another.
     ///
     /// # Errors
     /// When there are too many.

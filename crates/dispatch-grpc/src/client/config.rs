@@ -1,4 +1,4 @@
-//! What a router is told about its workers, and everything that can be wrong with it.
+//! A router's configuration of its workers, and the errors of connecting to them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,9 +17,9 @@ use crate::transport::{Dialer, Instead};
 pub enum Start {
     /// Wait for every worker, and refuse when an expert is nowhere.
     Complete,
-    /// Wait for every worker; experts that are nowhere are given to workers later.
+    /// Wait for every worker; missing experts are assigned to workers later.
     Assigned,
-    /// Wait as long, then start with what is there. Rows for experts that are missing fail with `NoOwner`.
+    /// Wait as long, then start with the workers there are. Rows for missing experts fail with `NoOwner`.
     Degraded,
 }
 
@@ -38,7 +38,7 @@ pub struct ConnectConfig {
     pub compute: Compute,
     /// How the workers hold experts.
     pub experts: WeightDType,
-    /// What the experts' weights must be. No worker is connected before that is known.
+    /// Digests that the experts' weights must have. No worker is connected before they are known.
     pub digests: Digests,
     /// Routed experts of every layer.
     pub shape: Shape,
@@ -48,7 +48,7 @@ pub struct ConnectConfig {
     pub max_rows: u32,
     /// How long to wait for workers at the start.
     pub connect_timeout: Duration,
-    /// How long a worker may keep a shard before its result is of no use.
+    /// Deadline of a shard at its worker.
     pub shard_deadline: Duration,
     /// Whether to start without some of the experts.
     pub start: Start,
@@ -119,7 +119,7 @@ pub enum LinkError {
     /// Nobody listens, or the network does not get there.
     #[error("cannot be reached: {0}")]
     Unreachable(String),
-    /// It is there and says nothing.
+    /// The connection is open without an answer.
     #[error("gave no answer within {0:?}")]
     Silent(Duration),
     /// Something else listens there.
@@ -139,7 +139,7 @@ pub enum LinkError {
         /// Rows the worker takes.
         theirs: u32,
     },
-    /// It does not want this router.
+    /// The worker refused this router.
     #[error("refused this router: {0}")]
     Refused(String),
     /// Another address has a worker of the same name.
@@ -150,7 +150,7 @@ pub enum LinkError {
         /// The other's address.
         other: String,
     },
-    /// The same, and whether that one is still there is being found out.
+    /// The same, while the other is asked for a sign of life.
     #[error("calls itself {worker}, as the worker at {other} did, which is asked for a sign of life")]
     Contested {
         /// The name.
@@ -167,7 +167,7 @@ pub enum LinkError {
 }
 
 impl LinkError {
-    /// Whether waiting cannot help: something is set up wrongly. Damaged weights are not: others may hold the same experts.
+    /// Whether waiting cannot help, as for a wrong configuration. Damaged weights are not fatal: others may hold the same experts.
     #[must_use]
     pub const fn is_fatal(&self) -> bool {
         !matches!(self, Self::Unreachable(_) | Self::Silent(_) | Self::Contested { .. } | Self::Weights(_))

@@ -37,8 +37,8 @@ pub fn connect(config: ConnectConfig) -> Result<GrpcDispatch, ConnectError> {
     connect_with(config, None)
 }
 
-/// The same, with something that computes here what no worker can be asked for. Experts that are nowhere else are
-/// missing all the same.
+/// As [`connect`], with a fallback that computes in this process what no worker can. Experts held only by the fallback still
+/// count as missing.
 ///
 /// # Errors
 /// As [`connect`].

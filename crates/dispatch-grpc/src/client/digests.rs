@@ -1,4 +1,4 @@
-//! What the weights of each expert must be, and which workers have others.
+//! Expected digests of each expert's weights, and the workers whose weights differ.
 //!
 //! Always holds: no worker is connected before the digest of every expert is known, and none is used that announces
 //! another one. A worker whose version tells no digests is used unverified. Does not know where digests come from.
@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use super::config::LinkError;
 
-/// How often somebody who blocks looks again.
+/// Interval of the checks of a blocking wait.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The digest of every expert of a model, and the files its weights lie in.
@@ -32,12 +32,12 @@ impl Reference {
     }
 }
 
-/// How far it is known what the weights must be.
+/// Knowledge of the expected digests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Knowledge {
-    /// Whatever workers have is taken.
+    /// Not checked: any weights are accepted.
     Unchecked,
-    /// So many experts of so many, and what keeps the rest from being known.
+    /// Number of experts known, of all, and the problem that holds up the rest.
     Underway {
         done: usize,
         total: usize,
@@ -54,27 +54,27 @@ pub struct Digests {
     refused: Arc<Mutex<BTreeMap<usize, OtherWeights>>>,
 }
 
-/// Tells what the weights must be.
+/// The publishing side of [`Digests`].
 #[derive(Debug)]
 pub struct DigestsTeller(watch::Sender<Knowledge>);
 
 impl DigestsTeller {
-    /// So many experts are known.
+    /// Publishes the number of known experts.
     pub fn progress(&self, known: usize) {
         self.change(|done, problem| (*done, *problem) = (known, None));
     }
 
-    /// Something keeps the rest from being known.
+    /// Publishes the problem that holds up the rest.
     pub fn problem(&self, text: String) {
         self.change(|_, problem| *problem = Some(text));
     }
 
-    /// All of them are known.
+    /// Publishes all digests.
     pub fn known(&self, reference: Reference) {
         self.0.send_replace(Knowledge::Known(Arc::new(reference)));
     }
 
-    /// Whether anybody waits for it.
+    /// Whether a [`Digests`] is left.
     #[must_use]
     pub fn is_heard(&self) -> bool {
         self.0.receiver_count() > 0
@@ -96,7 +96,7 @@ impl Drop for DigestsTeller {
 }
 
 impl Digests {
-    /// Of so many experts, none of them known yet.
+    /// For `total` experts, none known yet.
     #[must_use]
     pub fn pending(total: usize) -> (DigestsTeller, Self) {
         let (teller, digests) = Self::of(Knowledge::Underway { done: 0, total, problem: None });
@@ -125,14 +125,14 @@ impl Digests {
         let mut knowledge = self.knowledge.clone();
         let settled = |now: &Knowledge| !matches!(now, Knowledge::Underway { .. });
         if knowledge.wait_for(settled).await.is_err() {
-            // Whoever was to tell is gone, which `progress` says.
+            // The publishing side is gone, which `progress` reports.
             std::future::pending::<()>().await;
         }
     }
 
-    /// The same, blocking; `look` is told how many experts of how many are known.
+    /// As [`Self::settled`], blocking; `look` gets the numbers of known and of all experts.
     pub fn wait(&self, mut look: impl FnMut(usize, usize)) {
-        // Nothing is borrowed while it sleeps, for whoever tells would have to wait.
+        // No borrow while it sleeps, which would block the publishing side.
         let underway = || match &*self.knowledge.borrow() {
             Knowledge::Underway { done, total, .. } => Some((*done, *total)),
             Knowledge::Unchecked | Knowledge::Known(_) => None,
@@ -143,7 +143,7 @@ impl Digests {
         }
     }
 
-    /// What is still to be known, in words; `None` when all is.
+    /// The missing knowledge, in words; `None` when all is known.
     #[must_use]
     pub fn progress(&self) -> Option<String> {
         match &*self.knowledge.borrow() {
@@ -155,7 +155,7 @@ impl Digests {
         }
     }
 
-    /// What an expert's weights must be, where that is known.
+    /// Expected digest of an expert, if known.
     #[must_use]
     pub fn expected(&self, key: ExpertKey) -> Option<WeightDigest> {
         match &*self.knowledge.borrow() {
@@ -164,7 +164,7 @@ impl Digests {
         }
     }
 
-    /// Whether a worker has the weights it must have, as far as it tells.
+    /// Compares the digests that a worker announces with the expected ones.
     pub(super) fn compare(&self, description: &Description) -> Result<(), LinkError> {
         let knowledge = self.knowledge.borrow();
         let Knowledge::Known(reference) = &*knowledge else { return Ok(()) };
@@ -184,7 +184,7 @@ impl Digests {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of how a peer fared; says whether it is refused and was not before, or for another reason.
+    /// Records the outcome of a peer's comparison; true for a new refusal or a new reason.
     pub(super) fn note(&self, peer: usize, outcome: Result<(), &LinkError>) -> bool {
         let mut refused = self.refused();
         match outcome {
@@ -198,14 +198,14 @@ impl Digests {
         }
     }
 
-    /// Why workers are refused that have other weights, one sentence for each.
+    /// Reasons of the refused workers, one sentence each.
     #[must_use]
     pub fn refusals(&self) -> Vec<String> {
         self.refused().values().map(|other| format!("{other}; {}", OtherWeights::REMEDY)).collect()
     }
 }
 
-/// A worker that has other weights than it must have.
+/// A worker whose weights differ from the expected ones.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "worker {worker} is refused: its weights of {expert} have digest {theirs}, the router's {ours}{}; compare the files \
@@ -216,9 +216,9 @@ pub struct OtherWeights {
     pub worker: WorkerId,
     /// The first expert that differs.
     pub expert: ExpertKey,
-    /// What it must be.
+    /// The expected digest.
     pub ours: WeightDigest,
-    /// What the worker has.
+    /// The worker's digest.
     pub theirs: WeightDigest,
     /// Where its weights lie.
     pub files: Arc<str>,

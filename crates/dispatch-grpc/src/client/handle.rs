@@ -1,4 +1,4 @@
-//! What others may see of the dispatch: which workers are there, and where its time goes.
+//! Handles for other threads: the workers' health, and timing samples.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
@@ -19,15 +19,15 @@ const SAMPLES: usize = 16 << 10;
 /// Whether a worker can be sent rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WorkerState {
-    /// It can.
+    /// Connected and serving.
     Connected,
-    /// It was asked to stop, and is sent only what no other holds.
+    /// Draining: it gets only rows of experts without another owner.
     Draining,
-    /// It cannot.
+    /// Not connected.
     Down {
         /// Since when.
         since: Instant,
-        /// What was last seen of it.
+        /// The last error.
         reason: String,
     },
 }
@@ -39,28 +39,28 @@ pub struct WorkerHealth {
     pub address: String,
     /// Whether it can be sent rows.
     pub state: WorkerState,
-    /// Its connection, which has another number each time; `None` when there is none.
+    /// Number of its session, another for each connection; `None` without one.
     pub session: Option<u64>,
-    /// What it said of itself last.
+    /// Its last announcement.
     pub announced: Option<Arc<Description>>,
-    /// What it shares its fate with: as it announces, else as whoever made it known says.
+    /// Failure domain: as the worker announces it, else as its discovery or join says.
     pub domain: Option<String>,
     /// Shards that are overdue.
     pub late_shards: usize,
-    /// For how long it is still left alone, because it broke the protocol.
+    /// Remaining time of its ban.
     pub banned: Duration,
 }
 
 /// Where time went lately.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct DispatchStats {
-    /// The latest layer dispatches that came to their end, oldest first.
+    /// The latest completed layer dispatches, oldest first.
     pub samples: Vec<Summed>,
-    /// Replies that came after nobody waited for them any more.
+    /// Replies that came after their flight was over.
     pub late_replies: u64,
 }
 
-/// Tells any thread how the workers of a dispatch are.
+/// Health of a dispatch's workers, for any thread.
 #[derive(Clone)]
 pub struct HealthHandle(pub(super) Arc<Links>);
 
@@ -77,7 +77,7 @@ impl HealthHandle {
         self.0.elsewhere().missing()
     }
 
-    /// How many experts are on fewer connected workers than that.
+    /// Number of experts with fewer than `copies` connected owners.
     #[must_use]
     pub fn fewer_copies_than(&self, copies: NonZeroU32) -> usize {
         self.0.elsewhere().fewer_copies_than(copies)
@@ -89,14 +89,14 @@ impl HealthHandle {
         self.0.version()
     }
 
-    /// How many there are of [`Self::missing`].
+    /// Number of [`Self::missing`] experts.
     #[must_use]
     pub fn missing_experts(&self) -> usize {
         self.fewer_copies_than(NonZeroU32::MIN)
     }
 }
 
-/// Tells any thread where the time of a dispatch goes.
+/// Timing samples of a dispatch, for any thread.
 #[derive(Clone)]
 pub struct StatsHandle(pub(super) Arc<Samples>);
 
@@ -132,7 +132,7 @@ impl Samples {
     }
 }
 
-/// Counts what happens to micro-batches, and logs what people should know.
+/// Counts delivery's events in metrics, and logs lies.
 pub struct Counted {
     samples: Arc<Samples>,
     seconds: Histogram,

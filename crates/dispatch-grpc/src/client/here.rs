@@ -1,8 +1,7 @@
-//! Experts in the router itself, for rows that no worker can take: slow, but never gone.
+//! Experts in the router itself, for rows that no worker can take: slow, but always there.
 //!
-//! To delivery they are one more worker, which is asked last. Their shards go to a thread instead of a stream, are
-//! checked and computed by the code that workers run, and come back as a worker's answers do, so that their bits are
-//! the same.
+//! To delivery they are one more worker, with the last rank. Their shards go to a thread instead of a stream, and the code
+//! that workers run checks, computes and answers them, so that their bits are the same.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -24,18 +23,18 @@ use super::carrier::WireRows;
 use super::links::{Links, StreamKey};
 use crate::server::Call;
 
-/// What this process is called beside the workers. One that calls itself so, too, is refused as any double name is.
+/// Name of this process among the workers. A worker of the same name is refused as any duplicate is.
 const NAME: &str = "-/router/-";
-/// Shards of one lane that wait.
+/// Shards that may wait on one lane.
 const WAITING: usize = 16;
 
-/// What computes in the router.
+/// The router's own experts.
 pub struct Fallback {
     /// Every expert of the model.
     pub experts: Box<dyn ExpertCompute>,
 }
 
-/// Puts them on the links and starts their thread, which ends with the links.
+/// Adds them to the links and starts their thread, which ends with the links.
 pub(super) fn start(
     links: &Arc<Links>,
     terms: &Terms,
@@ -48,7 +47,7 @@ pub(super) fn start(
     let description = describe(links, terms, rules.max_rows).map_err(std::io::Error::other)?;
     let epoch = description.epoch;
     let hop = links.here(description, lanes);
-    // Holding the links would keep it, and with it the lanes, for good.
+    // A strong reference would keep the links, and with them the lanes, for good.
     let links = Arc::downgrade(links);
     let run = move || {
         let Fallback { mut experts } = fallback;

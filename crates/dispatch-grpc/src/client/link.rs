@@ -1,4 +1,4 @@
-//! One worker's link: connect, check, open the streams, carry replies, and begin again when it breaks.
+//! One worker's link: connect, check, open the streams, carry replies, and reconnect when it breaks.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,24 +28,24 @@ use super::peer::Control;
 use crate::address::Address;
 use crate::transport::{self, Dialer};
 
-/// How long each step of opening a link may take at most, and how long in terms of the pause before: a network that heals is
-/// found soon, and so is a worker that is slow.
+/// Longest time of each step of opening a link, absolute and in multiples of the pause before it: short after short pauses, so
+/// that a healed network is found soon; longer later, so that a slow worker is found too.
 const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 const STEP_IN_PAUSES: u32 = 20;
-/// How long a worker may take to say anything, when a shard is late that nobody else can be asked for. Each time that a link
-/// ends soon it is given twice as long, so that one which is only slow gets something done.
+/// Time for a sign of life of a worker in doubt. It doubles with each link that ends soon, so that a worker which is only slow
+/// gets something done.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(600);
 const LONGEST_SIGN: Duration = Duration::from_secs(5);
-/// A link that lasted so long did not end soon.
+/// Shorter links ended soon.
 const LASTED: Duration = Duration::from_secs(60);
-/// Links in a row that end soon and bring nothing, from which on the worker is left alone for longer each time.
+/// Links in a row that end soon without an output, from which on the worker is banned, longer each time.
 const MOST_USELESS: u32 = 4;
 /// Shards written to a stream and not yet taken by the transport.
 const SEND_QUEUE: usize = 16;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// What every link of a router needs to know.
+/// Configuration that all links of a router share.
 pub(super) struct LinkConfig {
     pub(super) terms: Terms,
     pub(super) router: RouterName,
@@ -54,7 +54,7 @@ pub(super) struct LinkConfig {
     pub(super) limits: MessageLimits,
     pub(super) combine: Combine,
     pub(super) dialer: Dialer,
-    /// What the experts' weights must be.
+    /// Expected digests of the experts' weights.
     pub(super) digests: Digests,
 }
 
@@ -110,7 +110,7 @@ pub(super) async fn keep(peer: usize, links: Arc<Links>, config: Arc<LinkConfig>
     }
 }
 
-/// Takes note of how a worker fared, and tells of one that is refused for its weights, once.
+/// Records a worker's digest comparison, and logs a refusal once.
 fn tell(digests: &Digests, peer: usize, outcome: Result<(), &LinkError>) {
     let is_news = digests.note(peer, outcome);
     if is_news && let Err(error) = outcome {
@@ -138,7 +138,7 @@ async fn step<T>(
 async fn open(address: &Address, config: &LinkConfig, patience: Duration) -> Result<Link, LinkError> {
     let began = Instant::now();
     let opened = attempt(address, config, patience).await;
-    // Somebody who says nothing has no protocol to be told by.
+    // A silent peer shows no protocol to report.
     if began.elapsed() < patience
         && let Err(LinkError::Unreachable(cause) | LinkError::NotAWorker(cause)) = &opened
         && let Some(instead) = config.dialer.instead(address, cause).await
@@ -178,7 +178,7 @@ async fn attempt(address: &Address, config: &LinkConfig, patience: Duration) -> 
     Ok(Link { client, description, senders, inbound, watch, control })
 }
 
-/// Whether a worker that describes itself so can work with this router.
+/// Checks whether a worker with this description can work with this router.
 fn check(described: &v1::WorkerDescription, config: &LinkConfig) -> Result<Description, LinkError> {
     config.terms.check_worker(described)?;
     let description = Description::parse(described, &config.experts).map_err(HandshakeError::Wire)?;
@@ -221,7 +221,7 @@ async fn open_lane(
     }
 }
 
-/// Asks the worker for a sign of life whenever there is doubt, until there is none: its network may be gone without a word.
+/// Asks a worker in doubt for signs of life, and returns when one is missing: its network may be silently gone.
 async fn ask_in_doubt(
     hop: Hop,
     mut client: ExpertsClient<Channel>,
@@ -284,7 +284,7 @@ async fn carry(
     }
 }
 
-/// What a worker announces, if it is something new. It keeps its name.
+/// A worker's announcement, if it differs from the last. The name must stay.
 fn news(known: Option<&Description>, new: Description) -> Result<Option<Arc<Description>>, LinkError> {
     match known {
         Some(known) if *known == new => Ok(None),
@@ -331,8 +331,7 @@ async fn next<T>(stream: &mut Streaming<T>) -> Result<T, Ended> {
     match stream.message().await {
         Ok(Some(message)) => Ok(message),
         Ok(None) => Err(Ended::Gone("it closed a stream".into())),
-        // What the worker's own words do not explain, such as a message over the limit or one that cannot be
-        // decoded, is told apart by code: these two are raised on this side.
+        // Errors raised on this side, such as a message over the limit or one that cannot be decoded, have these two codes.
         Err(status) if matches!(status.code(), Code::OutOfRange | Code::Internal) => {
             Err(Ended::Lied(describe(&status)))
         }
@@ -342,7 +341,7 @@ async fn next<T>(stream: &mut Streaming<T>) -> Result<T, Ended> {
 
 fn refused(status: &Status) -> LinkError {
     let text = describe(status);
-    // What no worker said has a source: the connection broke, and its library names a code.
+    // A status with a source is no worker's: the connection broke, and its library chose the code.
     let is_said = std::error::Error::source(status).is_none();
     match status.code() {
         Code::PermissionDenied if !is_said => LinkError::NotAWorker(text),

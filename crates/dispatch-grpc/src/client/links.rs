@@ -1,9 +1,9 @@
-//! All links of a router: which workers are connected and what they announce, which shards are out, and what is to be told.
+//! All links of a router: connected workers and their announcements, shards in flight, and events for delivery.
 //!
 //! The engine thread and the network's tasks share it. Always holds: the lock is held for a few map operations, whatever
-//! workers announce; a fleet takes longer, and a thread of its own builds it without the lock from what was announced. A shard
-//! is out from before it can be answered until its answer or the end of its link, whichever comes first. What waits to be told
-//! is bounded by the shards that are out and the links of the fleet that was told last.
+//! workers announce; a thread of its own builds fleets from the announcements without the lock. A shard is in flight from
+//! before it can be answered until its answer or the end of its link, whichever comes first. Pending events are bounded by
+//! the shards in flight and the links of the fleet that delivery knows.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,37 +31,37 @@ use crate::busy::BusyPoll;
 
 /// Workers that a router knows at most.
 const MOST_PEERS: usize = 4096;
-/// How often the lock is tried before the thread sleeps until it is free: for longer than anybody holds it. Waking up takes a
-/// hundred times as long.
+/// Tries of the lock before the thread sleeps until it is free: longer than any holder needs. A wake-up costs a hundred times
+/// as much.
 const SPINS: u32 = 1000;
-/// How many times longer than building a fleet took nothing is built afterwards, and how long at most.
+/// Rest after building a fleet, as a factor of the time that building took, and its maximum.
 const FLEET_REST: u32 = 4;
 const LONGEST_REST: Duration = Duration::from_millis(50);
 
-/// What a shard went down on: another stream is another worker's, session's or lane's.
+/// Stream of a shard: one worker, session and lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct StreamKey {
     pub(super) hop: Hop,
     pub(super) lane: usize,
 }
 
-/// What is to be told to delivery.
+/// Pending events for delivery.
 struct Mail {
-    /// The newest fleet, if it was not told.
+    /// The newest fleet, if delivery does not know it.
     fleet: Option<Arc<Fleet>>,
     events: Vec<Event<WireRows>>,
     /// Outputs among them, by lane.
     answers: [usize; LANES],
-    /// There is something else than outputs.
+    /// An event other than outputs is pending.
     is_urgent: bool,
-    /// What delivery waits for.
+    /// Condition that delivery waits for.
     wanted: Option<Wanted>,
-    /// The fleet that was told last.
+    /// The fleet that delivery knows.
     told: Arc<Fleet>,
 }
 
 impl Mail {
-    /// Whether what is wanted is there.
+    /// Whether the wanted condition is met.
     fn is_due(&self) -> bool {
         self.is_urgent || self.wanted.is_some_and(|wanted| self.answers[wanted.lane] >= wanted.answers.max(1))
     }
@@ -77,15 +77,15 @@ impl Mail {
 }
 
 struct State {
-    /// By number, which none ever has again.
+    /// By number, which is never reused.
     peers: BTreeMap<usize, Peer>,
     next_peer: usize,
     announced: AllAnnounced,
     fleet: Arc<Fleet>,
-    /// Who holds what beside this process.
+    /// Owners of every expert other than this process.
     elsewhere: Arc<Placement>,
     freshness: Freshness,
-    /// Shards that are out.
+    /// Shards in flight.
     out: HashMap<u64, StreamKey>,
     /// The highest id of a shard that was sent.
     issued: u64,
@@ -94,30 +94,30 @@ struct State {
     closed: bool,
 }
 
-/// What is announced, cheap to take away.
+/// Announcements, cheap to clone.
 #[derive(Clone, Default)]
 struct AllAnnounced {
-    /// By workers that are connected, by their numbers.
+    /// Of connected workers, by number.
     live: Arc<BTreeMap<usize, Announced>>,
-    /// By this process.
+    /// Of this process.
     here: Option<Announced>,
 }
 
-/// Whether the fleet is that of what was announced.
+/// Whether the fleet matches the announcements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Freshness {
     Fresh,
-    /// Something was announced since.
+    /// There are newer announcements.
     Stale,
-    /// Another is being built.
+    /// A newer fleet is being built.
     Building,
 }
 
-/// How waiting for the first connections went.
+/// Outcome of the wait for the first connections.
 pub(super) enum Gathered {
     /// Every worker is connected.
     All,
-    /// Time is over; these are missing.
+    /// The deadline passed; these are missing.
     Some(Vec<(Address, LinkError)>),
     /// One can never be connected.
     Fatal(Address, LinkError),
@@ -128,14 +128,14 @@ pub(super) struct Links {
     shape: Shape,
     /// Epoch of the fleet, to be read without the lock.
     version: AtomicU64,
-    /// Tells those who wait for another.
+    /// Notifies of each new fleet.
     versions: watch::Sender<()>,
     state: Mutex<State>,
-    /// A link came or went, or there is another fleet; for `gather`.
+    /// A link or the fleet changed; for `gather`.
     links: Condvar,
     /// The fleet is out of date; for the thread that builds it.
     outdated: Condvar,
-    /// There may be what is wanted; for `wait`, of which there is one at a time.
+    /// The wanted condition may be met; for `wait`, of which there is one at a time.
     arrived: Notify,
 }
 
@@ -181,7 +181,7 @@ impl Links {
     }
 
     fn keep_fleet(&self) {
-        // Fleets that were in force. They are large, and whoever holds them last must not be who frees them.
+        // Former fleets. They are large, and are freed here, not by their last user.
         let mut retired: Vec<Arc<Fleet>> = Vec::new();
         while let Some((epoch, announced)) = self.next_fleet() {
             let began = Instant::now();
@@ -189,12 +189,12 @@ impl Links {
             drop(announced);
             match built {
                 Ok((fleet, elsewhere)) => retired.push(self.swap(fleet, elsewhere)),
-                // What is announced was checked, name by name.
+                // Announcements were checked one by one.
                 Err(error) => tracing::error!(%error, "workers that were compatible no longer are"),
             }
             self.links.notify_all();
             retired.retain(|fleet| Arc::strong_count(fleet) > 1);
-            // What is announced meanwhile is built in one go.
+            // Announcements meanwhile go into one fleet.
             std::thread::sleep(began.elapsed().saturating_mul(FLEET_REST).min(LONGEST_REST));
         }
     }
@@ -210,7 +210,7 @@ impl Links {
         Some((state.fleet.placement().epoch().next(), state.announced.clone()))
     }
 
-    /// Puts a fleet in force; gives the one that was.
+    /// Puts a fleet in force; returns the former one.
     fn swap(&self, fleet: Fleet, elsewhere: Arc<Placement>) -> Arc<Fleet> {
         let version = fleet.placement().epoch().get();
         let fleet = Arc::new(fleet);
@@ -243,12 +243,12 @@ impl Links {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who is connected.
+    /// The fleet in force.
     pub(super) fn fleet(&self) -> Arc<Fleet> {
         Arc::clone(&self.lock().fleet)
     }
 
-    /// Who holds what beside this process.
+    /// Owners of every expert other than this process.
     pub(super) fn elsewhere(&self) -> Arc<Placement> {
         Arc::clone(&self.lock().elsewhere)
     }
@@ -258,7 +258,7 @@ impl Links {
         self.shape.keys().collect()
     }
 
-    /// Changes with the fleet.
+    /// Version of the fleet.
     pub(super) fn version(&self) -> u64 {
         self.version.load(Ordering::Acquire)
     }
@@ -275,7 +275,7 @@ impl Links {
             for peer in state.peers.values() {
                 match &peer.state {
                     LinkState::Up { .. } => {}
-                    // Waiting does not mend its files, and others may hold the same.
+                    // Waiting does not repair its files, and others may hold the same experts.
                     LinkState::Down { error: Some(LinkError::Weights(_)), .. } => {}
                     LinkState::Down { error: Some(error), .. } if error.is_fatal() => {
                         return Gathered::Fatal(peer.address.clone(), error.clone());
@@ -296,7 +296,7 @@ impl Links {
         }
     }
 
-    /// Tells when the fleet changes.
+    /// Notifies of each new fleet.
     pub(super) fn versions(&self) -> watch::Receiver<()> {
         self.versions.subscribe()
     }
@@ -321,8 +321,8 @@ impl Links {
         }
     }
 
-    /// Somebody says that there is a worker, and in which failure domain, if that is known. Gives the number of a peer that
-    /// is new and is to be connected.
+    /// Adds a worker that joined or was discovered, with its failure domain if known. Returns the number of a new peer, which is to
+    /// be connected.
     ///
     /// # Errors
     /// When there are as many as may be.
@@ -345,7 +345,7 @@ impl Links {
         Ok(Some(number))
     }
 
-    /// This process computes as well, for what nobody else can be asked for. Gives the way to it.
+    /// Adds this process as the last owner of every expert. Returns its hop.
     pub(super) fn here(&self, description: Description, lanes: Lanes) -> Hop {
         let mut state = self.lock();
         let (number, session) = (state.next_peer, state.sessions + 1);
@@ -356,14 +356,14 @@ impl Links {
         Hop { link: number, session }
     }
 
-    /// Who said so is gone.
+    /// Takes back one [`Self::join`].
     pub(super) fn leave(&self, address: &Address) {
         if let Some(peer) = self.lock().peers.values_mut().find(|peer| peer.address == *address) {
             peer.joined = peer.joined.saturating_sub(1);
         }
     }
 
-    /// Forgets a worker that is not connected, if nobody says any more that it is there.
+    /// Forgets an unconnected worker without a join left.
     pub(super) fn forget_peer(&self, number: usize) -> bool {
         let mut state = self.lock();
         let gone = state.closed || state.peers.get(&number).is_none_or(Peer::is_forgotten);
@@ -373,7 +373,7 @@ impl Links {
         gone
     }
 
-    /// Ends all waiting; nothing is accepted afterwards.
+    /// Ends all waits; nothing is accepted afterwards.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
@@ -386,7 +386,7 @@ impl Links {
     }
 }
 
-/// What the engine thread does.
+/// Calls of the engine thread.
 impl Links {
     /// Puts a shard into the queue of its link.
     pub(super) fn send(&self, hop: Hop, lane: usize, shard: v1::LayerShard) -> Result<(), Unsent> {
@@ -401,18 +401,18 @@ impl Links {
             TrySendError::Closed(_) => Unsent::Broken,
         })?;
         peer.sent();
-        // Nobody can answer it before the lock is free.
+        // It cannot be answered before the lock is free.
         state.out.insert(id, StreamKey { hop, lane });
         state.issued = state.issued.max(id);
         Ok(())
     }
 
-    /// Takes what there is to tell.
+    /// Takes the pending events.
     pub(super) fn poll(&self, events: &mut Vec<Event<WireRows>>) {
         self.lock().mail.hand_over(events);
     }
 
-    /// Waits until what is wanted is there, or something else than outputs, or until time is over; takes what there is.
+    /// Waits for the wanted condition, an event other than outputs, or the deadline; takes the pending events.
     pub(super) async fn wait(
         &self,
         wanted: &Wanted,
@@ -421,21 +421,21 @@ impl Links {
     ) -> Result<(), Closed> {
         while !self.look(wanted, events)? {
             if !busy.pause().await {
-                // Late or not is found out by looking.
+                // The look below decides whether it is late.
                 let _ = timeout_at(wanted.until.into(), self.arrived.notified()).await;
             }
         }
         Ok(())
     }
 
-    /// Takes what there is if that is what is wanted, or time is over.
+    /// Takes the pending events if the wanted condition is met or the deadline passed.
     fn look(&self, wanted: &Wanted, events: &mut Vec<Event<WireRows>>) -> Result<bool, Closed> {
         let mut state = self.lock();
         if state.closed {
             return Err(Closed);
         }
         state.mail.wanted = Some(*wanted);
-        // Who has answered in time is not late because another is.
+        // An answer that came in time counts even if another is late.
         let is_over = state.mail.is_due() || Instant::now() >= wanted.until;
         if is_over {
             state.mail.wanted = None;
@@ -444,7 +444,7 @@ impl Links {
         Ok(is_over)
     }
 
-    /// What delivery thinks of a worker.
+    /// Sets a worker's late-shard count and doubt flag, as delivery says.
     pub(super) fn doubt(&self, hop: Hop, late: usize, in_doubt: bool) {
         if let Some(peer) = self.lock().peers.get_mut(&hop.link)
             && peer.is_in(hop.session)
@@ -453,7 +453,7 @@ impl Links {
         }
     }
 
-    /// A worker's answer was a lie: its link ends, and it is let in again only after a while.
+    /// Ends the link of a worker that lied and bans the worker.
     pub(super) fn ban(&self, hop: Hop, reason: &str) {
         let mut state = self.lock();
         if let Some(peer) = state.peers.get_mut(&hop.link)
@@ -466,13 +466,13 @@ impl Links {
     }
 }
 
-/// What the network's tasks do.
+/// Calls of the network's tasks.
 impl Links {
     pub(super) fn address(&self, peer: usize) -> Option<Address> {
         self.lock().peers.get(&peer).map(|peer| peer.address.clone())
     }
 
-    /// A worker is connected. Gives the way to it.
+    /// Adds a connected worker's session. Returns its hop.
     pub(super) fn up(
         &self,
         peer: usize,
@@ -499,12 +499,12 @@ impl Links {
         Ok(Hop { link: peer, session })
     }
 
-    /// What a worker announced last.
+    /// A worker's last announcement.
     pub(super) fn announced(&self, peer: usize) -> Option<Arc<Description>> {
         self.lock().peers.get(&peer)?.announced.clone()
     }
 
-    /// A connected worker says something new about itself.
+    /// Takes a connected worker's new announcement.
     pub(super) fn announce(&self, peer: usize, description: Arc<Description>) {
         let mut state = self.lock();
         let Some(known) = state.peers.get_mut(&peer) else { return };
@@ -515,7 +515,7 @@ impl Links {
         drop(before);
     }
 
-    /// A worker that was in doubt has given a sign of life.
+    /// Records a sign of life of a worker in doubt.
     pub(super) fn is_alive(&self, hop: Hop) {
         if let Some(peer) = self.lock().peers.get_mut(&hop.link)
             && peer.is_in(hop.session)
@@ -524,7 +524,7 @@ impl Links {
         }
     }
 
-    /// A worker could not be connected.
+    /// Records that a worker could not be connected.
     pub(super) fn unreachable(&self, peer: usize, error: LinkError) {
         if let Some(peer) = self.lock().peers.get_mut(&peer) {
             peer.unreachable(error);
@@ -532,14 +532,14 @@ impl Links {
         self.links.notify_all();
     }
 
-    /// A link ended, with all that is out on it.
+    /// Ends a link, with the shards in flight on it.
     pub(super) fn down(&self, hop: Hop, how: Ended) {
         let mut guard = self.lock();
         let state = &mut *guard;
         let (Ended::Gone(reason) | Ended::Lied(reason)) = &how;
         match state.peers.get_mut(&hop.link) {
             Some(peer) if peer.is_in(hop.session) => peer.down(reason.clone()),
-            // It was ended from this side before.
+            // This side ended it before.
             _ => return,
         }
         let before = state.out.len();
@@ -555,10 +555,10 @@ impl Links {
         self.arrived.notify_one();
     }
 
-    /// A shard was answered.
+    /// Takes a shard's answer.
     ///
     /// # Errors
-    /// When it was not sent on that stream: then nothing the worker says can be trusted.
+    /// When it was not sent on that stream: the worker cannot be trusted then.
     pub(super) fn deliver(
         &self,
         stream: StreamKey,
@@ -588,7 +588,7 @@ impl Links {
         Ok(())
     }
 
-    /// Waits until there is doubt whether a worker is there; false when its session is over.
+    /// Waits until a worker is in doubt; false when its session is over.
     pub(super) async fn doubted(&self, hop: Hop) -> bool {
         loop {
             let doubt = match self.lock().peers.get(&hop.link) {
@@ -600,28 +600,28 @@ impl Links {
         }
     }
 
-    /// Whether a worker's last session brought anything.
+    /// Whether a worker's last session had any outputs.
     pub(super) fn is_useful(&self, peer: usize) -> bool {
         self.lock().peers.get(&peer).is_some_and(Peer::is_useful)
     }
 
-    /// How long a worker that broke the protocol is still to be left alone.
+    /// Remaining time of a worker's ban.
     pub(super) fn banned_for(&self, peer: usize) -> Duration {
         self.lock().peers.get(&peer).map_or(Duration::ZERO, Peer::banned_for)
     }
 
-    /// A link ended because the worker broke the protocol.
+    /// Counts a breach of the protocol by a worker.
     pub(super) fn strike(&self, peer: usize) {
         if let Some(peer) = self.lock().peers.get_mut(&peer) {
             peer.strike();
         }
     }
 
-    /// Has another fleet built from what is known now.
+    /// Marks the fleet as stale and wakes its builder.
     fn reroute(&self, mut state: MutexGuard<'_, State>) {
         let before = std::mem::replace(&mut state.freshness, Freshness::Stale);
         drop(state);
-        // Whoever is woken finds the lock free; while others are being built, nobody sleeps.
+        // The builder wakes to a free lock; while it builds, it needs no wake-up.
         if before == Freshness::Fresh {
             self.outdated.notify_all();
         }
@@ -630,13 +630,13 @@ impl Links {
 }
 
 impl State {
-    /// Tells how many workers are connected.
+    /// Sets the gauge of connected workers.
     fn count_workers(&self) {
         let live = self.peers.values().filter(|peer| peer.is_up() && !peer.is_here()).count();
         metrics::gauge!("muster_dispatch_workers").set(live as f64);
     }
 
-    /// Takes over what a worker announces, or that it is gone.
+    /// Updates a worker's announcement, or removes it.
     fn note(&mut self, number: usize) {
         let route = self.peers.get(&number).and_then(|peer| peer.route(number));
         match route {

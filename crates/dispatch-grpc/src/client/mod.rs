@@ -1,9 +1,9 @@
 //! The router's side: one connection per worker, one stream per worker and lane, driven by one thread.
 //!
-//! Three rooms: `connect` makes links and the delivery over them; `links` knows which workers are connected, what they
-//! announce and which shards are out, under one lock; `link` keeps one worker connected. What becomes of shards is
-//! `muster_engine::delivery`'s; [`Carrier`] is the transport that it is given. The network's tasks move bytes and keep links
-//! alive; the engine thread waits in the carrier. They meet in `links` alone.
+//! Three parts: `connect` makes links and the delivery over them; `links` has the connected workers, their announcements and
+//! the shards in flight, under one lock; `link` keeps one worker connected. `muster_engine::delivery` decides about shards;
+//! [`Carrier`] is its transport. The network's tasks move bytes and keep links alive; the engine thread waits in the
+//! carrier. They meet in `links` alone.
 
 #[cfg(test)]
 mod announcing;

@@ -1,4 +1,4 @@
-//! One worker as its links know it: where it is, whether it is connected, and what it announces.
+//! One worker as its links know it: address, connection and announcement.
 //!
 //! Always holds: a worker is connected over the lanes of one session at a time. Knows nothing of shards' contents.
 
@@ -20,15 +20,15 @@ use super::config::LinkError;
 use super::handle::{WorkerHealth, WorkerState};
 use crate::address::Address;
 
-/// How long a sign of life shows that a worker is there.
+/// Time for which a sign of life counts.
 const CONFIRMED: Duration = Duration::from_secs(5);
 
-/// The way to a worker, and what it announces.
+/// A worker's route and announcement.
 pub(super) type Announced = (Route, Arc<Description>);
 
 pub(super) type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
 
-/// For calls beside the lanes.
+/// Client of control calls, beside the lanes.
 pub(super) type Control = ControlClient<Channel>;
 
 /// A worker's link.
@@ -46,14 +46,14 @@ pub(super) enum LinkState {
     },
 }
 
-/// How a worker came to be known.
+/// Origin of a worker's address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Origin {
-    /// It was configured, and stays known whether it is there or not.
+    /// Configured: always known.
     Configured,
-    /// It made itself known, and is forgotten when it is gone.
+    /// Joined or discovered: forgotten when it is gone.
     Joined,
-    /// It is this process, for what nobody else can be asked for.
+    /// This process, the last owner of every expert.
     Here,
 }
 
@@ -61,28 +61,28 @@ enum Origin {
 pub(super) struct Peer {
     pub(super) address: Address,
     pub(super) announced: Option<Arc<Description>>,
-    /// Its failure domain, as whoever made it known says.
+    /// Its failure domain, as its discovery or join says.
     pub(super) place: Option<String>,
     pub(super) state: LinkState,
-    /// Shards of its session that are not answered yet.
+    /// Unanswered shards of its session.
     pub(super) out: usize,
-    /// Those of them that are late, as delivery said last.
+    /// Late ones among them, as delivery counted last.
     pub(super) late: usize,
-    /// Delivery waits for one that it can ask of nobody else.
+    /// Doubt flag: a late shard has no other owner.
     in_doubt: bool,
-    /// Another has its name.
+    /// Another worker claims its name.
     is_contested: bool,
-    /// How it came to be known.
+    /// Its origin.
     origin: Origin,
-    /// How many say that it is there.
+    /// Number of joins and discoveries that name it.
     pub(super) joined: usize,
-    /// Told when doubt begins, and when the session ends.
+    /// Notified when doubt begins and when the session ends.
     pub(super) doubt: Arc<Notify>,
-    /// When it last gave a sign of life because there was doubt.
+    /// Time of its last sign of life in doubt.
     confirmed: Option<Instant>,
     /// Its session gave outputs.
     useful: bool,
-    /// How long it is left alone for breaking the protocol.
+    /// Bans for breaches of the protocol.
     strikes: Strikes,
 }
 
@@ -106,7 +106,7 @@ impl Peer {
         self.origin == Origin::Here
     }
 
-    /// Whether it is not connected, and nobody says any more that it is there.
+    /// Whether it is unconnected and no join or discovery names it any more.
     pub(super) fn is_forgotten(&self) -> bool {
         self.origin == Origin::Joined && self.joined == 0 && !self.is_up()
     }
@@ -146,7 +146,7 @@ impl Peer {
         self.is_up() && self.announced.as_ref().is_some_and(|d| d.phase == Phase::Serving)
     }
 
-    /// It is connected.
+    /// Starts a session.
     pub(super) fn up(&mut self, description: Description, session: u64, lanes: Lanes, control: Control) {
         self.announced = Some(Arc::new(description));
         self.state = LinkState::Up { session, lanes, control: Some(control) };
@@ -159,7 +159,7 @@ impl Peer {
         self.announced.as_ref().is_some_and(|announced| announced.worker == *worker)
     }
 
-    /// Another says that it has this one's name: whoever is alive keeps it. Says what the other is to do.
+    /// Handles another worker's claim to its name, which the one that is alive keeps. Returns the other's error.
     pub(super) fn contest(&mut self, worker: &WorkerId) -> LinkError {
         let (worker, other) = (worker.to_string(), self.address.to_string());
         if self.is_here() || self.confirmed.is_some_and(|at| at.elapsed() < CONFIRMED) {
@@ -170,18 +170,18 @@ impl Peer {
         LinkError::Contested { worker, other }
     }
 
-    /// It gave a sign of life. What is late still is.
+    /// Records a sign of life; late shards stay late.
     pub(super) fn confirm(&mut self) {
         self.confirmed = Some(Instant::now());
         self.is_contested = false;
     }
 
-    /// Whether it is to give a sign of life.
+    /// Whether it owes a sign of life.
     pub(super) const fn is_doubted(&self) -> bool {
         self.in_doubt || self.is_contested
     }
 
-    /// What delivery thinks of it.
+    /// Sets its late-shard count and doubt flag, as delivery says.
     pub(super) fn doubted(&mut self, late: usize, in_doubt: bool) {
         (self.late, self.in_doubt) = (late, in_doubt);
         if in_doubt {
@@ -189,32 +189,32 @@ impl Peer {
         }
     }
 
-    /// It was sent a shard.
+    /// Counts a sent shard.
     pub(super) const fn sent(&mut self) {
         self.out += 1;
     }
 
-    /// It answered one, with outputs or not.
+    /// Counts an answer. Without unanswered shards, clears the late-shard count and the doubt flag.
     pub(super) const fn answered(&mut self, with_outputs: bool) {
         self.useful |= with_outputs;
         self.out = self.out.saturating_sub(1);
         if self.out == 0 {
-            // Delivery may be away for long before it hears of it.
+            // Delivery may poll much later.
             (self.late, self.in_doubt) = (0, false);
         }
     }
 
-    /// Whether its session, or the one before, gave any outputs.
+    /// Whether its session, or the one before, had any outputs.
     pub(super) const fn is_useful(&self) -> bool {
         self.useful
     }
 
-    /// Its link ended.
+    /// Ends its session.
     pub(super) fn down(&mut self, reason: String) {
         self.state = LinkState::Down { since: Instant::now(), error: None, reason };
         self.out = 0;
         self.is_trusted();
-        // Whoever carries the link ends it.
+        // The link's task ends it.
         self.doubt.notify_one();
     }
 
@@ -222,7 +222,7 @@ impl Peer {
         (self.late, self.in_doubt, self.is_contested) = (0, false, false);
     }
 
-    /// It could not be connected.
+    /// Records that it could not be connected.
     pub(super) fn unreachable(&mut self, error: LinkError) {
         let since = match self.state {
             LinkState::Down { since, .. } => since,
@@ -231,7 +231,7 @@ impl Peer {
         self.state = LinkState::Down { since, reason: error.to_string(), error: Some(error) };
     }
 
-    /// The way to it as peer number `at`, and what it announces; `None` when it is not connected.
+    /// Its route as peer number `at`, and its announcement; `None` when it is not connected.
     pub(super) fn route(&self, at: usize) -> Option<Announced> {
         match (&self.state, &self.announced) {
             (LinkState::Up { session, .. }, Some(announced)) => {
@@ -273,7 +273,7 @@ impl Peer {
         }
     }
 
-    /// Preference by what it announces: whoever is about to leave comes later.
+    /// Preference, from its announcement: a draining worker comes later.
     fn rank(&self) -> Rank {
         match () {
             () if self.is_here() => Rank::Last,
@@ -282,7 +282,7 @@ impl Peer {
         }
     }
 
-    /// As a leader sees it; `None` when it is not connected.
+    /// Its view for the placement leader; `None` when it is not connected.
     pub(super) fn connected(&self) -> Option<ConnectedWorker> {
         match (&self.state, &self.announced) {
             (LinkState::Up { session, control: Some(control), .. }, Some(announced)) => {
@@ -298,13 +298,13 @@ impl Peer {
         }
     }
 
-    /// It broke the protocol.
+    /// Counts a breach of the protocol.
     pub(super) fn strike(&mut self) {
         self.strikes.strike(Instant::now());
         metrics::counter!("muster_dispatch_workers_banned_total").increment(1);
     }
 
-    /// How long it is still to be left alone.
+    /// Remaining time of its ban.
     pub(super) fn banned_for(&self) -> Duration {
         self.strikes.left(Instant::now())
     }

@@ -9,10 +9,10 @@ use muster_proto::reply::OutputRows;
 use muster_proto::shard::{ShardRules, ShardView};
 use muster_types::{DType, ExpertId, ExpertKey, Fault, FaultKind, LayerId};
 
-/// What a shard gets, and how long the experts took.
+/// A shard's outputs or fault, and the experts' time.
 pub(crate) type Outcome = (Result<OutputRows, Fault>, Duration);
 
-/// The rows of a call, in a buffer that is kept from one to the next.
+/// The rows of a call, in a buffer that calls reuse.
 #[derive(Default)]
 pub(crate) struct Call {
     input: RowBuffer,
@@ -23,7 +23,7 @@ impl Call {
         self.input.clear();
     }
 
-    /// Takes in a shard's rows, behind those of the shards before it.
+    /// Appends a shard's rows.
     pub(crate) fn admit(
         &mut self,
         view: &ShardView,
@@ -73,7 +73,7 @@ impl Call {
         }
     }
 
-    /// Answers of the experts, as replies, and how long they took.
+    /// The experts' answers as replies, and their time.
     fn answer(
         &self,
         layer: LayerId,
@@ -118,7 +118,7 @@ fn reply(segment: &Segment<'_>, answer: SegmentAnswer, rules: &ShardRules) -> Re
     Ok(OutputRows { rows: rows as u32, data: data.into(), not_finite })
 }
 
-/// What a router gets that knows of no marks: its whole shard is lost.
+/// Reply to a router whose version has no marks: a mark fails its whole shard.
 pub(crate) fn unmarked(view: &ShardView, rows: OutputRows) -> Result<OutputRows, Fault> {
     let Some(&first) = rows.not_finite.first() else { return Ok(rows) };
     let mut end = 0;
@@ -127,7 +127,7 @@ pub(crate) fn unmarked(view: &ShardView, rows: OutputRows) -> Result<OutputRows,
         ((first as usize) < end).then_some(expert)
     };
     match view.groups().into_iter().find_map(of) {
-        // Where the worker adds up, an output is not one expert's.
+        // A row that the worker combined is not one expert's.
         Some(expert) if view.weights().is_none() => {
             let key = ExpertKey { layer: view.layer(), expert };
             Err(Fault::of_expert(FaultKind::NonFinite, expert.get(), format!("{key}: output is not finite")))

@@ -1,7 +1,7 @@
-//! What a leader asks of a worker: to be obeyed, and what to hold.
+//! A leader's calls to a worker: the grant of the lease, and orders of what to hold.
 //!
 //! Always holds: orders come from one router at a time, the one that was granted the lease last, and never an older one
-//! after a newer. What they mean is carried out by a [`Custody`].
+//! after a newer. A [`Custody`] carries them out.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,35 +15,35 @@ use muster_types::{Epoch, ExpertId, ExpertKey, LayerId, WeightDigest};
 
 use super::weights::WeightSource;
 
-/// Whoever holds a worker's experts and changes what they are.
+/// Holder of a worker's experts, which carries out orders.
 pub trait Custody: WeightSource {
-    /// Takes note of what shall be held from now on, and returns soon. Called from a thread that may block.
+    /// Sets the experts to hold from now on, and returns soon. Called from a thread that may block.
     fn assign(&self, assignment: Assignment);
 
-    /// What is held and shall be. Called from a thread that may block.
+    /// Experts held and experts to load. Called from a thread that may block.
     fn held(&self) -> Held;
 }
 
-/// What a worker announces of its experts.
+/// A worker's holdings, as it announces them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    /// Those that may be asked for, strictly ascending.
+    /// Servable experts, strictly ascending.
     pub experts: Vec<ExpertKey>,
-    /// Of the weights of each of them.
+    /// Digest of each one's weights.
     pub digests: Vec<WeightDigest>,
-    /// Bytes of all that is in memory.
+    /// Bytes of experts in memory.
     pub resident_bytes: u64,
-    /// Experts that are to be loaded and are not.
+    /// Number of experts still to load.
     pub loading: usize,
-    /// From the start until the first was there.
+    /// Time from the start to the first expert.
     pub useful: Option<Duration>,
-    /// From the start until all were there that were to be there first.
+    /// Time from the start to the last expert of the first order.
     pub full: Option<Duration>,
-    /// The last source of weights that was passed over because what it has is damaged or different.
+    /// The last source of weights that was passed over for damaged or different weights.
     pub trouble: Option<String>,
 }
 
-/// The state of a worker's obedience.
+/// A worker's grant and its last order.
 pub(super) struct Obedience {
     origin: Instant,
     state: Mutex<State>,
@@ -51,11 +51,11 @@ pub(super) struct Obedience {
 
 struct State {
     grant: Grant,
-    /// The last order that was taken.
+    /// The last accepted order.
     operation: Option<(Term, NonZeroU64)>,
 }
 
-/// Why an order was not taken.
+/// Why an order was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Disobeyed {
     #[error("this worker obeys another router or term; ask for the lead first")]
@@ -74,7 +74,7 @@ impl Obedience {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `epoch` gives that of the description, once the lead is granted.
+    /// Answers a request for the lead. `epoch` gives the description's epoch after a grant.
     pub(super) fn lead(&self, ask: &LeadAsk, epoch: impl FnOnce() -> Epoch) -> LeadAnswer {
         let (now, mut state) = (self.origin.elapsed(), self.lock());
         let before = state.grant.term();
@@ -92,13 +92,13 @@ impl Obedience {
         }
     }
 
-    /// Whether some router leads now.
+    /// Whether a router leads now.
     pub(super) fn is_led(&self) -> bool {
         self.lock().grant.is_held(self.origin.elapsed())
     }
 
-    /// Takes an order if it is the leader's, and not older than the last. Orders are taken one at a time, each carried out
-    /// before the next.
+    /// Accepts an order of the leader that is not older than the last. Orders come one at a time, each carried out before the
+    /// next.
     pub(super) fn admit(&self, assignment: &Assignment) -> Result<(), Disobeyed> {
         let mut state = self.lock();
         let (term, operation) = (Term::new(assignment.term.get()), assignment.operation);
@@ -113,7 +113,7 @@ impl Obedience {
     }
 }
 
-/// Rows that experts got.
+/// Rows computed, by layer and expert.
 pub(super) struct RowCounts(Vec<Vec<AtomicU64>>);
 
 impl RowCounts {

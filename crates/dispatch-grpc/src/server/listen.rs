@@ -20,14 +20,14 @@ use crate::driver::Driver;
 use crate::secured::{Only, Speaks, secured};
 use crate::transport;
 
-/// Routers ping all the time, so that none is silent for long.
+/// Routers ping regularly, so a silent peer is gone.
 const PATIENCE: Patience =
     Patience { stall: Duration::from_secs(30), silence: Some(Duration::from_secs(25)) };
 
 /// A socket that cannot be listened on.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Somebody else has it.
+    /// Another process listens there.
     #[error("{address} is already in use; stop the process that listens there or choose another address")]
     InUse {
         /// The address.
@@ -67,7 +67,7 @@ struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // Somebody who removed it first did the same.
+        // It may be removed already.
         let _ = std::fs::remove_file(&self.0);
     }
 }
@@ -102,7 +102,7 @@ impl Bound {
         &self.address
     }
 
-    /// What the experts' thread must drive.
+    /// The network, for the experts' thread to drive.
     #[must_use]
     pub fn network(&self) -> Network {
         Network(self.driver.reins())
@@ -113,7 +113,7 @@ impl Bound {
     /// workers as far as weights go.
     ///
     /// # Errors
-    /// When the transport fails as a whole; one connection's failure is not that.
+    /// When the listener fails as a whole; a failure of one connection is none.
     pub async fn serve(
         self,
         server: &ExpertServer,
@@ -131,7 +131,7 @@ impl Bound {
             .add_service(InterceptedService::new(server.service(), only(&[Role::Router])))
             .add_service(InterceptedService::new(server.control(), only(&[Role::Router])))
             .add_service(InterceptedService::new(server.weights(), only(&[Role::Router, Role::Worker])));
-        // Also when this future is dropped.
+        // Stops also when this future is dropped.
         let stop = CancellationToken::new();
         let stopping = stop.clone().drop_guard();
         let mut serving = driver.spawn(async move {
@@ -188,7 +188,7 @@ async fn listen(address: &Address) -> Result<(Listener, Address), BindError> {
     }
 }
 
-/// Makes way for a socket at `path`, if what is there is a socket that nobody serves.
+/// Removes a socket at `path` that no process serves.
 async fn remove_stale(path: &Path, address: &Address) -> Result<(), BindError> {
     let Ok(found) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !found.file_type().is_socket() {

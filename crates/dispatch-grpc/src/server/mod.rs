@@ -1,4 +1,4 @@
-//! The worker's side: admits routers, checks shards, feeds the experts' thread, announces what is held.
+//! The worker's side: admits routers, checks shards, feeds the experts' thread, announces holdings.
 //!
 //! What always holds: a shard reaches the experts only after every rule of the protocol was checked; it has its
 //! place in the reply stream reserved before it is queued, so the experts' thread never waits for a reader; and
@@ -48,7 +48,7 @@ pub use weights::{Handed, WeightSource, WeightTerms, WeightsService};
 /// Time a router has to say hello on a new stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a server serves and how much of it at once.
+/// Model shapes and limits of a server.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
     /// Routed experts of every layer of the model.
@@ -81,8 +81,8 @@ struct Shared {
     rules: ShardRules,
     limits: MessageLimits,
     description: watch::Sender<Description>,
-    /// The epoch since which each expert of the description is announced. Locked by one change of what is announced at a
-    /// time, from asking the custody on, and so never on the network's thread.
+    /// Epoch since which each expert of the description is announced. Locked during a change of the announcement, including the
+    /// call of the custody, and so never on the network's thread.
     since: Mutex<BTreeMap<ExpertKey, Epoch>>,
     jobs: Arc<Jobs>,
     in_flight: watch::Sender<usize>,
@@ -90,23 +90,23 @@ struct Shared {
     capacity: usize,
     custody: Arc<dyn Custody>,
     obedience: Obedience,
-    /// Held by whoever asks for the lead or has an order carried out: one after the other.
+    /// Serialises grants of the lead and the carrying out of orders.
     turn: Arc<tokio::sync::Mutex<()>>,
     rows: Arc<RowCounts>,
     weights: WeightsService,
-    /// Nothing new is taken.
+    /// New shards are refused.
     is_leaving: AtomicBool,
     stop: CancellationToken,
 }
 
 impl Shared {
     fn since(&self) -> MutexGuard<'_, BTreeMap<ExpertKey, Epoch>> {
-        // A change that panics has announced nothing; the next one compares with what is held anyway.
+        // A change that panicked announced nothing; the next one compares with the holdings anyway.
         self.since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Announces what is held now. The caller has `since` locked, so that what is announced last is what was last; the
-    /// description, which every shard looks at, is not locked while the custody is asked.
+    /// Announces the current holdings. The caller has `since` locked, so that the last announcement has the last holdings; the
+    /// description, which every shard reads, is not locked during the call of the custody.
     fn refresh(&self, since: &mut BTreeMap<ExpertKey, Epoch>) {
         let Held { mut experts, mut digests, resident_bytes, loading, useful, full, mut trouble } =
             self.custody.held();
@@ -136,7 +136,7 @@ impl Shared {
         since.extend(new.into_iter().map(|key| (key, epoch)));
     }
 
-    /// Changes the description; `change` says whether it did, and does no more than that. Gives its epoch.
+    /// Changes the description; `change` returns whether it did. Returns the epoch.
     fn describe(&self, change: impl FnOnce(&mut Description) -> bool) -> Epoch {
         let mut epoch = None;
         self.description.send_if_modified(|description| {
@@ -152,8 +152,7 @@ impl Shared {
 }
 
 impl ExpertServer {
-    /// A server for a worker that describes itself so and holds its experts there, and the queue its experts' thread must
-    /// run.
+    /// A server for a worker with this description and custody, and the queue that its experts' thread must run.
     #[must_use]
     pub fn new(
         config: &ServerConfig,
@@ -210,15 +209,15 @@ impl ExpertServer {
         (Self { shared: Arc::new(shared) }, queue)
     }
 
-    /// Announces what is held now. Blocks while an order is carried out.
+    /// Announces the current holdings. Blocks while an order is carried out.
     pub fn announce(&self) {
         self.shared.refresh(&mut self.shared.since());
     }
 
-    /// Has an order carried out. Gives the epoch of the description that shows it. Blocks for as long as the custody does.
+    /// Carries out an order. Returns the epoch of the description that shows it. Blocks as long as the custody does.
     fn obey(&self, mut assignment: Assignment) -> Epoch {
         let mut since = self.shared.since();
-        // The leader may not have known of these.
+        // Experts that the leader may not know of.
         let asked: BTreeSet<ExpertKey> = assignment.load.iter().map(|load| load.key).collect();
         let unknown = since.iter().filter(|(key, at)| **at > assignment.seen && !asked.contains(key));
         assignment.keep.extend(unknown.map(|(key, _)| *key));
@@ -230,19 +229,19 @@ impl ExpertServer {
         self.shared.description.borrow().epoch
     }
 
-    /// Announces that this worker is to stop. It serves what it holds as before.
+    /// Announces a drain. The worker serves as before.
     pub fn drain(&self) {
         self.shared.describe(|description| {
             std::mem::replace(&mut description.phase, Phase::Draining) == Phase::Serving
         });
     }
 
-    /// Refuses all shards that come from now on.
+    /// Refuses all further shards.
     pub fn refuse(&self) {
         self.shared.is_leaving.store(true, Ordering::Release);
     }
 
-    /// Whether a leader looks after this worker now.
+    /// Whether this worker has a leader now.
     #[must_use]
     pub fn is_led(&self) -> bool {
         self.shared.obedience.is_led()
@@ -266,7 +265,7 @@ impl ExpertServer {
         self.shared.capacity - self.shared.streams.available_permits()
     }
 
-    /// Ends every stream, after what was answered is sent, and lets the experts' thread finish.
+    /// Ends every stream after its answers are sent, and lets the experts' thread finish.
     pub fn close(&self) {
         self.shared.stop.cancel();
         self.shared.jobs.close();
@@ -361,7 +360,7 @@ impl Experts for ExpertServer {
 impl Control for ExpertServer {
     async fn lead(&self, request: Request<v1::LeadRequest>) -> Result<Response<v1::LeadReply>, Status> {
         let ask = LeadAsk::parse(request.get_ref()).map_err(|error| invalid(&error))?;
-        // No order is carried out meanwhile, so that what is announced later was granted before.
+        // No order is carried out meanwhile, so that every later announcement follows the grant.
         let _turn = self.shared.turn.lock().await;
         let epoch = || self.shared.description.borrow().epoch;
         Ok(Response::new(self.shared.obedience.lead(&ask, epoch).to_wire()))
@@ -370,12 +369,12 @@ impl Control for ExpertServer {
     async fn assign(&self, request: Request<v1::AssignRequest>) -> Result<Response<v1::AssignReply>, Status> {
         let assignment = Assignment::parse(request.get_ref(), &self.shared.rules.experts);
         let assignment = assignment.map_err(|error| invalid(&error))?;
-        // Goes along with the order, which is carried out even if whoever gave it no longer waits.
+        // Moves with the order, which is carried out even if its caller no longer waits.
         let turn = self.shared.turn.clone().lock_owned().await;
         let disobeyed = |error: control::Disobeyed| Status::failed_precondition(error.to_string());
         self.shared.obedience.admit(&assignment).map_err(disobeyed)?;
         let server = self.clone();
-        // Whoever holds the experts may take its time, which the network's thread has not.
+        // The custody may block, which the network's thread must not.
         let carried = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             server.obey(assignment)

@@ -1,12 +1,12 @@
-//! How busy a worker is: the part of the time in which its experts' thread computed.
+//! A worker's pressure: the share of time in which its experts' thread computed.
 //!
-//! That thread computes one call after the other, so that a part of 1 means that shards wait. It is what more workers help
-//! against, whatever the reason; the processor's load is not, for threads that wait for messages poll.
+//! That thread computes one call after the other, so a share of 1 means that shards wait. More workers relieve it, whatever
+//! its cause. The processor's load is no such measure, since threads that wait for messages poll.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Time that was worked, to be looked at from time to time.
+/// Accumulated computing time.
 #[derive(Debug, Default)]
 pub struct Pressure {
     nanos: AtomicU64,
@@ -17,14 +17,14 @@ impl Pressure {
         self.nanos.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// Time that was worked since the start.
+    /// Computing time since the start.
     #[must_use]
     pub fn worked_so_far(&self) -> Duration {
         Duration::from_nanos(self.nanos.load(Ordering::Relaxed))
     }
 }
 
-/// Smooths what is looked at every now and then: an average in which what is long ago counts less.
+/// Decaying average of periodic samples.
 #[derive(Debug)]
 pub struct Smoothed {
     over: Duration,
@@ -33,13 +33,13 @@ pub struct Smoothed {
 }
 
 impl Smoothed {
-    /// Over about that time.
+    /// An average over about the last `over`.
     #[must_use]
     pub const fn new(over: Duration) -> Self {
         Self { over, worked: Duration::ZERO, part: 0.0 }
     }
 
-    /// Counts what was worked so far, `elapsed` after the last time. Gives the part, from 0 to 1.
+    /// Adds a sample: the computing time so far, `elapsed` after the last sample. Returns the share, from 0 to 1.
     pub fn look(&mut self, worked: Duration, elapsed: Duration) -> f64 {
         if elapsed.is_zero() {
             return self.part;

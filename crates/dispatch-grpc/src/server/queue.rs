@@ -25,18 +25,18 @@ use super::pressure::Pressure;
 use crate::busy::BusyPoll;
 use crate::driver::Reins;
 
-/// What goes down a reply stream.
+/// Item of a reply stream.
 pub(super) type Item = Result<v1::DispatchReply, Status>;
 
-/// Rows up to which waiting shards are computed together. More rows use the weights well by themselves, and the first
-/// answer would only come later.
+/// Rows up to which waiting shards are computed together. Larger shards use the weights well by themselves, and a merge would
+/// only delay the first answer.
 const MERGE_ROWS: usize = 128;
-/// Bytes of input or output from which the network is driven by another thread during the computation: this many are
-/// neither computed nor sent in no time.
+/// Bytes of input or output from which the keeper thread drives the network during the computation, which then takes long
+/// enough to pay for the hand-over.
 const LARGE_BYTES: usize = 256 << 10;
 
-/// A shard's one answer, with its place in the reply stream. Dropped unanswered, as when the experts panic, it
-/// says so itself.
+/// A shard's one answer, with its place in the reply stream. A drop without an answer, as when the experts panic, sends a
+/// fault.
 pub(super) struct Answer {
     id: NonZeroU64,
     place: Option<mpsc::OwnedPermit<Item>>,
@@ -57,7 +57,7 @@ impl Answer {
         self.send(Err(fault), Timing::default());
     }
 
-    /// Nobody listens any more.
+    /// Drops it without a reply, since its stream is gone.
     fn abandon(mut self) {
         metrics::counter!("muster_worker_shards_abandoned_total").increment(1);
         self.place = None;
@@ -85,10 +85,10 @@ impl Drop for Answer {
 /// A checked shard on its way to the experts.
 pub(super) struct Job {
     pub(super) view: ShardView,
-    /// Of the protocol, on its stream.
+    /// Protocol version of its stream.
     pub(super) version: u32,
     pub(super) received: Instant,
-    /// Only asked whether anybody still listens.
+    /// Used only to see whether the stream is still open.
     pub(super) stream: mpsc::Sender<Item>,
     pub(super) answer: Answer,
 }
@@ -104,13 +104,13 @@ pub(super) struct Jobs {
 #[derive(Default)]
 struct Waiting {
     jobs: VecDeque<Job>,
-    /// Nothing more is taken; what waits is still computed.
+    /// No more shards are accepted; waiting ones are still computed.
     closed: bool,
 }
 
-/// Why a shard was not taken.
+/// Why a shard was not queued.
 pub(super) enum Refused {
-    /// Too many wait.
+    /// The queue is full.
     Full(Job),
     /// The experts have stopped.
     Closed(Job),
@@ -138,18 +138,18 @@ impl Jobs {
         Ok(())
     }
 
-    /// Shards taken so far.
+    /// Shards accepted so far.
     pub(super) fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
 
-    /// Lets the experts' thread end once nothing waits.
+    /// Lets the experts' thread end once the queue is empty.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.arrived.notify_one();
     }
 
-    /// Closes, and drops what waits.
+    /// Closes, and drops the waiting shards.
     fn abort(&self) {
         self.close();
         let jobs = std::mem::take(&mut self.lock().jobs);
@@ -157,8 +157,8 @@ impl Jobs {
         drop(jobs);
     }
 
-    /// The shard that waits longest, with those of its layer that can be computed along with it. `None`: closed and
-    /// empty; no shards: empty.
+    /// The longest-waiting shard, with those of its layer that can be computed with it. `None`: closed and empty; no shards:
+    /// empty.
     fn take(&self) -> Option<Vec<Job>> {
         let mut waiting = self.lock();
         let Some(first) = waiting.jobs.pop_front() else {
@@ -233,7 +233,7 @@ impl ComputeQueue {
         (jobs, queue)
     }
 
-    /// How busy the experts' thread is.
+    /// Pressure of the experts' thread.
     #[must_use]
     pub fn pressure(&self) -> Arc<Pressure> {
         Arc::clone(&self.pressure)

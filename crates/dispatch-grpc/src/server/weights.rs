@@ -1,7 +1,7 @@
-//! Handing out weights to processes that are to hold them too.
+//! Serves weights to processes that fetch experts.
 //!
-//! Always holds: so many fetches at a time and so many bytes a second, so that serving does not suffer; and what is sent to
-//! its end has the digest that it had when it was loaded.
+//! Always holds: the number of fetches at a time and the bytes a second are bounded, so that experts' compute does not
+//! suffer; weights that are sent to their end have the digest that they were loaded with.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -19,27 +19,27 @@ use tonic::{Request, Response, Status};
 
 /// Bytes of one message.
 const PART: usize = 256 << 10;
-/// Parts that were made and not yet sent.
+/// Prepared parts that are not sent yet.
 const PARTS_AHEAD: usize = 2;
 /// Experts sent at the same time.
 const FETCHES: usize = 2;
 
-/// Whoever has packed experts.
+/// A source of packed experts.
 pub trait WeightSource: Send + Sync {
-    /// An expert, if it is here. May take as long as reading it from a disk.
+    /// An expert, if held. May take as long as a read from disk.
     fn get(&self, key: ExpertKey) -> Option<Handed>;
 }
 
-/// An expert to be handed out.
+/// An expert to send.
 #[derive(Clone)]
 pub struct Handed {
     /// Its packed matrices and then its biases, gate, up and down each time.
     pub packed: [Bytes; 6],
-    /// What its weights must be; `None` where that is not known.
+    /// Expected digest of its weights; `None` if not known.
     pub digest: Option<WeightDigest>,
 }
 
-/// What the weights are that a process has.
+/// Description of a process's weights.
 #[derive(Debug, Clone)]
 pub struct WeightTerms {
     /// The model.
@@ -54,7 +54,7 @@ pub struct WeightTerms {
     pub rate: NonZeroUsize,
 }
 
-/// The gRPC service of whoever has weights. Clones share one state.
+/// The gRPC service of a source of weights. Clones share one state.
 #[derive(Clone)]
 pub struct WeightsService {
     terms: Arc<WeightTerms>,
@@ -63,7 +63,7 @@ pub struct WeightsService {
 }
 
 impl WeightsService {
-    /// Hands out what is there.
+    /// A service over `source`.
     #[must_use]
     pub fn new(terms: WeightTerms, source: Arc<dyn WeightSource>) -> Self {
         Self { terms: Arc::new(terms), source, places: Arc::new(Semaphore::new(FETCHES)) }
@@ -119,14 +119,14 @@ fn send(
         let (mut digest, mut older) = (WeightHasher::default(), (seal == Seal::Sha256).then(Sha256::new));
         let (started, mut sent) = (Instant::now(), 0_usize);
         for part in handed.packed.iter().flat_map(|bytes| bytes.chunks(PART)) {
-            // Of what is sent, not of what lies in memory, which may change in between.
+            // Digest of the sent bytes, not of memory, which may change in between.
             let data = Bytes::copy_from_slice(part);
             digest.update(&data);
             if let Some(older) = &mut older {
                 older.update(&data);
             }
             if parts.blocking_send(Ok(v1::FetchReply { data, ..v1::FetchReply::default() })).is_err() {
-                // Nobody wants it any more.
+                // The fetch was abandoned.
                 return;
             }
             sent += part.len();
@@ -155,7 +155,7 @@ fn send(
                 })
             }
         };
-        // Nobody may want it any more.
+        // The fetch may be abandoned.
         let _ = parts.blocking_send(last);
     });
     receiver

@@ -1,6 +1,6 @@
-//! How workers have behaved: what they owe, how often they failed, how long they are left alone.
+//! Conduct of workers: late shards, faults in a row, bans.
 //!
-//! Always holds: there is an account of every hop of the fleet, and of no other.
+//! Always holds: every hop of the fleet has an account, and no other hop has one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,16 +12,16 @@ use muster_types::{Fault, FaultKind, WorkerId};
 use super::transport::{Fleet, Hop, Route};
 use crate::batcher::Rank;
 
-/// How long a worker that broke the protocol is left alone, the first time.
+/// First ban of a worker that broke the protocol.
 const FIRST_BAN: Duration = Duration::from_secs(1);
-/// How often that time may double.
+/// Most doublings of the ban.
 const MOST_STRIKES: u32 = 6;
-/// After so long without another breach it begins anew.
+/// Time without a breach after which bans start at the first one again.
 const GOOD_CONDUCT: Duration = Duration::from_secs(300);
-/// Faults in a row, with no outputs in between, that a worker is banned for.
+/// Faults in a row, without outputs in between, that get a worker banned.
 const MOST_FAULTS: u32 = 16;
 
-/// How long a worker is left alone that broke the protocol. Kept for as long as the worker is known, over all its hops.
+/// Ban of a worker that broke the protocol. Kept while the worker is known, over all its hops.
 #[derive(Debug, Clone, Default)]
 pub struct Strikes {
     until: Option<Instant>,
@@ -29,14 +29,14 @@ pub struct Strikes {
 }
 
 impl Strikes {
-    /// Counts a breach: each doubles the time, unless the one before is long past.
+    /// Counts a breach: each doubles the ban, unless the one before is [`GOOD_CONDUCT`] ago.
     pub fn strike(&mut self, now: Instant) {
         let long_ago = self.until.is_none_or(|until| now.saturating_duration_since(until) > GOOD_CONDUCT);
         self.count = if long_ago { 0 } else { (self.count + 1).min(MOST_STRIKES) };
         self.until = Some(now + FIRST_BAN * (1 << self.count));
     }
 
-    /// Time that is left.
+    /// Remaining time of the ban.
     #[must_use]
     pub fn left(&self, now: Instant) -> Duration {
         self.until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
@@ -46,16 +46,16 @@ impl Strikes {
 /// One hop's account.
 #[derive(Debug, Clone, Copy, Default)]
 struct Account {
-    /// Late shards that are not answered yet.
+    /// Number of unanswered late shards.
     late: usize,
-    /// One of them nobody else can be asked for.
+    /// One of them has no other owner.
     in_doubt: bool,
     /// Faults since the last outputs.
     faults: u32,
     is_lost: bool,
 }
 
-/// The fleet, and the account of each of its hops.
+/// The fleet, with an account of each hop.
 #[derive(Debug)]
 pub(super) struct Workers {
     fleet: Arc<Fleet>,
@@ -64,7 +64,7 @@ pub(super) struct Workers {
     ranks: Vec<Rank>,
 }
 
-/// What a transport is to be told of a hop.
+/// A hop's late-shard count and doubt flag, for the transport.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Doubt {
     pub(super) late: usize,
@@ -78,7 +78,7 @@ impl Workers {
         workers
     }
 
-    /// Takes a new fleet over; gives the one before.
+    /// Adopts a new fleet; returns the previous one.
     pub(super) fn announced(&mut self, fleet: Arc<Fleet>) -> Arc<Fleet> {
         let mut before = std::mem::take(&mut self.accounts);
         let account = |route: &Route| (route.hop, before.remove(&route.hop).unwrap_or_default());
@@ -120,7 +120,7 @@ impl Workers {
         self.ranks = self.fleet.routes().iter().map(rank).collect();
     }
 
-    /// A hop is lost; false when that was known.
+    /// Loses a hop; false when it was lost before.
     pub(super) fn lost(&mut self, hop: Hop) -> bool {
         let Some(account) = self.accounts.get_mut(&hop) else { return false };
         if account.is_lost {
@@ -131,12 +131,12 @@ impl Workers {
         true
     }
 
-    /// A shard is late: until it is answered, others are preferred.
+    /// Counts a late shard: other owners are preferred until it is answered.
     pub(super) fn late(&mut self, hop: Hop) -> Option<Doubt> {
         self.change(hop, |account| account.late += 1)
     }
 
-    /// A late shard was answered.
+    /// Clears one late shard.
     pub(super) fn answered_late(&mut self, hop: Hop) -> Option<Doubt> {
         self.change(hop, |account| {
             account.late = account.late.saturating_sub(1);
@@ -144,12 +144,12 @@ impl Workers {
         })
     }
 
-    /// A late shard can be asked of nobody else.
+    /// Sets the doubt flag: a late shard has no other owner.
     pub(super) fn needed(&mut self, hop: Hop) -> Option<Doubt> {
         self.change(hop, |account| account.in_doubt = true)
     }
 
-    /// Changes an account; gives what there is to tell of it.
+    /// Changes an account; returns the [`Doubt`] to report if it changed.
     fn change(&mut self, hop: Hop, change: impl FnOnce(&mut Account)) -> Option<Doubt> {
         let account = self.accounts.get_mut(&hop).filter(|account| !account.is_lost)?;
         let before = *account;
@@ -161,15 +161,15 @@ impl Workers {
         ((late, in_doubt) != (before.late, before.in_doubt)).then_some(Doubt { late, in_doubt })
     }
 
-    /// Takes note of an answer.
+    /// Counts an answer.
     ///
     /// # Errors
-    /// When a worker gives nothing but faults, in words.
+    /// The reason for a ban, when a worker gives nothing but faults.
     pub(super) fn judge<O>(&mut self, hop: Hop, outcome: &Result<O, Fault>) -> Result<(), String> {
         let Some(account) = self.accounts.get_mut(&hop) else { return Ok(()) };
         match outcome {
             Ok(_) => account.faults = 0,
-            // It says so for its own good.
+            // Backpressure and drain are no misconduct.
             Err(Fault { kind: FaultKind::Overloaded | FaultKind::Draining, .. }) => {}
             Err(fault) => {
                 account.faults += 1;

@@ -1,7 +1,7 @@
-//! Shards on their way: sending them, and what each worker that got one is thought of.
+//! Shards in flight: sends them, hedges late ones, and records each worker's conduct.
 //!
-//! Always holds: a shard is accounted for from when it is sent until it is answered, its hop is lost, or nobody waits for it
-//! and it is not late. Knows flights one at a time, and nothing of how outputs are added up.
+//! Always holds: a shard is accounted for from its sending until it is answered, its hop is lost, or its flight is over and it
+//! is not late. Knows flights one at a time, and nothing of how outputs are combined.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -21,10 +21,10 @@ use crate::dispatch::Ticket;
 /// A flight over a transport.
 pub(super) type FlightOver<T> = Flight<<T as Transport>::Load, <T as Transport>::Outputs>;
 
-/// A shard that is out.
+/// A shard that awaits its answer.
 #[derive(Debug)]
 struct Out {
-    /// `None` once nobody waits for it: its answer only shows that its worker answers again.
+    /// `None` after its flight is over: its answer then only clears the worker's late count.
     ticket: Option<Ticket>,
     part: usize,
     hop: Hop,
@@ -40,7 +40,7 @@ pub(super) struct Dispatcher<T, O> {
     out: BTreeMap<u64, Out>,
     /// The last shard id given out.
     issued: u64,
-    /// Parts that came to nothing with their hop, and were not told to their flights yet.
+    /// Parts lost with their hop whose flights do not know it yet.
     fallen: Vec<(Ticket, usize, Failure)>,
 }
 
@@ -57,13 +57,13 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         }
     }
 
-    /// A number for a shard.
+    /// The next shard id.
     pub(super) const fn issue(&mut self) -> u64 {
         self.issued += 1;
         self.issued
     }
 
-    /// Sends a part of a flight. What cannot be sent has failed.
+    /// Sends a part of a flight. A part that cannot be sent has failed.
     pub(super) fn send(&mut self, ticket: Ticket, flight: &mut FlightOver<T>, part: usize) {
         let shard = &flight.parts()[part].shard;
         let Shard { id, hop, .. } = *shard;
@@ -75,12 +75,12 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         }
     }
 
-    /// Waiting for a flight begins, if it has not.
+    /// Starts the wait for a flight, unless it has started.
     pub(super) fn begin(&self, flight: &mut FlightOver<T>, now: Instant) {
         flight.begin(now, |shard| self.hedges.patience(shard));
     }
 
-    /// Sends what failed, and what is late, to other owners, as far as there are any.
+    /// Sends stand-ins for failed and late parts to other owners, where there are any.
     pub(super) fn replace(&mut self, ticket: Ticket, flight: &mut FlightOver<T>, now: Instant) {
         loop {
             let parts = flight.to_replace(now);
@@ -99,7 +99,7 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         }
     }
 
-    /// Takes note that a part is late; whether others are to be asked for it.
+    /// Records a late part; true when it is to be hedged now.
     fn is_given_up(&mut self, flight: &mut FlightOver<T>, number: usize) -> bool {
         flight.is_late();
         let Part { shard, deferred, .. } = &flight.parts()[number];
@@ -110,7 +110,7 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
             let doubt = self.workers.late(shard.hop);
             self.tell(shard.hop, doubt);
         }
-        // Where everything is late, asking twice makes it later.
+        // With everything late, hedges would only add load.
         if !deferred && !self.hedges.afford() {
             let more = self.hedges.extension(shard);
             flight.defer(number, more);
@@ -119,7 +119,7 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         true
     }
 
-    /// Asks others for what is in a part; whether there were any.
+    /// Sends stand-ins for a part; false when it has no other owner.
     fn stand_in(&mut self, ticket: Ticket, flight: &mut FlightOver<T>, number: usize, now: Instant) -> bool {
         let stand_ins = flight.plan_stand_ins(number, &self.workers);
         if flight.needs(number) {
@@ -147,12 +147,12 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         true
     }
 
-    /// A part's outputs are here.
+    /// Records the latency of an answered part.
     pub(super) fn observe(&mut self, flight: &FlightOver<T>, part: usize, at: Instant) {
         self.hedges.observe(&flight.parts()[part].shard, flight.waited(part, at));
     }
 
-    /// Takes note of what came of asking twice.
+    /// Records the outcome of a flight's hedges.
     pub(super) fn learn(&mut self, flight: &FlightOver<T>, now: Instant) {
         for (number, part) in flight.parts().iter().enumerate().filter(|(_, part)| part.hedged) {
             let outcome = if flight.arrived(number).is_some() {
@@ -165,21 +165,21 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         }
     }
 
-    /// What a part brought is a lie: nothing else that its worker says is used for a while.
+    /// Bans the worker of a part that lied.
     pub(super) fn lied(&mut self, flight: &FlightOver<T>, part: usize, reason: &str) {
         let Shard { worker, hop, .. } = &flight.parts()[part].shard;
         self.ban(*hop, worker, Some(flight.layer), reason);
     }
 
     fn ban(&mut self, hop: Hop, worker: &WorkerId, layer: Option<LayerId>, reason: &str) {
-        // Whoever lied several times at once is found out once.
+        // Several lies on one hop count once.
         if self.lost(hop, &Failure::Lied(reason.to_owned())) {
             self.observer.note(Note::Lied { worker, layer, reason });
             self.transport.ban(hop, reason);
         }
     }
 
-    /// A hop is lost, and all that was on it; false when that was known.
+    /// Loses a hop and the shards on it; false when it was lost before.
     pub(super) fn lost(&mut self, hop: Hop, failure: &Failure) -> bool {
         let fallen = &mut self.fallen;
         self.out.retain(|_, out| {
@@ -192,17 +192,17 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         self.workers.lost(hop)
     }
 
-    /// Parts that fell with their hops since this was last asked.
+    /// Parts lost with their hops since the last call.
     pub(super) fn take_fallen(&mut self) -> Vec<(Ticket, usize, Failure)> {
         std::mem::take(&mut self.fallen)
     }
 
-    /// Whether there are any.
+    /// Whether there are such parts.
     pub(super) const fn has_fallen(&self) -> bool {
         !self.fallen.is_empty()
     }
 
-    /// A shard was answered; the part that it is, if somebody waits for it and what its worker says is believed.
+    /// Accounts for an answered shard. Returns its flight and part, unless its flight is over or its hop is lost.
     pub(super) fn answered<A>(
         &mut self,
         id: u64,
@@ -227,11 +227,11 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         ticket.map(|ticket| (ticket, part))
     }
 
-    /// Nobody waits for a flight's shards any more.
+    /// Ends the wait for a flight's shards.
     pub(super) fn forget(&mut self, flight: &FlightOver<T>) {
         for id in flight.ids() {
             match self.out.get_mut(&id) {
-                // Its answer will tell that the worker answers again.
+                // Its answer will clear the worker's late count.
                 Some(out) if out.is_late => out.ticket = None,
                 _ => drop(self.out.remove(&id)),
             }

@@ -1,4 +1,4 @@
-//! A micro-batch between `submit` and `collect`: the shards that carry it, and what has become of every (row, expert) pair.
+//! A micro-batch between `submit` and `collect`: its shards, and the state of every (row, expert) pair.
 //!
 //! A micro-batch leaves in *parts*, one shard each. When a part fails, is late, or marks outputs that are not finite, the pairs
 //! it owes are sent to other owners as further parts, its *stand-ins*; stand-ins can fail in turn. What always holds: one part
@@ -31,21 +31,21 @@ pub(super) struct Flight<L, O> {
     experts: Vec<ExpertId>,
     weights: Vec<f32>,
     pairs: Vec<Pair>,
-    /// Pairs that are to come.
+    /// Number of open pairs.
     open: usize,
     parts: Vec<Part<L, O>>,
     claims: Vec<Claim>,
-    /// Parts whose worker said what another one contradicted.
+    /// Parts whose worker made a claim that another worker contradicted.
     contradicted: Vec<usize>,
     /// Rows that have no sum.
     lost: BTreeMap<u32, DispatchError>,
-    /// Version of the fleet that stand-ins were last looked for in.
+    /// Version of the fleet at the last search for stand-ins.
     pub(super) version: u64,
     pub(super) submitted: Instant,
     pub(super) sent: Instant,
     /// When waiting for it began.
     begun: Option<Instant>,
-    /// Any answer may be the one that is waited for, not only the last.
+    /// Any answer ends the wait, not only the last.
     is_eager: bool,
 }
 
@@ -68,7 +68,7 @@ enum PairState {
     Lost,
 }
 
-/// A worker says of a pair that nobody can compute it.
+/// A worker's claim that no worker can compute a pair.
 struct Claim {
     pair: usize,
     part: usize,
@@ -76,7 +76,7 @@ struct Claim {
 }
 
 impl Failure {
-    /// A short name, for whoever counts.
+    /// Short name, for the observer.
     pub(super) const fn name(&self) -> &'static str {
         match self {
             Self::Fault(fault) => fault.kind.name(),
@@ -95,14 +95,14 @@ pub(super) struct Shard<L> {
     pub(super) plan: ShardPlan,
     /// The hidden rows.
     pub(super) load: L,
-    /// Weights of the outputs, where the worker adds them up.
+    /// Weights of the outputs, if the worker combines them.
     pub(super) weights: Vec<f32>,
 }
 
 /// A shard that was sent.
 pub(super) struct Part<L, O> {
     pub(super) shard: Shard<L>,
-    /// When waiting for it began.
+    /// Start of the wait for it.
     pub(super) since: Instant,
     /// When it is late.
     due: Instant,
@@ -111,13 +111,13 @@ pub(super) struct Part<L, O> {
     pairs: Vec<usize>,
     /// Open pairs that it is responsible for.
     owes: usize,
-    /// Nobody else can be asked for what it owes.
+    /// The pairs that it owes have no other owner.
     alone: bool,
-    /// Others were asked because it was late.
+    /// It was late, and its pairs were hedged.
     pub(super) hedged: bool,
-    /// It was late when no hedge could be afforded, and was given more time.
+    /// It was late without hedge budget, and got an extension.
     pub(super) deferred: bool,
-    /// The part that this one stands in for, and the one of those sent first that all of them stand in for.
+    /// The part that it stands in for, and the original part at the root of that chain.
     of: Option<usize>,
     first: usize,
 }
@@ -128,10 +128,10 @@ enum State<O> {
     Failed(Failure),
 }
 
-/// Why a shard gave nothing.
+/// Why a shard failed.
 #[derive(Debug, Clone)]
 pub(super) enum Failure {
-    /// The worker said why.
+    /// The worker answered with a fault.
     Fault(Fault),
     /// Its hop was lost.
     Lost(String),
@@ -141,17 +141,17 @@ pub(super) enum Failure {
     Unsent(Unsent),
 }
 
-/// The sums that a flight's rows are.
+/// The sums of a flight's rows.
 pub(super) struct Sum {
     /// Numbers of the parts that are the sources.
     pub(super) sources: Vec<usize>,
-    /// Where each row's terms begin. Lost rows have none.
+    /// Start of each row's terms. Lost rows have none.
     pub(super) starts: Vec<u32>,
     pub(super) terms: Vec<Term>,
 }
 
 impl<L, O: Outputs> Flight<L, O> {
-    /// A micro-batch that left in these shards; `slots` says where each output will be.
+    /// A micro-batch in these shards; `slots` has the position of each output.
     pub(super) fn new(
         batch: &LayerBatch<'_>,
         slots: &[Slot],
@@ -193,7 +193,7 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// Waiting for it begins, if it has not. Nobody drove the network for certain before.
+    /// Starts the wait for it, unless it has started: before, the network may not have been driven.
     pub(super) fn begin(&mut self, now: Instant, patience: impl Fn(&Shard<L>) -> Duration) {
         if self.begun.is_none() {
             self.begun = Some(now);
@@ -208,12 +208,12 @@ impl<L, O: Outputs> Flight<L, O> {
         self.begun.map_or(Duration::ZERO, |begun| begun.saturating_duration_since(self.sent))
     }
 
-    /// How long a part took that came then: nothing, if that was before anybody waited.
+    /// Waiting time of a part that arrived at `at`: zero if it arrived before the wait began.
     pub(super) fn waited(&self, part: usize, at: Instant) -> Duration {
         self.begun.map_or(Duration::ZERO, |_| at.saturating_duration_since(self.parts[part].since))
     }
 
-    /// Answers that are to be waited for: the last, or any once one of them failed or is late.
+    /// Answers that end the wait: all, or any one after a failed or late part.
     pub(super) fn wanted(&self) -> usize {
         let waiting = self.parts.iter().filter(|part| matches!(part.state, State::Waiting)).count();
         if self.is_eager { 1 } else { waiting }
@@ -223,7 +223,7 @@ impl<L, O: Outputs> Flight<L, O> {
         &self.parts
     }
 
-    /// Ids of all shards that were ever sent for it.
+    /// Ids of all its shards, stand-ins included.
     pub(super) fn ids(&self) -> impl Iterator<Item = u64> {
         self.parts.iter().map(|part| part.shard.id)
     }
@@ -233,13 +233,13 @@ impl<L, O: Outputs> Flight<L, O> {
         self.open == 0
     }
 
-    /// Takes in the outputs of a part, which are as many as were asked for.
+    /// Takes the outputs of a part, whose number was checked.
     pub(super) fn arrive(&mut self, part: usize, arrived: Arrived<O>) {
         self.parts[part].state = State::Arrived(arrived);
         self.absorb(part);
     }
 
-    /// Answers with a part's outputs what is open, and takes its marks for claims.
+    /// Settles open pairs with a part's outputs, and its marks as claims.
     fn absorb(&mut self, number: usize) {
         let part = &mut self.parts[number];
         let State::Arrived(arrived) = &part.state else { return };
@@ -260,7 +260,7 @@ impl<L, O: Outputs> Flight<L, O> {
         self.parts[number].pairs = pairs;
     }
 
-    /// One output row is there, which is that of these pairs.
+    /// Settles these pairs with one output row.
     fn settle(&mut self, part: usize, row: u32, pairs: &[usize], marked: &[u32]) {
         if marked.binary_search(&row).is_ok() {
             for &pair in pairs {
@@ -274,7 +274,7 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// Nothing more is waited for where this pair is concerned.
+    /// Closes a pair in its final state.
     fn close(&mut self, pair: usize, state: PairState) {
         let Pair { part, state: before } = &mut self.pairs[pair];
         if std::mem::replace(before, state) == PairState::Open {
@@ -287,7 +287,7 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// Takes note of a claim. When another worker said the same, it is the truth.
+    /// Records a claim. It is final when another worker made the same.
     fn claim(&mut self, claim: Claim) {
         match self.pairs[claim.pair].state {
             PairState::Answered { part, .. } if part != claim.part => self.contradicted.push(claim.part),
@@ -304,12 +304,12 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// Parts whose worker said what another one has contradicted since this was last asked.
+    /// Parts with a claim that was contradicted since the last call.
     pub(super) fn take_contradicted(&mut self) -> Vec<usize> {
         std::mem::take(&mut self.contradicted)
     }
 
-    /// A part gave nothing.
+    /// Fails a part.
     pub(super) fn fail(&mut self, number: usize, failure: Failure) {
         (self.is_eager, self.parts[number].alone) = (true, false);
         if let Failure::Fault(fault) = &failure
@@ -330,7 +330,7 @@ impl<L, O: Outputs> Flight<L, O> {
         self.parts[number].state = State::Failed(failure);
     }
 
-    /// The expert of the part that a fault is about, and what it says.
+    /// The expert that a fault blames, and the error.
     fn accusation(&self, part: usize, fault: &Fault) -> (Option<ExpertId>, DispatchError) {
         let Shard { worker, plan, .. } = &self.parts[part].shard;
         let named = plan.experts.iter().copied().find(|known| Some(known.get()) == fault.expert);
@@ -344,7 +344,7 @@ impl<L, O: Outputs> Flight<L, O> {
         (named, error)
     }
 
-    /// What a part gave is a lie: none of it is used, and nothing that its worker claimed.
+    /// Discards the outputs of a part that lied, and the claims of its worker.
     pub(super) fn disown(&mut self, number: usize, reason: String) {
         self.parts[number].state = State::Failed(Failure::Lied(reason));
         self.claims.retain(|claim| claim.part != number);
@@ -359,7 +359,7 @@ impl<L, O: Outputs> Flight<L, O> {
                 }
             }
         }
-        // Somebody who stood in for it may have answered already.
+        // A stand-in for it may have answered already.
         (0..self.parts.len()).for_each(|other| self.absorb(other));
     }
 
@@ -368,7 +368,7 @@ impl<L, O: Outputs> Flight<L, O> {
         (pair / self.k) as u32
     }
 
-    /// A row has no sum. What else is in it is not waited for.
+    /// Loses a row: its other pairs are no longer waited for.
     pub(super) fn lose(&mut self, row: u32, error: DispatchError) {
         let pairs = row as usize * self.k..(row as usize + 1) * self.k;
         for pair in pairs {
@@ -379,7 +379,7 @@ impl<L, O: Outputs> Flight<L, O> {
         self.lost.entry(row).or_insert(error);
     }
 
-    /// Loses every row that something is to come for.
+    /// Loses every row with an open pair.
     pub(super) fn expire(&mut self) {
         for pair in 0..self.pairs.len() {
             if self.pairs[pair].state == PairState::Open {
@@ -388,12 +388,12 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// Whether no row has a sum.
+    /// Whether every row is lost.
     pub(super) fn is_lost(&self) -> bool {
         self.lost.len() == self.rows
     }
 
-    /// The rows that have no sum.
+    /// The lost rows, by reason.
     pub(super) fn losses(&self) -> Vec<Loss> {
         let mut losses: Vec<Loss> = Vec::new();
         for (&row, error) in &self.lost {
@@ -405,30 +405,30 @@ impl<L, O: Outputs> Flight<L, O> {
         losses
     }
 
-    /// Whether a part is still to come.
+    /// Whether a part is unanswered.
     pub(super) fn is_waiting(&self, part: usize) -> bool {
         matches!(self.parts[part].state, State::Waiting)
     }
 
-    /// Workers came or went: who was alone may not be any more.
+    /// Clears the no-other-owner flags after a change of the fleet.
     pub(super) fn look_again(&mut self, version: u64) {
         if std::mem::replace(&mut self.version, version) != version {
             self.parts.iter_mut().for_each(|part| part.alone = false);
         }
     }
 
-    /// Output rows that a part must bring.
+    /// Output rows of a part's answer.
     pub(super) fn answers(&self, part: usize) -> usize {
         self.parts[part].shard.plan.answers(self.combine)
     }
 
-    /// Parts that owe what others should be asked for now: those that gave too little, and those that are late.
+    /// Parts that need stand-ins now: answered or failed ones that still owe pairs, and late ones.
     pub(super) fn to_replace(&self, now: Instant) -> Vec<usize> {
         let is_due = |part: &usize| !self.is_waiting(*part) || now >= self.parts[*part].due;
         self.owing().filter(is_due).collect()
     }
 
-    /// When the next part becomes late that owes what others could be asked for.
+    /// When the next part becomes late whose pairs may have other owners.
     pub(super) fn next_due(&self) -> Option<Instant> {
         self.owing().filter(|&part| self.is_waiting(part)).map(|part| self.parts[part].due).min()
     }
@@ -437,8 +437,8 @@ impl<L, O: Outputs> Flight<L, O> {
         (0..self.parts.len()).filter(|&part| self.parts[part].owes > 0 && !self.parts[part].alone)
     }
 
-    /// Plans stand-ins for what a part owes, on workers that were not asked for it yet. What nobody else can be asked for is
-    /// left to the part while it may still come, and lost else.
+    /// Plans stand-ins for the pairs that a part owes, on workers that were not asked for them yet. Pairs without another owner
+    /// stay with the part while it may still answer, and are lost otherwise.
     pub(super) fn plan_stand_ins(&mut self, number: usize, workers: &Workers) -> Vec<StandIn> {
         let part = &self.parts[number];
         let plan = &part.shard.plan;
@@ -470,21 +470,21 @@ impl<L, O: Outputs> Flight<L, O> {
             return plans;
         }
         let orphans: Vec<usize> = orphans.iter().map(|&place| part.pairs[place as usize]).collect();
-        // What a claim says of a row counts before what is only missing in it.
+        // A claim about a row outranks a missing output in it.
         let is_claimed = |pair: usize| self.claims.iter().any(|claim| claim.pair == pair);
         let (claimed, missing): (Vec<usize>, Vec<usize>) =
             orphans.into_iter().partition(|&pair| is_claimed(pair));
         for pair in claimed.into_iter().chain(missing) {
             self.lose(self.row_of(pair), self.reason(number, pair));
         }
-        // Of rows that are lost now nothing is asked for; what is left is planned in the next round.
+        // Rows lost just now are not planned; the next round plans the rest.
         if plans.iter().any(|plan| plan.places.iter().any(|&place| !self.is_open(number, place))) {
             return self.plan_stand_ins(number, workers);
         }
         plans
     }
 
-    /// Whether a part is late and owes what nobody else can be asked for.
+    /// Whether a part is late and owes pairs without another owner.
     pub(super) fn needs(&self, part: usize) -> bool {
         let Part { alone, owes, .. } = &self.parts[part];
         *alone && *owes > 0 && self.is_waiting(part)
@@ -494,14 +494,14 @@ impl<L, O: Outputs> Flight<L, O> {
         self.pairs[self.parts[part].pairs[place as usize]].state == PairState::Open
     }
 
-    /// Why nothing will come of a pair that a part owes and nobody else can be asked for.
+    /// Error of a pair that its part cannot answer and that has no other owner.
     fn reason(&self, number: usize, pair: usize) -> DispatchError {
         let (layer, worker) = (self.layer, self.parts[number].shard.worker.clone());
         let failure = match &self.parts[number].state {
             State::Failed(failure) => Some(failure),
             State::Waiting | State::Arrived(_) => None,
         };
-        // Whatever was claimed, who was not reached could have contradicted.
+        // The worker that was not reached could have contradicted any claim.
         if let Some(Failure::Unsent(unsent)) = failure {
             return unsent.error(worker);
         }
@@ -517,7 +517,7 @@ impl<L, O: Outputs> Flight<L, O> {
                 DispatchError::Deadline { layer }
             }
             Some(Failure::Fault(Fault { kind, message, .. })) => {
-                // Final was only what it named.
+                // The fault is final only for the pairs that it names.
                 let retry = if kind.retry() == Retry::Never { Retry::Later } else { kind.retry() };
                 DispatchError::Refused { worker, reason: message.clone(), retry }
             }
@@ -529,7 +529,7 @@ impl<L, O: Outputs> Flight<L, O> {
         std::iter::successors(Some(part), |&at| self.parts[at].of).map(|at| &self.parts[at].shard.worker)
     }
 
-    /// The weights that a stand-in's outputs have, where workers add up.
+    /// Weights of a stand-in's outputs, if workers combine.
     pub(super) fn weights_of(&self, part: usize, stand_in: &StandIn) -> Vec<f32> {
         match self.combine {
             Combine::Exact => Vec::new(),
@@ -540,8 +540,7 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// Makes stand-ins that were sent for `part` responsible for what is in them; the first of them is part number
-    /// `parts().len()`.
+    /// Hands the pairs of `part` to its stand-ins; the first of them becomes part number `parts().len()`.
     pub(super) fn replace(
         &mut self,
         part: usize,
@@ -564,23 +563,23 @@ impl<L, O: Outputs> Flight<L, O> {
         }
     }
 
-    /// A part is late.
+    /// Records that a part is late.
     pub(super) const fn is_late(&mut self) {
         self.is_eager = true;
     }
 
-    /// A part that is late is given more time, once.
+    /// Extends the time of a late part, once.
     pub(super) fn defer(&mut self, part: usize, more: Duration) {
         let part = &mut self.parts[part];
         part.deferred = true;
         part.due += more;
     }
 
-    /// What is to be combined once it is complete.
+    /// The sums to combine once it is complete.
     pub(super) fn sum(&self) -> Sum {
         let mut sources: Vec<usize> =
             (0..self.parts.len()).filter(|&part| self.arrived(part).is_some()).collect();
-        // A stand-in counts where that stands which it stands in for.
+        // A stand-in takes the position of its original part.
         sources.sort_by_key(|&part| (self.parts[part].first, part));
         let (starts, terms) = match self.combine {
             Combine::Exact => self.by_pair(&sources),
@@ -655,7 +654,7 @@ impl<L, O> Part<L, O> {
 }
 
 impl<L> Shard<L> {
-    /// As a transport takes it.
+    /// The shard in the transport's form.
     pub(super) fn outgoing(&self, layer: LayerId) -> Outgoing<'_, L> {
         let Self { id, epoch, plan, load, weights, .. } = self;
         Outgoing { id: *id, layer, epoch: *epoch, plan, load, weights }

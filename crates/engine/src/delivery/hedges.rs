@@ -1,4 +1,4 @@
-//! When a shard is late, learned from how long each worker took, and how many may be sent twice.
+//! When a shard is late, from each worker's latencies, and the budget of hedges.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use muster_types::WorkerId;
 
 use super::flight::Shard;
 
-/// When a shard is late. A busy core must not be taken for a dead worker, and large shards may take long.
+/// When a shard is late. The limits leave time for a busy core and for large shards.
 const RULES: Rules = Rules {
     floor: Duration::from_millis(20),
     cap: Duration::from_secs(5),
@@ -16,7 +16,7 @@ const RULES: Rules = Rules {
     quantile: 0.99,
     factor: 2.0,
 };
-/// How many times longer a late shard is waited for when no hedge can be afforded.
+/// Factor of a late shard's extension when there is no hedge budget.
 const DEFERRED: u32 = 4;
 /// Workers whose latencies are kept.
 const MOST_KNOWN: usize = 4096;
@@ -28,30 +28,30 @@ pub(super) struct Hedges {
     budget: Budget,
 }
 
-/// What a shard's time depends on: its outputs.
+/// Size that a shard's latency depends on: its outputs.
 fn size<L>(shard: &Shard<L>) -> u32 {
     u32::try_from(shard.plan.indices.len()).unwrap_or(u32::MAX)
 }
 
 impl Hedges {
-    /// How long a shard may take before it is late.
+    /// Time after which a shard is late.
     pub(super) fn patience<L>(&self, shard: &Shard<L>) -> Duration {
         self.workers.get(&shard.worker).map_or(RULES.unknown, |hedge| hedge.deadline(size(shard)))
     }
 
-    /// Time on top of that where no hedge can be afforded.
+    /// Extension of a late shard without hedge budget.
     pub(super) fn extension<L>(&self, shard: &Shard<L>) -> Duration {
         self.patience(shard) * (DEFERRED - 1)
     }
 
-    /// Takes the place of one more shard that is sent twice, if there is one.
+    /// Takes one hedge from the budget, if there is one.
     pub(super) fn afford(&mut self) -> bool {
         self.budget.take()
     }
 
-    /// A worker took so long for a shard, or at least.
+    /// Records a worker's latency for a shard, or its lower bound.
     pub(super) fn observe<L>(&mut self, shard: &Shard<L>, took: Duration) {
-        // No more than there are workers, but they may change their names.
+        // One per worker, bounded because workers may change their names.
         if self.workers.len() >= MOST_KNOWN && !self.workers.contains_key(&shard.worker) {
             self.workers.clear();
         }
@@ -63,7 +63,7 @@ impl Hedges {
         self.budget.sent();
     }
 
-    /// Takes note of what came of sending a shard twice.
+    /// Records the outcome of a hedge.
     pub(super) fn learn<L>(&mut self, shard: &Shard<L>, outcome: Outcome) {
         if let Some(hedge) = self.workers.get_mut(&shard.worker) {
             hedge.hedged(size(shard), outcome);

@@ -1,19 +1,19 @@
 //! The life of a micro-batch between the trunk and the workers: plan, send, hedge, stand in, doubt, ban, combine or fail.
 //!
 //! [`Delivery`] is the one implementation of [`ExpertDispatch`]. It decides and keeps accounts; a [`Transport`] carries, a
-//! [`Sums`] adds up, an [`Observer`] counts. It has no socket, lock, thread or clock: the time is passed in. Either it is
-//! driven as a whole, by [`ExpertDispatch`]'s `submit` and `collect`, which wait in the transport; or step by step, by
+//! [`Sums`] adds up, an [`Observer`] counts. It has no socket, lock, thread or clock: the time is passed in. Callers drive it
+//! as a whole, by [`ExpertDispatch`]'s `submit` and `collect`, which wait in the transport, or step by step, by
 //! [`Delivery::take`] and [`Delivery::advance`], which never wait.
 //!
-//! What must hold: nothing is added up that was not checked; whatever workers do, `collect` waits no longer than its
-//! deadline; a failure costs only the rows that nobody is left to ask for.
+//! Always holds: only checked outputs are added up; `collect` waits no longer than its deadline, whatever workers do; a
+//! failure costs only the rows of experts that have no other owner left.
 //!
-//! - `transport`: what a transport is asked for, and what it tells;
-//! - `dispatcher`: shards on their way;
-//! - `flight`: what has become of each (row, expert) pair of a micro-batch;
-//! - `conduct`: what each worker is thought of;
+//! - `transport`: the seam to a transport, its calls and its events;
+//! - `dispatcher`: shards in flight;
+//! - `flight`: the state of each (row, expert) pair of a micro-batch;
+//! - `conduct`: each worker's conduct: late shards, faults, bans;
 //! - `hedges`: when a shard is late;
-//! - `observer`: what there is to count.
+//! - `observer`: the events to count.
 
 mod conduct;
 mod dispatcher;
@@ -38,7 +38,7 @@ pub use self::transport::{
 use crate::batcher::{BatchPlan, group};
 use crate::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket};
 
-/// What micro-batches must be.
+/// Limits and shapes that every micro-batch must meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Contract {
     /// Routed experts of every layer.
@@ -51,16 +51,16 @@ pub struct Contract {
     pub top_k: usize,
     /// Most rows of a micro-batch.
     pub max_rows: usize,
-    /// Lanes in which they travel.
+    /// Number of lanes.
     pub lanes: usize,
     /// Where outputs are added up.
     pub combine: Combine,
 }
 
-/// What cannot be added up.
+/// Outputs that cannot be combined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Unsound {
-    /// A source has something in it that is not finite, which it did not mark.
+    /// A source has a value that is not finite and not marked.
     Source {
         /// Its place among the sources.
         source: usize,
@@ -71,7 +71,7 @@ pub enum Unsound {
     Sums(Vec<u32>),
 }
 
-/// Adds outputs up.
+/// Combines outputs into sums.
 pub trait Sums<O>: Send {
     /// Memory that sums are written to.
     fn place(&self) -> Place;
@@ -80,7 +80,8 @@ pub trait Sums<O>: Send {
     /// order; each product and each sum is rounded to f32.
     ///
     /// # Errors
-    /// What is not finite; `out` is unspecified then in those rows, or in all if it is a source.
+    /// [`Unsound`] names the rows, or the source, with a value that is not finite. `out` is unspecified in those rows, and wholly
+    /// for a source.
     fn sum(
         &mut self,
         sources: &[&O],
@@ -90,12 +91,12 @@ pub trait Sums<O>: Send {
     ) -> Result<(), Unsound>;
 }
 
-/// How a micro-batch stands.
+/// State of a micro-batch.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Progress {
-    /// It is at its end; these rows have no sum.
+    /// Complete; these rows have no sum.
     Done(Vec<Loss>),
-    /// Something is to come.
+    /// Answers are outstanding.
     Waits(Wanted),
 }
 
@@ -111,7 +112,7 @@ pub struct Delivery<T: Transport, S, O = ()> {
 }
 
 impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
-    /// Over a transport to this fleet.
+    /// A delivery over `transport` to `fleet`.
     pub fn new(contract: Contract, fleet: Arc<Fleet>, transport: T, sums: S, observer: O) -> Self {
         Self {
             contract,
@@ -134,12 +135,12 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         &mut self.dispatcher.transport
     }
 
-    /// Who counts.
+    /// The observer.
     pub const fn observer_mut(&mut self) -> &mut O {
         &mut self.dispatcher.observer
     }
 
-    /// Groups a micro-batch by worker and sends it off, with what is known now.
+    /// Groups a micro-batch by worker over the current fleet and sends its shards.
     ///
     /// # Errors
     /// As [`ExpertDispatch::submit`].
@@ -176,7 +177,7 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         Ok(ticket)
     }
 
-    /// Takes in what a transport tells.
+    /// Handles one event of the transport.
     pub fn take(&mut self, event: Event<T::Outputs>) {
         match event {
             Event::Announced(fleet) => drop(self.dispatcher.workers.announced(fleet)),
@@ -224,8 +225,8 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         }
     }
 
-    /// Brings a micro-batch as near to its end as it gets now, whoever failed on the way as long as somebody else can stand
-    /// in. Once it is at its end its ticket is spent.
+    /// Advances a micro-batch as far as it can go now, with stand-ins for failed and late shards. A complete micro-batch has
+    /// spent its ticket.
     ///
     /// # Errors
     /// As [`ExpertDispatch::collect`].
@@ -277,14 +278,14 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         }
     }
 
-    /// Takes in what the transport tells without waiting, as `submit` does.
+    /// Handles the transport's pending events without waiting.
     pub fn catch_up(&mut self) {
         let mut events = std::mem::take(&mut self.events);
         self.dispatcher.transport.poll(&mut events);
         self.take_all(events);
     }
 
-    /// Waits, and takes in what came.
+    /// Waits for events and handles them.
     fn wait(&mut self, wanted: &Wanted) -> Result<(), Closed> {
         let mut events = std::mem::take(&mut self.events);
         let waited = self.dispatcher.transport.wait(wanted, &mut events);
@@ -292,7 +293,7 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         waited
     }
 
-    /// Takes events in, and keeps their memory.
+    /// Handles events and keeps their buffer for reuse.
     fn take_all(&mut self, mut events: Vec<Event<T::Outputs>>) {
         events.drain(..).for_each(|event| self.take(event));
         self.events = events;
@@ -393,15 +394,15 @@ impl Contract {
     }
 }
 
-/// Why what came cannot be used.
+/// Why arrived outputs cannot be used.
 enum Bad {
-    /// A part has something in it that is not finite.
+    /// A part has a value that is not finite.
     Part(usize, String),
-    /// These rows' sums are not.
+    /// The sums of these rows are not finite.
     Sums(Vec<u32>),
 }
 
-/// Adds up what came.
+/// Combines the arrived outputs.
 fn finish<T: Transport, S: Sums<T::Outputs>, O: Observer>(
     dispatcher: &mut Dispatcher<T, O>,
     sums: &mut S,

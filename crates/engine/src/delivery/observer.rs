@@ -1,4 +1,4 @@
-//! What happens to micro-batches, for whoever counts it.
+//! Events of micro-batches, for metrics and logs.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use muster_types::{LayerId, WorkerId};
 /// Something that happened.
 #[derive(Debug)]
 pub enum Note<'a> {
-    /// A micro-batch came to its end with at least one sum.
+    /// A micro-batch completed with at least one sum.
     Summed(Summed),
-    /// A shard gave nothing, for the reason with this short name.
+    /// A shard failed, for the reason with this short name.
     Fault(&'static str),
     /// A worker's answer is a lie.
     Lied {
         /// The worker.
         worker: &'a WorkerId,
-        /// The layer, if the lie is of one.
+        /// The layer, if the lie concerns one.
         layer: Option<LayerId>,
         /// What was wrong.
         reason: &'a str,
@@ -27,14 +27,14 @@ pub enum Note<'a> {
         /// The layer.
         layer: LayerId,
     },
-    /// Shards were sent to others.
+    /// Stand-ins were sent.
     StandIns {
         /// How many.
         shards: usize,
-        /// The one that they stand in for may still be answered.
+        /// Whether the shard that they stand in for may still be answered.
         is_hedge: bool,
     },
-    /// An answer came that nobody waits for any more.
+    /// An answer came after its flight was over.
     TooLate,
     /// A micro-batch's deadline passed.
     Expired,
@@ -47,7 +47,7 @@ pub struct Summed {
     pub layer: LayerId,
     /// Rows of the micro-batch.
     pub rows: usize,
-    /// From the start of `submit` until the last answer was taken in.
+    /// From the start of `submit` until the last answer was handled.
     pub round_trip: Duration,
     /// Of that, the time between `submit` and `collect`.
     pub away: Duration,
@@ -58,21 +58,21 @@ pub struct Summed {
 }
 
 impl Summed {
-    /// What dispatch and combine cost the engine thread beside the experts' computation. Of that computation, and of all
-    /// else, what went on while the engine thread was busy elsewhere cost it nothing.
+    /// Time that dispatch and combine cost the engine thread, without the experts' computation. Work of others while the
+    /// engine thread was busy elsewhere costs it nothing.
     #[must_use]
     pub fn overhead(&self) -> Duration {
         self.round_trip.saturating_sub(self.away.max(self.compute)) + self.combine
     }
 }
 
-/// Whoever counts what happens. Must not take long.
+/// Counts events. Must not take long.
 pub trait Observer: Send {
-    /// Something happened.
+    /// Counts an event.
     fn note(&mut self, note: Note<'_>);
 }
 
-/// Nobody.
+/// Counts nothing.
 impl Observer for () {
     fn note(&mut self, _: Note<'_>) {}
 }

@@ -1,8 +1,8 @@
-//! What delivery asks of a transport: to carry shards to workers, and to tell what came of them.
+//! The seam between delivery and a transport: it carries shards to workers and reports their answers.
 //!
-//! A transport owns links, clocks and buffers, and knows none of delivery's rules. What it must keep: a shard that was taken
-//! is answered at most once, on the hop that it went to, or its hop is told to be lost; a hop that is lost carries nothing
-//! more; a lost hop's number is never used for another session.
+//! A transport owns links, clocks and buffers, and knows none of delivery's rules. It must keep: an accepted shard is
+//! answered at most once, on the hop that it was sent to, or its hop is reported lost; a lost hop carries nothing more; the
+//! number of a lost hop is never reused for another session.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,18 +22,18 @@ pub struct Hop {
     pub session: u64,
 }
 
-/// The way to one worker of a [`Fleet`].
+/// Route to one worker of a [`Fleet`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// The session.
     pub hop: Hop,
-    /// Epoch of the holdings that the fleet has of it.
+    /// Epoch of its holdings in the fleet.
     pub epoch: Epoch,
-    /// Preference by what the worker announces of itself.
+    /// Preference, from the worker's own announcement.
     pub rank: Rank,
 }
 
-/// Who is connected and holds what, as of one moment.
+/// Connected workers and their holdings: an immutable snapshot.
 #[derive(Debug)]
 pub struct Fleet {
     placement: Arc<Placement>,
@@ -56,19 +56,19 @@ impl Fleet {
         Ok(Self { placement, routes: workers.iter().map(|&(_, _, route)| route).collect() })
     }
 
-    /// Who holds what.
+    /// Owners of every expert.
     #[must_use]
     pub const fn placement(&self) -> &Arc<Placement> {
         &self.placement
     }
 
-    /// The ways to the placement's workers, in its order.
+    /// Routes to the placement's workers, in its order.
     #[must_use]
     pub fn routes(&self) -> &[Route] {
         &self.routes
     }
 
-    /// The way to a worker, and its name.
+    /// A worker's route and name.
     #[must_use]
     pub fn route(&self, worker: WorkerIx) -> Option<(Route, &WorkerId)> {
         let at = worker.index();
@@ -76,44 +76,44 @@ impl Fleet {
     }
 }
 
-/// A shard to be carried.
+/// A shard to send.
 #[derive(Debug)]
 pub struct Outgoing<'a, L> {
-    /// Its number, which no other shard of this delivery has. Ascending from 1.
+    /// Its number, unique in this delivery and ascending from 1.
     pub id: u64,
     /// The layer.
     pub layer: LayerId,
-    /// Epoch of the holdings that it was planned with.
+    /// Epoch of the holdings in its plan.
     pub epoch: Epoch,
-    /// Rows, experts, and which rows each expert gets.
+    /// Rows, experts, and the rows of each expert.
     pub plan: &'a ShardPlan,
     /// The hidden rows.
     pub load: &'a L,
-    /// Weights of the outputs where the worker adds them up, else empty.
+    /// Weights of the outputs if the worker combines them, else empty.
     pub weights: &'a [f32],
 }
 
-/// Why a shard was not taken.
+/// Why a shard was not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unsent {
     /// The hop is lost.
     Broken,
-    /// As many shards wait for its transport as may.
+    /// Backpressure: its send queue is full.
     Full,
 }
 
-/// What came back for a shard.
+/// A shard's outputs.
 #[derive(Debug)]
 pub struct Arrived<O> {
     /// Its output rows.
     pub outputs: O,
     /// Time in the experts, as the worker reports it.
     pub compute: Duration,
-    /// When it was here.
+    /// Time of arrival.
     pub at: Instant,
 }
 
-/// How a hop was lost.
+/// How a hop ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
     /// The connection or the worker went away.
@@ -122,99 +122,99 @@ pub enum Ended {
     Lied(String),
 }
 
-/// What a transport tells.
+/// An event of a transport.
 #[derive(Debug)]
 pub enum Event<O> {
     /// A shard was answered.
     Answer {
         /// The shard.
         id: u64,
-        /// Its outputs, or why there are none.
+        /// Its outputs, or the fault.
         outcome: Result<Arrived<O>, Fault>,
     },
-    /// A hop is lost, with all that was sent there and not answered.
+    /// A hop is lost, with every unanswered shard on it.
     Lost {
         /// The hop.
         hop: Hop,
-        /// How.
+        /// How it ended.
         how: Ended,
     },
-    /// Other workers are connected, or hold other experts.
+    /// The fleet changed: workers or their holdings.
     Announced(Arc<Fleet>),
 }
 
-/// What is waited for.
+/// Condition that ends a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Wanted {
     /// Answers on this lane are counted.
     pub lane: usize,
-    /// So many with outputs end the wait; anything but an output ends it at once.
+    /// Number of outputs that end the wait; any other event ends it at once.
     pub answers: usize,
-    /// Waiting ends then in any case.
+    /// Deadline of the wait.
     pub until: Instant,
 }
 
-/// Nothing is carried any more.
+/// The transport is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Closed;
 
-/// Output rows of a shard, as a transport brings them.
+/// Output rows of a shard, in the transport's own form.
 pub trait Outputs {
-    /// Whether there are exactly so many rows of the model's width.
+    /// Checks for exactly `rows` rows of the model's width.
     ///
     /// # Errors
-    /// What is wrong, in words.
+    /// The mismatch, in words.
     fn check(&self, rows: usize) -> Result<(), String>;
 
-    /// Rows that the worker says are not finite: strictly ascending and in range.
+    /// Rows that the worker marked as not finite: strictly ascending and in range.
     fn marks(&self) -> &[u32];
 }
 
 /// Carries shards to workers, and their answers back.
 pub trait Transport: Send {
-    /// Hidden rows on their way.
+    /// Hidden rows to send.
     type Load: Send;
     /// Output rows.
     type Outputs: Outputs + Send;
 
-    /// The time.
+    /// The current time.
     fn now(&self) -> Instant;
 
-    /// Takes rows of a micro-batch out, by their numbers.
+    /// Copies out rows of a micro-batch, by number.
     ///
     /// # Errors
-    /// `Invalid` when they lie where this transport does not reach.
+    /// `Invalid` when they lie in memory that this transport cannot read.
     fn gather(&self, rows: Rows<'_>, picked: &[u32]) -> Result<Self::Load, DispatchError>;
 
-    /// Takes rows of a load out, by their places in it.
+    /// Copies out rows of a load, by position.
     fn pick(&self, load: &Self::Load, picked: &[u32]) -> Self::Load;
 
-    /// Takes a shard for a hop. It may stay here until [`Self::flush`].
+    /// Queues a shard for a hop. It may stay queued until [`Self::flush`].
     ///
     /// # Errors
-    /// When it will never get there.
+    /// [`Unsent`] when the shard cannot reach the hop.
     fn send(&mut self, hop: Hop, lane: usize, shard: &Outgoing<'_, Self::Load>) -> Result<(), Unsent>;
 
-    /// Sees that what was taken leaves.
+    /// Sends the queued shards.
     fn flush(&mut self);
 
-    /// Gives what happened since this was last asked.
+    /// Appends the events since the last call.
     fn poll(&mut self, events: &mut Vec<Event<Self::Outputs>>);
 
-    /// The same, once there is what is wanted.
+    /// Waits for the `wanted` condition, then appends the events as [`Self::poll`] does.
     ///
     /// # Errors
-    /// When nothing will ever come.
+    /// [`Closed`] when no event can come any more.
     fn wait(&mut self, wanted: &Wanted, events: &mut Vec<Event<Self::Outputs>>) -> Result<(), Closed>;
 
-    /// Changes with the fleet, before that is told.
+    /// Version of the fleet: changes before [`Event::Announced`] is delivered.
     fn version(&self) -> u64;
 
-    /// So many shards of a hop are late. In doubt, its worker is to give signs of life until this says otherwise, or the
-    /// hop is lost.
+    /// Sets the late-shard count and the doubt flag of a hop. While in doubt, its worker must give signs of life, or the hop is
+    /// lost.
     fn doubt(&mut self, hop: Hop, late: usize, in_doubt: bool);
 
-    /// A worker lied: its hop is lost, and it gets no other for a while.
+    /// Ends the hop of a worker that lied, and refuses the worker a new one for a while.
     fn ban(&mut self, hop: Hop, reason: &str);
 
     /// Ends all hops.

@@ -1,4 +1,4 @@
-//! What a leader has others do.
+//! Decisions of a leader, for its caller to carry out.
 
 use muster_types::{Epoch, WorkerId};
 
@@ -6,10 +6,10 @@ use super::PlanRequest;
 use crate::lease::Term;
 use crate::{Orders, Transition};
 
-/// What to do now.
+/// The next thing to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Decision {
-    /// Nothing: this router does not lead, or workers are still coming.
+    /// Nothing: this router does not lead, or workers are still joining.
     Wait,
     /// Ask [`Leader::subjects`](super::Leader::subjects) for the rows they counted, then call [`Leader::counted`](super::Leader::counted).
     Count,
@@ -22,32 +22,32 @@ pub enum Decision {
 /// A step towards the target.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Step {
-    /// What all workers shall do.
+    /// Orders for all workers.
     pub transition: Transition,
-    /// What they do not know yet. Of each [`Leader::obeyed`](super::Leader::obeyed) or [`Leader::failed`](super::Leader::failed) shall tell.
+    /// Orders to send now. Report each by [`Leader::obeyed`](super::Leader::obeyed) or [`Leader::failed`](super::Leader::failed).
     pub send: Vec<Order>,
 }
 
 /// Orders for one worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Order {
-    /// Which they are.
+    /// Their identity.
     pub id: OrderId,
-    /// The last announcement of which all counted. What the worker announced after it, it keeps on these orders.
+    /// Epoch of the last announcement whose copies all counted. On these orders the worker keeps every copy that it announced later.
     pub seen: Epoch,
-    /// What it shall do.
+    /// What to keep and to load.
     pub orders: Orders,
 }
 
-/// Tells orders from all others.
+/// Identity of orders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OrderId {
-    /// Whom they are for.
+    /// The worker.
     pub worker: WorkerId,
-    /// On which connection.
+    /// Its session.
     pub session: u64,
-    /// In which term.
+    /// The leader's term.
     pub term: Term,
-    /// Greater than that of all orders to this worker before, in this term; that of orders that are repeated.
+    /// Number, ascending per worker and term; repeated orders keep theirs.
     pub number: u64,
 }

@@ -1,4 +1,4 @@
-//! Whether this router leads: rounds of asking all workers, and which of them answer.
+//! Election: rounds of requests to all workers for the lead, and their answers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -8,21 +8,21 @@ use muster_types::Epoch;
 use super::Rhythm;
 use crate::lease::{Ask, Campaign, Reply, Term, Verdict};
 
-/// What goes to all connected workers.
+/// A request to all connected workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Round {
-    /// Its number, by which answers are told apart.
+    /// Number, which its answers carry.
     pub number: u64,
-    /// What is asked for.
+    /// The request.
     pub ask: Ask,
 }
 
-/// What a worker answered.
+/// A worker's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// Whom it obeys.
+    /// Its verdict.
     pub reply: Reply,
-    /// Of its holdings when it answered.
+    /// Epoch of its holdings at the answer.
     pub epoch: Epoch,
 }
 
@@ -37,7 +37,7 @@ pub(super) struct Election {
     open: Option<Open>,
     /// By session: the highest term that the worker granted, and its epoch then.
     grants: BTreeMap<u64, (Term, Epoch)>,
-    /// By session: since when the worker was asked and did not answer.
+    /// By session: time since which the worker was asked and has not answered.
     silent: BTreeMap<u64, Duration>,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Election {
 struct Open {
     number: u64,
     sent: Duration,
-    /// Workers that are waited for, and of which a majority is needed.
+    /// Number of workers asked, of which a majority is needed.
     known: usize,
     failed: usize,
     replies: Vec<Reply>,
@@ -75,7 +75,7 @@ impl Election {
         self.grants.get(&session).copied()
     }
 
-    /// Whether a worker answers, for all that is known.
+    /// Whether a worker counts as answering.
     pub(super) fn answers(&self, now: Duration, session: u64) -> bool {
         self.silent.get(&session).is_none_or(|since| now.saturating_sub(*since) < self.silence)
     }
@@ -108,7 +108,7 @@ impl Election {
         Round { number, ask }
     }
 
-    /// Until when answers of the open round are waited for.
+    /// Deadline of the open round's answers.
     pub(super) fn round_ends(&self) -> Option<Duration> {
         self.open.as_ref().map(|open| open.sent.saturating_add(self.patience))
     }
@@ -123,7 +123,7 @@ impl Election {
                 }
             }
         }
-        // The answer to an older round only shows that the worker answers.
+        // An answer to an older round only shows that the worker is alive.
         let Some(open) = self.open.as_mut().filter(|open| open.number == round) else { return };
         match answer {
             Some(answer) => open.replies.push(answer.reply),

@@ -1,4 +1,4 @@
-//! What was asked of each expert lately, from what workers counted.
+//! Recent load of each expert, from the workers' counts.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,17 +8,17 @@ use muster_types::{ExpertId, ExpertKey, LayerId};
 
 use crate::{Loads, Shape};
 
-/// Half of what was counted is forgotten in this time.
+/// Half-life of counts.
 const HALF_LIFE: Duration = Duration::from_secs(60);
-/// Rows per expert from which on counts say something.
+/// Rows per expert from which on counts are evidence.
 const ENOUGH: f64 = 20.0;
 
-/// Counts of all workers. They count from their start, so what they say is compared with what they said before.
+/// Counts of all workers. They count from their start, so each count is compared with the previous one.
 #[derive(Debug, Clone)]
 pub(super) struct Evidence {
     shape: Shape,
     loads: Loads,
-    /// By session: what the worker said last.
+    /// By session: the worker's last count.
     before: BTreeMap<u64, Vec<Vec<u64>>>,
     rows: f64,
 }
@@ -28,12 +28,12 @@ impl Evidence {
         Self { shape: shape.clone(), loads: Loads::new(shape), before: BTreeMap::new(), rows: 0.0 }
     }
 
-    /// Takes in what workers counted, by session, so long after the last time. Sessions that are not there are over.
+    /// Adds the workers' counts, by session, `elapsed` after the last ones. Absent sessions are over.
     pub(super) fn observe(&mut self, elapsed: Duration, counts: BTreeMap<u64, Vec<Vec<u64>>>) {
         self.loads.decay_over(elapsed, HALF_LIFE);
         self.rows *= (-elapsed.as_secs_f64() / HALF_LIFE.as_secs_f64()).exp2();
         for (session, rows) in &counts {
-            // What it counted before this router knew it is not recent.
+            // Counts from before this router's first look are not recent.
             let Some(before) = self.before.get(session) else { continue };
             for key in self.shape.keys() {
                 let count = |rows: &Vec<Vec<u64>>| {
@@ -47,12 +47,12 @@ impl Evidence {
         self.before = counts;
     }
 
-    /// What is known.
+    /// The loads.
     pub(super) const fn loads(&self) -> &Loads {
         &self.loads
     }
 
-    /// Whether it is worth moving experts for.
+    /// Whether there are enough rows to move experts for.
     pub(super) fn is_enough(&self) -> bool {
         self.rows >= ENOUGH * self.shape.total() as f64
     }

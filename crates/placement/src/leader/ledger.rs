@@ -1,4 +1,4 @@
-//! What a leader may count on while its orders and the workers' announcements are on their way.
+//! Ledger of the copies that a leader may count on while orders and announcements are in flight.
 //!
 //! An announcement says what a worker held when it was sent. Orders that it had not carried out by then may have taken
 //! some of it away since; a leader that counted on it, with a new target in mind, could give up the last other copy. So
@@ -24,34 +24,34 @@ pub(super) struct Ledger {
     accounts: BTreeMap<WorkerId, Account>,
 }
 
-/// What goes with orders.
+/// Number and basis of orders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Stamp {
-    /// Greater than that of all orders to this worker before, in this term.
+    /// Number, ascending per worker and term.
     pub(super) number: u64,
-    /// The last announcement of which all counted. What the worker announced after it, it keeps on these orders.
+    /// Epoch of the last announcement whose copies all counted. On these orders the worker keeps every copy that it announced later.
     pub(super) seen: Epoch,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Account {
-    /// Since when holdings count: their epoch when this term was granted.
+    /// Epoch of the holdings when this term was granted; later announcements count.
     granted: Option<(Term, Epoch)>,
     announced: Option<(Epoch, BTreeSet<ExpertKey>)>,
     /// The orders sent last.
     last: Option<(Stamp, Orders)>,
-    /// Orders that what is announced may not reflect, and all that they let it hold.
+    /// Orders that the announcement may not reflect yet, with everything that they let the worker hold.
     open: VecDeque<(Stamp, BTreeSet<ExpertKey>)>,
-    /// The last orders that were carried out, and the epoch that shows it.
+    /// The last orders carried out, and the epoch that shows it.
     obeyed: Option<(u64, Epoch)>,
 }
 
 impl Ledger {
-    /// Orders to one worker that are kept apart until it answers; older ones are taken together.
+    /// Orders to one worker that are kept apart until it answers; older ones are merged.
     const MOST_OPEN: usize = 8;
 
-    /// This router leads in `term`. In a new term nothing counts until it is granted, since another leader may have
-    /// given orders meanwhile; orders of older terms are not carried out any more by those that granted it.
+    /// Starts a term. In a new term no copy counts until its worker grants it, since another leader may have given orders
+    /// meanwhile; workers that granted it carry out no orders of older terms.
     pub(super) fn lead(&mut self, term: Term) {
         if self.term == term {
             return;
@@ -64,7 +64,7 @@ impl Ledger {
         }
     }
 
-    /// A worker granted `term`, or did so again, when its holdings had this epoch.
+    /// Records a worker's grant of `term`, first or repeated, and the epoch of its holdings then.
     pub(super) fn granted(&mut self, worker: &WorkerId, term: Term, epoch: Epoch) {
         let account = self.account(worker);
         if account.granted.is_none_or(|(before, _)| before < term) {
@@ -72,7 +72,7 @@ impl Ledger {
         }
     }
 
-    /// A worker announced what it holds. Older announcements than the last are ignored.
+    /// Records a worker's holdings. Announcements older than the last are ignored.
     pub(super) fn announced(&mut self, worker: &WorkerId, epoch: Epoch, held: &BTreeSet<ExpertKey>) {
         let account = self.account(worker);
         if account.announced.as_ref().is_none_or(|&(before, _)| before < epoch) {
@@ -81,20 +81,19 @@ impl Ledger {
         }
     }
 
-    /// A worker is not connected any more. It counts again once it has granted the term and announced itself anew, as
-    /// whoever it then is; orders that may still reach it are not forgotten.
+    /// Records the end of a worker's session. It counts again after a new grant and a new announcement, even as another process of
+    /// that name; orders that may still reach it are kept.
     pub(super) fn lost(&mut self, worker: &WorkerId) {
         let account = self.account(worker);
         (account.granted, account.announced, account.obeyed) = (None, None, None);
-        // Epochs of another life say nothing.
+        // Epochs of another process say nothing.
         account.open.iter_mut().for_each(|(stamp, _)| stamp.seen = Epoch::default());
     }
 
-    /// Takes note of orders that are about to be sent, and stamps them. The same orders, made with the same
-    /// announcement, have the same stamp.
+    /// Records and stamps orders before they are sent. The same orders on the same announcement get the same stamp.
     pub(super) fn order(&mut self, worker: &WorkerId, orders: &Orders) -> Stamp {
         let account = self.account(worker);
-        // While orders are open, not all that was announced since counts; what did not count must not go.
+        // With open orders not every announced copy counts, and a copy that did not count must not be given up.
         let announced = account.announced.as_ref().map(|&(epoch, _)| epoch);
         let seen = account.open.front().map(|(stamp, _)| stamp.seen).or(announced).unwrap_or_default();
         let number = match &account.last {
@@ -115,7 +114,7 @@ impl Ledger {
         stamp
     }
 
-    /// A worker has carried out the orders of this number in `term`, which its holdings of `epoch` show.
+    /// Records that a worker has carried out the orders of this number in `term`, as its holdings of `epoch` show.
     pub(super) fn obeyed(&mut self, worker: &WorkerId, term: Term, number: u64, epoch: Epoch) {
         if term != self.term {
             return;
@@ -127,7 +126,7 @@ impl Ledger {
         }
     }
 
-    /// The copies on a worker that count; `None` while nothing can be said of it, when it should have no orders.
+    /// The copies on a worker that count; `None` while none can be known, when it must get no orders.
     pub(super) fn held(&self, worker: &WorkerId) -> Option<BTreeSet<ExpertKey>> {
         let account = self.accounts.get(worker)?;
         let (term, since) = account.granted?;
@@ -145,7 +144,7 @@ impl Ledger {
 }
 
 impl Account {
-    /// Forgets the orders that what is announced reflects.
+    /// Drops the open orders that the announcement reflects.
     fn settle(&mut self) {
         if let (Some((obeyed, shown)), Some((epoch, _))) = (self.obeyed, &self.announced)
             && *epoch >= shown

@@ -1,15 +1,15 @@
-//! The placement leader: sees to it that workers hold what they ought to.
+//! The placement leader: brings the workers' holdings to the target placement.
 //!
-//! Owns what a router decides as a leader: whom it asks for the lead, which workers count, when a plan is made and what
-//! goes to whom. Every router has one; of those that share workers, one leads at a time ([`lease`](crate::lease)). It keeps
-//! nothing but its plan: what workers announce says the rest, so that another router can go on at any moment. Always holds:
+//! Owns a leader's decisions: the requests for the lead, the workers that count, the time of plans, and the orders to each
+//! worker. Every router has one; of those that share workers, one leads at a time ([`lease`](crate::lease)). Its only state is
+//! its plan; the workers' announcements say the rest, so that another router can take over at any moment. Always holds:
 //!
 //! - a copy counts only as the ledger lets it, and orders go only to workers that answer and whose copies count;
-//! - orders are repeated until they are carried out, and what is known to be carried out is not;
+//! - orders are repeated until they are known to be carried out;
 //! - a plan is made once two looks in a row show the same workers, and anew when these change.
 //!
-//! Times are since any origin that the caller keeps to. Facts go in, what to do comes out, and what comes of it goes in:
-//! asking, counting, planning and sending are the caller's, one step after the other.
+//! Times count from any fixed origin of the caller's. Facts go in, a decision comes out, and its outcome goes in: the caller
+//! asks, counts, plans and sends, one step after the other.
 
 mod decision;
 mod election;

@@ -1,4 +1,4 @@
-//! A time of leading: the plan, and who was told what.
+//! One term of leading: the plan, and the last orders to each worker.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -9,18 +9,18 @@ use super::OrderId;
 use crate::lease::Term;
 use crate::{Orders, Target};
 
-/// A time of leading.
+/// One term of leading.
 #[derive(Debug, Clone)]
 pub(super) struct Reign {
     pub(super) term: Term,
     /// `None` until there is a plan.
     pub(super) target: Option<Target>,
     pub(super) planned: Duration,
-    /// Whether workers changed since it was planned.
+    /// Whether workers changed since the plan.
     pub(super) is_stale: bool,
-    /// The plan that is being made.
+    /// Number of the plan in the making.
     pub(super) making: Option<u64>,
-    /// By worker: what it was told last.
+    /// By worker: its last orders.
     pub(super) told: BTreeMap<WorkerId, Told>,
 }
 
@@ -45,7 +45,7 @@ impl Reign {
         }
     }
 
-    /// Whether a worker was told the same on this connection, and has done it or had no time to.
+    /// Whether a worker got the same orders on this session, and has carried them out or is not due for a repeat.
     pub(super) fn is_told(
         &self,
         now: Duration,
@@ -61,7 +61,7 @@ impl Reign {
         })
     }
 
-    /// What was told a worker last, if it is this.
+    /// A worker's last orders, if they are these.
     pub(super) fn told(&mut self, id: &OrderId) -> Option<&mut Told> {
         let is_last = |told: &&mut Told| (told.session, told.number) == (id.session, id.number);
         self.told.get_mut(&id.worker).filter(|_| self.term == id.term).filter(is_last)

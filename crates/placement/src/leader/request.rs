@@ -1,4 +1,4 @@
-//! What a plan depends on, apart from the leader, so that it can be made elsewhere.
+//! The inputs of a plan, apart from the leader, so that another thread can make it.
 
 use std::collections::BTreeMap;
 
@@ -11,15 +11,15 @@ use crate::{ExpertSizes, Figures, Goals, Loads, Member, Shape, Target, plan};
 pub enum Cause {
     /// The leader is new.
     First,
-    /// Workers came, went or changed.
+    /// Workers joined, left or changed.
     Members,
-    /// The last one was not reached in time.
+    /// The last plan was not reached in time.
     Age,
     /// Loads were counted.
     Loads,
 }
 
-/// All that a plan depends on.
+/// All inputs of a plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlanRequest {
     pub(super) number: u64,
@@ -31,7 +31,7 @@ pub struct PlanRequest {
     pub(super) members: BTreeMap<WorkerId, Member>,
 }
 
-/// What came of a [`PlanRequest`].
+/// Result of a [`PlanRequest`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     pub(super) number: u64,
@@ -39,13 +39,13 @@ pub struct Plan {
 }
 
 impl PlanRequest {
-    /// Why it is wanted.
+    /// Reason of the plan.
     #[must_use]
     pub const fn cause(&self) -> Cause {
         self.cause
     }
 
-    /// Makes the plan, which is long for a large cluster.
+    /// Makes the plan, which takes long for a large cluster.
     #[must_use]
     pub fn plan(&self) -> Plan {
         let target = plan(&self.shape, &self.sizes, &self.members, &self.loads, &self.goals);
@@ -72,7 +72,7 @@ impl PlanRequest {
 }
 
 impl Plan {
-    /// Who ought to hold what.
+    /// The target placement.
     #[must_use]
     pub const fn target(&self) -> &Target {
         &self.target

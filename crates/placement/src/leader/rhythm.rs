@@ -2,22 +2,22 @@ use std::time::Duration;
 
 use crate::lease;
 
-/// How long a leader waits for what.
+/// Intervals and timeouts of a leader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rhythm {
-    /// How it campaigns.
+    /// Those of its campaign.
     pub lease: lease::Rhythm,
-    /// How long workers may take to answer before a round goes on without them.
+    /// Time for answers before a round goes on without the rest.
     pub patience: Duration,
-    /// A worker that says nothing for so long does not count.
+    /// Silence after which a worker no longer counts.
     pub silence: Duration,
-    /// Announcements that come this close together are answered together.
+    /// Time over which announcements are gathered.
     pub gather: Duration,
-    /// How often loads are counted, and moves considered.
+    /// Interval of counting loads and considering moves.
     pub rebalance: Duration,
-    /// A plan that was not reached after this long is made anew.
+    /// Age after which an unreached plan is made anew.
     pub plan_age: Duration,
-    /// Orders that are not carried out yet are sent again after this long.
+    /// Interval of repeating orders that are not carried out yet.
     pub repeat: Duration,
 }
 

@@ -25,7 +25,7 @@ pub(super) enum Origin {
     Moved,
 }
 
-/// What a copy must be to be given up for another.
+/// Kinds of copies that may be given up for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Give {
     /// Not needed for the goals, nor for an even load.
@@ -72,10 +72,10 @@ pub(super) struct Layer {
     busy: Vec<f64>,
 }
 
-/// Something of a zone and of a machine in it. Of a name without a `/` both are the same.
+/// A value for a zone and for a machine in it. For a name without a `/` both are the same.
 pub(super) type Domains<T> = [T; 2];
 
-/// How near a worker is to the copies of an expert.
+/// Distance of a worker from the copies of an expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Nearness {
     /// None is in its zone.

@@ -12,8 +12,8 @@ use super::board::{Board, Give, Nearness, Origin};
 
 /// Gives every expert without a copy its first, and returns those that nobody has the memory for, ascending.
 ///
-/// When memory is scarce, experts that no worker serves come before those in `on_leave`, which draining workers
-/// still do, and the hottest first; else the largest come first, as they find room the less the later they come.
+/// When memory is scarce, experts that no worker serves come before those in `on_leave`, which draining workers still serve,
+/// and the hottest first; else the largest come first, which find room only early.
 pub(super) fn cover(board: &mut Board<'_>, on_leave: &BTreeSet<ExpertKey>) -> Vec<ExpertKey> {
     let bare = board.keys().filter(|expert| expert.copies.is_empty());
     let mut keys: Vec<_> = bare.map(|expert| (expert.key, expert.load)).collect();
@@ -72,8 +72,8 @@ pub(super) fn replicate(board: &mut Board<'_>, budget: u64) {
     }
 }
 
-/// Workers that could not make room, so that they are not asked again: the least bytes that they had no room for,
-/// by what they were to give up.
+/// Workers that could not make room, so that they are not tried again: the least bytes without room, by the kind of copies to
+/// give up.
 struct Full([Vec<u64>; 2]);
 
 impl Full {

@@ -1,4 +1,4 @@
-//! The target placement: who ought to hold what.
+//! The target placement.
 //!
 //! Owns the plan and its order of importance: every expert has a holder if any memory is left for it; then as many
 //! copies on as many failure domains as asked; then an even load. A worker is never given more bytes than it has or
