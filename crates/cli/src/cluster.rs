@@ -5,12 +5,11 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use muster_types::{Compute, WeightDType};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::LogArgs;
+use crate::args::{ComputeArgs, LogArgs};
 use crate::engine::cores;
 use crate::failure::Failure;
 use crate::kept::Kept;
@@ -30,10 +29,7 @@ pub(crate) struct WorkersSpec<'a> {
     pub(crate) experts_in_all: u64,
     /// On how many of them every expert is.
     pub(crate) replicas: NonZeroU32,
-    pub(crate) compute: Option<Compute>,
-    pub(crate) experts: WeightDType,
-    pub(crate) threads: Option<NonZeroUsize>,
-    pub(crate) busy_poll_us: u32,
+    pub(crate) compute: ComputeArgs,
     pub(crate) log: &'a LogArgs,
 }
 
@@ -90,10 +86,10 @@ pub(crate) fn log_flags(log: &LogArgs) -> Vec<OsString> {
     flags
 }
 
-/// The flags for a compute mode and for how experts are held.
-pub(crate) fn compute_flags(compute: Option<Compute>, experts: WeightDType) -> [OsString; 4] {
-    let compute = compute.map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
-    ["--compute".into(), compute.into(), "--expert-dtype".into(), experts.to_string().into()]
+/// Flags that hand on how to compute, and how experts are held.
+pub(crate) fn compute_flags(args: ComputeArgs) -> [OsString; 4] {
+    let compute = args.compute.get().map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
+    ["--compute".into(), compute.into(), "--expert-dtype".into(), args.expert_dtype.to_string().into()]
 }
 
 impl Workers {
@@ -158,7 +154,7 @@ impl Workers {
 }
 
 fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString> {
-    let threads = spec.threads.unwrap_or(shares_of_cores(spec.count).1);
+    let threads = spec.compute.threads.unwrap_or(shares_of_cores(spec.count).1);
     let mut arguments: Vec<OsString> = vec![
         "worker".into(),
         "--model".into(),
@@ -176,12 +172,12 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         "--max-rows".into(),
         MOST_ROWS.to_string().into(),
         "--busy-poll-us".into(),
-        spec.busy_poll_us.to_string().into(),
+        spec.compute.busy_poll_us.to_string().into(),
     ];
     if spec.links == Links::Anywhere {
         arguments.push("--allow-links".into());
     }
-    arguments.extend(compute_flags(spec.compute, spec.experts));
+    arguments.extend(compute_flags(spec.compute));
     arguments.extend(log_flags(spec.log));
     arguments
 }

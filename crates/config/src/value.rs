@@ -2,21 +2,12 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use muster_telemetry::LogFormat;
-use muster_types::{Compute, ParseWeightDTypeError, WeightDType};
-
-/// What is logged, and how.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogSettings {
-    /// A list of `level` or `target=level`.
-    pub filter: String,
-    /// For people or for machines.
-    pub format: LogFormat,
-}
+use muster_types::{Compute, WeightDType, WorkerId};
 
 /// Which experts a worker starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,13 +85,58 @@ pub(crate) fn count(text: &str, least: u64, most: u64) -> Result<u64, String> {
     number.ok_or_else(|| format!("{text:?} is not a whole number from {least} to {most}"))
 }
 
+/// A count from 1 to `most`.
+pub(crate) fn up_to<T: TryFrom<u64>>(most: u64) -> impl Fn(&str) -> Result<T, String> {
+    move |text| T::try_from(count(text, 1, most)?).map_err(|_| too_many(text))
+}
+
+/// As [`up_to`], known not to be 0.
+pub(crate) fn positive<T: TryFrom<NonZeroU64>>(most: u64) -> impl Fn(&str) -> Result<T, String> {
+    move |text| {
+        let number = NonZeroU64::new(count(text, 1, most)?);
+        number.and_then(|number| T::try_from(number).ok()).ok_or_else(|| too_many(text))
+    }
+}
+
+pub(crate) fn too_many(text: &str) -> String {
+    format!("{text} is more than this machine can count")
+}
+
+/// Any text.
+pub(crate) fn text(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
+}
+
+pub(crate) fn path(text: &str) -> Result<PathBuf, String> {
+    Ok(text.into())
+}
+
+/// A name that may stand in logs and labels.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    WorkerId::new(text).map(|id| id.as_str().to_owned()).map_err(|error| error.to_string())
+}
+
+pub(crate) fn switch(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| format!("{text:?} is neither true nor false"))
+}
+
+/// What its own parser takes.
+pub(crate) fn parsed<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: T::Err| error.to_string())
+}
+
+/// One of two words.
+pub(crate) fn one_of<T>(text: &str, words: [(&str, T); 2]) -> Result<T, String> {
+    let wrong = format!("{text:?} is neither {} nor {}", words[0].0, words[1].0);
+    words.into_iter().find_map(|(word, value)| (word == text).then_some(value)).ok_or(wrong)
+}
+
 /// Copies of every expert.
 ///
 /// # Errors
 /// When it is no number of copies.
 pub fn parse_replicas(text: &str) -> Result<NonZeroU32, String> {
-    let number = u32::try_from(count(text, 1, 64)?).ok();
-    number.and_then(NonZeroU32::new).ok_or_else(|| format!("{text:?} is no number of copies"))
+    positive(64)(text)
 }
 
 /// Microseconds of busy polling; at most a second, for a processor is busy all that time.
@@ -167,11 +203,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     })
 }
 
-/// `auto` (as the checkpoint says), `f32` or `bf16`.
-///
-/// # Errors
-/// When it is none of these.
-pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
+/// `auto` (as the checkpoint says), or a mode.
+pub(crate) fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
     match text {
         "auto" => Ok(None),
         "f32" => Ok(Some(Compute::F32)),
@@ -186,7 +219,7 @@ pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
 /// # Errors
 /// When it is none of these.
 pub fn parse_weight_dtype(text: &str) -> Result<WeightDType, String> {
-    text.parse().map_err(|error: ParseWeightDTypeError| error.to_string())
+    parsed(text)
 }
 
 /// `ip:port` to listen on; `localhost` means 127.0.0.1, and port 0 lets the system choose.

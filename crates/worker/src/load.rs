@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
-use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
-use muster_kernels::{Cpu, Packing, Quantisation};
-use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, Gating, PackedExpert, faster_mode};
+use muster_kernels::Cpu;
+use muster_model::card::{card, expert_shape, forms};
+use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, PackedExpert, faster_mode};
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::{Shape, split};
-use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
+use muster_proto::card::ModelCard;
 use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use tokio::sync::oneshot;
 
@@ -52,46 +52,9 @@ pub(crate) fn start(
 fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> {
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = card.name, compute = %card.compute, dtype = %card.experts, isa = ?cpu.isa(), "taking the router's model");
-    let hidden = card.hidden.get() as usize;
-    let form = |layer: &LayerCard| ExpertForm {
-        hidden,
-        intermediate: layer.intermediate.get() as usize,
-        packings: layer.packed.map(packing),
-        gating: match layer.clamped_swish {
-            None => Gating::Silu,
-            Some(ClampedSwish { alpha, limit }) => Gating::ClampedSwish { alpha, limit },
-        },
-        biases: layer.biases,
-    };
-    Ok(Loaded {
-        cpu,
-        store: Arc::new(CpuStore::new(
-            ExpertSet::new(hidden, card.compute, card.experts),
-            config.memory.unwrap_or_else(memory_for_experts),
-        )),
-        digests: BTreeMap::new(),
-        sources: Sources {
-            checkpoint: None,
-            routers: config.join.clone(),
-            fingerprint: card.fingerprint,
-            compute: card.compute,
-            dtype: card.experts,
-            forms: card.layers.iter().map(|layer| layer.as_ref().map(form)).collect(),
-        },
-        shape: Shape::new(card.shape()),
-        hidden: card.hidden,
-        top_k: card.top_k,
-    })
-}
-
-const fn packing(packed: PackedAs) -> Packing {
-    match packed {
-        PackedAs::F32 => Packing::F32,
-        PackedAs::Bf16 => Packing::Bf16,
-        PackedAs::Q8 => Packing::Quantised(Quantisation::Q8),
-        PackedAs::Q4 => Packing::Quantised(Quantisation::Q4),
-        PackedAs::Mxfp4 => Packing::Mxfp4,
-    }
+    let experts = ExpertSet::new(card.hidden.get() as usize, card.compute, card.experts);
+    let store = CpuStore::new(experts, config.memory.unwrap_or_else(memory_for_experts));
+    Ok(loaded(config, card, None, cpu, store, BTreeMap::new()))
 }
 
 fn load(
@@ -101,36 +64,49 @@ fn load(
 ) -> Result<Loaded, WorkerError> {
     let started = Instant::now();
     let checkpoint = Checkpoint::open(source)?;
-    let spec = checkpoint.spec();
-    let shape = shape(spec);
-    let keys = keys(&shape, config.share)?;
-    let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
-    let hidden = size("hidden size", spec.hidden)?;
-    let most = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0);
-    let top_k = size("number of experts per token", most as usize)?;
+    let keys = keys(&expert_shape(&checkpoint), config.share)?;
+    let compute = config.compute.unwrap_or(Compute::default_for(checkpoint.spec().dtype));
+    let card = card(&checkpoint, compute, config.experts)?;
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, dtype = %config.experts, isa = ?cpu.isa(), "loading experts");
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
-    let forms = ExpertForm::of_layers(&checkpoint, compute, config.experts);
-    let needed = bytes_of(&keys, &forms);
+    let needed = bytes_of(&keys, &forms(&card));
     if let Some(memory) = config.memory.filter(|&memory| needed > memory) {
         return Err(WorkerError::Memory { needed, memory });
     }
     let (experts, digests) = load_experts(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
     let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory_for_experts()));
-    let sources = Sources {
-        fingerprint: checkpoint.fingerprint(),
-        checkpoint: Some(checkpoint),
-        routers: config.join.clone(),
-        compute,
-        dtype: config.experts,
-        forms,
-    };
-    let store = Arc::new(CpuStore::new(experts, capacity));
-    Ok(Loaded { cpu, store, digests, sources, shape, hidden, top_k })
+    let store = CpuStore::new(experts, capacity);
+    Ok(loaded(config, &card, Some(checkpoint), cpu, store, digests))
+}
+
+fn loaded(
+    config: &WorkerConfig,
+    card: &ModelCard,
+    checkpoint: Option<Checkpoint>,
+    cpu: Arc<Cpu>,
+    store: CpuStore,
+    digests: BTreeMap<ExpertKey, WeightDigest>,
+) -> Loaded {
+    Loaded {
+        cpu,
+        store: Arc::new(store),
+        digests,
+        sources: Sources {
+            checkpoint,
+            routers: config.join.clone(),
+            fingerprint: card.fingerprint,
+            compute: card.compute,
+            dtype: card.experts,
+            forms: forms(card),
+        },
+        shape: Shape::new(card.shape()),
+        hidden: card.hidden,
+        top_k: card.top_k,
+    }
 }
 
 /// Reads and packs experts. Another thread digests what is there meanwhile, so that it takes no longer.
@@ -165,10 +141,6 @@ fn bytes_of(keys: &[ExpertKey], forms: &[Option<ExpertForm>]) -> u64 {
     keys.iter().filter_map(form).filter_map(|form| form.bytes()).map(|bytes| bytes as u64).sum()
 }
 
-fn shape(spec: &ModelSpec) -> Shape {
-    Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
-}
-
 fn keys(shape: &Shape, share: Share) -> Result<Vec<ExpertKey>, WorkerError> {
     match share {
         Share::None => Ok(Vec::new()),
@@ -187,10 +159,6 @@ fn keys(shape: &Shape, share: Share) -> Result<Vec<ExpertKey>, WorkerError> {
             Ok(keys)
         }
     }
-}
-
-fn size(what: &'static str, value: usize) -> Result<NonZeroU32, WorkerError> {
-    u32::try_from(value).ok().and_then(NonZeroU32::new).ok_or(WorkerError::Size { what, value })
 }
 
 #[cfg(test)]

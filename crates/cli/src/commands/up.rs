@@ -8,10 +8,11 @@ use std::sync::Arc;
 use muster_checkpoint::Checkpoint;
 use muster_config::GenerationMode;
 use muster_kernels::Isa;
+use muster_model::card::expert_shape;
 use muster_model::defaults::{SamplingDefaults, Wanted};
 use muster_model::experts::faster_mode;
 use muster_proto::v1;
-use muster_router::serve::{RouterError, expert_shape};
+use muster_router::serve::RouterError;
 use muster_router::start::check_kv;
 use muster_router::tokenizer;
 use tokio::sync::oneshot;
@@ -53,10 +54,7 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
         count: NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN),
         experts_in_all: expert_shape(&model.checkpoint).total(),
         replicas: args.replicas,
-        compute: args.compute.compute.get(),
-        experts: args.compute.expert_dtype,
-        threads: args.compute.threads,
-        busy_poll_us: args.compute.busy_poll_us,
+        compute: args.compute,
         log,
     };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
@@ -220,7 +218,7 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, workers: &Workers) -> Vec<OsSt
     if args.insecure_no_keys {
         arguments.push("--insecure-no-keys".into());
     }
-    arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
+    arguments.extend(compute_flags(args.compute));
     arguments.extend(log_flags(log));
     arguments
 }
