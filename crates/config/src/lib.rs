@@ -28,7 +28,7 @@ pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
 pub use router::{AccessMode, AccessSettings, Fallback, GenerationMode, PlacementMode, RouterSettings};
 pub use shared::{ComputeSettings, LOGGING, LogSettings, TlsSettings};
-pub use value::{Share, parse_duration, parse_replicas, parse_size, parse_socket, parse_weight_dtype};
+pub use value::{parse_duration, parse_replicas, parse_size, parse_socket, parse_weight_dtype};
 pub use worker::WorkerSettings;
 
 const ROLES: [&Role; 2] = [&router::ROLE, &worker::ROLE];

@@ -1,6 +1,5 @@
-//! Small strict parsers: sizes, durations, addresses, shares. A unit is never guessed.
+//! Small strict parsers: sizes, durations, addresses. A unit is never guessed.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
@@ -8,70 +7,6 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use muster_types::{Compute, WeightDType, WorkerId};
-
-/// Which experts a worker starts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Share {
-    /// None; routers tell it what to load.
-    None,
-    /// Every expert of the model.
-    All,
-    /// Share `index` of `of`, counted from 0.
-    Part {
-        /// Below `of`.
-        index: u32,
-        /// How many shares there are.
-        of: NonZeroU32,
-        /// On how many workers every expert is; at most `of`.
-        replicas: NonZeroU32,
-    },
-}
-
-impl FromStr for Share {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "all" => return Ok(Self::All),
-            "none" => return Ok(Self::None),
-            _ => {}
-        }
-        let wrong = || {
-            format!(
-                "{text:?} is not a share; write I/N, as in 0/2 and 1/2 for two workers, I/NxR to have every expert on R \
-                 of them, all or none"
-            )
-        };
-        let (index, rest) = text.split_once('/').ok_or_else(wrong)?;
-        let (of, replicas) = rest.split_once('x').unwrap_or((rest, "1"));
-        let number = |text| digits(text).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong);
-        let positive = |text| NonZeroU32::new(number(text)?).ok_or_else(wrong);
-        let (index, of, replicas) = (number(index)?, positive(of)?, positive(replicas)?);
-        if index >= of.get() {
-            return Err(format!(
-                "share {text} does not exist: shares of {of} are 0/{of} to {}/{of}",
-                of.get() - 1
-            ));
-        }
-        if replicas > of {
-            return Err(format!(
-                "share {text}: {of} workers cannot hold {replicas} copies of an expert; use at most {of}"
-            ));
-        }
-        Ok(Self::Part { index, of, replicas })
-    }
-}
-
-impl fmt::Display for Share {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => f.write_str("none"),
-            Self::All => f.write_str("all"),
-            Self::Part { index, of, replicas: NonZeroU32::MIN } => write!(f, "{index}/{of}"),
-            Self::Part { index, of, replicas } => write!(f, "{index}/{of}x{replicas}"),
-        }
-    }
-}
 
 /// Decimal digits and nothing else: no sign, no spaces, no underscores.
 fn digits(text: &str) -> Option<u64> {
@@ -271,29 +206,6 @@ mod tests {
         assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
         for bad in ["5", "-1s", "1y", "0s", "25h", "", "s", "1e3s", "18446744073709551615h"] {
             assert!(parse_duration(bad).unwrap_err().contains("30s"), "{bad}");
-        }
-    }
-
-    #[test]
-    fn shares() {
-        assert_eq!(("all".parse(), "none".parse()), (Ok(Share::All), Ok(Share::None)));
-        let part = |index, of, replicas| {
-            let [of, replicas] = [of, replicas].map(|number| NonZeroU32::new(number).unwrap());
-            Share::Part { index, of, replicas }
-        };
-        for (text, share) in [("1/2", part(1, 2, 1)), ("0/3x2", part(0, 3, 2)), ("2/3x3", part(2, 3, 3))] {
-            assert_eq!(text.parse(), Ok(share));
-            assert_eq!(share.to_string(), text);
-        }
-        assert!("0/2x3".parse::<Share>().unwrap_err().contains("use at most 2"));
-        assert_eq!(
-            "2/2".parse::<Share>().unwrap_err(),
-            "share 2/2 does not exist: shares of 2 are 0/2 to 1/2"
-        );
-        for bad in
-            ["", "1", "0/0", "-1/2", "a/b", "1/2/3", "4294967296/4294967297", "0/2x", "0/2x0", "0/2x1x1"]
-        {
-            assert!(bad.parse::<Share>().is_err(), "{bad}");
         }
     }
 

@@ -5,6 +5,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use muster_dispatch_grpc::Address;
+use muster_placement::Share;
 use muster_telemetry::Process;
 use muster_types::Speed;
 
@@ -15,7 +16,7 @@ use crate::group::{
 use crate::layers::{Loaded, Reader, Sources, load};
 use crate::problem::ConfigError;
 use crate::shared::{self, ComputeSettings, LogSettings, TlsSettings, off_loopback};
-use crate::value::{self, Share, parse_duration, parsed};
+use crate::value::{self, parse_duration, parsed};
 
 settings! {
     /// What a worker is told.

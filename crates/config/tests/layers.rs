@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use muster_config::{
     AccessMode, ConfigError, Environment, Flags, GenerationMode, Loaded, RoleSettings as _, RouterSettings,
-    Share, Sources, WorkerSettings,
+    Sources, WorkerSettings,
 };
+use muster_placement::Share;
 use muster_types::WeightDType;
 use proptest::prelude::*;
 use tempfile::NamedTempFile;

@@ -30,7 +30,7 @@ use muster_kernels::KernelError;
 use muster_model::card::CardError;
 use muster_model::experts::{CpuExperts, ExpertStore};
 use muster_model::{LoadProgress, ModelError};
-use muster_placement::SplitError;
+use muster_placement::{Share, ShareError};
 use muster_proto::description::{Description, Phase};
 use muster_types::{Compute, Epoch, Speed, WeightDType, WorkerId};
 use tokio::sync::oneshot;
@@ -53,24 +53,6 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// A worker that nobody leads is not needed when nobody asked it for so long.
 const QUIET: Duration = Duration::from_millis(150);
-
-/// Which of the model's experts a worker starts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Share {
-    /// None: it waits to be told.
-    None,
-    /// All of them.
-    All,
-    /// One of `count` equal shares.
-    Part {
-        /// Which one, from 0.
-        index: u32,
-        /// How many there are.
-        count: NonZeroU32,
-        /// On how many workers every expert is: this share and those behind it are held.
-        replicas: NonZeroU32,
-    },
-}
 
 /// A worker's settings, checked.
 #[derive(Debug, Clone)]
@@ -151,21 +133,9 @@ pub enum WorkerError {
     /// Compute threads.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// The share does not exist.
+    /// The share to start with.
     #[error(transparent)]
-    Share(#[from] SplitError),
-    /// The share is empty.
-    #[error(
-        "share {index} of {count} is empty: the model has {experts} experts; use at most as many workers"
-    )]
-    EmptyShare {
-        /// The share.
-        index: u32,
-        /// How many there are.
-        count: u32,
-        /// Experts of the model.
-        experts: u64,
-    },
+    Share(#[from] ShareError),
     /// TLS.
     #[error(transparent)]
     Identity(#[from] IdentityError),

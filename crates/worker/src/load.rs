@@ -11,13 +11,13 @@ use muster_kernels::Cpu;
 use muster_model::card::{card, expert_shape, forms};
 use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, PackedExpert, faster_mode};
 use muster_model::{LoadProgress, ModelError};
-use muster_placement::{Shape, split};
+use muster_placement::Shape;
 use muster_proto::card::ModelCard;
 use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use tokio::sync::oneshot;
 
 use crate::loader::Sources;
-use crate::{Share, WorkerConfig, WorkerError, memory_for_experts, on_thread};
+use crate::{WorkerConfig, WorkerError, memory_for_experts, on_thread};
 
 /// Experts that are loaded and wait for their digest.
 const UNDIGESTED: usize = 2;
@@ -64,7 +64,7 @@ fn load(
 ) -> Result<Loaded, WorkerError> {
     let started = Instant::now();
     let checkpoint = Checkpoint::open(source)?;
-    let keys = keys(&expert_shape(&checkpoint), config.share)?;
+    let keys = config.share.keys(&expert_shape(&checkpoint))?;
     let compute = config.compute.unwrap_or(Compute::default_for(checkpoint.spec().dtype));
     let card = card(&checkpoint, compute, config.experts)?;
     let cpu = Arc::new(Cpu::new(config.threads)?);
@@ -139,63 +139,4 @@ fn load_experts(
 fn bytes_of(keys: &[ExpertKey], forms: &[Option<ExpertForm>]) -> u64 {
     let form = |key: &ExpertKey| forms.get(key.layer.index()).copied().flatten();
     keys.iter().filter_map(form).filter_map(|form| form.bytes()).map(|bytes| bytes as u64).sum()
-}
-
-fn keys(shape: &Shape, share: Share) -> Result<Vec<ExpertKey>, WorkerError> {
-    match share {
-        Share::None => Ok(Vec::new()),
-        Share::All => Ok(shape.keys().collect()),
-        Share::Part { index, count, replicas } => {
-            let mut keys = split(shape, count, index)?;
-            for more in 1..replicas.min(count).get() {
-                // Below `count`, which has 32 bits.
-                let next = (u64::from(index) + u64::from(more)) % u64::from(count.get());
-                keys.extend(split(shape, count, next as u32)?);
-            }
-            keys.sort_unstable();
-            if keys.is_empty() {
-                return Err(WorkerError::EmptyShare { index, count: count.get(), experts: shape.total() });
-            }
-            Ok(keys)
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn part(index: u32, count: NonZeroU32, replicas: u32) -> Share {
-        Share::Part { index, count, replicas: NonZeroU32::new(replicas).unwrap() }
-    }
-
-    #[test]
-    fn every_expert_is_on_as_many_workers_as_asked_for() {
-        let shape = Shape::new(vec![5, 0, 3]);
-        for (count, replicas) in [(3, 2), (4, 3), (2, 2)] {
-            let count = NonZeroU32::new(count).unwrap();
-            let held: Vec<Vec<ExpertKey>> =
-                (0..count.get()).map(|index| keys(&shape, part(index, count, replicas)).unwrap()).collect();
-            assert!(held.iter().all(|keys| keys.is_sorted_by(|a, b| a < b)), "ascending, none twice");
-            for key in shape.keys() {
-                let owners = held.iter().filter(|keys| keys.contains(&key)).count();
-                assert_eq!(owners, replicas as usize, "{key}");
-            }
-        }
-    }
-
-    #[test]
-    fn shares_are_disjoint_complete_and_never_empty() {
-        let shape = Shape::new(vec![3, 0, 2]);
-        let count = NonZeroU32::new(5).unwrap();
-        let mut all: Vec<ExpertKey> =
-            (0..5).flat_map(|index| keys(&shape, part(index, count, 1)).unwrap()).collect();
-        all.sort_unstable();
-        assert_eq!(all, keys(&shape, Share::All).unwrap());
-
-        let count = NonZeroU32::new(6).unwrap();
-        let text = keys(&shape, part(5, count, 1)).unwrap_err().to_string();
-        assert!(text.contains("share 5 of 6 is empty: the model has 5 experts"), "{text}");
-        assert!(matches!(keys(&shape, part(6, count, 1)), Err(WorkerError::Share(_))));
-    }
 }

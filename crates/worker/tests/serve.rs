@@ -14,11 +14,11 @@ use muster_engine::dispatch::Rows;
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::local;
-use muster_placement::{Shape, split};
+use muster_placement::{Shape, Share, split};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake::round;
 use muster_types::{Combine, Compute, ExpertKey, WeightDType, WorkerId};
-use muster_worker::{Hooks, Ready, Share, WorkerConfig, WorkerError, run};
+use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -1,6 +1,6 @@
 //! `muster worker`: settings to a running worker.
 
-use muster_config::{Share, WorkerSettings};
+use muster_config::WorkerSettings;
 use muster_dispatch_grpc::Address;
 use muster_types::WorkerId;
 use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run as run_worker};
@@ -34,11 +34,7 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
         source: settings.model.as_deref().map(|model| models::source(model, links)).transpose()?,
         join: settings.join,
         advertise: settings.advertise,
-        share: match share {
-            Share::None => muster_worker::Share::None,
-            Share::All => muster_worker::Share::All,
-            Share::Part { index, of, replicas } => muster_worker::Share::Part { index, count: of, replicas },
-        },
+        share,
         memory: settings.memory,
         speed: settings.speed,
         domain: settings.domain.or_else(|| if in_pod() { None } else { host() }),
@@ -86,7 +82,6 @@ fn failure(error: &WorkerError) -> Failure {
         WorkerError::Checkpoint(_)
         | WorkerError::Model(_)
         | WorkerError::Share(_)
-        | WorkerError::EmptyShare { .. }
         | WorkerError::Memory { .. }
         | WorkerError::NoModel
         | WorkerError::Join(_)
