@@ -56,7 +56,7 @@ pub(crate) struct Loaded {
 impl Mode {
     /// The mode that was asked for.
     pub(crate) fn of(checkpoint: &Checkpoint, asked: ComputeArgs) -> Self {
-        let compute = compute_mode(checkpoint, asked.compute.get());
+        let compute = checkpoint.compute(asked.compute.get());
         Self { compute, experts: asked.expert_dtype, trunk: asked.trunk_dtype }
     }
 }
@@ -67,11 +67,6 @@ pub(crate) const fn model_defaults(mode: GenerationMode) -> ModelDefaults {
         GenerationMode::Auto => ModelDefaults::Taken,
         GenerationMode::Ignore => ModelDefaults::Ignored,
     }
-}
-
-/// The mode to compute in.
-pub(crate) fn compute_mode(checkpoint: &Checkpoint, asked: Option<Compute>) -> Compute {
-    asked.unwrap_or(Compute::default_for(checkpoint.spec().dtype))
 }
 
 /// Cores of this machine that this process may use.

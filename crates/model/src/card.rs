@@ -6,7 +6,7 @@ use muster_checkpoint::Checkpoint;
 use muster_kernels::{Packing, Quantisation};
 use muster_placement::{ExpertSizes, Shape, SizesError};
 use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
-use muster_types::{Compute, WeightDType};
+use muster_types::{Compute, ExpertKey, WeightDType};
 
 use crate::experts::{ExpertForm, Gating};
 
@@ -81,6 +81,13 @@ pub fn expert_sizes(card: &ModelCard) -> Result<ExpertSizes, SizesError> {
     ExpertSizes::new(&Shape::new(card.shape()), forms(card).iter().map(bytes).collect())
 }
 
+/// Bytes of these experts, packed.
+#[must_use]
+pub fn bytes_of(keys: &[ExpertKey], forms: &[Option<ExpertForm>]) -> u64 {
+    let form = |key: &ExpertKey| forms.get(key.layer.index()).copied().flatten();
+    keys.iter().filter_map(form).filter_map(|form| form.bytes()).map(|bytes| bytes as u64).sum()
+}
+
 fn size(what: &'static str, value: usize) -> Result<NonZeroU32, CardError> {
     u32::try_from(value).ok().and_then(NonZeroU32::new).ok_or(CardError { what, value })
 }
@@ -123,7 +130,7 @@ mod tests {
             ("gpt_oss", WeightDType::Native),
         ] {
             let checkpoint = Checkpoint::open(&Source::Directory(golden.join(name))).unwrap();
-            let compute = Compute::default_for(checkpoint.spec().dtype);
+            let compute = checkpoint.compute(None);
             let card = card(&checkpoint, compute, dtype).unwrap();
             assert_eq!(forms(&card), ExpertForm::of_layers(&checkpoint, compute, dtype), "{name}");
             assert_eq!(Shape::new(card.shape()), expert_shape(&checkpoint), "{name}");

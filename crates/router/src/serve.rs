@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -401,16 +402,13 @@ fn assemble(
     let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
     let defaults = config.defaults.of(&checkpoint).map_err(StartError::Defaults)?;
     let spec = checkpoint.spec();
-    let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
+    let compute = checkpoint.compute(config.compute);
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = checkpoint.name(), %compute, isa = %cpu.isa(), "loading the trunk");
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
-    let model = match &config.source {
-        Source::Directory(path) | Source::Linked(path) => Some(path.clone()),
-        Source::Embedded { .. } => None,
-    };
+    let model = config.source.directory().map(Path::to_owned);
     check_kv(&checkpoint, compute, config.engine.kv_bytes)?;
     let digests = digests::start(Checking {
         checkpoint: checkpoint.clone(),

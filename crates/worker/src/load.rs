@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::Cpu;
-use muster_model::card::{card, expert_shape, forms};
-use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, PackedExpert, faster_mode};
+use muster_model::card::{bytes_of, card, expert_shape, forms};
+use muster_model::experts::{self, CpuStore, ExpertSet, PackedExpert, faster_mode};
 use muster_model::{LoadProgress, ModelError};
 use muster_placement::Shape;
 use muster_proto::card::ModelCard;
@@ -65,7 +65,7 @@ fn load(
     let started = Instant::now();
     let checkpoint = Checkpoint::open(source)?;
     let keys = config.share.keys(&expert_shape(&checkpoint))?;
-    let compute = config.compute.unwrap_or(Compute::default_for(checkpoint.spec().dtype));
+    let compute = checkpoint.compute(config.compute);
     let card = card(&checkpoint, compute, config.experts)?;
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, dtype = %config.experts, isa = ?cpu.isa(), "loading experts");
@@ -133,10 +133,4 @@ fn load_experts(
         let digests = digesting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         read.map(|()| (set, digests))
     })
-}
-
-/// Bytes of these experts, packed.
-fn bytes_of(keys: &[ExpertKey], forms: &[Option<ExpertForm>]) -> u64 {
-    let form = |key: &ExpertKey| forms.get(key.layer.index()).copied().flatten();
-    keys.iter().filter_map(form).filter_map(|form| form.bytes()).map(|bytes| bytes as u64).sum()
 }

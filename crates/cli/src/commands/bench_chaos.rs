@@ -2,7 +2,6 @@
 //!
 //! Every stream is compared with what it gave undisturbed, token by token.
 
-use std::ffi::OsString;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
@@ -16,7 +15,7 @@ use tokio::task::LocalSet;
 use crate::args::{BenchArgs, CredentialArgs, LogArgs};
 use crate::backend::{self, Backend};
 use crate::children;
-use crate::cluster::{Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
+use crate::cluster::{ClusterSpec, Workers};
 use crate::failure::Failure;
 use crate::kept::GRACE;
 use crate::models::DEMO;
@@ -51,34 +50,23 @@ pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> 
     let mut signals = Signals::listen()?;
     let bars = Bars::new();
     let spec =
-        WorkersSpec { model, links, count, experts_in_all, replicas: REPLICAS, compute: args.compute, log };
+        ClusterSpec { model, links, count, experts_in_all, replicas: REPLICAS, compute: args.compute, log };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let outcome =
-        LocalSet::new().run_until(signals.unless(with_router(args, log, model, streams, &workers))).await;
+        LocalSet::new().run_until(signals.unless(with_router(args, &spec, streams, &workers))).await;
     workers.stop().await;
     outcome
 }
 
 async fn with_router(
     args: &BenchArgs,
-    log: &LogArgs,
-    model: &str,
+    spec: &ClusterSpec<'_>,
     streams: u32,
     workers: &Workers,
 ) -> Result<(), Failure> {
     let start = |grpc: String| {
-        let mut arguments: Vec<OsString> =
-            ["router", "--model", model, "--http", "127.0.0.1:0", "--grpc", &grpc].map(Into::into).into();
-        arguments.extend(["--replicas".into(), REPLICAS.to_string().into()]);
-        let threads = args.compute.threads.unwrap_or(shares_of_cores(workers.count()).0);
-        arguments.extend(["--threads".into(), threads.to_string().into()]);
-        arguments.extend(["--trunk-dtype".into(), args.compute.trunk_dtype.to_string().into()]);
-        arguments.extend(compute_flags(args.compute));
-        arguments.extend(workers.addresses().iter().flat_map(|address| ["--worker".into(), address.into()]));
-        if args.target.links.allow_links {
-            arguments.push("--allow-links".into());
-        }
-        arguments.extend(log_flags(log));
+        let mut arguments = spec.router_arguments(workers);
+        arguments.extend(["--http", "127.0.0.1:0", "--grpc", &grpc].map(Into::into));
         children::spawn("the router", &arguments)
     };
     let mut router = start("127.0.0.1:0".to_owned())?;

@@ -12,7 +12,7 @@ use muster_router::start::{EngineSettings, ModelDefaults};
 use super::blocking;
 use crate::args::{ComputeArgs, LogArgs, TargetArgs};
 use crate::backend::{self, Backend, DEFAULT_GRPC};
-use crate::cluster::{Workers, WorkersSpec, shares_of_cores};
+use crate::cluster::{ClusterSpec, Workers, shares_of_cores};
 use crate::engine::{self, Experts, Loaded, Mode, cores};
 use crate::failure::Failure;
 use crate::models::{self, Links};
@@ -72,7 +72,7 @@ pub(crate) async fn with_model<T>(
         Some(count) => {
             let experts_in_all = expert_shape(&checkpoint).total();
             let replicas = NonZeroU32::MIN;
-            let spec = WorkersSpec { model, links, count, experts_in_all, replicas, compute, log };
+            let spec = ClusterSpec { model, links, count, experts_in_all, replicas, compute, log };
             let workers = signals.unless(Workers::start(&spec, &bars)).await?;
             let experts = Experts::Workers {
                 addresses: workers.addresses().to_vec(),
