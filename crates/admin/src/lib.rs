@@ -1,7 +1,10 @@
-//! What the machine around a process asks of it: whether it lives, whether it is ready, how it does, and to drain.
+//! What the machine around a process asks of it: whether it lives, whether it is ready, how it does, to drain, and to end.
 //!
+//! A process that is told to end drains first; one that is told to drain alone waits for its end when that is done.
 //! Plain HTTP for a kubelet and a collector of metrics, on an address of its own. It takes no input but paths, answers
 //! before anything is loaded, and lets nobody but this host ask for a drain. Knows nothing of what the process does.
+
+pub mod client;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -65,6 +68,7 @@ struct Shared {
     metrics: Box<Render>,
     drain: CancellationToken,
     drained: CancellationToken,
+    end: CancellationToken,
 }
 
 impl Admin {
@@ -77,6 +81,7 @@ impl Admin {
                 metrics: Box::new(metrics),
                 drain: CancellationToken::new(),
                 drained: CancellationToken::new(),
+                end: CancellationToken::new(),
             }),
         }
     }
@@ -99,20 +104,35 @@ impl Admin {
         probe()
     }
 
-    /// Waits until somebody asks the process to drain.
-    pub async fn drain_asked(&self) {
-        self.shared.drain.cancelled().await;
-    }
-
-    /// Whether somebody did.
+    /// Metrics in the Prometheus text format.
     #[must_use]
-    pub fn is_drain_asked(&self) -> bool {
-        self.shared.drain.is_cancelled()
+    pub fn metrics(&self) -> String {
+        (self.shared.metrics)()
     }
 
-    /// Tells whoever asked that the process can be ended.
-    pub fn drained(&self) {
+    /// Tells the process to end.
+    pub fn end(&self) {
+        self.shared.end.cancel();
+    }
+
+    /// Waits until the process is told to end.
+    pub async fn end_asked(&self) {
+        self.shared.end.cancelled().await;
+    }
+
+    /// Waits until the process is told to drain or to end.
+    pub async fn drain_asked(&self) {
+        tokio::select! {
+            () = self.shared.drain.cancelled() => {}
+            () = self.shared.end.cancelled() => {}
+        }
+    }
+
+    /// The process has drained: whoever asked for that is told, and its end is waited for.
+    pub async fn drained(&self) {
+        tracing::info!("safe to terminate");
         self.shared.drained.cancel();
+        self.shared.end.cancelled().await;
     }
 
     /// Listens there and answers from now on, in a task of its own. Gives the address.
@@ -180,7 +200,7 @@ async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
 
 async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     let media = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, media)], (shared.metrics)()).into_response()
+    ([(header::CONTENT_TYPE, media)], Admin { shared }.metrics()).into_response()
 }
 
 async fn drain(State(shared): State<Arc<Shared>>, Extension(Peer(peer)): Extension<Peer>) -> Response {
@@ -234,7 +254,6 @@ mod tests {
             let request = format!("GET /healthz HTTP/1.1\r\n{hosts}connection: close\r\n\r\n");
             assert!(send(address, &request).await.starts_with("HTTP/1.1 400"), "{hosts}");
         }
-        assert!(!admin.is_drain_asked());
         let error = admin.listen(address).await.unwrap_err();
         assert!(error.to_string().contains("--admin"), "{error}");
     }
@@ -246,9 +265,24 @@ mod tests {
         let asking = tokio::spawn(async move { ask(address, "POST /drain").await });
         admin.drain_asked().await;
         assert!(!asking.is_finished());
-        admin.drained();
+        let drained = tokio::spawn({
+            let admin = admin.clone();
+            async move { admin.drained().await }
+        });
         assert!(asking.await.unwrap().ends_with("safe to terminate\n"));
         // Who asks later is told at once.
         assert!(ask(address, "POST /drain").await.starts_with("HTTP/1.1 200"));
+        assert!(!drained.is_finished(), "the process goes on until it is told to end");
+        admin.end();
+        drained.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_end_is_a_drain_that_nobody_waits_for() {
+        let admin = Admin::new(String::new);
+        admin.end();
+        admin.drain_asked().await;
+        admin.drained().await;
+        admin.end_asked().await;
     }
 }

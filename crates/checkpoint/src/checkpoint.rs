@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::SystemTime;
 
-use muster_types::{DType, Fingerprint};
+use muster_types::{Compute, DType, Fingerprint};
 use sha2::{Digest, Sha256};
 
 use crate::catalog::Catalog;
@@ -135,6 +135,12 @@ impl Checkpoint {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What activations are rounded to: what is asked for, else what its dtype calls for.
+    #[must_use]
+    pub fn compute(&self, asked: Option<Compute>) -> Compute {
+        asked.unwrap_or(Compute::default_for(self.spec().dtype))
     }
 
     /// What the model is.

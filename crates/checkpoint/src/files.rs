@@ -29,6 +29,17 @@ pub enum Source {
     },
 }
 
+impl Source {
+    /// The model's directory, if it has one.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Path> {
+        match self {
+            Self::Directory(path) | Self::Linked(path) => Some(path),
+            Self::Embedded { .. } => None,
+        }
+    }
+}
+
 /// Why one file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {

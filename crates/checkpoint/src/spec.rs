@@ -441,6 +441,12 @@ impl ModelSpec {
         })
     }
 
+    /// Most routed experts that one token goes to in a layer; 0 without MoE layers.
+    #[must_use]
+    pub fn most_experts_per_token(&self) -> u32 {
+        self.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0)
+    }
+
     /// The experts of one layer; `None` for a dense layer or one that does not exist.
     #[must_use]
     pub fn moe(&self, layer: usize) -> Option<&MoeSpec> {

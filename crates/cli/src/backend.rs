@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::pin::Pin;
 
+use muster_bench::{self as bench, BenchError, Target, Tokens};
 use muster_client::{Client, ClientError, Credentials, Event as ClientEvent, Policy};
 use muster_config::GenerationMode;
 use muster_model::defaults::SamplingDefaults;
@@ -91,13 +92,7 @@ pub(crate) enum Pieces {
 /// What a backend says of its model.
 #[derive(Default)]
 pub(crate) struct About {
-    pub(crate) name: String,
-    pub(crate) vocabulary: u32,
-    pub(crate) context: u32,
-    pub(crate) workers: u32,
-    pub(crate) compute: String,
-    pub(crate) experts: String,
-    pub(crate) trunk: String,
+    pub(crate) model: bench::About,
     pub(crate) has_chat_template: bool,
     /// The model's own settings, where its router takes them.
     defaults: SamplingDefaults,
@@ -130,40 +125,24 @@ impl Backend {
             Self::Router(client) => {
                 let model = client.model().await.map_err(failed)?;
                 let defaults = defaults(&model);
-                let v1::Model {
-                    name,
-                    vocabulary,
-                    context,
-                    workers,
-                    compute,
-                    expert_dtype,
-                    trunk_dtype,
-                    has_chat_template,
-                    ..
-                } = model;
-                let (experts, trunk) = (expert_dtype, trunk_dtype);
-                About {
-                    name,
-                    vocabulary,
-                    context,
-                    workers,
-                    compute,
-                    experts,
-                    trunk,
-                    has_chat_template,
-                    defaults,
-                }
+                let has_chat_template = model.has_chat_template;
+                let v1::Model { name, vocabulary, context, workers, compute, .. } = model;
+                let (experts, trunk) = (model.expert_dtype, model.trunk_dtype);
+                let model = bench::About { name, vocabulary, context, workers, compute, experts, trunk };
+                About { model, has_chat_template, defaults }
             }
             Self::Here(service) => {
                 let model = service.model();
                 About {
-                    name: model.name.clone(),
-                    vocabulary: model.vocabulary,
-                    context: model.context,
-                    workers: model.workers,
-                    compute: model.compute.to_string(),
-                    experts: model.experts.to_string(),
-                    trunk: model.trunk.to_string(),
+                    model: bench::About {
+                        name: model.name.clone(),
+                        vocabulary: model.vocabulary,
+                        context: model.context,
+                        workers: model.workers,
+                        compute: model.compute.to_string(),
+                        experts: model.experts.to_string(),
+                        trunk: model.trunk.to_string(),
+                    },
                     has_chat_template: model.has_chat_template,
                     defaults: model.defaults,
                 }
@@ -245,6 +224,26 @@ impl Pieces {
                 }
             }
         }))
+    }
+}
+
+impl Target for Backend {
+    type Tokens = Pieces;
+
+    async fn generate(&mut self, request: bench::Request) -> Result<Pieces, BenchError> {
+        let bench::Request { prompt, tokens, temperature, seed } = request;
+        let sampling = RawSampling { temperature, ..RawSampling::default() };
+        let manner = Manner { sampling, seed, ignore_eos: true, ..Manner::default() };
+        Ok(Self::generate(self, Ask::Tokens(prompt), Some(tokens), &manner).await?)
+    }
+}
+
+impl Tokens for Pieces {
+    async fn next(&mut self) -> Result<Option<u32>, BenchError> {
+        Ok(match Self::next(self).await? {
+            Some(Piece::Token { id, .. }) => Some(id),
+            Some(Piece::Finished { .. }) | None => None,
+        })
     }
 }
 

@@ -5,12 +5,11 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use muster_types::{Compute, WeightDType};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::args::LogArgs;
+use crate::args::{ComputeArgs, LogArgs};
 use crate::engine::cores;
 use crate::failure::Failure;
 use crate::kept::Kept;
@@ -21,8 +20,8 @@ use crate::sockets::SocketDirectory;
 /// Most rows of one message to workers of one's own.
 pub(crate) const MOST_ROWS: u32 = 8192;
 
-/// What workers of one's own are to be.
-pub(crate) struct WorkersSpec<'a> {
+/// What a cluster of one's own is to be.
+pub(crate) struct ClusterSpec<'a> {
     pub(crate) model: &'a str,
     pub(crate) links: Links,
     pub(crate) count: NonZeroU32,
@@ -30,14 +29,11 @@ pub(crate) struct WorkersSpec<'a> {
     pub(crate) experts_in_all: u64,
     /// On how many of them every expert is.
     pub(crate) replicas: NonZeroU32,
-    pub(crate) compute: Option<Compute>,
-    pub(crate) experts: WeightDType,
-    pub(crate) threads: Option<NonZeroUsize>,
-    pub(crate) busy_poll_us: u32,
+    pub(crate) compute: ComputeArgs,
     pub(crate) log: &'a LogArgs,
 }
 
-impl WorkersSpec<'_> {
+impl ClusterSpec<'_> {
     /// Whether so many workers can share the experts.
     ///
     /// # Errors
@@ -56,6 +52,42 @@ impl WorkersSpec<'_> {
             )));
         }
         Ok(())
+    }
+}
+
+impl ClusterSpec<'_> {
+    /// What a router over these workers is told, but for where to listen.
+    pub(crate) fn router_arguments(&self, workers: &Workers) -> Vec<OsString> {
+        let compute = self.compute;
+        let threads = compute.threads.unwrap_or(shares_of_cores(self.count).0);
+        let mut arguments: Vec<OsString> = vec![
+            "router".into(),
+            "--model".into(),
+            self.model.into(),
+            "--threads".into(),
+            threads.to_string().into(),
+            "--combine".into(),
+            compute.combine.to_string().into(),
+            "--busy-poll-us".into(),
+            compute.busy_poll_us.to_string().into(),
+            "--trunk-dtype".into(),
+            compute.trunk_dtype.to_string().into(),
+            "--replicas".into(),
+            self.replicas.to_string().into(),
+        ];
+        arguments.extend(workers.addresses.iter().flat_map(|address| ["--worker".into(), address.into()]));
+        arguments.extend(self.common_flags());
+        arguments
+    }
+
+    /// What routers and workers alike are told.
+    fn common_flags(&self) -> Vec<OsString> {
+        let mut flags: Vec<OsString> = compute_flags(self.compute).into();
+        if self.links == Links::Anywhere {
+            flags.push("--allow-links".into());
+        }
+        flags.extend(log_flags(self.log));
+        flags
     }
 }
 
@@ -82,7 +114,7 @@ pub(crate) fn shares_of_cores(workers: NonZeroU32) -> (NonZeroUsize, NonZeroUsiz
 }
 
 /// Flags that hand the parent's logging on to a child.
-pub(crate) fn log_flags(log: &LogArgs) -> Vec<OsString> {
+fn log_flags(log: &LogArgs) -> Vec<OsString> {
     let mut flags = vec!["--log".into(), log.log.clone().unwrap_or_else(|| "warn".to_owned()).into()];
     if let Some(format) = log.log_format {
         flags.extend(["--log-format".into(), format.to_string().into()]);
@@ -90,15 +122,15 @@ pub(crate) fn log_flags(log: &LogArgs) -> Vec<OsString> {
     flags
 }
 
-/// The flags for a compute mode and for how experts are held.
-pub(crate) fn compute_flags(compute: Option<Compute>, experts: WeightDType) -> [OsString; 4] {
-    let compute = compute.map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
-    ["--compute".into(), compute.into(), "--expert-dtype".into(), experts.to_string().into()]
+/// Flags that hand on how to compute, and how experts are held.
+fn compute_flags(args: ComputeArgs) -> [OsString; 4] {
+    let compute = args.compute.get().map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
+    ["--compute".into(), compute.into(), "--expert-dtype".into(), args.expert_dtype.to_string().into()]
 }
 
 impl Workers {
     /// Starts all workers and waits until they are ready. When one cannot start, none stays.
-    pub(crate) async fn start(spec: &WorkersSpec<'_>, bars: &Bars) -> Result<Self, Failure> {
+    pub(crate) async fn start(spec: &ClusterSpec<'_>, bars: &Bars) -> Result<Self, Failure> {
         spec.check()?;
         let directory = SocketDirectory::make()?;
         let mut workers = Self {
@@ -157,8 +189,8 @@ impl Workers {
     }
 }
 
-fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString> {
-    let threads = spec.threads.unwrap_or(shares_of_cores(spec.count).1);
+fn arguments(spec: &ClusterSpec<'_>, index: u32, address: &str) -> Vec<OsString> {
+    let threads = spec.compute.threads.unwrap_or(shares_of_cores(spec.count).1);
     let mut arguments: Vec<OsString> = vec![
         "worker".into(),
         "--model".into(),
@@ -176,12 +208,8 @@ fn arguments(spec: &WorkersSpec<'_>, index: u32, address: &str) -> Vec<OsString>
         "--max-rows".into(),
         MOST_ROWS.to_string().into(),
         "--busy-poll-us".into(),
-        spec.busy_poll_us.to_string().into(),
+        spec.compute.busy_poll_us.to_string().into(),
     ];
-    if spec.links == Links::Anywhere {
-        arguments.push("--allow-links".into());
-    }
-    arguments.extend(compute_flags(spec.compute, spec.experts));
-    arguments.extend(log_flags(spec.log));
+    arguments.extend(spec.common_flags());
     arguments
 }

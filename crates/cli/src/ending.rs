@@ -33,7 +33,7 @@ impl Answer<'_> {
     }
 
     fn why_empty(&self, manner: &Manner, model: &About) -> String {
-        let name = &model.name;
+        let name = &model.model.name;
         match self.reason {
             "stop" if self.to == To::Text && model.has_chat_template => format!(
                 "{name} ended the text at once, as models for chats do with a bare text; ask it with --chat"
@@ -50,7 +50,7 @@ impl Answer<'_> {
     }
 
     fn why_cut(&self, model: &About) -> String {
-        let (context, output) = (model.context, self.output_tokens);
+        let (context, output) = (model.model.context, self.output_tokens);
         if self.prompt_tokens.saturating_add(output) < context {
             return format!("{output} tokens are all that it was to have; --max-tokens says how many");
         }
@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn an_end_that_the_text_does_not_show_is_told() {
         let mut model = About::default();
-        (model.name, model.context, model.has_chat_template) = ("m".into(), 512, true);
+        (model.model.name, model.model.context, model.has_chat_template) = ("m".into(), 512, true);
         let manner = Manner::default();
         let remark = |reason, text, prompt_tokens, output_tokens, to| {
             Answer { reason, text, prompt_tokens, output_tokens, to }.remark(&manner, &model)

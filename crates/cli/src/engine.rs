@@ -10,11 +10,11 @@ use muster_config::GenerationMode;
 use muster_dispatch_grpc::{ConnectConfig, Dialer, Digests, GrpcDispatch, Start, StatsHandle};
 use muster_engine::dispatch::ExpertDispatch;
 use muster_kernels::Cpu;
+use muster_model::card::expert_shape;
 use muster_model::experts::ExpertSet;
 use muster_model::local::local;
 use muster_model::trunk::{CpuDevice, Trunk};
 use muster_router::health::Health;
-use muster_router::serve::expert_shape;
 use muster_router::service::{HealthProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, ModelDefaults, Parts, start};
 use muster_types::{Combine, Compute, WeightDType};
@@ -56,7 +56,7 @@ pub(crate) struct Loaded {
 impl Mode {
     /// The mode that was asked for.
     pub(crate) fn of(checkpoint: &Checkpoint, asked: ComputeArgs) -> Self {
-        let compute = compute_mode(checkpoint, asked.compute.get());
+        let compute = checkpoint.compute(asked.compute.get());
         Self { compute, experts: asked.expert_dtype, trunk: asked.trunk_dtype }
     }
 }
@@ -67,11 +67,6 @@ pub(crate) const fn model_defaults(mode: GenerationMode) -> ModelDefaults {
         GenerationMode::Auto => ModelDefaults::Taken,
         GenerationMode::Ignore => ModelDefaults::Ignored,
     }
-}
-
-/// The mode to compute in.
-pub(crate) fn compute_mode(checkpoint: &Checkpoint, asked: Option<Compute>) -> Compute {
-    asked.unwrap_or(Compute::default_for(checkpoint.spec().dtype))
 }
 
 /// Cores of this machine that this process may use.
@@ -152,7 +147,7 @@ fn connect(
         // They are children of this process, on the same files.
         digests: Digests::unchecked(),
         shape: expert_shape(checkpoint),
-        top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
+        top_k: spec.most_experts_per_token(),
         max_rows: MOST_ROWS,
         connect_timeout: Duration::from_secs(60),
         shard_deadline: Duration::from_secs(60),

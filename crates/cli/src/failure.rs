@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::process::ExitCode;
 
+use muster_bench::BenchError;
+
 use crate::out;
 
 /// Why a command ended.
@@ -43,5 +45,24 @@ impl Failure {
             out::note(&format!("error: {line}"));
         }
         ExitCode::from(code)
+    }
+}
+
+impl From<BenchError> for Failure {
+    fn from(error: BenchError) -> Self {
+        match error {
+            BenchError::Input(message) => Self::Input(message),
+            BenchError::Runtime(message) => Self::Runtime(message),
+        }
+    }
+}
+
+impl From<Failure> for BenchError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Input(message) => Self::Input(message),
+            Failure::Runtime(message) => Self::Runtime(message),
+            other => Self::Runtime(format!("{other:?}")),
+        }
     }
 }

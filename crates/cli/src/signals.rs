@@ -2,8 +2,8 @@
 
 use std::future::Future;
 
+use muster_admin::Admin;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
 use crate::failure::Failure;
 
@@ -41,17 +41,14 @@ impl Signals {
         }
     }
 
-    /// For a server: cancelled at the first signal. The second one ends the process at once, whatever still runs.
-    pub(crate) fn drain_then_exit(mut self) -> CancellationToken {
-        let stop = CancellationToken::new();
-        let first = stop.clone();
+    /// For a server, which is told to end by the first one. The second one ends the process at once, whatever still runs.
+    pub(crate) fn drain_then_exit(mut self, admin: Admin) {
         tokio::spawn(async move {
             self.next().await;
-            first.cancel();
+            admin.end();
             self.next().await;
             tracing::warn!("second signal: ending without waiting");
             std::process::exit(130);
         });
-        stop
     }
 }

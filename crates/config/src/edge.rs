@@ -2,62 +2,50 @@
 
 use std::time::Duration;
 
-use crate::layers::{Key, Reader, ValueKind};
+use crate::group::DefaultTo::{Value, Words};
+use crate::group::{Form, NUMBER, SIZE, TIME, settings};
 use crate::value::{self, parse_duration, parse_size};
 
 /// Bytes of the largest body that may be allowed: what it becomes on the way has to fit into memory that is set aside.
 const LARGEST_BODY: u64 = 16 << 20;
 
-pub(crate) const MAX_CHOICES: Key =
-    Key { name: "max_choices", kind: ValueKind::Number, default: Some("256") };
-pub(crate) const MAX_STOPS: Key = Key { name: "max_stops", kind: ValueKind::Number, default: Some("16") };
-pub(crate) const MAX_BIAS: Key = Key { name: "max_bias", kind: ValueKind::Number, default: Some("1024") };
-pub(crate) const MAX_BODY: Key = Key { name: "max_body", kind: ValueKind::Text, default: Some("8MiB") };
-pub(crate) const KEEP_ALIVE: Key = Key { name: "keep_alive", kind: ValueKind::Text, default: Some("30s") };
-pub(crate) const CORS_ORIGINS: Key = Key { name: "cors_origins", kind: ValueKind::List, default: None };
+settings! {
+    /// What the router's edges are told.
+    pub struct EdgeSettings, EdgeRead {
+        /// Most choices of one request: its prompts times n.
+        ///
+        /// In gRPC, times `choices`. 1 to 65536; they get their places in the queue together or not at all.
+        max_choices: u32 = required(value::up_to(1 << 16)), NUMBER, Value("256");
 
-/// What the router's edges are told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EdgeSettings {
-    /// Choices of all prompts of one request.
-    pub max_choices: u32,
-    /// Stop strings, or stop ids, of one request.
-    pub max_stops: usize,
-    /// Entries of one request's `logit_bias`.
-    pub max_bias: usize,
-    /// Bytes of one request.
-    pub max_body: usize,
-    /// How long a connection of HTTP may wait for a request.
-    pub keep_alive: Duration,
-    /// Origins whose pages may ask, as browsers write them, or `*`.
-    pub cors_origins: Vec<String>,
-}
+        /// Most stop strings, or stop ids, of one request, 1 to 1024.
+        max_stops: usize = required(value::up_to(1 << 10)), NUMBER, Value("16");
 
-pub(crate) fn read(reader: &mut Reader) -> Option<EdgeSettings> {
-    let mut count = |key: &Key, most| reader.required(key.name, |text| value::count(text, 1, most));
-    let max_choices = count(&MAX_CHOICES, 1 << 16).and_then(|count| u32::try_from(count).ok());
-    let max_stops = count(&MAX_STOPS, 1 << 10).and_then(|count| usize::try_from(count).ok());
-    let max_bias = count(&MAX_BIAS, 1 << 20).and_then(|count| usize::try_from(count).ok());
-    let max_body = reader.required(MAX_BODY.name, body).and_then(|bytes| usize::try_from(bytes).ok());
-    let keep_alive = reader.required(KEEP_ALIVE.name, parse_duration);
-    let cors_origins = reader.list(CORS_ORIGINS.name, origin);
-    Some(EdgeSettings {
-        max_choices: max_choices?,
-        max_stops: max_stops?,
-        max_bias: max_bias?,
-        max_body: max_body?,
-        keep_alive: keep_alive?,
-        cors_origins,
-    })
-}
+        /// Most entries of one request's logit_bias.
+        max_bias: usize = required(value::up_to(1 << 20)), NUMBER, Value("1024");
 
-fn body(text: &str) -> Result<u64, String> {
-    let bytes = parse_size(text)?;
-    if (1 << 10..=LARGEST_BODY).contains(&bytes) {
-        Ok(bytes)
-    } else {
-        Err(format!("{text} is not 1KiB to 16MiB, which a request may be as large as"))
+        /// Largest request, 1KiB to 16MiB; the text of a prompt may have half of it.
+        ///
+        /// A body of HTTP, a message of gRPC.
+        max_body: usize = required(body), SIZE, Value("8MiB");
+
+        /// How long an HTTP connection may wait for its next request.
+        ///
+        /// A request's head has to be complete within it, too.
+        keep_alive: Duration = required(parse_duration), TIME, Value("30s");
+
+        /// An origin whose web pages may ask, as browsers write it (`https://example.org`), or * for all.
+        ///
+        /// Where `http` is a loopback address and there are no keys, also whose names `Host` may have. Pages of this host
+        /// are those of `http://localhost` and loopback addresses, at any port.
+        cors_origins: Vec<String> = list(origin), Form::list("ORIGIN"),
+            Words("pages of this host where `http` is a loopback address, else none");
     }
+}
+
+fn body(text: &str) -> Result<usize, String> {
+    let bytes = Some(parse_size(text)?).filter(|bytes| (1 << 10..=LARGEST_BODY).contains(bytes));
+    let bytes = bytes.and_then(|bytes| usize::try_from(bytes).ok());
+    bytes.ok_or_else(|| format!("{text} is not 1KiB to 16MiB, which a request may be as large as"))
 }
 
 /// `scheme://host`, with a port or without, or `*`.

@@ -7,12 +7,14 @@ use std::ffi::OsString;
 
 use muster_types::nearest;
 
-use crate::layers::{Entry, Key, Raw, unknown_key};
+use crate::ROLES;
+use crate::group::Role;
+use crate::layers::{Entry, Raw, unknown_key};
 use crate::problem::{Origin, Problem};
-use crate::{router, worker};
 
 /// Variables beside those of keys: a client's API key, and what Muster's own tests and builds are told.
-const OTHERS: [&str; 4] = ["MUSTER_API_KEY", "MUSTER_SKIP_PYTHON", "MUSTER_GOLDEN", "MUSTER_NEXT_VERSION"];
+const OTHERS: [&str; 5] =
+    ["MUSTER_API_KEY", "MUSTER_SKIP_PYTHON", "MUSTER_GOLDEN", "MUSTER_NEXT_VERSION", "MUSTER_WRITE_DOCS"];
 /// Strangers that are told of.
 const TOLD: usize = 16;
 
@@ -35,10 +37,9 @@ impl Environment {
     /// Variables of ours by their name that nothing reads, each with the one that may be meant.
     #[must_use]
     pub fn strangers(&self) -> Vec<String> {
-        let roles = [router::ROLE, worker::ROLE];
-        let known: Vec<String> = roles
-            .iter()
-            .flat_map(|(role, keys)| keys.iter().map(move |key| variable(role, key.name)))
+        let known: Vec<String> = ROLES
+            .into_iter()
+            .flat_map(|role| role.keys().map(|key| role.variable(key.name)))
             .chain(OTHERS.map(str::to_owned))
             .collect();
         let names = self.0.iter().map(|(name, _)| name.to_string_lossy());
@@ -59,11 +60,10 @@ impl Environment {
     /// Entries for the keys of one role.
     pub(crate) fn read(
         &self,
-        role: &str,
-        keys: &'static [Key],
+        role: &'static Role,
         problems: &mut Vec<Problem>,
     ) -> Vec<(&'static str, Entry)> {
-        let prefix = format!("MUSTER_{}_", role.to_uppercase());
+        let prefix = role.variable("");
         let mut entries = Vec::new();
         for (name, value) in &self.0 {
             let name = name.to_string_lossy();
@@ -77,18 +77,13 @@ impl Environment {
             if is_kubernetes_service(rest) {
                 continue;
             }
-            match keys.iter().find(|key| key.name.eq_ignore_ascii_case(rest)) {
+            match role.keys().find(|key| key.name.eq_ignore_ascii_case(rest)) {
                 Some(key) => entries.push((key.name, Entry { raw: Raw::One(value.to_owned()), origin })),
-                None => problems.push(unknown_key(&rest.to_lowercase(), keys, origin)),
+                None => problems.push(unknown_key(&rest.to_lowercase(), role, origin)),
             }
         }
         entries
     }
-}
-
-/// The variable of a role's key.
-pub(crate) fn variable(role: &str, key: &str) -> String {
-    format!("MUSTER_{}_{}", role.to_uppercase(), key.to_uppercase())
 }
 
 /// Whether what follows the prefix is one of the variables that Kubernetes makes for a Service.

@@ -8,21 +8,19 @@ use muster_types::nearest;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::layers::{Entry, Key, Raw, ValueKind, unknown_key};
+use crate::ROLES;
+use crate::group::{Key, Role, ValueKind};
+use crate::layers::{Entry, Raw, unknown_key};
 use crate::problem::{Origin, Problem};
 
 /// Longest configuration file, bytes.
 const LONGEST: u64 = 1 << 20;
 
-/// A role's name and its keys.
-pub(crate) type Role = (&'static str, &'static [Key]);
-
 /// Entries for the keys of `role`. Tables of the other roles are checked for unknown keys as well, so that one file
 /// can serve all and a slip in any of them is found.
 pub(crate) fn read(
     path: &Path,
-    role: &str,
-    roles: &[Role],
+    role: &'static Role,
     problems: &mut Vec<Problem>,
 ) -> Vec<(&'static str, Entry)> {
     let whole = |message: String| Problem {
@@ -47,19 +45,19 @@ pub(crate) fn read(
     let mut entries = Vec::new();
     for (name, value) in table.get_ref() {
         let origin = reader.origin(Some(name.span().start));
-        let found = roles.iter().find(|(known, _)| *known == name.get_ref());
+        let found = ROLES.into_iter().find(|known| known.name == name.get_ref());
         match (found, value.get_ref()) {
-            (Some((known, keys)), DeValue::Table(table)) => {
-                let read = reader.role(table, keys, problems);
-                if *known == role {
+            (Some(known), DeValue::Table(table)) => {
+                let read = reader.role(table, known, problems);
+                if known.name == role.name {
                     entries = read;
                 }
             }
-            (Some((known, _)), _) => {
-                let message = format!("is a table: write its settings below a line [{known}]");
-                problems.push(Problem { origin, key: (*known).to_owned(), message });
+            (Some(known), _) => {
+                let message = format!("is a table: write its settings below a line [{}]", known.name);
+                problems.push(Problem { origin, key: known.name.to_owned(), message });
             }
-            (None, _) => problems.push(outside(name.get_ref(), roles, origin)),
+            (None, _) => problems.push(outside(name.get_ref(), origin)),
         }
     }
     entries
@@ -82,11 +80,11 @@ fn text(path: &Path) -> Result<String, String> {
         .map_err(|error| format!("is not UTF-8 (byte {})", error.utf8_error().valid_up_to()))
 }
 
-fn outside(name: &str, roles: &[Role], origin: Origin) -> Problem {
-    let tables: Vec<String> = roles.iter().map(|(role, _)| format!("[{role}]")).collect();
-    let home = roles.iter().find(|(_, keys)| keys.iter().any(|key| key.name == name));
-    let hint = match (home, nearest(name, roles.iter().map(|(role, _)| *role))) {
-        (Some((role, _)), _) => format!("it belongs below a line [{role}]"),
+fn outside(name: &str, origin: Origin) -> Problem {
+    let tables = ROLES.map(|role| format!("[{}]", role.name));
+    let home = ROLES.into_iter().find(|role| role.keys().any(|key| key.name == name));
+    let hint = match (home, nearest(name, ROLES.map(|role| role.name))) {
+        (Some(role), _) => format!("it belongs below a line [{}]", role.name),
         (None, Some(role)) => format!("did you mean [{role}]?"),
         (None, None) => format!("tables are {}", tables.join(" and ")),
     };
@@ -108,22 +106,26 @@ impl Reader<'_> {
     fn role(
         &self,
         table: &DeTable<'_>,
-        keys: &'static [Key],
+        role: &'static Role,
         problems: &mut Vec<Problem>,
     ) -> Vec<(&'static str, Entry)> {
         let mut entries = Vec::new();
         for (name, value) in table {
             let origin = self.origin(Some(name.span().start));
-            let Some(key) = keys.iter().find(|key| key.name == name.get_ref()) else {
-                problems.push(unknown_key(name.get_ref(), keys, origin));
+            let Some(key) = role.keys().find(|key| key.name == name.get_ref()) else {
+                problems.push(unknown_key(name.get_ref(), role, origin));
                 continue;
             };
-            match raw(key.kind, value) {
+            match raw(key, value) {
                 Some(raw) => entries.push((key.name, Entry { raw, origin })),
                 None => problems.push(Problem {
                     origin,
                     key: key.name.to_owned(),
-                    message: format!("must be {}, not {}", key.kind.in_toml(), value.get_ref().type_str()),
+                    message: format!(
+                        "must be {}, not {}",
+                        key.form.kind.in_toml(),
+                        value.get_ref().type_str()
+                    ),
                 }),
             }
         }
@@ -131,8 +133,8 @@ impl Reader<'_> {
     }
 }
 
-fn raw(kind: ValueKind, value: &Spanned<DeValue<'_>>) -> Option<Raw> {
-    match (kind, value.get_ref()) {
+fn raw(key: &Key, value: &Spanned<DeValue<'_>>) -> Option<Raw> {
+    match (key.form.kind, value.get_ref()) {
         (ValueKind::Text | ValueKind::NumberOrText, DeValue::String(text)) => {
             Some(Raw::One(text.to_string()))
         }

@@ -1,49 +1,19 @@
-//! Keys, layers and their order: what wins, and how it is parsed once.
+//! Layers and their order: what wins, and how it is parsed once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt::Display;
+use std::hash::Hash;
 use std::path::Path;
 
 use muster_types::nearest;
 
-use crate::environment::{Environment, variable};
-use crate::file::{self, Role};
+use crate::environment::Environment;
+use crate::file;
+use crate::group::{DefaultTo, Key, Role, Settings, ValueKind};
 use crate::problem::{ConfigError, Origin, Problem};
-use crate::{router, worker};
 
 /// Most entries of a list.
 const LONGEST_LIST: usize = 4096;
-
-/// One setting of a role.
-#[derive(Debug)]
-pub(crate) struct Key {
-    pub(crate) name: &'static str,
-    pub(crate) kind: ValueKind,
-    /// As a flag would give it; `None` when there is none.
-    pub(crate) default: Option<&'static str>,
-}
-
-/// What a setting is written as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ValueKind {
-    Text,
-    Number,
-    /// A number, or a word that stands for one.
-    NumberOrText,
-    Switch,
-    List,
-}
-
-impl ValueKind {
-    pub(crate) const fn in_toml(self) -> &'static str {
-        match self {
-            Self::Text => "a string",
-            Self::Number => "a decimal integer",
-            Self::NumberOrText => "a decimal integer or a string",
-            Self::Switch => "true or false",
-            Self::List => "an array of strings",
-        }
-    }
-}
 
 /// A value as some layer gave it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,8 +82,8 @@ pub struct Loaded<T> {
     pub effective: String,
 }
 
-pub(crate) fn unknown_key(name: &str, keys: &'static [Key], origin: Origin) -> Problem {
-    let message = match nearest(name, keys.iter().map(|key| key.name)) {
+pub(crate) fn unknown_key(name: &str, role: &Role, origin: Origin) -> Problem {
+    let message = match nearest(name, role.keys().map(Key::name)) {
         Some(near) => format!("unknown key; did you mean {near}?"),
         None => "unknown key".to_owned(),
     };
@@ -121,33 +91,55 @@ pub(crate) fn unknown_key(name: &str, keys: &'static [Key], origin: Origin) -> P
     Problem { origin, key: shown, message }
 }
 
+/// Reads the settings of a role from all layers; `check` has what one setting alone does not show.
+///
+/// # Errors
+/// Everything that is wrong.
+pub(crate) fn load<S: Settings>(
+    role: &'static Role,
+    sources: &Sources<'_>,
+    check: impl FnOnce(&S::Read, &mut Reader),
+) -> Result<Loaded<S>, ConfigError> {
+    let mut reader = Reader::new(role, sources);
+    // Everything is read before anything is given up, so that all problems are found.
+    let read = S::read(&mut reader);
+    check(&read, &mut reader);
+    match S::whole(read) {
+        Some(settings) if reader.problems.is_empty() => {
+            Ok(Loaded { settings, effective: reader.effective() })
+        }
+        _ => Err(ConfigError { problems: reader.problems }),
+    }
+}
+
 /// The winning values of one role, taken out one by one; and what was wrong with them.
 pub(crate) struct Reader {
-    role: Role,
+    role: &'static Role,
     entries: BTreeMap<&'static str, Entry>,
     problems: Vec<Problem>,
 }
 
 impl Reader {
-    pub(crate) fn new(role: Role, sources: &Sources<'_>) -> Self {
-        let (name, keys) = role;
+    fn new(role: &'static Role, sources: &Sources<'_>) -> Self {
         let mut problems = Vec::new();
         let mut entries: BTreeMap<&'static str, Entry> = BTreeMap::new();
-        for key in keys {
-            if let Some(default) = key.default {
+        for key in role.keys() {
+            if let DefaultTo::Value(default) = key.default {
                 let raw = Raw::One(default.to_owned());
                 entries.insert(key.name, Entry { raw, origin: Origin::Default });
             }
         }
         if let Some(path) = sources.file {
-            entries.extend(file::read(path, name, &[router::ROLE, worker::ROLE], &mut problems));
+            entries.extend(file::read(path, role, &mut problems));
         }
-        entries.extend(sources.environment.read(name, keys, &mut problems));
-        for (key, raw) in &sources.flags.0 {
-            let origin = Origin::Flag { name: flag_name(key) };
-            match keys.iter().find(|known| known.name == *key) {
-                Some(known) => drop(entries.insert(known.name, Entry { raw: raw.clone(), origin })),
-                None => problems.push(unknown_key(key, keys, origin)),
+        entries.extend(sources.environment.read(role, &mut problems));
+        for (name, raw) in &sources.flags.0 {
+            match role.keys().find(|key| key.name == *name) {
+                Some(key) => {
+                    let origin = Origin::Flag { name: format!("--{}", key.flag()) };
+                    entries.insert(key.name, Entry { raw: raw.clone(), origin });
+                }
+                None => problems.push(unknown_key(name, role, Origin::Flag { name: format!("--{name}") })),
             }
         }
         Self { role, entries, problems }
@@ -159,6 +151,20 @@ impl Reader {
         self.problems.push(Problem { origin, key: key.to_owned(), message });
     }
 
+    /// Notes what stands in a list twice.
+    pub(crate) fn each_once<'a, T: Eq + Hash + Display + 'a>(
+        &mut self,
+        key: &'static str,
+        values: impl Iterator<Item = &'a T>,
+    ) {
+        let mut seen = HashSet::new();
+        for value in values {
+            if !seen.insert(value) {
+                self.problem(key, format!("{value} is listed twice; remove one"));
+            }
+        }
+    }
+
     /// Whether a list has entries, be they right or wrong.
     pub(crate) fn has_entries(&self, key: &'static str) -> bool {
         match self.entries.get(key).map(|entry| &entry.raw) {
@@ -168,13 +174,29 @@ impl Reader {
         }
     }
 
-    /// The parsed value, if there is one that can be parsed.
+    /// The parsed value of a key that may have none; `None` when it cannot be parsed.
     pub(crate) fn optional<T>(
         &mut self,
         key: &'static str,
         parse: impl Fn(&str) -> Result<T, String>,
+    ) -> Option<Option<T>> {
+        if self.entries.contains_key(key) { self.required(key, parse).map(Some) } else { Some(None) }
+    }
+
+    /// The parsed value; having none is a problem.
+    pub(crate) fn required<T>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, String>,
     ) -> Option<T> {
-        let text = match &self.entries.get(key)?.raw {
+        let Some(entry) = self.entries.get(key) else {
+            let role = self.role.name;
+            let flag = key.replace('_', "-");
+            let variable = self.role.variable(key);
+            self.problem(key, format!("is missing; give --{flag}, {variable}, or {key} in [{role}]"));
+            return None;
+        };
+        let text = match &entry.raw {
             Raw::One(text) => text.clone(),
             Raw::Many(_) => {
                 self.problem(key, "takes one value, not several".to_owned());
@@ -188,32 +210,20 @@ impl Reader {
         parse(&text).map_err(|message| self.problem(key, message)).ok()
     }
 
-    /// As [`Self::optional`], but having none is a problem.
-    pub(crate) fn required<T>(
+    /// All parsed values of a list, of which there may be none; a text is split at commas.
+    pub(crate) fn list<T>(
         &mut self,
         key: &'static str,
         parse: impl Fn(&str) -> Result<T, String>,
-    ) -> Option<T> {
-        if !self.entries.contains_key(key) {
-            let role = self.role.0;
-            let variable = variable(role, key);
-            let message = format!("is missing; give {}, {variable}, or {key} in [{role}]", flag_name(key));
-            self.problem(key, message);
-            return None;
-        }
-        self.optional(key, parse)
-    }
-
-    /// All parsed values of a list, of which there may be none; a text is split at commas.
-    pub(crate) fn list<T>(&mut self, key: &'static str, parse: impl Fn(&str) -> Result<T, String>) -> Vec<T> {
+    ) -> Option<Vec<T>> {
         let texts: Vec<String> = match self.entries.get(key).map(|entry| &entry.raw) {
-            None => return Vec::new(),
+            None => return Some(Vec::new()),
             Some(Raw::One(text)) => text.split(',').map(|part| part.trim().to_owned()).collect(),
             Some(Raw::Many(texts)) => texts.clone(),
         };
         if texts.len() > LONGEST_LIST {
             self.problem(key, format!("has {} entries; at most {LONGEST_LIST} are allowed", texts.len()));
-            return Vec::new();
+            return None;
         }
         let mut values = Vec::with_capacity(texts.len());
         for text in &texts {
@@ -222,35 +232,14 @@ impl Reader {
                 Err(message) => self.problem(key, message),
             }
         }
-        values
-    }
-
-    /// Whether a switch is on.
-    pub(crate) fn switch(&mut self, key: &'static str) -> bool {
-        let parse = |text: &str| text.parse().map_err(|_| format!("{text:?} is neither true nor false"));
-        self.optional(key, parse).unwrap_or(false)
-    }
-
-    /// The settings, if nothing was wrong.
-    ///
-    /// # Errors
-    /// Everything that was.
-    pub(crate) fn finish<T>(self, settings: Option<T>) -> Result<Loaded<T>, ConfigError> {
-        match settings {
-            Some(settings) if self.problems.is_empty() => {
-                let effective = self.effective();
-                Ok(Loaded { settings, effective })
-            }
-            _ => Err(ConfigError { problems: self.problems }),
-        }
+        Some(values)
     }
 
     fn effective(&self) -> String {
-        let (role, keys) = self.role;
-        let mut text = format!("[{role}]\n");
-        for key in keys {
+        let mut text = format!("[{}]\n", self.role.name);
+        for key in self.role.keys() {
             let Some(Entry { raw, origin }) = self.entries.get(key.name) else { continue };
-            let value = match (key.kind, raw) {
+            let value = match (key.form.kind, raw) {
                 (ValueKind::List, Raw::One(text)) => strings(text.split(',').map(str::trim)),
                 (_, Raw::Many(texts)) => strings(texts.iter().map(String::as_str)),
                 (ValueKind::Number | ValueKind::Switch, Raw::One(text)) => text.clone(),
@@ -260,16 +249,6 @@ impl Reader {
         }
         text
     }
-}
-
-/// How the command line spells a key.
-fn flag_name(key: &str) -> String {
-    // Each entry of a list is given with a flag of its own.
-    let name = match key {
-        "workers" | "cors_origins" | "template_variables" => key.trim_end_matches('s'),
-        key => key,
-    };
-    format!("--{}", name.replace('_', "-"))
 }
 
 fn quoted(text: &str) -> String {

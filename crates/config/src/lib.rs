@@ -1,7 +1,8 @@
 //! File, environment and flags to one validated value.
 //!
-//! Each role has a table of keys; every layer gives texts for some of them, the later layer wins (file, then
-//! environment, then flags), and what wins is parsed once. All problems are reported at once, each with the place
+//! A setting is declared once (`group::settings!`): its name, form, default, check and help, from which the command line
+//! and the tables of docs/configuration.md are made. Every layer gives texts for some of them, the later layer wins (file,
+//! then environment, then flags), and what wins is parsed once. All problems are reported at once, each with the place
 //! it comes from, and nothing is opened or bound before all is well. Unknown keys are refused everywhere.
 //!
 //! The one place of the program that reads `MUSTER_…` variables. Knows nothing about what settings do.
@@ -12,19 +13,22 @@
 mod edge;
 mod environment;
 mod file;
+mod group;
 mod layers;
 mod problem;
 mod router;
+mod shared;
 mod value;
 mod worker;
 
 pub use edge::EdgeSettings;
 pub use environment::Environment;
+pub use group::{DefaultTo, Group, Key, Role, RoleSettings};
 pub use layers::{Flags, Loaded, Sources};
 pub use problem::{ConfigError, Origin, Problem};
-pub use router::{AccessMode, Fallback, GenerationMode, PlacementMode, RouterSettings};
-pub use value::{
-    LogSettings, Share, parse_compute, parse_duration, parse_replicas, parse_size, parse_socket,
-    parse_weight_dtype,
-};
+pub use router::{AccessMode, AccessSettings, Fallback, GenerationMode, PlacementMode, RouterSettings};
+pub use shared::{ComputeSettings, LOGGING, LogSettings, TlsSettings};
+pub use value::{parse_duration, parse_replicas, parse_size, parse_socket, parse_weight_dtype};
 pub use worker::WorkerSettings;
+
+const ROLES: [&Role; 2] = [&router::ROLE, &worker::ROLE];

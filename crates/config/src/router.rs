@@ -2,155 +2,196 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use muster_discovery::{ObjectName, Source};
 use muster_dispatch_grpc::Address;
-use muster_identity::TlsFiles;
-use muster_telemetry::LogFormat;
-use muster_types::{Combine, Compute, WeightDType, WorkerId};
+use muster_telemetry::Process;
+use muster_types::{Combine, WeightDType};
 
-use crate::edge::{self, EdgeSettings};
-use crate::file::Role;
-use crate::layers::{Key, Loaded, Reader, Sources, ValueKind};
-use crate::problem::ConfigError;
-use crate::value::{
-    self, LogSettings, parse_compute, parse_duration, parse_size, parse_socket, parse_weight_dtype,
+use crate::edge::EdgeSettings;
+use crate::group::DefaultTo::{Nothing, Value, Words};
+use crate::group::{
+    ADDR, BOOL, DTYPE, FILE, Form, Group, MODE, NAME, NUMBER, Role, RoleSettings, SIZE, SWITCH, TIME,
+    settings,
 };
+use crate::layers::{Loaded, Reader, Sources, load};
+use crate::problem::ConfigError;
+use crate::shared::{self, ComputeSettings, LogSettings, TlsSettings, off_loopback};
+use crate::value::{self, one_of, parse_duration, parse_size, parse_socket, parse_weight_dtype, parsed};
 
-const KEYS: &[Key] = &[
-    Key { name: "model", kind: ValueKind::Text, default: None },
-    Key { name: "model_name", kind: ValueKind::Text, default: None },
-    Key { name: "digests", kind: ValueKind::Text, default: None },
-    Key { name: "workers", kind: ValueKind::List, default: None },
-    Key { name: "discover", kind: ValueKind::List, default: None },
-    Key { name: "lease", kind: ValueKind::Text, default: None },
-    Key { name: "placement", kind: ValueKind::Text, default: Some("auto") },
-    Key { name: "replicas", kind: ValueKind::Number, default: Some("1") },
-    Key { name: "fallback", kind: ValueKind::Text, default: Some("none") },
-    Key { name: "http", kind: ValueKind::Text, default: Some("127.0.0.1:8080") },
-    Key { name: "grpc", kind: ValueKind::Text, default: Some("127.0.0.1:50051") },
-    Key { name: "id", kind: ValueKind::Text, default: Some("router") },
-    Key { name: "compute", kind: ValueKind::Text, default: Some("auto") },
-    Key { name: "expert_dtype", kind: ValueKind::Text, default: Some("native") },
-    Key { name: "trunk_dtype", kind: ValueKind::Text, default: Some("native") },
-    Key { name: "threads", kind: ValueKind::NumberOrText, default: Some("auto") },
-    Key { name: "kv_memory", kind: ValueKind::Text, default: None },
-    Key { name: "step_tokens", kind: ValueKind::Number, default: Some("1024") },
-    Key { name: "prefill_chunk", kind: ValueKind::Number, default: Some("512") },
-    Key { name: "prefix_cache", kind: ValueKind::Switch, default: Some("true") },
-    Key { name: "template_variables", kind: ValueKind::List, default: None },
-    Key { name: "generation_config", kind: ValueKind::Text, default: Some("auto") },
-    Key { name: "max_running", kind: ValueKind::Number, default: Some("256") },
-    Key { name: "max_queue", kind: ValueKind::Number, default: Some("1024") },
-    Key { name: "max_queue_wait", kind: ValueKind::Text, default: Some("5s") },
-    edge::MAX_CHOICES,
-    edge::MAX_STOPS,
-    edge::MAX_BIAS,
-    edge::MAX_BODY,
-    edge::KEEP_ALIVE,
-    edge::CORS_ORIGINS,
-    Key { name: "expert_timeout", kind: ValueKind::Text, default: Some("30s") },
-    Key { name: "connect_timeout", kind: ValueKind::Text, default: Some("60s") },
-    Key { name: "drain_timeout", kind: ValueKind::Text, default: Some("30s") },
-    Key { name: "combine", kind: ValueKind::Text, default: Some("exact") },
-    Key { name: "busy_poll_us", kind: ValueKind::Number, default: Some("50") },
-    Key { name: "tls_cert", kind: ValueKind::Text, default: None },
-    Key { name: "tls_key", kind: ValueKind::Text, default: None },
-    Key { name: "tls_ca", kind: ValueKind::Text, default: None },
-    Key { name: "admin", kind: ValueKind::Text, default: None },
-    Key { name: "api_keys", kind: ValueKind::Text, default: None },
-    Key { name: "leave_after", kind: ValueKind::Text, default: Some("0s") },
-    Key { name: "allow_links", kind: ValueKind::Switch, default: Some("false") },
-    Key { name: "insecure_plaintext", kind: ValueKind::Switch, default: Some("false") },
-    Key { name: "insecure_no_keys", kind: ValueKind::Switch, default: Some("false") },
-    Key { name: "log", kind: ValueKind::Text, default: Some("info") },
-    Key { name: "log_format", kind: ValueKind::Text, default: Some("human") },
-];
+const COUNT: u64 = 1 << 20;
 
-pub(crate) const ROLE: Role = ("router", KEYS);
+settings! {
+    /// What a router is told.
+    pub struct RouterSettings, RouterRead {
+        /// Directory of the model, org/name of a pulled one, or demo for the built-in one.
+        model: String = required(value::text), Form::text("MODEL"), Nothing;
 
-/// What a router is told.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RouterSettings {
-    /// Directory or name of the model.
-    pub model: String,
-    /// Whether the model's files may be links to elsewhere.
-    pub allow_links: bool,
-    /// Name to serve it under; `None` takes the checkpoint's.
-    pub model_name: Option<String>,
-    /// The file with digests of the experts' weights; `None` looks beside the model and in the user's cache.
-    pub digests: Option<PathBuf>,
-    /// Where the workers are, none twice; others may join.
-    pub workers: Vec<Address>,
-    /// Where to look for more, none twice.
-    pub discover: Vec<Source>,
-    /// What this router has to hold to be let to lead.
-    pub lease: Option<ObjectName>,
-    /// Whether this router may tell workers what to hold.
-    pub placement: PlacementMode,
-    /// Copies that each expert shall have, as far as memory allows.
-    pub replicas: NonZeroU32,
-    /// What becomes of rows whose experts no worker holds.
-    pub fallback: Fallback,
-    /// Where OpenAI HTTP, probes and metrics listen.
-    pub http: SocketAddr,
-    /// Where gRPC listens.
-    pub grpc: SocketAddr,
-    /// Name of this router in the workers' logs.
-    pub id: String,
-    /// What activations are rounded to; `None` as the checkpoint says.
-    pub compute: Option<Compute>,
-    /// How the workers hold experts.
-    pub experts: WeightDType,
-    /// How the trunk's linears are held.
-    pub trunk: WeightDType,
-    /// Compute threads; `None` for all cores.
-    pub threads: Option<NonZeroUsize>,
-    /// Bytes for the KV cache; `None` lets the router choose.
-    pub kv_memory: Option<u64>,
-    /// Most tokens in a step.
-    pub step_tokens: u32,
-    /// Most prompt tokens of one sequence in a step; at most `step_tokens`.
-    pub prefill_chunk: u32,
-    /// Whether keys and values are reused between requests that begin with the same tokens.
-    pub prefix_cache: bool,
-    /// Variables of the chat template that requests may set.
-    pub template_variables: Vec<String>,
-    /// What becomes of the sampling settings in the model's `generation_config.json`.
-    pub generation_config: GenerationMode,
-    /// Most sequences in the batch.
-    pub max_running: usize,
-    /// Most sequences that wait for a place in it.
-    pub max_queue: usize,
-    /// Longest wait for one that requests are taken for.
-    pub max_queue_wait: Duration,
-    /// What its edges take.
-    pub edge: EdgeSettings,
-    /// How long to wait for one layer's experts.
-    pub expert_timeout: Duration,
-    /// How long to wait for the workers at the start.
-    pub connect_timeout: Duration,
-    /// How long running requests may go on after a stop was asked for.
-    pub drain_timeout: Duration,
-    /// Where experts' outputs are added.
-    pub combine: Combine,
-    /// How long to look for an answer before sleeping; zero sleeps at once.
-    pub busy_poll: Duration,
-    /// Certificates; `None` speaks plaintext.
-    pub tls: Option<TlsFiles>,
-    /// Who may ask.
-    pub access: AccessMode,
-    /// Where probes and metrics are answered without TLS and keys, beside `http`.
-    pub admin: Option<SocketAddr>,
-    /// How long requests are still taken after a stop was asked for.
-    pub leave_after: Duration,
-    /// What is logged.
-    pub log: LogSettings,
+        /// Name to serve the model under.
+        model_name: Option<String> = optional(model_name), NAME, Words("that of its directory");
+
+        /// File with digests of the experts' weights, which workers must have. It is made where there is none or where it
+        /// is not of the model's files as they are.
+        ///
+        /// `muster check-model --digests` makes one in the model's directory ([security](security.md#weights)).
+        digests: Option<PathBuf> = optional(value::path), FILE,
+            Words("one in `.muster/` of the model's directory, else one in the user's cache");
+
+        /// A worker to use from the start, as host:port or unix:/path; others can join while it runs.
+        workers: Vec<Address> = list(parsed), Form::list("ADDR"), Nothing;
+
+        /// Where to look for more workers, all the time: kubernetes:SERVICE, kubernetes:NAMESPACE/SERVICE or
+        /// dns:HOST:PORT.
+        ///
+        /// The first two are a Service's EndpointSlices, the last all addresses of the name; see
+        /// [discovery](discovery.md).
+        discover: Vec<Source> = list(parsed), Form::list("SOURCE"), Nothing;
+
+        /// A Lease of Kubernetes, as kubernetes:NAME or kubernetes:NAMESPACE/NAME: only who holds it leads the placement.
+        lease: Option<ObjectName> = optional(parsed), Form::text("LEASE"), Nothing;
+
+        /// Whether the router that leads tells workers which experts to hold (auto), or workers keep those they start with
+        /// (static).
+        ///
+        /// See [placement](placement.md).
+        placement: PlacementMode = required(placement), MODE, Value("auto");
+
+        /// Copies of every expert on different workers, 1 to 64, as far as their memory allows.
+        replicas: NonZeroU32 = required(value::parse_replicas), NUMBER, Value("1");
+
+        /// What becomes of rows whose experts no worker holds: none lets them wait, local has the router compute them from
+        /// the checkpoint, slowly.
+        ///
+        /// It keeps up to 1 GiB of such experts.
+        fallback: Fallback = required(fallback), MODE, Value("none");
+
+        /// Where OpenAI HTTP, probes and metrics listen.
+        http: SocketAddr = required(parse_socket), ADDR, Value("127.0.0.1:8080");
+
+        /// Where gRPC listens.
+        ///
+        /// It serves `muster.v1.Inference`, and workers join here.
+        grpc: SocketAddr = required(parse_socket), ADDR, Value("127.0.0.1:50051");
+
+        /// Name of this router in the workers' logs.
+        id: String = required(value::name), NAME, Value("router");
+
+        /// How attention's linears, dense MLPs and the head are held: native, q8 or q4.
+        trunk_dtype: WeightDType = required(parse_weight_dtype), DTYPE, Value("native");
+
+        /// Memory for the KV cache, as in 512MiB or 4GiB.
+        ///
+        /// Keys and values of all running requests.
+        kv_memory: Option<u64> = optional(parse_size), SIZE,
+            Words("what `max_running` needs, at most 512MiB");
+
+        /// Most tokens in one step of the batch.
+        step_tokens: u32 = required(value::up_to(COUNT)), NUMBER, Value("1024");
+
+        /// Most prompt tokens of one sequence in one step.
+        ///
+        /// Beside requests that are generating, the router takes as many as make the step about 2.5 times as long as
+        /// without, but 16 at least.
+        prefill_chunk: u32 = required(value::up_to(COUNT)), NUMBER, Value("512");
+
+        /// Whether requests that begin with the same tokens share keys and values: true or false.
+        ///
+        /// See [below](#the-prefix-cache).
+        prefix_cache: bool = required(value::switch), BOOL, Value("true");
+
+        /// A variable of the chat template that requests may set (chat_template_kwargs), such as enable_thinking. Others
+        /// are refused.
+        ///
+        /// See [the OpenAI API](openai.md).
+        template_variables: Vec<String> = list(variable), Form::list("NAME"), Nothing;
+
+        /// Whether the sampling settings in the model's generation_config.json hold where a request says nothing (auto), or
+        /// are ignored (ignore).
+        ///
+        /// See [the OpenAI API](openai.md#where-a-request-says-nothing).
+        generation_config: GenerationMode = required(parsed), MODE, Value("auto");
+
+        /// Most sequences in the batch.
+        max_running: usize = required(value::up_to(COUNT)), NUMBER, Value("256");
+
+        /// Most sequences waiting; one more is refused.
+        ///
+        /// They wait beside those that the batch has room for; the refusal is a retryable error, at once.
+        max_queue: usize = required(value::up_to(COUNT)), NUMBER, Value("1024");
+
+        /// Longest wait for a place in the batch that requests are taken for; who would wait longer is refused.
+        ///
+        /// The refusal is a retryable error, at once. The wait (of several choices, the first's) is reckoned from how often
+        /// a place in a full batch came free of late; before the first has come free, as many wait as the batch holds.
+        max_queue_wait: Duration = required(parse_duration), TIME, Value("5s");
+
+        /// How long to wait for the experts of one layer.
+        expert_timeout: Duration = required(parse_duration), TIME, Value("30s");
+
+        /// How long to wait for the workers at the start.
+        connect_timeout: Duration = required(parse_duration), TIME, Value("60s");
+
+        /// How long running requests may go on after SIGTERM.
+        drain_timeout: Duration = required(parse_duration), TIME, Value("30s");
+
+        /// Where experts' outputs are added: exact (in the router) gives the same bits for every placement, partial (first
+        /// on each worker) sends less.
+        ///
+        /// See [numerics](numerics.md).
+        combine: Combine = required(parsed), MODE, Value("exact");
+
+        /// Microseconds to look for an answer of the workers before sleeping; 0 sleeps at once.
+        ///
+        /// At most 1000000; see [below](#busy-polling).
+        busy_poll_us: Duration = required(value::busy_poll), NUMBER, Value("50");
+
+        /// How long requests are still taken after SIGTERM, while the router says that it is not ready: time for whoever
+        /// sends them to learn of it.
+        leave_after: Duration = required(pause), TIME, Value("0s");
+    }
+    with {
+        /// What its edges take.
+        edge: EdgeSettings;
+        /// Who may ask.
+        access: AccessSettings;
+        /// How it computes.
+        compute: ComputeSettings;
+        /// Certificates, and what the machine around it asks.
+        tls: TlsSettings;
+        /// What is logged.
+        log: LogSettings;
+    }
 }
+
+settings! {
+    /// Who may ask a router.
+    pub struct AccessSettings, AccessRead {
+        /// API keys that are good, a line each as `muster keys new` prints it; read again when it changes. Without, TLS
+        /// takes clients' certificates.
+        ///
+        /// See [security](security.md).
+        api_keys: Option<PathBuf> = optional(value::path), FILE, Nothing;
+
+        /// Let everybody ask who reaches it, on addresses that other machines can reach.
+        insecure_no_keys: bool = required(value::switch), SWITCH, Value("false");
+    }
+}
+
+pub(crate) static ROLE: Role = Role {
+    name: "router",
+    groups: &[
+        Group { heading: None, keys: RouterSettings::KEYS },
+        Group { heading: Some("Requests"), keys: EdgeSettings::KEYS },
+        Group { heading: Some("Security"), keys: AccessSettings::KEYS },
+        Group { heading: None, keys: ComputeSettings::KEYS },
+        Group { heading: Some("Security"), keys: TlsSettings::KEYS },
+        Group { heading: Some(shared::LOGGING), keys: LogSettings::KEYS },
+    ],
+};
 
 /// Who may ask a router.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,18 +213,6 @@ pub enum PlacementMode {
     Static,
 }
 
-impl FromStr for PlacementMode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "static" => Ok(Self::Static),
-            _ => Err(format!("{text:?} is neither auto nor static")),
-        }
-    }
-}
-
 /// What becomes of rows whose experts no worker holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fallback {
@@ -193,16 +222,12 @@ pub enum Fallback {
     Local,
 }
 
-impl FromStr for Fallback {
-    type Err = String;
+fn placement(text: &str) -> Result<PlacementMode, String> {
+    one_of(text, [("auto", PlacementMode::Auto), ("static", PlacementMode::Static)])
+}
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "none" => Ok(Self::None),
-            "local" => Ok(Self::Local),
-            _ => Err(format!("{text:?} is neither none nor local")),
-        }
-    }
+fn fallback(text: &str) -> Result<Fallback, String> {
+    one_of(text, [("none", Fallback::None), ("local", Fallback::Local)])
 }
 
 /// What becomes of the sampling settings in a model's `generation_config.json`.
@@ -218,11 +243,7 @@ impl FromStr for GenerationMode {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "ignore" => Ok(Self::Ignore),
-            _ => Err(format!("{text:?} is neither auto nor ignore")),
-        }
+        one_of(text, [("auto", Self::Auto), ("ignore", Self::Ignore)])
     }
 }
 
@@ -235,152 +256,85 @@ impl fmt::Display for GenerationMode {
     }
 }
 
-impl RouterSettings {
-    /// Reads and checks all layers.
-    ///
-    /// # Errors
-    /// Everything that is wrong.
-    pub fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError> {
-        let mut reader = Reader::new(ROLE, sources);
-        let settings = read(&mut reader);
-        reader.finish(settings)
+impl RoleSettings for RouterSettings {
+    const ROLE: &'static Role = &ROLE;
+    const PROCESS: Process = Process::Router;
+
+    fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError> {
+        load(&ROLE, sources, check)
+    }
+
+    fn log(&self) -> &LogSettings {
+        &self.log
+    }
+
+    fn admin(&self) -> Option<SocketAddr> {
+        self.tls.admin
     }
 }
 
-fn read(reader: &mut Reader) -> Option<RouterSettings> {
-    const COUNT: u64 = 1 << 20;
-    // Everything is read before anything is given up, so that all problems are found.
-    let model = reader.required("model", text);
-    let allow_links = reader.switch("allow_links");
-    let model_name = reader.optional("model_name", model_name);
-    let digests = reader.optional("digests", text).map(PathBuf::from);
-    let workers = workers(reader);
-    let (discover, lease) = (discover(reader), reader.optional("lease", parsed));
-    let placement = reader.required("placement", str::parse::<PlacementMode>);
-    if lease.is_some() && placement == Some(PlacementMode::Static) {
+impl RouterSettings {
+    /// Who may ask.
+    #[must_use]
+    pub fn access(&self) -> AccessMode {
+        match &self.access.api_keys {
+            Some(file) => AccessMode::Keys(file.clone()),
+            None if self.tls.files().is_some() && !self.access.insecure_no_keys => AccessMode::Certificates,
+            None => AccessMode::Open,
+        }
+    }
+}
+
+/// What one setting alone does not show.
+fn check(read: &RouterRead, reader: &mut Reader) {
+    if matches!(read.lease, Some(Some(_))) && read.placement == Some(PlacementMode::Static) {
         reader.problem(
             "lease",
             "says who leads, but with placement = static nobody does; remove one".to_owned(),
         );
     }
-    let replicas = reader.required("replicas", value::parse_replicas);
-    let fallback = reader.required("fallback", str::parse::<Fallback>);
-    let http = reader.required("http", parse_socket);
-    let grpc = reader.required("grpc", parse_socket);
-    let id = reader.required("id", name);
-    let compute = reader.required("compute", parse_compute);
-    let experts = reader.required("expert_dtype", parse_weight_dtype);
-    let trunk = reader.required("trunk_dtype", parse_weight_dtype);
-    let threads = reader.required("threads", value::threads);
-    let kv_memory = reader.optional("kv_memory", parse_size);
-    let mut count = |key| {
-        let number = reader.required(key, |text| value::count(text, 1, COUNT));
-        number.and_then(|number| u32::try_from(number).ok())
-    };
-    let (step_tokens, prefill_chunk) = (count("step_tokens"), count("prefill_chunk"));
-    let (max_running, max_queue) = (count("max_running"), count("max_queue"));
-    let max_queue_wait = reader.required("max_queue_wait", parse_duration);
-    let edge = edge::read(reader);
-    let expert_timeout = reader.required("expert_timeout", parse_duration);
-    let connect_timeout = reader.required("connect_timeout", parse_duration);
-    let drain_timeout = reader.required("drain_timeout", parse_duration);
-    let combine =
-        reader.required("combine", |text| text.parse::<Combine>().map_err(|error| error.to_string()));
-    let busy_poll = reader.required("busy_poll_us", value::busy_poll);
-    let log = log(reader);
-    if let (Some(chunk), Some(step)) = (prefill_chunk, step_tokens)
+    let workers = read.workers.iter().flatten();
+    if workers.clone().any(|worker| matches!(worker, Address::Tcp { port: 0, .. })) {
+        reader.problem("workers", "port 0 is nowhere; give the port the worker listens on".to_owned());
+    }
+    reader.each_once("workers", workers);
+    reader.each_once("discover", read.discover.iter().flatten());
+    if let (Some(chunk), Some(step)) = (read.prefill_chunk, read.step_tokens)
         && chunk > step
     {
         reader.problem("prefill_chunk", format!("is {chunk}, more than step_tokens, which is {step}"));
     }
-    let prefix_cache = reader.switch("prefix_cache");
-    let template_variables = reader.list("template_variables", variable);
-    let generation_config = reader.required("generation_config", str::parse::<GenerationMode>);
-    let tls = tls(reader);
-    let admin = reader.optional("admin", parse_socket);
-    let leave_after = reader.required("leave_after", pause);
-    let api_keys = reader.optional("api_keys", text).map(PathBuf::from);
-    let (plaintext, no_keys) = (reader.switch("insecure_plaintext"), reader.switch("insecure_no_keys"));
-    for (key, address) in [("http", http), ("grpc", grpc)] {
+    if read.http.is_some_and(|http| http.port() != 0) && read.http == read.grpc {
+        reader.problem("grpc", "is the same address as http; give each a port of its own".to_owned());
+    }
+    read.tls.check(reader);
+    check_access(read, reader);
+}
+
+/// Whoever can be reached from other machines is guarded, or was asked by name not to be.
+fn check_access(read: &RouterRead, reader: &mut Reader) {
+    let has_tls = read.tls.has_files();
+    let has_keys = matches!(read.access.api_keys, Some(Some(_)));
+    let plaintext = read.tls.insecure_plaintext == Some(true);
+    let no_keys = read.access.insecure_no_keys == Some(true);
+    for (key, address) in [("http", read.http), ("grpc", read.grpc)] {
         let Some(address) = address.filter(|address| !address.ip().is_loopback()) else { continue };
-        if tls.is_none() && !plaintext {
-            reader.problem(key, off_loopback(&address.to_string()));
-        } else if tls.is_none() && api_keys.is_none() && !no_keys {
-            reader.problem(key, without_keys(&address.to_string()));
+        match (has_tls, plaintext) {
+            (true, _) => {}
+            (false, false) => reader.problem(key, off_loopback(&address.to_string())),
+            (false, true) if has_keys && key == "grpc" => {
+                reader.problem(key, keys_do_not_guard(&address.to_string()));
+            }
+            (false, true) if !has_keys && !no_keys => {
+                reader.problem(key, without_keys(&address.to_string()));
+            }
+            (false, true) => {}
         }
     }
-    if let Some(address) = grpc.filter(|grpc| !grpc.ip().is_loopback())
-        && tls.is_none()
-        && plaintext
-        && api_keys.is_some()
-    {
-        reader.problem("grpc", keys_do_not_guard(&address.to_string()));
-    }
-    if no_keys && api_keys.is_some() {
+    if no_keys && has_keys {
         let problem = "is given although there are api_keys; leave one of them out".to_owned();
         reader.problem("insecure_no_keys", problem);
     }
-    let access = match api_keys {
-        Some(file) => AccessMode::Keys(file),
-        None if tls.is_some() && !no_keys => AccessMode::Certificates,
-        None => AccessMode::Open,
-    };
-    if http.is_some_and(|http| http.port() != 0) && http == grpc {
-        reader.problem("grpc", "is the same address as http; give each a port of its own".to_owned());
-    }
-    Some(RouterSettings {
-        model: model?,
-        allow_links,
-        model_name,
-        digests,
-        workers,
-        discover,
-        lease,
-        placement: placement?,
-        replicas: replicas?,
-        fallback: fallback?,
-        http: http?,
-        grpc: grpc?,
-        id: id?,
-        compute: compute?,
-        experts: experts?,
-        trunk: trunk?,
-        threads: threads?,
-        kv_memory,
-        step_tokens: step_tokens?,
-        prefill_chunk: prefill_chunk?,
-        prefix_cache,
-        template_variables,
-        generation_config: generation_config?,
-        max_running: max_running? as usize,
-        max_queue: max_queue? as usize,
-        max_queue_wait: max_queue_wait?,
-        edge: edge?,
-        expert_timeout: expert_timeout?,
-        connect_timeout: connect_timeout?,
-        drain_timeout: drain_timeout?,
-        combine: combine?,
-        busy_poll: busy_poll?,
-        tls,
-        access,
-        admin,
-        leave_after: leave_after?,
-        log: log?,
-    })
-}
-
-fn workers(reader: &mut Reader) -> Vec<Address> {
-    let workers = reader.list("workers", |text| text.parse::<Address>().map_err(|error| error.to_string()));
-    let mut seen = std::collections::HashSet::new();
-    for worker in &workers {
-        if !seen.insert(worker) {
-            reader.problem("workers", format!("{worker} is listed twice; remove one"));
-        }
-    }
-    if workers.iter().any(|worker| matches!(worker, Address::Tcp { port: 0, .. })) {
-        reader.problem("workers", "port 0 is nowhere; give the port the worker listens on".to_owned());
-    }
-    workers
 }
 
 /// Variables of a template that are no request's to set.
@@ -398,68 +352,15 @@ fn variable(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn discover(reader: &mut Reader) -> Vec<Source> {
-    let sources: Vec<Source> = reader.list("discover", parsed);
-    let mut seen = std::collections::HashSet::new();
-    for source in &sources {
-        if !seen.insert(source) {
-            reader.problem("discover", format!("{source} is listed twice; remove one"));
-        }
-    }
-    sources
-}
-
-fn parsed<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|error: T::Err| error.to_string())
-}
-
-pub(crate) fn log(reader: &mut Reader) -> Option<LogSettings> {
-    let filter = reader.required("log", text);
-    let parse = |text: &str| text.parse::<LogFormat>().map_err(|error| error.to_string());
-    let format = reader.required("log_format", parse);
-    Some(LogSettings { filter: filter?, format: format? })
-}
-
-pub(crate) fn text(text: &str) -> Result<String, String> {
-    Ok(text.to_owned())
-}
-
-/// A name that may stand in logs and labels.
-pub(crate) fn name(text: &str) -> Result<String, String> {
-    WorkerId::new(text).map(|id| id.as_str().to_owned()).map_err(|error| error.to_string())
-}
-
 fn model_name(text: &str) -> Result<String, String> {
     let fits = text.len() <= 256 && !text.chars().any(char::is_control);
     fits.then(|| text.to_owned())
         .ok_or_else(|| "must be at most 256 bytes without control characters".to_owned())
 }
 
-/// Certificates: all three files or none.
-pub(crate) fn tls(reader: &mut Reader) -> Option<TlsFiles> {
-    let mut file = |key| reader.optional(key, text).map(PathBuf::from);
-    let files = [("tls_cert", file("tls_cert")), ("tls_key", file("tls_key")), ("tls_ca", file("tls_ca"))];
-    let has_any = files.iter().any(|(_, file)| file.is_some());
-    for (key, file) in &files {
-        if has_any && file.is_none() {
-            reader.problem(key, "is missing; TLS takes tls_cert, tls_key and tls_ca".to_owned());
-        }
-    }
-    let [(_, cert), (_, key), (_, ca)] = files;
-    Some(TlsFiles { cert: cert?, key: key?, ca: ca? })
-}
-
 /// A duration that may be none.
 fn pause(text: &str) -> Result<Duration, String> {
     if text == "0s" { Ok(Duration::ZERO) } else { parse_duration(text) }
-}
-
-pub(crate) fn off_loopback(address: &str) -> String {
-    format!(
-        "{address} can be reached from other machines and there is no TLS; give --tls-cert, --tls-key and --tls-ca \
-         (`muster certs init` makes them), listen on a loopback address, or ask for plaintext by name with \
-         --insecure-plaintext"
-    )
 }
 
 fn without_keys(address: &str) -> String {

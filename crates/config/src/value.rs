@@ -1,86 +1,12 @@
-//! Small strict parsers: sizes, durations, addresses, shares. A unit is never guessed.
+//! Small strict parsers: sizes, durations, addresses. A unit is never guessed.
 
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use muster_telemetry::LogFormat;
-use muster_types::{Compute, ParseWeightDTypeError, WeightDType};
-
-/// What is logged, and how.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogSettings {
-    /// A list of `level` or `target=level`.
-    pub filter: String,
-    /// For people or for machines.
-    pub format: LogFormat,
-}
-
-/// Which experts a worker starts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Share {
-    /// None; routers tell it what to load.
-    None,
-    /// Every expert of the model.
-    All,
-    /// Share `index` of `of`, counted from 0.
-    Part {
-        /// Below `of`.
-        index: u32,
-        /// How many shares there are.
-        of: NonZeroU32,
-        /// On how many workers every expert is; at most `of`.
-        replicas: NonZeroU32,
-    },
-}
-
-impl FromStr for Share {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "all" => return Ok(Self::All),
-            "none" => return Ok(Self::None),
-            _ => {}
-        }
-        let wrong = || {
-            format!(
-                "{text:?} is not a share; write I/N, as in 0/2 and 1/2 for two workers, I/NxR to have every expert on R \
-                 of them, all or none"
-            )
-        };
-        let (index, rest) = text.split_once('/').ok_or_else(wrong)?;
-        let (of, replicas) = rest.split_once('x').unwrap_or((rest, "1"));
-        let number = |text| digits(text).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong);
-        let positive = |text| NonZeroU32::new(number(text)?).ok_or_else(wrong);
-        let (index, of, replicas) = (number(index)?, positive(of)?, positive(replicas)?);
-        if index >= of.get() {
-            return Err(format!(
-                "share {text} does not exist: shares of {of} are 0/{of} to {}/{of}",
-                of.get() - 1
-            ));
-        }
-        if replicas > of {
-            return Err(format!(
-                "share {text}: {of} workers cannot hold {replicas} copies of an expert; use at most {of}"
-            ));
-        }
-        Ok(Self::Part { index, of, replicas })
-    }
-}
-
-impl fmt::Display for Share {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::None => f.write_str("none"),
-            Self::All => f.write_str("all"),
-            Self::Part { index, of, replicas: NonZeroU32::MIN } => write!(f, "{index}/{of}"),
-            Self::Part { index, of, replicas } => write!(f, "{index}/{of}x{replicas}"),
-        }
-    }
-}
+use muster_types::{Compute, WeightDType, WorkerId};
 
 /// Decimal digits and nothing else: no sign, no spaces, no underscores.
 fn digits(text: &str) -> Option<u64> {
@@ -94,13 +20,58 @@ pub(crate) fn count(text: &str, least: u64, most: u64) -> Result<u64, String> {
     number.ok_or_else(|| format!("{text:?} is not a whole number from {least} to {most}"))
 }
 
+/// A count from 1 to `most`.
+pub(crate) fn up_to<T: TryFrom<u64>>(most: u64) -> impl Fn(&str) -> Result<T, String> {
+    move |text| T::try_from(count(text, 1, most)?).map_err(|_| too_many(text))
+}
+
+/// As [`up_to`], known not to be 0.
+pub(crate) fn positive<T: TryFrom<NonZeroU64>>(most: u64) -> impl Fn(&str) -> Result<T, String> {
+    move |text| {
+        let number = NonZeroU64::new(count(text, 1, most)?);
+        number.and_then(|number| T::try_from(number).ok()).ok_or_else(|| too_many(text))
+    }
+}
+
+pub(crate) fn too_many(text: &str) -> String {
+    format!("{text} is more than this machine can count")
+}
+
+/// Any text.
+pub(crate) fn text(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
+}
+
+pub(crate) fn path(text: &str) -> Result<PathBuf, String> {
+    Ok(text.into())
+}
+
+/// A name that may stand in logs and labels.
+pub(crate) fn name(text: &str) -> Result<String, String> {
+    WorkerId::new(text).map(|id| id.as_str().to_owned()).map_err(|error| error.to_string())
+}
+
+pub(crate) fn switch(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| format!("{text:?} is neither true nor false"))
+}
+
+/// What its own parser takes.
+pub(crate) fn parsed<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: T::Err| error.to_string())
+}
+
+/// One of two words.
+pub(crate) fn one_of<T>(text: &str, words: [(&str, T); 2]) -> Result<T, String> {
+    let wrong = format!("{text:?} is neither {} nor {}", words[0].0, words[1].0);
+    words.into_iter().find_map(|(word, value)| (word == text).then_some(value)).ok_or(wrong)
+}
+
 /// Copies of every expert.
 ///
 /// # Errors
 /// When it is no number of copies.
 pub fn parse_replicas(text: &str) -> Result<NonZeroU32, String> {
-    let number = u32::try_from(count(text, 1, 64)?).ok();
-    number.and_then(NonZeroU32::new).ok_or_else(|| format!("{text:?} is no number of copies"))
+    positive(64)(text)
 }
 
 /// Microseconds of busy polling; at most a second, for a processor is busy all that time.
@@ -167,11 +138,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     })
 }
 
-/// `auto` (as the checkpoint says), `f32` or `bf16`.
-///
-/// # Errors
-/// When it is none of these.
-pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
+/// `auto` (as the checkpoint says), or a mode.
+pub(crate) fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
     match text {
         "auto" => Ok(None),
         "f32" => Ok(Some(Compute::F32)),
@@ -186,7 +154,7 @@ pub fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
 /// # Errors
 /// When it is none of these.
 pub fn parse_weight_dtype(text: &str) -> Result<WeightDType, String> {
-    text.parse().map_err(|error: ParseWeightDTypeError| error.to_string())
+    parsed(text)
 }
 
 /// `ip:port` to listen on; `localhost` means 127.0.0.1, and port 0 lets the system choose.
@@ -238,29 +206,6 @@ mod tests {
         assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
         for bad in ["5", "-1s", "1y", "0s", "25h", "", "s", "1e3s", "18446744073709551615h"] {
             assert!(parse_duration(bad).unwrap_err().contains("30s"), "{bad}");
-        }
-    }
-
-    #[test]
-    fn shares() {
-        assert_eq!(("all".parse(), "none".parse()), (Ok(Share::All), Ok(Share::None)));
-        let part = |index, of, replicas| {
-            let [of, replicas] = [of, replicas].map(|number| NonZeroU32::new(number).unwrap());
-            Share::Part { index, of, replicas }
-        };
-        for (text, share) in [("1/2", part(1, 2, 1)), ("0/3x2", part(0, 3, 2)), ("2/3x3", part(2, 3, 3))] {
-            assert_eq!(text.parse(), Ok(share));
-            assert_eq!(share.to_string(), text);
-        }
-        assert!("0/2x3".parse::<Share>().unwrap_err().contains("use at most 2"));
-        assert_eq!(
-            "2/2".parse::<Share>().unwrap_err(),
-            "share 2/2 does not exist: shares of 2 are 0/2 to 1/2"
-        );
-        for bad in
-            ["", "1", "0/0", "-1/2", "a/b", "1/2/3", "4294967296/4294967297", "0/2x", "0/2x0", "0/2x1x1"]
-        {
-            assert!(bad.parse::<Share>().is_err(), "{bad}");
         }
     }
 

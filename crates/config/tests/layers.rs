@@ -7,9 +7,10 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use muster_config::{
-    AccessMode, ConfigError, Environment, Flags, GenerationMode, Loaded, RouterSettings, Share, Sources,
-    WorkerSettings,
+    AccessMode, ConfigError, Environment, Flags, GenerationMode, Loaded, RoleSettings as _, RouterSettings,
+    Sources, WorkerSettings,
 };
+use muster_placement::Share;
 use muster_types::WeightDType;
 use proptest::prelude::*;
 use tempfile::NamedTempFile;
@@ -61,9 +62,9 @@ fn sources_of_workers_and_a_lease_are_checked() {
         problems[0].contains("discover: \"workers\" is no source of workers; write kubernetes:SERVICE"),
         "{problems:?}"
     );
-    assert!(problems[1].contains("dns:h:1 is listed twice"), "{problems:?}");
+    assert!(problems[2].contains("dns:h:1 is listed twice"), "{problems:?}");
     assert!(
-        problems[2].contains("lease: \"leader\" names no object of a cluster; write kubernetes:NAME"),
+        problems[1].contains("lease: \"leader\" names no object of a cluster; write kubernetes:NAME"),
         "{problems:?}"
     );
     let idle = "[router]\nplacement = \"static\"\nlease = \"kubernetes:leader\"\n";
@@ -77,7 +78,7 @@ fn flags_win_over_environment_over_file_over_defaults() {
     let loaded = router(text, &variables, &minimal().text("http", Some("127.0.0.1:3"))).unwrap();
     let settings = &loaded.settings;
     assert_eq!(settings.http.port(), 3);
-    assert_eq!(settings.threads.map(|threads| threads.get()), Some(4));
+    assert_eq!(settings.compute.threads.map(|threads| threads.get()), Some(4));
     assert_eq!((settings.step_tokens, settings.max_queue), (100, 1024));
     for line in [
         "http = \"127.0.0.1:3\"  # flag --http",
@@ -110,8 +111,8 @@ fn all_problems_are_reported_at_once_with_line_and_key() {
         "FILE:5: grpc: must be a string, not integer",
         "FILE:2: htp: unknown key; did you mean http?",
         "FILE:8: shares: unknown key; did you mean share?",
-        "FILE:3: threads: \"0\" is neither 1 to 1024 nor auto",
         "FILE:4: expert_timeout: \"5\" is not a time span of 1ms to 24h; write a whole number and a unit, as in 500ms or 30s",
+        "FILE:3: threads: \"0\" is neither 1 to 1024 nor auto",
     ];
     assert_eq!(problems(text), expected);
 }
@@ -168,14 +169,14 @@ fn a_worker_that_joins_needs_no_model_and_begins_empty() {
     };
     let joins = Flags::new().list("join", &["127.0.0.1:1".to_owned()]);
     let settings = load(&joins).unwrap().settings;
-    assert_eq!((settings.model, settings.share, settings.memory), (None, Share::None, None));
+    assert_eq!((&settings.model, settings.share(), settings.memory), (&None, Share::None, None));
     let error = load(&joins.clone().text("share", Some("0/2"))).unwrap_err().to_string();
     assert!(error.contains("needs a --model"), "{error}");
     let settings = load(&joins.text("model", Some("demo")).text("share", Some("0/2"))).unwrap().settings;
-    assert!(matches!(settings.share, Share::Part { .. }));
+    assert!(matches!(settings.share(), Share::Part { .. }));
     assert!(load(&Flags::new()).unwrap_err().to_string().contains("model: is missing"));
     let alone = Flags::new().text("model", Some("demo"));
-    assert_eq!(load(&alone).unwrap().settings.share, Share::All);
+    assert_eq!(load(&alone).unwrap().settings.share(), Share::All);
     for (key, value, reason) in [
         ("memory", "12", "is not a size"),
         ("speed", "fast", "neither a number nor auto"),
@@ -221,19 +222,19 @@ fn leaving_loopback_must_be_asked_for_by_name() {
     assert!(error.to_string().contains("everybody may ask; give --api-keys"), "{error}");
     let settings =
         router("", &[], &flags().on("insecure_plaintext").on("insecure_no_keys")).unwrap().settings;
-    assert_eq!((settings.tls, settings.access), (None, AccessMode::Open));
+    assert_eq!((settings.tls.files(), settings.access()), (None, AccessMode::Open));
     let keys = flags().on("insecure_plaintext").text("api_keys", Some("k"));
     assert!(router("", &[], &keys).unwrap_err().to_string().contains("everybody may join"));
     let http = minimal().text("http", Some("0.0.0.0:8080"));
     let keys = http.on("insecure_plaintext").text("api_keys", Some("k"));
-    assert_eq!(router("", &[], &keys).unwrap().settings.access, AccessMode::Keys("k".into()));
+    assert_eq!(router("", &[], &keys).unwrap().settings.access(), AccessMode::Keys("k".into()));
     assert!(router("", &[], &keys.on("insecure_no_keys")).is_err());
     let tls = flags().text("tls_cert", Some("c")).text("tls_key", Some("k")).text("tls_ca", Some("a"));
-    assert_eq!(router("", &[], &tls).unwrap().settings.access, AccessMode::Certificates);
-    assert_eq!(router("", &[], &tls.on("insecure_no_keys")).unwrap().settings.access, AccessMode::Open);
+    assert_eq!(router("", &[], &tls).unwrap().settings.access(), AccessMode::Certificates);
+    assert_eq!(router("", &[], &tls.on("insecure_no_keys")).unwrap().settings.access(), AccessMode::Open);
     let error = router("", &[], &minimal().text("tls_cert", Some("c"))).unwrap_err();
     assert_eq!(error.problems.len(), 2, "{error}");
-    assert_eq!(router("", &[], &minimal()).unwrap().settings.access, AccessMode::Open);
+    assert_eq!(router("", &[], &minimal()).unwrap().settings.access(), AccessMode::Open);
     let environment =
         [("MUSTER_ROUTER_INSECURE_PLAINTEXT", "true"), ("MUSTER_ROUTER_INSECURE_NO_KEYS", "true")];
     assert!(router("", &environment, &flags()).is_ok());
@@ -335,25 +336,25 @@ fn a_worker_reads_its_own_table() {
     let sources =
         Sources { file: Some(file.path()), environment: &Environment::default(), flags: &Flags::new() };
     let settings = WorkerSettings::load(&sources).unwrap().settings;
-    assert!(matches!(settings.share, Share::Part { index: 1, .. }));
+    assert!(matches!(settings.share(), Share::Part { index: 1, .. }));
     assert_eq!(settings.drain_timeout, Duration::from_secs(120));
 }
 
 #[test]
 fn roles_are_told_how_weights_are_held() {
-    assert_eq!(router("", &[], &minimal()).unwrap().settings.experts, WeightDType::Native);
+    assert_eq!(router("", &[], &minimal()).unwrap().settings.compute.expert_dtype, WeightDType::Native);
     let flags = minimal().text("expert_dtype", Some("q8"));
     let environment = [("MUSTER_ROUTER_EXPERT_DTYPE", "q4")];
-    assert_eq!(router("", &environment, &minimal()).unwrap().settings.experts, WeightDType::Q4);
-    assert_eq!(router("", &environment, &flags).unwrap().settings.experts, WeightDType::Q8);
+    assert_eq!(router("", &environment, &minimal()).unwrap().settings.compute.expert_dtype, WeightDType::Q4);
+    assert_eq!(router("", &environment, &flags).unwrap().settings.compute.expert_dtype, WeightDType::Q8);
     let trunk = router("", &[("MUSTER_ROUTER_TRUNK_DTYPE", "q8")], &minimal()).unwrap().settings;
-    assert_eq!((trunk.experts, trunk.trunk), (WeightDType::Native, WeightDType::Q8));
+    assert_eq!((trunk.compute.expert_dtype, trunk.trunk_dtype), (WeightDType::Native, WeightDType::Q8));
     let refused = router("", &[("MUSTER_ROUTER_EXPERT_DTYPE", "int4")], &minimal()).unwrap_err().to_string();
     assert!(refused.contains("\"int4\" is not a dtype of weights; use native, q8 or q4"), "{refused}");
     let file = file("[worker]\nmodel = \"demo\"\nexpert_dtype = \"q4\"\n");
     let sources =
         Sources { file: Some(file.path()), environment: &Environment::default(), flags: &Flags::new() };
-    assert_eq!(WorkerSettings::load(&sources).unwrap().settings.experts, WeightDType::Q4);
+    assert_eq!(WorkerSettings::load(&sources).unwrap().settings.compute.expert_dtype, WeightDType::Q4);
 }
 
 proptest! {

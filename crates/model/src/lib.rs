@@ -6,6 +6,7 @@
 //! process. Everything is synchronous. [`mod@reference`] is a second, plain implementation on candle tensors that
 //! shares nothing with the first but the checkpoint, and exists to be compared with.
 
+pub mod card;
 pub mod defaults;
 pub mod digests;
 mod error;

@@ -1,7 +1,7 @@
 //! Owners of every expert, current and target: pure data and decisions.
 //!
 //! Owns [`Shape`] (how many routed experts each layer has), [`Placement`] (an immutable snapshot of who holds
-//! what) and [`split()`] (the shares a cluster starts with). On top of these:
+//! what), [`split()`] (the shares a cluster starts with) and [`Share`] (one of them). On top of these:
 //!
 //! - [`Loads`]: what was asked of each expert lately;
 //! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
@@ -22,6 +22,7 @@ mod loads;
 mod placement;
 mod plan;
 mod shape;
+mod share;
 mod sizes;
 mod split;
 mod traffic;
@@ -32,6 +33,7 @@ pub use loads::Loads;
 pub use placement::{Placement, PlacementError, WorkerIx};
 pub use plan::{Figures, Goals, Holdings, Member, Target, plan};
 pub use shape::Shape;
+pub use share::{Share, ShareError};
 pub use sizes::{ExpertSizes, SizesError};
 pub use split::{SplitError, split};
 pub use traffic::workers_per_row;

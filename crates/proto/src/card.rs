@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use muster_types::{Compute, Fingerprint, WeightDType};
+use muster_types::{Compute, Fingerprint, Gating, Packing, WeightDType};
 
 use crate::cluster::v1;
 use crate::convert::{
@@ -19,30 +19,6 @@ const WIDEST: u32 = 1 << 20;
 /// Longest name of a model, bytes.
 const LONGEST_NAME: usize = 256;
 
-/// How the elements of a packed matrix are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum PackedAs {
-    /// f32.
-    F32,
-    /// bf16.
-    Bf16,
-    /// 8 bits and scales.
-    Q8,
-    /// 4 bits and scales.
-    Q4,
-    /// As published in OCP Microscaling.
-    Mxfp4,
-}
-
-/// `(up + 1) * gate * sigmoid(alpha * gate)`, with gate at most `limit` and up within plus or minus `limit`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ClampedSwish {
-    /// Finite.
-    pub alpha: f32,
-    /// Finite and above 0.
-    pub limit: f32,
-}
-
 /// The experts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerCard {
@@ -51,11 +27,11 @@ pub struct LayerCard {
     /// Width between their linears.
     pub intermediate: NonZeroU32,
     /// Of gate, up and down projection.
-    pub packed: [PackedAs; 3],
+    pub packings: [Packing; 3],
     /// All three have biases.
     pub biases: bool,
-    /// What lies between them; `None`: `silu(gate) * up`.
-    pub clamped_swish: Option<ClampedSwish>,
+    /// What lies between them.
+    pub gating: Gating,
 }
 
 /// A model, as its experts' holders see it.
@@ -83,16 +59,18 @@ impl ModelCard {
     pub fn to_wire(&self) -> v1::ModelCard {
         let layer = |layer: &Option<LayerCard>| match layer {
             None => v1::LayerCard::default(),
-            Some(LayerCard { experts, intermediate, packed: [gate, up, down], biases, clamped_swish }) => {
+            Some(LayerCard { experts, intermediate, packings: [gate, up, down], biases, gating }) => {
                 v1::LayerCard {
                     experts: experts.get(),
                     intermediate: intermediate.get(),
-                    gate: packed_to_wire(*gate).into(),
-                    up: packed_to_wire(*up).into(),
-                    down: packed_to_wire(*down).into(),
+                    gate: packing_to_wire(*gate).into(),
+                    up: packing_to_wire(*up).into(),
+                    down: packing_to_wire(*down).into(),
                     biases: *biases,
-                    clamped_swish: clamped_swish
-                        .map(|ClampedSwish { alpha, limit }| v1::ClampedSwish { alpha, limit }),
+                    clamped_swish: match *gating {
+                        Gating::Silu => None,
+                        Gating::ClampedSwish { alpha, limit } => Some(v1::ClampedSwish { alpha, limit }),
+                    },
                 }
             }
         };
@@ -145,23 +123,23 @@ fn parse_layer(layer: &v1::LayerCard) -> Result<Option<LayerCard>, WireError> {
     Ok(Some(LayerCard {
         experts: number("layers.experts", layer.experts, MOST_EXPERTS)?,
         intermediate: number("layers.intermediate", layer.intermediate, WIDEST)?,
-        packed: [
-            packed_from_wire("layers.gate", layer.gate)?,
-            packed_from_wire("layers.up", layer.up)?,
-            packed_from_wire("layers.down", layer.down)?,
+        packings: [
+            packing_from_wire("layers.gate", layer.gate)?,
+            packing_from_wire("layers.up", layer.up)?,
+            packing_from_wire("layers.down", layer.down)?,
         ],
         biases: layer.biases,
-        clamped_swish: layer.clamped_swish.as_ref().map(parse_clamped_swish).transpose()?,
+        gating: layer.clamped_swish.as_ref().map_or(Ok(Gating::Silu), parse_clamped_swish)?,
     }))
 }
 
-fn parse_clamped_swish(message: &v1::ClampedSwish) -> Result<ClampedSwish, WireError> {
+fn parse_clamped_swish(message: &v1::ClampedSwish) -> Result<Gating, WireError> {
     let v1::ClampedSwish { alpha, limit } = *message;
     if !(alpha.is_finite() && limit.is_finite() && limit > 0.0) {
         let reason = format!("is alpha {alpha}, limit {limit}; both must be finite, and the limit above 0");
         return Err(WireError::rule("layers.clamped_swish", reason));
     }
-    Ok(ClampedSwish { alpha, limit })
+    Ok(Gating::ClampedSwish { alpha, limit })
 }
 
 fn number(field: &'static str, value: u32, most: u32) -> Result<NonZeroU32, WireError> {
@@ -171,23 +149,23 @@ fn number(field: &'static str, value: u32, most: u32) -> Result<NonZeroU32, Wire
     NonZeroU32::new(value).ok_or(WireError::Missing(field))
 }
 
-const fn packed_to_wire(packed: PackedAs) -> v1::Packing {
-    match packed {
-        PackedAs::F32 => v1::Packing::F32,
-        PackedAs::Bf16 => v1::Packing::Bf16,
-        PackedAs::Q8 => v1::Packing::Q8,
-        PackedAs::Q4 => v1::Packing::Q4,
-        PackedAs::Mxfp4 => v1::Packing::Mxfp4,
+const fn packing_to_wire(packing: Packing) -> v1::Packing {
+    match packing {
+        Packing::F32 => v1::Packing::F32,
+        Packing::Bf16 => v1::Packing::Bf16,
+        Packing::Q8 => v1::Packing::Q8,
+        Packing::Q4 => v1::Packing::Q4,
+        Packing::Mxfp4 => v1::Packing::Mxfp4,
     }
 }
 
-fn packed_from_wire(field: &'static str, value: i32) -> Result<PackedAs, WireError> {
+fn packing_from_wire(field: &'static str, value: i32) -> Result<Packing, WireError> {
     match v1::Packing::try_from(value) {
-        Ok(v1::Packing::F32) => Ok(PackedAs::F32),
-        Ok(v1::Packing::Bf16) => Ok(PackedAs::Bf16),
-        Ok(v1::Packing::Q8) => Ok(PackedAs::Q8),
-        Ok(v1::Packing::Q4) => Ok(PackedAs::Q4),
-        Ok(v1::Packing::Mxfp4) => Ok(PackedAs::Mxfp4),
+        Ok(v1::Packing::F32) => Ok(Packing::F32),
+        Ok(v1::Packing::Bf16) => Ok(Packing::Bf16),
+        Ok(v1::Packing::Q8) => Ok(Packing::Q8),
+        Ok(v1::Packing::Q4) => Ok(Packing::Q4),
+        Ok(v1::Packing::Mxfp4) => Ok(Packing::Mxfp4),
         Ok(v1::Packing::Unspecified) => Err(WireError::Missing(field)),
         Err(_) => Err(WireError::UnknownValue { field, value }),
     }
@@ -201,16 +179,16 @@ mod tests {
 
     fn card() -> ModelCard {
         let one = NonZeroU32::MIN;
-        let layer = |packed| {
-            let clamped_swish = Some(ClampedSwish { alpha: 1.702, limit: 7.0 });
-            Some(LayerCard { experts: one, intermediate: one, packed, biases: true, clamped_swish })
+        let layer = |packings| {
+            let gating = Gating::ClampedSwish { alpha: 1.702, limit: 7.0 };
+            Some(LayerCard { experts: one, intermediate: one, packings, biases: true, gating })
         };
         let plain = LayerCard {
             experts: one,
             intermediate: one,
-            packed: [PackedAs::Mxfp4; 3],
+            packings: [Packing::Mxfp4; 3],
             biases: false,
-            clamped_swish: None,
+            gating: Gating::Silu,
         };
         ModelCard {
             fingerprint: Fingerprint::new([3; 32]),
@@ -221,8 +199,8 @@ mod tests {
             experts: WeightDType::Q4,
             layers: vec![
                 None,
-                layer([PackedAs::F32, PackedAs::Bf16, PackedAs::Q8]),
-                layer([PackedAs::Q4; 3]),
+                layer([Packing::F32, Packing::Bf16, Packing::Q8]),
+                layer([Packing::Q4; 3]),
                 Some(plain),
             ],
         }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::pin::Pin;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use muster_dispatch_grpc::{
 };
 use muster_identity::{Access, Clients, Identity, IdentityError, Role};
 use muster_kernels::{Cpu, KernelError};
+use muster_model::card::{CardError, card, expert_sizes};
 use muster_model::experts::faster_mode;
 use muster_model::trunk::{CpuDevice, Trunk};
 use muster_model::{LoadProgress, ModelError};
@@ -29,9 +30,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::digests::{self, Checking};
-use crate::cluster::{
-    CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig, card, expert_sizes,
-};
+use crate::cluster::{CheckpointWeights, Cluster, ColdExperts, Discovery, Leader, LeaderConfig};
 use crate::door::Door;
 use crate::health::Health;
 pub use crate::http::{Cors, Edge};
@@ -127,8 +126,6 @@ pub struct Hooks {
     pub progress: Box<dyn FnMut(LoadProgress) + Send>,
     /// Called once, when requests can be served.
     pub ready: Box<dyn FnOnce(Bound) + Send>,
-    /// Renders metrics in the Prometheus text format.
-    pub metrics: Arc<dyn Fn() -> String + Send + Sync>,
     /// What the machine around it asks.
     pub admin: Admin,
 }
@@ -176,8 +173,8 @@ pub enum RouterError {
     #[error(transparent)]
     Sizes(#[from] SizesError),
     /// A size of the model is out of the protocol's range.
-    #[error("the model has a size that the protocol cannot carry")]
-    Card,
+    #[error(transparent)]
+    Card(#[from] CardError),
     /// A thread could not be started.
     #[error("cannot start the thread that checks weights: {0}; check the limit on processes and threads")]
     Thread(std::io::Error),
@@ -186,16 +183,11 @@ pub enum RouterError {
     Engine,
 }
 
-/// Runs a router until `shutdown` resolves, then drains it. A drain that [`Hooks::admin`] is asked for is the same, but the
-/// process goes on until `shutdown`.
+/// Runs a router until [`Hooks::admin`] is told to drain or to end, drains it, and returns when it is told to end.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
-pub async fn run(
-    config: RouterConfig,
-    hooks: Hooks,
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<(), RouterError> {
+pub async fn run(config: RouterConfig, hooks: Hooks) -> Result<(), RouterError> {
     let http_listener = bind("http", config.http)?;
     let grpc_listener = bind("grpc", config.grpc)?;
     let bound = Bound { http: address(&http_listener, "http")?, grpc: address(&grpc_listener, "grpc")? };
@@ -204,7 +196,7 @@ pub async fn run(
     let tls =
         |protocol| identity.as_ref().map(|identity| identity.server(Clients::Any, protocol)).transpose();
     let (http_tls, grpc_tls) = (tls("http/1.1")?, tls("h2")?);
-    let Hooks { progress, ready, metrics, admin } = hooks;
+    let Hooks { progress, ready, admin } = hooks;
     // Ends with this function.
     let mut beside = JoinSet::new();
     if let Some(identity) = &identity {
@@ -212,12 +204,11 @@ pub async fn run(
     }
     beside.spawn(access.clone().keep_fresh());
 
-    tokio::pin!(shutdown);
     let starting = admin.clone();
     let assembled = tokio::task::spawn_blocking(move || assemble(config, progress, &starting));
     let Assembled { parts, cluster, workers, leader, weights, wait } = tokio::select! {
         parts = assembled => parts.map_err(|_| RouterError::Engine)??,
-        () = &mut shutdown => return Ok(()),
+        () = admin.end_asked() => return Ok(()),
     };
     // Before this router leads, so that what can fail by itself has.
     let (service, engine) = start(parts)?;
@@ -233,22 +224,15 @@ pub async fn run(
     let router =
         Router { service, engine, cluster, workers, weights, is_known: identity.is_some(), doors, edge };
     let times = Times { wait, leave_after, drain };
-    let outcome = serve(router, times, bound, ready, metrics, &admin, &stop, shutdown.as_mut()).await;
+    let outcome = serve(router, times, bound, ready, &admin, &stop).await;
     // Whatever ended it: others need not wait until the lead runs out.
     stop.cancel();
     if let Some(leading) = leading {
         // A panic over there is in the log already.
         let _ = leading.await;
     }
-    let end = outcome?;
-    if end != End::NotBegun {
-        tracing::info!("safe to terminate");
-        admin.drained();
-    }
-    if end == End::Drained {
-        // Whoever asked ends the process.
-        shutdown.await;
-    }
+    outcome?;
+    admin.drained().await;
     Ok(())
 }
 
@@ -288,36 +272,22 @@ struct Times {
     drain: Duration,
 }
 
-/// How serving ended, if not by an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// The process was told to end before it served.
-    NotBegun,
-    /// The process was told to end.
-    Told,
-    /// Somebody asked for a drain alone.
-    Drained,
-}
-
-/// Serves until `shutdown`, a drain that is asked for or an error, and drains.
-#[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the same eight")]
+/// Serves until a drain is asked for or something fails, and drains.
 async fn serve(
     router: Router,
     times: Times,
     bound: Bound,
     ready: Box<dyn FnOnce(Bound) + Send>,
-    metrics: Arc<dyn Fn() -> String + Send + Sync>,
     admin: &Admin,
     stop: &CancellationToken,
-    mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
-) -> Result<End, RouterError> {
+) -> Result<(), RouterError> {
     let Router { service, mut engine, cluster, workers, weights, is_known, doors, edge } = router;
     if let Some(timeout) = times.wait {
         let covering = workers.clone();
         let covered = tokio::task::spawn_blocking(move || covering.await_coverage(Instant::now() + timeout));
         let is_covered = tokio::select! {
             covered = covered => covered.unwrap_or(false),
-            () = &mut shutdown => return Ok(End::NotBegun),
+            () = admin.end_asked() => return Ok(()),
         };
         if !is_covered {
             let (missing, refused) = (cluster.workers.missing(), cluster.digests.refusals());
@@ -351,14 +321,15 @@ async fn serve(
         weights_only: Only(is_known.then_some(&[Role::Worker, Role::Router])),
     };
     admin.ask(readiness(service.clone()));
+    let rendered = admin.clone();
+    let metrics = Arc::new(move || rendered.metrics());
     let mut http_server = tokio::spawn(http::serve(service.clone(), metrics, http_door, edge, stop.clone()));
     let mut grpc_server = tokio::spawn(grpc::serve(service, Some(with_workers), grpc_door, stop.clone()));
     tracing::info!(http = %bound.http, grpc = %bound.grpc, "serving");
     ready(bound);
 
     let outcome = tokio::select! {
-        () = &mut shutdown => Ok(End::Told),
-        () = admin.drain_asked() => Ok(End::Drained),
+        () = admin.drain_asked() => Ok(()),
         () = engine.ended() => return Err(RouterError::Engine),
         ended = &mut http_server => Err(failed("http", ended.err().map(|error| error.to_string()))),
         ended = &mut grpc_server => Err(failed("grpc", match ended {
@@ -431,16 +402,13 @@ fn assemble(
     let checkpoint = Arc::new(Checkpoint::open(&config.source)?);
     let defaults = config.defaults.of(&checkpoint).map_err(StartError::Defaults)?;
     let spec = checkpoint.spec();
-    let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
+    let compute = checkpoint.compute(config.compute);
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = checkpoint.name(), %compute, isa = %cpu.isa(), "loading the trunk");
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
-    let model = match &config.source {
-        Source::Directory(path) | Source::Linked(path) => Some(path.clone()),
-        Source::Embedded { .. } => None,
-    };
+    let model = config.source.directory().map(Path::to_owned);
     check_kv(&checkpoint, compute, config.engine.kv_bytes)?;
     let digests = digests::start(Checking {
         checkpoint: checkpoint.clone(),
@@ -453,8 +421,8 @@ fn assemble(
     let checking = digests.clone();
     admin
         .ask(move || Readiness::NotReady(checking.progress().unwrap_or_else(|| "it is starting".to_owned())));
-    let shape = expert_shape(&checkpoint);
-    let card = Arc::new(card(&checkpoint, compute, config.experts).ok_or(RouterError::Card)?);
+    let card = Arc::new(card(&checkpoint, compute, config.experts)?);
+    let shape = Shape::new(card.shape());
     // A name that no other process has: what was promised to another must not be taken for promised to this one.
     let name = format!("{}/{}", config.router_id, &uuid::Uuid::new_v4().simple().to_string()[..12]);
     let kubernetes = KubernetesApi::infer();
@@ -462,7 +430,7 @@ fn assemble(
         Placement::Static => None,
         Placement::Led => Some(LeaderConfig {
             name: RouterName::new(&name).map_err(ConnectError::RouterId)?,
-            sizes: expert_sizes(&checkpoint, &shape, compute, config.experts)?,
+            sizes: expert_sizes(&card)?,
             shape: shape.clone(),
             replicas: config.replicas,
             lease: config.lease.map(|lease| (kubernetes.clone(), lease)),
@@ -504,7 +472,7 @@ fn assemble(
         experts: config.experts,
         digests: digests.clone(),
         shape: shape.clone(),
-        top_k: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(1),
+        top_k: card.top_k.get(),
         max_rows: config.engine.step_tokens,
         start: if is_alone || has_fallback || leader.is_some() { Start::Assigned } else { Start::Complete },
         connect_timeout: config.connect_timeout,
@@ -558,11 +526,4 @@ fn assemble(
     let wait = (!is_alone && !has_fallback && leader.is_some()).then_some(config.connect_timeout);
     let weights = HandedOut { card, service: WeightsService::new(terms, Arc::new(source)) };
     Ok(Assembled { parts, cluster, workers: handle, leader, weights, wait })
-}
-
-/// Routed experts of every layer, as placement counts them.
-#[must_use]
-pub fn expert_shape(checkpoint: &Checkpoint) -> Shape {
-    let spec = checkpoint.spec();
-    Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
 }

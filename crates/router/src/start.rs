@@ -345,7 +345,7 @@ fn describe(
         layers: count(spec.layers.len()),
         moe_layers: count(spec.moe_layers().count()),
         experts_per_layer: spec.moe_layers().map(|(_, moe)| moe.experts).max().unwrap_or(0),
-        experts_per_token: spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0),
+        experts_per_token: spec.most_experts_per_token(),
         hidden: count(spec.hidden),
         vocabulary: spec.vocab,
         context,

@@ -14,7 +14,6 @@ mod membership;
 mod memory;
 mod report;
 
-use std::future::Future;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -27,9 +26,10 @@ use muster_dispatch_grpc::{
 };
 use muster_identity::{Identity, IdentityError, Role};
 use muster_kernels::KernelError;
+use muster_model::card::CardError;
 use muster_model::experts::{CpuExperts, ExpertStore};
 use muster_model::{LoadProgress, ModelError};
-use muster_placement::SplitError;
+use muster_placement::{Share, ShareError};
 use muster_proto::description::{Description, Phase};
 use muster_types::{Compute, Epoch, Speed, WeightDType, WorkerId};
 use tokio::sync::oneshot;
@@ -52,24 +52,6 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Time without shards after which a worker without a leader is not needed.
 const QUIET: Duration = Duration::from_millis(150);
-
-/// Which of the model's experts a worker starts with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Share {
-    /// None: it waits to be told.
-    None,
-    /// All of them.
-    All,
-    /// One of `count` equal shares.
-    Part {
-        /// Which one, from 0.
-        index: u32,
-        /// How many there are.
-        count: NonZeroU32,
-        /// On how many workers every expert is: this share and those behind it are held.
-        replicas: NonZeroU32,
-    },
-}
 
 /// A worker's settings, checked.
 #[derive(Debug, Clone)]
@@ -150,21 +132,9 @@ pub enum WorkerError {
     /// Compute threads.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// The share does not exist.
+    /// The share to start with.
     #[error(transparent)]
-    Share(#[from] SplitError),
-    /// The share is empty.
-    #[error(
-        "share {index} of {count} is empty: the model has {experts} experts; use at most as many workers"
-    )]
-    EmptyShare {
-        /// The share.
-        index: u32,
-        /// How many there are.
-        count: u32,
-        /// Experts of the model.
-        experts: u64,
-    },
+    Share(#[from] ShareError),
     /// TLS.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -185,13 +155,8 @@ pub enum WorkerError {
         memory: u64,
     },
     /// A size of the model that the protocol cannot carry.
-    #[error("the model's {what} is {value}; the protocol carries 1 to 4294967295")]
-    Size {
-        /// Which one.
-        what: &'static str,
-        /// Its value.
-        value: usize,
-    },
+    #[error(transparent)]
+    Card(#[from] CardError),
     /// A thread could not be started.
     #[error("cannot start the {name} thread: {source}; check the limit on processes and threads")]
     Thread {
@@ -214,17 +179,12 @@ pub enum WorkerError {
     Experts,
 }
 
-/// Runs a worker until `shutdown` resolves, then drains it: it serves on until what it holds is elsewhere or nobody asks
-/// for it, at most for the drain time. A drain that [`Hooks::admin`] is asked for is the same, but the process goes on until
-/// `shutdown`.
+/// Runs a worker until [`Hooks::admin`] is told to drain or to end, drains it, and returns when it is told to end. Draining,
+/// it serves on until what it holds is elsewhere or nobody asks for it, at most for the drain time.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
-pub async fn run(
-    config: WorkerConfig,
-    hooks: Hooks,
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<(), WorkerError> {
+pub async fn run(config: WorkerConfig, hooks: Hooks) -> Result<(), WorkerError> {
     let started = Instant::now();
     // First, so that a mistaken address is known before minutes of loading.
     let bound = Bound::bind(&config.listen).await?;
@@ -238,7 +198,6 @@ pub async fn run(
         beside.spawn(identity.clone().keep_fresh());
     }
 
-    tokio::pin!(shutdown);
     let mut applicant = Applicant {
         worker: config.worker_id.clone(),
         listen: address.clone(),
@@ -251,7 +210,7 @@ pub async fn run(
     let first = match &config.source {
         None if !routers.is_empty() => tokio::select! {
             first = applicant.first(&routers, |reason| admin.not_ready(format!("waiting for a router: {reason}"))) => Some(first?),
-            () = &mut shutdown => return Ok(()),
+            () = admin.end_asked() => return Ok(()),
         },
         _ => None,
     };
@@ -259,7 +218,7 @@ pub async fn run(
     let loading = load::start(config.clone(), card, progress)?;
     let loaded = tokio::select! {
         loaded = loading => loaded.map_err(|_| WorkerError::Loading)??,
-        () = &mut shutdown => return Ok(()),
+        () = admin.end_asked() => return Ok(()),
     };
     applicant.model = Some(loaded.sources.fingerprint);
     let mut description = describe(&config, &loaded);
@@ -299,12 +258,7 @@ pub async fn run(
     admin.ask(move || standing.readiness());
     ready(Ready { address, experts, bytes });
 
-    let mut is_told = false;
     let outcome = tokio::select! {
-        () = &mut shutdown => {
-            is_told = true;
-            Ok(())
-        }
         () = admin.drain_asked() => Ok(()),
         _ = &mut computing => Err(WorkerError::Experts),
         _ = &mut loading => Err(WorkerError::Loading),
@@ -320,11 +274,7 @@ pub async fn run(
     if outcome.is_ok() {
         admin.not_ready("it drains");
         drain(&server, &holder, drain_timeout).await;
-        admin.drained();
-        if !is_told {
-            // Whoever asked ends the process.
-            shutdown.await;
-        }
+        admin.drained().await;
     }
     holder.stop();
     server.close();
@@ -375,7 +325,6 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
     if tokio::time::timeout(CLOSE_TIMEOUT, server.idle()).await.is_err() {
         tracing::warn!("shards are still being computed");
     }
-    tracing::info!("safe to terminate");
 }
 
 fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Instant;
 
-use muster_checkpoint::spec::ModelSpec;
 use muster_checkpoint::{Checkpoint, Source};
 use muster_kernels::Cpu;
-use muster_model::experts::{self, CpuStore, ExpertForm, ExpertSet, PackedExpert, faster_mode};
+use muster_model::card::{bytes_of, card, expert_shape, forms};
+use muster_model::experts::{self, CpuStore, ExpertSet, PackedExpert, faster_mode};
 use muster_model::{LoadProgress, ModelError};
-use muster_placement::{Shape, split};
-use muster_proto::card::{ClampedSwish, LayerCard, ModelCard, PackedAs};
-use muster_types::{Compute, ExpertKey, Gating, Packing, WeightDType, WeightDigest};
+use muster_placement::Shape;
+use muster_proto::card::ModelCard;
+use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use tokio::sync::oneshot;
 
 use crate::loader::Sources;
-use crate::{Share, WorkerConfig, WorkerError, memory_for_experts, on_thread};
+use crate::{WorkerConfig, WorkerError, memory_for_experts, on_thread};
 
 /// Experts that are loaded and wait for their digest.
 const UNDIGESTED: usize = 2;
@@ -52,46 +52,9 @@ pub(crate) fn start(
 fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> {
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = card.name, compute = %card.compute, dtype = %card.experts, isa = ?cpu.isa(), "taking the router's model");
-    let hidden = card.hidden.get() as usize;
-    let form = |layer: &LayerCard| ExpertForm {
-        hidden,
-        intermediate: layer.intermediate.get() as usize,
-        packings: layer.packed.map(packing),
-        gating: match layer.clamped_swish {
-            None => Gating::Silu,
-            Some(ClampedSwish { alpha, limit }) => Gating::ClampedSwish { alpha, limit },
-        },
-        biases: layer.biases,
-    };
-    Ok(Loaded {
-        cpu,
-        store: Arc::new(CpuStore::new(
-            ExpertSet::new(hidden, card.compute, card.experts),
-            config.memory.unwrap_or_else(memory_for_experts),
-        )),
-        digests: BTreeMap::new(),
-        sources: Sources {
-            checkpoint: None,
-            routers: config.join.clone(),
-            fingerprint: card.fingerprint,
-            compute: card.compute,
-            dtype: card.experts,
-            forms: card.layers.iter().map(|layer| layer.as_ref().map(form)).collect(),
-        },
-        shape: Shape::new(card.shape()),
-        hidden: card.hidden,
-        top_k: card.top_k,
-    })
-}
-
-const fn packing(packed: PackedAs) -> Packing {
-    match packed {
-        PackedAs::F32 => Packing::F32,
-        PackedAs::Bf16 => Packing::Bf16,
-        PackedAs::Q8 => Packing::Q8,
-        PackedAs::Q4 => Packing::Q4,
-        PackedAs::Mxfp4 => Packing::Mxfp4,
-    }
+    let experts = ExpertSet::new(card.hidden.get() as usize, card.compute, card.experts);
+    let store = CpuStore::new(experts, config.memory.unwrap_or_else(memory_for_experts));
+    Ok(loaded(config, card, None, cpu, store, BTreeMap::new()))
 }
 
 fn load(
@@ -101,36 +64,49 @@ fn load(
 ) -> Result<Loaded, WorkerError> {
     let started = Instant::now();
     let checkpoint = Checkpoint::open(source)?;
-    let spec = checkpoint.spec();
-    let shape = shape(spec);
-    let keys = keys(&shape, config.share)?;
-    let compute = config.compute.unwrap_or(Compute::default_for(spec.dtype));
-    let hidden = size("hidden size", spec.hidden)?;
-    let most = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap_or(0);
-    let top_k = size("number of experts per token", most as usize)?;
+    let keys = config.share.keys(&expert_shape(&checkpoint))?;
+    let compute = checkpoint.compute(config.compute);
+    let card = card(&checkpoint, compute, config.experts)?;
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = checkpoint.name(), experts = keys.len(), %compute, dtype = %config.experts, isa = ?cpu.isa(), "loading experts");
     if let Some(hint) = faster_mode(compute, cpu.isa()) {
         tracing::info!("{hint}");
     }
-    let forms = ExpertForm::of_layers(&checkpoint, compute, config.experts);
-    let needed = bytes_of(&keys, &forms);
+    let needed = bytes_of(&keys, &forms(&card));
     if let Some(memory) = config.memory.filter(|&memory| needed > memory) {
         return Err(WorkerError::Memory { needed, memory });
     }
     let (experts, digests) = load_experts(&checkpoint, &keys, compute, config.experts, &mut *progress)?;
     tracing::info!(bytes = experts.bytes(), seconds = started.elapsed().as_secs_f64(), "experts loaded");
     let capacity = config.memory.unwrap_or_else(|| experts.bytes().saturating_add(memory_for_experts()));
-    let sources = Sources {
-        fingerprint: checkpoint.fingerprint(),
-        checkpoint: Some(checkpoint),
-        routers: config.join.clone(),
-        compute,
-        dtype: config.experts,
-        forms,
-    };
-    let store = Arc::new(CpuStore::new(experts, capacity));
-    Ok(Loaded { cpu, store, digests, sources, shape, hidden, top_k })
+    let store = CpuStore::new(experts, capacity);
+    Ok(loaded(config, &card, Some(checkpoint), cpu, store, digests))
+}
+
+fn loaded(
+    config: &WorkerConfig,
+    card: &ModelCard,
+    checkpoint: Option<Checkpoint>,
+    cpu: Arc<Cpu>,
+    store: CpuStore,
+    digests: BTreeMap<ExpertKey, WeightDigest>,
+) -> Loaded {
+    Loaded {
+        cpu,
+        store: Arc::new(store),
+        digests,
+        sources: Sources {
+            checkpoint,
+            routers: config.join.clone(),
+            fingerprint: card.fingerprint,
+            compute: card.compute,
+            dtype: card.experts,
+            forms: forms(card),
+        },
+        shape: Shape::new(card.shape()),
+        hidden: card.hidden,
+        top_k: card.top_k,
+    }
 }
 
 /// Reads and packs experts. Another thread computes their digests meanwhile, at no extra time.
@@ -157,77 +133,4 @@ fn load_experts(
         let digests = digesting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         read.map(|()| (set, digests))
     })
-}
-
-/// Bytes of these experts, packed.
-fn bytes_of(keys: &[ExpertKey], forms: &[Option<ExpertForm>]) -> u64 {
-    let form = |key: &ExpertKey| forms.get(key.layer.index()).copied().flatten();
-    keys.iter().filter_map(form).filter_map(|form| form.bytes()).map(|bytes| bytes as u64).sum()
-}
-
-fn shape(spec: &ModelSpec) -> Shape {
-    Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
-}
-
-fn keys(shape: &Shape, share: Share) -> Result<Vec<ExpertKey>, WorkerError> {
-    match share {
-        Share::None => Ok(Vec::new()),
-        Share::All => Ok(shape.keys().collect()),
-        Share::Part { index, count, replicas } => {
-            let mut keys = split(shape, count, index)?;
-            for more in 1..replicas.min(count).get() {
-                // Below `count`, which has 32 bits.
-                let next = (u64::from(index) + u64::from(more)) % u64::from(count.get());
-                keys.extend(split(shape, count, next as u32)?);
-            }
-            keys.sort_unstable();
-            if keys.is_empty() {
-                return Err(WorkerError::EmptyShare { index, count: count.get(), experts: shape.total() });
-            }
-            Ok(keys)
-        }
-    }
-}
-
-fn size(what: &'static str, value: usize) -> Result<NonZeroU32, WorkerError> {
-    u32::try_from(value).ok().and_then(NonZeroU32::new).ok_or(WorkerError::Size { what, value })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn part(index: u32, count: NonZeroU32, replicas: u32) -> Share {
-        Share::Part { index, count, replicas: NonZeroU32::new(replicas).unwrap() }
-    }
-
-    #[test]
-    fn every_expert_is_on_as_many_workers_as_asked_for() {
-        let shape = Shape::new(vec![5, 0, 3]);
-        for (count, replicas) in [(3, 2), (4, 3), (2, 2)] {
-            let count = NonZeroU32::new(count).unwrap();
-            let held: Vec<Vec<ExpertKey>> =
-                (0..count.get()).map(|index| keys(&shape, part(index, count, replicas)).unwrap()).collect();
-            assert!(held.iter().all(|keys| keys.is_sorted_by(|a, b| a < b)), "ascending, none twice");
-            for key in shape.keys() {
-                let owners = held.iter().filter(|keys| keys.contains(&key)).count();
-                assert_eq!(owners, replicas as usize, "{key}");
-            }
-        }
-    }
-
-    #[test]
-    fn shares_are_disjoint_complete_and_never_empty() {
-        let shape = Shape::new(vec![3, 0, 2]);
-        let count = NonZeroU32::new(5).unwrap();
-        let mut all: Vec<ExpertKey> =
-            (0..5).flat_map(|index| keys(&shape, part(index, count, 1)).unwrap()).collect();
-        all.sort_unstable();
-        assert_eq!(all, keys(&shape, Share::All).unwrap());
-
-        let count = NonZeroU32::new(6).unwrap();
-        let text = keys(&shape, part(5, count, 1)).unwrap_err().to_string();
-        assert!(text.contains("share 5 of 6 is empty: the model has 5 experts"), "{text}");
-        assert!(matches!(keys(&shape, part(6, count, 1)), Err(WorkerError::Share(_))));
-    }
 }

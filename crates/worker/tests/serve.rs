@@ -14,12 +14,11 @@ use muster_engine::dispatch::Rows;
 use muster_kernels::Cpu;
 use muster_model::experts::{ExpertScratch, ExpertSet};
 use muster_model::local::local;
-use muster_placement::{Shape, split};
+use muster_placement::{Shape, Share, split};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake::round;
 use muster_types::{Combine, Compute, ExpertKey, WeightDType, WorkerId};
-use muster_worker::{Hooks, Ready, Share, WorkerConfig, WorkerError, run};
-use tokio::sync::oneshot;
+use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -54,7 +53,7 @@ fn config(model: &str, share: Share) -> WorkerConfig {
 /// A worker on a thread of its own.
 struct Running {
     ready: Ready,
-    stop: Option<oneshot::Sender<()>>,
+    admin: Admin,
     ended: mpsc::Receiver<Result<(), WorkerError>>,
 }
 
@@ -64,22 +63,20 @@ fn runtime() -> tokio::runtime::Runtime {
 
 impl Running {
     fn start(config: WorkerConfig) -> Self {
-        let (stop, stopped) = oneshot::channel::<()>();
+        let admin = Admin::new(String::new);
         let (ready, became_ready) = mpsc::channel();
         let (end, ended) = mpsc::channel();
+        let asked = admin.clone();
         std::thread::spawn(move || {
             let hooks = Hooks {
-                admin: Admin::new(String::new),
+                admin: asked,
                 progress: Box::new(|_| {}),
                 ready: Box::new(move |now| ready.send(now).expect("the test waits for it")),
             };
-            let shutdown = async {
-                let _ = stopped.await;
-            };
-            let _ = end.send(runtime().block_on(run(config, hooks, shutdown)));
+            let _ = end.send(runtime().block_on(run(config, hooks)));
         });
         let ready = became_ready.recv_timeout(PATIENCE).expect("the worker becomes ready");
-        Self { ready, stop: Some(stop), ended }
+        Self { ready, admin, ended }
     }
 
     fn parts(model: &str, count: u32) -> Vec<Self> {
@@ -95,8 +92,8 @@ impl Running {
     }
 
     /// Tells it to stop, which must go well whoever is connected.
-    fn stop(mut self) {
-        drop(self.stop.take());
+    fn stop(self) {
+        self.admin.end();
         let outcome = self.ended.recv_timeout(PATIENCE).expect("the worker ends");
         assert!(outcome.is_ok(), "{outcome:?}");
     }
@@ -109,7 +106,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
     let compute = Compute::default_for(spec.dtype);
     let experts: Vec<u32> =
         (0..spec.layers.len()).map(|at| spec.moe(at).map_or(0, |moe| moe.experts)).collect();
-    let top_k = spec.moe_layers().map(|(_, moe)| moe.top_k).max().unwrap();
+    let top_k = spec.most_experts_per_token();
     let set = ExpertSet::load(
         &checkpoint,
         &ExpertSet::all_keys(&checkpoint),
@@ -234,7 +231,7 @@ fn refusal(config: WorkerConfig) -> String {
         ready: Box::new(|ready| panic!("it must not start: {ready:?}")),
         admin: Admin::new(String::new),
     };
-    let outcome = runtime().block_on(run(config, hooks, std::future::pending()));
+    let outcome = runtime().block_on(run(config, hooks));
     outcome.expect_err("it must be refused").to_string()
 }
 
@@ -255,7 +252,9 @@ fn what_cannot_start_says_why() {
 
 #[test]
 fn a_stop_while_loading_is_obeyed() {
-    let hooks = Hooks { progress: Box::new(|_| {}), ready: Box::new(|_| {}), admin: Admin::new(String::new) };
-    let outcome = runtime().block_on(run(config("mixtral", Share::All), hooks, std::future::ready(())));
+    let admin = Admin::new(String::new);
+    admin.end();
+    let hooks = Hooks { progress: Box::new(|_| {}), ready: Box::new(|_| {}), admin };
+    let outcome = runtime().block_on(run(config("mixtral", Share::All), hooks));
     assert!(outcome.is_ok(), "{outcome:?}");
 }

@@ -4,16 +4,18 @@ mod clients;
 mod models;
 mod operate;
 mod roles;
+mod settings;
 mod shared;
 
 use clap::{Parser, Subcommand};
+use muster_config::{RouterSettings, WorkerSettings};
 
 pub(crate) use self::clients::{BenchArgs, ChatArgs, GenerateArgs, StatusArgs};
 pub(crate) use self::models::{CheckModelArgs, LogitsArgs, PlanArgs, PullArgs};
 pub(crate) use self::operate::{
     CertsCommand, CertsInitArgs, DrainArgs, KeysCommand, KeysHashArgs, KeysNewArgs, ProbeArgs,
 };
-pub(crate) use self::roles::{RouterArgs, UpArgs, WorkerArgs};
+pub(crate) use self::roles::{RoleArgs, UpArgs};
 pub(crate) use self::shared::{ComputeArgs, ConfigArgs, CredentialArgs, LogArgs, SamplingArgs, TargetArgs};
 
 /// Serves Mixture-of-Experts language models with their experts spread over many processes.
@@ -40,9 +42,25 @@ pub(crate) enum Command {
     /// Run a whole cluster on this machine: one router and N workers as child processes.
     Up(UpArgs),
     /// Run a router: requests, attention, KV cache and gates; its experts are in workers.
-    Router(Box<RouterArgs>),
+    #[command(
+        after_help = "Every setting can also stand in the [router] table of the file given with --config, with \
+                            underscores (kv_memory = \"4GiB\"), and in the environment (MUSTER_ROUTER_KV_MEMORY).\n\n\
+                            SIGTERM ends it once running requests are done; a second one ends it at once.\n\n\
+                            Example:\n  muster router --model demo --worker 127.0.0.1:7070 --worker 127.0.0.1:7071"
+    )]
+    Router(RoleArgs<RouterSettings>),
     /// Run an expert worker.
-    Worker(Box<WorkerArgs>),
+    #[command(
+        after_help = "Every setting can also stand in the [worker] table of the file given with --config, with \
+                            underscores (drain_timeout = \"1m\"), and in the environment (MUSTER_WORKER_DRAIN_TIMEOUT).\n\n\
+                            SIGTERM ends it once others hold what is needed of it; a second one ends it at once.\n\n\
+                            Example, one more worker for a running cluster:\n  \
+                            muster worker --join 127.0.0.1:50051 --listen 127.0.0.1:0\n\n\
+                            Example, two workers that share the experts and routers that are told of them:\n  \
+                            muster worker --model demo --listen 127.0.0.1:7070 --share 0/2\n  \
+                            muster worker --model demo --listen 127.0.0.1:7071 --share 1/2"
+    )]
+    Worker(RoleArgs<WorkerSettings>),
     /// Talk to the model of a running router.
     Chat(ChatArgs),
     /// Continue one prompt and print the text.

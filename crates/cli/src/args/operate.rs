@@ -4,9 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use muster_admin::client::DEFAULT_ADMIN;
 use muster_config::parse_duration;
-
-use crate::plain_http::DEFAULT_ADMIN;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CertsCommand {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use muster_config::{Flags, GenerationMode, parse_weight_dtype};
+use muster_config::{GenerationMode, parse_weight_dtype};
 use muster_telemetry::LogFormat;
 use muster_types::{Combine, Compute, WeightDType};
 
@@ -22,74 +22,6 @@ pub(crate) struct LogArgs {
     /// Format of logs on standard error: human or json [default: human].
     #[arg(long, global = true, value_name = "FORMAT", help_heading = "Logging")]
     pub(crate) log_format: Option<LogFormat>,
-}
-
-/// What a router's edges take.
-#[derive(Debug, Clone, Args)]
-#[command(next_help_heading = "Requests")]
-pub(crate) struct EdgeArgs {
-    /// Most choices of one request: its prompts times n [default: 256].
-    #[arg(long, value_name = "N")]
-    pub(crate) max_choices: Option<String>,
-    /// Most stop strings, or stop ids, of one request [default: 16].
-    #[arg(long, value_name = "N")]
-    pub(crate) max_stops: Option<String>,
-    /// Most entries of one request's logit_bias [default: 1024].
-    #[arg(long, value_name = "N")]
-    pub(crate) max_bias: Option<String>,
-    /// Largest request; the text of a prompt may have half of it [default: 8MiB].
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) max_body: Option<String>,
-    /// How long an HTTP connection may wait for its next request [default: 30s].
-    #[arg(long, value_name = "TIME")]
-    pub(crate) keep_alive: Option<String>,
-    /// An origin whose web pages may ask, as in `https://example.org`, or * for all; given once for each [default: pages of
-    /// this host where --http is a loopback address, else none].
-    #[arg(long = "cors-origin", value_name = "ORIGIN")]
-    pub(crate) cors_origins: Vec<String>,
-}
-
-impl EdgeArgs {
-    /// As settings.
-    pub(crate) fn flags(&self, flags: Flags) -> Flags {
-        flags
-            .text("max_choices", self.max_choices.as_deref())
-            .text("max_stops", self.max_stops.as_deref())
-            .text("max_bias", self.max_bias.as_deref())
-            .text("max_body", self.max_body.as_deref())
-            .text("keep_alive", self.keep_alive.as_deref())
-            .list("cors_origins", &self.cors_origins)
-    }
-}
-
-/// Certificates, and what the machine around a process asks.
-#[derive(Debug, Clone, Args)]
-pub(crate) struct RoleTlsArgs {
-    /// This process's certificate, PEM, with its role as URI name; read again when it changes. `muster certs init` makes
-    /// one.
-    #[arg(long, value_name = "FILE", help_heading = "Security")]
-    pub(crate) tls_cert: Option<String>,
-    /// Its private key, PEM.
-    #[arg(long, value_name = "FILE", help_heading = "Security")]
-    pub(crate) tls_key: Option<String>,
-    /// The cluster's authority, PEM: other processes must have certificates of it.
-    #[arg(long, value_name = "FILE", help_heading = "Security")]
-    pub(crate) tls_ca: Option<String>,
-    /// Where /healthz, /readyz and /metrics are answered in plain HTTP, for a kubelet and a collector, and POST /drain for
-    /// this host [default: nowhere].
-    #[arg(long, value_name = "ADDR")]
-    pub(crate) admin: Option<String>,
-}
-
-impl RoleTlsArgs {
-    /// As settings.
-    pub(crate) fn flags(&self, flags: Flags) -> Flags {
-        flags
-            .text("tls_cert", self.tls_cert.as_deref())
-            .text("tls_key", self.tls_key.as_deref())
-            .text("tls_ca", self.tls_ca.as_deref())
-            .text("admin", self.admin.as_deref())
-    }
 }
 
 /// Links in a model's directory.

@@ -1,12 +1,14 @@
 //! `muster drain` and `muster probe`: what the machine around a router or worker asks of it, where there is no shell.
 
+use muster_admin::client;
+
 use crate::args::{DrainArgs, ProbeArgs};
 use crate::failure::Failure;
-use crate::{out, plain_http};
+use crate::out;
 
 pub(crate) async fn drain(args: &DrainArgs) -> Result<(), Failure> {
     let authority = authority(&args.admin)?;
-    match plain_http::ask(authority, "POST", "/drain", args.timeout).await {
+    match client::ask(authority, "POST", "/drain", args.timeout).await {
         Ok((200, body)) => out::write(&body),
         Ok((404, _)) => Err(Failure::input(format!(
             "{}: there is nothing to drain here; --admin names the address that a process was started with by this flag",
@@ -19,7 +21,7 @@ pub(crate) async fn drain(args: &DrainArgs) -> Result<(), Failure> {
 
 pub(crate) async fn probe(args: &ProbeArgs) -> Result<(), Failure> {
     let authority = authority(&args.admin)?;
-    match plain_http::ask(authority, "GET", "/readyz", args.timeout).await {
+    match client::ask(authority, "GET", "/readyz", args.timeout).await {
         Ok((200, body)) => out::write(&body),
         Ok((_, body)) => {
             // A kubelet puts standard output into the pod's events.
@@ -31,7 +33,7 @@ pub(crate) async fn probe(args: &ProbeArgs) -> Result<(), Failure> {
 }
 
 fn authority(url: &str) -> Result<&str, Failure> {
-    plain_http::authority(url)
+    client::authority(url)
         .ok_or_else(|| Failure::input(format!("--admin: {url:?} is no address; write http://host:port")))
 }
 

@@ -2,30 +2,26 @@
 //!
 //! Every stream is compared with what it gave undisturbed, token by token.
 
-use std::cell::Cell;
-use std::ffi::OsString;
 use std::num::NonZeroU32;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use muster_bench::Streams;
+use muster_bench::chaos::{Fault, Load, Outcome, table};
 use muster_client::Client;
+use muster_model::card::expert_shape;
 use muster_proto::cluster::v1::status_reply::Health;
-use muster_router::serve::expert_shape;
-use serde::Serialize;
-use tokio::task::{JoinSet, LocalSet};
+use tokio::task::LocalSet;
 
-use super::bench_streams::{Run, Streams};
 use crate::args::{BenchArgs, CredentialArgs, LogArgs};
 use crate::backend::{self, Backend};
 use crate::children;
-use crate::cluster::{Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
+use crate::cluster::{ClusterSpec, Workers};
 use crate::failure::Failure;
 use crate::kept::GRACE;
 use crate::models::DEMO;
 use crate::progress::Bars;
 use crate::signals::Signals;
-use crate::stats::quantile;
-use crate::{models, out, text};
+use crate::{models, out};
 
 /// Workers when nobody says how many.
 const WORKERS: NonZeroU32 = NonZeroU32::new(3).expect("it is not zero");
@@ -40,41 +36,6 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How long a worker that is stopped stands still.
 const STILL: Duration = Duration::from_secs(5);
 
-/// What is done to the cluster.
-#[derive(Debug, Clone, Copy)]
-enum Fault {
-    KillWorker,
-    StopWorker,
-    RestartWorkers,
-    KillRouter,
-}
-
-impl Fault {
-    const ALL: [Self; 4] = [Self::KillWorker, Self::StopWorker, Self::RestartWorkers, Self::KillRouter];
-
-    const fn name(self) -> &'static str {
-        match self {
-            Self::KillWorker => "a worker gets SIGKILL",
-            Self::StopWorker => "a worker stands still for 5 s (SIGSTOP)",
-            Self::RestartWorkers => "all workers are restarted in turn (SIGTERM)",
-            Self::KillRouter => "the router gets SIGKILL and is started again, clients resume",
-        }
-    }
-}
-
-/// What came of a fault.
-#[derive(Serialize)]
-struct Outcome {
-    fault: &'static str,
-    streams: usize,
-    /// Streams that had not ended when the fault was over.
-    disturbed: usize,
-    failed: usize,
-    different: usize,
-    /// Longest pause of each stream, milliseconds.
-    pauses_ms: Vec<u64>,
-}
-
 pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {
     // What workers say of their deaths is no news here.
     let log = &LogArgs { log: Some(log.log.clone().unwrap_or_else(|| "error".to_owned())), ..log.clone() };
@@ -88,45 +49,24 @@ pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> 
     let streams = args.concurrency.iter().copied().max().unwrap_or(STREAMS);
     let mut signals = Signals::listen()?;
     let bars = Bars::new();
-    let spec = WorkersSpec {
-        model,
-        links,
-        count,
-        experts_in_all,
-        replicas: REPLICAS,
-        compute: args.compute.compute.get(),
-        experts: args.compute.expert_dtype,
-        threads: args.compute.threads,
-        busy_poll_us: args.compute.busy_poll_us,
-        log,
-    };
+    let spec =
+        ClusterSpec { model, links, count, experts_in_all, replicas: REPLICAS, compute: args.compute, log };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
     let outcome =
-        LocalSet::new().run_until(signals.unless(with_router(args, log, model, streams, &workers))).await;
+        LocalSet::new().run_until(signals.unless(with_router(args, &spec, streams, &workers))).await;
     workers.stop().await;
     outcome
 }
 
 async fn with_router(
     args: &BenchArgs,
-    log: &LogArgs,
-    model: &str,
+    spec: &ClusterSpec<'_>,
     streams: u32,
     workers: &Workers,
 ) -> Result<(), Failure> {
     let start = |grpc: String| {
-        let mut arguments: Vec<OsString> =
-            ["router", "--model", model, "--http", "127.0.0.1:0", "--grpc", &grpc].map(Into::into).into();
-        arguments.extend(["--replicas".into(), REPLICAS.to_string().into()]);
-        let threads = args.compute.threads.unwrap_or(shares_of_cores(workers.count()).0);
-        arguments.extend(["--threads".into(), threads.to_string().into()]);
-        arguments.extend(["--trunk-dtype".into(), args.compute.trunk_dtype.to_string().into()]);
-        arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
-        arguments.extend(workers.addresses().iter().flat_map(|address| ["--worker".into(), address.into()]));
-        if args.target.links.allow_links {
-            arguments.push("--allow-links".into());
-        }
-        arguments.extend(log_flags(log));
+        let mut arguments = spec.router_arguments(workers);
+        arguments.extend(["--http", "127.0.0.1:0", "--grpc", &grpc].map(Into::into));
         children::spawn("the router", &arguments)
     };
     let mut router = start("127.0.0.1:0".to_owned())?;
@@ -135,17 +75,17 @@ async fn with_router(
     let client = backend::connect(&[grpc.to_string()], &CredentialArgs::default()).await?;
     whole(&client, workers).await?;
     let mut backend = Backend::Router(client.clone());
-    let about = backend.about().await?;
-    let kind = Streams::new(about.context, about.vocabulary);
-    let load = Load { backend, streams, kind };
+    let about = backend.about().await?.model;
+    let kind = Streams::of(&about);
+    let load = Load { target: backend, streams, kind };
     let mut undisturbed = Vec::new();
-    for run in load.run(async |_| Ok(())).await?.0 {
+    for run in load.run(async || Ok::<_, Failure>(())).await?.0 {
         undisturbed.push(run?.0);
     }
     let mut outcomes = Vec::new();
     for fault in Fault::ALL {
         let (runs, disturbed) = load
-            .run(async |()| match fault {
+            .run(async || match fault {
                 Fault::KillWorker => {
                     let before = workers.pid(1);
                     signal(before, libc::SIGKILL);
@@ -174,7 +114,11 @@ async fn with_router(
                 }
             })
             .await?;
-        outcomes.push(Outcome::of(fault, disturbed, runs, &undisturbed));
+        let outcome = Outcome::of(fault, disturbed, runs, &undisturbed);
+        for error in &outcome.errors {
+            out::note(&format!("a stream failed: {error}"));
+        }
+        outcomes.push(outcome);
         out::note(&format!("done: {}", fault.name()));
         whole(&client, workers).await?;
     }
@@ -183,76 +127,19 @@ async fn with_router(
         let json = serde_json::to_string(&outcomes).map_err(Failure::runtime)?;
         out::line(&json)?;
     } else {
-        out::line(&table(&about.name, workers, kind.tokens, &outcomes))?;
+        out::line(&format!(
+            "{}, {} workers, every expert on {REPLICAS} of them, streams of {} tokens, compared with the undisturbed run\n\n{}",
+            about.name,
+            workers.count(),
+            kind.tokens,
+            table(&outcomes)
+        ))?;
     }
-    let bad: usize = outcomes.iter().map(|outcome| outcome.failed + outcome.different).sum();
+    let bad: usize = outcomes.iter().map(Outcome::bad).sum();
     if bad > 0 {
         return Err(Failure::runtime(format!("{bad} streams failed or gave other tokens than undisturbed")));
     }
     Ok(())
-}
-
-/// Streams that all run at once.
-struct Load {
-    backend: Backend,
-    streams: u32,
-    kind: Streams,
-}
-
-impl Load {
-    /// Runs all streams, and `fault` once each has a token. Also says how many had not ended when it was over.
-    async fn run(
-        &self,
-        fault: impl AsyncFnOnce(()) -> Result<(), Failure>,
-    ) -> Result<(Vec<Run>, usize), Failure> {
-        let (begun, ended) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
-        let mut running = JoinSet::new();
-        for n in 0..self.streams {
-            let (begun, ended) = (Rc::clone(&begun), Rc::clone(&ended));
-            let mut has_begun = false;
-            let stream = self.kind.run(n, self.backend.clone(), move |_| {
-                if !std::mem::replace(&mut has_begun, true) {
-                    begun.set(begun.get() + 1);
-                }
-            });
-            running.spawn_local(async move {
-                let run = stream.await;
-                ended.set(ended.get() + 1);
-                (n, run)
-            });
-        }
-        let deadline = Instant::now() + RECOVERY;
-        while begun.get() < self.streams && ended.get() < self.streams && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        let until = fault(()).await;
-        let disturbed = self.streams - ended.get();
-        let mut runs = Vec::new();
-        while let Some(run) = running.join_next().await {
-            runs.push(run.map_err(Failure::runtime)?);
-        }
-        until?;
-        runs.sort_by_key(|(n, _)| *n);
-        Ok((runs.into_iter().map(|(_, run)| run).collect(), disturbed as usize))
-    }
-}
-
-impl Outcome {
-    fn of(fault: Fault, disturbed: usize, runs: Vec<Run>, undisturbed: &[Vec<u32>]) -> Self {
-        let (mut failed, mut different, mut pauses_ms) = (0, 0, Vec::new());
-        let streams = runs.len();
-        for (run, expected) in runs.into_iter().zip(undisturbed) {
-            match run {
-                Err(failure) => {
-                    out::note(&format!("a stream failed: {failure:?}"));
-                    failed += 1;
-                }
-                Ok((ids, _)) if ids != *expected => different += 1,
-                Ok((_, pause)) => pauses_ms.push(u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
-            }
-        }
-        Self { fault: fault.name(), streams, disturbed, failed, different, pauses_ms }
-    }
 }
 
 /// Waits until all workers serve and every expert is on as many as it shall be.
@@ -289,31 +176,4 @@ fn signal(pid: u32, signal: i32) {
         // for.
         unsafe { libc::kill(pid, signal) };
     }
-}
-
-fn table(model: &str, workers: &Workers, tokens: u32, outcomes: &[Outcome]) -> String {
-    let rows: Vec<Vec<String>> = outcomes
-        .iter()
-        .map(|outcome| {
-            let mut pauses: Vec<Duration> =
-                outcome.pauses_ms.iter().map(|&pause| Duration::from_millis(pause)).collect();
-            let mut at = |q| quantile(&mut pauses, q).map_or_else(|| "-".to_owned(), text::span);
-            vec![
-                outcome.fault.to_owned(),
-                outcome.streams.to_string(),
-                outcome.disturbed.to_string(),
-                outcome.failed.to_string(),
-                outcome.different.to_string(),
-                at(0.5),
-                at(0.99),
-                at(1.0),
-            ]
-        })
-        .collect();
-    let header = ["fault", "streams", "running after", "failed", "different", "pause p50", "p99", "most"];
-    format!(
-        "{model}, {} workers, every expert on {REPLICAS} of them, streams of {tokens} tokens, compared with the undisturbed run\n\n{}",
-        workers.count(),
-        text::table(&header, &rows)
-    )
 }

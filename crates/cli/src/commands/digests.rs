@@ -1,21 +1,22 @@
 //! Digests of a model's experts: made ahead for routers, and compared with the weights.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use muster_checkpoint::Checkpoint;
 use muster_checkpoint::digests::{DigestFile, Places};
 use muster_checkpoint::spec::{ExpertRole, Role};
-use muster_checkpoint::{Checkpoint, Source};
 use muster_model::LoadProgress;
+use muster_model::card::bytes_of;
 use muster_model::digests::digests;
 use muster_model::experts::{ExpertForm, ExpertSet};
 use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use serde::Serialize;
 
 use crate::args::CheckModelArgs;
-use crate::engine::{compute_mode, cores};
+use crate::engine::cores;
 use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::{models, out, text};
@@ -53,17 +54,14 @@ impl Digested {
 
 /// Where files of this model's digests may be.
 fn places(args: &CheckModelArgs) -> Result<Places, Failure> {
-    let model = match models::source(&args.model, args.links.links())? {
-        Source::Directory(path) | Source::Linked(path) => Some(path),
-        Source::Embedded { .. } => None,
-    };
-    Ok(Places { file: None, model, cache: models::cache() })
+    let source = models::source(&args.model, args.links.links())?;
+    Ok(Places { file: None, model: source.directory().map(Path::to_owned), cache: models::cache() })
 }
 
 /// Makes the file that was asked for.
 pub(super) fn make(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Option<Digested>, Failure> {
     let Some(asked) = &args.digests else { return Ok(None) };
-    let (compute, dtype) = (compute_mode(checkpoint, args.compute.get()), args.expert_dtype);
+    let (compute, dtype) = (checkpoint.compute(args.compute.get()), args.expert_dtype);
     let nowhere =
         || Failure::input("--digests: the built-in model has no directory; name a file: --digests=FILE");
     let file = match asked {
@@ -144,10 +142,7 @@ fn compute_all(
     file: PathBuf,
 ) -> Result<(BTreeMap<ExpertKey, WeightDigest>, Digested), Failure> {
     let (keys, bar) = (ExpertSet::all_keys(checkpoint), Bar::single("digests"));
-    let forms = ExpertForm::of_layers(checkpoint, compute, dtype);
-    let size =
-        |key: &ExpertKey| forms.get(key.layer.index()).copied().flatten().and_then(|form| form.bytes());
-    let total_bytes = keys.iter().filter_map(size).map(|bytes| bytes as u64).sum();
+    let total_bytes = bytes_of(&keys, &ExpertForm::of_layers(checkpoint, compute, dtype));
     let (started, done) = (Instant::now(), AtomicU64::new(0));
     let progress = |_, bytes: usize| {
         let done_bytes = done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;

@@ -4,7 +4,6 @@ mod admin;
 mod bench;
 mod bench_chaos;
 mod bench_soak;
-mod bench_streams;
 mod certs;
 mod chat;
 mod check_model;
@@ -18,6 +17,7 @@ mod plan;
 mod plan_text;
 mod pull;
 mod quality;
+mod role;
 mod router;
 mod status;
 mod target;
@@ -26,20 +26,14 @@ mod up;
 mod worker;
 
 use std::future::Future;
-use std::time::Duration;
 
-use muster_admin::Admin;
-use muster_config::{Environment, Flags, LogSettings};
+use muster_config::Environment;
 use muster_identity::{Identity, TlsFiles};
 use muster_telemetry::init_logs;
 use tokio::runtime::{Builder, Runtime};
-use tokio_util::sync::CancellationToken;
 
-use crate::args::{Cli, Command, LogArgs};
+use crate::args::{Cli, Command};
 use crate::failure::Failure;
-
-/// How often it is tried again to start what lacked something.
-const MENDED: Duration = Duration::from_secs(3);
 
 /// Runs what was asked for.
 pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
@@ -103,42 +97,6 @@ fn runtime(builder: &mut Builder) -> Result<Runtime, Failure> {
         .map_err(|error| Failure::runtime(format!("cannot start the asynchronous runtime: {error}")))
 }
 
-/// Runs a server until it ends.
-fn serve(log: &LogSettings, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    init_logs(log.format, &log.filter).map_err(Failure::input)?;
-    warn_of_strangers();
-    let runtime = runtime(Builder::new_multi_thread().worker_threads(2).thread_name("muster-io"))?;
-    let outcome = runtime.block_on(work);
-    runtime.shutdown_background();
-    outcome
-}
-
-/// Runs a server until `stop`. Where the machine around it can ask how it is, files that are missing or wrong are waited for,
-/// with the reason for whoever asks: starting the process again and again would help nobody.
-async fn persist(
-    admin: &Admin,
-    is_asked: bool,
-    stop: &CancellationToken,
-    mut attempt: impl AsyncFnMut() -> Result<(), Failure>,
-) -> Result<(), Failure> {
-    let mut said = String::new();
-    loop {
-        let reason = match attempt().await {
-            Err(Failure::Input(reason)) if is_asked => reason,
-            outcome => return outcome,
-        };
-        if reason != said {
-            tracing::error!(reason, "cannot start; trying again until it is mended");
-            admin.not_ready(reason.clone());
-            said = reason;
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            () = tokio::time::sleep(MENDED) => {}
-        }
-    }
-}
-
 /// Who this process is.
 fn identity(files: Option<TlsFiles>) -> Result<Option<Identity>, Failure> {
     let load = |files| Identity::load(files).map_err(|error| Failure::input(format!("TLS: {error}")));
@@ -150,10 +108,4 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(Failure::runtime(error)))
-}
-
-/// Flags of logging as settings of a role.
-fn log_settings(flags: Flags, log: &LogArgs) -> Flags {
-    let format = log.log_format.map(|format| format.to_string());
-    flags.text("log", log.log.as_deref()).text("log_format", format.as_deref())
 }

@@ -103,7 +103,7 @@ pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Q
         |compute, experts, trunk| logits(&checkpoint, Mode { compute, experts, trunk }, threads, &texts);
     let exact = run(Compute::F32, Native, Native)?;
     let rounded = run(Compute::Bf16, Native, Native)?;
-    let own = engine::compute_mode(&checkpoint, None);
+    let own = checkpoint.compute(None);
     let native = if own == Compute::F32 { &exact } else { &rounded };
     let vocab = checkpoint.spec().vocab as usize;
     let distance = |from: &[f32], to: &[f32]| {
@@ -125,7 +125,7 @@ fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<
         let remedy = tokenizer::remedy(checkpoint);
         return Err(Failure::input(format!("--quality: give token ids with --tokens FILE: {remedy}")));
     }
-    let compute = engine::compute_mode(checkpoint, None);
+    let compute = checkpoint.compute(None);
     let mode = Mode { compute, experts: Native, trunk: Native };
     let loaded = engine::load(Arc::clone(checkpoint), mode, threads, Experts::Here, &Bar::single("model"))?;
     let (service, _handle) = loaded.serve(EngineSettings::default(), ModelDefaults::Ignored)?;

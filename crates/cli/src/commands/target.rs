@@ -1,4 +1,4 @@
-//! `--grpc URL...`, or `--model M [--workers N]`: whom `generate` and `bench` work with.
+//! `--grpc URL...`, or `--model M [--workers N]`: whom `generate`, `bench` and `logits` work with.
 
 use std::future::Future;
 use std::num::NonZeroU32;
@@ -6,17 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use muster_dispatch_grpc::StatsHandle;
-use muster_router::serve::expert_shape;
+use muster_model::card::expert_shape;
 use muster_router::start::{EngineSettings, ModelDefaults};
 
 use super::blocking;
 use crate::args::{ComputeArgs, LogArgs, TargetArgs};
 use crate::backend::{self, Backend, DEFAULT_GRPC};
-use crate::cluster::{Workers, WorkersSpec, shares_of_cores};
-use crate::engine::{self, Experts, Mode, cores};
+use crate::cluster::{ClusterSpec, Workers, shares_of_cores};
+use crate::engine::{self, Experts, Loaded, Mode, cores};
 use crate::failure::Failure;
-use crate::models;
-use crate::progress::{Bar, Bars};
+use crate::models::{self, Links};
+use crate::progress::Bars;
 use crate::signals::Signals;
 
 /// How long the engine may take to end once nobody uses it.
@@ -43,49 +43,59 @@ where
         };
         return signals.unless(work).await;
     };
-    let checkpoint = Arc::new(models::open(model, target.links.links())?);
-    let Some(count) = target.workers else {
-        let threads = compute.threads.unwrap_or(cores());
-        let mode = Mode::of(&checkpoint, compute);
-        let work = async {
-            let bar = Bar::single("model");
-            let loaded =
-                blocking(move || engine::load(checkpoint, mode, threads, Experts::Here, &bar)).await?;
-            in_process(loaded, defaults, work).await
-        };
-        return signals.unless(work).await;
-    };
-    let bars = Bars::new();
-    let spec = WorkersSpec {
-        model,
-        links: target.links.links(),
-        count,
-        experts_in_all: expert_shape(&checkpoint).total(),
-        replicas: NonZeroU32::MIN,
-        compute: compute.compute.get(),
-        experts: compute.expert_dtype,
-        threads: compute.threads,
-        busy_poll_us: compute.busy_poll_us,
-        log,
-    };
-    let workers = signals.unless(Workers::start(&spec, &bars)).await?;
-    let threads = compute.threads.unwrap_or(shares_of_cores(count).0);
+    let cluster = Own { model, links: target.links.links(), workers: target.workers, compute, log };
+    with_model(&cluster, &mut signals, async |loaded| in_process(loaded, defaults, work).await).await
+}
+
+/// A model that this process loads.
+pub(crate) struct Own<'a> {
+    pub(crate) model: &'a str,
+    pub(crate) links: Links,
+    /// Processes that hold its experts; `None`: this one does.
+    pub(crate) workers: Option<NonZeroU32>,
+    pub(crate) compute: ComputeArgs,
+    pub(crate) log: &'a LogArgs,
+}
+
+/// Loads a model, gives it to `work`, and takes down again what was started.
+pub(crate) async fn with_model<T>(
+    own: &Own<'_>,
+    signals: &mut Signals,
+    work: impl AsyncFnOnce(Loaded) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let &Own { model, links, workers, compute, log } = own;
+    let checkpoint = Arc::new(models::open(model, links)?);
     let mode = Mode::of(&checkpoint, compute);
-    let (combine, busy_poll) = (compute.combine, compute.busy_poll());
-    let experts = Experts::Workers { addresses: workers.addresses().to_vec(), combine, busy_poll };
-    let bar = bars.bar("router".to_owned());
+    let bars = Bars::new();
+    let (workers, experts, share, label) = match workers {
+        None => (None, Experts::Here, cores(), "model"),
+        Some(count) => {
+            let experts_in_all = expert_shape(&checkpoint).total();
+            let replicas = NonZeroU32::MIN;
+            let spec = ClusterSpec { model, links, count, experts_in_all, replicas, compute, log };
+            let workers = signals.unless(Workers::start(&spec, &bars)).await?;
+            let experts = Experts::Workers {
+                addresses: workers.addresses().to_vec(),
+                combine: compute.combine,
+                busy_poll: compute.busy_poll(),
+            };
+            (Some(workers), experts, shares_of_cores(count).0, "router")
+        }
+    };
+    let (threads, bar) = (compute.threads.unwrap_or(share), bars.bar(label.to_owned()));
     let outcome = signals
         .unless(async {
-            let loaded = blocking(move || engine::load(checkpoint, mode, threads, experts, &bar)).await?;
-            in_process(loaded, defaults, work).await
+            work(blocking(move || engine::load(checkpoint, mode, threads, experts, &bar)).await?).await
         })
         .await;
-    workers.stop().await;
+    if let Some(workers) = workers {
+        workers.stop().await;
+    }
     outcome
 }
 
 async fn in_process<F>(
-    loaded: engine::Loaded,
+    loaded: Loaded,
     defaults: ModelDefaults,
     work: impl FnOnce(Backend, Option<StatsHandle>) -> F,
 ) -> Result<(), Failure>

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use muster_checkpoint::Checkpoint;
 use muster_config::GenerationMode;
 use muster_kernels::Isa;
+use muster_model::card::expert_shape;
 use muster_model::defaults::{SamplingDefaults, Wanted};
 use muster_model::experts::faster_mode;
 use muster_proto::v1;
-use muster_router::serve::{RouterError, expert_shape};
+use muster_router::serve::RouterError;
 use muster_router::start::check_kv;
 use muster_router::tokenizer;
 use tokio::sync::oneshot;
@@ -22,8 +23,7 @@ use super::generate::{Output, Prompt, answer};
 use crate::args::{CredentialArgs, LogArgs, UpArgs};
 use crate::backend::{self, Backend};
 use crate::children::{Announcement, Listening, announce};
-use crate::cluster::{Workers, WorkersSpec, compute_flags, log_flags, shares_of_cores};
-use crate::engine::compute_mode;
+use crate::cluster::{ClusterSpec, Workers};
 use crate::failure::Failure;
 use crate::kept::Kept;
 use crate::progress::Bars;
@@ -41,26 +41,23 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     }
     // Opened here first, so that a model that cannot be served is refused once and not by every child.
     let model = Model::open(args)?;
-    let compute = compute_mode(&model.checkpoint, args.compute.compute.get());
+    let compute = model.checkpoint.compute(args.compute.compute.get());
     check_kv(&model.checkpoint, compute, args.kv_memory)
         .map_err(|error| Failure::input(format!("--kv-memory: {error}")))?;
     let mut signals = Signals::listen()?;
     addresses.check()?;
     let bars = Bars::new();
-    let spec = WorkersSpec {
+    let spec = ClusterSpec {
         model: &args.model,
         links: args.links.links(),
         count: NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN),
         experts_in_all: expert_shape(&model.checkpoint).total(),
         replicas: args.replicas,
-        compute: args.compute.compute.get(),
-        experts: args.compute.expert_dtype,
-        threads: args.compute.threads,
-        busy_poll_us: args.compute.busy_poll_us,
+        compute: args.compute,
         log,
     };
     let workers = signals.unless(Workers::start(&spec, &bars)).await?;
-    let router = Router::start(router_arguments(args, log, &workers), addresses, &bars);
+    let router = Router::start(router_arguments(args, &spec, &workers), addresses, &bars);
     let outcome = signals.unless(serve(args, &model, router.is_ready)).await;
     router.stop.cancel();
     let _ = router.task.await;
@@ -185,34 +182,11 @@ async fn serve(
 }
 
 /// What the router is told, but for where to listen.
-fn router_arguments(args: &UpArgs, log: &LogArgs, workers: &Workers) -> Vec<OsString> {
-    let count = NonZeroU32::new(args.workers).unwrap_or(NonZeroU32::MIN);
-    let threads = args.compute.threads.unwrap_or(shares_of_cores(count).0);
-    let mut arguments: Vec<OsString> = vec![
-        "router".into(),
-        "--model".into(),
-        args.model.as_str().into(),
-        "--threads".into(),
-        threads.to_string().into(),
-        "--combine".into(),
-        args.compute.combine.to_string().into(),
-        "--busy-poll-us".into(),
-        args.compute.busy_poll_us.to_string().into(),
-        "--trunk-dtype".into(),
-        args.compute.trunk_dtype.to_string().into(),
-        "--replicas".into(),
-        args.replicas.to_string().into(),
-        "--generation-config".into(),
-        args.sampling.generation_config.to_string().into(),
-    ];
-    for address in workers.addresses() {
-        arguments.extend(["--worker".into(), address.into()]);
-    }
+fn router_arguments(args: &UpArgs, spec: &ClusterSpec<'_>, workers: &Workers) -> Vec<OsString> {
+    let mut arguments = spec.router_arguments(workers);
+    arguments.extend(["--generation-config".into(), args.sampling.generation_config.to_string().into()]);
     if let Some(bytes) = args.kv_memory {
         arguments.extend(["--kv-memory".into(), format!("{bytes}B").into()]);
-    }
-    if args.links.allow_links {
-        arguments.push("--allow-links".into());
     }
     if args.insecure_plaintext {
         arguments.push("--insecure-plaintext".into());
@@ -220,8 +194,6 @@ fn router_arguments(args: &UpArgs, log: &LogArgs, workers: &Workers) -> Vec<OsSt
     if args.insecure_no_keys {
         arguments.push("--insecure-no-keys".into());
     }
-    arguments.extend(compute_flags(args.compute.compute.get(), args.compute.expert_dtype));
-    arguments.extend(log_flags(log));
     arguments
 }
 
@@ -232,7 +204,7 @@ fn welcome(args: &UpArgs, model: &Model, served: &v1::Model, http: SocketAddr, g
     let suggestions = suggestions(served, http, grpc);
     let missing =
         if served.has_tokenizer { String::new() } else { format!("\n{}.\n", tokenizer::remedy(checkpoint)) };
-    let compute = compute_mode(checkpoint, args.compute.compute.get());
+    let compute = checkpoint.compute(args.compute.compute.get());
     let hint =
         faster_mode(compute, Isa::detect()).map_or_else(String::new, |hint| format!("\nHint: {hint}.\n"));
     format!(

@@ -1,90 +1,32 @@
 //! `muster worker`: settings to a running worker.
 
-use muster_admin::Admin;
-use muster_config::{Environment, Flags, Share, Sources, WorkerSettings};
+use muster_config::WorkerSettings;
 use muster_dispatch_grpc::Address;
-use muster_telemetry::Process;
 use muster_types::WorkerId;
 use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run as run_worker};
 
-use super::{identity, log_settings, persist, serve};
-use crate::args::{LogArgs, WorkerArgs};
-use crate::children::{Listening, exit_with_parent};
+use super::identity;
+use super::role::{self, Around};
+use crate::args::{LogArgs, RoleArgs};
+use crate::children::Listening;
 use crate::engine::cores;
 use crate::failure::Failure;
+use crate::models;
 use crate::models::Links;
-use crate::outlet::Outlet;
-use crate::signals::Signals;
-use crate::{models, out};
 
-pub(crate) fn run(args: &WorkerArgs, log: &LogArgs) -> Result<(), Failure> {
-    let flags = flags(args, log);
-    let environment = Environment::of_process();
-    let sources = Sources { file: args.config.config.as_deref(), environment: &environment, flags: &flags };
-    let loaded = WorkerSettings::load(&sources).map_err(Failure::input)?;
-    if args.config.print_config {
-        return out::write(&loaded.effective);
-    }
-    let settings = loaded.settings;
-    if args.config.exit_with_parent {
-        exit_with_parent()?;
-    }
-    let log = settings.log.clone();
-    let outlet = Outlet::of(&args.config, "worker");
-    serve(&log, async move {
-        let signals = Signals::listen()?;
-        let stop = signals.drain_then_exit();
-        let metrics = muster_telemetry::install_metrics(Process::Worker).map_err(Failure::runtime)?;
-        let admin = Admin::new(move || metrics.render());
-        let address = match settings.admin {
-            Some(address) => Some(admin.listen(address).await.map_err(Failure::input)?),
-            None => None,
+pub(crate) fn run(args: &RoleArgs<WorkerSettings>, log: &LogArgs) -> Result<(), Failure> {
+    role::run(args, log, async |settings, Around { progress, ready, admin }| {
+        let ready = |Ready { address, .. }: Ready| {
+            ready(Listening { listen: Some(address.to_string()), ..Listening::default() });
         };
-        persist(&admin, address.is_some(), &stop, async || {
-            let (progress, ready) = (outlet.progress(), outlet.ready());
-            let hooks = Hooks {
-                progress,
-                ready: Box::new(move |state: Ready| {
-                    let listen = Some(state.address.to_string());
-                    ready(Listening { listen, admin: address, ..Listening::default() });
-                }),
-                admin: admin.clone(),
-            };
-            let config = config(settings.clone())?;
-            run_worker(config, hooks, stop.clone().cancelled_owned()).await.map_err(|error| failure(&error))
-        })
-        .await
+        let hooks = Hooks { progress, ready: Box::new(ready), admin };
+        run_worker(config(settings)?, hooks).await.map_err(|error| failure(&error))
     })
 }
 
-fn flags(args: &WorkerArgs, log: &LogArgs) -> Flags {
-    let flags = Flags::new()
-        .text("model", args.model.as_deref())
-        .text("listen", args.listen.as_deref())
-        .list("join", &args.join)
-        .text("advertise", args.advertise.as_deref())
-        .text("share", args.share.as_deref())
-        .text("memory", args.memory.as_deref())
-        .text("speed", args.speed.as_deref())
-        .text("domain", args.domain.as_deref())
-        .text("fetch_rate", args.fetch_rate.as_deref())
-        .text("id", args.id.as_deref())
-        .text("compute", args.compute.as_deref())
-        .text("expert_dtype", args.expert_dtype.as_deref())
-        .text("threads", args.threads.as_deref())
-        .text("max_rows", args.max_rows.as_deref())
-        .text("max_queue", args.max_queue.as_deref())
-        .text("max_streams", args.max_streams.as_deref())
-        .text("drain_timeout", args.drain_timeout.as_deref())
-        .text("busy_poll_us", args.busy_poll_us.as_deref());
-    let flags = if args.insecure_plaintext { flags.on("insecure_plaintext") } else { flags };
-    let flags = if args.links.allow_links { flags.on("allow_links") } else { flags };
-    let flags = args.tls.flags(flags);
-    log_settings(flags, log)
-}
-
 fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
-    let links = Links::of(settings.allow_links);
+    let links = Links::of(settings.compute.allow_links);
+    let share = settings.share();
     let id = settings.id.unwrap_or_else(|| name_of(&settings.listen, std::process::id()));
     Ok(WorkerConfig {
         worker_id: WorkerId::new(&id).map_err(|error| Failure::input(format!("--id: {error}")))?,
@@ -92,24 +34,20 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
         source: settings.model.as_deref().map(|model| models::source(model, links)).transpose()?,
         join: settings.join,
         advertise: settings.advertise,
-        share: match settings.share {
-            Share::None => muster_worker::Share::None,
-            Share::All => muster_worker::Share::All,
-            Share::Part { index, of, replicas } => muster_worker::Share::Part { index, count: of, replicas },
-        },
+        share,
         memory: settings.memory,
         speed: settings.speed,
         domain: settings.domain.or_else(|| if in_pod() { None } else { host() }),
         fetch_rate: settings.fetch_rate,
-        compute: settings.compute,
-        experts: settings.experts,
-        threads: settings.threads.unwrap_or(cores()),
+        compute: settings.compute.compute,
+        experts: settings.compute.expert_dtype,
+        threads: settings.compute.threads.unwrap_or(cores()),
         max_rows: settings.max_rows,
         queue: settings.max_queue,
         streams: settings.max_streams,
         drain_timeout: settings.drain_timeout,
-        busy_poll: settings.busy_poll,
-        identity: identity(settings.tls)?,
+        busy_poll: settings.busy_poll_us,
+        identity: identity(settings.tls.files())?,
     })
 }
 
@@ -144,11 +82,10 @@ fn failure(error: &WorkerError) -> Failure {
         WorkerError::Checkpoint(_)
         | WorkerError::Model(_)
         | WorkerError::Share(_)
-        | WorkerError::EmptyShare { .. }
         | WorkerError::Memory { .. }
         | WorkerError::NoModel
         | WorkerError::Join(_)
-        | WorkerError::Size { .. } => Failure::input(error),
+        | WorkerError::Card(_) => Failure::input(error),
         _ => Failure::runtime(error),
     }
 }

@@ -1,6 +1,5 @@
 //! The workers of a router beside the data plane: who leads, what they shall hold, and how they come in.
 
-mod card;
 pub(crate) mod digests;
 mod discovery;
 mod fallback;
@@ -8,7 +7,6 @@ mod leader;
 mod status;
 mod weights;
 
-pub use card::{card, expert_sizes};
 pub(crate) use discovery::Discovery;
 pub(crate) use fallback::ColdExperts;
 pub(crate) use leader::{Leader, LeaderConfig};

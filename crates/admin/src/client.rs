@@ -1,4 +1,4 @@
-//! One request over plain HTTP, to a process of this host or to a page of metrics.
+//! The other end: one request over plain HTTP, to a process of this host or to a page of metrics.
 
 use std::io;
 use std::time::Duration;
@@ -8,13 +8,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 /// Where a process answers what the machine around it asks, by convention.
-pub(crate) const DEFAULT_ADMIN: &str = "http://127.0.0.1:9090";
+pub const DEFAULT_ADMIN: &str = "http://127.0.0.1:9090";
 
 /// Longest answer that is read.
 const MOST_BYTES: u64 = 4 << 20;
 
 /// The `host:port` of `http://host:port`, `http://host:port/` or `host:port`.
-pub(crate) fn authority(url: &str) -> Option<&str> {
+#[must_use]
+pub fn authority(url: &str) -> Option<&str> {
     let authority = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/');
     let is_one = authority.contains(':') && !authority.contains(['/', ' ', '\r', '\n']);
     (!authority.is_empty() && is_one).then_some(authority)
@@ -24,7 +25,7 @@ pub(crate) fn authority(url: &str) -> Option<&str> {
 ///
 /// # Errors
 /// What was seen instead of one.
-pub(crate) async fn ask(
+pub async fn ask(
     authority: &str,
     method: &str,
     path: &str,

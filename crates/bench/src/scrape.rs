@@ -3,31 +3,33 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::failure::Failure;
-use crate::plain_http;
+use muster_admin::client;
+
+use crate::BenchError;
 
 const DEADLINE: Duration = Duration::from_secs(5);
 
 /// A process's metrics page.
-pub(crate) struct Metrics {
+#[derive(Debug, Clone)]
+pub struct Metrics {
     /// `host:port`.
     authority: String,
 }
 
 impl Metrics {
-    /// `url` is `http://host:port` or `host:port`.
-    pub(crate) fn at(url: &str) -> Result<Self, Failure> {
-        let wrong = || Failure::input(format!("--metrics: {url:?} is no address; write http://host:port"));
-        Ok(Self { authority: plain_http::authority(url).ok_or_else(wrong)?.to_owned() })
+    /// `url` is `http://host:port` or `host:port`; `None` when it is neither.
+    #[must_use]
+    pub fn at(url: &str) -> Option<Self> {
+        Some(Self { authority: client::authority(url)?.to_owned() })
     }
 
     /// The histogram `name`, all its series added up; empty when nothing was recorded yet.
-    pub(crate) async fn histogram(&self, name: &str) -> Result<Histogram, Failure> {
+    pub(crate) async fn histogram(&self, name: &str) -> Result<Histogram, BenchError> {
         let failed = |reason: String| {
-            Failure::runtime(format!("the metrics at http://{}/metrics: {reason}", self.authority))
+            BenchError::Runtime(format!("the metrics at http://{}/metrics: {reason}", self.authority))
         };
         let (status, body) =
-            plain_http::ask(&self.authority, "GET", "/metrics", DEADLINE).await.map_err(failed)?;
+            client::ask(&self.authority, "GET", "/metrics", DEADLINE).await.map_err(failed)?;
         if status != 200 {
             return Err(failed(format!("the answer has status {status}")));
         }
@@ -138,10 +140,10 @@ mod tests {
     #[test]
     fn addresses_are_checked() {
         for good in ["http://127.0.0.1:8080", "localhost:8080", "http://[::1]:8080/"] {
-            assert!(Metrics::at(good).is_ok(), "{good}");
+            assert!(Metrics::at(good).is_some(), "{good}");
         }
         for bad in ["", "https://a:1/x", "http://host", "a b:1", "h:1/metrics"] {
-            assert!(Metrics::at(bad).is_err(), "{bad}");
+            assert!(Metrics::at(bad).is_none(), "{bad}");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use muster_dispatch_grpc::StatsHandle;
 use muster_engine::delivery::Summed;
 
-use crate::failure::Failure;
+use crate::BenchError;
 use crate::scrape::{Histogram, Metrics};
 use crate::stats::quantile;
 
@@ -13,7 +13,8 @@ use crate::stats::quantile;
 const OVERHEAD: &str = "muster_dispatch_overhead_seconds";
 
 /// Where the times come from.
-pub(crate) enum Clock {
+#[derive(Clone)]
+pub enum Clock {
     /// Nobody tells.
     None,
     /// The engine in this process.
@@ -36,7 +37,7 @@ pub(crate) enum DispatchTimes {
 }
 
 impl Clock {
-    pub(crate) async fn mark(&self) -> Result<Mark, Failure> {
+    pub(crate) async fn mark(&self) -> Result<Mark, BenchError> {
         Ok(match self {
             Self::None => Mark::Nothing,
             Self::Samples(stats) => Mark::Samples(stats.snapshot().samples.len()),
@@ -45,7 +46,7 @@ impl Clock {
     }
 
     /// What came since `mark`.
-    pub(crate) async fn since(&self, mark: Mark) -> Result<Option<DispatchTimes>, Failure> {
+    pub(crate) async fn since(&self, mark: Mark) -> Result<Option<DispatchTimes>, BenchError> {
         Ok(match (self, mark) {
             (Self::Samples(stats), Mark::Samples(before)) => {
                 let samples = stats.snapshot().samples;

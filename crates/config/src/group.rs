@@ -1,0 +1,255 @@
+//! Declarations of settings: what is told of each in one place, and the types made of it.
+
+use std::net::SocketAddr;
+
+use muster_telemetry::Process;
+
+use crate::layers::{Loaded, Reader, Sources};
+use crate::problem::ConfigError;
+use crate::shared::LogSettings;
+
+/// One setting of a role: its name, how it is written, what holds without it, and what it is.
+#[derive(Debug)]
+pub struct Key {
+    pub(crate) name: &'static str,
+    pub(crate) form: Form,
+    pub(crate) default: DefaultTo,
+    /// Lines of its documentation.
+    pub(crate) about: &'static [&'static str],
+}
+
+/// What a setting is written as.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Form {
+    pub(crate) kind: ValueKind,
+    /// Placeholder in help; empty for a switch that is only ever turned on.
+    pub(crate) placeholder: &'static str,
+}
+
+/// The type of a setting in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ValueKind {
+    Text,
+    Number,
+    /// A number, or a word that stands for one.
+    NumberOrText,
+    Switch,
+    List,
+}
+
+/// What holds where nobody gives a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DefaultTo {
+    /// This value, as a flag would give it.
+    Value(&'static str),
+    /// Something that no value stands for, in words.
+    Words(&'static str),
+    /// Nothing, or it has to be given.
+    Nothing,
+}
+
+/// Settings under one heading.
+#[derive(Debug)]
+pub struct Group {
+    /// Heading in help; `None` for a role's own settings.
+    pub heading: Option<&'static str>,
+    /// In the order of help and documentation.
+    pub keys: &'static [Key],
+}
+
+/// All settings of a role.
+#[derive(Debug)]
+pub struct Role {
+    /// Table in a file, and part of the names of variables.
+    pub name: &'static str,
+    /// In the order of help and documentation.
+    pub groups: &'static [Group],
+}
+
+/// What a process is told.
+pub trait RoleSettings: Clone {
+    /// All there is.
+    const ROLE: &'static Role;
+    /// Whose they are.
+    const PROCESS: Process;
+
+    /// Reads and checks all layers.
+    ///
+    /// # Errors
+    /// Everything that is wrong.
+    fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError>;
+
+    /// What it logs.
+    fn log(&self) -> &LogSettings;
+
+    /// Where the machine around it asks.
+    fn admin(&self) -> Option<SocketAddr>;
+}
+
+/// Settings that are declared together.
+pub(crate) trait Settings: Sized {
+    /// What could be read of them.
+    type Read;
+
+    fn read(reader: &mut Reader) -> Self::Read;
+
+    /// The settings, if nothing is missing.
+    fn whole(read: Self::Read) -> Option<Self>;
+}
+
+impl Form {
+    pub(crate) const fn text(placeholder: &'static str) -> Self {
+        Self { kind: ValueKind::Text, placeholder }
+    }
+
+    pub(crate) const fn list(placeholder: &'static str) -> Self {
+        Self { kind: ValueKind::List, placeholder }
+    }
+}
+
+pub(crate) const NUMBER: Form = Form { kind: ValueKind::Number, placeholder: "N" };
+pub(crate) const NUMBER_OR_WORD: Form = Form { kind: ValueKind::NumberOrText, placeholder: "N" };
+/// A switch that can be turned off.
+pub(crate) const BOOL: Form = Form { kind: ValueKind::Switch, placeholder: "BOOL" };
+pub(crate) const SWITCH: Form = Form { kind: ValueKind::Switch, placeholder: "" };
+pub(crate) const ADDR: Form = Form::text("ADDR");
+pub(crate) const DTYPE: Form = Form::text("DTYPE");
+pub(crate) const FILE: Form = Form::text("FILE");
+pub(crate) const MODE: Form = Form::text("MODE");
+pub(crate) const NAME: Form = Form::text("NAME");
+pub(crate) const SIZE: Form = Form::text("SIZE");
+pub(crate) const TIME: Form = Form::text("TIME");
+
+impl ValueKind {
+    pub(crate) const fn in_toml(self) -> &'static str {
+        match self {
+            Self::Text => "a string",
+            Self::Number => "a decimal integer",
+            Self::NumberOrText => "a decimal integer or a string",
+            Self::Switch => "true or false",
+            Self::List => "an array of strings",
+        }
+    }
+}
+
+impl Key {
+    /// As a file has it, with underscores.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// As the command line has it, without dashes in front. Each entry of a list is given with a flag of its own.
+    #[must_use]
+    pub fn flag(&self) -> String {
+        let name = if self.is_list() { self.name.trim_end_matches('s') } else { self.name };
+        name.replace('_', "-")
+    }
+
+    /// Whether it takes several values.
+    #[must_use]
+    pub fn is_list(&self) -> bool {
+        self.form.kind == ValueKind::List
+    }
+
+    /// What stands for its value in help; `None` where the flag takes none.
+    #[must_use]
+    pub fn placeholder(&self) -> Option<&'static str> {
+        Some(self.form.placeholder).filter(|placeholder| !placeholder.is_empty())
+    }
+
+    /// What holds where nobody gives it.
+    #[must_use]
+    pub const fn default(&self) -> DefaultTo {
+        self.default
+    }
+
+    /// What it is, for help.
+    #[must_use]
+    pub fn help(&self) -> String {
+        self.paragraphs().next().unwrap_or_default()
+    }
+
+    /// What else is to be known of it, for the page.
+    #[must_use]
+    pub fn remarks(&self) -> String {
+        self.paragraphs().skip(1).collect::<Vec<_>>().join(" ")
+    }
+
+    fn paragraphs(&self) -> impl Iterator<Item = String> {
+        let paragraphs = self.about.split(|line| line.trim().is_empty());
+        paragraphs.map(|lines| lines.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" "))
+    }
+}
+
+impl Role {
+    /// Its settings.
+    pub fn keys(&self) -> impl Iterator<Item = &'static Key> {
+        self.groups.iter().flat_map(|group| group.keys)
+    }
+
+    /// The environment variable of a key.
+    pub(crate) fn variable(&self, key: &str) -> String {
+        format!("MUSTER_{}_{}", self.name.to_uppercase(), key.to_uppercase())
+    }
+}
+
+/// Declares settings: `key: type = how(parser), form, default;`, where `how` is the reader's method that takes them. What
+/// documents a key is its help and its row of the page, on which paragraphs behind the first stand alone. Makes the
+/// struct, what could be read of it (`Read`), and the table of its keys. Groups behind `with` are fields of it as well.
+macro_rules! settings {
+    (
+        $(#[$about:meta])*
+        pub struct $name:ident, $read:ident {
+            $(
+                $(#[doc = $help:literal])*
+                $key:ident: $type:ty = $how:ident($parse:expr), $form:expr, $default:expr;
+            )*
+        }
+        $(with { $( $(#[$part_about:meta])* $part:ident: $part_type:ty; )* })?
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct $name {
+            $( $(#[doc = $help])* pub $key: $type, )*
+            $($( $(#[$part_about])* pub $part: $part_type, )*)?
+        }
+
+        /// What could be read of the settings; `None` where something is wrong.
+        pub(crate) struct $read {
+            $( pub(crate) $key: Option<$type>, )*
+            $($( pub(crate) $part: <$part_type as crate::group::Settings>::Read, )*)?
+        }
+
+        impl $name {
+            pub(crate) const KEYS: &[crate::group::Key] = &[$(
+                crate::group::Key {
+                    name: stringify!($key),
+                    form: $form,
+                    default: $default,
+                    about: &[$($help),*],
+                },
+            )*];
+        }
+
+        impl crate::group::Settings for $name {
+            type Read = $read;
+
+            fn read(reader: &mut crate::layers::Reader) -> $read {
+                $read {
+                    $( $key: reader.$how(stringify!($key), $parse), )*
+                    $($( $part: <$part_type as crate::group::Settings>::read(reader), )*)?
+                }
+            }
+
+            fn whole(read: $read) -> Option<Self> {
+                Some(Self {
+                    $( $key: read.$key?, )*
+                    $($( $part: crate::group::Settings::whole(read.$part)?, )*)?
+                })
+            }
+        }
+    };
+}
+
+pub(crate) use settings;
