@@ -144,6 +144,12 @@ settings! {
         /// See [numerics](numerics.md).
         combine: Combine = required(parsed), MODE, Value("exact");
 
+        /// Devices of several numerics classes: exact binds each expert to one class, so that a request always gives the same
+        /// bits; any uses all workers. The same on every router.
+        ///
+        /// See [numerics](numerics.md#numerics-classes).
+        numerics: Numerics = required(parsed), MODE, Value("exact");
+
         /// Microseconds to look for an answer of the workers before sleeping; 0 sleeps at once.
         ///
         /// At most 1000000; see [below](#busy-polling).

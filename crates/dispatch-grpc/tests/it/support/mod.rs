@@ -24,8 +24,8 @@ use muster_proto::control::Assignment;
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
-    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed, WeightDType,
-    WeightDigest, WorkerId,
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, Numerics, NumericsClass, Speed,
+    WeightDType, WeightDigest, WorkerId,
 };
 use tokio::runtime::Runtime;
 
@@ -167,6 +167,7 @@ pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
         shard_deadline: Duration::from_secs(20),
         start: Start::Complete,
         combine: Combine::Exact,
+        numerics: Numerics::Exact,
         busy_poll: Duration::from_micros(50),
         cpu: cpu(),
     }
