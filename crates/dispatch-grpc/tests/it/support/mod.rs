@@ -337,10 +337,15 @@ impl OneRow {
 
     /// What fake experts make of it.
     pub fn sum(&self) -> Vec<f32> {
+        self.sum_of(|_, y| y)
+    }
+
+    /// The same, of outputs that are changed before they are added up.
+    pub fn sum_of(&self, change: impl Fn(ExpertId, f32) -> f32) -> Vec<f32> {
         let mut sum = vec![0.0; HIDDEN];
         for &expert in self.choices.experts() {
             let output = muster_testkit::fake::output(Compute::F32, self.layer, expert, &self.row);
-            sum.iter_mut().zip(output).for_each(|(sum, y)| *sum += y);
+            sum.iter_mut().zip(output).for_each(|(sum, y)| *sum += change(expert, y));
         }
         sum
     }
