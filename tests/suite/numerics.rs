@@ -88,7 +88,7 @@ async fn outputs_are_of_one_class_and_end_when_it_is_gone() {
     let choices = vec![TokenIds { ids: before.ids[..10].to_vec() }];
     let resume_from = Some(Resume { choices, key: Some(before.started.resume_key) });
     let resumed = cluster.client().await.generate(GenerateRequest { resume_from, ..request() }).await;
-    let status = resumed.err().expect("it is refused");
+    let status = resumed.expect_err("it is refused");
     assert_eq!(status.code(), Code::InvalidArgument, "{status}");
     assert!(status.message().contains("numerics class"), "{status}");
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use muster_discovery::{ObjectName, Source};
 use muster_dispatch_grpc::Address;
 use muster_telemetry::Process;
-use muster_types::{Combine, WeightDType};
+use muster_types::{Combine, Numerics, WeightDType};
 
 use crate::edge::EdgeSettings;
 use crate::group::DefaultTo::{Nothing, Value, Words};
