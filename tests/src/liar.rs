@@ -1,5 +1,5 @@
 //! A worker that cannot be told from an honest one until it lies: it passes everything on to a real worker, and spoils what
-//! comes back.
+//! comes back. Or one of another numerics class, whose outputs differ in bits.
 
 use std::io;
 use std::pin::Pin;
@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use muster_proto::expert::v1;
 use muster_proto::expert::v1::dispatch_reply::Body;
+use muster_proto::expert::v1::dispatch_request::Body as RequestBody;
 use muster_proto::expert::v1::experts_client::ExpertsClient;
 use muster_proto::expert::v1::experts_server::{Experts, ExpertsServer};
 use muster_proto::expert::v1::shard_error::Code;
@@ -36,6 +37,8 @@ pub enum Lie {
     IdOfAnother,
     /// Every output is marked as not finite.
     Marks,
+    /// Of every element of four bytes the lowest bit is the other one: no lie for a device of another numerics class.
+    OtherBits,
     /// An error of this code, about no expert or about this one.
     Error(Code, Option<u32>),
 }
@@ -80,6 +83,7 @@ impl Lie {
             }
             Self::IdOfNone => reply.id += 1 << 32,
             Self::IdOfAnother => reply.id -= 1,
+            Self::OtherBits => data.chunks_mut(4).for_each(|element| element[0] ^= 1),
             Self::Marks => rows.not_finite = (0..rows.rows).collect(),
             Self::Error(code, expert) => {
                 let error = v1::ShardError { code: code.into(), message: "a lie".into(), expert };
@@ -101,6 +105,8 @@ pub struct Liar {
 
 struct Shared {
     name: String,
+    /// The class that it announces, if not that of the real one.
+    class: Option<v1::NumericsClass>,
     honest: ExpertsClient<Channel>,
     lies: AtomicBool,
     kinds: &'static [Lie],
@@ -115,6 +121,26 @@ impl Liar {
     /// # Errors
     /// When it cannot listen, or nobody is there to pass anything on to.
     pub async fn start(name: &str, honest: &str, lies: &'static [Lie], first: usize) -> io::Result<Self> {
+        Self::of(name, None, honest, lies, first).await
+    }
+
+    /// A worker of this name and class in front of the one at `host:port`, which rounds to f32.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn of_class(name: &str, class: v1::NumericsClass, honest: &str) -> io::Result<Self> {
+        let device = Self::of(name, Some(class), honest, &[Lie::OtherBits], 0).await?;
+        device.begin();
+        Ok(device)
+    }
+
+    async fn of(
+        name: &str,
+        class: Option<v1::NumericsClass>,
+        honest: &str,
+        lies: &'static [Lie],
+        first: usize,
+    ) -> io::Result<Self> {
         let channel = ExpertsClient::connect(format!("http://{honest}")).await.map_err(io::Error::other)?;
         let honest =
             channel.max_decoding_message_size(MESSAGE_BYTES).max_encoding_message_size(MESSAGE_BYTES);
@@ -122,6 +148,7 @@ impl Liar {
         let address = listener.local_addr()?.to_string();
         let shared = Arc::new(Shared {
             name: name.to_owned(),
+            class,
             honest,
             lies: AtomicBool::new(false),
             kinds: lies,
@@ -172,7 +199,20 @@ impl Shared {
 
     fn named(&self, mut description: v1::WorkerDescription) -> v1::WorkerDescription {
         description.worker_id.clone_from(&self.name);
+        if let Some(class) = self.class {
+            description.set_numerics(class);
+        }
         description
+    }
+
+    /// As the real worker is to be greeted.
+    fn greeting(&self, mut request: v1::DispatchRequest) -> v1::DispatchRequest {
+        if let Some(RequestBody::Hello(hello)) = &mut request.body
+            && self.class.is_some()
+        {
+            hello.set_numerics(v1::NumericsClass::CpuCanonical);
+        }
+        request
     }
 }
 
@@ -208,7 +248,8 @@ impl Experts for Service {
         request: Request<Streaming<v1::DispatchRequest>>,
     ) -> Result<Response<Self::DispatchStream>, Status> {
         // A stream that breaks on the router's side ends on the other one.
-        let shards = request.into_inner().map_while(Result::ok);
+        let shared = Arc::clone(&self.0);
+        let shards = request.into_inner().map_while(move |shard| Some(shared.greeting(shard.ok()?)));
         let replies = self.0.honest.clone().dispatch(shards).await?.into_inner();
         let shared = Arc::clone(&self.0);
         Ok(Response::new(Box::pin(replies.map(move |reply| {

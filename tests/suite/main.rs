@@ -17,6 +17,7 @@ mod http_api;
 mod main_job;
 mod model_defaults;
 mod model_input;
+mod numerics;
 mod operations;
 mod published_tokenizers;
 mod python_clients;

@@ -15,9 +15,9 @@ use muster_model::experts::ExpertSet;
 use muster_model::local::local;
 use muster_model::trunk::{CpuDevice, Trunk};
 use muster_router::health::Health;
-use muster_router::service::{HealthProbe, Service};
+use muster_router::service::{BoundProbe, HealthProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, ModelDefaults, Parts, start};
-use muster_types::{Combine, Compute, WeightDType};
+use muster_types::{BindingName, Combine, Compute, Numerics, WeightDType};
 
 use crate::args::ComputeArgs;
 use crate::cluster::MOST_ROWS;
@@ -49,6 +49,7 @@ pub(crate) struct Loaded {
     /// Where the dispatch's time goes, when it leaves the process.
     pub(crate) stats: Option<StatsHandle>,
     health: HealthProbe,
+    bound: BoundProbe,
     workers: u32,
     combine: Combine,
 }
@@ -103,6 +104,7 @@ pub(crate) fn load(
                 dtype,
                 stats: None,
                 health,
+                bound: Arc::new(BindingName::default),
                 workers: 0,
                 combine: Combine::Exact,
             })
@@ -112,6 +114,8 @@ pub(crate) fn load(
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
             let dispatch = connect(&checkpoint, &cpu, mode, addresses, combine, busy_poll)?;
             let stats = Some(dispatch.transport().stats());
+            let workers_of = dispatch.transport().health();
+            let bound: BoundProbe = Arc::new(move || workers_of.bound());
             // The workers are children of this process, which sees them die.
             let health: HealthProbe = Arc::new(|| Health::Ready);
             Ok(Loaded {
@@ -121,6 +125,7 @@ pub(crate) fn load(
                 dtype,
                 stats,
                 health,
+                bound,
                 workers,
                 combine,
             })
@@ -153,6 +158,7 @@ fn connect(
         shard_deadline: Duration::from_secs(60),
         start: Start::Complete,
         combine,
+        numerics: Numerics::Exact,
         busy_poll,
         cpu: Arc::clone(cpu),
         dialer: Dialer::default(),
@@ -168,13 +174,14 @@ impl Loaded {
         defaults: ModelDefaults,
     ) -> Result<(Service, EngineHandle), Failure> {
         let defaults = defaults.of(&self.checkpoint).map_err(Failure::input)?;
-        let Self { checkpoint, trunk, dispatch, dtype: experts, health, workers, combine, .. } = self;
+        let Self { checkpoint, trunk, dispatch, dtype: experts, health, bound, workers, combine, .. } = self;
         start(Parts {
             checkpoint,
             trunk,
             dispatch,
             experts,
             health,
+            bound,
             pulse: Arc::default(),
             workers,
             combine,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use muster_discovery::{ObjectName, Source};
 use muster_dispatch_grpc::Address;
 use muster_telemetry::Process;
-use muster_types::{Combine, WeightDType};
+use muster_types::{Combine, Numerics, WeightDType};
 
 use crate::edge::EdgeSettings;
 use crate::group::DefaultTo::{Nothing, Value, Words};
@@ -143,6 +143,12 @@ settings! {
         ///
         /// See [numerics](numerics.md).
         combine: Combine = required(parsed), MODE, Value("exact");
+
+        /// Devices of several numerics classes: exact binds each expert to one class, so that a request always gives the same
+        /// bits; any uses all workers. The same on every router.
+        ///
+        /// See [numerics](numerics.md#numerics-classes).
+        numerics: Numerics = required(parsed), MODE, Value("exact");
 
         /// Microseconds to look for an answer of the workers before sleeping; 0 sleeps at once.
         ///

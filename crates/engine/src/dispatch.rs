@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use muster_types::{ExpertId, LayerId, Retry, WorkerId};
+use muster_types::{BindingName, ClassSet, ExpertId, LayerId, Retry, WorkerId};
 
 pub use crate::rows::{At, AtMut, DeviceSlice, Place, Rows, RowsMut, UnevenRows};
 
@@ -233,6 +233,15 @@ impl DispatchError {
     }
 }
 
+/// The classes that experts are bound to. Outputs are those of one undisturbed run while this stays the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bound {
+    /// Names them.
+    pub name: BindingName,
+    /// How often they changed: the name may be what it was before.
+    pub changes: u64,
+}
+
 /// Sends rows to experts and brings back their weighted sum.
 ///
 /// For every row the result is the sum over its experts, in ascending id, of `weight * output`, each product and
@@ -269,6 +278,16 @@ pub trait ExpertDispatch: Send {
     /// Version of the fleet: changes when a worker joins or holds more, so that a failed micro-batch may succeed now.
     fn version(&self) -> u64 {
         0
+    }
+
+    /// What experts are bound to now. Takes in what became of workers meanwhile, as [`Self::submit`] does.
+    fn bound(&mut self) -> Bound {
+        Bound::default()
+    }
+
+    /// Numerics classes of the workers that outputs came from since this was last asked.
+    fn take_classes(&mut self) -> ClassSet {
+        ClassSet::EMPTY
     }
 
     /// Gives a micro-batch up, which spends its ticket; replies that still come are dropped. Unknown tickets are ignored.

@@ -22,9 +22,10 @@
 use std::collections::VecDeque;
 use std::num::NonZero;
 
-use muster_types::{Retry, SeqId, TokenId};
+use muster_types::{BindingName, Retry, SeqId, TokenId};
 
 use crate::kv::{BlockPool, Keep};
+use crate::prefix::BlockKey;
 use crate::reach::most_held;
 use crate::sequence::Sequence;
 use crate::table::Group;
@@ -236,6 +237,8 @@ pub struct Scheduler {
     running: Vec<Sequence>,
     /// Oldest first.
     waiting: VecDeque<Sequence>,
+    /// Of sequences that are admitted now.
+    origin: Option<BlockKey>,
     preemptions: u64,
     prefix_hits: u64,
     prefix_misses: u64,
@@ -301,10 +304,17 @@ impl Scheduler {
             pool,
             running: Vec::new(),
             waiting: VecDeque::new(),
+            origin: None,
             preemptions: 0,
             prefix_hits: 0,
             prefix_misses: 0,
         })
+    }
+
+    /// Experts are bound so from now on: sequences to come share keys and values only with those that were admitted under the
+    /// same name. Those there are keep theirs.
+    pub fn bind(&mut self, binding: BindingName) {
+        self.origin = BlockKey::origin(binding);
     }
 
     /// Puts a sequence at the end of the queue.
@@ -336,7 +346,7 @@ impl Scheduler {
         if self.waiting.len() >= self.config.max_waiting {
             return Err(AdmitError::QueueFull { limit: self.config.max_waiting });
         }
-        self.waiting.push_back(Sequence::new(seq.id, seq.prompt, limit, &self.groups));
+        self.waiting.push_back(Sequence::new(seq.id, seq.prompt, limit, &self.groups, self.origin));
         Ok(())
     }
 

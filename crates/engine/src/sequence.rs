@@ -20,6 +20,8 @@ pub(crate) struct Sequence {
     /// Positions whose keys and values are in the cache once the current step has run.
     computed: u32,
     table: Table,
+    /// What its first block follows.
+    origin: Option<BlockKey>,
     /// Names of the tokens that fill blocks, as far as they were needed.
     keys: Vec<BlockKey>,
     /// Leading places of the table whose blocks have a name in the pool.
@@ -31,14 +33,22 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence that may grow from its prompt to `limit` tokens. `limit` is above the prompt's length.
-    pub(crate) fn new(id: SeqId, prompt: Vec<TokenId>, limit: u32, groups: &[Group]) -> Self {
+    /// A sequence that may grow from its prompt to `limit` tokens. `limit` is above the prompt's length. It shares beginnings
+    /// with others of its origin.
+    pub(crate) fn new(
+        id: SeqId,
+        prompt: Vec<TokenId>,
+        limit: u32,
+        groups: &[Group],
+        origin: Option<BlockKey>,
+    ) -> Self {
         Self {
             id,
             tokens: prompt,
             limit,
             computed: 0,
             table: Table::new(groups),
+            origin,
             keys: Vec::new(),
             named: 0,
             cached_prompt: None,
@@ -149,7 +159,10 @@ impl Sequence {
         let block_tokens = pool.block_tokens().get() as usize;
         while self.keys.len() < count {
             let start = self.keys.len() * block_tokens;
-            self.keys.push(BlockKey::after(self.keys.last(), &self.tokens[start..start + block_tokens]));
+            self.keys.push(BlockKey::after(
+                self.keys.last().or(self.origin.as_ref()),
+                &self.tokens[start..start + block_tokens],
+            ));
         }
     }
 
@@ -214,7 +227,13 @@ mod tests {
     /// One that is computed in chunks of at most four tokens.
     fn sequence(prompt: u32, limit: u32, pool: &BlockPool, reaches: &[Reach]) -> Sequence {
         let group = |&reach: &Reach| Group::new(reach, pool.block_tokens(), 4);
-        Sequence::new(SeqId::new(1), tokens(prompt), limit, &reaches.iter().map(group).collect::<Vec<_>>())
+        Sequence::new(
+            SeqId::new(1),
+            tokens(prompt),
+            limit,
+            &reaches.iter().map(group).collect::<Vec<_>>(),
+            None,
+        )
     }
 
     fn window(positions: u32) -> Reach {

@@ -63,6 +63,21 @@ MUTANTS = [
     ("deadlines do not count", f"{DELIVERY}/mod.rs", "if now >= deadline {", "if now >= deadline + Duration::from_secs(600) {"),
     ("late shards are forgotten with their micro-batch", f"{DELIVERY}/dispatcher.rs",
      "Some(out) if out.is_late => out.ticket = None,", "Some(out) if out.is_late && out.ticket.is_none() => {}"),
+    ("workers of every class own an expert", "crates/placement/src/placement.rs",
+     "if !binding.admits(key, class) {", "if !binding.admits(key, class) && owners.is_empty() {"),
+    ("an expert is bound to the first class there is", "crates/placement/src/binding.rs",
+     "bound.filter(|&class| holders.contains(class)).or_else(|| holders.iter().next()).or(bound)",
+     "holders.iter().next().or(bound)"),
+    ("cached blocks of another binding are adopted", "crates/engine/src/prefix.rs",
+     "(!is_default).then(|| Self(Sha256::digest(binding.to_string()).into()))",
+     "(!is_default).then(|| Self(Sha256::digest([]).into()))"),
+    ("changes of the binding are not counted", "crates/placement/src/binding.rs",
+     "next.changes += u64::from(next.name != self.name);", "next.changes += 0;"),
+    ("the leader mixes classes", "crates/placement/src/plan/board.rs",
+     "Numerics::Exact => class.index(),", "Numerics::Exact => 0,"),
+    ("another class contradicts a claim", f"{DELIVERY}/flight.rs",
+     "let is_alike = |claim: &&Claim| self.parts[claim.part].shard.class == class;",
+     "let is_alike = |_: &&Claim| { let _ = class; true };"),
     ("a shard is on time for ever", f"{DELIVERY}/flight.rs",
      "let is_due = |part: &usize| !self.is_waiting(*part) || now >= self.parts[*part].due;",
      "let is_due = |part: &usize| { let _ = now; !self.is_waiting(*part) };"),
@@ -94,7 +109,7 @@ def verdict():
 
 NAMES = {
     "every-pair-once", "holder-only", "late-never-combined", "same-output", "no-lost-request", "bounded-patience",
-    "blocks-conserved", "capacity", "one-holder-before-release", "epochs-monotone", "terms-fenced", "progress", "conduct", "second-opinion",
+    "blocks-conserved", "capacity", "one-holder-before-release", "epochs-monotone", "terms-fenced", "progress", "one-class", "conduct", "second-opinion",
 }
 
 

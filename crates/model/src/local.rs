@@ -11,10 +11,10 @@ use muster_engine::delivery::{
 };
 use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
 use muster_kernels::{Cpu, NotFinite, combine};
-use muster_placement::Shape;
-use muster_types::{Combine, DType, Epoch, ExpertKey, Fault, FaultKind, Term, WorkerId};
+use muster_placement::{Binding, Shape};
+use muster_types::{Combine, DType, Epoch, ExpertKey, Fault, FaultKind, Numerics, Term, WorkerId};
 
-use crate::experts::{CpuExperts, CpuStore, ExpertSet};
+use crate::experts::{CpuExperts, CpuStore, ExpertSet, ExpertStore as _};
 
 /// Delivery to the experts of this process.
 pub type Local = Delivery<InProcess, HostSums>;
@@ -38,12 +38,15 @@ pub fn local(cpu: Arc<Cpu>, experts: &ExpertSet) -> Result<Local, DispatchError>
         counts[key.layer.index()] = key.expert.get() + 1;
     }
     let (hidden, wire) = (experts.hidden(), experts.compute().wire_dtype());
-    let route = Route { hop: HOP, epoch: Epoch::new(1), rank: Rank::Good };
+    let store = Arc::new(CpuStore::new(experts.clone(), u64::MAX));
+    let class = store.numerics();
+    let route = Route { hop: HOP, epoch: Epoch::new(1), rank: Rank::Good, class };
     let name = WorkerId::new(NAME).map_err(|error| DispatchError::Invalid(error.to_string()))?;
     let workers = [(&name, &keys[..], route)];
-    let fleet = Fleet::new(Epoch::new(1), &Shape::new(counts.clone()), &workers)
+    let shape = Shape::new(counts.clone());
+    let binding = Binding::new(Numerics::Exact, &shape).after([(class, &keys[..])].into_iter());
+    let fleet = Fleet::new(Epoch::new(1), &shape, &workers, Arc::new(binding))
         .map_err(|error| DispatchError::Invalid(error.to_string()))?;
-    let store = Arc::new(CpuStore::new(experts.clone(), u64::MAX));
     let transport =
         InProcess { experts: Box::new(CpuExperts::new(Arc::clone(&cpu), store)), hidden, told: Vec::new() };
     let contract = Contract {

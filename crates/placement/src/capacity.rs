@@ -57,11 +57,11 @@ mod tests {
     use std::collections::{BTreeMap, BTreeSet};
     use std::num::NonZero;
 
-    use muster_types::{Speed, WorkerId};
+    use muster_types::{Numerics, NumericsClass, Speed, WorkerId};
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{ExpertSizes, Goals, Loads, Member, Shape, plan};
+    use crate::{Binding, ExpertSizes, Goals, Loads, Member, Shape, plan};
 
     #[test]
     fn experts_are_placed_whole() {
@@ -98,6 +98,7 @@ mod tests {
             };
             prop_assert!(demand.missing((1..count).map(|_| memory)) > 0);
             let member = Member {
+                class: NumericsClass::CpuCanonical,
                 capacity: memory,
                 speed: Speed::ONE,
                 domain: None,
@@ -109,7 +110,7 @@ mod tests {
                 let members: BTreeMap<_, _> = (0..workers).map(|at| (id(at), member.clone())).collect();
                 let sizes = ExpertSizes::uniform(&shape, size).unwrap();
                 let goals = Goals { min_replicas: NonZero::new(replicas).unwrap(), ..Goals::default() };
-                plan(&shape, &sizes, &members, &Loads::new(&shape), &goals)
+                plan(&shape, &sizes, &members, &Loads::new(&shape), &goals, &Binding::new(Numerics::Exact, &shape))
             };
             prop_assert_eq!(target(count).figures.uncovered, vec![]);
             let spare = target(count + u64::from(replicas) - 1);

@@ -3,6 +3,7 @@
 //! Owns [`Shape`] (how many routed experts each layer has), [`Placement`] (an immutable snapshot of who holds
 //! what), [`split()`] (the shares a cluster starts with) and [`Share`] (one of them). On top of these:
 //!
+//! - [`Binding`]: which numerics class computes each expert;
 //! - [`Loads`]: what was asked of each expert lately;
 //! - [`plan()`]: who ought to hold what, given loads, memory and speeds;
 //! - [`transition()`]: the way there, without ever giving up the last copy of an expert;
@@ -14,6 +15,7 @@
 //! Every key inside a placement is in its shape, and owners are listed in ascending order. The same arguments give
 //! the same answer everywhere: nothing here reads a clock, draws a number or knows of addresses and the network.
 
+mod binding;
 mod capacity;
 pub mod hedge;
 pub mod leader;
@@ -28,9 +30,10 @@ mod split;
 mod traffic;
 mod transition;
 
+pub use binding::Binding;
 pub use capacity::Demand;
 pub use loads::Loads;
-pub use placement::{Placement, PlacementError, WorkerIx};
+pub use placement::{Held, Placement, PlacementError, WorkerIx};
 pub use plan::{Figures, Goals, Holdings, Member, Target, plan};
 pub use shape::Shape;
 pub use share::{Share, ShareError};

@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 use std::num::NonZero;
 
-use muster_types::{Epoch, ExpertKey, LayerId, WorkerId};
+use muster_types::{Epoch, ExpertKey, LayerId, Numerics, NumericsClass, WorkerId};
 
-use crate::Shape;
+use crate::{Binding, Shape};
 
 /// A worker's position in [`Placement::workers`]. Means nothing for another placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -57,6 +57,9 @@ pub enum PlacementError {
     },
 }
 
+/// What a worker holds, kept elsewhere: its name, its class and its experts.
+pub type Held<'a> = (&'a WorkerId, NumericsClass, &'a [ExpertKey]);
+
 /// Which workers hold each expert at one epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placement {
@@ -77,18 +80,20 @@ impl Placement {
         shape: &Shape,
         holdings: &[(WorkerId, Vec<ExpertKey>)],
     ) -> Result<Self, PlacementError> {
-        let held: Vec<_> = holdings.iter().map(|(worker, keys)| (worker, keys.as_slice())).collect();
-        Self::of(epoch, shape, &held)
+        let class = NumericsClass::CpuCanonical;
+        let held: Vec<_> = holdings.iter().map(|(worker, keys)| (worker, class, keys.as_slice())).collect();
+        Self::bound(epoch, shape, &held, &Binding::new(Numerics::Any, shape))
     }
 
-    /// The same, of holdings that are kept elsewhere.
+    /// The placement in which each worker holds what it announces and is of the class that this is bound to.
     ///
     /// # Errors
     /// As [`Self::from_holdings`].
-    pub fn of(
+    pub fn bound(
         epoch: Epoch,
         shape: &Shape,
-        holdings: &[(&WorkerId, &[ExpertKey])],
+        holdings: &[Held<'_>],
+        binding: &Binding,
     ) -> Result<Self, PlacementError> {
         if holdings.len() > WorkerIx::LIMIT {
             return Err(PlacementError::TooManyWorkers { given: holdings.len(), limit: WorkerIx::LIMIT });
@@ -96,13 +101,16 @@ impl Placement {
         let mut names = HashSet::new();
         let mut owners: Vec<_> =
             shape.experts().iter().map(|&experts| vec![Vec::new(); experts as usize]).collect();
-        for (ix, &(worker, keys)) in (0..=u16::MAX).map(WorkerIx).zip(holdings) {
+        for (ix, &(worker, class, keys)) in (0..=u16::MAX).map(WorkerIx).zip(holdings) {
             if !names.insert(worker) {
                 return Err(PlacementError::DuplicateWorker { worker: worker.clone() });
             }
             for &key in keys {
                 if !shape.contains(key) {
                     return Err(PlacementError::OutOfShape { worker: worker.clone(), key });
+                }
+                if !binding.admits(key, class) {
+                    continue;
                 }
                 let owners = &mut owners[key.layer.index()][key.expert.index()];
                 // Workers come in ascending order, so this one can only be the last.
@@ -112,7 +120,7 @@ impl Placement {
                 owners.push(ix);
             }
         }
-        let workers = holdings.iter().map(|(worker, _)| (*worker).clone()).collect();
+        let workers = holdings.iter().map(|(worker, ..)| (*worker).clone()).collect();
         Ok(Self { epoch, workers, owners })
     }
 
@@ -234,6 +242,23 @@ mod tests {
                 Err(PlacementError::OutOfShape { worker: worker("a"), key: stray })
             );
         }
+    }
+
+    #[test]
+    fn workers_of_another_class_are_not_owners() {
+        let shape = Shape::new(vec![0, 2, 2]);
+        let (a, b) = (worker("a"), worker("b"));
+        let keys: Vec<_> = shape.keys().collect();
+        let held = [(&a, NumericsClass::CudaMma, &keys[..2]), (&b, NumericsClass::CpuCanonical, &keys[1..])];
+        let binding = Binding::new(Numerics::Exact, &shape);
+        let binding = binding.after([(held[0].1, held[0].2)].into_iter());
+        let binding = binding.after(held.iter().map(|&(_, class, keys)| (class, keys)));
+        let placement = Placement::bound(Epoch::new(1), &shape, &held, &binding).unwrap();
+        let owners = |key: &ExpertKey| placement.owners(*key).iter().map(|ix| ix.index()).collect::<Vec<_>>();
+        assert_eq!(keys.iter().map(owners).collect::<Vec<_>>(), [vec![0], vec![0], vec![1], vec![1]]);
+        let any = Binding::new(Numerics::Any, &shape);
+        let placement = Placement::bound(Epoch::new(1), &shape, &held, &any).unwrap();
+        assert_eq!(placement.owners(keys[1]).len(), 2);
     }
 
     #[test]

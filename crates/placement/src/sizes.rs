@@ -1,15 +1,15 @@
 //! What a loaded expert takes of a worker's memory.
 //!
-//! Owns the bytes of an expert, layer by layer. All experts of the model together fit in 48 bits, so the bytes that
-//! workers hold can be added up without overflow.
+//! Owns the bytes of an expert, layer by layer, for workers of each numerics class. All experts of the model together fit in
+//! 48 bits, so the bytes that workers hold can be added up without overflow.
 
-use muster_types::LayerId;
+use muster_types::{LayerId, NumericsClass};
 
 use crate::Shape;
 
-/// Bytes of one expert, by layer.
+/// Bytes of one expert, by class and layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExpertSizes(Vec<u64>);
+pub struct ExpertSizes([Vec<u64>; NumericsClass::ALL.len()]);
 
 /// Sizes that do not belong to the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -36,11 +36,26 @@ impl ExpertSizes {
     /// Most bytes all experts of a model may take together.
     const LIMIT: u64 = 1 << 48;
 
-    /// The sizes with these bytes per expert, layer 0 first. What is given for a dense layer has no meaning.
+    /// The sizes with these bytes per expert, layer 0 first, whatever the class. What is given for a dense layer has no
+    /// meaning.
     ///
     /// # Errors
     /// When there is not one size per layer of `shape`, or all experts together take more than 48 bits can count.
     pub fn new(shape: &Shape, bytes: Vec<u64>) -> Result<Self, SizesError> {
+        let bytes = Self::check(shape, bytes)?;
+        Ok(Self(NumericsClass::ALL.map(|_| bytes.clone())))
+    }
+
+    /// The same, with these bytes on workers of one class.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(mut self, shape: &Shape, class: NumericsClass, bytes: Vec<u64>) -> Result<Self, SizesError> {
+        self.0[class.index()] = Self::check(shape, bytes)?;
+        Ok(self)
+    }
+
+    fn check(shape: &Shape, bytes: Vec<u64>) -> Result<Vec<u64>, SizesError> {
         let layers = shape.experts().len();
         if bytes.len() != layers {
             return Err(SizesError::WrongLength { given: bytes.len(), layers });
@@ -51,7 +66,7 @@ impl ExpertSizes {
         if total > u128::from(Self::LIMIT) {
             return Err(SizesError::TooLarge { total, limit: Self::LIMIT });
         }
-        Ok(Self(bytes))
+        Ok(bytes)
     }
 
     /// The sizes of a model whose experts are all alike.
@@ -62,10 +77,10 @@ impl ExpertSizes {
         Self::new(shape, vec![bytes; shape.experts().len()])
     }
 
-    /// Bytes of one expert of this layer; 0 when the model has no such layer.
+    /// Bytes of one expert of this layer on a worker of this class; 0 when the model has no such layer.
     #[must_use]
-    pub fn get(&self, layer: LayerId) -> u64 {
-        self.0.get(layer.index()).copied().unwrap_or(0)
+    pub fn get(&self, class: NumericsClass, layer: LayerId) -> u64 {
+        self.0[class.index()].get(layer.index()).copied().unwrap_or(0)
     }
 }
 
@@ -77,10 +92,21 @@ mod tests {
     fn one_size_per_layer() {
         let shape = Shape::new(vec![0, 4, 2]);
         let sizes = ExpertSizes::new(&shape, vec![0, 10, 20]).unwrap();
-        assert_eq!(LayerId::all(4).map(|layer| sizes.get(layer)).collect::<Vec<_>>(), [0, 10, 20, 0]);
+        let of = |class| LayerId::all(4).map(|layer| sizes.get(class, layer)).collect::<Vec<_>>();
+        assert_eq!(NumericsClass::ALL.map(of), [[0, 10, 20, 0]; 3]);
         assert_eq!(ExpertSizes::uniform(&shape, 7), ExpertSizes::new(&shape, vec![7; 3]));
         let error = ExpertSizes::new(&shape, vec![1, 2]).unwrap_err();
         assert_eq!(error, SizesError::WrongLength { given: 2, layers: 3 });
+    }
+
+    #[test]
+    fn a_class_may_have_sizes_of_its_own() {
+        let shape = Shape::new(vec![4]);
+        let sizes = ExpertSizes::uniform(&shape, 10).unwrap();
+        let sizes = sizes.with(&shape, NumericsClass::CudaMma, vec![12]).unwrap();
+        let layer = LayerId::new(0, 1).unwrap();
+        assert_eq!(NumericsClass::ALL.map(|class| sizes.get(class, layer)), [10, 12, 10]);
+        assert!(sizes.with(&shape, NumericsClass::CudaMma, vec![1 << 47]).is_err());
     }
 
     #[test]

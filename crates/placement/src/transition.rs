@@ -17,14 +17,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
-use muster_types::{ExpertKey, WorkerId};
+use muster_types::{ExpertKey, NumericsClass, WorkerId};
 
 use crate::plan::Holdings;
-use crate::{ExpertSizes, Loads};
+use crate::{Binding, ExpertSizes, Loads};
 
 /// A live worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Present {
+    /// Of its device.
+    pub class: NumericsClass,
     /// Bytes it has for experts.
     pub capacity: u64,
     /// What it announces.
@@ -76,7 +78,8 @@ impl Transition {
 ///
 /// A copy that is not wanted goes as soon as enough of those wanted are announced: `min_replicas`, or as many as the
 /// target has. It goes earlier if its memory is needed for something wanted and enough other copies, wanted or not,
-/// stay; enough is one if the other is an expert that nobody holds.
+/// stay; enough is one if the other is an expert that nobody holds. Experts that go to another class than they are bound to
+/// leave their workers together, when all are where they shall be: what runs is disturbed once.
 #[must_use]
 pub fn transition(
     sizes: &ExpertSizes,
@@ -84,8 +87,9 @@ pub fn transition(
     target: &Holdings,
     loads: &Loads,
     min_replicas: NonZero<u32>,
+    binding: &Binding,
 ) -> Transition {
-    let mut state = State::new(sizes, present, target, min_replicas.get() as usize);
+    let mut state = State::new(sizes, present, target, min_replicas.get() as usize, binding);
     state.retire();
     for site in 0..state.sites.len() {
         state.relieve(site);
@@ -102,6 +106,7 @@ pub fn transition(
 /// A live worker and its orders in the making.
 struct Site<'a> {
     id: &'a WorkerId,
+    class: NumericsClass,
     capacity: u64,
     want: Option<&'a BTreeSet<ExpertKey>>,
     keep: BTreeSet<ExpertKey>,
@@ -142,6 +147,7 @@ struct Copies {
 
 struct State<'a> {
     sizes: &'a ExpertSizes,
+    binding: &'a Binding,
     min_replicas: usize,
     sites: Vec<Site<'a>>,
     copies: BTreeMap<ExpertKey, Copies>,
@@ -166,13 +172,14 @@ impl<'a> State<'a> {
         present: &'a BTreeMap<WorkerId, Present>,
         target: &'a Holdings,
         min_replicas: usize,
+        binding: &'a Binding,
     ) -> Self {
         let mut copies: BTreeMap<ExpertKey, Copies> = BTreeMap::new();
         for &key in target.values().flatten() {
             copies.entry(key).or_default().wanted += 1;
         }
         let mut sites = Vec::with_capacity(present.len());
-        for (n, (id, Present { capacity, held })) in present.iter().enumerate() {
+        for (n, (id, Present { class, capacity, held })) in present.iter().enumerate() {
             let want = target.get(id);
             for &key in held {
                 copies.entry(key).or_default().keepers.push(n);
@@ -180,15 +187,16 @@ impl<'a> State<'a> {
             for &key in want.into_iter().flatten() {
                 copies.entry(key).or_default().owners.push(n);
             }
-            let used = held.iter().map(|key| sizes.get(key.layer)).fold(0, u64::saturating_add);
+            let used = held.iter().map(|key| sizes.get(*class, key.layer)).fold(0, u64::saturating_add);
             let (keep, load, waiting) = (held.clone(), Vec::new(), Vec::new());
-            sites.push(Site { id, capacity: *capacity, want, keep, load, waiting, used });
+            let (class, capacity) = (*class, *capacity);
+            sites.push(Site { id, class, capacity, want, keep, load, waiting, used });
         }
-        Self { sizes, min_replicas, sites, copies, forced: Vec::new(), stuck: BTreeSet::new() }
+        Self { sizes, binding, min_replicas, sites, copies, forced: Vec::new(), stuck: BTreeSet::new() }
     }
 
-    fn bytes(&self, key: ExpertKey) -> u64 {
-        self.sizes.get(key.layer)
+    fn bytes(&self, site: usize, key: ExpertKey) -> u64 {
+        self.sizes.get(self.sites[site].class, key.layer)
     }
 
     fn keepers(&self, key: ExpertKey) -> &[usize] {
@@ -204,7 +212,7 @@ impl<'a> State<'a> {
         if !self.sites[site].keep.remove(&key) {
             return;
         }
-        self.sites[site].used = self.sites[site].used.saturating_sub(self.bytes(key));
+        self.sites[site].used = self.sites[site].used.saturating_sub(self.bytes(site, key));
         if let Some(copies) = self.copies.get_mut(&key) {
             copies.keepers.retain(|&keeper| keeper != site);
         }
@@ -214,7 +222,7 @@ impl<'a> State<'a> {
     }
 
     fn start_load(&mut self, site: usize, key: ExpertKey) {
-        let bytes = self.bytes(key);
+        let bytes = self.bytes(site, key);
         self.sites[site].used = self.sites[site].used.saturating_add(bytes);
         self.sites[site].load.push(key);
         if let Some(copies) = self.copies.get_mut(&key) {
@@ -224,13 +232,21 @@ impl<'a> State<'a> {
 
     /// Gives up the copies that have been replaced by those wanted.
     fn retire(&mut self) {
-        let mut gone = Vec::new();
+        let (mut gone, mut leaving, mut all_there) = (Vec::new(), Vec::new(), true);
         for (&key, copies) in &self.copies {
             let (wanted, strays): (Vec<_>, Vec<_>) =
                 copies.keepers.iter().copied().partition(|&site| self.sites[site].wants(key));
-            if wanted.len() >= self.floor(key) {
-                gone.extend(strays.into_iter().map(|site| (site, key)));
+            let is_bound = |site: &usize| Some(self.sites[*site].class) == self.binding.of(key);
+            let changes_class = strays.iter().any(is_bound) && !copies.owners.iter().any(is_bound);
+            let is_there = wanted.len() >= self.floor(key);
+            all_there &= is_there || !changes_class;
+            let list = if changes_class { &mut leaving } else { &mut gone };
+            if is_there {
+                list.extend(strays.into_iter().map(|site| (site, key)));
             }
+        }
+        if all_there {
+            gone.append(&mut leaving);
         }
         for (site, key) in gone {
             self.drop_copy(site, key);
@@ -286,14 +302,14 @@ impl<'a> State<'a> {
     /// Has a worker load a key in place of as many of `victims` as it takes, or changes nothing.
     fn admit_over(&mut self, site: usize, key: ExpertKey, mut victims: Vec<ExpertKey>) -> bool {
         let Some(mut missing) = self.missing(site, key) else { return false };
-        let given = victims.iter().map(|&victim| self.bytes(victim)).fold(0, u64::saturating_add);
+        let given = victims.iter().map(|&victim| self.bytes(site, victim)).fold(0, u64::saturating_add);
         if given < missing {
             return false;
         }
         victims.reverse();
         while missing > 0 {
             let Some(victim) = victims.pop() else { break };
-            missing = missing.saturating_sub(self.bytes(victim));
+            missing = missing.saturating_sub(self.bytes(site, victim));
             self.drop_copy(site, victim);
         }
         self.start_load(site, key);
@@ -303,7 +319,7 @@ impl<'a> State<'a> {
     /// Bytes that must be freed on a worker before it can load a key; none if it never can.
     fn missing(&self, site: usize, key: ExpertKey) -> Option<u64> {
         let Site { capacity, used, .. } = self.sites[site];
-        let bytes = self.bytes(key);
+        let bytes = self.bytes(site, key);
         (bytes <= capacity).then(|| (used.saturating_add(bytes)).saturating_sub(capacity))
     }
 
@@ -394,14 +410,15 @@ impl<'a> State<'a> {
             if missing == 0 {
                 break;
             }
-            let bytes = self.bytes(stray);
             if self.keepers(stray).len() < 2 {
-                let fits = spare.iter_mut().find(|(_, room)| *room >= bytes);
+                let fits = spare.iter_mut().find(|(other, room)| {
+                    self.binding.admits(stray, self.sites[*other].class) && *room >= self.bytes(*other, stray)
+                });
                 let Some((other, room)) = fits else { continue };
-                *room -= bytes;
+                *room -= self.bytes(*other, stray);
                 detours.push((*other, stray));
             }
-            missing = missing.saturating_sub(bytes);
+            missing = missing.saturating_sub(self.bytes(site, stray));
         }
         if missing > 0 || detours.is_empty() {
             return false;

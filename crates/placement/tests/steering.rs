@@ -7,9 +7,10 @@ use std::num::NonZero;
 use std::time::Instant;
 
 use muster_placement::{
-    ExpertSizes, Goals, Holdings, Loads, Member, Present, Shape, Target, Transition, plan, transition,
+    Binding, ExpertSizes, Goals, Holdings, Loads, Member, Present, Shape, Target, Transition, plan,
+    transition,
 };
-use muster_types::{ExpertId, ExpertKey, Speed, WorkerId};
+use muster_types::{ExpertId, ExpertKey, Numerics, NumericsClass, Speed, WorkerId};
 use proptest::prelude::*;
 
 const BYTES: u64 = 10;
@@ -36,6 +37,10 @@ impl Cluster {
         ExpertSizes::uniform(&self.shape, BYTES).unwrap()
     }
 
+    fn binding(&self) -> Binding {
+        Binding::new(Numerics::Exact, &self.shape)
+    }
+
     fn live(&self) -> impl Iterator<Item = (usize, &BTreeSet<ExpertKey>)> {
         self.held.iter().enumerate().filter_map(|(n, held)| Some((n, held.as_ref()?)))
     }
@@ -47,18 +52,20 @@ impl Cluster {
     fn plan(&self) -> Target {
         let member = |(n, held): (usize, &BTreeSet<ExpertKey>)| {
             let (capacity, held) = (self.capacity[n], held.clone());
-            (id(n), Member { capacity, speed: Speed::ONE, domain: None, draining: false, held })
+            let (class, speed) = (NumericsClass::CpuCanonical, Speed::ONE);
+            (id(n), Member { class, capacity, speed, domain: None, draining: false, held })
         };
         let members = self.live().map(member).collect();
-        plan(&self.shape, &self.sizes(), &members, &self.loads, &self.goals)
+        plan(&self.shape, &self.sizes(), &members, &self.loads, &self.goals, &self.binding())
     }
 
     fn step(&self, target: &Holdings) -> Transition {
         let present = self.live().map(|(n, held)| {
             let (capacity, held) = (self.capacity[n], held.clone());
-            (id(n), Present { capacity, held })
+            (id(n), Present { class: NumericsClass::CpuCanonical, capacity, held })
         });
-        transition(&self.sizes(), &present.collect(), target, &self.loads, self.goals.min_replicas)
+        let (sizes, replicas) = (self.sizes(), self.goals.min_replicas);
+        transition(&sizes, &present.collect(), target, &self.loads, replicas, &self.binding())
     }
 
     /// One round: a new plan if there is need for one, and a step, of which each worker loads what `picks` says.

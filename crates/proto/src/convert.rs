@@ -202,6 +202,8 @@ pub fn combine_from_wire(value: i32) -> Result<Combine, WireError> {
 pub const fn numerics_to_wire(numerics: NumericsClass) -> v1::NumericsClass {
     match numerics {
         NumericsClass::CpuCanonical => v1::NumericsClass::CpuCanonical,
+        NumericsClass::CudaMma => v1::NumericsClass::CudaMma,
+        NumericsClass::CudaWgmma => v1::NumericsClass::CudaWgmma,
     }
 }
 
@@ -212,6 +214,8 @@ pub const fn numerics_to_wire(numerics: NumericsClass) -> v1::NumericsClass {
 pub fn numerics_from_wire(value: i32) -> Result<NumericsClass, WireError> {
     match v1::NumericsClass::try_from(value) {
         Ok(v1::NumericsClass::CpuCanonical) => Ok(NumericsClass::CpuCanonical),
+        Ok(v1::NumericsClass::CudaMma) => Ok(NumericsClass::CudaMma),
+        Ok(v1::NumericsClass::CudaWgmma) => Ok(NumericsClass::CudaWgmma),
         Ok(v1::NumericsClass::Unspecified) => Err(WireError::Missing("numerics")),
         Err(_) => Err(WireError::UnknownValue { field: "numerics", value }),
     }
@@ -236,8 +240,9 @@ mod tests {
         for combine in [Combine::Exact, Combine::Partial] {
             assert_eq!(combine_from_wire(combine_to_wire(combine).into()), Ok(combine));
         }
-        let class = NumericsClass::CpuCanonical;
-        assert_eq!(numerics_from_wire(numerics_to_wire(class).into()), Ok(class));
+        for class in NumericsClass::ALL {
+            assert_eq!(numerics_from_wire(numerics_to_wire(class).into()), Ok(class));
+        }
 
         assert_eq!(dtype_from_wire("compute", 0), Err(WireError::Missing("compute")));
         assert_eq!(expert_dtype_from_wire(0), Err(WireError::Missing("expert_dtype")));

@@ -26,7 +26,7 @@ pub struct Terms {
     pub compute: Compute,
     /// How experts are held.
     pub experts: WeightDType,
-    /// Kernels that give the same bits.
+    /// Of the experts that this process computes.
     pub numerics: NumericsClass,
 }
 
@@ -43,7 +43,7 @@ pub enum Term {
     Compute,
     /// How experts are held.
     Experts,
-    /// Kernels that give the same bits.
+    /// Devices that give the same bits.
     Numerics,
 }
 
@@ -92,9 +92,16 @@ fn same<T: PartialEq + fmt::Display>(term: Term, ours: &T, theirs: &T) -> Result
 }
 
 impl Terms {
-    /// The greeting that opens a stream on these terms. The router says how outputs are to come back.
+    /// The greeting that opens a stream on these terms, to a worker that describes itself as of class `numerics`. The router
+    /// says how outputs are to come back.
     #[must_use]
-    pub fn to_hello(&self, router: &RouterName, lane: u32, combine: Combine) -> v1::Hello {
+    pub fn to_hello(
+        &self,
+        router: &RouterName,
+        lane: u32,
+        combine: Combine,
+        numerics: NumericsClass,
+    ) -> v1::Hello {
         let (protocol_version, newest_protocol_version) = OURS.to_wire();
         v1::Hello {
             protocol_version,
@@ -105,7 +112,7 @@ impl Terms {
             hidden: self.hidden,
             wire_dtype: dtype_to_wire(self.compute.wire_dtype()).into(),
             combine: combine_to_wire(combine).into(),
-            numerics: numerics_to_wire(self.numerics).into(),
+            numerics: numerics_to_wire(numerics).into(),
             compute: compute_to_wire(self.compute).into(),
             expert_dtype: expert_dtype_to_wire(self.experts).into(),
         }
@@ -144,7 +151,8 @@ impl Terms {
         Ok(Greeting { router, lane: hello.lane, combine, version })
     }
 
-    /// For routers: holds a worker's description against these terms. What it holds is not looked at.
+    /// For routers: holds a worker's description against these terms. What it holds is not looked at, and its numerics class
+    /// may be any.
     ///
     /// # Errors
     /// The first field that is malformed or differs.
@@ -154,7 +162,7 @@ impl Terms {
         same(Term::Fingerprint, &self.fingerprint, &fingerprint)?;
         same(Term::Compute, &self.compute, &compute_from_wire(described.compute)?)?;
         same(Term::Experts, &self.experts, &expert_dtype_from_wire(described.expert_dtype)?)?;
-        same(Term::Numerics, &self.numerics, &numerics_from_wire(described.numerics)?)?;
+        numerics_from_wire(described.numerics)?;
         Ok(())
     }
 }
@@ -205,7 +213,7 @@ mod tests {
     }
 
     fn hello() -> v1::Hello {
-        terms().to_hello(&RouterName::new("r0").unwrap(), 1, Combine::Partial)
+        terms().to_hello(&RouterName::new("r0").unwrap(), 1, Combine::Partial, NumericsClass::CpuCanonical)
     }
 
     #[test]
@@ -250,7 +258,7 @@ mod tests {
 
     #[test]
     fn each_difference_names_both_values() {
-        let cases: [(Term, v1::Hello); 6] = [
+        let cases: [(Term, v1::Hello); 7] = [
             (
                 Term::Version,
                 v1::Hello { protocol_version: 4, newest_protocol_version: 5, combine: 99, ..hello() },
@@ -260,6 +268,7 @@ mod tests {
             (Term::Compute, v1::Hello { compute: v1::ComputeMode::F32.into(), ..hello() }),
             (Term::Compute, v1::Hello { compute: v1::ComputeMode::Bf16Pairs.into(), ..hello() }),
             (Term::Experts, v1::Hello { expert_dtype: v1::ExpertDType::Native.into(), ..hello() }),
+            (Term::Numerics, v1::Hello { numerics: v1::NumericsClass::CudaMma.into(), ..hello() }),
         ];
         for (term, message) in cases {
             match terms().admit(&message) {
@@ -275,5 +284,26 @@ mod tests {
         let torn = v1::Hello { wire_dtype: v1::DType::F32.into(), ..hello() };
         let text = terms().admit(&torn).unwrap_err().to_string();
         assert_eq!(text, "field wire_dtype: is f32; rows of compute mode bf16 are bf16");
+    }
+
+    #[test]
+    fn workers_of_every_known_class_are_taken() {
+        let described = |numerics| {
+            let (protocol_version, newest_protocol_version) = OURS.to_wire();
+            v1::WorkerDescription {
+                protocol_version,
+                newest_protocol_version,
+                fingerprint: vec![7; 32].into(),
+                compute: v1::ComputeMode::Bf16.into(),
+                expert_dtype: v1::ExpertDType::Q8.into(),
+                numerics,
+                ..v1::WorkerDescription::default()
+            }
+        };
+        for class in NumericsClass::ALL {
+            assert_eq!(terms().check_worker(&described(numerics_to_wire(class).into())), Ok(()));
+        }
+        let refused = terms().check_worker(&described(9)).unwrap_err().to_string();
+        assert_eq!(refused, "field numerics has the unknown value 9");
     }
 }

@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use metrics::{counter, gauge, histogram};
-use muster_engine::dispatch::{DispatchError, ExpertDispatch};
+use muster_engine::dispatch::{Bound, DispatchError, ExpertDispatch};
 use muster_engine::microbatch;
 use muster_engine::scheduler::{AdmitError, NewSequence, Progress, Scheduler, Step, StepItem};
 use muster_model::sampler::{self, History, Sampling};
 use muster_model::step::{Draw, SeqInput, StepError, StepModel, WantLogits};
 use muster_text::Tokenizer;
-use muster_types::{Retry, SeqId, TokenId};
+use muster_types::{BindingName, ClassSet, Retry, SeqId, TokenId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::lanes::{LaneChoice, Lanes};
@@ -54,6 +54,8 @@ pub(crate) struct NewChoice {
     pub(crate) choice: u32,
     /// Kept until it runs.
     pub(crate) place: Option<QueuePlace>,
+    /// What experts must be bound to from its beginning to its end.
+    pub(crate) binding: BindingName,
     pub(crate) prompt: Vec<TokenId>,
     /// Has seen the prompt and what the client has.
     pub(crate) history: History,
@@ -95,6 +97,10 @@ struct Active {
     choice: u32,
     /// Kept until it runs.
     place: Option<QueuePlace>,
+    /// What experts must be bound to.
+    binding: BindingName,
+    /// Of the workers that took part.
+    classes: ClassSet,
     prompt_tokens: u32,
     cached_prompt_tokens: u32,
     generated: u32,
@@ -114,6 +120,10 @@ struct Active {
 struct Table {
     active: BTreeMap<SeqId, Active>,
     next: u64,
+    /// What experts were bound to when it was last looked at.
+    bound: Bound,
+    /// Classes of all workers that ever took part: keys and values that are cached may be theirs.
+    classes: ClassSet,
     /// Set while sequences are parked because their experts cannot be had.
     parked: Option<Parked>,
     /// Sequences that left the batch since it was last looked at.
@@ -135,6 +145,7 @@ impl Engine {
         while self.receive(&mut table) {
             let began = Instant::now();
             self.drop_abandoned(&mut table);
+            self.rebind(&mut table);
             self.unpark(&mut table);
             let decodes = self.scheduler.decoding();
             let step = self.scheduler.schedule(pace.limit(decodes));
@@ -149,7 +160,14 @@ impl Engine {
                 let splits = step.items.len() > 1 && rows >= LANE_MIN_ROWS;
                 let lanes = if splits { lane_choice.lanes(rows) } else { Lanes::One };
                 let split = self.compute(&step, lanes);
-                let whole = self.emit(&step, &split, started, &mut table);
+                self.note_classes(&step, &mut table);
+                let whole = if self.dispatch.bound() == table.bound {
+                    self.emit(&step, &split, started, &mut table)
+                } else {
+                    // Some of it may be of one class and some of another.
+                    step.items.iter().for_each(|item| self.scheduler.undo(item));
+                    false
+                };
                 let took = started.elapsed();
                 // What a step took that did not come to its end says nothing.
                 if whole && splits {
@@ -194,11 +212,43 @@ impl Engine {
         }
     }
 
+    /// Looks at what experts are bound to, and ends sequences that were begun when they were bound otherwise.
+    fn rebind(&mut self, table: &mut Table) {
+        let bound = self.dispatch.bound();
+        if bound == table.bound {
+            return;
+        }
+        table.bound = bound;
+        self.scheduler.bind(bound.name);
+        let of_others = |(_, active): &(&SeqId, &Active)| active.binding != bound.name;
+        let others: Vec<SeqId> = table.active.iter().filter(of_others).map(|(&id, _)| id).collect();
+        counter!("muster_requests_failed_total").increment(others.len() as u64);
+        for id in others {
+            self.end(id, RequestError::NumericsChanged, table);
+        }
+    }
+
+    /// Takes note of whose outputs a step was made of.
+    fn note_classes(&mut self, step: &Step, table: &mut Table) {
+        let classes = self.dispatch.take_classes();
+        table.classes.extend(classes);
+        for item in &step.items {
+            if let Some(active) = table.active.get_mut(&item.seq) {
+                active.classes.extend(classes);
+            }
+        }
+    }
+
     fn admit(&mut self, admission: Admission, table: &mut Table) {
+        self.rebind(table);
         let request = table.next;
         let mut ids = Vec::with_capacity(admission.choices.len());
         let mut outcome = Ok(());
         for mut choice in admission.choices {
+            if choice.binding != table.bound.name {
+                outcome = Err(RequestError::NumericsChanged);
+                break;
+            }
             let id = SeqId::new(table.next);
             table.next += 1;
             let (ended, sequence) = (choice.ended.take(), choice.sequence(id));
@@ -349,6 +399,9 @@ impl Engine {
         counter!("muster_tokens_generated_total").increment(1);
         self.pulse.beat();
         active.cached_prompt_tokens = self.scheduler.cached_prompt_tokens(id);
+        if active.binding == BindingName::Any && active.cached_prompt_tokens > 0 {
+            active.classes.extend(table.classes);
+        }
         // Even of a token that ends it: what this step computed is then kept for others.
         let progress = self.scheduler.append(id, token);
         let end = active.take(token, logits, self.tokenizer.as_ref()).map(Ok);
@@ -366,7 +419,7 @@ impl Engine {
         }
     }
 
-    /// Ends a whole request with an error, once.
+    /// Ends a whole request because its step failed.
     fn fail(&mut self, id: SeqId, error: &StepError, table: &mut Table) {
         let Some(active) = table.active.get(&id) else { return };
         tracing::warn!(parent: &active.span, sequence = %id, %error, "request failed");
@@ -376,6 +429,12 @@ impl Engine {
             StepError::Gate { .. } | StepError::Hidden { .. } | StepError::Logits => RequestError::NonFinite,
             StepError::Device(_) => RequestError::Internal,
         };
+        self.end(id, error, table);
+    }
+
+    /// Ends a whole request with an error, once.
+    fn end(&mut self, id: SeqId, error: RequestError, table: &mut Table) {
+        let Some(active) = table.active.get(&id) else { return };
         let _ = active.events.try_send(Err(error));
         let request = active.request;
         let siblings: Vec<SeqId> =
@@ -411,6 +470,8 @@ impl Active {
             request,
             choice: new.choice,
             place: new.place,
+            binding: new.binding,
+            classes: ClassSet::EMPTY,
             prompt_tokens: u32::try_from(new.prompt.len()).unwrap_or(u32::MAX),
             cached_prompt_tokens: 0,
             generated: u32::try_from(new.had.len()).unwrap_or(u32::MAX),
@@ -463,10 +524,10 @@ impl Active {
     }
 
     fn finished(&self, End { reason, text }: End) -> Finished {
-        let Self { choice, generated: output_tokens, .. } = *self;
+        let Self { choice, generated: output_tokens, classes, .. } = *self;
         // What the scheduler counts may reach into tokens of the output that the client had.
         let cached_prompt_tokens = self.cached_prompt_tokens.min(self.prompt_tokens);
-        Finished { choice, reason, output_tokens, cached_prompt_tokens, text }
+        Finished { choice, reason, output_tokens, cached_prompt_tokens, classes, text }
     }
 }
 
@@ -511,6 +572,7 @@ mod tests {
         NewChoice {
             choice: 0,
             place: None,
+            binding: BindingName::default(),
             prompt,
             had,
             history,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use muster_model::defaults::SamplingDefaults;
 use muster_text::{Tokenizer, TokenizerFiles};
-use muster_types::{Combine, Compute, Fingerprint, Limits, WeightDType};
+use muster_types::{BindingName, ClassSet, Combine, Compute, Fingerprint, Limits, WeightDType};
 use tokio::sync::mpsc;
 
 use crate::engine::{Command, NewChoice};
@@ -51,7 +51,7 @@ fn assembled(
     // No place is known to take long.
     queue.publish(limits.running, Some(Duration::ZERO));
     let way = Way { commands, queue, text: TextPool::start().unwrap() };
-    Service::new(model, limits, prompts, Vec::new(), health, way)
+    Service::new(model, limits, prompts, Vec::new(), health, Arc::new(BindingName::default), way)
 }
 
 /// A service whose engine never answers, as one in a long step; its requests stay in the channel.
@@ -124,8 +124,14 @@ pub(crate) fn echo(choice: NewChoice) {
         let _ = events.try_send(Ok(token(choice, index, id.get(), top_logprobs)));
     }
     let reason = FinishReason::Length;
-    let finished =
-        Finished { choice, reason, output_tokens: max_tokens, cached_prompt_tokens: 1, text: "!".into() };
+    let finished = Finished {
+        choice,
+        reason,
+        output_tokens: max_tokens,
+        cached_prompt_tokens: 1,
+        classes: ClassSet::EMPTY,
+        text: "!".into(),
+    };
     let _ = events.try_send(Ok(Event::Finished(finished)));
 }
 

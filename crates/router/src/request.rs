@@ -9,7 +9,7 @@ use std::time::Duration;
 use muster_engine::dispatch::DispatchError;
 use muster_model::sampler::RawSampling;
 use muster_text::Chat;
-use muster_types::Retry;
+use muster_types::{BindingName, ClassSet, Retry};
 
 /// A request for tokens, not yet checked.
 #[derive(Debug, Clone)]
@@ -98,6 +98,8 @@ pub struct Started {
     pub seed: u64,
     /// The same for every router that would send the same stream for the same settings.
     pub resume_key: String,
+    /// What experts are bound to.
+    pub binding: BindingName,
 }
 
 /// One thing that happened to one choice.
@@ -157,6 +159,8 @@ pub struct Finished {
     pub output_tokens: u32,
     /// Tokens of the prompt whose keys and values were cached and not computed for this choice.
     pub cached_prompt_tokens: u32,
+    /// Numerics classes of the workers that took part.
+    pub classes: ClassSet,
     /// Text that was held back for a possible stop string that did not come.
     pub text: String,
 }
@@ -208,6 +212,12 @@ pub enum RequestError {
     /// Experts could not be reached.
     #[error("experts are unavailable: {0}; try again in a moment")]
     ExpertsUnavailable(String),
+    /// Experts went to devices that give other bits, which cannot go on with this output.
+    #[error(
+        "workers of another numerics class compute some experts from now on, and what they give does not go on with what \
+         was computed before; send the request anew"
+    )]
+    NumericsChanged,
     /// Experts cannot compute this request, however often it is tried.
     #[error("the experts refused this request: {0}; trying again does not help")]
     Refused(String),
@@ -305,7 +315,7 @@ impl RequestError {
             Self::Invalid { .. } | Self::UnknownModel { .. } | Self::Refused(_) | Self::NonFinite => {
                 Retry::Never
             }
-            Self::Overloaded(_) | Self::ExpertsUnavailable(_) => Retry::Later,
+            Self::Overloaded(_) | Self::ExpertsUnavailable(_) | Self::NumericsChanged => Retry::Later,
             Self::ShuttingDown | Self::Internal => Retry::Elsewhere,
         }
     }

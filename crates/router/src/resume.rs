@@ -4,7 +4,7 @@
 //! Always holds: tokens that came through here are in the vocabulary, no more than the request may have, and can be the
 //! beginning of an output.
 
-use muster_types::TokenId;
+use muster_types::{BindingName, TokenId};
 use sha2::{Digest, Sha256};
 
 use crate::output::{End, Output};
@@ -23,12 +23,17 @@ pub(crate) struct Standing {
     pub(crate) ended: Option<End>,
 }
 
-/// Names all that a stream follows from besides the settings that a client repeats: the model, how it is computed, the
-/// prompt as tokens, and where the output ends at the latest.
-pub(crate) fn key(model: &ModelInfo, prompt: &[TokenId], max_tokens: u32) -> String {
+/// Names all that a stream follows from besides the settings that a client repeats: the model, how and by which devices it is
+/// computed, the prompt as tokens, and where the output ends at the latest.
+pub(crate) fn key(model: &ModelInfo, binding: BindingName, prompt: &[TokenId], max_tokens: u32) -> String {
     let ModelInfo { fingerprint, compute, experts, trunk, combine, .. } = model;
     let mut hash = Sha256::new_with_prefix("muster stream v1\n");
-    hash.update(format!("{fingerprint} {compute} {experts} {trunk} {combine} {max_tokens}\n"));
+    hash.update(format!("{fingerprint} {compute} {experts} {trunk} {combine} {max_tokens}"));
+    // Of a cluster of CPUs the key is what it was before there were other devices.
+    if binding != BindingName::default() {
+        hash.update(format!(" {binding}"));
+    }
+    hash.update("\n");
     for token in prompt {
         hash.update(token.get().to_le_bytes());
     }
@@ -93,8 +98,9 @@ pub(crate) fn replay(
 pub(crate) fn check_key(resume: Option<&Resume>, own: &str) -> Result<(), RequestError> {
     match resume.and_then(|resume| resume.key.as_deref()) {
         Some(key) if key != own => {
-            let message = "key is that of another stream; model, compute mode, prompt and max_tokens must be as \
-                           they were";
+            let message = "key is that of another stream; model, compute mode, prompt, max_tokens and the numerics \
+                           class of the workers must be as they were. If they cannot be, send the request anew, \
+                           without resume_from";
             Err(RequestError::invalid(FIELD, message))
         }
         _ => Ok(()),

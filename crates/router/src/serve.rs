@@ -24,7 +24,7 @@ use muster_model::{LoadProgress, ModelError};
 use muster_placement::{Shape, SizesError};
 use muster_proto::card::ModelCard;
 use muster_proto::convert::RouterName;
-use muster_types::{Combine, Compute, WeightDType};
+use muster_types::{Combine, Compute, Numerics, WeightDType};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -86,6 +86,8 @@ pub struct RouterConfig {
     pub drain_timeout: Duration,
     /// Where experts' outputs are added.
     pub combine: Combine,
+    /// Whether workers of several numerics classes may compute one expert.
+    pub numerics: Numerics,
     /// How long the engine thread looks for an answer before it sleeps.
     pub busy_poll: Duration,
     /// What becomes of the model's own sampling settings.
@@ -478,6 +480,7 @@ fn assemble(
         connect_timeout: config.connect_timeout,
         shard_deadline: config.engine.expert_timeout,
         combine: config.combine,
+        numerics: config.numerics,
         busy_poll: config.busy_poll,
         cpu: Arc::clone(&cpu),
         dialer: Dialer::new(config.identity.as_ref(), &[Role::Worker])?,
@@ -494,7 +497,6 @@ fn assemble(
         discovery: Discovery::start(config.discover, &kubernetes, &handle),
         experts: u32::try_from(shape.total()).unwrap_or(u32::MAX),
         replicas: config.replicas,
-        has_fallback,
         is_leaving: AtomicBool::new(false),
     });
     let terms = WeightTerms {
@@ -506,13 +508,14 @@ fn assemble(
     };
     let source =
         CheckpointWeights { checkpoint: checkpoint.clone(), compute, dtype: config.experts, digests };
-    let probe = Arc::clone(&cluster);
+    let (probe, bound) = (Arc::clone(&cluster), Arc::clone(&cluster));
     let parts = Parts {
         checkpoint,
         trunk,
         dispatch: Box::new(dispatch),
         experts: config.experts,
         health: Arc::new(move || probe.health()),
+        bound: Arc::new(move || bound.workers.bound()),
         pulse,
         workers,
         combine: config.combine,

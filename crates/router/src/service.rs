@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::{History, RawSampling, Sampling};
 use muster_text::{Special, SpecialText};
-use muster_types::{Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
+use muster_types::{BindingName, Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
 use uuid::Uuid;
@@ -80,6 +80,9 @@ pub struct ModelInfo {
 /// How a [`Service`] learns whether experts can be reached.
 pub type HealthProbe = Arc<dyn Fn() -> Health + Send + Sync>;
 
+/// How a [`Service`] learns what experts are bound to.
+pub type BoundProbe = Arc<dyn Fn() -> BindingName + Send + Sync>;
+
 /// Cheap to clone; all clones are the same router.
 #[derive(Clone)]
 pub struct Service {
@@ -92,6 +95,7 @@ struct Inner {
     prompts: Arc<Prompts>,
     eos: Vec<u32>,
     health: HealthProbe,
+    bound: BoundProbe,
     way: Way,
 }
 
@@ -109,6 +113,8 @@ pub(crate) struct Way {
 struct Prepared {
     prompt: Vec<TokenId>,
     max_tokens: u32,
+    /// What experts are bound to.
+    binding: BindingName,
     resume_key: String,
     /// For each choice.
     standings: Vec<(Standing, History)>,
@@ -168,9 +174,10 @@ impl Service {
         prompts: Prompts,
         eos: Vec<u32>,
         health: HealthProbe,
+        bound: BoundProbe,
         way: Way,
     ) -> Self {
-        let inner = Inner { model, limits, prompts: Arc::new(prompts), eos, health, way };
+        let inner = Inner { model, limits, prompts: Arc::new(prompts), eos, health, bound, way };
         Self { inner: Arc::new(inner) }
     }
 
@@ -267,7 +274,7 @@ impl Service {
     async fn ready(&self, checked: Checked, places: Vec<QueuePlace>) -> Result<Ready, RequestError> {
         let Checked { raw, seed, top_logprobs, choices } = checked;
         let (resumes, sampling) = (raw.resume.is_some(), raw.sampling.clone());
-        let Prepared { prompt, max_tokens, resume_key, standings } = self.prepared(raw).await?;
+        let Prepared { prompt, max_tokens, binding, resume_key, standings } = self.prepared(raw).await?;
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         // No more can ever be in the channel, so the engine never waits for a slow reader.
         let frames = (max_tokens as usize + 2) * choices as usize;
@@ -275,6 +282,7 @@ impl Service {
         let choice = |((choice, place), (Standing { had, output, ended }, history))| NewChoice {
             choice,
             place: Some(place),
+            binding,
             prompt: prompt.clone(),
             had,
             history,
@@ -287,7 +295,8 @@ impl Service {
             span: tracing::Span::current(),
         };
         let choices_of_it = (0..choices).zip(places).zip(standings).map(choice).collect();
-        let started = Started { id: Uuid::new_v4().simple().to_string(), prompt_tokens, seed, resume_key };
+        let id = Uuid::new_v4().simple().to_string();
+        let started = Started { id, prompt_tokens, seed, resume_key, binding };
         let generation = Generation { started, events, open_choices: choices, ended: false };
         Ok(Ready { generation, choices: choices_of_it, resumes })
     }
@@ -427,7 +436,8 @@ impl Inner {
         // The text of an answer stands by itself; that of a continuation goes on from the prompt's last tokens.
         let tail = if answers { &[][..] } else { &prompt[prompt.len().saturating_sub(4)..] };
         let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
-        let resume_key = resume::key(&self.model, &prompt, max_tokens);
+        let binding = (self.bound)();
+        let resume_key = resume::key(&self.model, binding, &prompt, max_tokens);
         resume::check_key(resume.as_ref(), &resume_key)?;
         let output = Output::new(self.prompts.tokenizer(), &tail, stop_strings, stop_ids);
         let seen = History::new(&sampling, &prompt);
@@ -437,7 +447,7 @@ impl Inner {
             (standing, history)
         };
         let standings = resume::replay(had, &output, max_tokens)?.into_iter().map(with_history).collect();
-        Ok(Prepared { prompt, max_tokens, resume_key, standings })
+        Ok(Prepared { prompt, max_tokens, binding, resume_key, standings })
     }
 
     fn max_tokens(&self, asked: Option<u32>, over: OverContext, prompt: usize) -> Result<u32, RequestError> {

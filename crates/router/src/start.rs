@@ -29,7 +29,7 @@ use crate::engine::{Command, Engine};
 use crate::prompt::Prompts;
 pub use crate::pulse::Pulse;
 use crate::queue::Queue;
-use crate::service::{HealthProbe, ModelInfo, Service, Way};
+use crate::service::{BoundProbe, HealthProbe, ModelInfo, Service, Way};
 use crate::text_pool::TextPool;
 use crate::tokenizer::{self, TokenizerError};
 
@@ -48,6 +48,8 @@ pub struct Parts {
     pub experts: WeightDType,
     /// Whether they can be reached.
     pub health: HealthProbe,
+    /// What experts are bound to.
+    pub bound: BoundProbe,
     /// Told of every token.
     pub pulse: Arc<Pulse>,
     /// How many workers there are; 0 when the experts are in this process.
@@ -201,6 +203,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         dispatch,
         experts,
         health,
+        bound,
         pulse,
         workers,
         combine,
@@ -267,7 +270,8 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         })
         .map_err(StartError::Thread)?;
     let prompts = Prompts::new(&info, limits, tokenizer, settings.template_variables);
-    let service = Service::new(info, limits, prompts, eos, health, Way { commands: sender, queue, text });
+    let way = Way { commands: sender, queue, text };
+    let service = Service::new(info, limits, prompts, eos, health, bound, way);
     Ok((service, EngineHandle { ended, abort }))
 }
 

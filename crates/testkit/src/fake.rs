@@ -120,6 +120,41 @@ impl ExpertCompute for FakeExperts {
     }
 }
 
+/// Experts as on a device of another numerics class: of every element of an output the lowest bit is the other one.
+#[derive(Debug, Clone)]
+pub struct OtherBits<E> {
+    /// The experts.
+    pub inner: E,
+    /// What rows are rounded to.
+    pub compute: Compute,
+}
+
+/// What [`OtherBits`] makes of an output's element.
+#[must_use]
+pub fn other_bits(compute: Compute, element: f32) -> f32 {
+    let lowest = match compute {
+        Compute::F32 => 1,
+        Compute::Bf16 | Compute::Bf16Pairs => 1 << 16,
+    };
+    f32::from_bits(element.to_bits() ^ lowest)
+}
+
+impl<E: ExpertCompute> ExpertCompute for OtherBits<E> {
+    fn answer(
+        &mut self,
+        layer: LayerId,
+        rows: Rows<'_>,
+        segments: &[Segment<'_>],
+    ) -> Result<Vec<SegmentAnswer>, ComputeError> {
+        let mut answers = self.inner.answer(layer, rows, segments)?;
+        let size = self.compute.wire_dtype().size();
+        for answer in &mut answers {
+            answer.data.chunks_mut(size).for_each(|element| element[0] ^= 1);
+        }
+        Ok(answers)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

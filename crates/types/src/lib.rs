@@ -11,6 +11,7 @@ mod ids;
 mod limits;
 mod mode;
 mod nearest;
+mod numerics;
 mod reach;
 mod speed;
 mod term;
@@ -21,10 +22,11 @@ pub use fault::{Fault, FaultKind};
 pub use fingerprint::{Fingerprint, ParseFingerprintError};
 pub use ids::{Epoch, ExpertId, ExpertKey, InvalidWorkerId, LayerId, OutOfRange, SeqId, TokenId, WorkerId};
 pub use limits::Limits;
-pub use mode::{
-    Combine, Compute, DType, NumericsClass, ParseCombineError, ParseWeightDTypeError, Retry, WeightDType,
-};
+pub use mode::{Combine, Compute, DType, ParseCombineError, ParseWeightDTypeError, Retry, WeightDType};
 pub use nearest::nearest;
+pub use numerics::{
+    BindingName, ClassSet, Numerics, NumericsClass, ParseNumericsClassError, ParseNumericsError,
+};
 pub use reach::Reach;
 pub use speed::{Speed, SpeedError};
 pub use term::{Term, terms_by_row};

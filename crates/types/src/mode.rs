@@ -159,19 +159,6 @@ impl FromStr for Combine {
     }
 }
 
-/// Devices whose kernels give identical bits. Replicas of one expert stay within one class.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum NumericsClass {
-    /// Every CPU: all instruction sets reproduce one canonical reduction order.
-    CpuCanonical,
-}
-
-impl fmt::Display for NumericsClass {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("cpu-canonical")
-    }
-}
-
 /// Whether trying again can help, and where. Every error that crosses a process boundary answers this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Retry {

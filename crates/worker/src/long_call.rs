@@ -18,8 +18,8 @@ use muster_proto::control::{Assignment, LeadAsk, Load};
 use muster_proto::convert::RouterName;
 use muster_proto::description::{Description, Phase};
 use muster_types::{
-    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed, WeightDType,
-    WeightDigest, WorkerId,
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, Numerics, NumericsClass, Speed,
+    WeightDType, WeightDigest, WorkerId,
 };
 
 use crate::holder::Holder;
@@ -107,6 +107,7 @@ fn connect(worker: String, cpu: Arc<Cpu>) -> GrpcDispatch {
         shard_deadline: PATIENCE,
         start: Start::Assigned,
         combine: Combine::Exact,
+        numerics: Numerics::Exact,
         busy_poll: Duration::from_micros(50),
         cpu,
     })

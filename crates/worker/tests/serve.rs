@@ -17,7 +17,7 @@ use muster_model::local::local;
 use muster_placement::{Shape, Share, split};
 use muster_testkit::conformance::{self, Harness, Model, Sums};
 use muster_testkit::fake::round;
-use muster_types::{Combine, Compute, ExpertKey, WeightDType, WorkerId};
+use muster_types::{Combine, Compute, ExpertKey, Numerics, WeightDType, WorkerId};
 use muster_worker::{Hooks, Ready, WorkerConfig, WorkerError, run};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -143,6 +143,7 @@ fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
         shard_deadline: PATIENCE,
         start: Start::Complete,
         combine: Combine::Exact,
+        numerics: Numerics::Exact,
         busy_poll: Duration::from_micros(50),
         cpu: Arc::clone(&cpu),
     };

@@ -66,6 +66,7 @@ fn config(settings: RouterSettings) -> Result<RouterConfig, Failure> {
             cors: Cors::new(settings.edge.cors_origins, settings.http.ip().is_loopback()),
         },
         combine: settings.combine,
+        numerics: settings.numerics,
         busy_poll: settings.busy_poll_us,
         defaults: model_defaults(settings.generation_config),
         engine: EngineSettings {

@@ -24,6 +24,8 @@ struct Report {
     imbalance: f64,
     experts: u32,
     missing_experts: u32,
+    /// The numerics class that experts are bound to, or a digest where they are bound to several.
+    numerics: String,
     workers: Vec<Worker>,
 }
 
@@ -39,6 +41,7 @@ struct Worker {
     resident_bytes: u64,
     capacity_bytes: u64,
     speed: f64,
+    numerics: String,
     domain: String,
     epoch: u64,
     late_shards: u32,
@@ -93,6 +96,7 @@ fn report(address: String, status: StatusReply) -> Report {
         imbalance: status.imbalance,
         experts: status.experts,
         missing_experts: status.missing_experts,
+        numerics: status.numerics,
         workers: status.workers.into_iter().map(worker).collect(),
     }
 }
@@ -118,6 +122,7 @@ fn worker(worker: WorkerStatus) -> Worker {
         resident_bytes: worker.resident_bytes,
         capacity_bytes: worker.capacity_bytes,
         speed: worker.speed,
+        numerics: worker.numerics,
         domain: worker.domain,
         epoch: worker.epoch,
         late_shards: worker.late_shards,
@@ -157,14 +162,15 @@ fn page(report: &Report) -> String {
                 worker.rows.to_string(),
                 after(worker.useful_ms),
                 after(worker.full_ms),
-                if worker.domain.is_empty() { "-".to_owned() } else { worker.domain.clone() },
+                or_dash(&worker.numerics),
+                or_dash(&worker.domain),
                 worker.address.clone(),
             ]
         })
         .collect();
     let header = [
-        "worker", "state", "experts", "loading", "memory", "of", "rows", "useful", "full", "domain",
-        "address",
+        "worker", "state", "experts", "loading", "memory", "of", "rows", "useful", "full", "numerics",
+        "domain", "address",
     ];
     page += &text::table(&header, &rows);
     page.push('\n');
@@ -182,6 +188,10 @@ fn page(report: &Report) -> String {
         }
     }
     page
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
 /// How long after its start.
@@ -217,6 +227,7 @@ mod tests {
                     loading: 2,
                     resident_bytes: 3 << 20,
                     capacity_bytes: 4 << 30,
+                    numerics: "cuda-mma".into(),
                     ..WorkerStatus::default()
                 },
                 WorkerStatus {
@@ -233,6 +244,7 @@ mod tests {
             "r at http://x: degraded; 30 of 32 experts held; leads the placement (term 4, imbalance 1.04)",
             "a worker cannot be reached",
             "loading",
+            "cuda-mma",
             "b:2: refused",
         ] {
             assert!(page.contains(part), "{part} in {page}");

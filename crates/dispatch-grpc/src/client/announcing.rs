@@ -9,7 +9,8 @@ use muster_placement::{Shape, split};
 use muster_proto::description::{Description, Phase};
 use muster_proto::handshake::LANES;
 use muster_types::{
-    Compute, Epoch, ExpertKey, Fingerprint, NumericsClass, Speed, WeightDType, WeightDigest, WorkerId,
+    Compute, Epoch, ExpertKey, Fingerprint, Numerics, NumericsClass, Speed, WeightDType, WeightDigest,
+    WorkerId,
 };
 use tokio::sync::mpsc;
 use tonic::transport::Endpoint;
@@ -53,7 +54,8 @@ fn describe(worker: u32, holdings: Vec<ExpertKey>, epoch: u64) -> Description {
 fn the_token_path_while_64_workers_announce_24576_experts() {
     let shape = Shape::new(vec![EXPERTS; LAYERS]);
     let address = |worker: u32| format!("10.0.{}.{}:1", worker / 250, worker % 250).parse().unwrap();
-    let links = Arc::new(Links::new(shape.clone(), (0..WORKERS).map(address).collect()).unwrap());
+    let links =
+        Arc::new(Links::new(shape.clone(), Numerics::Exact, (0..WORKERS).map(address).collect()).unwrap());
     links.start().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let _inside = runtime.enter();

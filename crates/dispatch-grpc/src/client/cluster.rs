@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use muster_placement::Binding;
 use muster_proto::control::{Assignment, LeadAnswer, LeadAsk, rows_from_wire};
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
@@ -132,6 +133,12 @@ async fn within<T>(
 }
 
 impl ClusterHandle {
+    /// What experts are bound to.
+    #[must_use]
+    pub fn binding(&self) -> Arc<Binding> {
+        self.links.binding()
+    }
+
     /// The workers that are connected now.
     #[must_use]
     pub fn workers(&self) -> Vec<ConnectedWorker> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use muster_kernels::Cpu;
 use muster_placement::Shape;
 use muster_proto::handshake::{HandshakeError, Term};
-use muster_types::{Combine, Compute, ExpertKey, Fingerprint, WeightDType};
+use muster_types::{Combine, Compute, ExpertKey, Fingerprint, Numerics, WeightDType};
 
 use super::digests::{Digests, OtherWeights};
 use crate::address::AddressError;
@@ -54,6 +54,8 @@ pub struct ConnectConfig {
     pub start: Start,
     /// Where outputs are added.
     pub combine: Combine,
+    /// Whether workers of several numerics classes may compute one expert.
+    pub numerics: Numerics,
     /// How long the engine thread looks for an answer before it sleeps.
     pub busy_poll: Duration,
     /// Where the engine thread adds outputs.
@@ -186,7 +188,7 @@ impl LinkError {
                 Term::Fingerprint | Term::Hidden => "start both with the same model directory",
                 Term::Compute => "start both in the same compute mode",
                 Term::Experts => "start both with the same --expert-dtype",
-                Term::Numerics => "use workers of one kind with this router",
+                Term::Numerics => "start the worker again: its device is not the one that it described",
             },
             Self::Handshake(HandshakeError::Wire(_)) | Self::Placement(_) => {
                 "run the same version of muster and the same model on both sides"

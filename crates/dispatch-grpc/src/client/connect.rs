@@ -68,7 +68,7 @@ pub fn connect_with(config: ConnectConfig, fallback: Option<Fallback>) -> Result
         dialer: config.dialer,
         digests: config.digests,
     };
-    let links = Links::new(config.shape, addresses)
+    let links = Links::new(config.shape, config.numerics, addresses)
         .map_err(|source| ConnectError::Worker { address: "none".into(), source })?;
     let links = Arc::new(links);
     links.start()?;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use metrics::Histogram;
 use muster_engine::delivery::{Note, Observer, Summed};
 use muster_proto::description::Description;
-use muster_types::ExpertKey;
+use muster_types::{BindingName, ExpertKey};
 
 use super::links::Links;
 
@@ -81,6 +81,18 @@ impl HealthHandle {
     #[must_use]
     pub fn fewer_copies_than(&self, copies: NonZeroU32) -> usize {
         self.0.elsewhere().fewer_copies_than(copies)
+    }
+
+    /// The experts that nobody can be asked for, this process included.
+    #[must_use]
+    pub fn unreachable_experts(&self) -> usize {
+        self.0.fleet().placement().fewer_copies_than(NonZeroU32::MIN)
+    }
+
+    /// Names the numerics classes that experts are bound to.
+    #[must_use]
+    pub fn bound(&self) -> BindingName {
+        self.0.binding().name()
     }
 
     /// Changes with who holds what.

@@ -203,7 +203,7 @@ async fn open_lane(
     lane: u32,
 ) -> Result<Lane, LinkError> {
     let (sender, outbound) = mpsc::channel(SEND_QUEUE);
-    let hello = config.terms.to_hello(&config.router, lane, config.combine);
+    let hello = config.terms.to_hello(&config.router, lane, config.combine, description.numerics);
     let message = v1::DispatchRequest { body: Some(v1::dispatch_request::Body::Hello(hello)) };
     // The channel is empty and its receiver is right here.
     let _ = sender.send(message).await;

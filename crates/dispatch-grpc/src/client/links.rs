@@ -11,11 +11,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use muster_engine::delivery::{Arrived, Closed, Ended, Event, Fleet, Hop, Unsent, Wanted};
-use muster_placement::{Placement, Shape};
+use muster_placement::{Binding, Placement, Shape};
 use muster_proto::description::Description;
 use muster_proto::expert::v1;
 use muster_proto::handshake::LANES;
-use muster_types::{Epoch, ExpertKey, Fault, WorkerId};
+use muster_types::{Epoch, ExpertKey, Fault, Numerics, WorkerId};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout_at;
@@ -140,8 +140,9 @@ pub(super) struct Links {
 }
 
 impl Links {
-    pub(super) fn new(shape: Shape, addresses: Vec<Address>) -> Result<Self, LinkError> {
-        let (fleet, elsewhere) = build(Epoch::new(1), &shape, &AllAnnounced::default())?;
+    pub(super) fn new(shape: Shape, numerics: Numerics, addresses: Vec<Address>) -> Result<Self, LinkError> {
+        let binding = Binding::new(numerics, &shape);
+        let (fleet, elsewhere) = build(Epoch::new(1), &shape, &AllAnnounced::default(), &binding)?;
         let fleet = Arc::new(fleet);
         let peers: BTreeMap<usize, Peer> = addresses.into_iter().map(Peer::new).enumerate().collect();
         let mail = Mail {
@@ -183,9 +184,9 @@ impl Links {
     fn keep_fleet(&self) {
         // Former fleets. They are large, and are freed here, not by their last user.
         let mut retired: Vec<Arc<Fleet>> = Vec::new();
-        while let Some((epoch, announced)) = self.next_fleet() {
+        while let Some((epoch, announced, binding)) = self.next_fleet() {
             let began = Instant::now();
-            let built = build(epoch, &self.shape, &announced);
+            let built = build(epoch, &self.shape, &announced, &binding);
             drop(announced);
             match built {
                 Ok((fleet, elsewhere)) => retired.push(self.swap(fleet, elsewhere)),
@@ -199,15 +200,16 @@ impl Links {
         }
     }
 
-    /// Waits until another fleet is to be built, and says of what; `None` once closed.
-    fn next_fleet(&self) -> Option<(Epoch, AllAnnounced)> {
+    /// Waits until another fleet is to be built, and says of what, and what experts are bound to; `None` once closed.
+    fn next_fleet(&self) -> Option<(Epoch, AllAnnounced, Arc<Binding>)> {
         let fresh = |state: &mut State| state.freshness == Freshness::Fresh && !state.closed;
         let mut state = self.outdated.wait_while(self.lock(), fresh).unwrap_or_else(PoisonError::into_inner);
         if state.closed {
             return None;
         }
         state.freshness = Freshness::Building;
-        Some((state.fleet.placement().epoch().next(), state.announced.clone()))
+        let epoch = state.fleet.placement().epoch().next();
+        Some((epoch, state.announced.clone(), Arc::clone(state.fleet.binding())))
     }
 
     /// Puts a fleet in force; returns the former one.
@@ -251,6 +253,11 @@ impl Links {
     /// Owners of every expert other than this process.
     pub(super) fn elsewhere(&self) -> Arc<Placement> {
         Arc::clone(&self.lock().elsewhere)
+    }
+
+    /// What experts are bound to.
+    pub(super) fn binding(&self) -> Arc<Binding> {
+        Arc::clone(self.lock().fleet.binding())
     }
 
     /// Every expert of the model, ascending.
@@ -649,18 +656,26 @@ impl State {
     }
 }
 
-/// The fleet of what was announced, and who holds what in it beside this process.
+/// The fleet of what was announced, and who holds what in it beside this process. What this process computes binds nothing: it
+/// is used for what is bound to its class.
 fn build(
     epoch: Epoch,
     shape: &Shape,
     announced: &AllAnnounced,
+    before: &Binding,
 ) -> Result<(Fleet, Arc<Placement>), LinkError> {
+    let mut all: Vec<&Announced> = announced.live.values().collect();
+    let binding = before.after(all.iter().map(|(route, told)| (route.class, &told.holdings[..])));
+    if binding.changes() != before.changes() {
+        tracing::info!(before = %before.name(), now = %binding.name(), "experts are bound to other numerics classes");
+    }
+    let binding = Arc::new(binding);
     let fleet = |announced: &[&Announced]| {
         let workers: Vec<(&WorkerId, &[ExpertKey], _)> =
             announced.iter().map(|(route, told)| (&told.worker, &told.holdings[..], *route)).collect();
-        Fleet::new(epoch, shape, &workers).map_err(|error| LinkError::Placement(error.to_string()))
+        let fleet = Fleet::new(epoch, shape, &workers, Arc::clone(&binding));
+        fleet.map_err(|error| LinkError::Placement(error.to_string()))
     };
-    let mut all: Vec<&Announced> = announced.live.values().collect();
     let live = fleet(&all)?;
     let elsewhere = Arc::clone(live.placement());
     if announced.here.is_none() {

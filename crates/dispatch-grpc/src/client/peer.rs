@@ -236,7 +236,8 @@ impl Peer {
         match (&self.state, &self.announced) {
             (LinkState::Up { session, .. }, Some(announced)) => {
                 let hop = Hop { link: at, session: *session };
-                Some((Route { hop, epoch: announced.epoch, rank: self.rank() }, Arc::clone(announced)))
+                let (epoch, class, rank) = (announced.epoch, announced.numerics, self.rank());
+                Some((Route { hop, epoch, rank, class }, Arc::clone(announced)))
             }
             _ => None,
         }

@@ -9,5 +9,6 @@ mod digests;
 mod failover;
 mod failure;
 mod floods;
+mod numerics;
 mod server;
 mod support;

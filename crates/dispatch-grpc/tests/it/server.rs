@@ -32,7 +32,7 @@ fn hello() -> v1::Hello {
         experts: WeightDType::Native,
         numerics: NumericsClass::CpuCanonical,
     };
-    terms.to_hello(&RouterName::new("raw").unwrap(), 0, Combine::Exact)
+    terms.to_hello(&RouterName::new("raw").unwrap(), 0, Combine::Exact, terms.numerics)
 }
 
 /// One row for expert 1 of layer 0.

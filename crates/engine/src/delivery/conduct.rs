@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster_placement::{Placement, WorkerIx};
+use muster_placement::{Binding, Placement, WorkerIx};
 use muster_types::{Fault, FaultKind, WorkerId};
 
 use super::transport::{Fleet, Hop, Route};
@@ -90,6 +90,10 @@ impl Workers {
 
     pub(super) fn placement(&self) -> &Placement {
         self.fleet.placement()
+    }
+
+    pub(super) fn binding(&self) -> &Binding {
+        self.fleet.binding()
     }
 
     /// Changes with the fleet.

@@ -132,10 +132,12 @@ impl<T: Transport, O: Observer> Dispatcher<T, O> {
         for stand_in in stand_ins {
             let weights = flight.weights_of(number, &stand_in);
             let StandIn { plan, picked, places } = stand_in;
-            let Some((Route { hop, epoch, .. }, worker)) = self.workers.route(plan.worker) else { continue };
+            let Some((Route { hop, epoch, class, .. }, worker)) = self.workers.route(plan.worker) else {
+                continue;
+            };
             let (worker, load) =
                 (worker.clone(), self.transport.pick(&flight.parts()[number].shard.load, &picked));
-            shards.push((Shard { id: self.issue(), hop, epoch, worker, plan, load, weights }, places));
+            shards.push((Shard { id: self.issue(), hop, epoch, worker, class, plan, load, weights }, places));
         }
         if shards.is_empty() {
             return false;

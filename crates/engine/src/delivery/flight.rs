@@ -4,14 +4,15 @@
 //! it owes are sent to other owners as further parts, its *stand-ins*; stand-ins can fail in turn. What always holds: one part
 //! is responsible for a pair at a time; every pair is taken from exactly one part, or its row is lost; no worker is asked
 //! twice for the same pair; what one worker says that others could contradict is final only when a second one agrees or nobody
-//! else can be asked. It does not know how parts are sent, nor how long they may take.
+//! else can be asked. Workers of different numerics classes do not contradict each other: what overflows in one need not in another. It does not know how parts are sent, nor how long they may take.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use muster_placement::WorkerIx;
 use muster_types::{
-    Combine, Epoch, ExpertId, Fault, FaultKind, LayerId, Retry, Term, WorkerId, terms_by_row,
+    ClassSet, Combine, Epoch, ExpertId, Fault, FaultKind, LayerId, NumericsClass, Retry, Term, WorkerId,
+    terms_by_row,
 };
 
 use super::conduct::Workers;
@@ -92,6 +93,8 @@ pub(super) struct Shard<L> {
     pub(super) hop: Hop,
     pub(super) epoch: Epoch,
     pub(super) worker: WorkerId,
+    /// Of the worker's device.
+    pub(super) class: NumericsClass,
     pub(super) plan: ShardPlan,
     /// The hidden rows.
     pub(super) load: L,
@@ -282,7 +285,10 @@ impl<L, O: Outputs> Flight<L, O> {
             self.parts[*part].owes -= 1;
         }
         if let PairState::Answered { part, .. } = state {
+            let class = self.parts[part].shard.class;
+            let is_alike = |claim: &&Claim| self.parts[claim.part].shard.class == class;
             let others = self.claims.iter().filter(|claim| claim.pair == pair && claim.part != part);
+            let others = others.filter(is_alike);
             self.contradicted.extend(others.map(|claim| claim.part));
         }
     }
@@ -290,7 +296,12 @@ impl<L, O: Outputs> Flight<L, O> {
     /// Records a claim. It is final when another worker made the same.
     fn claim(&mut self, claim: Claim) {
         match self.pairs[claim.pair].state {
-            PairState::Answered { part, .. } if part != claim.part => self.contradicted.push(claim.part),
+            PairState::Answered { part, .. } if part != claim.part => {
+                let class = |part: usize| self.parts[part].shard.class;
+                if class(part) == class(claim.part) {
+                    self.contradicted.push(claim.part);
+                }
+            }
             PairState::Open => {
                 let worker = |part: usize| &self.parts[part].shard.worker;
                 let known = self.claims.iter().find(|known| known.pair == claim.pair);
@@ -627,6 +638,12 @@ impl<L, O: Outputs> Flight<L, O> {
             }
         }
         terms_by_row(self.rows, terms.into_iter())
+    }
+
+    /// Numerics classes of the workers that answered.
+    pub(super) fn classes(&self) -> ClassSet {
+        let arrived = self.parts.iter().filter(|part| matches!(part.state, State::Arrived(_)));
+        arrived.map(|part| part.shard.class).collect()
     }
 
     /// What arrived as part `part`.

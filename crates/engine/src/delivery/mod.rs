@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster_types::{Combine, DType, Fault, Term};
+use muster_types::{ClassSet, Combine, DType, Fault, Term};
 
 pub use self::conduct::Strikes;
 use self::dispatcher::{Dispatcher, FlightOver};
@@ -36,7 +36,7 @@ pub use self::transport::{
     Arrived, Closed, Ended, Event, Fleet, Hop, Outgoing, Outputs, Route, Transport, Unsent, Wanted,
 };
 use crate::batcher::{BatchPlan, group};
-use crate::dispatch::{DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket};
+use crate::dispatch::{Bound, DispatchError, ExpertDispatch, LayerBatch, Loss, Place, RowsMut, Ticket};
 
 /// Limits and shapes that every micro-batch must meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,6 +107,8 @@ pub struct Delivery<T: Transport, S, O = ()> {
     tickets: u64,
     dispatcher: Dispatcher<T, O>,
     sums: S,
+    /// Of the workers that outputs came from since this was last asked.
+    classes: ClassSet,
     events: Vec<Event<T::Outputs>>,
     is_closed: bool,
 }
@@ -120,6 +122,7 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
             tickets: 0,
             dispatcher: Dispatcher::new(transport, observer, fleet),
             sums,
+            classes: ClassSet::EMPTY,
             events: Vec::new(),
             is_closed: false,
         }
@@ -160,12 +163,22 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
         };
         let mut shards = Vec::with_capacity(plans.len());
         for (plan, weights) in plans.into_iter().zip(weights) {
-            let Some((Route { hop, epoch, .. }, worker)) = self.dispatcher.workers.route(plan.worker) else {
+            let route = self.dispatcher.workers.route(plan.worker);
+            let Some((Route { hop, epoch, class, .. }, worker)) = route else {
                 return Err(DispatchError::Invalid("a plan names no worker of the placement".into()));
             };
             let worker = worker.clone();
             let load = self.dispatcher.transport.gather(batch.rows, &plan.rows)?;
-            shards.push(Shard { id: self.dispatcher.issue(), hop, epoch, worker, plan, load, weights });
+            shards.push(Shard {
+                id: self.dispatcher.issue(),
+                hop,
+                epoch,
+                worker,
+                class,
+                plan,
+                load,
+                weights,
+            });
         }
         self.tickets += 1;
         let (ticket, count) = (Ticket::new(self.tickets), shards.len());
@@ -247,6 +260,7 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> Delivery<T, S, O> {
             if flight.is_complete() {
                 match finish(&mut self.dispatcher, &mut self.sums, flight, now, out) {
                     Ok(()) => {
+                        self.classes.extend(flight.classes());
                         self.dispatcher.learn(flight, now);
                         let lost = flight.losses();
                         self.cancel(ticket);
@@ -346,6 +360,16 @@ impl<T: Transport, S: Sums<T::Outputs>, O: Observer> ExpertDispatch for Delivery
 
     fn version(&self) -> u64 {
         self.dispatcher.transport.version()
+    }
+
+    fn bound(&mut self) -> Bound {
+        self.catch_up();
+        let binding = self.dispatcher.workers.binding();
+        Bound { name: binding.name(), changes: binding.changes() }
+    }
+
+    fn take_classes(&mut self) -> ClassSet {
+        std::mem::take(&mut self.classes)
     }
 
     fn cancel(&mut self, ticket: Ticket) {

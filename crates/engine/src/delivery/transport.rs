@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use muster_placement::{Placement, PlacementError, Shape, WorkerIx};
-use muster_types::{Epoch, ExpertKey, Fault, LayerId, WorkerId};
+use muster_placement::{Binding, Held, Placement, PlacementError, Shape, WorkerIx};
+use muster_types::{Epoch, ExpertKey, Fault, LayerId, NumericsClass, WorkerId};
 
 use crate::batcher::{Rank, ShardPlan};
 use crate::dispatch::{DispatchError, Rows};
@@ -31,18 +31,21 @@ pub struct Route {
     pub epoch: Epoch,
     /// Preference, from the worker's own announcement.
     pub rank: Rank,
+    /// Of the worker's device.
+    pub class: NumericsClass,
 }
 
 /// Connected workers and their holdings: an immutable snapshot.
 #[derive(Debug)]
 pub struct Fleet {
     placement: Arc<Placement>,
+    binding: Arc<Binding>,
     /// For every worker of the placement.
     routes: Vec<Route>,
 }
 
 impl Fleet {
-    /// Of workers with what they hold.
+    /// Of workers with what they hold. For an expert only those are asked that are of the class which it is bound to.
     ///
     /// # Errors
     /// When the holdings make no placement.
@@ -50,10 +53,18 @@ impl Fleet {
         epoch: Epoch,
         shape: &Shape,
         workers: &[(&WorkerId, &[ExpertKey], Route)],
+        binding: Arc<Binding>,
     ) -> Result<Self, PlacementError> {
-        let held: Vec<_> = workers.iter().map(|&(worker, held, _)| (worker, held)).collect();
-        let placement = Arc::new(Placement::of(epoch, shape, &held)?);
-        Ok(Self { placement, routes: workers.iter().map(|&(_, _, route)| route).collect() })
+        let held: Vec<Held<'_>> =
+            workers.iter().map(|&(worker, held, route)| (worker, route.class, held)).collect();
+        let placement = Arc::new(Placement::bound(epoch, shape, &held, &binding)?);
+        Ok(Self { placement, binding, routes: workers.iter().map(|&(_, _, route)| route).collect() })
+    }
+
+    /// What experts are bound to.
+    #[must_use]
+    pub const fn binding(&self) -> &Arc<Binding> {
+        &self.binding
     }
 
     /// Owners of every expert.

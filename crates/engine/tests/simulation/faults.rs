@@ -98,6 +98,10 @@ counts! {
     parked: "sequences parked",
     out_of_patience: "requests out of patience",
     preempted: "sequences preempted",
+    rebound: "requests ended as experts changed class",
+    discarded: "steps of no use as experts changed class",
+    mixed: "rows made by two classes where any will do",
+    bound_apart: "steps with experts of both classes, each bound to one",
     forgotten: "sequences that gave up blocks as they went on",
 }
 

@@ -2,6 +2,7 @@
 //! may be stopped between making orders and sending them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use muster_placement::leader::{self, Answer, Cause, Connected, Decision, Order, OrderId, Round, Step};
@@ -127,12 +128,14 @@ impl World {
         let connected = |(worker, peer): (usize, &Peer)| {
             let of = &self.workers[worker];
             let (capacity, speed, domain) = (of.capacity, of.speed(), of.domain.clone());
-            let member = Member { capacity, speed, domain, draining: peer.draining, held: peer.held.clone() };
+            let (class, held) = (of.class, peer.held.clone());
+            let member = Member { class, capacity, speed, domain, draining: peer.draining, held };
             let (name, session) = (of.id.clone(), session(worker, peer.session));
             Connected { name, session, epoch: Epoch::new(peer.epoch), member }
         };
         let workers: Vec<_> = self.connected(number).map(connected).collect();
-        let mut decision = self.leader(number).step(now, workers);
+        let binding = Arc::clone(&self.routers[number].binding);
+        let mut decision = self.leader(number).step(now, workers, binding);
         loop {
             decision = match decision {
                 Decision::Wait => return,

@@ -1,8 +1,8 @@
 //! A model of whole numbers: attention, gate and experts are pure functions, so that what a sequence becomes depends on
-//! its tokens alone, and on every one of them, every key and value, and every (row, expert) pair exactly once.
+//! its tokens alone, and on every one of them, every key and value, and every (row, expert) pair exactly once. Experts give
+//! other outputs on devices of another numerics class.
 
-use muster_types::Reach;
-use muster_types::{ExpertId, LayerId, TokenId};
+use muster_types::{ExpertId, ExpertKey, LayerId, NumericsClass, Reach, TokenId};
 
 use crate::rng::mix;
 use crate::wire::weighted;
@@ -59,9 +59,10 @@ impl Toy {
         chosen.into_iter().map(|expert| ExpertId::new(expert, self.experts[layer]).unwrap()).collect()
     }
 
-    /// What an expert makes of a row.
-    pub(crate) fn output(layer: usize, expert: ExpertId, row: u64) -> u64 {
-        mix(mix(row, layer as u64 + 1000), u64::from(expert.get()))
+    /// What an expert makes of a row on a device of this class.
+    pub(crate) fn output(key: ExpertKey, row: u64, class: NumericsClass) -> u64 {
+        let output = mix(mix(row, u64::from(key.layer.get()) + 1000), u64::from(key.expert.get()));
+        output ^ class.index() as u64
     }
 
     /// What an expert's output counts in a row's sum: a small whole number.
@@ -69,10 +70,23 @@ impl Toy {
         (1 + mix(row, u64::from(expert.get())) % 255) as f32
     }
 
-    /// The weighted sum of a row's experts.
-    pub(crate) fn sum(&self, layer: usize, row: u64) -> u64 {
-        let term = |expert| weighted(Self::output(layer, expert, row), Self::weight(expert, row));
+    /// The weighted sum of a row's experts, each on a device of the class that `class_of` says.
+    pub(crate) fn sum(&self, layer: usize, row: u64, class_of: impl Fn(ExpertKey) -> NumericsClass) -> u64 {
+        let term = |expert| {
+            let key = ExpertKey { layer: self.layer(layer), expert };
+            weighted(Self::output(key, row, class_of(key)), Self::weight(expert, row))
+        };
         self.choose(layer, row).into_iter().map(term).fold(0, u64::wrapping_add)
+    }
+
+    /// All sums that a row may have where each expert is on a device of one of two classes.
+    pub(crate) fn sums(&self, layer: usize, row: u64, classes: [NumericsClass; 2]) -> Vec<u64> {
+        let chosen = self.choose(layer, row);
+        let sum = |choice: usize| {
+            let nth = |key: ExpertKey| chosen.iter().position(|&expert| expert == key.expert).unwrap();
+            self.sum(layer, row, |key| classes[choice >> nth(key) & 1])
+        };
+        (0..1 << chosen.len()).map(sum).collect()
     }
 
     /// A row with its experts' sum.
@@ -84,8 +98,14 @@ impl Toy {
         TokenId::new((row % u64::from(self.vocab)) as u32, self.vocab).unwrap()
     }
 
-    /// What a request gives when nothing disturbs it: no batch, no blocks, no workers.
-    pub(crate) fn generate(&self, prompt: &[TokenId], max_tokens: u32, context: u32) -> Vec<TokenId> {
+    /// What a request gives when nothing disturbs it: no batch, no blocks, no workers but of the classes that `class_of` says.
+    pub(crate) fn generate(
+        &self,
+        prompt: &[TokenId],
+        max_tokens: u32,
+        context: u32,
+        class_of: impl Fn(ExpertKey) -> NumericsClass,
+    ) -> Vec<TokenId> {
         let mut tokens = prompt.to_vec();
         let mut cache = vec![Vec::new(); self.layers()];
         let limit = (prompt.len() + max_tokens as usize).min(context as usize);
@@ -97,7 +117,7 @@ impl Toy {
                     entries.push(Self::entry(layer, row));
                     let seen = self.reaches[layer].first_visible(entries.len() as u32 - 1);
                     row = Self::attend(row, entries[seen as usize..].iter().copied());
-                    row = Self::combine(row, self.sum(layer, row));
+                    row = Self::combine(row, self.sum(layer, row, &class_of));
                 }
                 last = row;
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use muster_placement::leader::OrderId;
 use muster_placement::lease::{Grant, Term};
 use muster_placement::split;
-use muster_types::{Epoch, ExpertKey, Fault, FaultKind, Speed, WorkerId};
+use muster_types::{Epoch, ExpertKey, Fault, FaultKind, NumericsClass, Speed, WorkerId};
 
 use crate::toy::Toy;
 use crate::wire::{ToyRows, weighted};
@@ -17,6 +17,7 @@ use crate::world::{Event, MS, Order, Process, QUIET, Shard, Time, ToRouter, ToWo
 pub(crate) struct Worker {
     pub(crate) process: Process,
     pub(crate) id: WorkerId,
+    pub(crate) class: NumericsClass,
     pub(crate) capacity: u64,
     speed: u64,
     pub(crate) domain: Option<String>,
@@ -50,6 +51,7 @@ enum Copy {
 impl Worker {
     pub(crate) fn new(
         number: usize,
+        class: NumericsClass,
         capacity: u64,
         speed: u64,
         domain: Option<String>,
@@ -58,6 +60,7 @@ impl Worker {
         Self {
             process: Process::default(),
             id: WorkerId::new(&format!("w{number}")).unwrap(),
+            class,
             capacity,
             speed,
             domain,
@@ -163,7 +166,7 @@ impl World {
         if worker.draining {
             self.counts.served_draining += 1;
         }
-        let outputs = ToyRows { rows: outputs(shard), marks: Vec::new(), is_sound: true };
+        let outputs = ToyRows { rows: outputs(shard, worker.class), marks: Vec::new(), is_sound: true };
         let message = if lies { self.lie(number, shard, outputs) } else { answer(Ok(outputs)) };
         let life = self.workers[number].process.life;
         let timer = WorkerTimer::Computed { router, session, message };
@@ -250,7 +253,7 @@ impl World {
         }
         self.counts.repeated_orders += u64::from(worker.last == Some((term, operation)));
         let desired: BTreeSet<_> = orders.keep.iter().chain(&orders.load).copied().collect();
-        let bytes: u64 = desired.iter().map(|key| self.spec.sizes.get(key.layer)).sum();
+        let bytes: u64 = desired.iter().map(|key| self.spec.sizes.get(worker.class, key.layer)).sum();
         assert!(bytes <= worker.capacity, "capacity: worker {number} is told to hold {bytes} bytes");
         let gone = |(&key, copy): (&ExpertKey, &Copy)| {
             let known = matches!(copy, Copy::Announced(since) if Epoch::new(*since) <= *seen);
@@ -324,10 +327,10 @@ impl World {
     fn load_next(&mut self, number: usize) {
         let (life, sizes) = (self.workers[number].process.life, &self.spec.sizes);
         let worker = &mut self.workers[number];
-        let mut used: u64 = worker.copies.keys().map(|key| sizes.get(key.layer)).sum();
+        let mut used: u64 = worker.copies.keys().map(|key| sizes.get(worker.class, key.layer)).sum();
         if worker.loading.is_none()
             && let Some(&key) = worker.to_load.front()
-            && used + sizes.get(key.layer) <= worker.capacity
+            && used + sizes.get(worker.class, key.layer) <= worker.capacity
         {
             worker.to_load.pop_front();
             worker.loads += 1;
@@ -337,7 +340,7 @@ impl World {
             self.after(delay, Event::WorkerTimer { worker: number, life, timer });
         }
         let worker = &self.workers[number];
-        used += worker.loading.map_or(0, |(key, _)| self.spec.sizes.get(key.layer));
+        used += worker.loading.map_or(0, |(key, _)| self.spec.sizes.get(worker.class, key.layer));
         assert!(used <= worker.capacity, "capacity: worker {number} has {used} bytes in memory");
     }
 
@@ -379,11 +382,9 @@ impl World {
     }
 }
 
-/// What a shard's experts make of its rows: every output, or their weighted sums row by row.
-fn outputs(shard: &Shard) -> Vec<u64> {
-    let output = |&(index, key): &(u32, ExpertKey)| {
-        Toy::output(key.layer.index(), key.expert, shard.rows[index as usize])
-    };
+/// What a shard's experts make of its rows on a device of this class: every output, or their weighted sums row by row.
+fn outputs(shard: &Shard, class: NumericsClass) -> Vec<u64> {
+    let output = |&(index, key): &(u32, ExpertKey)| Toy::output(key, shard.rows[index as usize], class);
     if shard.weights.is_empty() {
         return shard.pairs.iter().map(output).collect();
     }

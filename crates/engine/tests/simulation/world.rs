@@ -11,8 +11,7 @@ use muster_engine::scheduler::{PrefixCache, SchedulerConfig};
 use muster_placement::leader::{OrderId, Rhythm};
 use muster_placement::lease::{Ask, Reply};
 use muster_placement::{ExpertSizes, Orders, Shape, split};
-use muster_types::Reach;
-use muster_types::{Combine, Epoch, ExpertKey, Fault, TokenId};
+use muster_types::{Combine, Epoch, ExpertKey, Fault, Numerics, NumericsClass, Reach, TokenId};
 
 use crate::faults::{self, Counts};
 use crate::rng::{Rng, mix};
@@ -183,7 +182,8 @@ pub(crate) struct Link {
 pub(crate) struct Request {
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) max_tokens: u32,
-    /// What it gives when nothing disturbs it.
+    /// What it gives when nothing disturbs it, with what experts were bound to when it was taken in. Of another value where they
+    /// are bound to nothing, but of that length.
     pub(crate) expected: Vec<TokenId>,
     /// The router that has it, and that router's life.
     pub(crate) at: Option<(usize, u64)>,
@@ -211,6 +211,10 @@ pub(crate) struct Spec {
     pub(crate) building: Time,
     /// Where outputs are added up.
     pub(crate) combine: Combine,
+    /// Whether experts are bound to classes.
+    pub(crate) numerics: Numerics,
+    /// Those that workers are of.
+    pub(crate) classes: [NumericsClass; 2],
     /// Whether a worker that starts holds its share at once.
     pub(crate) starts_with_share: bool,
 }
@@ -265,8 +269,16 @@ impl World {
         let toy = Toy { experts: experts.clone(), reaches, k, vocab: 40, salt: rng.next() };
         let shape = Shape::new(experts);
         let bytes: Vec<u64> = (0..layers).map(|_| rng.between(5, 16)).collect();
-        let largest = bytes.iter().copied().max().unwrap();
-        let sizes = ExpertSizes::new(&shape, bytes).unwrap();
+        let numerics = if rng.chance(20) { Numerics::Any } else { Numerics::Exact };
+        let cpu = NumericsClass::CpuCanonical;
+        let classes = if rng.chance(50) { [cpu, NumericsClass::CudaMma] } else { [cpu; 2] };
+        let mut largest = bytes.iter().copied().max().unwrap();
+        let mut sizes = ExpertSizes::new(&shape, bytes).unwrap();
+        if classes[1] != cpu {
+            let bytes: Vec<u64> = (0..layers).map(|_| rng.between(5, 16)).collect();
+            largest = largest.max(bytes.iter().copied().max().unwrap());
+            sizes = sizes.with(&shape, classes[1], bytes).unwrap();
+        }
         let count = 1 + rng.below(6);
         let routers = 1 + rng.below(2);
         let max_running = 1 + rng.below(6);
@@ -298,6 +310,8 @@ impl World {
             building: if rng.chance(50) { 0 } else { rng.between(MS, 50 * MS) },
             combine: if rng.chance(30) { Combine::Partial } else { Combine::Exact },
             starts_with_share: rng.chance(50),
+            numerics,
+            classes,
             shape,
             sizes,
         };
@@ -323,7 +337,9 @@ impl World {
 
     fn populate(&mut self, workers: usize, routers: usize, largest: u64) {
         // Together they have room for all experts and a few more.
-        let bytes = |key: ExpertKey| self.spec.sizes.get(key.layer);
+        let (sizes, classes) = (&self.spec.sizes, self.spec.classes);
+        let bytes =
+            |key: ExpertKey| classes.map(|class| sizes.get(class, key.layer)).into_iter().max().unwrap();
         let all = NonZero::new(workers as u32).unwrap();
         let share = |of: u32| split(&self.spec.shape, all, of).unwrap().into_iter().map(bytes).sum();
         let even = self.spec.shape.keys().map(bytes).sum::<u64>() / workers as u64 + largest;
@@ -333,7 +349,8 @@ impl World {
             let speed = self.rng.between(1, 9);
             let domain = self.rng.chance(60).then(|| format!("rack-{}", self.rng.below(3)));
             let load = self.rng.between(20 * MS, 200 * MS);
-            self.workers.push(Worker::new(number, capacity, speed, domain, load));
+            let class = self.spec.classes[self.rng.below(2)];
+            self.workers.push(Worker::new(number, class, capacity, speed, domain, load));
         }
         self.routers = (0..routers).map(|number| Router::new(number, &self.spec, workers, 0)).collect();
         for worker in 0..workers {
@@ -362,9 +379,8 @@ impl World {
         };
         let prompt: Vec<TokenId> = (0..length).map(word).collect();
         let max_tokens = 1 + self.rng.below(16) as u32;
-        let expected = toy.generate(&prompt, max_tokens, self.spec.scheduler.context);
         let request = self.requests.len();
-        self.requests.push(Request { prompt, max_tokens, expected, at: None, ended: false });
+        self.requests.push(Request { prompt, max_tokens, expected: Vec::new(), at: None, ended: false });
         self.at(at, Event::Client { request });
     }
 
@@ -577,7 +593,10 @@ impl World {
     pub(crate) fn end(&mut self, request: usize, tokens: &[TokenId]) {
         let known = &mut self.requests[request];
         assert!(!known.ended, "no-lost-request: request {request} ended twice");
-        assert_eq!(tokens, known.expected, "same-output: request {request}");
+        assert_eq!(tokens.len(), known.expected.len(), "same-output: request {request}");
+        if self.spec.numerics == Numerics::Exact {
+            assert_eq!(tokens, known.expected, "same-output: request {request}");
+        }
         known.ended = true;
         known.at = None;
         self.note("ended", request, tokens.len() as u64, 0);

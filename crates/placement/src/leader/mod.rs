@@ -22,12 +22,13 @@ mod rhythm;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
-use muster_types::{Epoch, WorkerId};
+use muster_types::{Epoch, Numerics, WorkerId};
 
 use crate::lease::Term;
-use crate::{ExpertSizes, Goals, Loads, Member, Present, Shape, Target, Transition, transition};
+use crate::{Binding, ExpertSizes, Goals, Loads, Member, Present, Shape, Target, Transition, transition};
 pub use decision::{Decision, Order, OrderId, Step};
 use election::Election;
 pub use election::{Answer, Round};
@@ -74,6 +75,8 @@ pub struct Leader {
     ledger: Ledger,
     /// By worker: the session that the ledger knows.
     sessions: BTreeMap<WorkerId, u64>,
+    /// What the router's experts were bound to at the last look.
+    binding: Arc<Binding>,
     /// Those of the last look.
     subjects: BTreeMap<WorkerId, Subject>,
     /// Plans asked for so far.
@@ -86,8 +89,8 @@ impl Subject {
     /// Whether it is as a plan took it to be: all but what it holds.
     fn is_like(&self, other: &Self) -> bool {
         let traits = |subject: &Self| {
-            let Member { capacity, speed, domain: _, draining, held: _ } = subject.member;
-            (subject.session, capacity, speed, draining)
+            let Member { class, capacity, speed, domain: _, draining, held: _ } = subject.member;
+            (subject.session, class, capacity, speed, draining)
         };
         traits(self) == traits(other) && self.member.domain == other.member.domain
     }
@@ -100,16 +103,17 @@ impl Leader {
         Self {
             election: Election::new(name, &rhythm),
             evidence: Evidence::new(&shape),
-            shape,
             sizes,
             goals,
             rhythm,
             counted: Duration::ZERO,
             ledger: Ledger::default(),
             sessions: BTreeMap::new(),
+            binding: Arc::new(Binding::new(Numerics::Exact, &shape)),
             subjects: BTreeMap::new(),
             plans: 0,
             reign: None,
+            shape,
         }
     }
 
@@ -173,8 +177,14 @@ impl Leader {
         self.subjects.values().map(|subject| (subject.session, self.evidence.rows_of(subject.session)))
     }
 
-    /// Looks at the workers that are connected, and says what to do.
-    pub fn step(&mut self, now: Duration, workers: impl IntoIterator<Item = Connected>) -> Decision {
+    /// Looks at the workers that are connected, and at what the router's experts are bound to, and says what to do.
+    pub fn step(
+        &mut self,
+        now: Duration,
+        workers: impl IntoIterator<Item = Connected>,
+        binding: Arc<Binding>,
+    ) -> Decision {
+        self.binding = binding;
         let Some(term) = self.leads(now) else {
             self.reign = None;
             self.subjects.clear();
@@ -312,18 +322,20 @@ impl Leader {
             goals: self.goals,
             loads,
             members: self.subjects.iter().map(member).collect(),
+            binding: Arc::clone(&self.binding),
         })
     }
 
     fn transition(&self) -> Transition {
         let present = |(name, subject): (&WorkerId, &Subject)| {
-            let Member { capacity, ref held, .. } = subject.member;
-            (name.clone(), Present { capacity, held: held.clone() })
+            let Member { class, capacity, ref held, .. } = subject.member;
+            (name.clone(), Present { class, capacity, held: held.clone() })
         };
         let present = self.subjects.iter().map(present).collect();
         let nothing = BTreeMap::new();
         let hold = self.target().map_or(&nothing, |target| &target.hold);
-        transition(&self.sizes, &present, hold, self.evidence.loads(), self.goals.min_replicas)
+        let (loads, replicas) = (self.evidence.loads(), self.goals.min_replicas);
+        transition(&self.sizes, &present, hold, loads, replicas, &self.binding)
     }
 
     /// Each worker is told what it does not know yet.

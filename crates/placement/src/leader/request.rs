@@ -1,10 +1,11 @@
 //! The inputs of a plan, apart from the leader, so that another thread can make it.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use muster_types::WorkerId;
 
-use crate::{ExpertSizes, Figures, Goals, Loads, Member, Shape, Target, plan};
+use crate::{Binding, ExpertSizes, Figures, Goals, Loads, Member, Shape, Target, plan};
 
 /// Why a plan is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +30,7 @@ pub struct PlanRequest {
     pub(super) goals: Goals,
     pub(super) loads: Loads,
     pub(super) members: BTreeMap<WorkerId, Member>,
+    pub(super) binding: Arc<Binding>,
 }
 
 /// Result of a [`PlanRequest`].
@@ -48,7 +50,7 @@ impl PlanRequest {
     /// Makes the plan, which takes long for a large cluster.
     #[must_use]
     pub fn plan(&self) -> Plan {
-        let target = plan(&self.shape, &self.sizes, &self.members, &self.loads, &self.goals);
+        let target = plan(&self.shape, &self.sizes, &self.members, &self.loads, &self.goals, &self.binding);
         Plan { number: self.number, target }
     }
 

@@ -1,6 +1,6 @@
 use std::num::NonZero;
 
-use muster_types::{ExpertId, ExpertKey, LayerId, Speed};
+use muster_types::{ExpertId, ExpertKey, LayerId, NumericsClass, Speed};
 
 use super::*;
 use crate::Orders;
@@ -55,6 +55,11 @@ impl Done {
     }
 }
 
+/// Of experts that nobody held.
+fn binding() -> Arc<Binding> {
+    Arc::new(Binding::new(Numerics::Exact, &Shape::new(vec![EXPERTS])))
+}
+
 impl Cluster {
     /// Workers with room for all experts, that hold these.
     fn new(held: &[&[u32]]) -> Self {
@@ -80,6 +85,7 @@ impl Cluster {
 
     fn join(&mut self, held: &[u32]) {
         let member = Member {
+            class: NumericsClass::CpuCanonical,
             capacity: 10 * u64::from(EXPERTS),
             speed: Speed::ONE,
             domain: None,
@@ -133,7 +139,7 @@ impl Cluster {
     /// Counts, in which every worker says that each of its experts got so many rows.
     fn step_with(&mut self, rows: u64) -> Done {
         let mut done = Done::default();
-        let mut decision = self.leader.step(self.now, self.connected());
+        let mut decision = self.leader.step(self.now, self.connected(), binding());
         loop {
             decision = match decision {
                 Decision::Wait => return done,
@@ -489,12 +495,12 @@ fn who_resigns_gives_back_what_was_granted_and_leads_no_more() {
 fn a_plan_that_took_longer_than_the_lease_is_still_of_use() {
     let mut cluster = Cluster::new(&[&[0, 1], &[2]]);
     cluster.pass(0);
-    assert!(matches!(cluster.leader.step(cluster.now, cluster.connected()), Decision::Count));
+    assert!(matches!(cluster.leader.step(cluster.now, cluster.connected(), binding()), Decision::Count));
     let Decision::Plan(request) = cluster.leader.counted(cluster.now, BTreeMap::new()) else { panic!() };
     let stay = request.stay();
     assert_eq!(stay.target().hold[&name(0)], keys(&[0, 1]));
     // Meanwhile another is asked for, which is the one that counts.
-    cluster.leader.step(cluster.now, cluster.connected());
+    cluster.leader.step(cluster.now, cluster.connected(), binding());
     let Decision::Plan(other) = cluster.leader.counted(cluster.now, BTreeMap::new()) else { panic!() };
     assert_eq!(cluster.leader.planned(cluster.now, request.plan()), Decision::Wait);
     cluster.now += Duration::from_secs(20);

@@ -3,13 +3,17 @@
 //! Owns the copies and the split of loads over them. What a worker uses is the sum of its copies' bytes; the loads
 //! of an expert's copies add up to its own, and each worker's load at a layer is the sum of its copies' there. Only
 //! workers that stay are on the board, by position in ascending order of ids. Changes are logged, and can be undone.
+//!
+//! Workers are in pools, those of one numerics class together, or all of them where classes may be mixed. All copies of an
+//! expert are in one pool.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use muster_types::{ExpertKey, LayerId, WorkerId};
+use muster_types::{ClassSet, ExpertKey, LayerId, Numerics, NumericsClass, WorkerId};
 
 use super::{Figures, Goals, Holdings, Member};
-use crate::{ExpertSizes, Loads, Shape};
+use crate::binding::rebind;
+use crate::{Binding, ExpertSizes, Loads, Shape};
 
 /// The part of a layer's load that is taken to be spread evenly, whatever was counted.
 const EVEN_PART: f64 = 0.1;
@@ -52,6 +56,8 @@ pub(super) struct Replica {
 pub(super) struct Expert {
     pub(super) key: ExpertKey,
     pub(super) load: f64,
+    /// The pool to keep it in, if there is one.
+    pub(super) home: Option<usize>,
     /// Ascending by worker.
     pub(super) copies: Vec<Replica>,
 }
@@ -65,8 +71,8 @@ impl Expert {
 /// One layer.
 #[derive(Debug)]
 pub(super) struct Layer {
-    /// Bytes of one expert.
-    pub(super) bytes: u64,
+    /// Bytes of one expert, by class.
+    bytes: [u64; NumericsClass::ALL.len()],
     pub(super) experts: Vec<Expert>,
     /// Load by worker.
     busy: Vec<f64>,
@@ -96,13 +102,23 @@ struct Spread {
 /// One worker that stays.
 #[derive(Debug)]
 pub(super) struct Bin<'a> {
+    class: NumericsClass,
+    pub(super) pool: usize,
     pub(super) capacity: u64,
     pub(super) used: u64,
     pub(super) speed: f64,
     /// Its failure domains, the widest first.
     pub(super) domains: Domains<usize>,
     pub(super) keys: BTreeSet<ExpertKey>,
-    held: &'a BTreeSet<ExpertKey>,
+    pub(super) held: &'a BTreeSet<ExpertKey>,
+}
+
+/// Workers that may share an expert.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pool {
+    workers: usize,
+    /// How many failure domains they have.
+    domains: Domains<usize>,
 }
 
 impl Bin<'_> {
@@ -125,8 +141,7 @@ pub(super) struct Board<'a> {
     pub(super) bins: Vec<Bin<'a>>,
     pub(super) hysteresis: f64,
     min_replicas: usize,
-    /// How many failure domains the bins have.
-    domains: Domains<usize>,
+    pools: [Pool; NumericsClass::ALL.len()],
     /// Speed of all bins.
     speed: f64,
     first_bytes: u64,
@@ -143,20 +158,20 @@ impl<'a> Board<'a> {
         members: &'a BTreeMap<WorkerId, Member>,
         loads: &Loads,
         goals: &Goals,
+        binding: &Binding,
     ) -> Self {
-        let bins = bins(members);
+        let bins = bins(members, binding.numerics());
         let layers = shape.layers().map(|(layer, _)| Layer {
-            bytes: sizes.get(layer),
+            bytes: NumericsClass::ALL.map(|class| sizes.get(class, layer)),
             experts: experts(shape, layer, loads),
             busy: vec![0.0; bins.len()],
         });
-        let domains = [0, 1].map(|level| bins.iter().map(|bin| bin.domains[level] + 1).max().unwrap_or(0));
         let hysteresis = if goals.hysteresis.is_nan() { 0.0 } else { goals.hysteresis.clamp(0.0, 1.0) };
         let mut board = Self {
             layers: layers.collect(),
             hysteresis,
             min_replicas: goals.min_replicas.get() as usize,
-            domains,
+            pools: pools(&bins),
             speed: bins.iter().map(|bin| bin.speed).sum(),
             first_bytes: 0,
             moved_bytes: 0,
@@ -164,15 +179,53 @@ impl<'a> Board<'a> {
             fill: Vec::new(),
             bins,
         };
+        if binding.numerics() == Numerics::Exact {
+            board.settle(members, binding);
+        }
         for worker in 0..board.bins.len() {
             let held = board.bins[worker].held;
             for &key in held.iter().filter(|&&key| shape.contains(key)) {
-                board.insert(key, worker, Origin::Held);
+                if board.is_at_home(key, worker) {
+                    board.insert(key, worker, Origin::Held);
+                }
             }
         }
         board.relax_all();
         board.log.clear();
         board
+    }
+
+    /// Gives every expert the pool of the class that it is bound to, or else of one that holds it.
+    fn settle(&mut self, members: &BTreeMap<WorkerId, Member>, binding: &Binding) {
+        let mut holders: BTreeMap<ExpertKey, ClassSet> = BTreeMap::new();
+        for member in members.values() {
+            for &key in &member.held {
+                holders.entry(key).or_default().insert(member.class);
+            }
+        }
+        for expert in self.layers.iter_mut().flat_map(|layer| &mut layer.experts) {
+            let holders = holders.get(&expert.key).copied().unwrap_or_default();
+            expert.home = rebind(binding.of(expert.key), holders).map(NumericsClass::index);
+        }
+    }
+
+    /// Whether a worker is in the pool that an expert is to stay in, or there is none.
+    pub(super) fn is_at_home(&self, key: ExpertKey, worker: usize) -> bool {
+        self.expert(key).home.is_none_or(|home| self.bins[worker].pool == home)
+    }
+
+    /// The pool that an expert's copies are in.
+    fn pool(&self, key: ExpertKey) -> Pool {
+        self.expert(key)
+            .copies
+            .first()
+            .map_or_else(Pool::default, |copy| self.pools[self.bins[copy.worker].pool])
+    }
+
+    /// Whether a worker may have a copy of an expert beside those there are.
+    pub(super) fn may_join(&self, key: ExpertKey, worker: usize) -> bool {
+        let first = self.expert(key).copies.first();
+        first.is_none_or(|copy| self.bins[copy.worker].pool == self.bins[worker].pool)
     }
 
     pub(super) fn expert(&self, key: ExpertKey) -> &Expert {
@@ -183,8 +236,19 @@ impl<'a> Board<'a> {
         &mut self.layers[key.layer.index()].experts[key.expert.index()]
     }
 
-    pub(super) fn bytes(&self, key: ExpertKey) -> u64 {
-        self.layers[key.layer.index()].bytes
+    /// What an expert takes of a worker's memory.
+    pub(super) fn bytes(&self, key: ExpertKey, worker: usize) -> u64 {
+        self.layers[key.layer.index()].bytes[self.bins[worker].class.index()]
+    }
+
+    /// What an expert takes on a worker of the class where it takes most.
+    pub(super) fn most_bytes(&self, key: ExpertKey) -> u64 {
+        self.bins.iter().map(|bin| self.layers[key.layer.index()].bytes[bin.class.index()]).max().unwrap_or(0)
+    }
+
+    /// What an expert of a layer takes on a worker of the class where it takes least.
+    pub(super) fn least_bytes(&self, layer: usize) -> u64 {
+        self.bins.iter().map(|bin| self.layers[layer].bytes[bin.class.index()]).min().unwrap_or(0)
     }
 
     pub(super) fn keys(&self) -> impl Iterator<Item = &Expert> {
@@ -241,9 +305,9 @@ impl<'a> Board<'a> {
         spread
     }
 
-    /// Whether copies are on as many domains of each kind as asked, and as there are.
-    fn is_spread(&self, domains: Domains<usize>) -> bool {
-        self.at_least(domains, self.domains)
+    /// Whether an expert's copies are on as many domains of each kind as asked, and as there are.
+    fn is_spread(&self, key: ExpertKey, domains: Domains<usize>) -> bool {
+        self.at_least(domains, self.pool(key).domains)
     }
 
     /// Whether there are as many domains of each kind as before, or as asked.
@@ -254,12 +318,12 @@ impl<'a> Board<'a> {
     /// Whether an expert has the copies that were asked for, as far as there are workers for them.
     pub(super) fn is_replicated(&self, key: ExpertKey) -> bool {
         let Spread { copies, domains } = self.spread(key, None);
-        copies >= self.min_replicas.min(self.bins.len()) && self.is_spread(domains)
+        copies >= self.min_replicas.min(self.pool(key).workers) && self.is_spread(key, domains)
     }
 
     /// Whether another copy would help the goals only on a failure domain of its own.
     pub(super) fn needs_domain(&self, key: ExpertKey) -> bool {
-        self.expert(key).copies.len() >= self.min_replicas.min(self.bins.len())
+        self.expert(key).copies.len() >= self.min_replicas.min(self.pool(key).workers)
     }
 
     /// Whether a copy on this worker would bring an expert nearer to what was asked for.
@@ -267,9 +331,9 @@ impl<'a> Board<'a> {
         if !self.needs_domain(key) {
             return !self.is_replicated(key);
         }
-        let domains = self.spread(key, None).domains;
+        let (domains, pool) = (self.spread(key, None).domains, self.pool(key));
         (0..domains.len()).any(|level| {
-            domains[level] < self.min_replicas.min(self.domains[level]) && !self.shares(key, worker, level)
+            domains[level] < self.min_replicas.min(pool.domains[level]) && !self.shares(key, worker, level)
         })
     }
 
@@ -324,7 +388,7 @@ impl<'a> Board<'a> {
 
     /// The copy exists, but takes no load yet.
     fn insert(&mut self, key: ExpertKey, worker: usize, origin: Origin) {
-        let bytes = self.bytes(key);
+        let bytes = self.bytes(key, worker);
         let copies = &mut self.expert_mut(key).copies;
         let at = copies.partition_point(|copy| copy.worker < worker);
         copies.insert(at, Replica { worker, load: 0.0, origin });
@@ -340,7 +404,7 @@ impl<'a> Board<'a> {
 
     /// The copy is gone, and so is its load.
     fn take(&mut self, key: ExpertKey, worker: usize) -> Option<Origin> {
-        let bytes = self.bytes(key);
+        let bytes = self.bytes(key, worker);
         let copies = &mut self.expert_mut(key).copies;
         let at = copies.iter().position(|copy| copy.worker == worker)?;
         let Replica { load, origin, .. } = copies.remove(at);
@@ -501,7 +565,7 @@ impl<'a> Board<'a> {
             Give::Cold | Give::Shared => self.expert(key).copies.len() > 1,
         };
         let victims = bin.keys.iter().copied().filter(may_give);
-        let given: u64 = victims.clone().map(|key| self.bytes(key)).sum();
+        let given: u64 = victims.clone().map(|key| self.bytes(key, worker)).sum();
         if bin.used - given > bin.capacity - bytes {
             return false;
         }
@@ -548,7 +612,7 @@ impl<'a> Board<'a> {
         let in_means = |peak: f64| if mean > 0.0 { peak / mean } else { 1.0 };
         let is_short = |expert: &&Expert| {
             let Spread { copies, domains } = self.spread(expert.key, None);
-            copies > 0 && (copies < self.min_replicas || !self.is_spread(domains))
+            copies > 0 && (copies < self.min_replicas || !self.is_spread(expert.key, domains))
         };
         Figures {
             imbalance: in_means(peak),
@@ -570,12 +634,16 @@ impl<'a> Board<'a> {
 /// Sweeps over a layer that split its loads well.
 const SWEEPS: usize = 64;
 
-fn bins<'a>(members: &'a BTreeMap<WorkerId, Member>) -> Vec<Bin<'a>> {
+fn bins<'a>(members: &'a BTreeMap<WorkerId, Member>, numerics: Numerics) -> Vec<Bin<'a>> {
     let mut names = [BTreeMap::new(), BTreeMap::new()];
     let mut counts = [0, 0];
     let staying = members.values().filter(|member| !member.draining);
     let bin = |member: &'a Member| {
-        let Member { capacity, speed, domain, held, .. } = member;
+        let Member { class, capacity, speed, domain, held, .. } = member;
+        let pool = match numerics {
+            Numerics::Exact => class.index(),
+            Numerics::Any => 0,
+        };
         let zone = domain.as_deref().map(|name| name.split_once('/').map_or(name, |(zone, _)| zone));
         let mut number = |level: usize, name: Option<&'a str>| {
             let fresh = counts[level];
@@ -584,9 +652,18 @@ fn bins<'a>(members: &'a BTreeMap<WorkerId, Member>) -> Vec<Bin<'a>> {
             domain
         };
         let domains = [number(0, zone), number(1, domain.as_deref())];
-        Bin { capacity: *capacity, used: 0, speed: speed.get(), domains, keys: BTreeSet::new(), held }
+        let (class, capacity, speed) = (*class, *capacity, speed.get());
+        Bin { class, pool, capacity, used: 0, speed, domains, keys: BTreeSet::new(), held }
     };
     staying.map(bin).collect()
+}
+
+fn pools(bins: &[Bin<'_>]) -> [Pool; NumericsClass::ALL.len()] {
+    NumericsClass::ALL.map(|class| {
+        let its = bins.iter().filter(|bin| bin.pool == class.index());
+        let count = |level: usize| its.clone().map(|bin| bin.domains[level]).collect::<BTreeSet<_>>().len();
+        Pool { workers: its.clone().count(), domains: [count(0), count(1)] }
+    })
 }
 
 fn experts(shape: &Shape, layer: LayerId, loads: &Loads) -> Vec<Expert> {
@@ -597,7 +674,7 @@ fn experts(shape: &Shape, layer: LayerId, loads: &Loads) -> Vec<Expert> {
     let load = |share: f64| share * (1.0 - EVEN_PART) + even * EVEN_PART;
     let expert = |expert| {
         let load = load(shares.next().unwrap_or(0.0));
-        Expert { key: ExpertKey { layer, expert }, load, copies: Vec::new() }
+        Expert { key: ExpertKey { layer, expert }, load, home: None, copies: Vec::new() }
     };
     muster_types::ExpertId::all(count).map(expert).collect()
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns who gets the first copy of an expert that has none, and the further copies that the goals ask for. First
 //! copies make others give way that are not the last of their expert; further copies only such as the goals do
-//! without.
+//! without. A first copy goes to another pool than the expert's own only where that has no place for it.
 
 use std::collections::BTreeSet;
 
@@ -17,10 +17,10 @@ use super::board::{Board, Give, Nearness, Origin};
 pub(super) fn cover(board: &mut Board<'_>, on_leave: &BTreeSet<ExpertKey>) -> Vec<ExpertKey> {
     let bare = board.keys().filter(|expert| expert.copies.is_empty());
     let mut keys: Vec<_> = bare.map(|expert| (expert.key, expert.load)).collect();
-    let needed: u64 = keys.iter().map(|&(key, _)| board.bytes(key)).sum();
+    let needed: u64 = keys.iter().map(|&(key, _)| board.most_bytes(key)).sum();
     let free: u64 = board.bins.iter().fold(0, |free, bin| free.saturating_add(bin.capacity - bin.used));
     let rank = |key: ExpertKey| {
-        let bytes = board.bytes(key);
+        let bytes = board.most_bytes(key);
         (if needed <= free { u64::MAX - bytes } else { 0 }, on_leave.contains(&key))
     };
     keys.sort_by(|&(a, load), &(b, other)| {
@@ -30,8 +30,14 @@ pub(super) fn cover(board: &mut Board<'_>, on_leave: &BTreeSet<ExpertKey>) -> Ve
     let mut full = Full::new(board);
     let mut left = Vec::new();
     for (key, load) in keys {
-        let all = (0..board.bins.len()).collect();
-        match find_place(board, key, load, all, &[Give::Surplus, Give::Shared], &mut full) {
+        let at_home = |worker: &usize| board.is_at_home(key, *worker);
+        let (home, abroad): (Vec<_>, Vec<_>) = (0..board.bins.len()).partition(at_home);
+        let held = abroad.iter().copied().filter(|&worker| board.bins[worker].held.contains(&key)).collect();
+        let gives = [Give::Surplus, Give::Shared];
+        let place = [home, held, abroad]
+            .into_iter()
+            .find_map(|candidates| find_place(board, key, load, candidates, &gives, &mut full));
+        match place {
             Some(worker) => board.add(key, worker, Origin::First),
             None => left.push(key),
         }
@@ -50,11 +56,14 @@ pub(super) fn replicate(board: &mut Board<'_>, budget: u64) {
 
     let mut full = Full::new(board);
     for (_, load, key) in keys {
-        while !board.is_replicated(key) && board.moved_bytes().saturating_add(board.bytes(key)) <= budget {
+        // All that may have a copy are of its class, or of any.
+        let bytes = board.expert(key).copies.first().map_or(0, |copy| board.bytes(key, copy.worker));
+        while !board.is_replicated(key) && board.moved_bytes().saturating_add(bytes) <= budget {
             let copies = board.expert(key).copies.len();
             let share = load / (copies + 1) as f64;
             let others: Vec<_> = (0..board.bins.len())
-                .filter(|&worker| board.expert(key).on(worker).is_none() && board.is_asked_for(key, worker))
+                .filter(|&worker| board.expert(key).on(worker).is_none() && board.may_join(key, worker))
+                .filter(|&worker| board.is_asked_for(key, worker))
                 .map(|worker| (worker, board.nearness(key, worker)))
                 .collect();
             let mut tiers = [Nearness::OtherZone, Nearness::SameZone, Nearness::SameMachine].into_iter();
@@ -97,19 +106,21 @@ fn find_place(
     gives: &[Give],
     full: &mut Full,
 ) -> Option<usize> {
-    let (layer, bytes) = (key.layer.index(), board.bytes(key));
+    let layer = key.layer.index();
     let order = |board: &Board<'_>, a: usize, b: usize| {
         let held = |worker: usize| board.bins[worker].keys.len() as f64 / board.bins[worker].speed;
         let ratio = |worker| board.ratio(layer, worker, load);
         ratio(a).total_cmp(&ratio(b)).then(held(a).total_cmp(&held(b))).then(a.cmp(&b))
     };
-    let with_room = candidates.iter().copied().filter(|&worker| board.bins[worker].has_room(bytes));
+    let has_room = |&worker: &usize| board.bins[worker].has_room(board.bytes(key, worker));
+    let with_room = candidates.iter().copied().filter(has_room);
     if let Some(worker) = with_room.min_by(|&a, &b| order(board, a, b)) {
         return Some(worker);
     }
     candidates.sort_by(|&a, &b| order(board, a, b));
     for &give in gives {
         for &worker in &candidates {
+            let bytes = board.bytes(key, worker);
             let least = full.least(worker, give);
             if bytes >= *least {
                 continue;

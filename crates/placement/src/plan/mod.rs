@@ -3,7 +3,8 @@
 //! Owns the plan and its order of importance: every expert has a holder if any memory is left for it; then as many
 //! copies on as many failure domains as asked; then an even load. A worker is never given more bytes than it has or
 //! a key twice, a draining worker is given nothing, and what is held is kept unless something better needs its
-//! place. The idea is that of EPLB (an expert's load is shared over its copies; the heaviest goes where the load is
+//! place. Where numerics are exact, all copies of an expert are on workers of one class: that which it is bound to, while workers
+//! of that class have the memory for it. The idea is that of EPLB (an expert's load is shared over its copies; the heaviest goes where the load is
 //! least) for workers that differ in memory and speed, and that start with what they hold.
 //!
 //! Layers run one after the other, and a layer takes as long as its busiest worker. So loads are evened out layer
@@ -19,9 +20,9 @@ mod tests;
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
-use muster_types::{ExpertKey, Speed, WorkerId};
+use muster_types::{ExpertKey, NumericsClass, Speed, WorkerId};
 
-use crate::{ExpertSizes, Loads, Shape};
+use crate::{Binding, ExpertSizes, Loads, Shape};
 use board::Board;
 
 /// Keys by worker.
@@ -30,6 +31,8 @@ pub type Holdings = BTreeMap<WorkerId, BTreeSet<ExpertKey>>;
 /// A worker, as the plan sees it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Member {
+    /// Of its device.
+    pub class: NumericsClass,
     /// Bytes it has for experts.
     pub capacity: u64,
     /// How fast it is.
@@ -108,8 +111,9 @@ pub fn plan(
     members: &BTreeMap<WorkerId, Member>,
     loads: &Loads,
     goals: &Goals,
+    binding: &Binding,
 ) -> Target {
-    let mut board = Board::new(shape, sizes, members, loads, goals);
+    let mut board = Board::new(shape, sizes, members, loads, goals, binding);
     board.shed_overflow();
     let on_leave = held_by_leavers(members);
     let mut uncovered = cover::cover(&mut board, &on_leave);

@@ -36,7 +36,7 @@ pub(super) fn rebalance(board: &mut Board<'_>, budget: u64) {
 
 /// Evens out one layer until its busiest worker is at `level` in terms of the mean, if that is worth it.
 fn improve(board: &mut Board<'_>, layer: usize, level: f64, budget: u64) {
-    if board.moved_bytes().saturating_add(board.layers[layer].bytes) > budget {
+    if board.moved_bytes().saturating_add(board.least_bytes(layer)) > budget {
         return;
     }
     board.commit();
@@ -67,7 +67,7 @@ fn take_step(board: &mut Board<'_>, layer: usize, full: &mut Full) -> bool {
         while let Some(Addition { key, to, .. }) = best_addition(board, layer, source, full) {
             let is_asked_for = board.is_asked_for(key, to);
             let give = if is_asked_for { Give::Cold } else { Give::Idle };
-            if board.make_room(to, board.bytes(key), give) {
+            if board.make_room(to, board.bytes(key, to), give) {
                 board.add(key, to, Origin::Moved);
                 return true;
             }
@@ -117,14 +117,15 @@ struct Addition {
 }
 
 fn best_addition(board: &Board<'_>, layer: usize, source: usize, full: &Full) -> Option<Addition> {
-    let (before, bytes) = (board.ratio(layer, source, 0.0), board.layers[layer].bytes);
+    let before = board.ratio(layer, source, 0.0);
     let least = least_gain(board, layer, source);
     let mut best: Option<Addition> = None;
     for expert in &board.layers[layer].experts {
         let Some(load) = expert.on(source).map(|copy| copy.load).filter(|&load| load > 0.0) else { continue };
         let is_replicated = board.is_replicated(expert.key);
-        for to in (0..board.bins.len()).filter(|&to| expert.on(to).is_none()) {
-            let room = board.bins[to].has_room(bytes);
+        let others = (0..board.bins.len()).filter(|&to| board.may_join(expert.key, to));
+        for to in others.filter(|&to| expert.on(to).is_none()) {
+            let room = board.bins[to].has_room(board.bytes(expert.key, to));
             if !room && full[to][usize::from(!is_replicated && board.is_asked_for(expert.key, to))] {
                 continue;
             }
@@ -164,7 +165,9 @@ struct Exchange {
 fn best_exchange(board: &Board<'_>, layer: usize, source: usize) -> Option<Exchange> {
     let before = board.ratio(layer, source, 0.0);
     let least = least_gain(board, layer, source);
-    let mut partners: Vec<_> = (0..board.bins.len()).filter(|&with| with != source).collect();
+    let pool = board.bins[source].pool;
+    let is_other = |&with: &usize| with != source && board.bins[with].pool == pool;
+    let mut partners: Vec<_> = (0..board.bins.len()).filter(is_other).collect();
     let ratio = |worker: usize| board.ratio(layer, worker, 0.0);
     partners.sort_by(|&a, &b| ratio(a).total_cmp(&ratio(b)).then(a.cmp(&b)));
     partners.truncate(PARTNERS);

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use muster_types::{ExpertId, LayerId};
+use muster_types::{ExpertId, LayerId, Numerics};
 use proptest::prelude::*;
 
 use super::*;
@@ -16,7 +16,8 @@ fn id(number: usize) -> WorkerId {
 }
 
 fn member(capacity: u64) -> Member {
-    Member { capacity, speed: Speed::ONE, domain: None, draining: false, held: BTreeSet::new() }
+    let (class, speed) = (NumericsClass::CpuCanonical, Speed::ONE);
+    Member { class, capacity, speed, domain: None, draining: false, held: BTreeSet::new() }
 }
 
 fn members(list: impl IntoIterator<Item = Member>) -> BTreeMap<WorkerId, Member> {
@@ -25,6 +26,17 @@ fn members(list: impl IntoIterator<Item = Member>) -> BTreeMap<WorkerId, Member>
 
 fn goals(min_replicas: u32, budget: u64, hysteresis: f64) -> Goals {
     Goals { min_replicas: NonZero::new(min_replicas).unwrap(), budget, hysteresis }
+}
+
+/// The plan where nothing was bound before.
+fn plan(
+    shape: &Shape,
+    sizes: &ExpertSizes,
+    members: &BTreeMap<WorkerId, Member>,
+    loads: &Loads,
+    goals: &Goals,
+) -> Target {
+    super::plan(shape, sizes, members, loads, goals, &Binding::new(Numerics::Exact, shape))
 }
 
 fn holders(hold: &Holdings, key: ExpertKey) -> Vec<&WorkerId> {
@@ -81,6 +93,75 @@ fn one_hot_expert() -> (Shape, Loads) {
         loads.observe(key, if key.expert.get() == 0 { 1500 } else { 100 });
     }
     (shape, loads)
+}
+
+/// Two of each class, of this memory.
+fn of_two_classes(cpu: u64, cuda: u64) -> BTreeMap<WorkerId, Member> {
+    let cuda = Member { class: NumericsClass::CudaMma, ..member(cuda) };
+    members([member(cpu), member(cpu), cuda.clone(), cuda])
+}
+
+/// Where these hold what they shall, whose copies of an expert are in two classes.
+fn mixed(members: &BTreeMap<WorkerId, Member>, hold: &Holdings, shape: &Shape) -> Vec<ExpertKey> {
+    let classes = |key| holders(hold, key).iter().map(|id| members[*id].class).collect::<BTreeSet<_>>();
+    shape.keys().filter(|&key| classes(key).len() > 1).collect()
+}
+
+#[test]
+fn copies_of_an_expert_are_in_one_class() {
+    let shape = Shape::new(vec![8; 2]);
+    let sizes = ExpertSizes::uniform(&shape, 10).unwrap();
+    let sizes = sizes.with(&shape, NumericsClass::CudaMma, vec![12; 2]).unwrap();
+    let loads = Loads::new(&shape);
+    let (members, goals) = (of_two_classes(160, 192), goals(2, u64::MAX, 0.1));
+    let Target { hold, figures } = plan(&shape, &sizes, &members, &loads, &goals);
+    assert_eq!((figures.uncovered, figures.under_replicated), (vec![], vec![]));
+    assert_eq!(mixed(&members, &hold, &shape), []);
+    let on = |class| shape.keys().filter(|&key| members[holders(&hold, key)[0]].class == class).count();
+    assert_eq!(NumericsClass::ALL.map(on), [8, 8, 0], "both classes take their part");
+    for (id, member) in &members {
+        let bytes = |key: &ExpertKey| sizes.get(member.class, key.layer);
+        assert!(hold[id].iter().map(bytes).sum::<u64>() <= member.capacity);
+    }
+    let three = Goals { min_replicas: NonZero::new(3).unwrap(), ..goals };
+    let any = Binding::new(Numerics::Any, &shape);
+    let target = super::plan(&shape, &sizes, &members, &loads, &three, &any);
+    assert_ne!(mixed(&members, &target.hold, &shape), [], "any worker will do");
+}
+
+#[test]
+fn an_expert_changes_class_only_when_its_own_has_no_place() {
+    let shape = Shape::new(vec![4]);
+    let sizes = ExpertSizes::uniform(&shape, 10).unwrap();
+    let (loads, goals) = (Loads::new(&shape), goals(1, u64::MAX, 0.1));
+    let keys: Vec<_> = shape.keys().collect();
+    let binding = Binding::new(Numerics::Exact, &shape);
+    let cpu = binding.after([(NumericsClass::CpuCanonical, &keys[..])].into_iter());
+    let classes = |members: &BTreeMap<WorkerId, Member>, binding: &Binding| {
+        let Target { hold, figures } = super::plan(&shape, &sizes, members, &loads, &goals, binding);
+        assert_eq!(figures.uncovered, []);
+        keys.iter().map(|&key| members[holders(&hold, key)[0]].class.index()).collect::<Vec<_>>()
+    };
+    let held = keys.iter().copied().collect::<BTreeSet<_>>();
+    // Its holder is gone, and the other of its class has room for all, or for two.
+    let mut members = of_two_classes(40, 400);
+    members.remove(&id(0));
+    assert_eq!(classes(&members, &cpu), [0; 4]);
+    members.get_mut(&id(1)).unwrap().capacity = 20;
+    assert_eq!(classes(&members, &cpu).iter().sum::<usize>(), 2);
+    // About to leave, it counts no more than gone; and what holds it already has it for nothing.
+    let mut members = of_two_classes(40, 400);
+    for (number, member) in members.values_mut().enumerate() {
+        (member.draining, member.held) = (number < 2, if number % 2 == 0 { held.clone() } else { [].into() });
+    }
+    let target = super::plan(&shape, &sizes, &members, &loads, &goals, &cpu);
+    assert_eq!((&target.hold[&id(2)], target.figures.first_bytes), (&held, 0));
+    // Held in both, it stays in that which it is bound to.
+    let mut members = of_two_classes(40, 40);
+    members.values_mut().for_each(|member| member.held.clone_from(&held));
+    assert_eq!(classes(&members, &cpu), [0; 4]);
+    let cuda = binding.after([(NumericsClass::CudaMma, &keys[..])].into_iter());
+    assert_eq!(classes(&members, &cuda), [1; 4]);
 }
 
 #[test]
@@ -414,7 +495,7 @@ impl Problem {
     }
 
     fn bytes<'a>(&self, keys: impl IntoIterator<Item = &'a ExpertKey>) -> u64 {
-        keys.into_iter().map(|key| self.sizes.get(key.layer)).sum()
+        keys.into_iter().map(|key| self.sizes.get(NumericsClass::CpuCanonical, key.layer)).sum()
     }
 }
 
@@ -425,6 +506,7 @@ fn a_member(keys: &[ExpertKey]) -> impl Strategy<Value = Member> + use<> {
     let draining = prop::bool::weighted(0.1);
     (0_u64..200, 0.2..4.0, domain, draining, held).prop_map(|(capacity, speed, domain, draining, held)| {
         Member {
+            class: NumericsClass::CpuCanonical,
             capacity,
             speed: Speed::new(speed).unwrap(),
             domain,
@@ -512,7 +594,7 @@ proptest! {
         for key in uncovered {
             for (id, keys) in hold.iter().filter(|(id, _)| staying(id)) {
                 let last = keys.iter().filter(|&&key| holders(&hold, key).len() == 1);
-                let needed = problem.bytes(last) + problem.sizes.get(key.layer);
+                let needed = problem.bytes(last) + problem.sizes.get(NumericsClass::CpuCanonical, key.layer);
                 prop_assert!(needed > problem.members[id].capacity);
             }
         }

@@ -1,6 +1,6 @@
 //! What transitions promise: by example, and on simulated clusters that load, fail and come back.
 
-use muster_types::{ExpertId, LayerId};
+use muster_types::{ExpertId, LayerId, Numerics, NumericsClass};
 use proptest::prelude::*;
 
 use super::*;
@@ -27,7 +27,8 @@ fn set(experts: &[u32]) -> BTreeSet<ExpertKey> {
 }
 
 fn present(list: &[(u64, &[u32])]) -> BTreeMap<WorkerId, Present> {
-    let worker = |&(capacity, held): &(u64, &[u32])| Present { capacity, held: set(held) };
+    let class = NumericsClass::CpuCanonical;
+    let worker = |&(capacity, held): &(u64, &[u32])| Present { class, capacity, held: set(held) };
     list.iter().enumerate().map(|(n, entry)| (id(n), worker(entry))).collect()
 }
 
@@ -40,7 +41,8 @@ fn step(present: &BTreeMap<WorkerId, Present>, target: &Holdings, min_replicas: 
     let sizes = ExpertSizes::uniform(&shape(), 1).unwrap();
     let mut loads = Loads::new(&shape());
     (0..EXPERTS).for_each(|expert| loads.observe(key(0, expert), u64::from(10 - expert)));
-    transition(&sizes, present, target, &loads, NonZero::new(min_replicas).unwrap())
+    let binding = Binding::new(Numerics::Exact, &shape());
+    transition(&sizes, present, target, &loads, NonZero::new(min_replicas).unwrap(), &binding)
 }
 
 /// (kept, to be loaded) of each worker.
@@ -50,6 +52,23 @@ fn orders(step: &Transition) -> Vec<(BTreeSet<ExpertKey>, Vec<ExpertKey>)> {
 
 fn order(keep: &[u32], load: &[u32]) -> (BTreeSet<ExpertKey>, Vec<ExpertKey>) {
     (set(keep), load.iter().map(|&expert| key(0, expert)).collect())
+}
+
+#[test]
+fn experts_that_change_class_leave_together() {
+    let (old, new) = (NumericsClass::CpuCanonical, NumericsClass::CudaMma);
+    let (sizes, loads) = (ExpertSizes::uniform(&shape(), 1).unwrap(), Loads::new(&shape()));
+    let keys: Vec<_> = set(&[0, 1, 2]).into_iter().collect();
+    let binding = Binding::new(Numerics::Exact, &shape()).after([(old, &keys[..])].into_iter());
+    let target = target(&[&[2], &[0, 1]]);
+    let step = |there: &[u32]| {
+        let worker = |class, held: &[u32]| Present { class, capacity: 4, held: set(held) };
+        let present = [(id(0), worker(old, &[0, 1, 2])), (id(1), worker(new, there))].into();
+        transition(&sizes, &present, &target, &loads, NonZero::<u32>::MIN, &binding).orders
+    };
+    assert_eq!(step(&[0])[&id(0)].keep, set(&[0, 1, 2]), "1 is not there yet");
+    assert_eq!(step(&[0])[&id(1)].load, [key(0, 1)]);
+    assert_eq!(step(&[0, 1])[&id(0)].keep, set(&[2]));
 }
 
 #[test]
@@ -187,10 +206,11 @@ impl Cluster {
         let live = self.held.iter().enumerate();
         let present = live.filter_map(|(n, held)| {
             let held = held.clone()?;
-            Some((id(n), Present { capacity: self.capacity[n], held }))
+            Some((id(n), Present { class: NumericsClass::CpuCanonical, capacity: self.capacity[n], held }))
         });
         let min_replicas = NonZero::new(self.min_replicas).unwrap();
-        transition(&self.sizes(), &present.collect(), &self.target(), &Loads::new(&shape()), min_replicas)
+        let (loads, binding) = (Loads::new(&shape()), Binding::new(Numerics::Exact, &shape()));
+        transition(&self.sizes(), &present.collect(), &self.target(), &loads, min_replicas, &binding)
     }
 
     /// Carries out a step: worker n loads what `loads` picks of its list. Checks what must hold at every moment.

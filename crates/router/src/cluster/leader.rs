@@ -165,7 +165,8 @@ impl Leader {
     async fn steer(&mut self, permit: &Permit) {
         let workers = self.cluster.workers();
         let before = self.leader.reigns();
-        let mut decision = self.leader.step(self.now(), workers.iter().map(connected));
+        let mut decision =
+            self.leader.step(self.now(), workers.iter().map(connected), self.cluster.binding());
         match self.leader.reigns() {
             Some(term) if before != Some(term) => tracing::info!(%term, "leading the placement"),
             None if before.is_some() => {
@@ -267,6 +268,7 @@ fn sessions(workers: &[ConnectedWorker]) -> BTreeSet<u64> {
 fn connected(worker: &ConnectedWorker) -> Connected {
     let description = &worker.description;
     let member = Member {
+        class: description.numerics,
         capacity: description.capacity,
         speed: description.speed,
         domain: worker.domain.clone(),

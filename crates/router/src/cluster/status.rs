@@ -72,8 +72,6 @@ pub(crate) struct Cluster {
     pub(crate) experts: u32,
     /// Copies that each shall have.
     pub(crate) replicas: NonZeroU32,
-    /// Whether rows of experts that no worker holds are computed here.
-    pub(crate) has_fallback: bool,
     /// Whether it is about to end.
     pub(crate) is_leaving: AtomicBool,
 }
@@ -81,7 +79,7 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// Whether every expert can be reached.
     pub(crate) fn is_covered(&self) -> bool {
-        self.has_fallback || self.workers.missing_experts() == 0
+        self.workers.unreachable_experts() == 0
     }
 
     /// It is about to end: nobody is to send it anything new.
@@ -93,10 +91,10 @@ impl Cluster {
         if self.is_leaving.load(Ordering::Relaxed) {
             return Health::NotReady { reason: "this router is about to end".to_owned() };
         }
-        let missing = self.workers.missing_experts();
-        if missing > 0 && !self.has_fallback {
+        let (missing, unreachable) = (self.workers.missing_experts(), self.workers.unreachable_experts());
+        if unreachable > 0 {
             // Before it is known what weights must be, nobody is connected.
-            let none = || format!("{missing} experts have no live worker");
+            let none = || format!("{unreachable} experts have no live worker");
             let mut reasons = vec![self.digests.progress().unwrap_or_else(none)];
             reasons.extend(self.digests.refusals());
             reasons.extend(self.discovery.findings());
@@ -156,6 +154,7 @@ impl Cluster {
             missing_experts: u32::try_from(self.workers.missing_experts()).unwrap_or(u32::MAX),
             workers: self.workers.workers().iter().map(|worker| worker_status(worker, &rows)).collect(),
             imbalance,
+            numerics: self.workers.bound().to_string(),
         }
     }
 }
@@ -188,6 +187,7 @@ fn worker_status(worker: &WorkerHealth, rows: &HashMap<u64, u64>) -> v1::WorkerS
         unverified_experts: announced.map_or(0, |d| {
             u32::try_from(d.holdings.len() - d.digests.len().min(d.holdings.len())).unwrap_or(u32::MAX)
         }),
+        numerics: announced.map_or_else(String::new, |d| d.numerics.to_string()),
         trouble: announced.and_then(|d| d.trouble.clone()).unwrap_or_default(),
         rows: worker.session.and_then(|session| rows.get(&session)).copied().unwrap_or(0),
     }

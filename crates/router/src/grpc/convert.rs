@@ -116,6 +116,7 @@ pub(super) fn started(started: &Started, model: &ModelInfo) -> v1::GenerateEvent
         seed: started.seed,
         combine: model.combine.to_string(),
         resume_key: started.resume_key.clone(),
+        numerics: started.binding.to_string(),
     }))
 }
 
@@ -159,6 +160,7 @@ fn finished(finished: Finished) -> v1::Finished {
         output_tokens: finished.output_tokens,
         text: finished.text,
         cached_prompt_tokens: finished.cached_prompt_tokens,
+        numerics: finished.classes.iter().map(|class| class.to_string()).collect(),
     }
 }
 
@@ -204,6 +206,8 @@ pub(super) fn status(error: &RequestError) -> Status {
         RequestError::UnknownModel { .. } => Code::NotFound,
         RequestError::Overloaded(_) => Code::ResourceExhausted,
         RequestError::ExpertsUnavailable(_) | RequestError::ShuttingDown => Code::Unavailable,
+        // Not to be resumed elsewhere, but to be begun again.
+        RequestError::NumericsChanged => Code::Aborted,
         RequestError::Refused(_) | RequestError::NonFinite => Code::FailedPrecondition,
         RequestError::Internal => Code::Internal,
     };
@@ -313,6 +317,7 @@ mod tests {
             (RequestError::Overloaded(Overload::Text), Code::ResourceExhausted, true),
             (RequestError::ExpertsUnavailable("a worker was lost".into()), Code::Unavailable, true),
             (RequestError::ShuttingDown, Code::Unavailable, true),
+            (RequestError::NumericsChanged, Code::Aborted, false),
             (RequestError::Refused("a worker refused it".into()), Code::FailedPrecondition, false),
             (RequestError::NonFinite, Code::FailedPrecondition, false),
             (RequestError::Internal, Code::Internal, false),

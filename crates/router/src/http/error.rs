@@ -134,9 +134,9 @@ impl From<RequestError> for ApiError {
             RequestError::Invalid { .. } => StatusCode::BAD_REQUEST,
             RequestError::UnknownModel { .. } => StatusCode::NOT_FOUND,
             RequestError::Overloaded(_) => StatusCode::TOO_MANY_REQUESTS,
-            RequestError::ExpertsUnavailable(_) | RequestError::ShuttingDown => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            RequestError::ExpertsUnavailable(_)
+            | RequestError::NumericsChanged
+            | RequestError::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             RequestError::Refused(_) | RequestError::NonFinite | RequestError::Internal => {
                 StatusCode::INTERNAL_SERVER_ERROR
             }
@@ -148,6 +148,7 @@ impl From<RequestError> for ApiError {
             RequestError::UnknownModel { .. } => Some("model_not_found"),
             RequestError::Overloaded(_) => Some("rate_limit_exceeded"),
             RequestError::ExpertsUnavailable(_) => Some("experts_unavailable"),
+            RequestError::NumericsChanged => Some("numerics_changed"),
             RequestError::Refused(_) => Some("experts_refused"),
             RequestError::ShuttingDown => Some("shutting_down"),
             RequestError::NonFinite => Some("non_finite"),
@@ -204,6 +205,7 @@ mod tests {
             (RequestError::Overloaded(Overload::Text), Retry::Later, 429, None, true),
             (RequestError::ExpertsUnavailable("a worker was lost".into()), Retry::Later, 503, None, true),
             (RequestError::Refused("a worker refused it".into()), Retry::Never, 500, None, false),
+            (RequestError::NumericsChanged, Retry::Later, 503, None, true),
             (RequestError::ShuttingDown, Retry::Elsewhere, 503, None, true),
             (RequestError::NonFinite, Retry::Never, 500, None, false),
             (RequestError::Internal, Retry::Elsewhere, 500, None, false),

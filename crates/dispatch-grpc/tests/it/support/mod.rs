@@ -24,8 +24,8 @@ use muster_proto::control::Assignment;
 use muster_proto::description::{Description, Phase};
 use muster_testkit::fake::FakeExperts;
 use muster_types::{
-    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, NumericsClass, Speed, WeightDType,
-    WeightDigest, WorkerId,
+    Combine, Compute, Epoch, ExpertId, ExpertKey, Fingerprint, LayerId, Numerics, NumericsClass, Speed,
+    WeightDType, WeightDigest, WorkerId,
 };
 use tokio::runtime::Runtime;
 
@@ -167,6 +167,7 @@ pub fn connect_config(workers: &[&str], compute: Compute) -> ConnectConfig {
         shard_deadline: Duration::from_secs(20),
         start: Start::Complete,
         combine: Combine::Exact,
+        numerics: Numerics::Exact,
         busy_poll: Duration::from_micros(50),
         cpu: cpu(),
     }
@@ -336,10 +337,15 @@ impl OneRow {
 
     /// What fake experts make of it.
     pub fn sum(&self) -> Vec<f32> {
+        self.sum_of(|_, y| y)
+    }
+
+    /// The same, of outputs that are changed before they are added up.
+    pub fn sum_of(&self, change: impl Fn(ExpertId, f32) -> f32) -> Vec<f32> {
         let mut sum = vec![0.0; HIDDEN];
         for &expert in self.choices.experts() {
             let output = muster_testkit::fake::output(Compute::F32, self.layer, expert, &self.row);
-            sum.iter_mut().zip(output).for_each(|(sum, y)| *sum += y);
+            sum.iter_mut().zip(output).for_each(|(sum, y)| *sum += change(expert, y));
         }
         sum
     }

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::SystemTime;
 
-use muster_types::Combine;
+use muster_types::{BindingName, Combine};
 use tokio_stream::{Stream, StreamMap};
 
 use super::reply::Head;
@@ -26,7 +26,7 @@ pub(super) async fn start(
         id: String::new(),
         created: now.map_or(0, |now| now.as_secs()),
         model: model.name.clone(),
-        system_fingerprint: system_fingerprint(model),
+        system_fingerprint: String::new(),
         prompt_tokens: 0,
         choices: 0,
     };
@@ -35,6 +35,7 @@ pub(super) async fn start(
     for (generation, choices) in service.generate_all(requests).await?.into_iter().zip(choices) {
         if head.id.is_empty() {
             head.id = format!("{prefix}{}", generation.started.id);
+            head.system_fingerprint = system_fingerprint(model, generation.started.binding);
         }
         head.prompt_tokens += u64::from(generation.started.prompt_tokens);
         events.add(head.choices, generation);
@@ -82,18 +83,28 @@ impl<S: Stream<Item = Result<Event, RequestError>> + Unpin> Stream for Merged<S>
     }
 }
 
-/// Names what decides the bits beside the seed: the model, and how outputs are added where that is not the same for every
-/// placement.
-fn system_fingerprint(model: &ModelInfo) -> String {
+/// Digits that tell bindings of experts to several classes apart.
+const BINDING_DIGITS: usize = 12;
+
+/// Names what decides the bits beside the seed: the model; how outputs are added where that is not the same for every
+/// placement; and which devices compute, if not CPUs.
+fn system_fingerprint(model: &ModelInfo, binding: BindingName) -> String {
     let fingerprint = model.fingerprint.short();
-    match model.combine {
-        Combine::Exact => format!("fp_{fingerprint}"),
-        Combine::Partial => format!("fp_{fingerprint}_partial"),
-    }
+    let combine = match model.combine {
+        Combine::Exact => "",
+        Combine::Partial => "_partial",
+    };
+    let mut binding = match binding {
+        binding if binding == BindingName::default() => String::new(),
+        binding => format!("_{binding}"),
+    };
+    binding.truncate(1 + BINDING_DIGITS);
+    format!("fp_{fingerprint}{combine}{binding}")
 }
 
 #[cfg(test)]
 mod tests {
+    use muster_types::ClassSet;
     use tokio_stream::StreamExt;
 
     use super::*;
@@ -107,6 +118,7 @@ mod tests {
             reason,
             output_tokens,
             cached_prompt_tokens,
+            classes: ClassSet::EMPTY,
             text: String::new(),
         }))
     }

@@ -23,7 +23,9 @@ fn head(choices: u32) -> Head {
 }
 
 fn finished(choice: u32, reason: FinishReason, text: &str) -> Event {
-    Event::Finished(Finished { choice, reason, output_tokens: 2, cached_prompt_tokens: 1, text: text.into() })
+    let classes = muster_types::ClassSet::EMPTY;
+    let text = text.into();
+    Event::Finished(Finished { choice, reason, output_tokens: 2, cached_prompt_tokens: 1, classes, text })
 }
 
 fn whole<D: Dialect>(choices: u32, events: Vec<Event>) -> Value {
