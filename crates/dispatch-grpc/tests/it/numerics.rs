@@ -64,7 +64,7 @@ fn only_workers_of_the_class_that_an_expert_is_bound_to_are_asked_for_it() {
     assert_eq!(classes(&mut dispatch), [CUDA]);
     let again = cpu("c", all());
     let address = again.address.parse().unwrap();
-    let _joined = dispatch.transport().cluster().join(&address, None).unwrap();
+    let _joined = dispatch.transport().cluster().join(address).unwrap();
     let health = dispatch.transport().health();
     eventually("it is connected", || health.workers().iter().filter(|w| w.session.is_some()).count() == 2);
     for _ in 0..10 {
