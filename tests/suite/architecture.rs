@@ -1,4 +1,5 @@
-//! `crates/ARCHITECTURE.md` against `cargo metadata`: edges, levels, and who may name which library.
+//! `crates/ARCHITECTURE.md` against `cargo metadata` and the sources: edges, levels, who may name which library, and the
+//! path of a token.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
@@ -44,6 +45,23 @@ fn table() -> BTreeMap<String, Row> {
         (cells[0].clone(), Row { level: cells[1].parse().unwrap(), uses: uses.collect() })
     });
     rows.collect()
+}
+
+#[test]
+fn a_token_is_followed_in_few_files() {
+    let page = std::fs::read_to_string(workspace_root().join("crates/ARCHITECTURE.md")).unwrap();
+    let path = page.split("<!-- path:begin -->").nth(1).unwrap().split("<!-- path:end -->").next().unwrap();
+    let (mut files, mut lines) = (0, 0);
+    for row in path.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<String> = row.split('|').map(|cell| cell.trim().replace('`', "")).collect();
+        let (file, function) = (&cells[1], &cells[2]);
+        let source = std::fs::read_to_string(workspace_root().join("crates").join(file)).unwrap();
+        let product = source.split("#[cfg(test)]\nmod tests {").next().unwrap();
+        assert!(product.contains(&format!("fn {function}")), "{file} has no function `{function}`");
+        files += 1;
+        lines += product.lines().count();
+    }
+    assert!((8..=12).contains(&files) && lines <= 4000, "{files} files, {lines} lines");
 }
 
 #[test]
