@@ -15,7 +15,7 @@ use muster_model::experts::ExpertSet;
 use muster_model::local::local;
 use muster_model::trunk::{CpuDevice, Trunk};
 use muster_router::health::Health;
-use muster_router::service::{BoundProbe, HealthProbe, Service};
+use muster_router::service::{BoundProbe, Service};
 use muster_router::start::{EngineHandle, EngineSettings, ModelDefaults, Parts, start};
 use muster_types::{BindingName, Combine, Compute, Numerics, WeightDType};
 
@@ -48,7 +48,6 @@ pub(crate) struct Loaded {
     dtype: WeightDType,
     /// Where the dispatch's time goes, when it leaves the process.
     pub(crate) stats: Option<StatsHandle>,
-    health: HealthProbe,
     bound: BoundProbe,
     workers: u32,
     combine: Combine,
@@ -88,49 +87,30 @@ pub(crate) fn load(
     let device = CpuDevice::new(Arc::clone(&cpu), compute);
     let trunk = Trunk::load(&device, &checkpoint, trunk, &mut |p| bar.update(p)).map_err(Failure::input)?;
     let trunk = Arc::new(trunk);
-    match experts {
+    let dispatch: Box<dyn ExpertDispatch>;
+    let bound: BoundProbe;
+    let (stats, workers, combine) = match experts {
         Experts::Here => {
             let keys = ExpertSet::all_keys(&checkpoint);
             let rest = bar.after_this();
             let set = ExpertSet::load(&checkpoint, &keys, compute, dtype, &mut |p| rest.update(p))
                 .map_err(Failure::input)?;
-            bar.finish();
-            let dispatch = Box::new(local(Arc::clone(&cpu), &set).map_err(Failure::runtime)?);
-            let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded {
-                checkpoint,
-                trunk,
-                dispatch,
-                dtype,
-                stats: None,
-                health,
-                bound: Arc::new(BindingName::default),
-                workers: 0,
-                combine: Combine::Exact,
-            })
+            dispatch = Box::new(local(Arc::clone(&cpu), &set).map_err(Failure::runtime)?);
+            bound = Arc::new(BindingName::default);
+            (None, 0, Combine::Exact)
         }
         Experts::Workers { addresses, combine, busy_poll } => {
-            bar.finish();
             let workers = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-            let dispatch = connect(&checkpoint, &cpu, mode, addresses, combine, busy_poll)?;
-            let stats = Some(dispatch.transport().stats());
-            let workers_of = dispatch.transport().health();
-            let bound: BoundProbe = Arc::new(move || workers_of.bound());
-            // The workers are children of this process, which sees them die.
-            let health: HealthProbe = Arc::new(|| Health::Ready);
-            Ok(Loaded {
-                checkpoint,
-                trunk,
-                dispatch: Box::new(dispatch),
-                dtype,
-                stats,
-                health,
-                bound,
-                workers,
-                combine,
-            })
+            let connected = connect(&checkpoint, &cpu, mode, addresses, combine, busy_poll)?;
+            let stats = connected.transport().stats();
+            let health = connected.transport().health();
+            bound = Arc::new(move || health.bound());
+            dispatch = Box::new(connected);
+            (Some(stats), workers, combine)
         }
-    }
+    };
+    bar.finish();
+    Ok(Loaded { checkpoint, trunk, dispatch, dtype, stats, bound, workers, combine })
 }
 
 fn connect(
@@ -174,13 +154,14 @@ impl Loaded {
         defaults: ModelDefaults,
     ) -> Result<(Service, EngineHandle), Failure> {
         let defaults = defaults.of(&self.checkpoint).map_err(Failure::input)?;
-        let Self { checkpoint, trunk, dispatch, dtype: experts, health, bound, workers, combine, .. } = self;
+        let Self { checkpoint, trunk, dispatch, dtype: experts, bound, workers, combine, .. } = self;
         start(Parts {
             checkpoint,
             trunk,
             dispatch,
             experts,
-            health,
+            // Workers are children of this process, which sees them die.
+            health: Arc::new(|| Health::Ready),
             bound,
             pulse: Arc::default(),
             workers,

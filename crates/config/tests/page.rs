@@ -1,6 +1,6 @@
 //! The tables of docs/configuration.md are what the settings say of themselves.
 //!
-//! `MUSTER_WRITE_DOCS=1 cargo test -p muster-config --test page` writes them anew.
+//! `MUSTER_WRITE_DOCS=1 cargo test --release --workspace --locked --test page` writes them anew.
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
 
@@ -31,7 +31,7 @@ fn the_page_has_every_setting_as_it_is_declared() {
     assert!(
         page == new,
         "docs/configuration.md is not what the settings say; write it anew with \
-         MUSTER_WRITE_DOCS=1 cargo test -p muster-config --test page"
+         MUSTER_WRITE_DOCS=1 cargo test --release --workspace --locked --test page"
     );
 }
 
