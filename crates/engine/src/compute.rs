@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use muster_types::{ExpertId, ExpertKey, LayerId};
+use muster_types::{ExpertId, ExpertKey, Fault, FaultKind, LayerId};
 
 use crate::rows::Rows;
 
@@ -74,6 +74,17 @@ pub enum ComputeError {
     /// Anything else.
     #[error("experts failed: {0}")]
     Internal(String),
+}
+
+impl From<&ComputeError> for Fault {
+    fn from(error: &ComputeError) -> Self {
+        match error {
+            ComputeError::NotHeld(key) => {
+                Self::of_expert(FaultKind::NotHeld, key.expert.get(), error.to_string())
+            }
+            ComputeError::Internal(_) => Self::new(FaultKind::Internal, error.to_string()),
+        }
+    }
 }
 
 /// Segments as one grouped call.

@@ -12,7 +12,7 @@ use muster_engine::delivery::{
 use muster_engine::dispatch::{DispatchError, Place, Rows, RowsMut};
 use muster_kernels::{Cpu, NotFinite, combine};
 use muster_placement::{Binding, Shape};
-use muster_types::{Combine, DType, Epoch, ExpertKey, Fault, FaultKind, Numerics, Term, WorkerId};
+use muster_types::{Combine, DType, Epoch, Fault, Numerics, Term, WorkerId};
 
 use crate::experts::{CpuExperts, CpuStore, ExpertSet, ExpertStore as _};
 
@@ -135,7 +135,7 @@ impl Transport for InProcess {
                 compute: at.saturating_duration_since(began),
                 at,
             })
-            .map_err(|error| fault(&error));
+            .map_err(|error| Fault::from(&error));
         self.told.push(Event::Answer { id: shard.id, outcome });
         Ok(())
     }
@@ -165,15 +165,6 @@ impl Transport for InProcess {
 
     fn close(&mut self) {
         self.told.clear();
-    }
-}
-
-fn fault(error: &ComputeError) -> Fault {
-    match error {
-        ComputeError::NotHeld(ExpertKey { expert, .. }) => {
-            Fault::of_expert(FaultKind::NotHeld, expert.get(), error.to_string())
-        }
-        ComputeError::Internal(_) => Fault::new(FaultKind::Internal, error.to_string()),
     }
 }
 

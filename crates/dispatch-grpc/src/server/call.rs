@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer};
+use muster_engine::compute::{ExpertCompute, Segment, SegmentAnswer};
 use muster_engine::dispatch::Rows;
 use muster_proto::frame::{FrameError, RowBuffer, byte_len};
 use muster_proto::reply::OutputRows;
@@ -93,7 +93,7 @@ impl Call {
         let started = Instant::now();
         let answers = experts.answer(layer, rows, segments);
         let compute = started.elapsed();
-        let replies = answers.map_err(|error| compute_fault(&error)).and_then(|answers| {
+        let replies = answers.map_err(|error| Fault::from(&error)).and_then(|answers| {
             if answers.len() != segments.len() {
                 let reason = format!("experts gave {} answers instead of {}", answers.len(), segments.len());
                 return Err(internal(reason));
@@ -142,14 +142,6 @@ fn input_fault(error: &FrameError) -> Fault {
         _ => FaultKind::BadRequest,
     };
     Fault::new(kind, format!("field data: {error}"))
-}
-
-fn compute_fault(error: &ComputeError) -> Fault {
-    let text = error.to_string();
-    match error {
-        ComputeError::NotHeld(key) => Fault::of_expert(FaultKind::NotHeld, key.expert.get(), text),
-        ComputeError::Internal(_) => internal(text),
-    }
 }
 
 fn internal(reason: String) -> Fault {
