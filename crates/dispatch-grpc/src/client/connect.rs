@@ -102,6 +102,7 @@ pub fn connect_with(config: ConnectConfig, fallback: Option<Fallback>) -> Result
     };
     // Its drop closes what is open.
     gather(&carrier, config.connect_timeout, config.start)?;
+    carrier.links.gathered();
     let contract = Contract {
         experts,
         hidden: config.hidden,

@@ -91,6 +91,8 @@ struct State {
     issued: u64,
     mail: Mail,
     sessions: u64,
+    /// Workers are still waited for at the start: what experts are bound to depends on all of them, not on who came first.
+    is_gathering: bool,
     closed: bool,
 }
 
@@ -126,6 +128,7 @@ pub(super) enum Gathered {
 /// See the module.
 pub(super) struct Links {
     shape: Shape,
+    numerics: Numerics,
     /// Epoch of the fleet, to be read without the lock.
     version: AtomicU64,
     /// Notifies of each new fleet.
@@ -164,11 +167,12 @@ impl Links {
             issued: 0,
             mail,
             sessions: 0,
+            is_gathering: true,
             closed: false,
         };
         let (links, outdated, arrived) = (Condvar::new(), Condvar::new(), Notify::new());
         let (version, versions) = (AtomicU64::new(1), watch::Sender::new(()));
-        Ok(Self { shape, version, versions, state: Mutex::new(state), links, outdated, arrived })
+        Ok(Self { shape, numerics, version, versions, state: Mutex::new(state), links, outdated, arrived })
     }
 
     /// Keeps the fleet up to date, on a thread of its own that ends with the links.
@@ -209,7 +213,11 @@ impl Links {
         }
         state.freshness = Freshness::Building;
         let epoch = state.fleet.placement().epoch().next();
-        Some((epoch, state.announced.clone(), Arc::clone(state.fleet.binding())))
+        let binding = match state.is_gathering {
+            true => Arc::new(Binding::new(self.numerics, &self.shape)),
+            false => Arc::clone(state.fleet.binding()),
+        };
+        Some((epoch, state.announced.clone(), binding))
     }
 
     /// Puts a fleet in force; returns the former one.
@@ -272,6 +280,11 @@ impl Links {
 
     pub(super) fn health(&self) -> Vec<WorkerHealth> {
         self.lock().peers.values().filter(|peer| !peer.is_here()).map(Peer::health).collect()
+    }
+
+    /// What experts are bound to is sticky from now on.
+    pub(super) fn gathered(&self) {
+        self.lock().is_gathering = false;
     }
 
     /// Waits until every worker is connected, one can never be, or `deadline` passes.
