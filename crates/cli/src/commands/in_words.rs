@@ -1,6 +1,6 @@
 //! A model's parts in words.
 
-use muster_checkpoint::outline::StoredAs;
+use muster_checkpoint::StoredAs;
 use muster_checkpoint::spec::{
     AttentionSpec, GroupWorth, MoeSpec, QkNorm, Renormalise, RopePairs, RopeScaling, RopeSpec, Score,
     SharedSpec, StoredForms, Temperature, WeightOn,

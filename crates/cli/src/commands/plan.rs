@@ -5,8 +5,7 @@
 use std::num::NonZeroU32;
 use std::path::Path;
 
-use muster_checkpoint::outline::StoredAs;
-use muster_checkpoint::{Outline, Preset, Survey};
+use muster_checkpoint::{Outline, Preset, StoredAs, Survey};
 use muster_model::footprint::Footprint;
 use muster_placement::{Demand, workers_per_row};
 use muster_router::start::EngineSettings;
