@@ -5,11 +5,12 @@
 
 use std::collections::BTreeSet;
 
-use crate::checkpoint::Identity;
 use crate::error::CheckpointError;
 use crate::files::{Blob, Files};
 use crate::header::{self, Element, TensorInfo};
+use crate::identity::Identity;
 use crate::index::{self, INDEX_FILE, IndexError, LONGEST_INDEX, SINGLE_FILE, WeightMap};
+use crate::untrusted::clip;
 
 /// One tensor of the checkpoint.
 #[derive(Debug)]
@@ -96,7 +97,7 @@ impl Catalog {
     fn compare(&self, weight_map: &WeightMap) -> Result<(), IndexError> {
         for (name, shard) in weight_map {
             if self.find(name).is_none_or(|at| self.shard_name(&self.tensors[at]) != shard) {
-                return Err(IndexError::Absent { tensor: crate::error::clip(name), shard: shard.clone() });
+                return Err(IndexError::Absent { tensor: clip(name), shard: shard.clone() });
             }
         }
         match self.tensors.iter().find(|tensor| !weight_map.contains_key(&tensor.name)) {

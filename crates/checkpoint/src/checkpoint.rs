@@ -8,19 +8,21 @@ use std::fmt;
 use std::time::SystemTime;
 
 use muster_types::{Compute, DType, Fingerprint};
-use sha2::{Digest, Sha256};
 
 use crate::catalog::Catalog;
 use crate::config::{Config, ConfigError};
-use crate::error::{CheckpointError, clip};
-use crate::families::Family;
-use crate::files::{FileError, Files, Source};
+use crate::error::{CheckpointError, FileError};
+use crate::families;
+use crate::files::{Files, Source};
 use crate::generation::{GENERATION_FILE, GenerationConfig};
+use crate::identity::Identity;
 use crate::inventory::Inventory;
-use crate::outline::StoredAs;
 use crate::plan::{Plain, Plan, PlanBuilder, Slice, plain_dtype};
 use crate::read::{ReadError, read};
 use crate::spec::{ExpertRole, ModelSpec, Role};
+use crate::stored::StoredAs;
+use crate::untrusted::clip;
+use crate::weight::{Weight, WeightData};
 
 // The format is little-endian and ranges are read straight into place.
 #[cfg(not(target_endian = "little"))]
@@ -38,33 +40,6 @@ pub struct Checkpoint {
     files: Files,
     catalog: Catalog,
     plan: Plan,
-}
-
-/// One weight in memory.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Weight {
-    /// Rows of a matrix, or length of a vector.
-    pub rows: usize,
-    /// Columns of a matrix; 1 for a vector.
-    pub cols: usize,
-    /// `rows * cols` elements, row-major. Vectors (norms, biases) are always f32; of matrices, F16 and FP8 come as f32.
-    pub data: WeightData,
-}
-
-/// Elements of a weight. All finite.
-#[derive(Debug, Clone, PartialEq)]
-pub enum WeightData {
-    /// Single precision.
-    F32(Vec<f32>),
-    /// bfloat16, as its bits.
-    Bf16(Vec<u16>),
-    /// OCP Microscaling: groups of 32 along a row, which have a common scale.
-    Mxfp4 {
-        /// Half a byte per element (E2M1), the first of two in the lower half.
-        blocks: Vec<u8>,
-        /// A byte per group: the exponent of two that its elements are multiplied by, plus 127. None is 255.
-        scales: Vec<u8>,
-    },
 }
 
 /// How one weight is stored.
@@ -118,7 +93,7 @@ impl Checkpoint {
         identity.part("config", &bytes);
         let in_config = |problem| CheckpointError::Config { file: CONFIG_FILE, problem };
         let config = Config::parse(&bytes).map_err(in_config)?;
-        let family = Family::of(&config).map_err(in_config)?;
+        let family = families::of(&config).map_err(in_config)?;
         let catalog = Catalog::read(&files, &mut identity)?;
         let plain = plain_dtype(&catalog, family.prefix());
         let dtype = if plain == Plain::Bf16 { DType::Bf16 } else { DType::F32 };
@@ -304,25 +279,4 @@ fn add_generation_eos(files: &Files, spec: &mut ModelSpec) -> Result<(), Checkpo
         }
     }
     Ok(())
-}
-
-/// The model's fingerprint in the making. Each part goes in with its label and length, so that no two different
-/// sequences of parts feed the digest the same bytes.
-pub(crate) struct Identity(Sha256);
-
-impl Identity {
-    fn new() -> Self {
-        Self(Sha256::new_with_prefix("muster checkpoint v1\n"))
-    }
-
-    pub(crate) fn part(&mut self, label: &str, bytes: &[u8]) {
-        for field in [label.as_bytes(), bytes] {
-            self.0.update((field.len() as u64).to_le_bytes());
-            self.0.update(field);
-        }
-    }
-
-    fn finish(self) -> Fingerprint {
-        Fingerprint::new(self.0.finalize().into())
-    }
 }

@@ -1,15 +1,14 @@
-//! The one error of this crate. Every message is one line that names the file, the tensor or key, and what to do.
-//!
-//! Text that came out of a file is escaped and shortened before it becomes part of a message, so a hostile name can
-//! neither break a log line nor fill a disk.
+//! The error of this crate, and why one file cannot be used. Every message is one line that names the file, the tensor or
+//! key, and what to do; text that came out of a file is clipped first.
 
+use std::io;
 use std::path::PathBuf;
 
 use crate::config::ConfigError;
-use crate::files::FileError;
 use crate::header::HeaderError;
 use crate::index::{INDEX_FILE, IndexError};
 use crate::spec::Role;
+use crate::untrusted::clip;
 
 /// Why a model directory is not one that can be served.
 #[derive(Debug, thiserror::Error)]
@@ -187,24 +186,43 @@ pub enum CheckpointError {
     },
 }
 
-/// Text from a file, fit for a message: control characters escaped, at most 160 characters.
-pub(crate) fn clip(text: &str) -> String {
-    const LONGEST: usize = 160;
-    let mut shown: String = text.chars().take(LONGEST).flat_map(char::escape_debug).collect();
-    if text.chars().nth(LONGEST).is_some() {
-        shown.push('…');
-    }
-    // `escape_debug` also escapes quotes, which messages quote JSON values with.
-    shown.replace("\\\"", "\"").replace("\\'", "'")
+/// Why one file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It is not there.
+    #[error("not found in the model directory")]
+    Missing,
+    /// A link whose target is gone.
+    #[error("is a link to nothing; the download may be incomplete")]
+    Dangling,
+    /// A directory, pipe or device.
+    #[error("is not a regular file")]
+    NotRegular,
+    /// A link that leaves the directory.
+    #[error(
+        "is a link that leads out of the model directory; put the file itself there, or trust such links with --allow-links"
+    )]
+    Outside,
+    /// Longer than such a file may be.
+    #[error("is {length} bytes long; at most {cap} are read")]
+    TooLong {
+        /// Its length.
+        length: u64,
+        /// The cap.
+        cap: u64,
+    },
+    /// Not a name of a file in the directory itself.
+    #[error(
+        "is not the plain name of a file (letters, digits and . _ - at most 200, not beginning with a dot)"
+    )]
+    Name,
+    /// The operating system refused.
+    #[error("{0}")]
+    Io(io::Error),
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hostile_text_stays_on_one_line() {
-        assert_eq!(clip("a\nb\u{1b}[31m\"c\""), "a\\nb\\u{1b}[31m\"c\"");
-        assert_eq!(clip(&"x".repeat(1000)).chars().count(), 161);
+impl FileError {
+    pub(crate) fn of(self, file: &str) -> CheckpointError {
+        CheckpointError::File { file: clip(file), problem: self }
     }
 }

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use crate::config::{Config, ConfigError};
-use crate::error::clip;
+use crate::untrusted::clip;
 
 /// Name of the file.
 pub(crate) const GENERATION_FILE: &str = "generation_config.json";

@@ -10,7 +10,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-use crate::error::clip;
+use crate::untrusted::clip;
 
 /// Bytes before the JSON text.
 pub const PREFIX: u64 = 8;

@@ -7,9 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
-use crate::error::clip;
-use crate::files::is_plain;
 use crate::json::parse_object;
+use crate::untrusted::{clip, is_plain};
 
 /// Name of the index.
 pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";

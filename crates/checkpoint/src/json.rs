@@ -7,7 +7,7 @@ use std::fmt;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use crate::error::clip;
+use crate::untrusted::clip;
 
 /// Parses one JSON object that fills `bytes`; the error is one short line.
 pub(crate) fn parse_object(bytes: &[u8]) -> Result<Map<String, Value>, String> {

@@ -8,8 +8,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::CONFIG_FILE;
-use crate::error::clip;
-use crate::files::is_plain;
+use crate::untrusted::{clip, is_plain};
 
 /// Why no directory was found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -6,6 +6,7 @@
 use muster_types::{DType, Reach};
 
 use crate::spec::{AttentionSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind, SharedSpec};
+use crate::stored::StoredAs;
 
 /// Dimensions of a model, as far as they are dimensions of weights or of the KV cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,19 +98,6 @@ pub struct ExpertsOutline {
     pub selection_bias: bool,
 }
 
-/// How weights are stored in a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum StoredAs {
-    /// Plain elements.
-    Plain(DType),
-    /// IEEE half precision, which is computed with as f32.
-    F16,
-    /// A byte each, with an f32 scale for every block of 128 by 128.
-    Fp8,
-    /// OCP Microscaling: four bits each, with a byte of scale for every 32 along a row: 4.25 bits.
-    Mxfp4,
-}
-
 /// A weight of the trunk, by how it is held in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
@@ -151,38 +139,6 @@ pub struct Piece {
 impl Piece {
     fn elements(&self) -> u64 {
         self.rows as u64 * self.cols as u64
-    }
-}
-
-impl StoredAs {
-    /// What plain numbers are read as, and those beside few bits.
-    #[must_use]
-    pub const fn read_as(self) -> DType {
-        match self {
-            Self::Plain(dtype) => dtype,
-            Self::F16 => DType::F32,
-            Self::Fp8 | Self::Mxfp4 => DType::Bf16,
-        }
-    }
-
-    /// Bytes of a matrix `[rows, cols]`.
-    #[must_use]
-    pub const fn bytes(self, rows: usize, cols: usize) -> u64 {
-        let (rows, cols) = (rows as u64, cols as u64);
-        match self {
-            Self::Plain(dtype) => rows * cols * dtype.size() as u64,
-            Self::F16 => rows * cols * 2,
-            Self::Fp8 => rows * cols + 4 * rows.div_ceil(128) * cols.div_ceil(128),
-            Self::Mxfp4 => rows * cols.div_ceil(32) * (16 + 1),
-        }
-    }
-
-    /// Of a norm or bias beside such weights.
-    const fn vector_bytes(self, elements: u64) -> u64 {
-        match self {
-            Self::Plain(dtype) => elements * dtype.size() as u64,
-            Self::F16 | Self::Fp8 | Self::Mxfp4 => elements * 2,
-        }
     }
 }
 
@@ -412,18 +368,4 @@ const fn linear(rows: usize, cols: usize) -> Piece {
 
 const fn vector(rows: usize) -> Piece {
     Piece { used_as: Use::Vector, rows, cols: 1 }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn few_bits_come_with_their_scales() {
-        assert_eq!(StoredAs::Plain(DType::F32).bytes(3, 5), 60);
-        assert_eq!(StoredAs::Fp8.bytes(256, 128), 256 * 128 + 4 * 2);
-        assert_eq!(StoredAs::Fp8.bytes(1, 129), 129 + 4 * 2);
-        // 4.25 bits each.
-        assert_eq!(StoredAs::Mxfp4.bytes(2, 64) * 8, 2 * 64 * 17 / 4);
-    }
 }

@@ -12,16 +12,11 @@ use muster_types::DType;
 use crate::catalog::{Catalog, Tensor};
 use crate::error::CheckpointError;
 use crate::header::Element;
-use crate::outline::StoredAs;
-use crate::spec::{ModelSpec, Role, StoredForms};
+use crate::spec::{ModelSpec, Role};
+use crate::stored::{FP8_BLOCK, MXFP4_GROUP, StoredAs, StoredForms};
 
-/// Rows and columns of a block of FP8 that shares a scale.
-pub(crate) const FP8_BLOCK: usize = 128;
 /// The head of a tied model, where it is stored again.
 const TIED_HEAD: &str = "lm_head.weight";
-/// Elements along a row that share a scale of MXFP4.
-pub(crate) const MXFP4_GROUP: usize = 32;
-
 /// Where one weight lies.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Slice {

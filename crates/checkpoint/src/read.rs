@@ -8,9 +8,10 @@ use std::sync::LazyLock;
 use bytemuck::cast_slice_mut;
 
 use crate::catalog::Catalog;
-use crate::checkpoint::WeightData;
 use crate::error::CheckpointError;
-use crate::plan::{FP8_BLOCK, Form, Grid, Kind, MXFP4_GROUP, Plain, Scales, Slice};
+use crate::plan::{Form, Grid, Kind, Plain, Scales, Slice};
+use crate::stored::{FP8_BLOCK, MXFP4_GROUP};
+use crate::weight::WeightData;
 
 /// Bytes of a group of MXFP4.
 const GROUP_BYTES: usize = MXFP4_GROUP / 2;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use muster_types::{DType, Gating, Reach};
 
-use crate::outline::StoredAs;
+use crate::stored::StoredForms;
 
 /// A whole model.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,32 +47,6 @@ pub struct ModelSpec {
     pub bos: Option<u32>,
     /// End-of-text tokens; generation stops at any of them. May be empty.
     pub eos: Vec<u32>,
-}
-
-/// How weights are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StoredForms {
-    /// Embedding, head and gates.
-    pub tables: StoredAs,
-    /// Attention's linears, dense MLPs and shared experts.
-    pub linears: StoredAs,
-    /// Routed experts.
-    pub experts: StoredAs,
-}
-
-impl StoredForms {
-    /// All alike.
-    #[must_use]
-    pub const fn plain(dtype: DType) -> Self {
-        let form = StoredAs::Plain(dtype);
-        Self { tables: form, linears: form, experts: form }
-    }
-
-    /// The same, with what is stored in plain numbers stored as these.
-    pub(crate) fn with_plain(self, plain: StoredAs) -> Self {
-        let of = |form| if matches!(form, StoredAs::Fp8 | StoredAs::Mxfp4) { form } else { plain };
-        Self { tables: of(self.tables), linears: of(self.linears), experts: of(self.experts) }
-    }
 }
 
 /// What a norm does with a row.

@@ -8,13 +8,14 @@ use serde_json::Value;
 
 use crate::checkpoint::{CONFIG_FILE, LONGEST_CONFIG};
 use crate::config::{Config, ConfigError};
-use crate::error::CheckpointError;
-use crate::families::Family;
-use crate::files::{FileError, Files, Source};
+use crate::error::{CheckpointError, FileError};
+use crate::families;
+use crate::files::{Files, Source};
 use crate::index::{INDEX_FILE, LONGEST_INDEX};
 use crate::json::parse_object;
-use crate::outline::{Outline, StoredAs};
+use crate::outline::Outline;
 use crate::spec::ModelSpec;
+use crate::stored::StoredAs;
 
 /// A model whose weights need not be there.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,7 +40,7 @@ impl Survey {
         let in_config = |problem| CheckpointError::Config { file: CONFIG_FILE, problem };
         let config = Config::parse(&bytes).map_err(in_config)?;
         let named = named_dtype(&config).map_err(in_config)?;
-        let family = Family::of(&config).map_err(in_config)?;
+        let family = families::of(&config).map_err(in_config)?;
         let dtype = named.map_or(DType::Bf16, StoredAs::read_as);
         let mut spec = family.spec(&config, dtype).map_err(in_config)?;
         if named == Some(StoredAs::F16) {

@@ -1,7 +1,7 @@
 //! Workers of one's own: child processes on Unix sockets in a private directory, started again when they die.
 
 use std::ffi::OsString;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -10,15 +10,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::{ComputeArgs, LogArgs};
-use crate::engine::cores;
+use crate::cores::shares_of_cores;
 use crate::failure::Failure;
 use crate::kept::Kept;
 use crate::models::Links;
+use crate::numbers::MOST_ROWS;
 use crate::progress::Bars;
 use crate::sockets::SocketDirectory;
-
-/// Most rows of one message to workers of one's own.
-pub(crate) const MOST_ROWS: u32 = 8192;
 
 /// What a cluster of one's own is to be.
 pub(crate) struct ClusterSpec<'a> {
@@ -100,17 +98,6 @@ pub(crate) struct Workers {
     stop: CancellationToken,
     tasks: JoinSet<()>,
     _directory: SocketDirectory,
-}
-
-/// Compute threads of a router and of each of its workers, when they share this machine.
-///
-/// A router waits while its workers compute and the other way round, so it may use every core. Workers compute at the
-/// same time but seldom the same amount, so together they get twice the cores: the busier one uses what the other
-/// leaves idle.
-pub(crate) fn shares_of_cores(workers: NonZeroU32) -> (NonZeroUsize, NonZeroUsize) {
-    let cores = cores();
-    let each = (2 * cores.get()).div_ceil(workers.get() as usize).min(cores.get());
-    (cores, NonZeroUsize::new(each).unwrap_or(NonZeroUsize::MIN))
 }
 
 /// Flags that hand the parent's logging on to a child.

@@ -2,7 +2,6 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::thread::available_parallelism;
 use std::time::Duration;
 
 use muster_checkpoint::Checkpoint;
@@ -20,8 +19,8 @@ use muster_router::start::{EngineHandle, EngineSettings, ModelDefaults, Parts, s
 use muster_types::{BindingName, Combine, Compute, Numerics, WeightDType};
 
 use crate::args::ComputeArgs;
-use crate::cluster::MOST_ROWS;
 use crate::failure::Failure;
+use crate::numbers::MOST_ROWS;
 use crate::progress::Bar;
 
 /// What is computed in, and how experts are held.
@@ -67,11 +66,6 @@ pub(crate) const fn model_defaults(mode: GenerationMode) -> ModelDefaults {
         GenerationMode::Auto => ModelDefaults::Taken,
         GenerationMode::Ignore => ModelDefaults::Ignored,
     }
-}
-
-/// Cores of this machine that this process may use.
-pub(crate) fn cores() -> NonZeroUsize {
-    available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
 /// Loads what this process is to hold. Blocks.

@@ -5,8 +5,6 @@ use std::process::ExitCode;
 
 use muster_bench::BenchError;
 
-use crate::out;
-
 /// Why a command ended.
 #[derive(Debug)]
 pub(crate) enum Failure {
@@ -31,20 +29,23 @@ impl Failure {
         Self::Runtime(error.to_string())
     }
 
-    /// Says it on standard error and gives the exit code.
-    pub(crate) fn report(&self) -> ExitCode {
-        let (message, code) = match self {
-            Self::Input(message) => (message, 2),
-            Self::Runtime(message) => (message, 1),
-            Self::Quiet => return ExitCode::from(1),
-            Self::OutputClosed => return ExitCode::SUCCESS,
-            // As shells count a process ended by SIGINT.
-            Self::Interrupted => return ExitCode::from(130),
-        };
-        for line in message.lines() {
-            out::note(&format!("error: {line}"));
+    /// The line for the person; `None` where there is nothing to say.
+    pub(crate) fn message(&self) -> Option<&str> {
+        match self {
+            Self::Input(message) | Self::Runtime(message) => Some(message),
+            Self::Quiet | Self::OutputClosed | Self::Interrupted => None,
         }
-        ExitCode::from(code)
+    }
+
+    /// The code for the script.
+    pub(crate) fn code(&self) -> ExitCode {
+        match self {
+            Self::Input(_) => ExitCode::from(2),
+            Self::Runtime(_) | Self::Quiet => ExitCode::FAILURE,
+            Self::OutputClosed => ExitCode::SUCCESS,
+            // As shells count a process ended by SIGINT.
+            Self::Interrupted => ExitCode::from(130),
+        }
     }
 }
 

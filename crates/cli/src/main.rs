@@ -9,6 +9,7 @@ mod backend;
 mod children;
 mod cluster;
 mod commands;
+mod cores;
 mod ending;
 mod engine;
 mod failure;
@@ -30,8 +31,9 @@ use clap::Parser;
 fn main() -> ExitCode {
     let given = || std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
     let cli = args::Cli::try_parse().unwrap_or_else(|error| hints::with_hint(error, given()).exit());
-    match commands::run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => failure.report(),
+    let Err(failure) = commands::run(cli) else { return ExitCode::SUCCESS };
+    for line in failure.message().into_iter().flat_map(str::lines) {
+        out::note(&format!("error: {line}"));
     }
+    failure.code()
 }

@@ -4,7 +4,8 @@ use std::num::{NonZeroU32, NonZeroUsize};
 
 use muster_config::parse_size;
 
-use crate::cluster::MOST_ROWS;
+/// Most tokens of a step, and so most rows of one message to workers of one's own.
+pub(crate) const MOST_ROWS: u32 = 8192;
 
 /// A finite number.
 fn number(text: &str) -> Result<f32, String> {

@@ -41,8 +41,18 @@ struct Source {
     deadline: Option<Instant>,
 }
 
+impl Client {
+    /// Starts a generation. Dropping it ends it.
+    ///
+    /// # Errors
+    /// When the request is refused, or no router accepts it in time.
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, ClientError> {
+        Generation::start(self.clone(), request).await
+    }
+}
+
 impl Generation {
-    pub(crate) async fn start(client: Client, request: GenerateRequest) -> Result<Self, ClientError> {
+    async fn start(client: Client, request: GenerateRequest) -> Result<Self, ClientError> {
         let now = Instant::now();
         let (attempts, at) = (client.attempts(), client.preferred());
         let deadline = client.policy().generation.map(|limit| now + limit);

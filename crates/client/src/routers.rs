@@ -10,7 +10,7 @@ use muster_net::{Asked, Mismatch, mismatch};
 use muster_proto::cluster::v1::cluster_client::ClusterClient;
 use muster_proto::cluster::v1::{StatusReply, StatusRequest};
 use muster_proto::v1::inference_client::InferenceClient;
-use muster_proto::v1::{GenerateRequest, GetModelRequest, Model, TokenizeRequest};
+use muster_proto::v1::{GetModelRequest, Model, TokenizeRequest};
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Response, Status};
@@ -18,7 +18,6 @@ use tonic::{Response, Status};
 use crate::attempts::Attempts;
 use crate::credentials::{Bearer, Credentials};
 use crate::error::ClientError;
-use crate::generation::Generation;
 use crate::policy::Policy;
 use crate::trouble::{Trouble, cause_of, root_cause};
 
@@ -161,14 +160,6 @@ impl Client {
             async move { client.tokenize(request).await }
         };
         Ok(self.call(tokenize).await?.ids)
-    }
-
-    /// Starts a generation. Dropping it ends it.
-    ///
-    /// # Errors
-    /// When the request is refused, or no router accepts it in time.
-    pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, ClientError> {
-        Generation::start(self.clone(), request).await
     }
 
     /// Tries one router after the other.

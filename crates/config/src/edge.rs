@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use crate::declare::settings;
 use crate::group::DefaultTo::{Value, Words};
-use crate::group::{Form, NUMBER, SIZE, TIME, settings};
+use crate::group::{Form, NUMBER, SIZE, TIME};
 use crate::value::{self, parse_duration, parse_size};
 
 /// Bytes of the largest body that may be allowed: what it becomes on the way has to fit into memory that is set aside.

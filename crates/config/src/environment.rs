@@ -8,8 +8,8 @@ use std::ffi::OsString;
 use muster_types::nearest;
 
 use crate::ROLES;
+use crate::entry::{Entry, Raw, unknown_key};
 use crate::group::Role;
-use crate::layers::{Entry, Raw, unknown_key};
 use crate::problem::{Origin, Problem};
 
 /// Variables beside those of keys: a client's API key, and what Muster's own tests and builds are told.

@@ -9,8 +9,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::ROLES;
+use crate::entry::{Entry, Raw, unknown_key};
 use crate::group::{Key, Role, ValueKind};
-use crate::layers::{Entry, Raw, unknown_key};
 use crate::problem::{Origin, Problem};
 
 /// Longest configuration file, bytes.

@@ -1,12 +1,4 @@
-//! Declarations of settings: what is told of each in one place, and the types made of it.
-
-use std::net::SocketAddr;
-
-use muster_telemetry::Process;
-
-use crate::layers::{Loaded, Reader, Sources};
-use crate::problem::ConfigError;
-use crate::shared::LogSettings;
+//! What a setting is, and groups and roles of them. Does not know where values come from.
 
 /// One setting of a role: its name, how it is written, what holds without it, and what it is.
 #[derive(Debug)]
@@ -64,37 +56,6 @@ pub struct Role {
     pub name: &'static str,
     /// In the order of help and documentation.
     pub groups: &'static [Group],
-}
-
-/// What a process is told.
-pub trait RoleSettings: Clone {
-    /// All there is.
-    const ROLE: &'static Role;
-    /// Whose they are.
-    const PROCESS: Process;
-
-    /// Reads and checks all layers.
-    ///
-    /// # Errors
-    /// Everything that is wrong.
-    fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError>;
-
-    /// What it logs.
-    fn log(&self) -> &LogSettings;
-
-    /// Where the machine around it asks.
-    fn admin(&self) -> Option<SocketAddr>;
-}
-
-/// Settings that are declared together.
-pub(crate) trait Settings: Sized {
-    /// What could be read of them.
-    type Read;
-
-    fn read(reader: &mut Reader) -> Self::Read;
-
-    /// The settings, if nothing is missing.
-    fn whole(read: Self::Read) -> Option<Self>;
 }
 
 impl Form {
@@ -193,63 +154,3 @@ impl Role {
         format!("MUSTER_{}_{}", self.name.to_uppercase(), key.to_uppercase())
     }
 }
-
-/// Declares settings: `key: type = how(parser), form, default;`, where `how` is the reader's method that takes them. What
-/// documents a key is its help and its row of the page, on which paragraphs behind the first stand alone. Makes the
-/// struct, what could be read of it (`Read`), and the table of its keys. Groups behind `with` are fields of it as well.
-macro_rules! settings {
-    (
-        $(#[$about:meta])*
-        pub struct $name:ident, $read:ident {
-            $(
-                $(#[doc = $help:literal])*
-                $key:ident: $type:ty = $how:ident($parse:expr), $form:expr, $default:expr;
-            )*
-        }
-        $(with { $( $(#[$part_about:meta])* $part:ident: $part_type:ty; )* })?
-    ) => {
-        $(#[$about])*
-        #[derive(Debug, Clone, PartialEq)]
-        pub struct $name {
-            $( $(#[doc = $help])* pub $key: $type, )*
-            $($( $(#[$part_about])* pub $part: $part_type, )*)?
-        }
-
-        /// What could be read of the settings; `None` where something is wrong.
-        pub(crate) struct $read {
-            $( pub(crate) $key: Option<$type>, )*
-            $($( pub(crate) $part: <$part_type as crate::group::Settings>::Read, )*)?
-        }
-
-        impl $name {
-            pub(crate) const KEYS: &[crate::group::Key] = &[$(
-                crate::group::Key {
-                    name: stringify!($key),
-                    form: $form,
-                    default: $default,
-                    about: &[$($help),*],
-                },
-            )*];
-        }
-
-        impl crate::group::Settings for $name {
-            type Read = $read;
-
-            fn read(reader: &mut crate::layers::Reader) -> $read {
-                $read {
-                    $( $key: reader.$how(stringify!($key), $parse), )*
-                    $($( $part: <$part_type as crate::group::Settings>::read(reader), )*)?
-                }
-            }
-
-            fn whole(read: $read) -> Option<Self> {
-                Some(Self {
-                    $( $key: read.$key?, )*
-                    $($( $part: crate::group::Settings::whole(read.$part)?, )*)?
-                })
-            }
-        }
-    };
-}
-
-pub(crate) use settings;

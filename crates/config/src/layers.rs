@@ -5,28 +5,14 @@ use std::fmt::Display;
 use std::hash::Hash;
 use std::path::Path;
 
-use muster_types::nearest;
-
+use crate::entry::{Entry, Raw, unknown_key};
 use crate::environment::Environment;
 use crate::file;
-use crate::group::{DefaultTo, Key, Role, Settings, ValueKind};
+use crate::group::{DefaultTo, Role, ValueKind};
 use crate::problem::{ConfigError, Origin, Problem};
 
 /// Most entries of a list.
 const LONGEST_LIST: usize = 4096;
-
-/// A value as some layer gave it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Raw {
-    One(String),
-    Many(Vec<String>),
-}
-
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) raw: Raw,
-    pub(crate) origin: Origin,
-}
 
 /// Settings given on the command line.
 #[derive(Debug, Clone, Default)]
@@ -82,13 +68,15 @@ pub struct Loaded<T> {
     pub effective: String,
 }
 
-pub(crate) fn unknown_key(name: &str, role: &Role, origin: Origin) -> Problem {
-    let message = match nearest(name, role.keys().map(Key::name)) {
-        Some(near) => format!("unknown key; did you mean {near}?"),
-        None => "unknown key".to_owned(),
-    };
-    let shown: String = name.chars().take(64).flat_map(char::escape_default).collect();
-    Problem { origin, key: shown, message }
+/// Settings that are declared together.
+pub(crate) trait Settings: Sized {
+    /// What could be read of them.
+    type Read;
+
+    fn read(reader: &mut Reader) -> Self::Read;
+
+    /// The settings, if nothing is missing.
+    fn whole(read: Self::Read) -> Option<Self>;
 }
 
 /// Reads the settings of a role from all layers; `check` has what one setting alone does not show.

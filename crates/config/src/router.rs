@@ -12,14 +12,13 @@ use muster_dispatch_grpc::Address;
 use muster_telemetry::Process;
 use muster_types::{Combine, Numerics, WeightDType};
 
+use crate::declare::settings;
 use crate::edge::EdgeSettings;
 use crate::group::DefaultTo::{Nothing, Value, Words};
-use crate::group::{
-    ADDR, BOOL, DTYPE, FILE, Form, Group, MODE, NAME, NUMBER, Role, RoleSettings, SIZE, SWITCH, TIME,
-    settings,
-};
+use crate::group::{ADDR, BOOL, DTYPE, FILE, Form, Group, MODE, NAME, NUMBER, Role, SIZE, SWITCH, TIME};
 use crate::layers::{Loaded, Reader, Sources, load};
 use crate::problem::ConfigError;
+use crate::role::RoleSettings;
 use crate::shared::{self, ComputeSettings, LogSettings, TlsSettings, off_loopback};
 use crate::value::{self, one_of, parse_duration, parse_size, parse_socket, parse_weight_dtype, parsed};
 

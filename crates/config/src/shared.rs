@@ -8,8 +8,9 @@ use muster_identity::TlsFiles;
 use muster_telemetry::LogFormat;
 use muster_types::{Compute, WeightDType};
 
+use crate::declare::settings;
 use crate::group::DefaultTo::{Nothing, Value, Words};
-use crate::group::{ADDR, DTYPE, FILE, Form, MODE, NUMBER_OR_WORD, SWITCH, settings};
+use crate::group::{ADDR, DTYPE, FILE, Form, MODE, NUMBER_OR_WORD, SWITCH};
 use crate::layers::Reader;
 use crate::value::{self, parse_compute, parse_socket, parse_weight_dtype, parsed};
 

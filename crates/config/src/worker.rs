@@ -9,12 +9,12 @@ use muster_placement::Share;
 use muster_telemetry::Process;
 use muster_types::Speed;
 
+use crate::declare::settings;
 use crate::group::DefaultTo::{Nothing, Value, Words};
-use crate::group::{
-    ADDR, Form, Group, NAME, NUMBER, NUMBER_OR_WORD, Role, RoleSettings, SIZE, TIME, settings,
-};
+use crate::group::{ADDR, Form, Group, NAME, NUMBER, NUMBER_OR_WORD, Role, SIZE, TIME};
 use crate::layers::{Loaded, Reader, Sources, load};
 use crate::problem::ConfigError;
+use crate::role::RoleSettings;
 use crate::shared::{self, ComputeSettings, LogSettings, TlsSettings, off_loopback};
 use crate::value::{self, parse_duration, parsed};
 

@@ -7,8 +7,6 @@ use muster_net::Opening;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-use crate::secured::Speaks;
-
 /// First byte of a TLS handshake.
 const HANDSHAKE: u8 = 0x16;
 
@@ -20,6 +18,15 @@ const TELLING: Duration = Duration::from_secs(1);
 
 /// Bytes of its request that are read and discarded.
 const LEFT: u64 = 64 << 10;
+
+/// Protocol of a listener's connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Speaks {
+    /// HTTP/1.1, where a peer's cost is its requests.
+    Http1,
+    /// HTTP/2, where frames are counted.
+    Http2,
+}
 
 /// The peer's mistake about the port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -27,6 +27,8 @@ use tonic::{Request, Status};
 
 use crate::crossed::{Answer, Crossed};
 
+pub use crate::crossed::Speaks;
+
 /// Handshakes at once.
 const HANDSHAKES: usize = 256;
 /// Longest time of a handshake.
@@ -41,15 +43,6 @@ pub struct Caller {
     pub peer: Option<PeerId>,
     /// Its address; `None` over a Unix socket.
     pub address: Option<IpAddr>,
-}
-
-/// Protocol of a listener's connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Speaks {
-    /// HTTP/1.1, where a peer's cost is its requests.
-    Http1,
-    /// HTTP/2, where frames are counted.
-    Http2,
 }
 
 /// An accepted connection.

@@ -22,10 +22,12 @@ mod rows;
 pub mod scheduler;
 mod sequence;
 mod spread;
+pub mod step;
 mod table;
 
 pub use batcher::{BatchPlan, ShardPlan, Slot};
 pub use scheduler::{
-    AdmitError, ConfigError, NO_BLOCK, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats,
-    Step, StepItem, UnknownSequence,
+    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats,
+    UnknownSequence,
 };
+pub use step::{NO_BLOCK, Step, StepItem};

@@ -4,7 +4,7 @@
 //! Owns the split alone. Every item is in exactly one lane, whole, and lanes keep the order of items. Knows
 //! nothing of layers or experts.
 
-use crate::scheduler::Step;
+use crate::step::Step;
 
 /// Indices into `step.items` for lane 0 and lane 1: a prefix and the rest, as equal in tokens as can be.
 ///
@@ -37,7 +37,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::scheduler::StepItem;
+    use crate::step::StepItem;
 
     fn step(sizes: &[u32]) -> Step {
         let item = |(n, &size): (usize, &u32)| StepItem {

@@ -22,17 +22,14 @@
 use std::collections::VecDeque;
 use std::num::NonZero;
 
-use muster_types::{BindingName, Retry, SeqId, TokenId};
+use muster_types::{BindingName, Reach, Retry, SeqId, TokenId};
 
 use crate::kv::{BlockPool, Keep};
 use crate::prefix::BlockKey;
 use crate::reach::most_held;
 use crate::sequence::Sequence;
+use crate::step::{Step, StepItem};
 use crate::table::Group;
-use muster_types::Reach;
-
-/// In [`StepItem::blocks`]: no block, since no later position sees its positions. No block has this number.
-pub const NO_BLOCK: u32 = u32::MAX;
 
 /// Sizes of a [`Scheduler`].
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -171,39 +168,6 @@ pub enum Progress {
     /// `max_tokens` or the end of the context is reached. It is left out of further steps and keeps its blocks
     /// until [`Scheduler::finish`].
     LengthReached,
-}
-
-/// The work of one pass through the model.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Step {
-    /// At most one per sequence: single sampled tokens first, then prefill chunks; each by age.
-    pub items: Vec<StepItem>,
-    /// Sequences that lost their blocks to older ones, youngest first. They wait and have no item.
-    pub preempted: Vec<SeqId>,
-}
-
-impl Step {
-    /// Tokens of all items.
-    #[must_use]
-    pub fn tokens(&self) -> usize {
-        self.items.iter().map(|item| item.tokens.len()).sum()
-    }
-}
-
-/// Consecutive tokens of one sequence whose keys and values are to be computed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StepItem {
-    /// The sequence.
-    pub seq: SeqId,
-    /// Position of the first token in the sequence.
-    pub start: u32,
-    /// The tokens; at least one.
-    pub tokens: Vec<TokenId>,
-    /// The sequence's KV blocks: for one group of layers after the other its table in order of position, with exactly
-    /// enough places for `start + tokens.len()` positions. A place that no later position sees has [`NO_BLOCK`].
-    pub blocks: Vec<u32>,
-    /// Whether the last token's logits are wanted, to sample the next token and [`Scheduler::append`] it.
-    pub sample: bool,
 }
 
 /// Counts for metrics and admission.

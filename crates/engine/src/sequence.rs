@@ -7,7 +7,7 @@ use muster_types::{SeqId, TokenId};
 
 use crate::kv::BlockPool;
 use crate::prefix::BlockKey;
-use crate::scheduler::StepItem;
+use crate::step::StepItem;
 use crate::table::{Group, Table};
 
 #[derive(Debug)]
@@ -213,7 +213,7 @@ mod tests {
 
     use super::*;
     use crate::kv::Keep;
-    use crate::scheduler::NO_BLOCK;
+    use crate::step::NO_BLOCK;
     use muster_types::Reach;
 
     fn tokens(count: u32) -> Vec<TokenId> {

@@ -11,7 +11,7 @@ use muster_types::Reach;
 use crate::kv::{Block, BlockPool, Found};
 use crate::prefix::{BlockKey, BlockName};
 use crate::reach::{most_blocks, unseen_blocks};
-use crate::scheduler::NO_BLOCK;
+use crate::step::NO_BLOCK;
 
 /// A group of layers.
 #[derive(Debug, Clone, Copy)]

@@ -5,9 +5,9 @@ use std::num::NonZero;
 
 use muster_engine::NO_BLOCK;
 use muster_engine::scheduler::{
-    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step, StepItem,
-    UnknownSequence,
+    AdmitError, ConfigError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, UnknownSequence,
 };
+use muster_engine::step::{Step, StepItem};
 use muster_types::Reach;
 use muster_types::{Retry, SeqId, TokenId};
 

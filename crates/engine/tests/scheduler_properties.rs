@@ -7,9 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 
 use muster_engine::NO_BLOCK;
-use muster_engine::scheduler::{
-    AdmitError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Step, StepItem,
-};
+use muster_engine::scheduler::{AdmitError, NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig};
+use muster_engine::step::{Step, StepItem};
 use muster_types::Reach;
 use muster_types::{SeqId, TokenId};
 use proptest::prelude::*;

@@ -6,7 +6,7 @@
 
 use std::marker::PhantomData;
 
-use crate::pairs::{Engine, PairRows, PairWork, Paired};
+use crate::pairs::{DotOrder, PairRows, PairWork, Paired};
 use crate::panels::{Bf16Block, Block};
 use crate::simd::{LANES, Simd};
 use crate::tile::{Sink, panels_at};
@@ -52,7 +52,7 @@ impl<T> Clone for InTiles<T> {
 
 impl<T> Copy for InTiles<T> {}
 
-impl<T: Tiles> Engine for InTiles<T> {
+impl<T: Tiles> DotOrder for InTiles<T> {
     #[inline(always)]
     fn run<S: Simd, W: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, W, K, M>) {
         let rows = work.rows.len().min(LANES);
@@ -248,7 +248,7 @@ impl<T: Tiles> Walk<T> {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use hardware::{Hardware, available};
+pub(crate) use hardware::Hardware;
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) use software::Software as Hardware;
 #[cfg(test)]
@@ -316,7 +316,6 @@ mod hardware {
     //! The instructions. Their intrinsics are not stable, so they are written out.
 
     use std::arch::asm;
-    use std::sync::OnceLock;
 
     use super::{LANES, Tiles};
 
@@ -402,49 +401,6 @@ mod hardware {
             // SAFETY: as for `zero`. Tiles left in use would be saved at every switch of threads.
             unsafe { asm!("tilerelease", options(nomem, nostack, preserves_flags)) };
         }
-    }
-
-    /// Whether processor and system have tiles and this process may use them. Asks for the permission.
-    pub(crate) fn available() -> bool {
-        static AVAILABLE: OnceLock<bool> = OnceLock::new();
-        *AVAILABLE.get_or_init(|| supported() && permitted())
-    }
-
-    fn supported() -> bool {
-        use std::arch::x86_64::{__cpuid, __cpuid_count};
-        // Tiles and their bf16 products; the system saves the tile configuration and data.
-        const FEATURES: u32 = 1 << 24 | 1 << 22;
-        const OSXSAVE: u32 = 1 << 27;
-        const STATES: u32 = 1 << 18 | 1 << 17;
-        // SAFETY: every x86-64 processor has this instruction.
-        #[allow(unused_unsafe, reason = "newer compilers make it a safe function")]
-        let (leaves, extended) = unsafe { (__cpuid(0).eax, __cpuid(1).ecx & OSXSAVE != 0) };
-        if leaves < 7 || !extended {
-            return false;
-        }
-        // SAFETY: the leaf exists.
-        #[allow(unused_unsafe, reason = "newer compilers make it a safe function")]
-        let features = unsafe { __cpuid_count(7, 0).edx };
-        let states: u32;
-        // SAFETY: the system has enabled this instruction, as OSXSAVE says.
-        unsafe {
-            asm!("xgetbv", in("ecx") 0, out("eax") states, out("edx") _, options(nomem, nostack, preserves_flags));
-        }
-        features & FEATURES == FEATURES && states & STATES == STATES
-    }
-
-    /// Asks the system for the state component of tile data, which no process has from the start.
-    #[cfg(target_os = "linux")]
-    fn permitted() -> bool {
-        const REQUEST_PERMISSION: libc::c_long = 0x1023;
-        const TILE_DATA: libc::c_long = 18;
-        // SAFETY: this call takes two numbers and changes nothing in memory.
-        unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn permitted() -> bool {
-        false
     }
 }
 

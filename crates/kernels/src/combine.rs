@@ -11,7 +11,7 @@ use muster_types::{DType, Term};
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch};
+use crate::kernel::{Kernel, run_on};
 use crate::simd::{LANES, Simd, lanes, padded};
 
 /// Vectors of a row that are summed at a time.
@@ -127,7 +127,7 @@ impl<'a> Sums<'a> {
         let &Self { hidden, sources, starts, terms, rows } = self;
         let sum = |row: usize| {
             let terms = &terms[starts[row] as usize..starts[row + 1] as usize];
-            dispatch(cpu.isa(), SumRow { hidden, sources, terms, out: target(row) })
+            run_on(cpu.isa(), SumRow { hidden, sources, terms, out: target(row) })
         };
         if over_rows(cpu, hidden, rows, terms.len(), &sum) {
             return Ok(());
@@ -163,7 +163,7 @@ pub fn to_wire(
             // SAFETY: every row is one task's.
             let out = unsafe { mine.piece(row * width, width) };
             let x = &outputs[(range.start + row) * hidden..][..hidden];
-            dispatch(cpu.isa(), WriteRow { x, out: target(wire, out) })
+            run_on(cpu.isa(), WriteRow { x, out: target(wire, out) })
         });
         if !finite {
             let bad = |row: &usize| {

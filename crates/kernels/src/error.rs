@@ -8,12 +8,6 @@ use crate::isa::Isa;
 /// free, or elsewhere after [`KernelError::IsaUnavailable`].
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
-    /// The name is not that of an instruction set.
-    #[error("unknown instruction set `{name}`: use portable, avx2, avx512, avx512bf16, amx or neon")]
-    UnknownIsa {
-        /// The name as given.
-        name: String,
-    },
     /// This machine cannot run the instruction set.
     #[error("instruction set `{isa}` is not available on this machine: the best one here is `{best}`")]
     IsaUnavailable {

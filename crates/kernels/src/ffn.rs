@@ -13,12 +13,13 @@ use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::expert::{Expert, Halves, Weights, Wide};
 use crate::gating::{Activate, Plain};
-use crate::isa::{Kernel, dispatch_flushing};
+use crate::kernel::{Kernel, run_flushing};
 use crate::linear::{LinearTask, Output};
 use crate::pairs::{
-    Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Paired, Path, pack, path, words_per_row,
+    DotOrder, InPairs, PairBuffer, PairRows, PairTask, PairWork, Paired, pack, words_per_row,
 };
 use crate::panels::{Panels, Stored};
+use crate::path::{Path, path};
 use crate::quant::{self, Quantised};
 use crate::simd::{LANES, Simd, store_bf16_pairs, store_part};
 use crate::tile::{Dense, Gathered, Sink, Work, panels_per_task, rows_per_task};
@@ -78,13 +79,13 @@ pub fn grouped_ffn(
     match path(cpu.isa(), compute) {
         Path::Lanes => run::<InPairs>(None, cpu, groups, x, compute, scratch, out),
         Path::Pairs => run(Some(InPairs), cpu, groups, x, compute, scratch, out),
-        Path::Tiles(engine) => run(Some(engine), cpu, groups, x, compute, scratch, out),
+        Path::Tiles(order) => run(Some(order), cpu, groups, x, compute, scratch, out),
     }
 }
 
-/// Experts in bf16 go to `engine` if there is one; other plain ones, and all if there is none, are computed in lanes.
-fn run<E: Engine>(
-    engine: Option<E>,
+/// Experts in bf16 go to `order` if there is one; other plain ones, and all if there is none, are computed in lanes.
+fn run<E: DotOrder>(
+    order: Option<E>,
     cpu: &Cpu,
     groups: &[ExpertRows<'_>],
     x: &[f32],
@@ -98,7 +99,7 @@ fn run<E: Engine>(
     };
     let hidden = first.expert.hidden();
     check(groups, hidden, x, out);
-    let in_pairs = |expert: &Expert| engine.is_some() && matches!(expert.weights, Weights::Halves { .. });
+    let in_pairs = |expert: &Expert| order.is_some() && matches!(expert.weights, Weights::Halves { .. });
     let plan = scratch.plan(cpu, groups, &in_pairs);
     if scratch.activated.len() < plan.activated {
         scratch.activated.resize(plan.activated, 0.0);
@@ -117,12 +118,12 @@ fn run<E: Engine>(
         activated: &Disjoint::new(activated),
         words: &Disjoint::new(words),
     };
-    cpu.run(first.len(), plan.work * 2, &|index| stage.run(engine, first[index]));
+    cpu.run(first.len(), plan.work * 2, &|index| stage.run(order, first[index]));
     if is_quantised {
         quantised.between(cpu, groups, |group| !in_pairs(group.expert), activated);
     }
     let stage = Down { cpu, groups, activated, words, quantised, out: &Disjoint::new(out) };
-    cpu.run(second.len(), plan.work, &|index| stage.run(engine, second[index]));
+    cpu.run(second.len(), plan.work, &|index| stage.run(order, second[index]));
 }
 
 /// The inputs of the groups that are computed in pairs, each group's in its order, at the rows that `out` has for them.
@@ -242,10 +243,10 @@ struct GateUp<'a> {
 }
 
 impl GateUp<'_> {
-    fn run<E: Engine>(&self, engine: Option<E>, task: Task) {
-        match (&self.groups[task.group].expert.weights, engine) {
-            (Weights::Halves { first: Halves::Bf16(w), .. }, Some(engine)) => self.pairs(engine, task, w),
-            (Weights::Halves { first: Halves::Mxfp4(w), .. }, Some(engine)) => self.pairs(engine, task, w),
+    fn run<E: DotOrder>(&self, order: Option<E>, task: Task) {
+        match (&self.groups[task.group].expert.weights, order) {
+            (Weights::Halves { first: Halves::Bf16(w), .. }, Some(order)) => self.pairs(order, task, w),
+            (Weights::Halves { first: Halves::Mxfp4(w), .. }, Some(order)) => self.pairs(order, task, w),
             (Weights::Halves { first, .. }, None) => self.halves(task, first),
             (Weights::Wide { first: Wide::Halves(first), .. }, _) => self.halves(task, first),
             (Weights::Wide { first: Wide::F32(w), .. }, _) => self.lanes(task, w),
@@ -267,26 +268,26 @@ impl GateUp<'_> {
         match expert.general() {
             None => {
                 let sink = Gated::new(self.activated, task, expert, self.compute, Plain);
-                dispatch_flushing(isa, GateUpTask(task.work(weights, x, sink)));
+                run_flushing(isa, GateUpTask(task.work(weights, x, sink)));
             }
             Some(general) => {
                 let sink = Gated::new(self.activated, task, expert, self.compute, general);
-                dispatch_flushing(isa, GateUpTask(task.work(weights, x, sink)));
+                run_flushing(isa, GateUpTask(task.work(weights, x, sink)));
             }
         }
     }
 
-    fn pairs<E: Engine, B: Paired>(&self, engine: E, task: Task, weights: &[Panels<B>; 2]) {
+    fn pairs<E: DotOrder, B: Paired>(&self, order: E, task: Task, weights: &[Panels<B>; 2]) {
         let (expert, x) = (self.groups[task.group].expert, self.packed.from(task.rows_before));
         let isa = self.cpu.isa();
         match expert.general() {
             None => {
                 let sink = GatedPairs::new(self.words, task, expert, Plain);
-                dispatch_flushing(isa, PairTask(engine, task.pair_work(weights, x, sink)));
+                run_flushing(isa, PairTask(order, task.pair_work(weights, x, sink)));
             }
             Some(general) => {
                 let sink = GatedPairs::new(self.words, task, expert, general);
-                dispatch_flushing(isa, PairTask(engine, task.pair_work(weights, x, sink)));
+                run_flushing(isa, PairTask(order, task.pair_work(weights, x, sink)));
             }
         }
     }
@@ -321,10 +322,10 @@ struct Down<'a> {
 }
 
 impl Down<'_> {
-    fn run<E: Engine>(&self, engine: Option<E>, task: Task) {
-        match (&self.groups[task.group].expert.weights, engine) {
-            (Weights::Halves { down: Halves::Bf16(w), .. }, Some(engine)) => self.pairs(engine, task, w),
-            (Weights::Halves { down: Halves::Mxfp4(w), .. }, Some(engine)) => self.pairs(engine, task, w),
+    fn run<E: DotOrder>(&self, order: Option<E>, task: Task) {
+        match (&self.groups[task.group].expert.weights, order) {
+            (Weights::Halves { down: Halves::Bf16(w), .. }, Some(order)) => self.pairs(order, task, w),
+            (Weights::Halves { down: Halves::Mxfp4(w), .. }, Some(order)) => self.pairs(order, task, w),
             (Weights::Halves { down, .. }, None) => self.halves(task, down),
             (Weights::Wide { down: Wide::Halves(down), .. }, _) => self.halves(task, down),
             (Weights::Wide { down: Wide::F32(w), .. }, _) => self.lanes(task, w),
@@ -344,15 +345,15 @@ impl Down<'_> {
         let expert = self.groups[task.group].expert;
         // It starts with the group's first row.
         let x = Dense { x: &self.activated[task.activated_before..], k: expert.intermediate() };
-        dispatch_flushing(self.cpu.isa(), LinearTask(task.work(weights, x, self.sink(task, expert))));
+        run_flushing(self.cpu.isa(), LinearTask(task.work(weights, x, self.sink(task, expert))));
     }
 
-    fn pairs<E: Engine, B: Paired>(&self, engine: E, task: Task, weights: &[Panels<B>; 1]) {
+    fn pairs<E: DotOrder, B: Paired>(&self, order: E, task: Task, weights: &[Panels<B>; 1]) {
         let expert = self.groups[task.group].expert;
         let words = &self.words[task.activated_before..];
         let x = PairRows { words, per_row: words_per_row(expert.intermediate()) };
         let work = task.pair_work(weights, x, self.sink(task, expert));
-        dispatch_flushing(self.cpu.isa(), PairTask(engine, work));
+        run_flushing(self.cpu.isa(), PairTask(order, work));
     }
 
     fn bytes<B: quant::Block>(&self, task: Task, weights: &[Panels<B>; 1]) {

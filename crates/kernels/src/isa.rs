@@ -1,18 +1,7 @@
-//! Which instruction sets there are, which of them this machine has, and how a kernel body is compiled for each.
-//!
-//! What must hold: a body runs only with an instruction set that was detected, and gives the same bits with all.
+//! Which instruction sets there are, and which of them this machine has. Does not know what is computed with them.
 
 use std::fmt;
 use std::str::FromStr;
-
-#[cfg(target_arch = "x86_64")]
-use crate::amx;
-use crate::error::KernelError;
-#[cfg(target_arch = "aarch64")]
-use crate::simd::Neon;
-#[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512, FlushMode};
-use crate::simd::{Portable, PortableFlush, Simd};
 
 /// An instruction set that kernels are compiled for. All give the same bits; they differ in speed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -73,7 +62,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => is_x86_feature_detected!("avx512bf16") && Self::Avx512.is_available(),
             #[cfg(target_arch = "x86_64")]
-            Self::Amx => amx::available() && Self::Avx512Bf16.is_available(),
+            Self::Amx => tiles::available() && Self::Avx512Bf16.is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 | Self::Amx => false,
             Self::Neon => cfg!(target_arch = "aarch64"),
@@ -94,91 +83,77 @@ impl fmt::Display for Isa {
     }
 }
 
+/// The name is not that of an instruction set.
+#[derive(Debug, thiserror::Error)]
+#[error("unknown instruction set `{name}`: use portable, avx2, avx512, avx512bf16, amx or neon")]
+pub struct UnknownIsa {
+    /// The name as given.
+    name: String,
+}
+
 impl FromStr for Isa {
-    type Err = KernelError;
+    type Err = UnknownIsa;
 
-    fn from_str(name: &str) -> Result<Self, KernelError> {
+    fn from_str(name: &str) -> Result<Self, UnknownIsa> {
         let found = Self::ALL.into_iter().find(|isa| isa.to_string() == name);
-        found.ok_or_else(|| KernelError::UnknownIsa { name: name.to_owned() })
+        found.ok_or_else(|| UnknownIsa { name: name.to_owned() })
     }
 }
 
-/// A kernel body, written once over any instruction set.
-pub(crate) trait Kernel {
-    /// What it returns.
-    type Output;
-    /// The body. Must be `inline(always)`, and so must all it calls with vectors.
-    fn run<S: Simd>(self, s: S) -> Self::Output;
-}
+#[cfg(target_arch = "x86_64")]
+mod tiles {
+    //! Detection of AMX, which the standard library does not detect.
 
-/// Runs `kernel` compiled for `isa`.
-///
-/// # Panics
-/// If this machine does not have `isa`.
-#[inline]
-pub(crate) fn dispatch<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
-    assert!(isa.is_available(), "isa: `{isa}` is not available on this machine");
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the assertion above found AVX2 and FMA.
-        Isa::Avx2 => unsafe { run_avx2(kernel) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the assertion above found these AVX-512 parts.
-        Isa::Avx512 => unsafe { run_avx512(kernel) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: the assertion above found these AVX-512 parts and AVX512-BF16.
-        Isa::Avx512Bf16 | Isa::Amx => unsafe { run_avx512_bf16(kernel) },
-        #[cfg(target_arch = "aarch64")]
-        Isa::Neon => kernel.run(Neon),
-        _ => kernel.run(Portable),
+    use std::arch::asm;
+    use std::sync::OnceLock;
+
+    /// Whether processor and system have tiles and this process may use them. Asks for the permission.
+    pub(super) fn available() -> bool {
+        static AVAILABLE: OnceLock<bool> = OnceLock::new();
+        *AVAILABLE.get_or_init(|| supported() && permitted())
     }
-}
 
-/// As [`dispatch`], with subnormal numbers flushed: those that go into an operation count as zero, and so do those that
-/// come out of one. Linears run so, because the hardware that defines their order does.
-///
-/// # Panics
-/// As [`dispatch`].
-#[inline]
-pub(crate) fn dispatch_flushing<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
-            let _mode = FlushMode::set();
-            dispatch(isa, kernel)
+    fn supported() -> bool {
+        use std::arch::x86_64::{__cpuid, __cpuid_count};
+        // Tiles and their bf16 products; the system saves the tile configuration and data.
+        const FEATURES: u32 = 1 << 24 | 1 << 22;
+        const OSXSAVE: u32 = 1 << 27;
+        const STATES: u32 = 1 << 18 | 1 << 17;
+        // SAFETY: every x86-64 processor has this instruction.
+        #[allow(unused_unsafe, reason = "newer compilers make it a safe function")]
+        let (leaves, extended) = unsafe { (__cpuid(0).eax, __cpuid(1).ecx & OSXSAVE != 0) };
+        if leaves < 7 || !extended {
+            return false;
         }
-        _ => kernel.run(PortableFlush),
+        // SAFETY: the leaf exists.
+        #[allow(unused_unsafe, reason = "newer compilers make it a safe function")]
+        let features = unsafe { __cpuid_count(7, 0).edx };
+        let states: u32;
+        // SAFETY: the system has enabled this instruction, as OSXSAVE says.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") states, out("edx") _, options(nomem, nostack, preserves_flags));
+        }
+        features & FEATURES == FEATURES && states & STATES == STATES
     }
-}
 
-#[cfg(target_arch = "x86_64")]
-#[inline(never)] // see FlushMode
-#[target_feature(enable = "avx2,fma")]
-fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: this function runs only on a machine with the features that it enables.
-    kernel.run(unsafe { Avx2::new() })
-}
+    /// Asks the system for the state component of tile data, which no process has from the start.
+    #[cfg(target_os = "linux")]
+    fn permitted() -> bool {
+        const REQUEST_PERMISSION: libc::c_long = 0x1023;
+        const TILE_DATA: libc::c_long = 18;
+        // SAFETY: this call takes two numbers and changes nothing in memory.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 }
+    }
 
-#[cfg(target_arch = "x86_64")]
-#[inline(never)] // see FlushMode
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: this function runs only on a machine with the features that it enables.
-    kernel.run(unsafe { Avx512::<false>::new() })
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(never)] // see FlushMode
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
-fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: this function runs only on a machine with the features that it enables.
-    kernel.run(unsafe { Avx512::<true>::new() })
+    #[cfg(not(target_os = "linux"))]
+    fn permitted() -> bool {
+        false
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::simd::{LANES, lanes};
 
     #[test]
     fn names_round_trip_and_others_are_refused() {
@@ -190,119 +165,6 @@ mod tests {
             refused,
             "unknown instruction set `AVX2`: use portable, avx2, avx512, avx512bf16, amx or neon"
         );
-    }
-
-    /// Every operation on three operands.
-    struct Operations([[f32; LANES]; 3]);
-
-    impl Kernel for Operations {
-        type Output = [[f32; LANES]; 8];
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) -> Self::Output {
-            let [a, b, c] = [s.load(&self.0[0]), s.load(&self.0[1]), s.load(&self.0[2])];
-            [
-                s.add(a, b),
-                s.sub(a, b),
-                s.mul(a, b),
-                s.div(a, b),
-                s.fma(a, b, c),
-                s.min(a, b),
-                s.max(a, b),
-                s.select_lt(a, b, b, c),
-            ]
-            .map(|v| lanes(s, v))
-        }
-    }
-
-    /// Transposes rows.
-    struct Transpose([[f32; LANES]; LANES]);
-
-    impl Kernel for Transpose {
-        type Output = [[f32; LANES]; LANES];
-        #[inline(always)]
-        fn run<S: Simd>(self, s: S) -> Self::Output {
-            let mut rows = [s.splat(0.0); LANES];
-            for (to, row) in rows.iter_mut().zip(&self.0) {
-                *to = s.load(row);
-            }
-            let mut out = [[0.0; LANES]; LANES];
-            for (to, row) in out.iter_mut().zip(s.transpose(rows)) {
-                s.store(row, to);
-            }
-            out
-        }
-    }
-
-    #[test]
-    fn rows_become_columns_on_every_instruction_set() {
-        let rows = std::array::from_fn(|row| std::array::from_fn(|lane| (row * LANES + lane) as f32));
-        for isa in Isa::available() {
-            let found = dispatch(isa, Transpose(rows));
-            for (i, found) in found.iter().enumerate() {
-                assert_eq!(*found, rows.map(|row| row[i]), "{isa}");
-            }
-        }
-    }
-
-    /// Numbers of all kinds, most of them so that sums, products and quotients end near the least normal number.
-    fn operand(state: &mut u64) -> f32 {
-        *state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        let bits = (*state >> 32) as u32;
-        let with_exponent = |exponent: u32| f32::from_bits(bits & 0x807f_ffff | exponent << 23);
-        match bits >> 4 & 15 {
-            0 => f32::from_bits(bits),
-            1 => {
-                [0.0, f32::INFINITY, f32::NAN, f32::MAX][(bits >> 8 & 3) as usize].copysign(with_exponent(1))
-            }
-            2 | 3 => with_exponent(0),
-            4..8 => f32::from_bits(0x0080_0000 + (bits >> 8 & 3)).copysign(with_exponent(1)),
-            8 => with_exponent(127) * f32::EPSILON,
-            9 => f32::from_bits(0x3f80_0000 - 1 + (bits >> 8 & 3)).copysign(with_exponent(1)),
-            10 | 11 => with_exponent(62 + (bits >> 8 & 3)),
-            12 | 13 => f32::from_bits(with_exponent(50 + (bits >> 8 & 3)).to_bits() & 0xff80_0000),
-            _ => with_exponent(1 + (bits >> 8 & 3)),
-        }
-    }
-
-    #[test]
-    fn flushing_is_the_same_on_every_instruction_set() {
-        let bits = |v: [f32; LANES]| v.map(|v| if v.is_nan() { u32::MAX } else { v.to_bits() });
-        let (mut state, mut lifted) = (7, 0);
-        for _ in 0..200_000 {
-            let operands: [[f32; LANES]; 3] =
-                std::array::from_fn(|_| std::array::from_fn(|_| operand(&mut state)));
-            let want = Operations(operands).run(PortableFlush);
-            assert!(!want[..7].iter().flatten().any(|v| v.is_subnormal()), "{operands:?}");
-            let kept = dispatch(Isa::Portable, Operations(operands));
-            lifted +=
-                (0..LANES).filter(|&i| kept[4][i].abs() == f32::MIN_POSITIVE && want[4][i] == 0.0).count();
-            for isa in Isa::available() {
-                let found = dispatch_flushing(isa, Operations(operands));
-                assert_eq!(found.map(bits), want.map(bits), "{isa} {operands:?}");
-            }
-        }
-        assert!(lifted > 1000, "{lifted}: the inputs miss results that only subnormal rounding lifts");
-    }
-
-    #[test]
-    fn flushing_ends_with_the_call() {
-        for isa in Isa::available() {
-            let least = [f32::MIN_POSITIVE; LANES];
-            dispatch_flushing(isa, Operations([least; 3]));
-            let thrown = std::panic::catch_unwind(|| dispatch_flushing(isa, Throws));
-            assert!(thrown.is_err());
-            assert_eq!(std::hint::black_box(f32::MIN_POSITIVE) / 2.0, f32::from_bits(0x0040_0000), "{isa}");
-        }
-    }
-
-    struct Throws;
-
-    impl Kernel for Throws {
-        type Output = ();
-        #[inline(always)]
-        fn run<S: Simd>(self, _: S) {
-            panic!("a kernel fails");
-        }
     }
 
     #[test]

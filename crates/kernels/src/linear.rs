@@ -8,12 +8,13 @@ use std::ops::Range;
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch_flushing};
+use crate::kernel::{Kernel, run_flushing};
 use crate::matrix::{Elements, Matrix};
 use crate::pairs::{
-    Engine, InPairs, PairBuffer, PairRows, PairTask, PairWork, Paired, Path, pack, path, words_per_row,
+    DotOrder, InPairs, PairBuffer, PairRows, PairTask, PairWork, Paired, pack, words_per_row,
 };
 use crate::panels::{Panels, Stored};
+use crate::path::{Path, path};
 use crate::quant;
 use crate::simd::{LANES, Simd, load_part, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
@@ -51,13 +52,13 @@ fn run_bf16<B: Paired>(
     match path(cpu.isa(), compute) {
         Path::Lanes => run(cpu, w, weights, x, out),
         Path::Pairs => run_pairs(InPairs, cpu, w, weights, x, out),
-        Path::Tiles(engine) => run_pairs(engine, cpu, w, weights, x, out),
+        Path::Tiles(order) => run_pairs(order, cpu, w, weights, x, out),
     }
 }
 
 /// As [`run`], with the inputs packed in pairs.
-fn run_pairs<E: Engine, B: Paired>(
-    engine: E,
+fn run_pairs<E: DotOrder, B: Paired>(
+    order: E,
     cpu: &Cpu,
     w: &Matrix,
     weights: &Panels<B>,
@@ -74,7 +75,7 @@ fn run_pairs<E: Engine, B: Paired>(
     let x = PairRows { words, per_row };
     over_tasks(cpu, w, rows, out, |rows, panels, sink| {
         let work = PairWork { weights: [weights], x, sink, rows, panels };
-        dispatch_flushing(cpu.isa(), PairTask(engine, work));
+        run_flushing(cpu.isa(), PairTask(order, work));
     });
     PACKED.set(buffer);
 }
@@ -83,7 +84,7 @@ fn run<B: Stored>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f32], out: &m
     let rows = x.len() / w.k();
     let x = Dense { x, k: w.k() };
     over_tasks(cpu, w, rows, out, |rows, panels, sink| {
-        dispatch_flushing(cpu.isa(), LinearTask(Work { weights: [weights], x, sink, rows, panels }));
+        run_flushing(cpu.isa(), LinearTask(Work { weights: [weights], x, sink, rows, panels }));
     });
 }
 

@@ -4,7 +4,8 @@
 //! stay within 2 units in the last place ([`silu`] and [`sigmoid`]: 3), subnormal results included; the one exception
 //! is [`silu`] below -87, whose results (above -1e-36) are exact to 1e-42.
 
-use crate::isa::{Isa, Kernel, dispatch};
+use crate::isa::Isa;
+use crate::kernel::{Kernel, run_on};
 use crate::simd::{Arith, LANES, Scalar, Simd, lanes, padded, tree_max, tree_sum};
 
 /// Adding and subtracting it rounds a number below 2^22 to the nearest integer, ties to even.
@@ -83,25 +84,25 @@ impl Kernel for OfScalar {
 /// e to the power of `x`: 0 at negative infinity and below about -104, infinite above about 88.7, NaN for NaN.
 #[must_use]
 pub fn exp(x: f32) -> f32 {
-    dispatch(Isa::detect(), OfScalar::Exp(x))
+    run_on(Isa::detect(), OfScalar::Exp(x))
 }
 
 /// `1 / (1 + exp(-x))`.
 #[must_use]
 pub fn sigmoid(x: f32) -> f32 {
-    dispatch(Isa::detect(), OfScalar::Sigmoid(x))
+    run_on(Isa::detect(), OfScalar::Sigmoid(x))
 }
 
 /// `x / (1 + exp(-x))`. NaN at negative infinity, as the usual frameworks have it: an overflow should stay visible.
 #[must_use]
 pub fn silu(x: f32) -> f32 {
-    dispatch(Isa::detect(), OfScalar::Silu(x))
+    run_on(Isa::detect(), OfScalar::Silu(x))
 }
 
 /// Natural logarithm: negative infinity at zero of either sign, NaN below it and for NaN.
 #[must_use]
 pub fn ln(x: f32) -> f32 {
-    dispatch(Isa::detect(), OfScalar::Ln(x))
+    run_on(Isa::detect(), OfScalar::Ln(x))
 }
 
 /// x = 2^e m with m in [√½, √2); a polynomial in m - 1 (Cephes' `logf`).
@@ -143,18 +144,18 @@ fn ln_scalar(x: f32) -> f32 {
 /// Replaces `x` by its softmax. Entries at negative infinity become 0; a NaN, or nothing above negative infinity,
 /// makes all of it NaN. An empty slice stays empty.
 pub fn softmax_in_place(x: &mut [f32]) {
-    dispatch(Isa::detect(), Softmax(x));
+    run_on(Isa::detect(), Softmax(x));
 }
 
 /// The logarithm of the sum of the exponentials of `x`: negative infinity for an empty slice or one of negative
 /// infinities, positive infinity if that occurs, NaN if a NaN does.
 #[must_use]
 pub fn log_sum_exp(x: &[f32]) -> f32 {
-    let max = dispatch(Isa::detect(), Max(x));
+    let max = run_on(Isa::detect(), Max(x));
     if max.is_infinite() {
         return if x.iter().any(|v| v.is_nan()) { f32::NAN } else { max };
     }
-    max + ln(dispatch(Isa::detect(), SumExp { x, max }))
+    max + ln(run_on(Isa::detect(), SumExp { x, max }))
 }
 
 /// The greatest element, negative infinity for none. A NaN may or may not win.
@@ -291,7 +292,7 @@ mod tests {
         let bits = |v: f32| if v.is_nan() { u32::MAX } else { v.to_bits() };
         for isa in Isa::available() {
             for x in inputs.as_chunks().0 {
-                let found = dispatch(isa, AllLanes(x));
+                let found = run_on(isa, AllLanes(x));
                 for (f, found) in [exp, sigmoid, silu].iter().zip(found) {
                     assert_eq!(found.map(bits), x.map(f).map(bits), "{isa} {x:?}");
                 }
@@ -316,7 +317,7 @@ mod tests {
             for x in inputs.as_chunks().0 {
                 let mut want = *x;
                 crate::round_bf16(&mut want);
-                assert_eq!(dispatch(isa, Round(x)).map(f32::to_bits), want.map(f32::to_bits), "{isa} {x:?}");
+                assert_eq!(run_on(isa, Round(x)).map(f32::to_bits), want.map(f32::to_bits), "{isa} {x:?}");
             }
         }
     }

@@ -8,32 +8,14 @@
 //! does not know how products are added.
 
 use crate::convert::bf16_to_f32;
+use crate::e2m1::{LINES, decode};
 use crate::error::KernelError;
 use crate::memory::Zeroed;
 use crate::panels::{BLOCK_K, Bf16Block, Packed, Panels, Place, Stored, check_shape};
 use crate::simd::{LANES, Simd};
 
-/// Words of 32 bits that hold a block's codes of one output.
-pub(crate) const LINES: usize = BLOCK_K / 8;
-
 /// The scale above which the greatest code, 6, is no bf16 value.
 pub(crate) const MOST_SCALE: u8 = 252;
-
-/// What every code's bf16 is with a scale of 0; a scale adds to the exponent, unless the number is zero. Numbers too
-/// small for that wrap around, as does the sum.
-pub(crate) const CODES: [u16; 16] = {
-    // 0.5, 1, 1.5, 2, 3, 4, 6.
-    let magnitudes = [0x3f00_u16, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0];
-    let mut codes = [0; 16];
-    codes[8] = 0x8000;
-    let mut i = 0;
-    while i < magnitudes.len() {
-        codes[i + 1] = magnitudes[i].wrapping_sub(127 << 7);
-        codes[i + 9] = codes[i + 1] ^ 0x8000;
-        i += 1;
-    }
-    codes
-};
 
 /// 32 input features by 16 output features.
 ///
@@ -49,18 +31,11 @@ pub(crate) struct Mxfp4Block {
 // SAFETY: numbers, 256 and 16 bytes of them, at an alignment of 16: no padding.
 unsafe impl Zeroed for Mxfp4Block {}
 
-const _: () = assert!(size_of::<Mxfp4Block>() == 17 * 16);
+const _: () = assert!(size_of::<Mxfp4Block>() == 17 * 16 && LINES * 8 == BLOCK_K);
 
 /// Where input `k` of a block is: its line, and how far its word is to be shifted.
 fn place(k: usize) -> (usize, usize) {
     (k / 8, k % 2 * 16 + k % 8 / 2 * 4)
-}
-
-/// The bf16 of the code in the low four bits.
-#[inline(always)]
-pub(crate) fn decode(code: u32, scale: u8) -> u16 {
-    let scale = if code & 7 == 0 { 0 } else { u16::from(scale) << 7 };
-    CODES[code as usize & 15].wrapping_add(scale)
 }
 
 impl Stored for Mxfp4Block {

@@ -8,7 +8,7 @@
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch};
+use crate::kernel::{Kernel, run_on};
 use crate::simd::{LANES, Simd, lanes, padded, tree_sum};
 
 /// Rows that one task takes.
@@ -22,7 +22,7 @@ pub fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32])
     assert_eq!(x.len(), out.len(), "out: its length must be that of x");
     over_rows(cpu, out, weight, &|start, out| {
         out.copy_from_slice(&x[start..start + out.len()]);
-        dispatch(cpu.isa(), Row { x: out, weight, eps });
+        run_on(cpu.isa(), Row { x: out, weight, eps });
     });
 }
 
@@ -31,7 +31,7 @@ pub fn rms_norm(cpu: &Cpu, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32])
 /// # Panics
 /// If `weight` is empty or `x` is no whole number of rows.
 pub fn rms_norm_in_place(cpu: &Cpu, x: &mut [f32], weight: &[f32], eps: f32) {
-    over_rows(cpu, x, weight, &|_, x| dispatch(cpu.isa(), Row { x, weight, eps }));
+    over_rows(cpu, x, weight, &|_, x| run_on(cpu.isa(), Row { x, weight, eps }));
 }
 
 /// Centres and normalises the rows of `x` (each as long as `weight` and `bias`) into `out`.
@@ -43,7 +43,7 @@ pub fn layer_norm(cpu: &Cpu, x: &[f32], weight: &[f32], bias: &[f32], eps: f32, 
     assert_eq!(bias.len(), weight.len(), "bias: its length must be that of weight");
     over_rows(cpu, out, weight, &|start, out| {
         out.copy_from_slice(&x[start..start + out.len()]);
-        dispatch(cpu.isa(), CentredRow { x: out, weight, bias, eps });
+        run_on(cpu.isa(), CentredRow { x: out, weight, bias, eps });
     });
 }
 

@@ -1,18 +1,16 @@
 //! Linears whose weights and inputs are both bf16, the inputs packed in pairs as the weights are.
 //!
-//! What must hold: an [`Engine`] gives each output element one fixed order of operations, whatever the rows and panels
+//! What must hold: a [`DotOrder`] gives each output element one fixed order of operations, whatever the rows and panels
 //! around it. It does not know where rows come from nor what becomes of results; [`Sink`] does.
 
 use std::ops::Range;
 
-use crate::amx::{Hardware, InTiles};
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Isa, Kernel};
+use crate::kernel::Kernel;
 use crate::panels::{BLOCK_K, Bf16Block, Panels, Stored};
 use crate::simd::{LANES, Simd};
 use crate::tile::{Ahead, CHUNK_BLOCKS, DECODED_BLOCKS, Decoded, MAX_ROWS, Sink, panels_at, plain};
-use muster_types::Compute;
 
 /// Rows of memory that must follow the last row: tiles are loaded whole.
 const SPARE_ROWS: usize = LANES - 1;
@@ -98,28 +96,6 @@ fn pack_row(x: &[f32], out: &mut [u32]) {
     }
 }
 
-/// How a linear on bf16 weights is computed.
-pub(crate) enum Path {
-    /// On f32 inputs, in lanes.
-    Lanes,
-    /// On packed inputs, in the order of `vdpbf16ps`.
-    Pairs,
-    /// On packed inputs, in tiles.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
-    Tiles(InTiles<Hardware>),
-}
-
-/// The path that gives what `compute` asks for. The caller has checked that the machine has `isa`.
-pub(crate) fn path(isa: Isa, compute: Compute) -> Path {
-    match (compute, isa) {
-        (Compute::Bf16Pairs, _) => Path::Pairs,
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a context with this instruction set is made only where it was detected.
-        (Compute::Bf16, Isa::Amx) => Path::Tiles(unsafe { InTiles::new() }),
-        _ => Path::Lanes,
-    }
-}
-
 /// Rows `rows` (at most [`MAX_ROWS`]) times panels `panels` of `M` matrices.
 pub(crate) struct PairWork<'a, B, K, const M: usize> {
     pub(crate) weights: [&'a Panels<B>; M],
@@ -135,15 +111,15 @@ pub(crate) trait Paired: Stored<Block = Bf16Block> {}
 impl<B: Stored<Block = Bf16Block>> Paired for B {}
 
 /// An order of operations, and how it is carried out.
-pub(crate) trait Engine: Copy + Sync {
+pub(crate) trait DotOrder: Copy + Sync {
     /// Computes it all.
     fn run<S: Simd, B: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, B, K, M>);
 }
 
-/// Work for an engine.
+/// Work in an order.
 pub(crate) struct PairTask<'a, E, B, K, const M: usize>(pub(crate) E, pub(crate) PairWork<'a, B, K, M>);
 
-impl<E: Engine, B: Paired, K: Sink<M>, const M: usize> Kernel for PairTask<'_, E, B, K, M> {
+impl<E: DotOrder, B: Paired, K: Sink<M>, const M: usize> Kernel for PairTask<'_, E, B, K, M> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
@@ -156,7 +132,7 @@ impl<E: Engine, B: Paired, K: Sink<M>, const M: usize> Kernel for PairTask<'_, E
 #[derive(Clone, Copy)]
 pub(crate) struct InPairs;
 
-impl Engine for InPairs {
+impl DotOrder for InPairs {
     #[inline(always)]
     fn run<S: Simd, B: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, B, K, M>) {
         let mut panel = work.panels.start;

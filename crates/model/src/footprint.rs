@@ -6,7 +6,8 @@
 
 use std::num::NonZero;
 
-use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, StoredAs, Use};
+use muster_checkpoint::StoredAs;
+use muster_checkpoint::outline::{AttentionOutline, ExpertsOutline, Outline, Use};
 use muster_engine::reach::{LayerGroups, most_held};
 use muster_kernels::{BLOCK_TOKENS, KvCache, KvShape, KvValues, Matrix};
 use muster_types::{Compute, WeightDType};

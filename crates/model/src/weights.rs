@@ -1,8 +1,7 @@
 //! Checkpoint bytes to packed matrices and f32 vectors.
 
-use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::Role;
-use muster_checkpoint::{Checkpoint, Weight, WeightData, mxfp4};
+use muster_checkpoint::{Checkpoint, StoredAs, Weight, WeightData, mxfp4};
 use muster_kernels::{KernelError, Matrix, from_bf16};
 use muster_types::{Compute, DType, Packing, WeightDType};
 

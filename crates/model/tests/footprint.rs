@@ -6,8 +6,7 @@ use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
-use muster_checkpoint::outline::StoredAs;
-use muster_checkpoint::{Checkpoint, Outline, Preset, Source, Survey};
+use muster_checkpoint::{Checkpoint, Outline, Preset, Source, StoredAs, Survey};
 use muster_kernels::{BLOCK_TOKENS, Cpu};
 use muster_model::experts::{ExpertForm, ExpertSet};
 use muster_model::footprint::Footprint;

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use muster_checkpoint::{Checkpoint, Source};
 use muster_engine::NO_BLOCK;
-use muster_engine::scheduler::{PrefixCache, StepItem};
+use muster_engine::scheduler::PrefixCache;
+use muster_engine::step::StepItem;
 use muster_model::evaluate::evaluate;
 use muster_model::local::local;
 use muster_model::reference::Reference;

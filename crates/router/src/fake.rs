@@ -11,10 +11,11 @@ use tokio::sync::mpsc;
 
 use crate::engine::{Command, NewChoice};
 use crate::health::Health;
+use crate::model_info::ModelInfo;
 use crate::prompt::Prompts;
 use crate::queue::Queue;
 use crate::request::{Event, FinishReason, Finished, RequestError, TokenFrame, TokenLogprob, TokenLogprobs};
-use crate::service::{HealthProbe, ModelInfo, Service, Way};
+use crate::service::{HealthProbe, Service, Way};
 use crate::text_pool::TextPool;
 
 pub(crate) const MODEL: &str = "org/tiny-moe";

@@ -4,6 +4,7 @@
 //! it one engine thread owns scheduler, trunk and KV cache, and reaches experts through a dispatch. The edges
 //! ([`grpc`], [`http`]) translate, and decide nothing.
 
+mod canary;
 pub mod cluster;
 mod door;
 mod engine;
@@ -13,6 +14,7 @@ pub mod grpc;
 pub mod health;
 pub mod http;
 mod lanes;
+pub mod model_info;
 mod output;
 mod pace;
 mod prompt;

@@ -9,8 +9,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use muster_text::{Bounds, Chat, CivilDate, GenerationPrompt, Special, SpecialText, TextError, Tokenizer};
 use muster_types::{Limits, TokenId};
 
+use crate::model_info::ModelInfo;
 use crate::request::{Prompt, RequestError};
-use crate::service::ModelInfo;
 use crate::text_pool::Wanted;
 
 /// Bytes that a tokenizer may have to take at once. It takes some 200 times as much memory for them.

@@ -7,9 +7,9 @@
 use muster_types::{BindingName, TokenId};
 use sha2::{Digest, Sha256};
 
+use crate::model_info::ModelInfo;
 use crate::output::{End, Output};
 use crate::request::{GenerateRequest, RequestError, Resume};
-use crate::service::ModelInfo;
 
 const FIELD: &str = "resume_from";
 
@@ -40,70 +40,80 @@ pub(crate) fn key(model: &ModelInfo, binding: BindingName, prompt: &[TokenId], m
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The tokens that the client has, for each choice; none where the request begins a stream.
-///
-/// # Errors
-/// Names the field that makes no sense.
-pub(crate) fn tokens(
-    request: &GenerateRequest,
-    vocabulary: u32,
-    context: u32,
-) -> Result<Vec<Vec<TokenId>>, RequestError> {
-    let Some(Resume { choices, .. }) = &request.resume else {
-        return Ok(vec![Vec::new(); request.choices as usize]);
-    };
-    if choices.len() != request.choices as usize {
-        let message =
-            format!("choices has {} entries; the request asks for {}", choices.len(), request.choices);
-        return Err(RequestError::invalid(FIELD, message));
-    }
-    if request.sampling.temperature > 0.0 && request.seed.is_none() {
-        let message = "is absent; to resume_from a sampled stream, give the seed that its `started` told";
-        return Err(RequestError::invalid("seed", message));
-    }
-    let most = request.max_tokens.unwrap_or(context).min(context);
-    let check = |(choice, ids): (usize, &Vec<u32>)| {
-        check_count(choice, ids.len(), most)?;
-        let checked = ids.iter().map(|&id| TokenId::new(id, vocabulary)).collect::<Result<_, _>>();
-        checked.map_err(|error| RequestError::invalid(FIELD, format!("choices[{choice}]: {error}")))
-    };
-    choices.iter().enumerate().map(check).collect()
+/// What the client has of each choice's output; nothing where the request begins a stream.
+#[derive(Debug)]
+pub(crate) struct Beginnings {
+    choices: Vec<Vec<TokenId>>,
+    /// Key of the stream that broke off; `None` is not compared.
+    key: Option<String>,
+    resumes: bool,
 }
 
-/// Replays them, now that it is known how many there may be and which stream this router would send.
-///
-/// # Errors
-/// Names the field that makes no sense.
-pub(crate) fn replay(
-    had: Vec<Vec<TokenId>>,
-    output: &Output,
-    max_tokens: u32,
-) -> Result<Vec<Standing>, RequestError> {
-    let replay = |(choice, had): (usize, Vec<TokenId>)| {
-        check_count(choice, had.len(), max_tokens)?;
-        let mut output = output.clone();
-        let ended = output.replay(&had, max_tokens).map_err(|at| {
-            let message = format!("choices[{choice}]: token {} ends the output, but others follow", at.0);
-            RequestError::invalid(FIELD, message)
-        })?;
-        Ok(Standing { had, output, ended })
-    };
-    had.into_iter().enumerate().map(replay).collect()
-}
+impl Beginnings {
+    /// Those of a request, checked as far as that takes no work.
+    ///
+    /// # Errors
+    /// Names the field that makes no sense.
+    pub(crate) fn of(request: &GenerateRequest, model: &ModelInfo) -> Result<Self, RequestError> {
+        let Some(Resume { choices, key }) = &request.resume else {
+            let choices = vec![Vec::new(); request.choices as usize];
+            return Ok(Self { choices, key: None, resumes: false });
+        };
+        if choices.len() != request.choices as usize {
+            let message =
+                format!("choices has {} entries; the request asks for {}", choices.len(), request.choices);
+            return Err(RequestError::invalid(FIELD, message));
+        }
+        if request.sampling.temperature > 0.0 && request.seed.is_none() {
+            let message = "is absent; to resume_from a sampled stream, give the seed that its `started` told";
+            return Err(RequestError::invalid("seed", message));
+        }
+        let most = request.max_tokens.unwrap_or(model.context).min(model.context);
+        let check = |(choice, ids): (usize, &Vec<u32>)| {
+            check_count(choice, ids.len(), most)?;
+            let checked = ids.iter().map(|&id| TokenId::new(id, model.vocabulary)).collect::<Result<_, _>>();
+            checked.map_err(|error| RequestError::invalid(FIELD, format!("choices[{choice}]: {error}")))
+        };
+        let choices = choices.iter().enumerate().map(check).collect::<Result<_, _>>()?;
+        Ok(Self { choices, key: key.clone(), resumes: true })
+    }
 
-/// Whether this router's stream is the one that broke off.
-///
-/// # Errors
-/// When it is another.
-pub(crate) fn check_key(resume: Option<&Resume>, own: &str) -> Result<(), RequestError> {
-    match resume.and_then(|resume| resume.key.as_deref()) {
-        Some(key) if key != own => {
+    /// Whether the request goes on with a stream that broke off.
+    pub(crate) const fn resumes(&self) -> bool {
+        self.resumes
+    }
+
+    /// Tokens of all choices.
+    pub(crate) fn tokens(&self) -> usize {
+        self.choices.iter().map(Vec::len).sum()
+    }
+
+    /// Where each choice stands, now that it is known how many tokens there may be and which stream this router would send.
+    ///
+    /// # Errors
+    /// Names the field that makes no sense.
+    pub(crate) fn standings(
+        self,
+        own_key: &str,
+        output: &Output,
+        max_tokens: u32,
+    ) -> Result<Vec<Standing>, RequestError> {
+        if self.key.is_some_and(|key| key != own_key) {
             let message = "key is that of another stream; model, compute mode, prompt, max_tokens and the numerics \
                            class of the workers must be as they were. If they cannot be, send the request anew, \
                            without resume_from";
-            Err(RequestError::invalid(FIELD, message))
+            return Err(RequestError::invalid(FIELD, message));
         }
-        _ => Ok(()),
+        let replay = |(choice, had): (usize, Vec<TokenId>)| {
+            check_count(choice, had.len(), max_tokens)?;
+            let mut output = output.clone();
+            let ended = output.replay(&had, max_tokens).map_err(|at| {
+                let message = format!("choices[{choice}]: token {} ends the output, but others follow", at.0);
+                RequestError::invalid(FIELD, message)
+            })?;
+            Ok(Standing { had, output, ended })
+        };
+        self.choices.into_iter().enumerate().map(replay).collect()
     }
 }
 

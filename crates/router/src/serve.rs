@@ -38,7 +38,7 @@ use crate::service::Service;
 use crate::start::{
     Ending, EngineHandle, EngineSettings, ModelDefaults, Parts, Pulse, StartError, check_kv, start,
 };
-use crate::{grpc, http, pulse};
+use crate::{canary, grpc, http};
 
 /// Bytes a second that workers without a model may read through a router.
 const HAND_OUT: NonZeroUsize = NonZeroUsize::new(256 << 20).expect("it is not zero");
@@ -298,10 +298,10 @@ async fn serve(
     }
     if cluster.is_covered() {
         // Whoever is told that it is ready finds it so.
-        pulse::take(&service, &cluster.pulse).await;
+        canary::take(&service, &cluster.pulse).await;
     }
     let covered = cluster.clone();
-    tokio::spawn(pulse::keep(
+    tokio::spawn(canary::keep(
         service.clone(),
         cluster.pulse.clone(),
         move || covered.is_covered(),

@@ -8,74 +8,25 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::{History, RawSampling, Sampling};
 use muster_text::{Special, SpecialText};
-use muster_types::{BindingName, Combine, Compute, Fingerprint, Limits, TokenId, WeightDType};
+use muster_types::{BindingName, Limits, TokenId};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::Stream;
 use uuid::Uuid;
 
 use crate::engine::{Admission, Command, NewChoice};
 use crate::health::Health;
+use crate::model_info::ModelInfo;
 use crate::output::Output;
 use crate::prompt::Prompts;
 use crate::queue::{Queue, QueuePlace};
-use crate::request::{
-    Eos, Event, GenerateRequest, OverContext, Overload, Prompt, RequestError, Resume, Started,
-};
-use crate::resume::{self, Standing};
+use crate::request::{Eos, Event, GenerateRequest, OverContext, Overload, Prompt, RequestError, Started};
+use crate::resume::{self, Beginnings, Standing};
 use crate::text_pool::{TextPool, Wanted};
 
 /// Bytes of ids that are worked on where they are: it takes some ten microseconds.
 const FEW: usize = 4 << 10;
-
-/// What clients may know of the model and the cluster.
-#[derive(Debug, Clone)]
-pub struct ModelInfo {
-    /// Name it is served under.
-    pub name: String,
-    /// `model_type` of its configuration.
-    pub family: String,
-    /// Its identity.
-    pub fingerprint: Fingerprint,
-    /// All parameters.
-    pub parameters: u64,
-    /// Parameters that take part in one token.
-    pub active_parameters: u64,
-    /// Decoder layers.
-    pub layers: u32,
-    /// Those with routed experts.
-    pub moe_layers: u32,
-    /// Routed experts of a MoE layer.
-    pub experts_per_layer: u32,
-    /// Experts per token.
-    pub experts_per_token: u32,
-    /// Width of a hidden row.
-    pub hidden: u32,
-    /// Vocabulary size.
-    pub vocabulary: u32,
-    /// Longest sequence served, prompt and output together.
-    pub context: u32,
-    /// What activations are rounded to.
-    pub compute: Compute,
-    /// How the weights of routed experts are held.
-    pub experts: WeightDType,
-    /// How the trunk's linears are held.
-    pub trunk: WeightDType,
-    /// How expert outputs are combined.
-    pub combine: Combine,
-    /// Whether prompts can be text, and answers are.
-    pub has_tokenizer: bool,
-    /// Whether chat requests can be served.
-    pub has_chat_template: bool,
-    /// Where a request over OpenAI HTTP says nothing.
-    pub defaults: SamplingDefaults,
-    /// Workers the router was told of; 0 when experts are in the router.
-    pub workers: u32,
-    /// When it was loaded, seconds since 1970.
-    pub created: u64,
-}
 
 /// How a [`Service`] learns whether experts can be reached.
 pub type HealthProbe = Arc<dyn Fn() -> Health + Send + Sync>;
@@ -143,8 +94,7 @@ struct Raw {
     over_context: OverContext,
     stop_strings: Vec<String>,
     stop_ids: Vec<TokenId>,
-    resume: Option<Resume>,
-    had: Vec<Vec<TokenId>>,
+    had: Beginnings,
     sampling: Sampling,
 }
 
@@ -253,27 +203,18 @@ impl Service {
         let sampling = self.sampling(&request, seed)?;
         let stop_ids = self.stop_ids(&request)?;
         let Inner { model, prompts, .. } = &*self.inner;
-        let had = resume::tokens(&request, model.vocabulary, model.context)?;
+        let had = Beginnings::of(&request, model)?;
         prompts.check(&request.prompt)?;
-        let GenerateRequest { prompt, max_tokens, over_context, stop, resume, top_logprobs, choices, .. } =
-            request;
-        let raw = Raw {
-            prompt,
-            max_tokens,
-            over_context,
-            stop_strings: stop.strings,
-            stop_ids,
-            resume,
-            had,
-            sampling,
-        };
+        let GenerateRequest { prompt, max_tokens, over_context, stop, top_logprobs, choices, .. } = request;
+        let raw =
+            Raw { prompt, max_tokens, over_context, stop_strings: stop.strings, stop_ids, had, sampling };
         Ok(Checked { raw, seed, top_logprobs, choices })
     }
 
     /// Does the work on a request that has its places.
     async fn ready(&self, checked: Checked, places: Vec<QueuePlace>) -> Result<Ready, RequestError> {
         let Checked { raw, seed, top_logprobs, choices } = checked;
-        let (resumes, sampling) = (raw.resume.is_some(), raw.sampling.clone());
+        let (resumes, sampling) = (raw.had.resumes(), raw.sampling.clone());
         let Prepared { prompt, max_tokens, binding, resume_key, standings } = self.prepared(raw).await?;
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
         // No more can ever be in the channel, so the engine never waits for a slow reader.
@@ -346,8 +287,7 @@ impl Service {
     }
 
     async fn prepared(&self, raw: Raw) -> Result<Prepared, RequestError> {
-        let had: usize = raw.had.iter().map(Vec::len).sum();
-        let cost = Prompts::cost(&raw.prompt) + had * size_of::<TokenId>();
+        let cost = Prompts::cost(&raw.prompt) + raw.had.tokens() * size_of::<TokenId>();
         if matches!(raw.prompt, Prompt::Tokens(_)) && cost <= FEW {
             return self.inner.prepare(raw, &Wanted::default());
         }
@@ -429,7 +369,7 @@ pub(crate) fn check_bias(count: usize, limits: &Limits) -> Result<(), RequestErr
 impl Inner {
     /// Everything that is done for a request before the engine has it.
     fn prepare(&self, raw: Raw, wanted: &Wanted) -> Result<Prepared, RequestError> {
-        let Raw { prompt, max_tokens, over_context, stop_strings, stop_ids, resume, had, sampling } = raw;
+        let Raw { prompt, max_tokens, over_context, stop_strings, stop_ids, had, sampling } = raw;
         let answers = matches!(prompt, Prompt::Chat(_));
         let prompt = self.prompts.tokens(prompt, wanted)?;
         let max_tokens = self.max_tokens(max_tokens, over_context, prompt.len())?;
@@ -438,7 +378,6 @@ impl Inner {
         let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
         let binding = (self.bound)();
         let resume_key = resume::key(&self.model, binding, &prompt, max_tokens);
-        resume::check_key(resume.as_ref(), &resume_key)?;
         let output = Output::new(self.prompts.tokenizer(), &tail, stop_strings, stop_ids);
         let seen = History::new(&sampling, &prompt);
         let with_history = |standing: Standing| {
@@ -446,7 +385,8 @@ impl Inner {
             standing.had.iter().for_each(|&token| history.push(token));
             (standing, history)
         };
-        let standings = resume::replay(had, &output, max_tokens)?.into_iter().map(with_history).collect();
+        let standings =
+            had.standings(&resume_key, &output, max_tokens)?.into_iter().map(with_history).collect();
         Ok(Prepared { prompt, max_tokens, binding, resume_key, standings })
     }
 

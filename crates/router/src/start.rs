@@ -26,10 +26,11 @@ use muster_types::{Combine, Compute, Limits, WeightDType};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::engine::{Command, Engine};
+use crate::model_info::ModelInfo;
 use crate::prompt::Prompts;
 pub use crate::pulse::Pulse;
 use crate::queue::Queue;
-use crate::service::{BoundProbe, HealthProbe, ModelInfo, Service, Way};
+use crate::service::{BoundProbe, HealthProbe, Service, Way};
 use crate::text_pool::TextPool;
 use crate::tokenizer::{self, TokenizerError};
 

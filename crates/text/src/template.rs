@@ -22,13 +22,11 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value};
 use crate::chat::{AbsentContent, Arguments, Chat, Forms, Parts};
 use crate::date::CivilDate;
 use crate::python::Raised;
-use crate::tojson::tojson;
+use crate::tojson::{MAX_OUTPUT_BYTES, tojson};
 use crate::{SpecialTokens, TextError, probe, python, source, wide_stack};
 
 /// Cap on a template's source; published ones stay below 32 KiB.
 const MAX_SOURCE_BYTES: usize = 64 << 10;
-/// Cap on what one rendering may write.
-pub(crate) const MAX_OUTPUT_BYTES: usize = 4 << 20;
 /// Steps of one rendering. An elaborate template takes about 70 for a message, so this is nearly three times
 /// what a thousand messages need; see [`wide_stack::STACK_BYTES`] for why it is not more.
 const FUEL: u64 = 200_000;

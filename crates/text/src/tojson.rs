@@ -7,8 +7,9 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
 use crate::python;
-use crate::template::MAX_OUTPUT_BYTES;
 
+/// Cap on what one rendering may write, and so one value in it.
+pub(crate) const MAX_OUTPUT_BYTES: usize = 4 << 20;
 /// Nesting of a value that is written.
 const MAX_DEPTH: usize = 64;
 /// Bytes of one level of indentation.

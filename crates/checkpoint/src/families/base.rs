@@ -7,13 +7,14 @@
 use muster_types::{DType, Gating, Reach};
 use serde_json::Value;
 
-use super::rope::rope;
+use super::defaults::{Defaults, Habits, Rotary};
+use super::rope::{LONGEST_CONTEXT, rope};
 use crate::config::{Config, ConfigError};
-use crate::outline::StoredAs;
 use crate::spec::{
     AttentionSpec, ExpertGroups, GateRecipe, GroupWorth, LayerSpec, MlpSpec, ModelSpec, MoeSpec, NormKind,
-    QkNorm, RopeSpec, SharedSpec, StoredForms, WeightOn,
+    QkNorm, RopeSpec, SharedSpec, WeightOn,
 };
+use crate::stored::{StoredAs, StoredForms};
 
 /// Most elements of the residual stream.
 const WIDEST: usize = 1 << 17;
@@ -25,75 +26,8 @@ pub(super) const MOST_EXPERTS: usize = 4096;
 pub(super) const MOST_EXPERTS_IN_ALL: usize = 1 << 17;
 const MOST_HEADS: usize = 1024;
 pub(super) const WIDEST_HEAD: usize = 1024;
-pub(super) const LONGEST_CONTEXT: usize = 1 << 30;
 const MOST_EXTRA_LAYERS: usize = 16;
 const LARGEST_VOCAB: usize = 1 << 24;
-
-/// What absent keys mean.
-pub(super) struct Defaults {
-    pub vocab: usize,
-    pub hidden: usize,
-    pub layers: usize,
-    pub heads: usize,
-    /// `None`: as many as query heads.
-    pub kv_heads: Option<usize>,
-    pub context: usize,
-    pub norm_eps: f64,
-    pub rope_theta: f64,
-    pub bos: Option<u32>,
-    pub eos: Option<u32>,
-    pub experts: usize,
-    pub top_k: usize,
-    pub habits: Habits,
-}
-
-/// What most families have in common and some do otherwise.
-pub(super) struct Habits {
-    /// Names of the number of experts; any of them is taken.
-    pub experts: &'static [&'static str],
-    /// Names of the number of experts per token.
-    pub top_k: &'static [&'static str],
-    /// What an absent `head_dim` means; `None`: as wide as the hidden row divided by the heads.
-    pub head_dim: Option<usize>,
-    /// What an absent `tie_word_embeddings` means.
-    pub tied_head: bool,
-    pub rotary: Rotary,
-    /// Scaling called "dynamic" is by a fixed `alpha`.
-    pub alpha: bool,
-    /// Layers may differ in what they see; the family reads `layer_types`.
-    pub layers_differ: bool,
-    /// Routed experts may be stored in MXFP4.
-    pub mxfp4: bool,
-    /// Modules of code that come with published models of the family and do what this build does without them.
-    pub modules: &'static [&'static str],
-}
-
-impl Habits {
-    pub(super) const USUAL: Self = Self {
-        experts: &["num_local_experts", "num_experts"],
-        top_k: &["num_experts_per_tok"],
-        head_dim: None,
-        tied_head: false,
-        rotary: Rotary::Whole,
-        alpha: false,
-        layers_differ: false,
-        mxfp4: false,
-        modules: &[],
-    };
-}
-
-/// How much of a head is rotated.
-#[derive(Clone, Copy)]
-pub(super) enum Rotary {
-    /// All of it; `partial_rotary_factor` may say nothing else.
-    Whole,
-    /// As `partial_rotary_factor` says; its default.
-    Partial(f64),
-    /// As many elements as this key says, which has a default: they are a head of their own.
-    Elements(&'static str, usize),
-    /// As many of the head's elements as this key says, or the part that `partial_rotary_factor` says, or all.
-    Part(&'static str),
-}
 
 /// What the shared keys say.
 pub(super) struct Base {
@@ -419,21 +353,6 @@ fn kv_heads(config: &Config, defaults: &Defaults, heads: usize) -> Result<usize,
         return Err(config.conflict(KEY, &kv_heads, reason));
     }
     Ok(kv_heads)
-}
-
-/// A number that may stand at the top, in `rope_parameters`, or in both.
-pub(super) fn agreed(
-    config: &Config,
-    key: &str,
-    flat: Option<f64>,
-    nested: Option<f64>,
-) -> Result<Option<f64>, ConfigError> {
-    match (flat, nested) {
-        (Some(flat), Some(nested)) if flat != nested => {
-            Err(config.conflict(key, &flat, format!("`rope_parameters.{key}` is {nested}")))
-        }
-        _ => Ok(nested.or(flat)),
-    }
 }
 
 /// Experts and experts per token.

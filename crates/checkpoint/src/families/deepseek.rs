@@ -3,10 +3,11 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, Rotary, WIDEST_HEAD, intermediate, shared_experts};
+use super::base::{Base, WIDEST_HEAD, intermediate, shared_experts};
+use super::defaults::{Defaults, Habits, Rotary};
+use super::family::{ExpertTensors, Family};
 use super::glm4_moe::{NAMES, sigmoid_gate};
 use super::rope::yarn_scale;
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{
     AttentionSpec, GateRecipe, GroupWorth, LatentSpec, ModelSpec, MoeSpec, Renormalise, RopePairs,

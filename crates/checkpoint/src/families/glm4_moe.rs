@@ -3,9 +3,10 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, Rotary, intermediate, shared_experts};
+use super::base::{Base, intermediate, shared_experts};
+use super::defaults::{Defaults, Habits, Rotary};
+use super::family::{ExpertTensors, Family};
 use super::trunk::{SelectionBias, SplitNames};
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, GroupWorth, ModelSpec, MoeSpec, QkNorm, Renormalise, Score};
 

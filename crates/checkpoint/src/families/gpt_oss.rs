@@ -4,15 +4,17 @@
 use muster_types::{DType, Gating, Reach};
 use serde_json::Value;
 
-use super::base::{Base, Defaults, Habits, intermediate, window};
-use super::{ExpertTensors, Family};
+use super::base::{Base, intermediate, window};
+use super::defaults::{Defaults, Habits};
+use super::family::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
-use crate::plan::{Kind, MXFP4_GROUP, PlanBuilder, View};
+use crate::plan::{Kind, PlanBuilder, View};
 use crate::spec::{
     AttentionSpec, ExpertRole, GateRecipe, LayerRole, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Renormalise,
     Role, RopeScaling, RopeSpec, Score, YarnSpec,
 };
+use crate::stored::MXFP4_GROUP;
 
 pub(super) const FAMILY: Family = Family::new("gpt_oss", spec, ExpertTensors::Own(experts));
 

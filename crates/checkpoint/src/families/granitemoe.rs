@@ -3,9 +3,10 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, WIDEST_MLP, intermediate};
+use super::base::{Base, WIDEST_MLP, intermediate};
+use super::defaults::{Defaults, Habits};
+use super::family::{ExpertTensors, Family};
 use super::trunk::stacked_experts;
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};

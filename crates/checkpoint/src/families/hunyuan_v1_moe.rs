@@ -3,9 +3,10 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, MOST_EXPERTS, MOST_EXPERTS_IN_ALL, count, intermediate};
+use super::base::{Base, MOST_EXPERTS, MOST_EXPERTS_IN_ALL, count, intermediate};
+use super::defaults::{Defaults, Habits};
+use super::family::{ExpertTensors, Family};
 use super::trunk::{SplitNames, TrunkNames};
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{
     AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, MoeSpec, QkNorm, Renormalise, Score, SharedSpec,

@@ -5,9 +5,10 @@
 use muster_types::{DType, Reach};
 use serde_json::Value;
 
-use super::base::{Base, Defaults, Habits, intermediate};
+use super::base::{Base, intermediate};
+use super::defaults::{Defaults, Habits};
+use super::family::{ExpertTensors, Family, PartOf};
 use super::trunk::TrunkNames;
-use super::{ExpertTensors, Family, PartOf};
 use crate::config::{Config, ConfigError};
 use crate::error::CheckpointError;
 use crate::plan::{Kind, PlanBuilder, View};

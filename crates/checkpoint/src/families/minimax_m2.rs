@@ -2,9 +2,10 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, Rotary, intermediate};
+use super::base::{Base, intermediate};
+use super::defaults::{Defaults, Habits, Rotary};
+use super::family::{ExpertTensors, Family};
 use super::trunk::{SelectionBias, SplitNames};
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, QkNorm, Renormalise, Score};
 

@@ -3,9 +3,10 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, intermediate, window};
+use super::base::{Base, intermediate, window};
+use super::defaults::{Defaults, Habits};
+use super::family::{ExpertTensors, Family};
 use super::trunk::SplitNames;
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, Renormalise, Score};
 

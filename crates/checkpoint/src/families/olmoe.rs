@@ -2,10 +2,11 @@
 
 use muster_types::DType;
 
-use super::base::{Base, Defaults, Habits, intermediate};
+use super::base::{Base, intermediate};
+use super::defaults::{Defaults, Habits};
+use super::family::{ExpertTensors, Family};
 use super::qwen3_moe::renormalise;
 use super::trunk::SplitNames;
-use super::{ExpertTensors, Family};
 use crate::config::{Config, ConfigError};
 use crate::spec::{AttentionSpec, GateRecipe, LayerSpec, MlpSpec, ModelSpec, QkNorm, Score};
 

@@ -6,7 +6,8 @@
 
 use muster_types::{DType, Reach};
 
-use crate::outline::{AttentionOutline, ExpertsOutline, LayerOutline, Outline, StoredAs};
+use crate::outline::{AttentionOutline, ExpertsOutline, LayerOutline, Outline};
+use crate::stored::StoredAs;
 
 /// A published model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -255,7 +256,7 @@ mod tests {
 
     use super::*;
     use crate::config::Config;
-    use crate::families::Family;
+    use crate::families;
 
     /// Figures of the makers, in billions, and how many decimals they are given with.
     struct Published {
@@ -368,7 +369,7 @@ mod tests {
         ];
         for (name, config) in configs {
             let config = Config::parse(config.to_string().as_bytes()).unwrap();
-            let spec = Family::of(&config).unwrap().spec(&config, DType::Bf16).unwrap();
+            let spec = families::of(&config).unwrap().spec(&config, DType::Bf16).unwrap();
             let preset = Preset::find(name).unwrap();
             assert_eq!(preset.outline(), Outline::of(&spec), "{name}");
         }

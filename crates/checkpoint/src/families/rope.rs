@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::base::{Defaults, LONGEST_CONTEXT, Rotary, agreed};
+use super::defaults::{Defaults, Rotary};
 use crate::config::{Config, ConfigError};
 use crate::spec::{Llama3Spec, RopePairs, RopeScaling, RopeSpec, YarnSpec};
 
+/// Longest sequence a model may be made for, tokens.
+pub(super) const LONGEST_CONTEXT: usize = 1 << 30;
 const PART: &str = "partial_rotary_factor";
 const ORIGINAL: &str = "original_max_position_embeddings";
 /// Keys of `rope_parameters` and `rope_scaling` that say nothing about scaling.
@@ -88,6 +90,21 @@ fn rotated(
         return Err(config.conflict(key, said, reason));
     }
     Ok(dim)
+}
+
+/// A number that may stand at the top, in `rope_parameters`, or in both.
+fn agreed(
+    config: &Config,
+    key: &str,
+    flat: Option<f64>,
+    nested: Option<f64>,
+) -> Result<Option<f64>, ConfigError> {
+    match (flat, nested) {
+        (Some(flat), Some(nested)) if flat != nested => {
+            Err(config.conflict(key, &flat, format!("`rope_parameters.{key}` is {nested}")))
+        }
+        _ => Ok(nested.or(flat)),
+    }
 }
 
 /// The scaling that these parameters describe, for so many pairs, and the context that it is good for.

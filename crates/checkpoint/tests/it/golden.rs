@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::{
     AttentionSpec, ExpertGroups, ExpertRole, GateRecipe, GroupWorth, LatentSpec, LayerRole, MlpSpec,
     ModelSpec, MoeSpec, NormKind, QkNorm, Renormalise, Role, RopePairs, RopeScaling, RopeSpec, Score,
     SharedSpec, Temperature, WeightOn, YarnSpec,
 };
-use muster_checkpoint::{Checkpoint, Outline, Source, Survey, WeightData};
+use muster_checkpoint::{Checkpoint, Outline, Source, StoredAs, Survey, WeightData};
 use muster_types::{DType, Gating, Reach};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value};

@@ -3,9 +3,8 @@
 use std::fs::{self, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 
-use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::{ExpertRole, LayerRole, Role};
-use muster_checkpoint::{CheckpointError, WeightData};
+use muster_checkpoint::{CheckpointError, StoredAs, WeightData};
 use muster_types::DType;
 use serde_json::json;
 

@@ -16,7 +16,7 @@ use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use serde::Serialize;
 
 use crate::args::CheckModelArgs;
-use crate::engine::cores;
+use crate::cores::cores;
 use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::{models, out, text};

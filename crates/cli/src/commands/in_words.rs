@@ -1,10 +1,10 @@
 //! A model's parts in words.
 
-use muster_checkpoint::outline::StoredAs;
 use muster_checkpoint::spec::{
     AttentionSpec, GroupWorth, MoeSpec, QkNorm, Renormalise, RopePairs, RopeScaling, RopeSpec, Score,
-    SharedSpec, StoredForms, Temperature, WeightOn,
+    SharedSpec, Temperature, WeightOn,
 };
+use muster_checkpoint::{StoredAs, StoredForms};
 use muster_types::{Gating, Reach};
 
 /// How weights are stored.

@@ -14,6 +14,7 @@ mod in_words;
 mod keys;
 mod logits;
 mod plan;
+mod plan_report;
 mod plan_text;
 mod pull;
 mod quality;

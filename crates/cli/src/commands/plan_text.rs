@@ -1,6 +1,6 @@
 //! A plan as text: facts, tables, and the commands to type next.
 
-use super::plan::{Given, Report, Size, Wire};
+use super::plan_report::{Given, Report, Size, Wire};
 use crate::numbers::Unit;
 use crate::{models, text};
 

@@ -17,7 +17,8 @@ use super::logits::failure;
 use super::{runtime, token_file};
 use crate::args::CheckModelArgs;
 use crate::backend::{Ask, Backend, Manner, Piece};
-use crate::engine::{self, Experts, Mode, cores};
+use crate::cores::cores;
+use crate::engine::{self, Experts, Mode};
 use crate::failure::Failure;
 use crate::progress::Bar;
 

@@ -9,7 +9,7 @@ use super::identity;
 use super::role::{self, Around};
 use crate::args::{LogArgs, RoleArgs};
 use crate::children::Listening;
-use crate::engine::cores;
+use crate::cores::cores;
 use crate::failure::Failure;
 use crate::models;
 use crate::models::Links;

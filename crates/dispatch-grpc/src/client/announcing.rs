@@ -15,8 +15,8 @@ use muster_types::{
 use tokio::sync::mpsc;
 use tonic::transport::Endpoint;
 
+use super::control::Control;
 use super::links::Links;
-use super::peer::Control;
 
 const LAYERS: usize = 96;
 const EXPERTS: u32 = 256;

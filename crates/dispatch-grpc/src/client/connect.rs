@@ -11,13 +11,15 @@ use muster_proto::limits::MessageLimits;
 use muster_proto::shard::ShardRules;
 use muster_types::NumericsClass;
 
-use super::carrier::{Carrier, WireSums};
+use super::carrier::Carrier;
 use super::cluster::ClusterHandle;
-use super::config::{ConnectConfig, ConnectError, Start};
+use super::config::{ConnectConfig, Start};
+use super::error::ConnectError;
 use super::handle::{Counted, Samples};
 use super::here::{self, Fallback};
 use super::link::{self, LinkConfig};
 use super::links::{Gathered, Links};
+use super::outputs::WireSums;
 use crate::address::Address;
 use crate::driver::Driver;
 

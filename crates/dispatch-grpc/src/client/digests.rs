@@ -8,10 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use muster_proto::description::Description;
-use muster_types::{ExpertKey, WeightDigest, WorkerId};
+use muster_types::{ExpertKey, WeightDigest};
 use tokio::sync::watch;
 
-use super::config::LinkError;
+use super::error::{LinkError, OtherWeights};
 
 /// Interval of the checks of a blocking wait.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -205,42 +205,9 @@ impl Digests {
     }
 }
 
-/// A worker whose weights differ from the expected ones.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "worker {worker} is refused: its weights of {expert} have digest {theirs}, the router's {ours}{}; compare the files \
-     of both, as with sha256sum {files}", more(.others)
-)]
-pub struct OtherWeights {
-    /// Its name.
-    pub worker: WorkerId,
-    /// The first expert that differs.
-    pub expert: ExpertKey,
-    /// The expected digest.
-    pub ours: WeightDigest,
-    /// The worker's digest.
-    pub theirs: WeightDigest,
-    /// Where its weights lie.
-    pub files: Arc<str>,
-    /// How many more differ.
-    pub others: usize,
-}
-
-impl OtherWeights {
-    /// What to do about it.
-    pub const REMEDY: &str = "replace the damaged one and start its process again";
-}
-
-fn more(others: &usize) -> String {
-    match others {
-        0 => String::new(),
-        others => format!(" (and {others} more experts differ)"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use muster_types::{ExpertId, LayerId};
+    use muster_types::{ExpertId, LayerId, WorkerId};
 
     use super::*;
 

@@ -4,52 +4,16 @@ use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use metrics::Histogram;
 use muster_engine::delivery::{Note, Observer, Summed};
-use muster_proto::description::Description;
 use muster_types::{BindingName, ExpertKey};
 
+use super::health::WorkerHealth;
 use super::links::Links;
 
 /// Layer dispatches remembered for [`StatsHandle::snapshot`].
 const SAMPLES: usize = 16 << 10;
-
-/// Whether a worker can be sent rows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum WorkerState {
-    /// Connected and serving.
-    Connected,
-    /// Draining: it gets only rows of experts without another owner.
-    Draining,
-    /// Not connected.
-    Down {
-        /// Since when.
-        since: Instant,
-        /// The last error.
-        reason: String,
-    },
-}
-
-/// One of the workers.
-#[derive(Debug, Clone, PartialEq)]
-pub struct WorkerHealth {
-    /// Where it is.
-    pub address: String,
-    /// Whether it can be sent rows.
-    pub state: WorkerState,
-    /// Number of its session, another for each connection; `None` without one.
-    pub session: Option<u64>,
-    /// Its last announcement.
-    pub announced: Option<Arc<Description>>,
-    /// Failure domain: as the worker announces it, else as its discovery or join says.
-    pub domain: Option<String>,
-    /// Shards that are overdue.
-    pub late_shards: usize,
-    /// Remaining time of its ban.
-    pub banned: Duration,
-}
 
 /// Where time went lately.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

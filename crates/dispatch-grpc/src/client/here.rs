@@ -19,8 +19,8 @@ use muster_types::{Combine, Epoch, InvalidWorkerId, Speed, WorkerId};
 use muster_types::{Fault, FaultKind};
 use tokio::sync::mpsc;
 
-use super::carrier::WireRows;
 use super::links::{Links, StreamKey};
+use super::outputs::WireRows;
 use crate::server::Call;
 
 /// Name of this process among the workers. A worker of the same name is refused as any duplicate is.

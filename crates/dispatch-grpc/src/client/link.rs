@@ -20,11 +20,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
 
-use super::carrier::WireRows;
-use super::config::LinkError;
+use super::control::Control;
 use super::digests::Digests;
+use super::error::LinkError;
 use super::links::{Links, StreamKey};
-use super::peer::Control;
+use super::outputs::WireRows;
 use crate::address::Address;
 use crate::transport::{self, Dialer};
 

@@ -20,11 +20,11 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout_at;
 
-use super::carrier::WireRows;
-use super::cluster::{ConnectedWorker, Crowded};
-use super::config::LinkError;
-use super::handle::WorkerHealth;
-use super::peer::{Announced, Control, Lanes, LinkState, Peer};
+use super::control::{ConnectedWorker, Control};
+use super::error::LinkError;
+use super::health::WorkerHealth;
+use super::outputs::WireRows;
+use super::peer::{Announced, Lanes, LinkState, Peer};
 
 use crate::address::Address;
 use crate::busy::BusyPoll;
@@ -37,6 +37,11 @@ const SPINS: u32 = 1000;
 /// Rest after building a fleet, as a factor of the time that building took, and its maximum.
 const FLEET_REST: u32 = 4;
 const LONGEST_REST: Duration = Duration::from_millis(50);
+
+/// The router knows its maximum of workers already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("this router knows as many workers as it may")]
+pub struct Crowded;
 
 /// Stream of a shard: one worker, session and lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

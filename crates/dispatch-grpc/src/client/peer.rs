@@ -9,15 +9,13 @@ use muster_engine::batcher::Rank;
 use muster_engine::delivery::{Hop, Route, Strikes};
 use muster_proto::description::{Description, Phase};
 use muster_proto::expert::v1;
-use muster_proto::expert::v1::control_client::ControlClient;
 use muster_proto::handshake::LANES;
 use muster_types::WorkerId;
 use tokio::sync::{Notify, mpsc};
-use tonic::transport::Channel;
 
-use super::cluster::ConnectedWorker;
-use super::config::LinkError;
-use super::handle::{WorkerHealth, WorkerState};
+use super::control::{ConnectedWorker, Control};
+use super::error::LinkError;
+use super::health::{WorkerHealth, WorkerState};
 use crate::address::Address;
 
 /// Time for which a sign of life counts.
@@ -27,9 +25,6 @@ const CONFIRMED: Duration = Duration::from_secs(5);
 pub(super) type Announced = (Route, Arc<Description>);
 
 pub(super) type Lanes = [mpsc::Sender<v1::DispatchRequest>; LANES];
-
-/// Client of control calls, beside the lanes.
-pub(super) type Control = ControlClient<Channel>;
 
 /// A worker's link.
 pub(super) enum LinkState {

@@ -11,7 +11,8 @@ use muster_engine::dispatch::{
     Bound, Choices, DispatchError, ExpertDispatch, LayerBatch, Loss, Rows, RowsMut, Ticket,
 };
 use muster_engine::reach::LayerPlace;
-use muster_engine::scheduler::{NewSequence, Scheduler, Step, StepItem};
+use muster_engine::scheduler::{NewSequence, Scheduler};
+use muster_engine::step::{Step, StepItem};
 use muster_engine::{NO_BLOCK, microbatch};
 use muster_placement::{Binding, Placement};
 use muster_types::{

@@ -27,7 +27,7 @@ use muster_types::Reach;
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch};
+use crate::kernel::{Kernel, run_on};
 use crate::kv::{BLOCK_TOKENS, Element, KvCache, KvSlot, KvValues, Lines, Store};
 use crate::math::{exp_lanes, exp_scalar};
 use crate::simd::{LANES, Simd, lanes, load_part, store_part, tree_max, tree_sum};
@@ -135,7 +135,7 @@ fn run<E: Element>(
         let (kv_head, first) = (part / parts, part % parts * heads);
         let rows = &rows[first_row..rows.len().min(first_row + per_task)];
         let (first_head, heads) = (kv_head * group + first, heads.min(group - first));
-        dispatch(
+        run_on(
             cpu.isa(),
             Pass { shape, layer, kv_head, first_row, rows, first_head, heads, cache, q, out: &out },
         );

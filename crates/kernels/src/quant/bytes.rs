@@ -82,7 +82,7 @@ impl Body {
 /// # Panics
 /// If this machine cannot run it.
 #[inline]
-pub(crate) fn dispatch(body: Body, kernel: impl ByteKernel) {
+pub(crate) fn run_as(body: Body, kernel: impl ByteKernel) {
     assert!(body.is_available(), "isa: {body:?} is not available on this machine");
     match body {
         #[cfg(target_arch = "x86_64")]
@@ -416,7 +416,7 @@ mod tests {
             for line in &lines {
                 for word in words {
                     let mut out = Vec::new();
-                    dispatch(body, Try { line, word, out: &mut out });
+                    run_as(body, Try { line, word, out: &mut out });
                     assert_eq!(out, plain(line, word), "{body:?} {word:?}");
                 }
             }

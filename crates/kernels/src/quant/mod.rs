@@ -19,7 +19,7 @@ pub(crate) use pack::Block;
 use crate::cpu::Cpu;
 use crate::panels::Panels;
 use crate::tile::Sink;
-use bytes::{Body, dispatch};
+use bytes::{Body, run_as};
 use dot::{Rows, Work};
 
 /// Rows `rows` of `x` times panels `panels` of the matrices.
@@ -31,5 +31,5 @@ pub(crate) fn run<B: Block, K: Sink<M>, const M: usize>(
     rows: Range<usize>,
     panels: Range<usize>,
 ) {
-    dispatch(Body::of(cpu.isa()), Work { weights: weights.each_ref(), x, sink, rows, panels });
+    run_as(Body::of(cpu.isa()), Work { weights: weights.each_ref(), x, sink, rows, panels });
 }

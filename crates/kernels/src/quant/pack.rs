@@ -10,7 +10,8 @@
 use super::bytes::{Bytes, LINE};
 use crate::convert::bf16_to_f32;
 use crate::error::KernelError;
-use crate::isa::{Isa, Kernel, dispatch};
+use crate::isa::Isa;
+use crate::kernel::{Kernel, run_on};
 use crate::memory::{Buffer, Zeroed};
 use crate::panels::{Packed, Panels};
 use crate::simd::{LANES, Simd, lanes};
@@ -283,7 +284,7 @@ impl<B: Block> Panels<B> {
                     }
                     group.iter_mut().zip(row).for_each(|(line, value)| line[lane] = *value);
                 }
-                dispatch(isa, Round { group: &group, index, features, outputs, block });
+                run_on(isa, Round { group: &group, index, features, outputs, block });
             }
         }
         Ok(Self { blocks, per_panel })

@@ -7,7 +7,7 @@
 use super::pack::{BLOCK_K, GROUP, GROUPS};
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::isa::{Kernel, dispatch};
+use crate::kernel::{Kernel, run_on};
 use crate::simd::Simd;
 
 /// Two groups of a row.
@@ -70,7 +70,7 @@ pub(crate) fn quantise(cpu: &Cpu, x: &[f32], k: usize, out: &mut [RowBlock]) {
         let (from, to) = (task * per_task, rows.min((task + 1) * per_task));
         // SAFETY: tasks share no row.
         let out = unsafe { out.piece(from * per_row, (to - from) * per_row) };
-        dispatch(cpu.isa(), QuantiseRows { x: &x[from * k..to * k], k, out });
+        run_on(cpu.isa(), QuantiseRows { x: &x[from * k..to * k], k, out });
     });
 }
 

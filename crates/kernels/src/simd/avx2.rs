@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Arith, LANES, Simd};
-use crate::mxfp4;
+use crate::e2m1;
 
 /// Proof that the machine has AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
@@ -106,7 +106,7 @@ const fn half_codes(shift: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
     let mut i = 0;
     while i < 16 {
-        bytes[i] = (mxfp4::CODES[i] >> shift) as u8;
+        bytes[i] = (e2m1::CODES[i] >> shift) as u8;
         i += 1;
     }
     bytes
@@ -175,9 +175,9 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn decode_e2m1(
         self,
-        codes: &[[u32; LANES]; mxfp4::LINES],
+        codes: &[[u32; LANES]; e2m1::LINES],
         scales: &[u8; LANES],
-        to: &mut [[u32; LANES]; 4 * mxfp4::LINES],
+        to: &mut [[u32; LANES]; 4 * e2m1::LINES],
     ) {
         const LOW: [u8; 16] = half_codes(0);
         const HIGH: [u8; 16] = half_codes(8);

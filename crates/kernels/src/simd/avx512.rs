@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Arith, LANES, Simd};
-use crate::mxfp4;
+use crate::e2m1;
 
 /// Proof that the machine has AVX-512 F and BW (and AVX2 with FMA); with `BF16`, AVX512-BF16 too.
 #[derive(Debug, Clone, Copy)]
@@ -112,13 +112,13 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     #[inline(always)]
     fn decode_e2m1(
         self,
-        codes: &[[u32; LANES]; mxfp4::LINES],
+        codes: &[[u32; LANES]; e2m1::LINES],
         scales: &[u8; LANES],
-        to: &mut [[u32; LANES]; 4 * mxfp4::LINES],
+        to: &mut [[u32; LANES]; 4 * e2m1::LINES],
     ) {
         avx512!({
             // Twice, so that the fifth bit of an index does not matter.
-            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(mxfp4::CODES.as_ptr().cast()));
+            let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(e2m1::CODES.as_ptr().cast()));
             let scale = _mm512_slli_epi32::<7>(_mm512_cvtepu8_epi32(_mm_loadu_si128(scales.as_ptr().cast())));
             let scale = _mm512_or_si512(scale, _mm512_slli_epi32::<16>(scale));
             for (words, to) in codes.iter().zip(to.as_chunks_mut::<4>().0) {

@@ -1,16 +1,16 @@
 //! The sixteen-lane vectors that every kernel body is written in.
 //!
-//! A kernel is one generic body over [`Simd`]; [`crate::isa::dispatch`] compiles it once per instruction set. What
+//! A kernel is one generic body over [`Simd`]; [`crate::kernel::run_on`] compiles it once per instruction set. What
 //! must hold: each operation gives the same bits in every implementation, NaN payloads aside, so that a kernel's bits
 //! follow from its body alone. That is why `min`, `max` and `fma` are pinned below and no approximate instruction
 //! (`rsqrt`, `rcp`) appears. The one native bf16 dot product gives the bits of its restatement only where subnormal
-//! numbers are flushed ([`crate::isa::dispatch_flushing`]).
+//! numbers are flushed ([`crate::kernel::run_flushing`]).
 //!
 //! A value of an implementing type is the proof that the machine has the instructions; where the target does not imply
 //! them, it is made in one place, after detection. Everything is `inline(always)`: a body must end up whole inside the
 //! function that enables the feature.
 
-use crate::mxfp4;
+use crate::e2m1;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -84,14 +84,14 @@ pub(crate) trait Simd: Arith {
     #[inline(always)]
     fn decode_e2m1(
         self,
-        codes: &[[u32; LANES]; mxfp4::LINES],
+        codes: &[[u32; LANES]; e2m1::LINES],
         scales: &[u8; LANES],
-        to: &mut [[u32; LANES]; 4 * mxfp4::LINES],
+        to: &mut [[u32; LANES]; 4 * e2m1::LINES],
     ) {
         for (words, to) in codes.iter().zip(to.as_chunks_mut::<4>().0) {
             for (j, to) in to.iter_mut().enumerate() {
                 for ((to, word), scale) in to.iter_mut().zip(words).zip(scales) {
-                    let half = |shift: usize| u32::from(mxfp4::decode(word >> (shift + 4 * j), *scale));
+                    let half = |shift: usize| u32::from(e2m1::decode(word >> (shift + 4 * j), *scale));
                     *to = half(0) | half(16) << 16;
                 }
             }

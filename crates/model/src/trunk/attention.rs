@@ -85,9 +85,12 @@ impl<D: Device> Attention<D> {
     ) -> &'b D::Buffer {
         match &self.source {
             Source::Heads(heads) => heads.project(device, &self.spec, x, buffers),
-            Source::Latent(latent) => latent.project(device, &self.spec, x, buffers, scratch),
+            Source::Latent(latent) => {
+                let Buffers { q, k, latent: own, .. } = &mut *buffers;
+                latent.project(device, &self.spec, x, [q, k], own, scratch);
+            }
         }
-        let Buffers { q, k, v, mixed, factors, .. } = &mut *buffers;
+        let Buffers { q, k, v, mixed, latent: own, factors, out } = buffers;
         if let Some(angles) = self.rope.and_then(|rope| at.angles.get(rope)) {
             device.rotate(angles, self.spec.head_dim, q);
             device.rotate(angles, self.spec.head_dim, k);
@@ -105,9 +108,8 @@ impl<D: Device> Attention<D> {
         device.append(at.kv, at.layer, at.slots, k, v);
         device.attend((&self.spec, self.sinks.as_ref()), at.kv, at.layer, q, at.slots, mixed);
         if let Source::Latent(latent) = &self.source {
-            latent.expand(device, buffers, scratch);
+            latent.expand(device, mixed, own, scratch);
         }
-        let Buffers { mixed, out, .. } = buffers;
         device.linear(&self.o, mixed, out);
         out
     }

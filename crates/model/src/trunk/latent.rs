@@ -7,7 +7,6 @@
 
 use muster_checkpoint::spec::{AttentionSpec, LatentSpec};
 
-use super::attention;
 use super::device::{Device, HeadColumns, Projection};
 
 /// Weights of attention over compressed rows.
@@ -50,11 +49,11 @@ impl<D: Device> Latent<D> {
         device: &D,
         spec: &AttentionSpec,
         x: &D::Buffer,
-        buffers: &mut attention::Buffers<D>,
+        [q, k]: [&mut D::Buffer; 2],
+        buffers: &mut Buffers<D>,
         scratch: &mut D::Scratch,
     ) {
-        let attention::Buffers { q, k, latent, .. } = buffers;
-        let Buffers { compressed, normed, queries, .. } = latent;
+        let Buffers { compressed, normed, queries, .. } = buffers;
         let LatentSpec { kv_rank, plain_dim, norm_eps, .. } = self.spec;
         let rotated = spec.rotated();
         match &self.q_down {
@@ -81,8 +80,14 @@ impl<D: Device> Latent<D> {
     }
 
     /// Turns each head's mix of compressed rows into its mix of values, rounded.
-    pub(super) fn expand(&self, device: &D, buffers: &mut attention::Buffers<D>, scratch: &mut D::Scratch) {
-        let attention::Buffers { mixed, latent: Buffers { values, .. }, .. } = buffers;
+    pub(super) fn expand(
+        &self,
+        device: &D,
+        mixed: &mut D::Buffer,
+        buffers: &mut Buffers<D>,
+        scratch: &mut D::Scratch,
+    ) {
+        let values = &mut buffers.values;
         let whole = |width| HeadColumns { width, first: 0 };
         let LatentSpec { kv_rank, value_dim, .. } = self.spec;
         device.linear_heads(&self.values, (mixed, whole(kv_rank)), (values, whole(value_dim)), scratch);

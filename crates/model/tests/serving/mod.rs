@@ -10,9 +10,8 @@ use std::time::Duration;
 
 use muster_checkpoint::{Checkpoint, Source};
 use muster_engine::microbatch;
-use muster_engine::scheduler::{
-    NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats, Step, StepItem,
-};
+use muster_engine::scheduler::{NewSequence, PrefixCache, Progress, Scheduler, SchedulerConfig, Stats};
+use muster_engine::step::{Step, StepItem};
 use muster_kernels::Cpu;
 use muster_model::experts::ExpertSet;
 use muster_model::local::local;

@@ -9,11 +9,12 @@ use muster_types::Limits;
 use tonic::metadata::MetadataValue;
 use tonic::{Code, Status};
 
+use crate::model_info::ModelInfo;
 use crate::request::{
     Eos, Event, FinishReason, Finished, GenerateRequest, OverContext, Prompt, RequestError, Resume, Started,
     Stop, TokenFrame, TokenLogprob,
 };
-use crate::service::{ModelInfo, check_bias};
+use crate::service::check_bias;
 
 /// How long a client is asked to wait before it tries again.
 const RETRY_AFTER_MS: u32 = 1000;

@@ -7,11 +7,12 @@ use std::fmt;
 use muster_text::{ChatMessage, Content, ToolCall};
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-use super::chat_request::TOOLS;
 use super::common::UNREAD;
 use super::fields::Level;
 use super::json::{Fields, Objects, Optional, Reading};
 
+/// Tools of one request, and calls of one message.
+pub(super) const TOOLS: usize = 128;
 /// Parts of one message.
 const PARTS: usize = 1024;
 

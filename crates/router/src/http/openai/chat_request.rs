@@ -12,15 +12,13 @@ use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visi
 use serde_json::{Map, Value};
 
 use super::super::error::ApiError;
-use super::chat_message::Message;
+use super::chat_message::{Message, TOOLS};
 use super::common::{Asked, Common};
 use super::fields::Level;
 use super::json::{self, Bounds, Fields, Objects, Reading};
 use super::values::{count, flag};
 use crate::request::Prompt;
 
-/// Tools of one request, and calls of one message.
-pub(super) const TOOLS: usize = 128;
 /// Variables for the template.
 const VARIABLES: usize = 32;
 

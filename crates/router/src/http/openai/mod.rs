@@ -38,8 +38,8 @@ use self::whole::Whole;
 use super::App;
 use super::body::{JsonBody, PATIENCE, off_thread};
 use super::error::ApiError;
+use crate::model_info::ModelInfo;
 use crate::request::RequestError;
-use crate::service::ModelInfo;
 
 /// A stream that has nothing to say sends a comment this often: proxies keep it open, and a client that is gone
 /// is noticed.

@@ -8,8 +8,9 @@ use muster_types::{BindingName, Combine};
 use tokio_stream::{Stream, StreamMap};
 
 use super::reply::Head;
+use crate::model_info::ModelInfo;
 use crate::request::{Event, GenerateRequest, RequestError};
-use crate::service::{Generation, ModelInfo, Service};
+use crate::service::{Generation, Service};
 
 /// Starts every prompt, or none.
 ///

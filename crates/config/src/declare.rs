@@ -1,0 +1,61 @@
+//! Declarations of settings: what is told of each in one place, and the types made of it.
+
+/// Declares settings: `key: type = how(parser), form, default;`, where `how` is the reader's method that takes them. What
+/// documents a key is its help and its row of the page, on which paragraphs behind the first stand alone. Makes the
+/// struct, what could be read of it (`Read`), and the table of its keys. Groups behind `with` are fields of it as well.
+macro_rules! settings {
+    (
+        $(#[$about:meta])*
+        pub struct $name:ident, $read:ident {
+            $(
+                $(#[doc = $help:literal])*
+                $key:ident: $type:ty = $how:ident($parse:expr), $form:expr, $default:expr;
+            )*
+        }
+        $(with { $( $(#[$part_about:meta])* $part:ident: $part_type:ty; )* })?
+    ) => {
+        $(#[$about])*
+        #[derive(Debug, Clone, PartialEq)]
+        pub struct $name {
+            $( $(#[doc = $help])* pub $key: $type, )*
+            $($( $(#[$part_about])* pub $part: $part_type, )*)?
+        }
+
+        /// What could be read of the settings; `None` where something is wrong.
+        pub(crate) struct $read {
+            $( pub(crate) $key: Option<$type>, )*
+            $($( pub(crate) $part: <$part_type as crate::layers::Settings>::Read, )*)?
+        }
+
+        impl $name {
+            pub(crate) const KEYS: &[crate::group::Key] = &[$(
+                crate::group::Key {
+                    name: stringify!($key),
+                    form: $form,
+                    default: $default,
+                    about: &[$($help),*],
+                },
+            )*];
+        }
+
+        impl crate::layers::Settings for $name {
+            type Read = $read;
+
+            fn read(reader: &mut crate::layers::Reader) -> $read {
+                $read {
+                    $( $key: reader.$how(stringify!($key), $parse), )*
+                    $($( $part: <$part_type as crate::layers::Settings>::read(reader), )*)?
+                }
+            }
+
+            fn whole(read: $read) -> Option<Self> {
+                Some(Self {
+                    $( $key: read.$key?, )*
+                    $($( $part: crate::layers::Settings::whole(read.$part)?, )*)?
+                })
+            }
+        }
+    };
+}
+
+pub(crate) use settings;
