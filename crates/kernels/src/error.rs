@@ -55,7 +55,7 @@ pub enum KernelError {
         bytes: usize,
     },
     /// A packing that weights cannot be rounded to, only published in.
-    #[error("weights are not rounded to {0}: it is taken only as it is published")]
+    #[error("weights cannot be rounded to {0}: it is accepted only as published")]
     Unrounded(Packing),
     /// A weight that is to be quantised has a NaN or an infinity.
     #[error("row {n} of the weight is not finite: it cannot be quantised")]
