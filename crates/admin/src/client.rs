@@ -1,4 +1,4 @@
-//! The other end: one request over plain HTTP, to a process of this host or to a page of metrics.
+//! Client of the admin interface: one request over plain HTTP, to a process of this host or to a page of metrics.
 
 use std::io;
 use std::time::Duration;
@@ -7,10 +7,10 @@ use muster_net::Found;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// Where a process answers what the machine around it asks, by convention.
+/// Default address of a process's admin interface.
 pub const DEFAULT_ADMIN: &str = "http://127.0.0.1:9090";
 
-/// Longest answer that is read.
+/// Longest accepted answer, bytes.
 const MOST_BYTES: u64 = 4 << 20;
 
 /// The `host:port` of `http://host:port`, `http://host:port/` or `host:port`.
@@ -21,10 +21,10 @@ pub fn authority(url: &str) -> Option<&str> {
     (!authority.is_empty() && is_one).then_some(authority)
 }
 
-/// Status and body of the answer.
+/// Sends a request. Returns status and body of the answer.
 ///
 /// # Errors
-/// What was seen instead of one.
+/// The failure, or what was received instead of an answer.
 pub async fn ask(
     authority: &str,
     method: &str,

@@ -1,8 +1,8 @@
-//! What the machine around a process asks of it: whether it lives, whether it is ready, how it does, to drain, and to end.
+//! The admin interface of a process: liveness, readiness, metrics, drain and end.
 //!
-//! A process that is told to end drains first; one that is told to drain alone waits for its end when that is done.
-//! Plain HTTP for a kubelet and a collector of metrics, on an address of its own. It takes no input but paths, answers
-//! before anything is loaded, and lets nobody but this host ask for a drain. Knows nothing of what the process does.
+//! An end drains the process first; after a drain alone, the process waits for its end. Plain HTTP for a kubelet and a
+//! collector of metrics, on an address of its own. It takes no input but paths, answers before anything is loaded, and
+//! accepts a drain from this host alone. Does not know the process's work.
 
 pub mod client;
 
@@ -24,29 +24,29 @@ use muster_net::{Acceptor, Patience, Socket, host};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-/// Connections at once.
+/// Most connections at once.
 const CONNECTIONS: usize = 64;
-/// A request's head has to be complete within this time, and an idle connection is closed after it.
+/// Longest time for a request's head; an idle connection is closed after it.
 const HEAD: Duration = Duration::from_secs(10);
-/// Bytes of a request's head.
+/// Most bytes of a request's head.
 const HEAD_BYTES: usize = 16 << 10;
-/// A connection lives no longer.
+/// Longest life of a connection.
 const LONGEST: Duration = Duration::from_secs(3600);
-/// The rest of a peer's time is bounded by HTTP's own timers.
+/// Stalls of a peer; its other delays are bounded by HTTP's own timers.
 const PATIENCE: Patience = Patience { stall: Duration::from_secs(10), silence: None };
 
-/// Whether the process is ready; why it is not, or not quite, in a sentence.
+/// Readiness of the process, with the reason in a sentence where it is not fully ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Readiness {
-    /// It is.
+    /// The process is ready.
     Ready,
-    /// It does its work, but something is missing.
+    /// The process works, but something is missing.
     Degraded(String),
-    /// It is not.
+    /// The process is not ready.
     NotReady(String),
 }
 
-/// The address cannot be had.
+/// The address cannot be bound.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} for probes and metrics: {source}; choose another with --admin")]
 pub struct BindError {
@@ -57,7 +57,7 @@ pub struct BindError {
 type Probe = dyn Fn() -> Readiness + Send + Sync;
 type Render = dyn Fn() -> String + Send + Sync;
 
-/// What the outside is told, and what it asked for. Clones share one state.
+/// Answers to the outside, and its requests. Clones share one state.
 #[derive(Clone)]
 pub struct Admin {
     shared: Arc<Shared>,
@@ -72,7 +72,7 @@ struct Shared {
 }
 
 impl Admin {
-    /// Of a process that is starting; `metrics` renders Prometheus text.
+    /// The interface of a starting process; `metrics` renders Prometheus text.
     pub fn new(metrics: impl Fn() -> String + Send + Sync + 'static) -> Self {
         let starting: Arc<Probe> = Arc::new(|| Readiness::NotReady("it is starting".to_owned()));
         Self {
@@ -86,18 +86,18 @@ impl Admin {
         }
     }
 
-    /// Sets who is asked whether the process is ready.
+    /// Sets the probe of readiness.
     pub fn ask(&self, probe: impl Fn() -> Readiness + Send + Sync + 'static) {
         *self.shared.readiness.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(probe);
     }
 
-    /// It is not ready, for this reason.
+    /// Sets the process to not ready, for this reason.
     pub fn not_ready(&self, reason: impl Into<String>) {
         let reason = reason.into();
         self.ask(move || Readiness::NotReady(reason.clone()));
     }
 
-    /// Whether the process is ready.
+    /// The current readiness.
     #[must_use]
     pub fn readiness(&self) -> Readiness {
         let probe = self.shared.readiness.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -110,17 +110,17 @@ impl Admin {
         (self.shared.metrics)()
     }
 
-    /// Tells the process to end.
+    /// Requests the end of the process.
     pub fn end(&self) {
         self.shared.end.cancel();
     }
 
-    /// Waits until the process is told to end.
+    /// Waits until an end is requested.
     pub async fn end_asked(&self) {
         self.shared.end.cancelled().await;
     }
 
-    /// Waits until the process is told to drain or to end.
+    /// Waits until a drain or an end is requested.
     pub async fn drain_asked(&self) {
         tokio::select! {
             () = self.shared.drain.cancelled() => {}
@@ -128,17 +128,17 @@ impl Admin {
         }
     }
 
-    /// The process has drained: whoever asked for that is told, and its end is waited for.
+    /// Records that the process has drained, which answers requests for the drain, and waits until an end is requested.
     pub async fn drained(&self) {
         tracing::info!("safe to terminate");
         self.shared.drained.cancel();
         self.shared.end.cancelled().await;
     }
 
-    /// Listens there and answers from now on, in a task of its own. Gives the address.
+    /// Listens on `address` and answers in a separate task. Returns the bound address.
     ///
     /// # Errors
-    /// When the address cannot be had.
+    /// When the address cannot be bound.
     pub async fn listen(&self, address: SocketAddr) -> Result<SocketAddr, BindError> {
         let failed = |source| BindError { address, source };
         let listener = muster_net::listen::tcp(address).map_err(failed)?;
@@ -270,7 +270,7 @@ mod tests {
             async move { admin.drained().await }
         });
         assert!(asking.await.unwrap().ends_with("safe to terminate\n"));
-        // Who asks later is told at once.
+        // A later request is answered at once.
         assert!(ask(address, "POST /drain").await.starts_with("HTTP/1.1 200"));
         assert!(!drained.is_finished(), "the process goes on until it is told to end");
         admin.end();

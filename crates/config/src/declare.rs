@@ -1,8 +1,9 @@
-//! Declarations of settings: what is told of each in one place, and the types made of it.
+//! Declarations of settings: everything about each in one place, and the types derived from it.
 
-/// Declares settings: `key: type = how(parser), form, default;`, where `how` is the reader's method that takes them. What
-/// documents a key is its help and its row of the page, on which paragraphs behind the first stand alone. Makes the
-/// struct, what could be read of it (`Read`), and the table of its keys. Groups behind `with` are fields of it as well.
+/// Declares settings: `key: type = how(parser), form, default;`, where `how` is the reader's method that takes them. A
+/// key's doc comment is its help and its row of the page; paragraphs behind the first are on the page alone. Defines
+/// the struct, its parsed values (`Read`), and the table of its keys. Groups behind `with` are fields of the struct as
+/// well.
 macro_rules! settings {
     (
         $(#[$about:meta])*
@@ -21,7 +22,7 @@ macro_rules! settings {
             $($( $(#[$part_about])* pub $part: $part_type, )*)?
         }
 
-        /// What could be read of the settings; `None` where something is wrong.
+        /// Parsed values of the settings; `None` where one is wrong.
         pub(crate) struct $read {
             $( pub(crate) $key: Option<$type>, )*
             $($( pub(crate) $part: <$part_type as crate::layers::Settings>::Read, )*)?

@@ -1,4 +1,5 @@
-//! Settings of the router's edges: what one request may ask, how long a connection may be idle, and whose pages may ask.
+//! Settings of the router's edges: what one request may ask, how long a connection may be idle, and whose pages may
+//! ask.
 
 use std::time::Duration;
 
@@ -7,11 +8,11 @@ use crate::group::DefaultTo::{Value, Words};
 use crate::group::{Form, NUMBER, SIZE, TIME};
 use crate::value::{self, parse_duration, parse_size};
 
-/// Bytes of the largest body that may be allowed: what it becomes on the way has to fit into memory that is set aside.
+/// Greatest allowed body, bytes: everything parsed from it must fit into reserved memory.
 const LARGEST_BODY: u64 = 16 << 20;
 
 settings! {
-    /// What the router's edges are told.
+    /// Settings of the router's edges.
     pub struct EdgeSettings, EdgeRead {
         /// Most choices of one request: its prompts times n.
         ///
@@ -36,8 +37,8 @@ settings! {
 
         /// An origin whose web pages may ask, as browsers write it (`https://example.org`), or * for all.
         ///
-        /// Where `http` is a loopback address and there are no keys, also whose names `Host` may have. Pages of this host
-        /// are those of `http://localhost` and loopback addresses, at any port.
+        /// Where `http` is a loopback address and there are no keys, also whose names `Host` may have. Pages of this
+        /// host are those of `http://localhost` and loopback addresses, at any port.
         cors_origins: Vec<String> = list(origin), Form::list("ORIGIN"),
             Words("pages of this host where `http` is a loopback address, else none");
     }
@@ -49,7 +50,7 @@ fn body(text: &str) -> Result<usize, String> {
     bytes.ok_or_else(|| format!("{text} is not 1KiB to 16MiB, which a request may be as large as"))
 }
 
-/// `scheme://host`, with a port or without, or `*`.
+/// Checks an origin: `scheme://host`, with a port or without, or `*`.
 fn origin(text: &str) -> Result<String, String> {
     let authority = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
     let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-.:[]".contains(c);

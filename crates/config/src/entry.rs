@@ -1,11 +1,11 @@
-//! Values as layers gave them, with where each comes from. Does not know which layer wins.
+//! Unparsed values of layers, with their origins. Does not know which layer wins.
 
 use muster_types::nearest;
 
 use crate::group::{Key, Role};
 use crate::problem::{Origin, Problem};
 
-/// A value as some layer gave it.
+/// An unparsed value of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Raw {
     One(String),

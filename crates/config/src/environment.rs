@@ -1,7 +1,7 @@
 //! The environment layer: `MUSTER_ROUTER_HTTP` is the key `http` of the role `router`.
 //!
 //! Kubernetes puts variables of every Service into its pods, so a Service called `muster-router` brings
-//! `MUSTER_ROUTER_PORT_8080_TCP` and the like. Those are recognised by their form and left alone.
+//! `MUSTER_ROUTER_PORT_8080_TCP` and the like. These are recognised by their form and ignored.
 
 use std::ffi::OsString;
 
@@ -12,10 +12,10 @@ use crate::entry::{Entry, Raw, unknown_key};
 use crate::group::Role;
 use crate::problem::{Origin, Problem};
 
-/// Variables beside those of keys: a client's API key, and what Muster's own tests and builds are told.
+/// Variables beside those of keys: a client's API key, and the ones for Muster's own tests and builds.
 const OTHERS: [&str; 5] =
     ["MUSTER_API_KEY", "MUSTER_SKIP_PYTHON", "MUSTER_GOLDEN", "MUSTER_NEXT_VERSION", "MUSTER_WRITE_DOCS"];
-/// Strangers that are told of.
+/// Most unknown variables that are reported.
 const TOLD: usize = 16;
 
 /// Names and values of environment variables.
@@ -23,18 +23,18 @@ const TOLD: usize = 16;
 pub struct Environment(Vec<(OsString, OsString)>);
 
 impl Environment {
-    /// This process's own.
+    /// The environment of this process.
     #[must_use]
     pub fn of_process() -> Self {
         Self(std::env::vars_os().collect())
     }
 
-    /// These, for tests.
+    /// An environment of these variables, for tests.
     pub fn of(variables: impl IntoIterator<Item = (OsString, OsString)>) -> Self {
         Self(variables.into_iter().collect())
     }
 
-    /// Variables of ours by their name that nothing reads, each with the one that may be meant.
+    /// Reports of `MUSTER_…` variables that nothing reads, each with the likely intended one.
     #[must_use]
     pub fn strangers(&self) -> Vec<String> {
         let known: Vec<String> = ROLES

@@ -16,8 +16,8 @@ use crate::problem::{Origin, Problem};
 /// Longest configuration file, bytes.
 const LONGEST: u64 = 1 << 20;
 
-/// Entries for the keys of `role`. Tables of the other roles are checked for unknown keys as well, so that one file
-/// can serve all and a slip in any of them is found.
+/// Entries for the keys of `role`. Tables of the other roles are checked for unknown keys as well, so that one file can
+/// serve all roles and a typing error in any table is found.
 pub(crate) fn read(
     path: &Path,
     role: &'static Role,
@@ -66,7 +66,7 @@ pub(crate) fn read(
 /// The file's contents, if it is a file of reasonable length.
 fn text(path: &Path) -> Result<String, String> {
     let metadata = fs::metadata(path).map_err(|error| format!("cannot be read: {error}"))?;
-    // Looked at before opening, because opening a pipe waits for its other end.
+    // Checked before opening, because opening a pipe waits for its other end.
     if !metadata.is_file() {
         return Err("is not a regular file".to_owned());
     }
@@ -138,7 +138,7 @@ fn raw(key: &Key, value: &Spanned<DeValue<'_>>) -> Option<Raw> {
         (ValueKind::Text | ValueKind::NumberOrText, DeValue::String(text)) => {
             Some(Raw::One(text.to_string()))
         }
-        // TOML allows underscores and radix prefixes; neither is in what `as_str` gives but the radix itself.
+        // TOML allows underscores and radix prefixes; `as_str` has neither, only `radix` tells.
         (ValueKind::Number | ValueKind::NumberOrText, DeValue::Integer(number)) if number.radix() == 10 => {
             Some(Raw::One(number.as_str().to_owned()))
         }

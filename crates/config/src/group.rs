@@ -1,6 +1,6 @@
-//! What a setting is, and groups and roles of them. Does not know where values come from.
+//! Keys of settings, their groups and roles. Does not know the sources of values.
 
-/// One setting of a role: its name, how it is written, what holds without it, and what it is.
+/// One setting of a role: its name, form, default and documentation.
 #[derive(Debug)]
 pub struct Key {
     pub(crate) name: &'static str,
@@ -10,7 +10,7 @@ pub struct Key {
     pub(crate) about: &'static [&'static str],
 }
 
-/// What a setting is written as.
+/// Written form of a setting.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Form {
     pub(crate) kind: ValueKind,
@@ -29,14 +29,14 @@ pub(crate) enum ValueKind {
     List,
 }
 
-/// What holds where nobody gives a value.
+/// Default of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DefaultTo {
     /// This value, as a flag would give it.
     Value(&'static str),
-    /// Something that no value stands for, in words.
+    /// A default that no value expresses, in words.
     Words(&'static str),
-    /// Nothing, or it has to be given.
+    /// No default: the setting is optional without one, or required.
     Nothing,
 }
 
@@ -45,16 +45,16 @@ pub enum DefaultTo {
 pub struct Group {
     /// Heading in help; `None` for a role's own settings.
     pub heading: Option<&'static str>,
-    /// In the order of help and documentation.
+    /// Parts in the order of help and documentation.
     pub keys: &'static [Key],
 }
 
 /// All settings of a role.
 #[derive(Debug)]
 pub struct Role {
-    /// Table in a file, and part of the names of variables.
+    /// Name of its table in a file, and part of its variables' names.
     pub name: &'static str,
-    /// In the order of help and documentation.
+    /// Parts in the order of help and documentation.
     pub groups: &'static [Group],
 }
 
@@ -94,13 +94,13 @@ impl ValueKind {
 }
 
 impl Key {
-    /// As a file has it, with underscores.
+    /// Name in a file, with underscores.
     #[must_use]
     pub const fn name(&self) -> &'static str {
         self.name
     }
 
-    /// As the command line has it, without dashes in front. Each entry of a list is given with a flag of its own.
+    /// Name on the command line, without dashes in front. Each entry of a list is given with a flag of its own.
     #[must_use]
     pub fn flag(&self) -> String {
         let name = if self.is_list() { self.name.trim_end_matches('s') } else { self.name };
@@ -113,25 +113,25 @@ impl Key {
         self.form.kind == ValueKind::List
     }
 
-    /// What stands for its value in help; `None` where the flag takes none.
+    /// Placeholder of its value in help; `None` where the flag takes none.
     #[must_use]
     pub fn placeholder(&self) -> Option<&'static str> {
         Some(self.form.placeholder).filter(|placeholder| !placeholder.is_empty())
     }
 
-    /// What holds where nobody gives it.
+    /// Its default.
     #[must_use]
     pub const fn default(&self) -> DefaultTo {
         self.default
     }
 
-    /// What it is, for help.
+    /// Its description, for help.
     #[must_use]
     pub fn help(&self) -> String {
         self.paragraphs().next().unwrap_or_default()
     }
 
-    /// What else is to be known of it, for the page.
+    /// Further remarks, for the page.
     #[must_use]
     pub fn remarks(&self) -> String {
         self.paragraphs().skip(1).collect::<Vec<_>>().join(" ")

@@ -1,4 +1,4 @@
-//! Layers and their order: what wins, and how it is parsed once.
+//! Layers, their order of precedence, and the parsing of the winning values.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt::Display;
@@ -19,7 +19,7 @@ const LONGEST_LIST: usize = 4096;
 pub struct Flags(Vec<(&'static str, Raw)>);
 
 impl Flags {
-    /// None.
+    /// No flags.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -32,7 +32,7 @@ impl Flags {
         self
     }
 
-    /// Adds a list, if any of it was given.
+    /// Adds a list, if it has entries.
     #[must_use]
     pub fn list(mut self, key: &'static str, values: &[String]) -> Self {
         if !values.is_empty() {
@@ -48,7 +48,7 @@ impl Flags {
     }
 }
 
-/// Everything that settings come from, the weakest first.
+/// Sources of settings, the weakest first.
 #[derive(Debug, Clone)]
 pub struct Sources<'a> {
     /// A configuration file.
@@ -59,7 +59,7 @@ pub struct Sources<'a> {
     pub flags: &'a Flags,
 }
 
-/// Settings of one role, checked, and where each comes from.
+/// Checked settings of one role, and their origins.
 #[derive(Debug, Clone)]
 pub struct Loaded<T> {
     /// The settings.
@@ -70,7 +70,7 @@ pub struct Loaded<T> {
 
 /// Settings that are declared together.
 pub(crate) trait Settings: Sized {
-    /// What could be read of them.
+    /// The parsed values, `None` where one is wrong.
     type Read;
 
     fn read(reader: &mut Reader) -> Self::Read;
@@ -79,17 +79,17 @@ pub(crate) trait Settings: Sized {
     fn whole(read: Self::Read) -> Option<Self>;
 }
 
-/// Reads the settings of a role from all layers; `check` has what one setting alone does not show.
+/// Reads the settings of a role from all layers; `check` has the rules that span several settings.
 ///
 /// # Errors
-/// Everything that is wrong.
+/// All problems.
 pub(crate) fn load<S: Settings>(
     role: &'static Role,
     sources: &Sources<'_>,
     check: impl FnOnce(&S::Read, &mut Reader),
 ) -> Result<Loaded<S>, ConfigError> {
     let mut reader = Reader::new(role, sources);
-    // Everything is read before anything is given up, so that all problems are found.
+    // All settings are read before the first failure returns, so that all problems are found.
     let read = S::read(&mut reader);
     check(&read, &mut reader);
     match S::whole(read) {
@@ -100,7 +100,7 @@ pub(crate) fn load<S: Settings>(
     }
 }
 
-/// The winning values of one role, taken out one by one; and what was wrong with them.
+/// The winning values of one role, read one by one, and their problems.
 pub(crate) struct Reader {
     role: &'static Role,
     entries: BTreeMap<&'static str, Entry>,
@@ -133,13 +133,13 @@ impl Reader {
         Self { role, entries, problems }
     }
 
-    /// Notes that something is wrong with `key`.
+    /// Records a problem of `key`.
     pub(crate) fn problem(&mut self, key: &'static str, message: String) {
         let origin = self.entries.get(key).map_or(Origin::Default, |entry| entry.origin.clone());
         self.problems.push(Problem { origin, key: key.to_owned(), message });
     }
 
-    /// Notes what stands in a list twice.
+    /// Records duplicates in a list as problems.
     pub(crate) fn each_once<'a, T: Eq + Hash + Display + 'a>(
         &mut self,
         key: &'static str,
@@ -153,7 +153,7 @@ impl Reader {
         }
     }
 
-    /// Whether a list has entries, be they right or wrong.
+    /// Whether a list has entries, valid or not.
     pub(crate) fn has_entries(&self, key: &'static str) -> bool {
         match self.entries.get(key).map(|entry| &entry.raw) {
             None => false,
@@ -162,7 +162,7 @@ impl Reader {
         }
     }
 
-    /// The parsed value of a key that may have none; `None` when it cannot be parsed.
+    /// The parsed value of an optional key; `None` when it cannot be parsed.
     pub(crate) fn optional<T>(
         &mut self,
         key: &'static str,
@@ -171,7 +171,7 @@ impl Reader {
         if self.entries.contains_key(key) { self.required(key, parse).map(Some) } else { Some(None) }
     }
 
-    /// The parsed value; having none is a problem.
+    /// The parsed value of a required key; a missing value is a problem.
     pub(crate) fn required<T>(
         &mut self,
         key: &'static str,
@@ -198,7 +198,7 @@ impl Reader {
         parse(&text).map_err(|message| self.problem(key, message)).ok()
     }
 
-    /// All parsed values of a list, of which there may be none; a text is split at commas.
+    /// All parsed values of a list, which may be empty; a text is split at commas.
     pub(crate) fn list<T>(
         &mut self,
         key: &'static str,

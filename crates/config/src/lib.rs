@@ -1,11 +1,12 @@
 //! File, environment and flags to one validated value.
 //!
-//! A setting is declared once (`declare::settings!`): its name, form, default, check and help, from which the command line
-//! and the tables of docs/configuration.md are made. Every layer gives texts for some of them, the later layer wins (file,
-//! then environment, then flags), and what wins is parsed once. All problems are reported at once, each with the place
-//! it comes from, and nothing is opened or bound before all is well. Unknown keys are refused everywhere.
+//! A setting is declared once (`declare::settings!`): its name, form, default, check and help, from which the command
+//! line and the tables of docs/configuration.md are made. Every layer gives texts for some of them, the later layer
+//! wins (file, then environment, then flags), and the winning text is parsed once. All problems are reported at once,
+//! each with the place it comes from, and nothing is opened or bound before all settings are valid. Unknown keys are
+//! refused everywhere.
 //!
-//! The one place of the program that reads `MUSTER_…` variables. Knows nothing about what settings do.
+//! The one place of the program that reads `MUSTER_…` variables. Does not know the effect of settings.
 //!
 //! There is no general configuration library behind this: those that merge layers stop at the first bad value and
 //! do not know the line it stands on.

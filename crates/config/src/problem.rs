@@ -1,16 +1,16 @@
-//! What is wrong with a configuration, and where.
+//! Problems of a configuration, and their places.
 
 use std::fmt;
 use std::path::PathBuf;
 
-/// Where a value comes from.
+/// Origin of a value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// Nobody gave one.
+    /// The default.
     Default,
     /// A configuration file.
     File {
-        /// Its path, as it was given.
+        /// Its path as given.
         path: PathBuf,
         /// Line, from 1.
         line: Option<usize>,
@@ -22,7 +22,7 @@ pub enum Origin {
     },
     /// A flag of the command line.
     Flag {
-        /// With its dashes.
+        /// Its name, dashes included.
         name: String,
     },
 }
@@ -39,14 +39,14 @@ impl fmt::Display for Origin {
     }
 }
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where it stands.
+    /// Origin of the value.
     pub origin: Origin,
-    /// The key, or empty when it is not about one.
+    /// The key; empty when the problem is not about a key.
     pub key: String,
-    /// What is wrong and what would be right.
+    /// The problem and the remedy.
     pub message: String,
 }
 
@@ -62,7 +62,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A configuration that cannot be used: everything that is wrong with it, a line each.
+/// An unusable configuration: all its problems, one per line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigError {

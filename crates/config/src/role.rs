@@ -1,4 +1,4 @@
-//! What is common to the settings of a router and of a worker.
+//! The common interface of the settings of routers and workers.
 
 use std::net::SocketAddr;
 
@@ -9,22 +9,22 @@ use crate::layers::{Loaded, Sources};
 use crate::problem::ConfigError;
 use crate::shared::LogSettings;
 
-/// What a process is told.
+/// Settings of a process.
 pub trait RoleSettings: Clone {
-    /// All there is.
+    /// The role, with all its settings.
     const ROLE: &'static Role;
-    /// Whose they are.
+    /// The kind of process.
     const PROCESS: Process;
 
     /// Reads and checks all layers.
     ///
     /// # Errors
-    /// Everything that is wrong.
+    /// All problems.
     fn load(sources: &Sources<'_>) -> Result<Loaded<Self>, ConfigError>;
 
-    /// What it logs.
+    /// Settings of its logs.
     fn log(&self) -> &LogSettings;
 
-    /// Where the machine around it asks.
+    /// Address of its admin interface.
     fn admin(&self) -> Option<SocketAddr>;
 }

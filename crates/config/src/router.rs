@@ -25,7 +25,7 @@ use crate::value::{self, one_of, parse_duration, parse_size, parse_socket, parse
 const COUNT: u64 = 1 << 20;
 
 settings! {
-    /// What a router is told.
+    /// Settings of a router.
     pub struct RouterSettings, RouterRead {
         /// Directory of the model, org/name of a pulled one, or demo for the built-in one.
         model: String = required(value::text), Form::text("MODEL"), Nothing;
@@ -33,8 +33,8 @@ settings! {
         /// Name to serve the model under.
         model_name: Option<String> = optional(model_name), NAME, Words("that of its directory");
 
-        /// File with digests of the experts' weights, which workers must have. It is made where there is none or where it
-        /// is not of the model's files as they are.
+        /// File with digests of the experts' weights, which workers must have. It is made where there is none or where
+        /// it is not of the model's files as they are.
         ///
         /// `muster check-model --digests` makes one in the model's directory ([security](security.md#weights)).
         digests: Option<PathBuf> = optional(value::path), FILE,
@@ -50,11 +50,12 @@ settings! {
         /// [discovery](discovery.md).
         discover: Vec<Source> = list(parsed), Form::list("SOURCE"), Nothing;
 
-        /// A Lease of Kubernetes, as kubernetes:NAME or kubernetes:NAMESPACE/NAME: only who holds it leads the placement.
+        /// A Lease of Kubernetes, as kubernetes:NAME or kubernetes:NAMESPACE/NAME: only who holds it leads the
+        /// placement.
         lease: Option<ObjectName> = optional(parsed), Form::text("LEASE"), Nothing;
 
-        /// Whether the router that leads tells workers which experts to hold (auto), or workers keep those they start with
-        /// (static).
+        /// Whether the router that leads tells workers which experts to hold (auto), or workers keep those they start
+        /// with (static).
         ///
         /// See [placement](placement.md).
         placement: PlacementMode = required(placement), MODE, Value("auto");
@@ -62,8 +63,8 @@ settings! {
         /// Copies of every expert on different workers, 1 to 64, as far as their memory allows.
         replicas: NonZeroU32 = required(value::parse_replicas), NUMBER, Value("1");
 
-        /// What becomes of rows whose experts no worker holds: none lets them wait, local has the router compute them from
-        /// the checkpoint, slowly.
+        /// What becomes of rows whose experts no worker holds: none lets them wait, local has the router compute them
+        /// from the checkpoint, slowly.
         ///
         /// It keeps up to 1 GiB of such experts.
         fallback: Fallback = required(fallback), MODE, Value("none");
@@ -102,14 +103,14 @@ settings! {
         /// See [below](#the-prefix-cache).
         prefix_cache: bool = required(value::switch), BOOL, Value("true");
 
-        /// A variable of the chat template that requests may set (chat_template_kwargs), such as enable_thinking. Others
-        /// are refused.
+        /// A variable of the chat template that requests may set (chat_template_kwargs), such as enable_thinking.
+        /// Others are refused.
         ///
         /// See [the OpenAI API](openai.md).
         template_variables: Vec<String> = list(variable), Form::list("NAME"), Nothing;
 
-        /// Whether the sampling settings in the model's generation_config.json hold where a request says nothing (auto), or
-        /// are ignored (ignore).
+        /// Whether the sampling settings in the model's generation_config.json hold where a request says nothing
+        /// (auto), or are ignored (ignore).
         ///
         /// See [the OpenAI API](openai.md#where-a-request-says-nothing).
         generation_config: GenerationMode = required(parsed), MODE, Value("auto");
@@ -124,8 +125,9 @@ settings! {
 
         /// Longest wait for a place in the batch that requests are taken for; who would wait longer is refused.
         ///
-        /// The refusal is a retryable error, at once. The wait (of several choices, the first's) is reckoned from how often
-        /// a place in a full batch came free of late; before the first has come free, as many wait as the batch holds.
+        /// The refusal is a retryable error, at once. The wait (of several choices, the first's) is reckoned from how
+        /// often a place in a full batch came free of late; before the first has come free, as many wait as the batch
+        /// holds.
         max_queue_wait: Duration = required(parse_duration), TIME, Value("5s");
 
         /// How long to wait for the experts of one layer.
@@ -137,14 +139,14 @@ settings! {
         /// How long running requests may go on after SIGTERM.
         drain_timeout: Duration = required(parse_duration), TIME, Value("30s");
 
-        /// Where experts' outputs are added: exact (in the router) gives the same bits for every placement, partial (first
-        /// on each worker) sends less.
+        /// Where experts' outputs are added: exact (in the router) gives the same bits for every placement, partial
+        /// (first on each worker) sends less.
         ///
         /// See [numerics](numerics.md).
         combine: Combine = required(parsed), MODE, Value("exact");
 
-        /// Devices of several numerics classes: exact binds each expert to one class, so that a request always gives the same
-        /// bits; any uses all workers. The same on every router.
+        /// Devices of several numerics classes: exact binds each expert to one class, so that a request always gives
+        /// the same bits; any uses all workers. The same on every router.
         ///
         /// See [numerics](numerics.md#numerics-classes).
         numerics: Numerics = required(parsed), MODE, Value("exact");
@@ -154,26 +156,26 @@ settings! {
         /// At most 1000000; see [below](#busy-polling).
         busy_poll_us: Duration = required(value::busy_poll), NUMBER, Value("50");
 
-        /// How long requests are still taken after SIGTERM, while the router says that it is not ready: time for whoever
-        /// sends them to learn of it.
+        /// How long requests are still taken after SIGTERM, while the router says that it is not ready: time for
+        /// whoever sends them to learn of it.
         leave_after: Duration = required(pause), TIME, Value("0s");
     }
     with {
-        /// What its edges take.
+        /// Settings of its edges.
         edge: EdgeSettings;
-        /// Who may ask.
+        /// Settings of access to the router.
         access: AccessSettings;
-        /// How it computes.
+        /// Settings of computing.
         compute: ComputeSettings;
-        /// Certificates, and what the machine around it asks.
+        /// Settings of certificates and of the admin interface.
         tls: TlsSettings;
-        /// What is logged.
+        /// Settings of logs.
         log: LogSettings;
     }
 }
 
 settings! {
-    /// Who may ask a router.
+    /// Settings of access to a router.
     pub struct AccessSettings, AccessRead {
         /// API keys that are good, a line each as `muster keys new` prints it; read again when it changes. Without, TLS
         /// takes clients' certificates.
@@ -198,30 +200,30 @@ pub(crate) static ROLE: Role = Role {
     ],
 };
 
-/// Who may ask a router.
+/// Clients that a router serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessMode {
-    /// Everybody who reaches it.
+    /// All clients.
     Open,
-    /// Who has a client's certificate.
+    /// Clients with a client certificate.
     Certificates,
-    /// Who has a key in this file, or such a certificate.
+    /// Clients with a key in this file, or with a client certificate.
     Keys(PathBuf),
 }
 
-/// Whether a router may tell workers what to hold.
+/// Whether a router may assign experts to workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PlacementMode {
-    /// It may, when it leads.
+    /// A router assigns experts while it leads.
     Auto,
-    /// Workers hold what they start with.
+    /// Workers keep the experts they start with.
     Static,
 }
 
-/// What becomes of rows whose experts no worker holds.
+/// Handling of rows whose experts have no owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fallback {
-    /// They wait until one does.
+    /// Rows wait for an owner.
     None,
     /// The router reads the expert from the checkpoint and computes it itself.
     Local,
@@ -235,10 +237,10 @@ fn fallback(text: &str) -> Result<Fallback, String> {
     one_of(text, [("none", Fallback::None), ("local", Fallback::Local)])
 }
 
-/// What becomes of the sampling settings in a model's `generation_config.json`.
+/// Use of the sampling settings in a model's `generation_config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GenerationMode {
-    /// They hold where a request says nothing.
+    /// They are the defaults of fields that a request omits.
     Auto,
     /// They are ignored.
     Ignore,
@@ -279,7 +281,7 @@ impl RoleSettings for RouterSettings {
 }
 
 impl RouterSettings {
-    /// Who may ask.
+    /// The clients that it serves.
     #[must_use]
     pub fn access(&self) -> AccessMode {
         match &self.access.api_keys {
@@ -290,7 +292,7 @@ impl RouterSettings {
     }
 }
 
-/// What one setting alone does not show.
+/// Checks the rules that span several settings.
 fn check(read: &RouterRead, reader: &mut Reader) {
     if matches!(read.lease, Some(Some(_))) && read.placement == Some(PlacementMode::Static) {
         reader.problem(
@@ -316,7 +318,7 @@ fn check(read: &RouterRead, reader: &mut Reader) {
     check_access(read, reader);
 }
 
-/// Whoever can be reached from other machines is guarded, or was asked by name not to be.
+/// Checks that every address reachable from other machines is guarded, or left unguarded by an explicit setting.
 fn check_access(read: &RouterRead, reader: &mut Reader) {
     let has_tls = read.tls.has_files();
     let has_keys = matches!(read.access.api_keys, Some(Some(_)));
@@ -342,10 +344,10 @@ fn check_access(read: &RouterRead, reader: &mut Reader) {
     }
 }
 
-/// Variables of a template that are no request's to set.
+/// Template variables that requests may not set.
 const RESERVED: [&str; 3] = ["messages", "tools", "add_generation_prompt"];
 
-/// The name of a variable.
+/// Checks the name of a template variable.
 fn variable(text: &str) -> Result<String, String> {
     let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     if text.is_empty() || text.len() > 64 || !text.chars().all(word) {
@@ -363,7 +365,7 @@ fn model_name(text: &str) -> Result<String, String> {
         .ok_or_else(|| "must be at most 256 bytes without control characters".to_owned())
 }
 
-/// A duration that may be none.
+/// A duration that may be zero.
 fn pause(text: &str) -> Result<Duration, String> {
     if text == "0s" { Ok(Duration::ZERO) } else { parse_duration(text) }
 }

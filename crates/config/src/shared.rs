@@ -1,4 +1,4 @@
-//! Settings of routers and workers alike: how they compute, their certificates, and what they log.
+//! Settings of both routers and workers: computing, certificates and logs.
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -14,11 +14,11 @@ use crate::group::{ADDR, DTYPE, FILE, Form, MODE, NUMBER_OR_WORD, SWITCH};
 use crate::layers::Reader;
 use crate::value::{self, parse_compute, parse_socket, parse_weight_dtype, parsed};
 
-/// Heading of what every command takes.
+/// Heading of the settings that every command takes.
 pub const LOGGING: &str = "Logging";
 
 settings! {
-    /// How a process computes, and on which files.
+    /// Settings of computing and of the model's files.
     pub struct ComputeSettings, ComputeRead {
         /// What activations are rounded to: f32, bf16, bf16-pairs, or auto, which is the dtype of the model's weights.
         ///
@@ -41,7 +41,7 @@ settings! {
 }
 
 settings! {
-    /// Certificates, and what the machine around a process asks.
+    /// Settings of certificates and of the admin interface.
     pub struct TlsSettings, TlsRead {
         /// This process's certificate, PEM, with its role as URI name; read again when it changes. `muster certs init`
         /// makes one.
@@ -61,14 +61,14 @@ settings! {
         /// ([security](security.md)).
         insecure_plaintext: bool = required(value::switch), SWITCH, Value("false");
 
-        /// Where /healthz, /readyz and /metrics are answered in plain HTTP, for a kubelet and a collector, and POST /drain
-        /// for this host.
+        /// Where /healthz, /readyz and /metrics are answered in plain HTTP, for a kubelet and a collector, and POST
+        /// /drain for this host.
         admin: Option<SocketAddr> = optional(parse_socket), ADDR, Words("nowhere");
     }
 }
 
 settings! {
-    /// What is logged, and how.
+    /// Settings of logs.
     pub struct LogSettings, LogRead {
         /// What to log, as `level` or `target=level`, separated by commas.
         ///
@@ -92,7 +92,7 @@ impl TlsSettings {
 }
 
 impl TlsRead {
-    /// All three files or none.
+    /// Checks that all three files are given or none.
     pub(crate) fn check(&self, reader: &mut Reader) {
         let files = self.each();
         for (key, _) in files.iter().filter(|(_, is_there)| !is_there) {
@@ -112,7 +112,7 @@ impl TlsRead {
     }
 }
 
-/// What is said to an address that is not only this machine's.
+/// Error for an address that other machines can reach, without TLS.
 pub(crate) fn off_loopback(address: &str) -> String {
     format!(
         "{address} can be reached from other machines and there is no TLS; give --tls-cert, --tls-key and --tls-ca \

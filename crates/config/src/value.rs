@@ -25,7 +25,7 @@ pub(crate) fn up_to<T: TryFrom<u64>>(most: u64) -> impl Fn(&str) -> Result<T, St
     move |text| T::try_from(count(text, 1, most)?).map_err(|_| too_many(text))
 }
 
-/// As [`up_to`], known not to be 0.
+/// As [`up_to`], as a non-zero type.
 pub(crate) fn positive<T: TryFrom<NonZeroU64>>(most: u64) -> impl Fn(&str) -> Result<T, String> {
     move |text| {
         let number = NonZeroU64::new(count(text, 1, most)?);
@@ -46,7 +46,7 @@ pub(crate) fn path(text: &str) -> Result<PathBuf, String> {
     Ok(text.into())
 }
 
-/// A name that may stand in logs and labels.
+/// A name that is allowed in logs and labels.
 pub(crate) fn name(text: &str) -> Result<String, String> {
     WorkerId::new(text).map(|id| id.as_str().to_owned()).map_err(|error| error.to_string())
 }
@@ -55,7 +55,7 @@ pub(crate) fn switch(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| format!("{text:?} is neither true nor false"))
 }
 
-/// What its own parser takes.
+/// A value parsed by its type's own parser.
 pub(crate) fn parsed<T: FromStr<Err: ToString>>(text: &str) -> Result<T, String> {
     text.parse().map_err(|error: T::Err| error.to_string())
 }
@@ -69,17 +69,17 @@ pub(crate) fn one_of<T>(text: &str, words: [(&str, T); 2]) -> Result<T, String> 
 /// Copies of every expert.
 ///
 /// # Errors
-/// When it is no number of copies.
+/// When it is not a valid number of copies.
 pub fn parse_replicas(text: &str) -> Result<NonZeroU32, String> {
     positive(64)(text)
 }
 
-/// Microseconds of busy polling; at most a second, for a processor is busy all that time.
+/// Microseconds of busy polling; at most a second, because a processor is busy for all of it.
 pub(crate) fn busy_poll(text: &str) -> Result<Duration, String> {
     count(text, 0, 1_000_000).map(Duration::from_micros)
 }
 
-/// A number of threads, or `auto` for all the cores there are.
+/// A number of threads, or `auto` for all cores.
 pub(crate) fn threads(text: &str) -> Result<Option<NonZeroUsize>, String> {
     if text == "auto" {
         return Ok(None);
@@ -138,7 +138,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     })
 }
 
-/// `auto` (as the checkpoint says), or a mode.
+/// A compute mode, or `auto` for the checkpoint's.
 pub(crate) fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
     match text {
         "auto" => Ok(None),
@@ -149,10 +149,10 @@ pub(crate) fn parse_compute(text: &str) -> Result<Option<Compute>, String> {
     }
 }
 
-/// `native`, `q8` or `q4`.
+/// A dtype of weights: `native`, `q8` or `q4`.
 ///
 /// # Errors
-/// When it is none of these.
+/// When it is another word.
 pub fn parse_weight_dtype(text: &str) -> Result<WeightDType, String> {
     parsed(text)
 }
@@ -160,7 +160,7 @@ pub fn parse_weight_dtype(text: &str) -> Result<WeightDType, String> {
 /// `ip:port` to listen on; `localhost` means 127.0.0.1, and port 0 lets the system choose.
 ///
 /// # Errors
-/// When it is no such address.
+/// When it is not such an address.
 pub fn parse_socket(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix("localhost:")
         && let Some(port) = digits(port).and_then(|port| u16::try_from(port).ok())

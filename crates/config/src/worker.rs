@@ -19,7 +19,7 @@ use crate::shared::{self, ComputeSettings, LogSettings, TlsSettings, off_loopbac
 use crate::value::{self, parse_duration, parsed};
 
 settings! {
-    /// What a worker is told.
+    /// Settings of a worker.
     pub struct WorkerSettings, WorkerRead {
         /// Directory of the model, org/name of a pulled one, or demo for the built-in one; not needed with a router to
         /// join.
@@ -40,17 +40,18 @@ settings! {
         advertise: Option<Address> = optional(parsed), ADDR,
             Words("where it listens; of all addresses, the one that this host speaks to the router from");
 
-        /// Which experts to start with: all, none, or share I of N counted from 0, as in 0/2; 0/3x2 has every expert on two
-        /// of three workers.
+        /// Which experts to start with: all, none, or share I of N counted from 0, as in 0/2; 0/3x2 has every expert on
+        /// two of three workers.
         ///
         /// `I/NxR` is the I-th of N equal shares and the R - 1 shares behind it, so that every expert is on R workers.
         share: Option<Share> = optional(parsed), Form::text("I/N"), Words("all; with `join`, none");
 
-        /// Memory for experts, as in 16GiB; auto is 80 % of what is free, beside the share. It is never told to hold more.
+        /// Memory for experts, as in 16GiB; auto is 80 % of what is free, beside the share. It is never told to hold
+        /// more.
         memory: Option<u64> = required(value::size_or_auto), SIZE, Value("auto");
 
-        /// How fast it is, in any unit that is the same for all workers: it is given as much of the load. auto counts its
-        /// threads.
+        /// How fast it is, in any unit that is the same for all workers: it is given as much of the load. auto counts
+        /// its threads.
         speed: Option<Speed> = required(speed), NUMBER_OR_WORD, Value("auto");
 
         /// What it shares its fate with, such as a host or a rack: copies of an expert lie in different ones.
@@ -83,11 +84,11 @@ settings! {
         busy_poll_us: Duration = required(value::busy_poll), NUMBER, Value("50");
     }
     with {
-        /// How it computes.
+        /// Settings of computing.
         compute: ComputeSettings;
-        /// Certificates, and what the machine around it asks.
+        /// Settings of certificates and of the admin interface.
         tls: TlsSettings;
-        /// What is logged.
+        /// Settings of logs.
         log: LogSettings;
     }
 }
@@ -120,14 +121,14 @@ impl RoleSettings for WorkerSettings {
 }
 
 impl WorkerSettings {
-    /// What it starts with. One that joins has its experts chosen and brought by the cluster.
+    /// The share to start with: none for a worker that joins without one, whose experts the cluster assigns.
     #[must_use]
     pub fn share(&self) -> Share {
         self.share.unwrap_or(if self.join.is_empty() { Share::All } else { Share::None })
     }
 }
 
-/// What one setting alone does not show.
+/// Checks the rules that span several settings.
 fn check(read: &WorkerRead, reader: &mut Reader) {
     let joins = reader.has_entries("join");
     if !joins && !reader.has_entries("model") {
@@ -165,7 +166,8 @@ fn speed(text: &str) -> Result<Option<Speed>, String> {
     Speed::new(number).map(Some).map_err(|error| error.to_string())
 }
 
-/// Whether only this machine can reach it. A name may mean anything, so only `localhost` and loopback addresses count.
+/// Whether only this machine can reach an address. Other names may resolve to anything, so only `localhost` and
+/// loopback addresses count.
 fn is_local(address: &Address) -> bool {
     match address {
         Address::Unix(_) => true,

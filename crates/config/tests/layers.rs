@@ -1,4 +1,4 @@
-//! Layers and their order, and every way a configuration can be wrong.
+//! Layers, their order, and every kind of configuration problem.
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
 
@@ -216,7 +216,7 @@ fn leaving_loopback_must_be_asked_for_by_name() {
     let error = router("", &[], &flags()).unwrap_err();
     assert_eq!(error.problems.len(), 2);
     assert!(error.to_string().contains("flag --http: http: 0.0.0.0:8080 can be reached from other machines"));
-    // Without TLS and without keys are two things.
+    // A missing TLS and missing keys need separate settings.
     let error = router("", &[], &flags().on("insecure_plaintext")).unwrap_err();
     assert_eq!(error.problems.len(), 2);
     assert!(error.to_string().contains("everybody may ask; give --api-keys"), "{error}");
@@ -252,8 +252,8 @@ fn leaving_loopback_must_be_asked_for_by_name() {
     }
 }
 
-/// What a router answers on gRPC: that of clients is guarded by keys, that of workers by certificates. Where neither can be
-/// asked for, that was said by name; and nobody who gives keys has half of it stand open.
+/// On a router's gRPC address, keys guard the clients' services and certificates the workers'. An unguarded address
+/// needs an explicit setting, and a router with keys never leaves the workers' services open to other machines.
 #[test]
 fn what_is_guarded_by_nothing_was_asked_for_by_name() {
     for (grpc, is_near) in

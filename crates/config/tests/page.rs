@@ -1,6 +1,6 @@
-//! The tables of docs/configuration.md are what the settings say of themselves.
+//! The tables of docs/configuration.md equal those generated from the declared settings.
 //!
-//! `MUSTER_WRITE_DOCS=1 cargo test --release --workspace --locked --test page` writes them anew.
+//! `MUSTER_WRITE_DOCS=1 cargo test --release --workspace --locked --test page` rewrites them.
 
 #![allow(clippy::unwrap_used, reason = "the lint spares test functions, but not their helpers")]
 
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use muster_config::{DefaultTo, Group, Key, RoleSettings, RouterSettings, WorkerSettings};
 
-/// Settings of routers and workers alike have a table of their own.
+/// Name of the table of settings that both routers and workers have.
 const BOTH: &str = "both";
 
 #[test]
@@ -39,7 +39,7 @@ fn names(group: &Group) -> impl Iterator<Item = &'static str> {
     group.keys.iter().map(Key::name)
 }
 
-/// The page with this table between the marks of that name.
+/// The page with `table` between the marks of `name`.
 fn between(page: &str, name: &str, table: &str) -> String {
     let [begin, end] = ["begin", "end"].map(|end| format!("<!-- {name}:{end} -->"));
     let (before, rest) = page.split_once(&begin).unwrap_or_else(|| panic!("there is no {begin}"));

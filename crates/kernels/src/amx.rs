@@ -1,8 +1,8 @@
 //! The canonical order on tiles: one `tdpbf16ps` adds one block of K to sixteen rows times sixteen outputs.
 //!
 //! What must hold: the walk loads and stores only memory that its slices cover, and gives the canonical order with any
-//! [`Tiles`] that keeps its contract. The hardware is one; an implementation in plain Rust, which needs none, is the
-//! other, and tests run the same walk on it. It does not know what becomes of results.
+//! [`Tiles`] that keeps its contract. There are two: the hardware's, and one in plain Rust, on which tests run the same
+//! walk. It does not know where results go.
 
 use std::marker::PhantomData;
 
@@ -14,7 +14,7 @@ use crate::tile::{Sink, panels_at};
 /// Eight tile registers of up to sixteen rows of 64 bytes: 0..4 hold totals, 4 inputs, 5 inputs or weights, 6 and 7
 /// weights.
 pub(crate) trait Tiles {
-    /// Registers 0..=4 get `rows` rows (1 to 16), the others sixteen. What they hold is zero or anything.
+    /// Registers 0..=4 get `rows` rows (1 to 16), the others sixteen. Their content is unspecified.
     ///
     /// # Safety
     /// The machine must have what the implementation needs.
@@ -59,7 +59,7 @@ impl<T: Tiles> DotOrder for InTiles<T> {
         if rows == 0 {
             return;
         }
-        // SAFETY: whoever made `self` vouches for the machine.
+        // SAFETY: the contract of `new` holds: the machine has what `T` needs.
         let walk = &mut Walk { tiles: unsafe { T::configure(rows) }, rows, totals: Totals::default() };
         let mut panel = work.panels.start;
         let end = work.panels.end;
@@ -171,16 +171,16 @@ impl<T: Tiles> Walk<T> {
     ) {
         let tiles = &mut self.tiles;
         let blocks = weights[0].len();
-        // Rows behind the last are spare memory: what comes of them is never read.
+        // Rows behind the last are spare memory: their totals are never read.
         let inputs = x.rows(row, (A - 1) * LANES + self.rows);
         assert!(blocks * LANES <= x.per_row, "rows are as long as panels");
         for panel in weights {
             assert_eq!(panel.len(), blocks, "panels are of one length");
         }
         let stride = x.per_row * size_of::<u32>();
-        // What the loads below rely on: register 4 reads `rows` rows of `inputs` and register 5, where it holds inputs,
-        // sixteen rows after the first sixteen, all 64 bytes from a column inside the row; weights are whole blocks of
-        // sixteen lines of 64 bytes.
+        // The loads below rely on these ranges: register 4 reads `rows` rows of `inputs` and register 5, where it holds
+        // inputs, sixteen rows after the first sixteen, all 64 bytes from a column inside the row; weights are whole
+        // blocks of sixteen lines of 64 bytes.
         let input =
             |a: usize, block: usize| inputs.as_ptr().wrapping_add(a * LANES * x.per_row + block * LANES);
         let mut decoded = [Bf16Block::ZERO; B];
@@ -256,13 +256,13 @@ pub(crate) use software::Software;
 
 #[cfg(any(test, not(target_arch = "x86_64")))]
 mod software {
-    //! The same in plain Rust.
+    //! Tile registers in plain Rust.
 
     use super::{LANES, Tiles};
     use crate::simd::Arith;
     use crate::simd::flush::ScalarFlush;
 
-    /// Tile registers in memory.
+    /// Eight tile registers in memory.
     pub(crate) struct Software {
         rows: [usize; 8],
         tiles: [[[u32; LANES]; LANES]; 8],
@@ -271,7 +271,7 @@ mod software {
     impl Tiles for Software {
         unsafe fn configure(rows: usize) -> Self {
             let rows = [rows, rows, rows, rows, rows, LANES, LANES, LANES];
-            // Whatever is read before it is written shows.
+            // NaN exposes a read before the first write.
             Self { rows, tiles: [[[f32::NAN.to_bits(); LANES]; LANES]; 8] }
         }
 
@@ -313,7 +313,7 @@ mod software {
 
 #[cfg(target_arch = "x86_64")]
 mod hardware {
-    //! The instructions. Their intrinsics are not stable, so they are written out.
+    //! The hardware's tile registers, in inline assembly: the intrinsics are not stable.
 
     use std::arch::asm;
 
@@ -341,7 +341,7 @@ mod hardware {
             config.bytes_per_row[..8].fill(64);
             config.rows[..8].fill(16);
             config.rows[..5].fill(rows as u8);
-            // SAFETY: the caller says that the machine has tiles; the configuration is valid and 64 bytes long.
+            // SAFETY: by contract the machine has tiles; the configuration is valid and 64 bytes long.
             unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, preserves_flags)) };
             Self(())
         }

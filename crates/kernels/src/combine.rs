@@ -1,9 +1,10 @@
 //! Weighted sums of expert outputs, and outputs as bytes of the wire.
 //!
 //! What must hold: a sum starts at 0.0 and takes its terms in the order given; each product and each sum is rounded to
-//! f32, with no fused multiply-add, which would round once and give other bits. An output counts as rounded to the
-//! dtype it travels in, whether it did travel or not. An output or a sum that is not finite is found in the same pass
-//! that makes use of it or makes it: neither is ever given back as a result. Bytes are little-endian. It does not know what the rows mean or who asked for them.
+//! f32, with no fused multiply-add, which would round once and give other bits. An output is rounded to the wire dtype
+//! whether it was sent or not. An output or a sum that is not finite is found in the pass that reads or writes it, and
+//! never returned as a result. Bytes are little-endian. It does not know what the rows mean or which request they
+//! belong to.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -22,7 +23,7 @@ const TASK_ELEMENTS: usize = 1 << 16;
 /// Output rows `[_, hidden]` of one origin.
 #[derive(Debug, Clone, Copy)]
 pub enum Outputs<'a> {
-    /// As a kernel left them; each value is rounded to the dtype where it is used.
+    /// Outputs of a kernel in f32; each value is rounded to the dtype where it is used.
     Computed(&'a [f32], DType),
     /// f32 off the wire.
     WireF32(&'a [[u8; 4]]),
@@ -35,9 +36,9 @@ pub enum Outputs<'a> {
 pub enum NotFinite {
     /// Row `row` of the outputs `source`.
     Output {
-        /// Which of the [`Outputs`].
+        /// Index of the [`Outputs`].
         source: usize,
-        /// Row in it.
+        /// Row of these outputs.
         row: usize,
     },
     /// The sums in these rows, ascending, though all their terms are finite.
@@ -48,7 +49,7 @@ pub enum NotFinite {
 /// `starts[r]..starts[r + 1]`.
 ///
 /// # Errors
-/// The first term with an output that is not finite; else the rows whose sums are not, as when they overflow. `out` is
+/// The first term whose output is not finite; else all rows whose sums are not, as after an overflow. `out` is
 /// unspecified then.
 ///
 /// # Panics
@@ -73,7 +74,7 @@ pub fn combine(
 /// The sums of [`combine`], rounded to `wire` and written as bytes.
 ///
 /// # Errors
-/// As [`combine`], of sums as they are once they are rounded.
+/// As [`combine`], for the rounded sums.
 ///
 /// # Panics
 /// As [`combine`].
@@ -118,7 +119,7 @@ impl<'a> Sums<'a> {
         Self { hidden, sources, starts, terms, rows: starts.len() - 1 }
     }
 
-    /// Writes every row where `target` says.
+    /// Writes every row to its `target`.
     fn write<'out>(
         &self,
         cpu: &Cpu,
@@ -132,16 +133,16 @@ impl<'a> Sums<'a> {
         if over_rows(cpu, hidden, rows, terms.len(), &sum) {
             return Ok(());
         }
-        // Rare enough to be made once more, row by row.
+        // Errors are rare: the rows are summed once more to find the bad ones.
         let bad = || (0..).zip(0..rows).filter(|&(_, row)| !sum(row)).map(|(number, _)| number).collect();
         Err(find(hidden, sources, terms).unwrap_or_else(|| NotFinite::Sums(bad())))
     }
 }
 
-/// Writes rows of computed outputs as bytes, rounded to `wire`: those of each of `ranges`, one range after another.
+/// Writes rows of computed outputs as bytes, rounded to `wire`: the rows of `ranges`, one range after another.
 ///
 /// # Errors
-/// The first row, by its number in `outputs`, with a value that is not finite once it is rounded.
+/// The first row, by its number in `outputs`, with a value that is not finite once rounded.
 ///
 /// # Panics
 /// If a range is outside `outputs` or `out` is not as long as all of them.
@@ -177,7 +178,7 @@ pub fn to_wire(
     Ok(())
 }
 
-/// A value as it is on the wire.
+/// A value rounded to the wire dtype.
 fn rounded(wire: DType, value: f32) -> f32 {
     match wire {
         DType::F32 => value,
@@ -194,7 +195,7 @@ impl Outputs<'_> {
         }
     }
 
-    /// One element, as it counts.
+    /// One element, rounded to the wire dtype.
     fn value(&self, at: usize) -> f32 {
         match self {
             Self::Computed(x, wire) => rounded(*wire, x[at]),
@@ -204,7 +205,7 @@ impl Outputs<'_> {
     }
 }
 
-/// Runs `row` for every row; whether all of them gave true.
+/// Runs `row` for every row and returns whether all returned true.
 fn over_rows(
     cpu: &Cpu,
     hidden: usize,
@@ -233,7 +234,7 @@ fn find(hidden: usize, sources: &[Outputs<'_>], terms: &[Term]) -> Option<NotFin
     })
 }
 
-/// A row to be written.
+/// Destination of a row.
 enum Target<'a> {
     F32(&'a mut [f32]),
     WireF32(&'a mut [[u8; 4]]),
@@ -248,7 +249,7 @@ fn target(wire: DType, out: &mut [u8]) -> Target<'_> {
 }
 
 impl Target<'_> {
-    /// Writes up to sixteen elements from `at` on; gives back what was written, as it counts.
+    /// Writes up to sixteen elements from `at` on and returns the rounded values.
     #[inline(always)]
     fn store<S: Simd>(&mut self, s: S, at: usize, len: usize, v: S::V) -> S::V {
         match self {
@@ -328,7 +329,7 @@ struct SumRow<'a> {
 }
 
 impl Kernel for SumRow<'_> {
-    /// Whether all that was read and all that was written is finite.
+    /// Whether every value read and written is finite.
     type Output = bool;
 
     #[inline(always)]
@@ -404,7 +405,7 @@ mod tests {
     use super::*;
     use crate::isa::Isa;
 
-    /// Values with all kinds of tails, from a small generator.
+    /// Values with all kinds of low mantissa bits, from a small generator.
     fn values(count: usize, mut state: u32) -> Vec<f32> {
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -426,7 +427,7 @@ mod tests {
         x.iter().flat_map(element).collect()
     }
 
-    /// One element at a time, in the words of the module.
+    /// The module's rule, one element at a time.
     fn plain(hidden: usize, sources: &[Outputs<'_>], starts: &[u32], terms: &[Term]) -> Vec<f32> {
         let mut out = Vec::new();
         for pair in starts.windows(2) {
@@ -558,8 +559,8 @@ mod tests {
         }
     }
 
-    /// Rows of one term each, but for the last two: of two terms that overflow together, and of two that do so on the way
-    /// and not in the end.
+    /// Rows of one term each, but for the last two: of two terms that overflow together, and of two that do so on the
+    /// way and not in the end.
     fn overflowing(hidden: usize, at: usize, top: f32) -> (Vec<f32>, Vec<u32>, Vec<Term>) {
         let mut x = values(8 * hidden, 3);
         x[5 * hidden + at] = top;
@@ -575,7 +576,7 @@ mod tests {
 
     #[test]
     fn a_sum_that_overflows_is_named_on_every_instruction_set() {
-        // Of f32, and of bf16, whose greatest value is the smaller one.
+        // The greatest values of f32 and of bf16; the latter is smaller.
         let greatest = [(DType::F32, f32::MAX), (DType::Bf16, rounded(DType::Bf16, 3.38e38))];
         for hidden in [1, 15, 16, 17, 64, 100, 1024] {
             for (at, (dtype, top)) in [0, hidden / 2, hidden - 1].into_iter().zip(greatest.iter().cycle()) {
@@ -590,7 +591,7 @@ mod tests {
                 ];
                 for cpu in cpus() {
                     for source in kinds {
-                        // The last row alone overflows as well: its products do.
+                        // The last row overflows even alone: its products do.
                         for (rows, bad) in [(5, vec![]), (6, vec![5]), (7, vec![5, 6])] {
                             let what = format!("hidden {hidden}, at {at}, {dtype:?}, {rows} rows, {cpu:?}");
                             let (starts, terms) = (&starts[..=rows], &terms[..starts[rows] as usize]);
@@ -627,7 +628,7 @@ mod tests {
             let mut out = vec![0.0; 7 * 64];
             let named = Err(NotFinite::Output { source: 0, row: 7 });
             assert_eq!(combine(&cpu, 64, &sources, &starts, &terms, &mut out), named);
-            // A weight of zero hides no output, and its row has no sum either.
+            // A weight of zero does not hide a bad output: the row has no sum.
             terms[8].weight = 0.0;
             assert_eq!(combine(&cpu, 64, &sources, &starts, &terms, &mut out), named);
         }

@@ -1,4 +1,4 @@
-//! Element types and what is done element by element: bf16 rounding, widening, scaled addition, finiteness.
+//! Element types and elementwise operations: bf16 rounding, widening, scaled addition, finiteness.
 //!
 //! bf16 rounding is to nearest, ties to even; a NaN stays a NaN; subnormals and infinities are treated like any
 //! other number. The loops are plain: the compiler vectorises them, and each element has one operation order.
@@ -46,8 +46,7 @@ pub fn from_bf16(x: &[u16], out: &mut [f32]) {
     }
 }
 
-/// `acc += factor * x`, the product rounded and then the sum rounded, as a framework that multiplies and then adds
-/// has it.
+/// `acc += factor * x`, the product rounded and then the sum rounded, as in frameworks that multiply and then add.
 ///
 /// # Panics
 /// If the lengths differ.
@@ -61,7 +60,7 @@ pub fn add_scaled(acc: &mut [f32], x: &[f32], factor: f32) {
 /// Whether no element is infinite or NaN.
 #[must_use]
 pub fn all_finite(x: &[f32]) -> bool {
-    // Whole chunks without an early exit vectorise; the exit between chunks bounds what a bad row costs.
+    // Whole chunks without an early exit vectorise; the exit between chunks bounds the cost of a bad row.
     x.chunks(1024).all(|chunk| chunk.iter().fold(true, |finite, value| finite & value.is_finite()))
 }
 

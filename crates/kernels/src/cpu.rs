@@ -1,7 +1,7 @@
 //! The execution context: an instruction set and the threads that share the work of a call.
 //!
-//! What must hold: how many threads there are, and which of them takes which task, never shows in a result; so tasks
-//! write to places of their own and nothing is reduced across them. It does not know what the tasks compute.
+//! What must hold: a result depends neither on the number of threads nor on which thread runs which task: each task
+//! writes to a place of its own, and nothing is reduced across tasks. It does not know what the tasks compute.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -15,8 +15,8 @@ const INLINE_WORK: usize = 1 << 16;
 
 /// What kernels run on: an instruction set and a pool of named threads (`muster-compute-N`).
 ///
-/// The calling thread takes its share of the work and counts as one; with one thread there is no pool. Calls from
-/// several threads at a time are fine and share the pool.
+/// The calling thread takes its share of the work and counts as one; with one thread there is no pool. Several threads
+/// may call at a time; they share the pool.
 pub struct Cpu {
     isa: Isa,
     threads: usize,
@@ -63,7 +63,7 @@ impl Cpu {
         self.threads
     }
 
-    /// Threads that a call of `work` multiply-adds would use: one where it is too small to share.
+    /// Threads that a call of `work` multiply-adds uses: one where it is too small to share.
     pub(crate) fn threads_for(&self, work: usize) -> usize {
         if work < INLINE_WORK { 1 } else { self.threads }
     }
@@ -110,7 +110,7 @@ mod tests {
         let cpu = Cpu::new(NonZeroUsize::new(2).unwrap()).unwrap();
         let names = |work| {
             let names = Mutex::new(HashSet::new());
-            // Both tasks of shared work must be under way at once before either ends.
+            // Both tasks of shared work must run at once before either ends.
             let barrier = std::sync::Barrier::new(if work < INLINE_WORK { 1 } else { 2 });
             cpu.run(2, work, &|_| {
                 barrier.wait();

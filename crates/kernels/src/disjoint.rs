@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-/// A mutable slice that tasks carve disjoint pieces from.
+/// A mutable slice that tasks take disjoint pieces of.
 pub(crate) struct Disjoint<'a, T> {
     start: *mut T,
     len: usize,

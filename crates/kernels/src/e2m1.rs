@@ -1,10 +1,10 @@
-//! Codes of four bits (e2m1) as bf16: what decoders of every instruction set write.
+//! Codes of four bits (e2m1) as bf16: the table behind the decoders of all instruction sets.
 
 /// Words of 32 bits that hold the codes of one output in a block of 32 inputs.
 pub(crate) const LINES: usize = 4;
 
-/// What every code's bf16 is with a scale of 0; a scale adds to the exponent, unless the number is zero. Numbers too
-/// small for that wrap around, as does the sum.
+/// Every code as bf16 with a scale of 0; a scale adds to the exponent, unless the number is zero. Exponents too small
+/// for bf16 wrap around, and the addition wraps them back.
 pub(crate) const CODES: [u16; 16] = {
     // 0.5, 1, 1.5, 2, 3, 4, 6.
     let magnitudes = [0x3f00_u16, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0];

@@ -1,4 +1,4 @@
-//! What a constructor of this crate can refuse, and why.
+//! Errors of this crate's constructors.
 
 use muster_types::Packing;
 
@@ -11,7 +11,7 @@ pub enum KernelError {
     /// This machine cannot run the instruction set.
     #[error("instruction set `{isa}` is not available on this machine: the best one here is `{best}`")]
     IsaUnavailable {
-        /// The set that was asked for.
+        /// The requested set.
         isa: Isa,
         /// The best set that this machine has.
         best: Isa,
@@ -19,7 +19,7 @@ pub enum KernelError {
     /// The operating system refused the compute threads.
     #[error("cannot start {threads} compute threads: {source}")]
     Threads {
-        /// How many were asked for, the calling thread included.
+        /// Number of requested threads, the calling thread included.
         threads: usize,
         /// The system's reason.
         source: std::io::Error,
@@ -54,8 +54,8 @@ pub enum KernelError {
         /// Bytes given.
         bytes: usize,
     },
-    /// A packing that weights are not rounded to.
-    #[error("weights are not rounded to {0}: it is taken only as it is published")]
+    /// A packing that weights cannot be rounded to, only published in.
+    #[error("weights cannot be rounded to {0}: it is accepted only as published")]
     Unrounded(Packing),
     /// A weight that is to be quantised has a NaN or an infinity.
     #[error("row {n} of the weight is not finite: it cannot be quantised")]
@@ -126,9 +126,9 @@ pub enum KernelError {
         "activation's alpha is {alpha}, its limit {limit}: both must be finite, and the limit above zero"
     )]
     Gating {
-        /// What the gate is multiplied by inside the sigmoid.
+        /// Factor on the gate inside the sigmoid.
         alpha: f32,
-        /// What gate and up are clamped to.
+        /// Bound on gate and up.
         limit: f32,
     },
     /// The base of the rotary frequencies is unusable.
@@ -140,13 +140,13 @@ pub enum KernelError {
     /// The size in bytes does not fit the address space.
     #[error("{field} needs more bytes than an address can count: lower its shape")]
     TooLarge {
-        /// What was to be allocated.
+        /// Name of the allocation.
         field: &'static str,
     },
     /// The operating system refused the memory.
     #[error("out of memory: {field} needs {bytes} bytes")]
     OutOfMemory {
-        /// What was to be allocated.
+        /// Name of the allocation.
         field: &'static str,
         /// Its size.
         bytes: usize,

@@ -1,7 +1,7 @@
 //! The weights of one gated MLP.
 //!
-//! What must hold: gate and up are packed alike; down is packed like them, or all are plain numbers of some kind. So
-//! what a call does with an expert is settled when it is made.
+//! What must hold: gate and up are packed alike; down is packed like them, or all are plain numbers, bf16 or f32. So
+//! the path of a call is fixed when the expert is made.
 
 use std::fmt;
 
@@ -23,7 +23,7 @@ pub struct Expert {
     biases: Option<Box<Biases>>,
 }
 
-/// Packed matrices, by how they are computed with.
+/// Packed matrices, by their kernels.
 pub(crate) enum Weights {
     /// All are bf16 values.
     Halves { first: Halves<2>, down: Halves<1> },
@@ -153,7 +153,7 @@ impl Expert {
         Ok(Self { gating, biases: biases.map(Box::new), ..self })
     }
 
-    /// What lies between the linears.
+    /// The activation between the linears.
     #[must_use]
     pub const fn gating(&self) -> Gating {
         self.gating
@@ -165,24 +165,24 @@ impl Expert {
         self.biases.as_deref()
     }
 
-    /// What it does with the sums of gate and up, if that is not [`crate::gating::Plain`].
+    /// Activation and biases of gate and up, if not [`crate::gating::Plain`].
     pub(crate) fn general(&self) -> Option<General<'_>> {
         let (gating, biases, intermediate) = (self.gating, self.biases(), self.intermediate);
         (gating != Gating::Silu || biases.is_some()).then_some(General { gating, biases, intermediate })
     }
 
-    /// What is added to the outputs of the last linear.
+    /// The bias of the last linear.
     pub(crate) fn down_bias(&self) -> Option<&[f32]> {
         self.biases().map(|biases| biases.down.as_slice())
     }
 
-    /// How gate, up and down projection are stored.
+    /// Packings of gate, up and down projection.
     #[must_use]
     pub fn packings(&self) -> [Packing; 3] {
         self.weights.packed().map(|(packing, _)| packing)
     }
 
-    /// Its packed matrices and then its biases, gate, up and down each time: what another process can make it of.
+    /// The parts another process can rebuild it from: packed matrices, then biases, each in the order gate, up, down.
     #[must_use]
     pub fn packed(&self) -> [&[u8]; 6] {
         let biases = self.biases.as_ref().map(|b| [&b.gate, &b.up, &b.down].map(Vec::as_slice));

@@ -1,9 +1,9 @@
 //! The gated MLPs of several experts in one call: `down(round(silu(gate(x)) * up(x)))`, or with another activation and
 //! with biases (see [`crate::gating`]).
 //!
-//! What must hold: each output row depends on its own input row and expert alone; the work of all groups is shared
-//! out together, so that a few rows on several experts keep every thread busy. It does not know which expert is
-//! which, nor how outputs are weighted and combined.
+//! What must hold: each output row depends on its own input row and expert alone; the work of all groups is shared out
+//! together, so that a few rows on several experts keep every thread busy. It does not know the experts' ids, nor how
+//! outputs are weighted and combined.
 
 use std::ops::Range;
 
@@ -33,7 +33,8 @@ pub struct ExpertRows<'a> {
     pub rows: &'a [u32],
 }
 
-/// Memory that [`grouped_ffn`] keeps between calls, grown to the largest call seen. Its content never matters.
+/// Memory that [`grouped_ffn`] keeps between calls, grown to the largest call seen. Its content between calls is
+/// meaningless.
 #[derive(Debug, Default)]
 pub struct FfnScratch {
     activated: Vec<f32>,
@@ -61,10 +62,9 @@ struct Task {
 /// Applies each group's expert to its rows of `x` (`[m, hidden]`); `out` takes the groups' rows one group after the
 /// other, `[sum of rows, hidden]`, and is overwritten.
 ///
-/// `x` is given as the linears shall read it: where `compute` rounds, it holds bf16 values already. An expert follows
-/// the order of [`Compute::Bf16Pairs`] if all its weights are bf16. Quantised experts read `x` and the input of `down`
-/// as 32-wide groups of bytes instead, quantised here from what they are in f32. Once `scratch` is warm nothing is
-/// allocated.
+/// `x` is rounded by the caller: where `compute` rounds, it holds bf16 values. An expert follows the order of
+/// [`Compute::Bf16Pairs`] if all its weights are bf16. Quantised experts read `x` and the input of `down` as 32-wide
+/// groups of bytes instead, quantised here from f32. Once `scratch` is warm nothing is allocated.
 ///
 /// # Panics
 /// If the experts' hidden sizes differ, `x` or `out` does not fit, or a row number is outside `x`.
@@ -83,7 +83,7 @@ pub fn grouped_ffn(
     }
 }
 
-/// Experts in bf16 go to `order` if there is one; other plain ones, and all if there is none, are computed in lanes.
+/// Computes bf16 experts in `order`, if there is one, and all other plain experts in lanes.
 fn run<E: DotOrder>(
     order: Option<E>,
     cpu: &Cpu,
@@ -126,7 +126,7 @@ fn run<E: DotOrder>(
     cpu.run(second.len(), plan.work, &|index| stage.run(order, second[index]));
 }
 
-/// The inputs of the groups that are computed in pairs, each group's in its order, at the rows that `out` has for them.
+/// Packs the inputs of the groups that are computed in pairs, each at the row that it has in `out`.
 fn pack_groups<'s>(
     cpu: &Cpu,
     groups: &[ExpertRows<'_>],
@@ -218,7 +218,7 @@ impl FfnScratch {
     }
 }
 
-/// What a call needs.
+/// Sizes of a call's buffers, and its work.
 struct Plan {
     /// Intermediate elements of the groups that are computed in lanes.
     activated: usize,
@@ -296,7 +296,7 @@ impl GateUp<'_> {
         let ExpertRows { expert, rows } = self.groups[task.group];
         let x = self.quantised.picked(rows);
         let (rows, panels) = (task.row_range(), task.panel_range());
-        // It is quantised next, from what it is in f32.
+        // The second stage quantises f32 values, so they are not rounded to bf16 here.
         let compute = Compute::F32;
         match expert.general() {
             None => {
@@ -343,7 +343,7 @@ impl Down<'_> {
 
     fn lanes<B: Stored>(&self, task: Task, weights: &[Panels<B>; 1]) {
         let expert = self.groups[task.group].expert;
-        // It starts with the group's first row.
+        // The slice starts with the group's first row.
         let x = Dense { x: &self.activated[task.activated_before..], k: expert.intermediate() };
         run_flushing(self.cpu.isa(), LinearTask(task.work(weights, x, self.sink(task, expert))));
     }
@@ -363,7 +363,7 @@ impl Down<'_> {
         quant::run(self.cpu, weights, x, self.sink(task, expert), rows, panels);
     }
 
-    /// Where the results go.
+    /// The destination of the results.
     fn sink<'s>(&'s self, task: Task, expert: &'s Expert) -> Output<'s> {
         Output { out: self.out, first_row: task.rows_before, n: expert.hidden(), bias: expert.down_bias() }
     }
@@ -404,7 +404,7 @@ impl<B: Stored, A: Activate> Kernel for GateUpTask<'_, B, A> {
     }
 }
 
-/// Activates what gate and up gave and keeps it for the second stage.
+/// Activates the sums of gate and up and stores them for the second stage.
 struct Gated<'a, A> {
     out: &'a Disjoint<'a, f32>,
     before: usize,
@@ -435,7 +435,7 @@ impl<A: Activate> Sink<2> for Gated<'_, A> {
     }
 }
 
-/// As [`Gated`], rounded and in pairs, whole blocks of them.
+/// As [`Gated`], rounded to bf16 and packed in pairs, padded to whole blocks.
 struct GatedPairs<'a, A> {
     out: &'a Disjoint<'a, u32>,
     before: usize,
@@ -462,7 +462,7 @@ impl<A: Activate> Sink<2> for GatedPairs<'_, A> {
         let piece = unsafe { self.out.piece(from, len) };
         store_bf16_pairs(s, value, piece.first_chunk_mut().expect("a panel has eight words"));
         if last {
-            // The padding is zero even where an infinite input made something else of it.
+            // The padding must be zero; infinite inputs would make it NaN.
             piece[left.div_ceil(2)..].fill(0);
             if left % 2 == 1 {
                 piece[left / 2] &= 0xffff;

@@ -1,8 +1,8 @@
-//! What lies between an expert's linears: biases and the activation.
+//! Biases and the activation between an expert's linears.
 //!
 //! What must hold: a bias is added to the finished sum of products, once, in f32; the activation follows it. Operations
-//! are those written at [`Gating`], each rounded once. It does not know where gate and up come from nor what becomes of
-//! the result.
+//! are those written at [`Gating`], each rounded once. It does not know where gate and up come from nor where results
+//! go.
 
 use muster_types::Gating;
 
@@ -13,15 +13,15 @@ use crate::simd::{LANES, Simd, load_part};
 /// Biases of an expert's linears.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Biases {
-    /// Of the gate, `[intermediate]`.
+    /// Bias of the gate projection, `[intermediate]`.
     pub gate: Vec<f32>,
-    /// Of the up projection, `[intermediate]`.
+    /// Bias of the up projection, `[intermediate]`.
     pub up: Vec<f32>,
-    /// Of the down projection, `[hidden]`.
+    /// Bias of the down projection, `[hidden]`.
     pub down: Vec<f32>,
 }
 
-/// Whether its constants are usable.
+/// Checks the activation's constants.
 pub(crate) fn check(gating: Gating) -> Result<(), KernelError> {
     match gating {
         Gating::ClampedSwish { alpha, limit } if !(alpha.is_finite() && limit.is_finite() && limit > 0.0) => {
@@ -50,10 +50,10 @@ impl Biases {
     }
 }
 
-/// What is done with the sums of gate and up. Kernels are compiled for each, so that plain experts pay nothing for what
-/// others do.
+/// An activation of the sums of gate and up. Kernels are compiled for each, so that plain experts do not pay for the
+/// general one.
 pub(crate) trait Activate: Copy {
-    /// The activated outputs of panel `panel`. Lanes behind the last output hold anything.
+    /// The activated outputs of panel `panel`. Lanes behind the last output are unspecified.
     fn of<S: Simd>(self, s: S, panel: usize, sums: [S::V; 2]) -> S::V;
 }
 

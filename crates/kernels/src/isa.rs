@@ -1,4 +1,4 @@
-//! Which instruction sets there are, and which of them this machine has. Does not know what is computed with them.
+//! Instruction sets and their detection. Does not know the kernels.
 
 use std::fmt;
 use std::str::FromStr;
@@ -107,7 +107,7 @@ mod tiles {
     use std::arch::asm;
     use std::sync::OnceLock;
 
-    /// Whether processor and system have tiles and this process may use them. Asks for the permission.
+    /// Whether processor and system have tiles and this process may use them. Requests the permission from the system.
     pub(super) fn available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
         *AVAILABLE.get_or_init(|| supported() && permitted())
@@ -136,7 +136,7 @@ mod tiles {
         features & FEATURES == FEATURES && states & STATES == STATES
     }
 
-    /// Asks the system for the state component of tile data, which no process has from the start.
+    /// Requests the state component of tile data, which no process has from the start, from the system.
     #[cfg(target_os = "linux")]
     fn permitted() -> bool {
         const REQUEST_PERMISSION: libc::c_long = 0x1023;

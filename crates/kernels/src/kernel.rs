@@ -11,9 +11,9 @@ use crate::simd::{Portable, PortableFlush, Simd};
 
 /// A kernel body, written once over any instruction set.
 pub(crate) trait Kernel {
-    /// What it returns.
+    /// Result of the body.
     type Output;
-    /// The body. Must be `inline(always)`, and so must all it calls with vectors.
+    /// The body. It must be `inline(always)`, as must every function that it passes vectors to.
     fn run<S: Simd>(self, s: S) -> Self::Output;
 }
 
@@ -40,8 +40,8 @@ pub(crate) fn run_on<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     }
 }
 
-/// As [`run_on`], with subnormal numbers flushed: those that go into an operation count as zero, and so do those that
-/// come out of one. Linears run so, because the hardware that defines their order does.
+/// As [`run_on`], with subnormal inputs and results of every operation flushed to zero. Linears run so, because the
+/// hardware that defines their order does.
 ///
 /// # Panics
 /// As [`run_on`].
@@ -138,7 +138,7 @@ mod tests {
         }
     }
 
-    /// Numbers of all kinds, most of them so that sums, products and quotients end near the least normal number.
+    /// Numbers of all kinds, most of which have sums, products and quotients near the least normal number.
     fn operand(state: &mut u64) -> f32 {
         *state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
         let bits = (*state >> 32) as u32;

@@ -1,11 +1,11 @@
 //! Keys and values of past tokens, in blocks of sixteen positions.
 //!
 //! What must hold: a block holds, for every layer and KV head, the keys transposed (`[head_dim][16]`, so that sixteen
-//! scores are sixteen lanes) and then the values (`[16][value_dim]`, each padded to whole lines of sixteen); where values
-//! are the ends of keys, they are held once, as values, and only what comes before them as keys. Nothing is resident
-//! before it is written. Of a table, only the entries of positions that are written or seen are looked at. It
-//! does not know which layers of a model share a table, which sequence owns a block, nor whether a position was written:
-//! block tables and positions come from the caller, who has checked them.
+//! scores are sixteen lanes) and then the values (`[16][value_dim]`, each padded to whole lines of sixteen); where
+//! values are the ends of keys, they are held once, as values, and only the elements before them as keys. Nothing is
+//! resident before it is written. Of a block table, only entries of positions that are written or attended to are read.
+//! It does not know which layers of a model share a table, which sequence owns a block, nor whether a position was
+//! written: block tables and positions come from the caller, who has checked them.
 
 use std::fmt;
 
@@ -21,16 +21,16 @@ pub const BLOCK_TOKENS: usize = 16;
 
 const _: () = assert!(BLOCK_TOKENS == LANES, "a block's positions are the lanes of a vector");
 
-/// Where a head's values come from.
+/// Source of a head's values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KvValues {
-    /// They are beside the keys.
+    /// Beside the keys.
     Apart,
     /// The last `value_dim` elements of a key are its value.
     EndOfKey,
 }
 
-/// What a cache holds per position.
+/// Contents of a cache per position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvShape {
     /// Layers that share block tables, and so a block.
@@ -41,12 +41,12 @@ pub struct KvShape {
     pub head_dim: usize,
     /// Elements of a head's value.
     pub value_dim: usize,
-    /// Where values come from.
+    /// Source of the values.
     pub values: KvValues,
 }
 
 impl KvShape {
-    /// Lines of sixteen elements that the keys of a block and head take, as far as they are no values.
+    /// Lines of sixteen elements for the keys of a block and head, without the elements that are values.
     fn key_lines(self) -> usize {
         match self.values {
             KvValues::Apart => self.head_dim,
@@ -54,7 +54,7 @@ impl KvShape {
         }
     }
 
-    /// Lines that the values of a block and head take.
+    /// Lines for the values of a block and head.
     fn value_lines(self) -> usize {
         BLOCK_TOKENS * self.value_dim.div_ceil(LANES)
     }
@@ -68,13 +68,13 @@ impl KvShape {
     }
 }
 
-/// Where a row's token stands in its sequence, and which blocks hold that sequence.
+/// A row's position in its sequence, and the blocks that hold the sequence.
 #[derive(Debug, Clone, Copy)]
 pub struct KvSlot<'a> {
     /// The token's position, counted from 0.
     pub position: u32,
-    /// The sequence's block table: `blocks[p / 16]` holds position `p`, as far as the row sees it. Other entries may be
-    /// anything.
+    /// The sequence's block table: `blocks[p / 16]` holds position `p`, for every `p` that the row attends to. Other
+    /// entries are not read.
     pub blocks: &'a [u32],
 }
 
@@ -132,14 +132,14 @@ impl<E: Element> Lines<E> {
         ((block * layers + layer) * kv_heads + head) * (self.shape.key_lines() + self.shape.value_lines())
     }
 
-    /// Where values come from.
+    /// Source of the values.
     #[inline(always)]
     pub(crate) fn values(&self) -> KvValues {
         self.shape.values
     }
 
-    /// Keys (lines of sixteen positions, one per element that is no value's) and values (sixteen positions of whole
-    /// lines).
+    /// Keys (one line of sixteen positions per element that is not a value's) and values (sixteen positions, each of
+    /// whole lines).
     #[inline(always)]
     pub(crate) fn head(&self, block: usize, layer: usize, head: usize) -> (&[[E; LANES]], &[[E; LANES]]) {
         let start = self.start(block, layer, head);
@@ -185,12 +185,13 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// A cache of `blocks` blocks. Keys and values are rounded when they are written, if the compute says so.
-    /// Memory becomes resident as blocks are used.
+    /// A cache of `blocks` blocks. Keys and values are rounded when they are written, if `compute` rounds. Memory
+    /// becomes resident as blocks are used.
     ///
     /// # Errors
-    /// [`KernelError::Size`] if a size is zero or above what u32 counts, or values longer than the keys that they end;
-    /// [`KernelError::TooLarge`] or [`KernelError::OutOfMemory`] if there cannot be so many blocks.
+    /// [`KernelError::Size`] if a size is zero or above what u32 counts, or where values are longer than the keys whose
+    /// ends they are; [`KernelError::TooLarge`] or [`KernelError::OutOfMemory`] if `blocks` blocks do not fit into
+    /// memory.
     pub fn new(shape: KvShape, blocks: usize, compute: Compute) -> Result<Self, KernelError> {
         let KvShape { layers, kv_heads, head_dim, value_dim, values } = shape;
         for (field, value) in [
@@ -222,7 +223,7 @@ impl KvCache {
         self.blocks
     }
 
-    /// What the cache holds per position.
+    /// Shape of the cache per position.
     #[must_use]
     pub fn shape(&self) -> KvShape {
         self.shape
@@ -237,8 +238,7 @@ impl KvCache {
         }
     }
 
-    /// Bytes of one block of a cache of this shape, `usize::MAX` if that cannot be counted: what a memory budget is
-    /// divided by.
+    /// Bytes of one block of a cache of this shape, `usize::MAX` if that overflows: the divisor of a memory budget.
     #[must_use]
     pub fn bytes_per_block(shape: KvShape, compute: Compute) -> usize {
         let line = match compute {
@@ -270,7 +270,7 @@ impl KvCache {
         }
     }
 
-    /// Asserts that `layer` and everything from the first position that a row looks at to its own lies in the cache.
+    /// Asserts that `layer`, and of every row the positions from `first(position)` to its own, lie in the cache.
     pub(crate) fn check(&self, layer: usize, rows: &[KvSlot<'_>], first: impl Fn(u32) -> u32) {
         assert!(
             layer < self.shape.layers,

@@ -8,9 +8,9 @@
 //! - **Canonical order of a linear.** An output is a running total over 32-wide blocks of K in ascending order. Inside
 //!   a block the even and the odd products are accumulated apart, each from +0.0, in ascending order, with a fused
 //!   multiply-add in f32; the block is even + odd; K is padded with zeros to a whole block.
-//! - **Order of [`Bf16Pairs`](muster_types::Compute::Bf16Pairs)**, for linears on bf16 weights: a running total over the pairs of K in ascending
-//!   order; of each pair the odd product is added first, then the even one, each with a fused multiply-add in f32; K is
-//!   padded as above.
+//! - **Order of [`Bf16Pairs`](muster_types::Compute::Bf16Pairs)**, for linears on bf16 weights: a running total over
+//!   the pairs of K in ascending order; of each pair the odd product is added first, then the even one, each with a
+//!   fused multiply-add in f32; K is padded as above.
 //! - Weights are packed once, when they are loaded, into the layout that the kernels read ([`Matrix`]).
 //! - Linears, and what an expert does between its linears, flush subnormal numbers: each operation reads them as zero
 //!   and gives zero of the same sign instead of one. Hardware with the canonical order does so, whatever the

@@ -1,7 +1,8 @@
 //! One weight applied to rows.
 //!
 //! What must hold: an output element is computed whole by one task in the canonical order (see the crate's
-//! documentation), so rows, threads and splits never show. It does not know what the weight is for.
+//! documentation), so it depends neither on other rows nor on threads and splits. It does not know what the weight is
+//! for.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -20,10 +21,10 @@ use crate::simd::{LANES, Simd, load_part, store_part};
 use crate::tile::{Dense, Rows, Sink, Work, panels_per_task, rows_per_task};
 use muster_types::Compute;
 
-/// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten. A quantised weight reads `x` quantised
-/// in its turn, into memory of the call's own.
+/// `out[r] = w · x[r]`: `x` is `[rows, k]`, `out` is `[rows, n]` and overwritten. For a quantised weight, `x` is
+/// quantised into a buffer of the call.
 ///
-/// `x` is given as the linear shall read it: where `compute` rounds, it holds bf16 values already.
+/// `x` is rounded by the caller: where `compute` rounds, it holds bf16 values.
 ///
 /// # Panics
 /// If `x` or `out` does not fit the weight and each other.
@@ -40,7 +41,7 @@ pub fn linear(cpu: &Cpu, w: &Matrix, x: &[f32], compute: Compute, out: &mut [f32
     }
 }
 
-/// Of weights that are bf16 values.
+/// [`linear`] on weights that are bf16 values.
 fn run_bf16<B: Paired>(
     cpu: &Cpu,
     w: &Matrix,
@@ -96,7 +97,7 @@ fn run_bytes<B: quant::Block>(cpu: &Cpu, w: &Matrix, weights: &Panels<B>, x: &[f
     });
 }
 
-/// Shares out `rows` rows times all panels: `task` takes some rows, some panels and where its results go.
+/// Shares out `rows` rows times all panels: `task` takes a range of rows, a range of panels and their destination.
 fn over_tasks(
     cpu: &Cpu,
     w: &Matrix,

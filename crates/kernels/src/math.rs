@@ -8,7 +8,7 @@ use crate::isa::Isa;
 use crate::kernel::{Kernel, run_on};
 use crate::simd::{Arith, LANES, Scalar, Simd, lanes, padded, tree_max, tree_sum};
 
-/// Adding and subtracting it rounds a number below 2^22 to the nearest integer, ties to even.
+/// Rounding constant: adding and subtracting it rounds a number below 2^22 to the nearest integer, ties to even.
 const ROUND: f32 = 12_582_912.0;
 /// Natural logarithm of 2 in two parts; the first has trailing zeros enough that small multiples are exact.
 const LN_2_HIGH: f32 = 355.0 / 512.0;
@@ -33,7 +33,7 @@ pub(crate) fn exp_lanes<A: Arith>(s: A, x: A::V) -> A::V {
     s.mul(s.mul(y, s.pow2(half)), s.pow2(s.sub(n, half)))
 }
 
-/// [`exp`] for a body that is being compiled for an instruction set already.
+/// [`exp`] for use inside a kernel body.
 #[inline(always)]
 pub(crate) fn exp_scalar(x: f32) -> f32 {
     exp_lanes(Scalar, x)
@@ -93,7 +93,7 @@ pub fn sigmoid(x: f32) -> f32 {
     run_on(Isa::detect(), OfScalar::Sigmoid(x))
 }
 
-/// `x / (1 + exp(-x))`. NaN at negative infinity, as the usual frameworks have it: an overflow should stay visible.
+/// `x / (1 + exp(-x))`. NaN at negative infinity, as in the usual frameworks: an overflow stays visible.
 #[must_use]
 pub fn silu(x: f32) -> f32 {
     run_on(Isa::detect(), OfScalar::Silu(x))

@@ -1,8 +1,8 @@
 //! A weight packed for the kernels.
 //!
 //! What must hold: the packed bytes depend on the weight and its [`Packing`] alone, not on the instruction set, and a
-//! matrix made of the bytes of another is that matrix. They are little-endian, as every machine is that this crate runs
-//! on. [`crate::panels`] says where an element lies.
+//! matrix made from the bytes of another equals it. Bytes are little-endian, as are all machines that this crate
+//! supports. [`crate::panels`] says where an element lies.
 
 use std::fmt;
 
@@ -26,7 +26,7 @@ pub(crate) enum Elements {
     Mxfp4(Panels<Mxfp4Block>),
 }
 
-/// Does the same with panels of any kind.
+/// Evaluates an expression with panels of any kind.
 macro_rules! of_any {
     ($elements:expr, $panels:ident => $value:expr) => {
         match $elements {
@@ -80,20 +80,22 @@ impl Matrix {
         Ok(Self { n, k, elements: Elements::F32(panels) })
     }
 
-    /// Packs a row-major weight `[n, k]` in MXFP4: `blocks` holds its codes, two to a byte and the lower half first, and
-    /// `scales` one exponent for every 32 inputs of a row. Linears give the bits that they give on the same values in bf16.
+    /// Packs a row-major weight `[n, k]` in MXFP4: `blocks` holds its codes, two to a byte and the lower half first,
+    /// and `scales` one exponent for every 32 inputs of a row. Linears give the bits that they give on the same values
+    /// in bf16.
     ///
     /// # Errors
-    /// As for [`Matrix::pack_bf16`], and if `k` is no multiple of 32; [`KernelError::Scales`] and [`KernelError::Scale`].
+    /// As for [`Matrix::pack_bf16`], and if `k` is no multiple of 32; [`KernelError::Scales`] and
+    /// [`KernelError::Scale`].
     pub fn pack_mxfp4(n: usize, k: usize, blocks: &[u8], scales: &[u8]) -> Result<Self, KernelError> {
         Ok(Self { n, k, elements: Elements::Mxfp4(Panels::of_codes(n, k, blocks, scales)?) })
     }
 
-    /// Packs a row-major f32 weight `[n, k]`, rounded to what `packing` can hold.
+    /// Packs a row-major f32 weight `[n, k]`, rounded to `packing`.
     ///
     /// # Errors
-    /// As for [`Matrix::pack_bf16`]; [`KernelError::NonFinite`] where it is rounded to few bits, and
-    /// [`KernelError::Unrounded`] of MXFP4, which is only taken as it is published.
+    /// As for [`Matrix::pack_bf16`]; [`KernelError::NonFinite`] for a weight to be quantised that is not finite, and
+    /// [`KernelError::Unrounded`] for MXFP4, which is only packed as published.
     pub fn round_f32(packing: Packing, n: usize, k: usize, w: &[f32]) -> Result<Self, KernelError> {
         match packing {
             Packing::F32 => Self::pack_f32(n, k, w),
@@ -108,7 +110,7 @@ impl Matrix {
         }
     }
 
-    /// Packs a row-major bf16 weight `[n, k]`, rounded to what `packing` can hold.
+    /// Packs a row-major bf16 weight `[n, k]`, rounded to `packing`.
     ///
     /// # Errors
     /// As for [`Matrix::round_f32`].
@@ -143,8 +145,7 @@ impl Matrix {
     /// The matrix `[n, k]` with these packed bytes.
     ///
     /// # Errors
-    /// [`KernelError::Packed`] when they are not as many as there must be or have a value that is not finite; and when
-    /// memory is short.
+    /// [`KernelError::Packed`] when their number is wrong or a value is not finite; [`KernelError::OutOfMemory`].
     pub fn from_packed(packing: Packing, n: usize, k: usize, bytes: &[u8]) -> Result<Self, KernelError> {
         let refused = || KernelError::Packed { n, k, bytes: bytes.len() };
         if Self::packed_bytes(packing, n, k) != Some(bytes.len()) {
@@ -160,8 +161,7 @@ impl Matrix {
         Ok(Self { n, k, elements: elements.ok_or_else(refused)? })
     }
 
-    /// Bytes of a packed weight `[n, k]`, padding included; `None` when there is no such weight or its bytes cannot be
-    /// counted.
+    /// Bytes of a packed weight `[n, k]`, padding included; `None` when there is no such weight or its size overflows.
     #[must_use]
     pub fn packed_bytes(packing: Packing, n: usize, k: usize) -> Option<usize> {
         if n == 0 || k == 0 || (packing == Packing::Mxfp4 && !k.is_multiple_of(BLOCK_K)) {
@@ -180,7 +180,7 @@ impl Matrix {
         n.div_ceil(LANES).checked_mul(k.div_ceil(depth))?.checked_mul(block)
     }
 
-    /// How the elements are stored.
+    /// Packing of the elements.
     #[must_use]
     pub const fn packing(&self) -> Packing {
         match &self.elements {
@@ -192,7 +192,7 @@ impl Matrix {
         }
     }
 
-    /// The packed weight; as many bytes as [`Matrix::packed_bytes`] says.
+    /// The packed weight, [`Matrix::packed_bytes`] long.
     #[must_use]
     pub fn packed(&self) -> &[u8] {
         of_any!(&self.elements, panels => panels.blocks.as_bytes())
@@ -356,7 +356,7 @@ mod tests {
             assert!(Matrix::from_packed(packing, 170, k, bytes).is_err());
             assert!(Matrix::from_packed(packing, 0, k, &[]).is_err());
             assert!(Matrix::from_packed(packing, usize::MAX, usize::MAX, bytes).is_err());
-            // A NaN wherever it can be.
+            // NaN in every place that can hold one.
             let bad = vec![0xff; bytes.len()];
             let text = Matrix::from_packed(packing, 17, k, &bad).unwrap_err().to_string();
             assert!(text.contains("not finite"), "{text}");

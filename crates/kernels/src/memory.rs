@@ -1,9 +1,9 @@
-//! Zeroed, cache-line aligned memory for weights and keys and values.
+//! Zeroed, cache-line aligned memory for weights, keys and values.
 //!
-//! What must hold: the memory is zero and not resident until it is touched; refusal is an error, not an abort; what is
-//! given back is used again or returned to the system. Buffers lie side by side in chunks of whole huge pages, because
-//! an expert's matrix alone is often too small for one, and filling memory page by page costs more than packing. It
-//! knows nothing of what is stored.
+//! What must hold: the memory is zero and not resident until it is touched; a failed allocation is an error, not an
+//! abort; freed memory is used again or returned to the system. Buffers lie side by side in chunks of whole huge pages,
+//! because an expert's matrix is often smaller than a huge page, and filling memory page by page costs more than
+//! packing. It does not know the contents.
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -11,17 +11,17 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::error::KernelError;
 
-/// What the system's huge pages are multiples of on the machines we know.
+/// Unit of huge pages: their size on supported systems is a multiple of it.
 const HUGE: usize = 2 << 20;
-/// Memory that small buffers share.
+/// Bytes of a chunk, shared by small buffers.
 const CHUNK: usize = 32 << 20;
-/// Buffers from here on have a mapping of their own.
+/// Smallest buffer with a mapping of its own, bytes.
 const LARGE: usize = CHUNK / 4;
 
 /// Bytes of a cache line, and of sixteen f32 lanes.
 const ALIGN: usize = 64;
 
-/// Types for which any bytes are a value, zeros among them.
+/// Types for which any bytes are a valid value.
 ///
 /// # Safety
 /// Any bytes must be a valid value, there must be no padding and no drop glue, and the alignment must be at most 64.
@@ -67,7 +67,7 @@ impl<T: Zeroed> Buffer<T> {
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.bytes()) }
     }
 
-    /// The elements' bytes, to be changed at will.
+    /// The elements' bytes, mutable.
     pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
         let bytes = self.bytes();
         // SAFETY: as for `as_bytes`; any bytes are elements, and the borrow is unique.
@@ -82,7 +82,7 @@ impl<T> Buffer<T> {
     }
 }
 
-/// Bytes set aside for so many.
+/// Bytes allocated for a buffer of `bytes` bytes; `None` if that overflows.
 fn room(bytes: usize) -> Option<usize> {
     let unit = if bytes >= LARGE { HUGE } else { ALIGN };
     bytes.max(1).checked_next_multiple_of(unit).filter(|room| isize::try_from(*room).is_ok())
@@ -138,7 +138,7 @@ struct Chunk {
 // SAFETY: a chunk owns its mapping; no thread has a claim on it.
 unsafe impl Send for Chunk {}
 
-/// A part of a chunk that nobody has.
+/// A free part of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Free {
     at: usize,
@@ -148,7 +148,7 @@ struct Free {
 }
 
 impl Heap {
-    /// `room` zero bytes from the first place that has them.
+    /// Allocates `room` zero bytes, first fit.
     fn take(&mut self, room: usize) -> Option<NonNull<u8>> {
         if let Some(start) = self.chunks.iter_mut().find_map(|chunk| chunk.take(room)) {
             return Some(start);
@@ -190,7 +190,7 @@ impl Chunk {
         // SAFETY: `at + room` lies within the chunk.
         let start = unsafe { self.start.add(at) };
         if !fresh {
-            // SAFETY: this part of the mapping belongs to nobody else.
+            // SAFETY: no other buffer holds this part of the mapping.
             unsafe { start.write_bytes(0, room) };
         }
         Some(start)
@@ -211,8 +211,8 @@ impl Chunk {
     }
 }
 
-/// Maps zero bytes at a multiple of [`HUGE`] and asks for huge pages; a system that has none says no, and that is
-/// fine. `None` if there is no room.
+/// Maps zero bytes at a multiple of [`HUGE`] and advises huge pages, which a system may ignore. `None` if memory is
+/// short.
 fn map(bytes: usize) -> Option<NonNull<u8>> {
     let wide = bytes.checked_add(HUGE)?;
     let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -239,7 +239,7 @@ fn map(bytes: usize) -> Option<NonNull<u8>> {
 }
 
 /// # Safety
-/// The range must be mapped by [`map`] and used by nobody.
+/// The range must be mapped by [`map`] and not in use.
 unsafe fn unmap(start: NonNull<u8>, bytes: usize) {
     // SAFETY: the caller's promise. It fails only for ranges that are no pages.
     unsafe { libc::munmap(start.as_ptr().cast(), bytes) };

@@ -1,11 +1,11 @@
-//! Weights in MXFP4 as they are published: codes of four bits (e2m1), and a scale of eight bits (e8m0) for every 32
-//! inputs of a row.
+//! Weights in MXFP4 as published: codes of four bits (e2m1), and a scale of eight bits (e8m0) for every 32 inputs of a
+//! row.
 //!
 //! What must hold: a weight is its code's number times `2^(scale - 127)`, which is a bf16 value, and a linear gives the
-//! bits that it gives on the same values in bf16: blocks become those of a bf16 panel right before they are multiplied,
-//! in memory so small that it stays in the innermost cache. Two things are settled when a weight is packed: scales above
-//! [`MOST_SCALE`] are refused, and a weight below the least normal number, which linears read as zero, becomes zero. It
-//! does not know how products are added.
+//! bits that it gives on the same values in bf16: blocks are decoded to those of a bf16 panel right before they are
+//! multiplied, into a buffer that stays in the innermost cache. Packing enforces two rules: scales above [`MOST_SCALE`]
+//! are refused, and a weight below the least normal number, which linears read as zero, becomes zero. It does not know
+//! how products are added.
 
 use crate::convert::bf16_to_f32;
 use crate::e2m1::{LINES, decode};
@@ -14,7 +14,7 @@ use crate::memory::Zeroed;
 use crate::panels::{BLOCK_K, Bf16Block, Packed, Panels, Place, Stored, check_shape};
 use crate::simd::{LANES, Simd};
 
-/// The scale above which the greatest code, 6, is no bf16 value.
+/// The greatest scale with which the greatest code, 6, is a bf16 value.
 pub(crate) const MOST_SCALE: u8 = 252;
 
 /// 32 input features by 16 output features.
@@ -33,7 +33,7 @@ unsafe impl Zeroed for Mxfp4Block {}
 
 const _: () = assert!(size_of::<Mxfp4Block>() == 17 * 16 && LINES * 8 == BLOCK_K);
 
-/// Where input `k` of a block is: its line, and how far its word is to be shifted.
+/// Place of input `k` in a block: its line, and the shift of its code in the word.
 fn place(k: usize) -> (usize, usize) {
     (k / 8, k % 2 * 16 + k % 8 / 2 * 4)
 }

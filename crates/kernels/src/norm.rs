@@ -1,17 +1,17 @@
 //! RMS and layer normalisation of rows.
 //!
-//! What must hold: RMS gives `(x * (1 / sqrt(mean(x²) + eps))) * weight`; a layer's gives
-//! `(d * (1 / sqrt(mean(d²) + eps))) * weight + bias` with `d = x - mean(x)`. Squares are added with fused multiply-add and
-//! numbers with plain additions, in sixteen lanes (element i in lane i % 16, ascending), and the lanes by a fixed tree;
-//! every other operation, square root and divisions too, is rounded once. A row whose squares overflow becomes NaN, as one that
-//! is not finite does. It does not round to bf16; callers do.
+//! What must hold: RMS gives `(x * (1 / sqrt(mean(x²) + eps))) * weight`; a layer's gives `(d * (1 / sqrt(mean(d²) +
+//! eps))) * weight + bias` with `d = x - mean(x)`. Squares are added with fused multiply-add and numbers with plain
+//! additions, in sixteen lanes (element i in lane i % 16, ascending), and the lanes by a fixed tree; every other
+//! operation, square root and divisions too, is rounded once. A row that is not finite, or whose squares overflow,
+//! becomes NaN. It does not round to bf16; callers do.
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
 use crate::kernel::{Kernel, run_on};
 use crate::simd::{LANES, Simd, lanes, padded, tree_sum};
 
-/// Rows that one task takes.
+/// Rows per task.
 const ROWS_PER_TASK: usize = 4;
 
 /// Normalises the rows of `x` (each as long as `weight`) into `out`.
@@ -88,7 +88,7 @@ impl Kernel for Row<'_> {
     }
 }
 
-/// Added up as the module says.
+/// A sum in the order given above.
 #[inline(always)]
 fn sum_of_squares<S: Simd>(s: S, chunks: &[[f32; LANES]], rest: &[f32]) -> f32 {
     let mut squares = s.splat(0.0);
@@ -101,8 +101,7 @@ fn sum_of_squares<S: Simd>(s: S, chunks: &[[f32; LANES]], rest: &[f32]) -> f32 {
     tree_sum(lanes(s, squares))
 }
 
-/// What a row is scaled by. Squares that overflow give NaN: a factor of zero would make zeros of the row, as if nothing were
-/// wrong with it.
+/// Scale of a row. Squares that overflow give NaN: a factor of zero would hide the overflow in a row of zeros.
 #[inline(always)]
 fn inverse_root(mean: f32) -> f32 {
     let factor = 1.0 / mean.sqrt();

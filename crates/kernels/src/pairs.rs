@@ -1,7 +1,7 @@
 //! Linears whose weights and inputs are both bf16, the inputs packed in pairs as the weights are.
 //!
 //! What must hold: a [`DotOrder`] gives each output element one fixed order of operations, whatever the rows and panels
-//! around it. It does not know where rows come from nor what becomes of results; [`Sink`] does.
+//! around it. It does not know where rows come from nor where results go; [`Sink`] does.
 
 use std::ops::Range;
 
@@ -25,7 +25,7 @@ pub(crate) fn words_per_row(k: usize) -> usize {
 #[repr(C, align(64))]
 struct Line([u32; LANES]);
 
-/// Memory for packed rows, grown to the largest use. Between uses its content means nothing.
+/// Memory for packed rows, grown to the largest use. Its content between uses is meaningless.
 #[derive(Debug, Default)]
 pub(crate) struct PairBuffer(Vec<Line>);
 
@@ -45,7 +45,7 @@ impl PairBuffer {
     }
 }
 
-/// Rows of pairs that follow each other, with memory for [`SPARE_ROWS`] more behind them.
+/// Consecutive rows of pairs, with memory for [`SPARE_ROWS`] more behind them.
 #[derive(Clone, Copy)]
 pub(crate) struct PairRows<'a> {
     pub(crate) words: &'a [u32],
@@ -105,18 +105,18 @@ pub(crate) struct PairWork<'a, B, K, const M: usize> {
     pub(crate) panels: Range<usize>,
 }
 
-/// Weights that are multiplied as bf16 blocks.
+/// Weights multiplied as bf16 blocks.
 pub(crate) trait Paired: Stored<Block = Bf16Block> {}
 
 impl<B: Stored<Block = Bf16Block>> Paired for B {}
 
-/// An order of operations, and how it is carried out.
+/// An order of operations and its implementation.
 pub(crate) trait DotOrder: Copy + Sync {
-    /// Computes it all.
+    /// Computes all of `work`.
     fn run<S: Simd, B: Paired, K: Sink<M>, const M: usize>(self, s: S, work: &PairWork<'_, B, K, M>);
 }
 
-/// Work in an order.
+/// Work in one order.
 pub(crate) struct PairTask<'a, E, B, K, const M: usize>(pub(crate) E, pub(crate) PairWork<'a, B, K, M>);
 
 impl<E: DotOrder, B: Paired, K: Sink<M>, const M: usize> Kernel for PairTask<'_, E, B, K, M> {
@@ -163,7 +163,7 @@ impl DotOrder for InPairs {
 }
 
 impl<B: Paired, K: Sink<M>, const M: usize> PairWork<'_, B, K, M> {
-    /// All rows times `C` panels of each matrix. K is cut as in [`crate::tile`], for the same reason.
+    /// All rows times `C` panels of each matrix. K is cut into chunks as in [`crate::tile`], for the same reason.
     #[inline(always)]
     fn by_chunks<S: Simd, const C: usize>(&self, s: S, panel: usize) {
         let stored = panels_at::<B, M, C>(self.weights, panel);
@@ -190,7 +190,7 @@ impl<B: Paired, K: Sink<M>, const M: usize> PairWork<'_, B, K, M> {
     }
 
     /// Adds some blocks of K to the totals of all rows, as many rows at a time as the registers hold. The first of the
-    /// weights is block `first` of K; what follows the blocks is fetched where `FETCH` says so.
+    /// weights is block `first` of K; `FETCH` prefetches the blocks that follow.
     #[inline(always)]
     fn by_rows<S: Simd, const C: usize, const FETCH: bool>(
         &self,

@@ -3,8 +3,8 @@
 //! What must hold: a panel is sixteen output features; it is a run of blocks of some input features; both sizes are
 //! padded with zeros. A bf16 block holds sixteen lines, one per pair of input features, each with the sixteen outputs'
 //! pairs (the even feature in the low half). That is also the layout of AMX's B operand. An f32 block holds 32 lines,
-//! one per input feature; [`crate::quant`] has the quantised ones, [`crate::mxfp4`] those that become bf16 blocks when
-//! they are used. It does not know how the products are added; [`crate::tile`] does.
+//! one per input feature; [`crate::quant`] has the quantised ones, [`crate::mxfp4`] those that are decoded to bf16
+//! blocks for use. It does not know how the products are added; [`crate::tile`] does.
 
 use crate::error::KernelError;
 use crate::memory::{Buffer, Zeroed};
@@ -18,17 +18,17 @@ pub(crate) type Bf16Block = [[u32; LANES]; BLOCK_K / 2];
 /// A block of an f32 panel.
 pub(crate) type F32Block = [[f32; LANES]; BLOCK_K];
 
-/// 32 input features by 16 output features of a weight, as they are kept.
+/// 32 input features by 16 output features of a weight, as stored.
 pub(crate) trait Stored: Zeroed + Send + Sync {
-    /// As what they are multiplied.
+    /// The block that it is decoded to for multiplication.
     type Block: Block;
-    /// The blocks themselves, if they are multiplied as they are.
+    /// The blocks themselves, if they need no decoding.
     fn plain(blocks: &[Self]) -> Option<&[Self::Block]>;
-    /// Writes the block as it is multiplied.
+    /// Decodes the block for multiplication.
     fn decode<S: Simd>(&self, s: S, to: &mut Self::Block);
 }
 
-/// A block that is multiplied as it is.
+/// A block ready for multiplication.
 pub(crate) trait Block: Zeroed + Send + Sync {
     /// A block of zeros.
     const ZERO: Self;
@@ -64,7 +64,7 @@ impl Block for F32Block {
     }
 }
 
-/// A block as it is handed from one process to another.
+/// A block as sent from one process to another.
 pub(crate) trait Packed: Zeroed {
     /// Its input features.
     const DEPTH: usize;
@@ -96,7 +96,7 @@ impl Packed for F32Block {
     }
 }
 
-/// The panels of one element type, which are as long as each other.
+/// Panels of one element type and one length.
 pub(crate) struct Panels<B> {
     pub(crate) blocks: Buffer<B>,
     pub(crate) per_panel: usize,
@@ -143,7 +143,7 @@ pub(crate) fn check_shape(n: usize, k: usize, found: usize) -> Result<(), Kernel
     Ok(())
 }
 
-/// Where a block lies in the row-major weight.
+/// Place of a block in the row-major weight.
 pub(crate) struct Place {
     pub(crate) first_n: usize,
     pub(crate) n: usize,
@@ -161,14 +161,14 @@ impl Place {
 }
 
 impl<B: Packed> Panels<B> {
-    /// Row `n` of the weight, widened, with whatever rounding it has.
+    /// Row `n` of the packed weight, widened, rounding errors included.
     pub(crate) fn row(&self, n: usize, out: &mut [f32]) {
         for (part, block) in out.chunks_mut(B::DEPTH).zip(self.panel(n / LANES)) {
             part.iter_mut().enumerate().for_each(|(k, value)| *value = block.weight(k, n % LANES));
         }
     }
 
-    /// Panels of these bytes, which are whole blocks; `None` when one has a value that is not finite.
+    /// Panels from `bytes`, which are whole blocks; `None` when one has a value that is not finite.
     pub(crate) fn of_bytes(k: usize, bytes: &[u8]) -> Result<Option<Self>, KernelError> {
         let mut blocks: Buffer<B> = Buffer::zeroed("weight", bytes.len() / size_of::<B>())?;
         blocks.as_bytes_mut().copy_from_slice(bytes);

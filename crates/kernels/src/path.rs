@@ -1,11 +1,11 @@
-//! Which way a linear on bf16 weights takes, by what its bits must be and what the machine has.
+//! Choice of the path of a linear on bf16 weights, by the required order and the instruction set.
 
 use muster_types::Compute;
 
 use crate::amx::{Hardware, InTiles};
 use crate::isa::Isa;
 
-/// How a linear on bf16 weights is computed.
+/// Paths of a linear on bf16 weights.
 pub(crate) enum Path {
     /// On f32 inputs, in lanes.
     Lanes,
@@ -16,7 +16,7 @@ pub(crate) enum Path {
     Tiles(InTiles<Hardware>),
 }
 
-/// The path that gives what `compute` asks for. The caller has checked that the machine has `isa`.
+/// The path for the order of `compute`. The caller has checked that the machine has `isa`.
 pub(crate) fn path(isa: Isa, compute: Compute) -> Path {
     match (compute, isa) {
         (Compute::Bf16Pairs, _) => Path::Pairs,

@@ -1,9 +1,9 @@
-//! Threads that share the tasks of one call after another, with next to nothing in between.
+//! Threads that share the tasks of one call after another, with minimal overhead between calls.
 //!
-//! What must hold: every task of a call runs exactly once; a call returns, or unwinds, only when none of its tasks
-//! runs any more; a helper that wakes late, is preempted or sleeps delays nobody but the task it has taken. Between
-//! calls a helper polls for a while before it sleeps, because waking a sleeping thread takes longer than most calls
-//! do; while it polls it offers its core to others. It does not know what the tasks compute.
+//! What must hold: every task of a call runs exactly once; a call returns, or unwinds, only when none of its tasks runs
+//! any more; a helper that wakes late, is preempted or sleeps delays only the task it has taken. Between calls a helper
+//! polls for a while before it sleeps, because waking a sleeping thread takes longer than most calls; while it polls it
+//! yields its core to other threads. It does not know what the tasks compute.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -13,32 +13,32 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How long a helper polls for the next call before it sleeps. Longer than what lies between two calls of a step.
+/// How long a helper polls for the next call before it sleeps. Longer than the time between two calls of a step.
 const POLL_FOR: Duration = Duration::from_micros(300);
-/// Polls that only pause; after them each poll offers the core to another thread.
+/// Polls that only pause; each later poll yields the core to another thread.
 const PAUSES: u32 = 64;
-/// Offers between two looks at the clock.
+/// Yields between two readings of the clock.
 const OFFERS_PER_LOOK: u32 = 16;
 
-/// Tasks of the largest call.
+/// Most tasks of a call.
 pub(crate) const MAX_TASKS: usize = u32::MAX as usize;
 
 /// Helping threads; the caller of [`Pool::run`] is one more.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
-    /// Held by the call that has the helpers; another call at the same time does its tasks alone.
+    /// Lock on the helpers: a concurrent call that does not get it runs its tasks alone.
     turn: Mutex<()>,
     threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
-    /// The number of the call in the high half, its tasks that nobody has taken yet in the low half.
+    /// Number of the call in the high half, count of its untaken tasks in the low half.
     open: AtomicU64,
-    /// The call that `open` speaks of.
+    /// The call in `open`.
     job: UnsafeCell<Option<Job>>,
     /// Tasks of the call that have ended.
     ended: AtomicUsize,
-    /// What the first task that panicked said.
+    /// Payload of the first task's panic.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     /// One per helper: set while it sleeps or is about to.
     asleep: Vec<AtomicBool>,
@@ -85,7 +85,7 @@ impl Pool {
     /// If a task does, once no other runs; or if there are more than [`MAX_TASKS`].
     pub(crate) fn run(&self, tasks: usize, helpers: usize, task: &(dyn Fn(usize) + Sync)) {
         assert!(tasks <= MAX_TASKS, "{tasks} tasks in one call");
-        // Held while it unwinds from a task's panic, hence perhaps poisoned, but nothing is half done then.
+        // Held while a task's panic unwinds, hence perhaps poisoned; the state is whole even then.
         let turn = match self.turn.try_lock() {
             Ok(turn) => Some(turn),
             Err(std::sync::TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
@@ -117,7 +117,7 @@ impl Drop for Pool {
         self.shared.stop.store(true, Ordering::SeqCst);
         for thread in self.threads.drain(..) {
             thread.thread().unpark();
-            // A helper catches what its tasks panic with, so it has nothing to say.
+            // A helper catches the panics of its tasks, so `join` reports none.
             let _ = thread.join();
         }
     }
@@ -139,10 +139,10 @@ impl Shared {
         // SAFETY: only the lifetime is forgotten; the call does not end before the last task has.
         let task: *const (dyn Fn(usize) + Sync + 'static) =
             unsafe { std::mem::transmute(std::ptr::from_ref(task)) };
-        // SAFETY: this call has the turn and the call before has no task left, so nobody reads.
+        // SAFETY: this call has the turn and the call before has no task left, so no thread reads.
         unsafe { *self.job.get() = Some(Job { tasks, task }) };
         self.ended.store(0, Ordering::Relaxed);
-        // Against the helpers' own store-then-load in `sleep`: one side sees the other.
+        // Sequentially consistent with the helpers' store-then-load in `sleep`: one side sees the other.
         self.open.store(u64::from(call) << 32 | tasks as u64, Ordering::SeqCst);
         Call(call)
     }
@@ -188,7 +188,7 @@ impl Shared {
         }
     }
 
-    /// A helper's life.
+    /// Loop of a helper.
     fn help(&self, index: usize) {
         let mut done = Call(0);
         while !self.stop.load(Ordering::SeqCst) {
@@ -276,7 +276,7 @@ mod tests {
             while !asleep() {
                 thread::yield_now();
             }
-            // Ends only if two threads take part.
+            // Returns only if two threads take part.
             let both = Barrier::new(2);
             pool.run(2, 1, &|_| {
                 both.wait();

@@ -1,4 +1,4 @@
-//! Rotary position embedding: pairs of elements of a head turn by an angle that grows with the position.
+//! Rotary position embedding: rotates pairs of elements of a head by an angle that grows with the position.
 //!
 //! What must hold: the angle is the f32 product of position and inverse frequency, as the reference implementation
 //! (transformers' rotary embedding) has it; its sine and cosine are those of exactly that f32, taken in f64 and
@@ -6,7 +6,7 @@
 
 use crate::error::KernelError;
 
-/// Which elements turn together.
+/// Elements of a rotated pair.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum RopePairs {
     /// `i` and `i + dim / 2`.
@@ -16,18 +16,18 @@ pub enum RopePairs {
     Neighbours,
 }
 
-/// What is done to the frequencies of an embedding, for contexts longer than those trained on.
+/// Scaling of an embedding's frequencies, for contexts longer than the one trained on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling<'a> {
-    /// Nothing.
+    /// No scaling.
     None,
-    /// All are divided by this.
+    /// All frequencies are divided by this.
     Linear(f64),
-    /// Slow ones are divided, fast ones stay, those between are mixed by their number.
+    /// Slow frequencies are divided, fast ones stay, those between are mixed by their number.
     Yarn(Yarn),
-    /// Slow ones are divided, fast ones stay, those between are mixed by their wavelength.
+    /// Slow frequencies are divided, fast ones stay, those between are mixed by their wavelength.
     Llama3(Llama3),
-    /// Each is divided by a number of its own.
+    /// Each frequency is divided by a number of its own.
     Each {
         /// One per pair.
         divisors: &'a [f32],
@@ -39,13 +39,13 @@ pub enum RopeScaling<'a> {
 /// YaRN (Peng et al., 2023).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Yarn {
-    /// What slow frequencies are divided by.
+    /// Divisor of slow frequencies.
     pub factor: f64,
     /// Length of the context trained on.
     pub original_context: f64,
-    /// What turns more often than this in that context stays.
+    /// Turns within that context above which a frequency stays.
     pub beta_fast: f64,
-    /// What turns less often than this is divided.
+    /// Turns within that context below which a frequency is divided.
     pub beta_slow: f64,
     /// The bounds between fast, mixed and slow are rounded outwards to whole numbers.
     pub truncate: bool,
@@ -56,17 +56,17 @@ pub struct Yarn {
 /// Llama 3's scaling.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Llama3 {
-    /// What slow frequencies are divided by.
+    /// Divisor of slow frequencies.
     pub factor: f64,
     /// Length of the context trained on.
     pub original_context: f64,
-    /// What turns less often than this in that context is divided.
+    /// Turns within that context below which a frequency is divided.
     pub low: f64,
-    /// What turns more often than this stays.
+    /// Turns within that context above which a frequency stays.
     pub high: f64,
 }
 
-/// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32 unless they are changed.
+/// The inverse frequencies of a rotary embedding, `theta^(-2i/dim)` in f32 unless scaled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
     inverse_frequencies: Vec<f32>,
@@ -79,7 +79,7 @@ impl Rope {
     ///
     /// # Errors
     /// [`KernelError::Theta`] unless `theta` is finite and above zero; [`KernelError::Size`] unless `dim` is even and
-    /// above zero, or where there are divisors, unless there is one per pair.
+    /// above zero, or unless divisors, if any, are one per pair.
     pub fn new(
         theta: f64,
         dim: usize,
@@ -115,7 +115,7 @@ impl Rope {
         Ok(Self { inverse_frequencies, pairs, amplitude })
     }
 
-    /// Elements of a head that are turned.
+    /// Elements of a head that are rotated.
     #[must_use]
     pub fn dim(&self) -> usize {
         self.inverse_frequencies.len() * 2
@@ -141,7 +141,7 @@ impl Rope {
 
 impl Yarn {
     fn frequencies(&self, theta: f64, dim: usize) -> Vec<f32> {
-        // Where a pair that turns so often in the original context would stand.
+        // Index, as a real number, of the pair that turns this often in the original context.
         let place = |turns: f64| {
             let ratio = self.original_context / (turns * 2.0 * std::f64::consts::PI);
             dim as f64 * libm::log(ratio) / (2.0 * libm::log(theta))
@@ -202,7 +202,7 @@ impl Angles {
     }
 }
 
-/// Turns every head of `x` (`[rows, heads * head_dim]`) by its row's angles. Where the embedding's dimension is below
+/// Rotates every head of `x` (`[rows, heads * head_dim]`) by its row's angles. Where the embedding's dimension is below
 /// `head_dim`, the rest of a head stays as it is. Products and sums are rounded one by one.
 ///
 /// # Panics

@@ -9,20 +9,20 @@ use std::ops::Range;
 use crate::panels::{BLOCK_K, Block, Panels, Stored};
 use crate::simd::Simd;
 
-/// Rows that a piece of work may have at most.
+/// Most rows of a piece of work.
 pub(crate) const MAX_ROWS: usize = 64;
 /// Blocks of K whose weights are used for all rows before the next are read: 8 KiB of a bf16 panel.
 pub(crate) const CHUNK_BLOCKS: usize = 8;
-/// The same where blocks are decoded first, into memory that is smaller still.
+/// [`CHUNK_BLOCKS`] where blocks are decoded first, into a smaller buffer.
 pub(crate) const DECODED_BLOCKS: usize = 4;
 
-/// Where a row of inputs is found.
+/// Lookup of input rows.
 pub(crate) trait Rows: Copy {
     /// Inputs of row `index`.
     fn row(&self, index: usize) -> &[f32];
 }
 
-/// Rows that follow each other.
+/// Consecutive rows.
 #[derive(Clone, Copy)]
 pub(crate) struct Dense<'a> {
     pub(crate) x: &'a [f32],
@@ -36,7 +36,7 @@ impl Rows for Dense<'_> {
     }
 }
 
-/// Rows picked from others by number.
+/// Rows picked by number.
 #[derive(Clone, Copy)]
 pub(crate) struct Gathered<'a> {
     pub(crate) from: Dense<'a>,
@@ -50,7 +50,7 @@ impl Rows for Gathered<'_> {
     }
 }
 
-/// What becomes of the results; `M` matrices are read together.
+/// Destination of results; `M` matrices are multiplied together.
 pub(crate) trait Sink<const M: usize> {
     /// Takes one row's sixteen outputs of panel `panel`, one vector per matrix.
     fn put<S: Simd>(&self, s: S, row: usize, panel: usize, values: [S::V; M]);
@@ -66,14 +66,14 @@ pub(crate) struct Work<'a, B, R, K, const M: usize> {
 }
 
 impl<'a, B: Stored, R: Rows, K: Sink<M>, const M: usize> Work<'a, B, R, K, M> {
-    /// Computes it all, with the tile shapes that suit the registers: enough accumulators to hide the latency of a
-    /// multiply-add, and not more than fit.
+    /// Computes all of it, in tiles that suit the registers: enough accumulators to hide the latency of a multiply-add,
+    /// and no more than fit.
     #[inline(always)]
     pub(crate) fn run<S: Simd>(&self, s: S) {
         let mut panel = self.panels.start;
         let end = self.panels.end;
         if S::REGISTERS >= 32 {
-            // One row has two accumulators per panel, so it takes four panels to hide the latency.
+            // One row has two accumulators per panel, so four panels are needed to hide the latency.
             if self.rows.len() == 1 {
                 if M == 1 {
                     while panel + 4 <= end {
@@ -126,7 +126,7 @@ impl<'a, B: Stored, R: Rows, K: Sink<M>, const M: usize> Work<'a, B, R, K, M> {
         }
     }
 
-    /// The same, a chunk's blocks being decoded before they are multiplied.
+    /// All rows times `C` panels of each matrix, with a chunk's blocks decoded before they are multiplied.
     #[inline(always)]
     fn decoding<S: Simd, const T: usize, const C: usize>(&self, s: S, panel: usize, stored: [[&[B]; C]; M]) {
         let blocks = stored[0][0].len();
@@ -139,8 +139,8 @@ impl<'a, B: Stored, R: Rows, K: Sink<M>, const M: usize> Work<'a, B, R, K, M> {
         }
     }
 
-    /// All rows times some blocks of the panels, from and to `carried` (empty: all of K is done at once). The first of the
-    /// weights is block `first` of K; what follows the blocks is fetched where `FETCH` says so.
+    /// All rows times some blocks of the panels, from and to `carried` (empty: all of K is done at once). The first of
+    /// the weights is block `first` of K; `FETCH` prefetches the blocks that follow.
     #[inline(always)]
     fn by_rows<S: Simd, const T: usize, const C: usize, const FETCH: bool>(
         &self,
@@ -204,7 +204,7 @@ impl<'a, B: Stored, R: Rows, K: Sink<M>, const M: usize> Work<'a, B, R, K, M> {
     }
 }
 
-/// Panels `panel..panel + C` of each matrix, those of a matrix beside each other.
+/// Panels `panel..panel + C` of each matrix, grouped by matrix.
 #[inline(always)]
 pub(crate) fn panels_at<B, const M: usize, const C: usize>(
     matrices: [&Panels<B>; M],
@@ -219,7 +219,7 @@ pub(crate) fn panels_at<B, const M: usize, const C: usize>(
     weights
 }
 
-/// The panels themselves, if they are multiplied as they are.
+/// The panels' blocks, if they need no decoding.
 #[inline(always)]
 pub(crate) fn plain<B: Stored, const C: usize, const M: usize>(
     stored: [[&[B]; C]; M],
@@ -242,7 +242,7 @@ impl<B: Block, const C: usize, const M: usize> Decoded<B, C, M> {
         Self([[[B::ZERO; DECODED_BLOCKS]; C]; M])
     }
 
-    /// Blocks `blocks` of the panels, at most [`DECODED_BLOCKS`].
+    /// Decodes blocks `blocks` of the panels, at most [`DECODED_BLOCKS`].
     #[inline(always)]
     pub(crate) fn take<S: Simd, W: Stored<Block = B>>(
         &mut self,
@@ -265,13 +265,13 @@ impl<B: Block, const C: usize, const M: usize> Decoded<B, C, M> {
     }
 }
 
-/// Bytes between a block that is multiplied and the one that is fetched meanwhile.
+/// Prefetch distance, in bytes.
 const FETCH_AHEAD: usize = 8 << 10;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Fetches weights before they are needed: further on in the panel or, behind its end, in the panel that takes its
-/// place. The processor's own prefetching stops at every page and starts anew with every panel.
+/// Prefetches weights further on in the panel or, behind its end, in the panel that is read next. The processor's own
+/// prefetching stops at every page and starts anew with every panel.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead {
     blocks: usize,
@@ -280,21 +280,21 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// For panels of which `together` that lie behind each other are read at a time.
+    /// A prefetcher for panels of which `together` consecutive ones are read at a time.
     #[inline(always)]
     pub(crate) fn new<B, const C: usize, const M: usize>(weights: [[&[B]; C]; M], together: usize) -> Self {
         let blocks = weights[0][0].len();
         Self { blocks, skip: (together - 1) * blocks * size_of::<B>() }
     }
 
-    /// Fetches what will be read where `block` (number `b`) is read now; a sixteenth of it per call.
+    /// Prefetches the successor of `block` (number `b`), a sixteenth of it per call.
     #[inline(always)]
     pub(crate) fn fetch<S: Simd, B>(self, s: S, block: &B, b: usize, sixteenth: usize) {
         let part = size_of::<B>() / (BLOCK_K / 2);
         self.fetch_lines(s, block, b, sixteenth * part, part / LINE);
     }
 
-    /// The same, all of it.
+    /// Prefetches the whole successor of `block` (number `b`).
     #[inline(always)]
     pub(crate) fn fetch_whole<S: Simd, B>(self, s: S, block: &B, b: usize) {
         self.fetch_lines(s, block, b, 0, size_of::<B>().div_ceil(LINE));
@@ -389,13 +389,13 @@ fn add_block<S: Simd, B: Block, const T: usize, const C: usize, const M: usize, 
     }
 }
 
-/// Rows that one task takes: as many as leave its inputs in a core's own cache beside a strip of weights.
+/// Rows per task: as many as keep its inputs in a core's own cache beside a strip of weights.
 pub(crate) fn rows_per_task(k: usize) -> usize {
     (131_072 / k).clamp(16, MAX_ROWS) / 4 * 4
 }
 
-/// Panels that one task takes, out of `panels` in all: several tasks per thread so that they end together, and
-/// whole tiles of four where there are enough.
+/// Panels per task, out of `panels` in all: several tasks per thread, so that threads end together, and whole tiles of
+/// four where there are enough.
 pub(crate) fn panels_per_task(panels: usize, threads: usize) -> usize {
     let share = panels / (threads * 4);
     match share {

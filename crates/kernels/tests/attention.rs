@@ -34,7 +34,7 @@ impl Sequence {
         Self { shape, q, k, v, blocks }
     }
 
-    /// One whose values are the ends of its keys.
+    /// A sequence whose values are the ends of its keys.
     fn ending_in_values(
         numbers: &mut Numbers,
         shape: AttentionShape<'static>,
@@ -51,7 +51,7 @@ impl Sequence {
         self.k.len() / self.kv_width()
     }
 
-    /// Of an output row.
+    /// Width of an output row.
     fn width(&self) -> usize {
         self.shape.heads * self.shape.value_dim
     }
@@ -154,7 +154,7 @@ impl Sequence {
         out.iter().map(|value| value / sum).collect()
     }
 
-    /// One query as the definition has it, in f64.
+    /// One query by the definition, in f64.
     fn exact(&self, position: usize, head: usize) -> Vec<f64> {
         let scores: Vec<f64> = (self.first_visible(position)..=position)
             .map(|at| {
@@ -175,7 +175,7 @@ impl Sequence {
     }
 }
 
-/// A cache whose every element is NaN or infinite until it is written: what a former owner may have left.
+/// A cache whose every element is NaN or infinite until written, like remains of a former owner.
 fn poisoned(shape: &AttentionShape<'_>, blocks: usize, compute: Compute) -> KvCache {
     poisoned_with(KvValues::Apart, shape, blocks, compute)
 }
@@ -209,7 +209,7 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, reach: Reach) -> Attent
     AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, reach, sinks: None }
 }
 
-/// Far below, among and far above the scores, and out of reach.
+/// Sinks far below, among and far above the scores, and infinitely far below.
 const SINKS: [f32; 8] = [0.0, -30.0, 2.5, -1.25, 40.0, f32::NEG_INFINITY, 7.0, 1e30];
 
 fn shapes() -> Vec<AttentionShape<'static>> {
@@ -256,8 +256,8 @@ fn every_instruction_set_follows_the_stated_order() {
     }
 }
 
-/// Shapes of attention whose values are the ends of keys: whole stretches and parts of them, keys that are nothing but a
-/// value, starts within a group of four and within a line, passes of fewer heads than there are.
+/// Shapes of attention whose values are the ends of keys: whole stretches and parts of them, keys that are nothing but
+/// a value, starts within a group of four and within a line, passes of fewer heads than there are.
 fn ending_in_values() -> Vec<AttentionShape<'static>> {
     let widths = [(576, 512), (192, 128), (36, 20), (37, 33), (150, 129), (143, 141), (20, 20), (7, 1)];
     let reaches = [Reach::All, last(9), chunk(7), chunk(40), last(16)];
@@ -298,7 +298,7 @@ fn values_held_as_the_ends_of_keys_give_the_bits_of_values_apart() {
             for cpu in cpus() {
                 let name = format!("{} {shape:?} {compute:?}", cpu.isa());
                 assert_same(&first.attend(&cpu, &ends, 0..53), &in_order, &name);
-                // Rows of two sequences in one call, some of which look at a block that others have passed.
+                // Rows of two sequences in one call, some of which see a block that is behind the window of others.
                 for parts in [
                     [(&first, 52..53), (&other, 39..40), (&first, 3..5)],
                     [(&other, 0..40), (&first, 17..18), (&first, 30..53)],
@@ -408,7 +408,7 @@ fn a_block_that_a_row_sees_must_be_there() {
     let mut sequence = Sequence::new(&mut Numbers(26), shape, 60, vec![0, 3, 2, 1]);
     let mut kv = poisoned(&shape, 4, Compute::F32);
     sequence.write(&mut kv, 0..60);
-    // Position 50 sees from 31 on.
+    // Position 50 attends to positions from 31 on.
     sequence.blocks[1] = u32::MAX;
     sequence.attend(&cpu(1, Isa::detect()), &kv, 50..51);
 }

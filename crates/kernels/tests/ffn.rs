@@ -6,7 +6,7 @@ use common::{CLAMPED, MODES, Numbers, assert_same, bf16_bits, cpu, cpus, gated, 
 use muster_kernels::{Biases, Expert, ExpertRows, FfnScratch, Isa, KernelError, Matrix, grouped_ffn};
 use muster_types::{Compute, Gating};
 
-/// An expert and its weights as they were.
+/// An expert and its weights before packing.
 struct Known {
     expert: Expert,
     gate: Vec<f32>,
@@ -112,7 +112,7 @@ fn activations_and_biases_follow_their_order_on_every_instruction_set() {
     }
 }
 
-/// The definition in f64, so that the order written out above is that of the right numbers.
+/// The definition in f64, to check that the order written out above computes the right numbers.
 #[test]
 fn a_clamped_expert_with_biases_is_what_the_definition_says() {
     let mut numbers = Numbers(16);
@@ -152,8 +152,8 @@ fn a_clamped_expert_with_biases_is_what_the_definition_says() {
     }
 }
 
-/// Where the activation or its factors are subnormal, flushed or infinite, nothing is left to compare with but the
-/// instruction sets themselves.
+/// Where the activation or its factors are subnormal, flushed or infinite, instruction sets are compared with each
+/// other: there is no other reference.
 #[test]
 fn instruction_sets_agree_on_extreme_inputs() {
     let mut numbers = Numbers(13);

@@ -20,7 +20,7 @@ fn packed(n: usize, k: usize, w: &[f32]) -> Vec<(Matrix, Compute, Compute)> {
     ]
 }
 
-/// Inputs as `compute` has them.
+/// Inputs rounded for `compute`.
 fn rounded(x: &[f32], compute: Compute) -> Vec<f32> {
     if compute.rounds() { to_bf16_values(x) } else { x.to_vec() }
 }

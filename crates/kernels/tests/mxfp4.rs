@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 const NUMBERS: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 
-/// A weight as it is published.
+/// A weight as published.
 struct Published {
     n: usize,
     k: usize,
@@ -18,7 +18,7 @@ struct Published {
 }
 
 impl Published {
-    /// With every code, and scales between `least` and `most`.
+    /// A weight with every code, and scales between `least` and `most`.
     fn new(numbers: &mut Numbers, n: usize, k: usize, [least, most]: [u8; 2]) -> Self {
         let codes = (0..n * k / 2).map(|_| numbers.below(256) as u8).collect();
         let span = usize::from(most - least) + 1;
@@ -52,7 +52,7 @@ impl Published {
 const SHAPES: [(usize, usize); 8] =
     [(1, 32), (16, 32), (17, 64), (48, 96), (100, 288), (64, 576), (33, 160), (130, 320)];
 
-/// Around one, the lowest, the highest, and all that there are.
+/// Ranges of scales: around one, the lowest, the highest, and all.
 const SCALES: [[u8; 2]; 4] = [[118, 130], [0, 3], [249, 252], [0, 252]];
 
 #[test]
@@ -166,7 +166,7 @@ fn weights_that_are_none_are_refused_by_name() {
     assert!(refused(usize::MAX, 32, &[], &[]).contains("elements"));
 }
 
-/// What no packing makes: a scale that is no number, and numbers too small for the lowest scale.
+/// Refuses bytes that packing never makes: a scale that is no number, and numbers too small for the lowest scale.
 #[test]
 fn packed_bytes_are_checked() {
     let published = Published { n: 16, k: 32, codes: vec![0; 256], scales: vec![100; 16] };

@@ -1,4 +1,4 @@
-//! Quantised weights against their rules written out, to the bit, and against the weights that they stand for.
+//! Quantised weights against their rules written out, to the bit, and against the original weights.
 
 mod common;
 
@@ -13,7 +13,7 @@ const KINDS: [Packing; 2] = [Packing::Q8, Packing::Q4];
 const SHAPES: [(usize, usize); 10] =
     [(1, 1), (16, 32), (17, 33), (48, 64), (40, 95), (100, 257), (64, 288), (33, 600), (80, 31), (7, 1024)];
 
-/// A group as it is kept: its scale and small integers.
+/// A stored group: its scale and small integers.
 #[derive(Clone)]
 struct Group {
     scale: f32,
@@ -72,7 +72,7 @@ fn groups(kind: Packing, w: &[f32]) -> Vec<Group> {
     w.chunks(32).map(group).collect()
 }
 
-/// The input's groups: as q8 weights are, but with the scale in f32.
+/// The input's groups: like those of q8 weights, but with the scale in f32.
 fn inputs(x: &[f32]) -> Vec<Group> {
     let group = |x: &[f32]| {
         let largest = x.iter().fold(0.0_f32, |largest, v| largest.max(v.abs()));
@@ -219,7 +219,7 @@ fn extreme_sums_within_a_group_are_exact() {
 fn rounding_is_within_its_bounds() {
     let mut numbers = Numbers(24);
     let (n, k) = (64, 512);
-    // Sums of four are nearer to how weights are distributed than one number is.
+    // Sums of four numbers are distributed more like weights than single numbers are.
     let w: Vec<f32> = (0..n * k).map(|_| (0..4).map(|_| numbers.f32()).sum::<f32>() / 50.0).collect();
     // Relative root mean square errors; measured: 0.0051 and 0.0773.
     for (kind, most) in [(Packing::Q8, 0.0055), (Packing::Q4, 0.082)] {

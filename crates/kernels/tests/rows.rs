@@ -8,7 +8,7 @@ use muster_kernels::{
     rms_norm_in_place, rotate,
 };
 
-/// Of a mean of squares that is finite; NaN for others.
+/// The inverse root of a finite mean of squares; NaN for others.
 fn inverse_root(mean: f32) -> f32 {
     if mean.is_finite() { 1.0 / mean.sqrt() } else { f32::NAN }
 }
@@ -22,7 +22,7 @@ fn norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
     x.iter().zip(weight).map(|(x, weight)| (x * factor) * weight).collect()
 }
 
-/// Sum of what `add` makes of each element, in lanes.
+/// Folds the elements with `add` in sixteen lanes and returns the tree sum of the lanes.
 fn in_lanes(x: &[f32], add: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0_f32; 16];
     x.iter().enumerate().for_each(|(i, x)| lanes[i % 16] = add(*x, lanes[i % 16]));
@@ -56,7 +56,7 @@ fn layer_norms_follow_their_order_on_every_instruction_set_and_any_threads() {
     }
 }
 
-/// Rows far from zero too, where mean of squares less square of mean would have nothing left.
+/// Rows far from zero too, where the mean of squares less the square of the mean would lose all digits.
 #[test]
 fn layer_norms_are_close_to_f64() {
     let mut numbers = Numbers(35);
@@ -107,7 +107,7 @@ fn norms_follow_their_order_in_place_or_not() {
 
 #[test]
 fn rows_whose_squares_overflow_become_nan_and_no_others() {
-    // The square of the first is finite, those of the others are not, nor is the last itself.
+    // The first has a finite square; the others have not, and the last is infinite itself.
     for (large, finite) in [(1.8e19, true), (3e19, false), (f32::MAX, false), (f32::INFINITY, false)] {
         for width in [1, 5, 16, 37, 64] {
             let mut numbers = Numbers(35);
@@ -118,7 +118,7 @@ fn rows_whose_squares_overflow_become_nan_and_no_others() {
                 rms_norm(&cpu(1, isa), &x, &weight, 1e-6, &mut rms);
                 layer_norm(&cpu(1, isa), &x, &weight, &bias, 1e-6, &mut layer);
                 for (name, out) in [("rms", rms), ("layer", layer)] {
-                    // What is alone in its row is its own mean, and nothing is left of it.
+                    // An element alone in its row is its own mean, so it becomes zero.
                     let finite = finite || (name == "layer" && width == 1 && large.is_finite());
                     let rows: Vec<bool> =
                         out.chunks(width).map(|row| row.iter().all(|y| y.is_finite())).collect();
@@ -197,7 +197,7 @@ fn rotation_turns_pairs_and_leaves_the_rest() {
     }
 }
 
-/// Cosines at position 1 tell frequencies.
+/// Cosines at position 1 reveal the frequencies.
 #[test]
 fn scaled_frequencies_follow_their_formulas() {
     const DIM: usize = 64;

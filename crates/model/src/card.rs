@@ -1,4 +1,4 @@
-//! The model, as its experts' holders need to know it: its card, and what a card says of its experts.
+//! The model's card, for the workers that hold its experts, and the experts' forms and sizes by that card.
 
 use std::num::NonZeroU32;
 
@@ -17,14 +17,14 @@ pub struct CardError {
     value: usize,
 }
 
-/// Routed experts of every layer, as placement counts them.
+/// Number of routed experts in every layer, for placement.
 #[must_use]
 pub fn expert_shape(checkpoint: &Checkpoint) -> Shape {
     let spec = checkpoint.spec();
     Shape::new((0..spec.layers.len()).map(|layer| spec.moe(layer).map_or(0, |moe| moe.experts)).collect())
 }
 
-/// What a worker that has no model of its own is told.
+/// Card for a worker without a model of its own.
 ///
 /// # Errors
 /// When a size of the model is out of the protocol's range.
@@ -52,7 +52,7 @@ pub fn card(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Re
     })
 }
 
-/// The experts' form in each layer, as the card says.
+/// The experts' form in each layer, by the card.
 #[must_use]
 pub fn forms(card: &ModelCard) -> Vec<Option<ExpertForm>> {
     let form = |layer: &LayerCard| ExpertForm {

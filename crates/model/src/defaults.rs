@@ -1,5 +1,5 @@
-//! Sampling settings that hold where a request says nothing: those of the model's `generation_config.json`, as vLLM takes
-//! them, but that `do_sample: false` means greedy, as in transformers.
+//! Default sampling settings, from the model's `generation_config.json`: interpreted as in vLLM, except that
+//! `do_sample: false` means greedy, as in transformers.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use muster_checkpoint::{Checkpoint, CheckpointError, GenerationConfig};
 
 use crate::sampler::{InvalidSampling, RawSampling, Sampling};
 
-/// Where a request says nothing. All in the ranges of [`Sampling`]; the default is to have none.
+/// Settings for the fields that a request omits. All in the ranges of [`Sampling`]; `Default` has none.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct SamplingDefaults {
     /// 0 is greedy.
@@ -20,11 +20,11 @@ pub struct SamplingDefaults {
     pub min_p: Option<f32>,
     /// 1 changes nothing.
     pub repetition_penalty: Option<f32>,
-    /// Tokens to generate at most, as far as the context leaves them; at least 1.
+    /// Most tokens to generate, within what the context leaves; at least 1.
     pub max_tokens: Option<u32>,
 }
 
-/// Defaults that cannot be taken.
+/// Unusable defaults.
 #[derive(Debug, thiserror::Error)]
 pub enum DefaultsError {
     /// The file cannot be read or has fields of the wrong type.
@@ -38,17 +38,17 @@ pub enum DefaultsError {
     Range(InvalidSampling),
 }
 
-/// What a model's files ask for.
+/// Sampling settings of a model's files.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Wanted {
-    /// What is done.
+    /// Settings that are followed.
     pub defaults: SamplingDefaults,
-    /// What is not, each as the file says it.
+    /// Settings that are not followed, each as written in the file.
     pub not_followed: Vec<String>,
 }
 
 impl Wanted {
-    /// Reads what the model's files ask for.
+    /// Reads the settings of the model's files.
     ///
     /// # Errors
     /// When the file is damaged or a field is out of range.
@@ -64,7 +64,7 @@ impl SamplingDefaults {
         let &GenerationConfig { temperature, top_k, top_p, min_p, repetition_penalty, .. } = file;
         let max_tokens = file.max_new_tokens;
         let written = Self { temperature, top_k, top_p, min_p, repetition_penalty, max_tokens };
-        // As they are written, so that the file's own field is what an error names.
+        // Checked as written, so that an error names the file's own field.
         Sampling::new(written.over(RawSampling::default()), vocab)?;
         let temperature = match file.do_sample {
             Some(false) => Some(0.0),
@@ -74,7 +74,7 @@ impl SamplingDefaults {
         Ok(Self { temperature, ..written })
     }
 
-    /// These settings, and those of `rest` where there is none.
+    /// These settings, completed by those of `rest`.
     #[must_use]
     pub fn over(&self, rest: RawSampling) -> RawSampling {
         RawSampling {

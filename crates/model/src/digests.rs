@@ -1,4 +1,4 @@
-//! What the experts of a checkpoint are, packed: a digest of each, computed by several threads.
+//! Digests of a checkpoint's packed experts, computed by several threads.
 //!
 //! Always holds: a thread has one expert in memory at a time.
 
@@ -13,10 +13,10 @@ use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 use crate::ModelError;
 use crate::experts;
 
-/// Experts that a thread reads one after another, which is faster than one by one.
+/// Experts that a thread takes at a time; it reads neighbours faster than single ones.
 const TOGETHER: usize = 4;
 
-/// Of all these experts. `done` is told how many more are done, and their packed bytes.
+/// Digests of the given experts. `done` is called with the number of newly finished experts and their packed bytes.
 ///
 /// # Errors
 /// The first expert that cannot be read, in no order; as [`experts::read`].
@@ -47,7 +47,7 @@ pub fn digests(
     let outcomes: Vec<Result<(), ModelError>> = std::thread::scope(|scope| {
         let started: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
         let own = work();
-        // A panic is one of the code, not of the data.
+        // A panic is a fault of the code, not of the data.
         let joined = started
             .into_iter()
             .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
@@ -108,7 +108,7 @@ mod tests {
         let before = expert.digest();
         for at in (0..bytes.len()).step_by(bytes.len() / 7) {
             bytes[at] ^= 1;
-            // The lowest bit of a byte makes nothing infinite but in an exponent that is full but for it.
+            // Flipping the lowest bit of a byte makes a value infinite only if it completes an all-ones exponent.
             if let Ok(other) = form.unpack(&bytes) {
                 assert_ne!(other.digest(), before);
             }

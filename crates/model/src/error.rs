@@ -1,4 +1,4 @@
-//! Why a model could not be loaded.
+//! Errors of loading a model.
 
 use muster_checkpoint::CheckpointError;
 use muster_kernels::KernelError;
@@ -20,7 +20,7 @@ pub enum ModelError {
         /// The kernel's reason.
         source: KernelError,
     },
-    /// Memory or threads were not to be had.
+    /// Memory or threads could not be allocated.
     #[error(transparent)]
     Kernel(#[from] KernelError),
     /// The device has no room.
@@ -29,10 +29,10 @@ pub enum ModelError {
     /// The reference implementation failed inside candle.
     #[error("reference computation: {0}")]
     Reference(#[from] candle_core::Error),
-    /// An expert that the model does not have.
+    /// The model has no such expert.
     #[error("{0} does not exist in this model")]
     NoSuchExpert(ExpertKey),
-    /// A tokens list the model cannot run.
+    /// The model cannot run this list of tokens.
     #[error("{0}")]
     Input(String),
 }

@@ -1,5 +1,5 @@
-//! Logits of every position of one sequence, through the real trunk and any dispatch: the tool for comparing with
-//! another implementation.
+//! Logits of every position of one sequence, through the real trunk and any dispatch: a tool to compare with other
+//! implementations.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;
@@ -14,23 +14,23 @@ use crate::step::{SeqInput, StepError, WantLogits};
 use crate::trunk::device::Device;
 use crate::trunk::{GateView, StepContext, StepState, Trunk, View};
 
-/// What came out.
+/// Results of an evaluation.
 pub struct Evaluation {
     /// `[tokens, vocab]`, row-major.
     pub logits: Vec<f32>,
     /// Per MoE layer: its number and the choices of every token.
     pub choices: Vec<(u32, LayerChoices)>,
-    /// Per layer: the residual stream behind it, `[tokens, hidden]`.
+    /// Per layer: the residual stream after it, `[tokens, hidden]`.
     pub hidden: Vec<Vec<f32>>,
 }
 
 /// An evaluation that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum EvaluateError {
-    /// The tokens or the cache.
+    /// The tokens or the cache are unusable.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// A step.
+    /// A step failed.
     #[error(transparent)]
     Step(#[from] StepError),
 }
@@ -54,7 +54,7 @@ pub fn evaluate<D: Device>(
     let mut out =
         Evaluation { logits: Vec::new(), choices: Vec::new(), hidden: vec![Vec::new(); spec.layers.len()] };
     for (index, part) in tokens.chunks(chunk.get()).enumerate() {
-        // In range: the sequence is no longer than the context, which is counted in u32.
+        // In range: the sequence is no longer than the context, whose length is u32.
         let start = (index * chunk.get()) as u32;
         let input = SeqInput { start, tokens: part, blocks: &table, logits: WantLogits::All };
         let Evaluation { choices, hidden, .. } = &mut out;

@@ -1,8 +1,8 @@
-//! What a model takes in memory once it is loaded, computed before anything is: from its outline and the dtypes asked for.
+//! Memory of a loaded model, computed before loading from its outline and the requested dtypes.
 //!
-//! Always holds: for a model that this build loads, the trunk is as large as [`Trunk::bytes`](crate::trunk::Trunk::bytes) will
-//! say, an expert as large as [`ExpertForm::bytes`](crate::experts::ExpertForm::bytes), and a token's keys and values as large
-//! as in the KV cache.
+//! Always holds: for a model that this build loads, the trunk's bytes equal
+//! [`Trunk::bytes`](crate::trunk::Trunk::bytes), an expert's [`ExpertForm::bytes`](crate::experts::ExpertForm::bytes),
+//! and a token's keys and values those in the KV cache.
 
 use std::num::NonZero;
 
@@ -28,7 +28,7 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// That of a model that is computed so, with experts and trunk held so; `None` when its bytes cannot be counted.
+    /// Footprint of a model in this compute mode, with experts and trunk in these dtypes; `None` on overflow.
     #[must_use]
     pub fn of(outline: &Outline, compute: Compute, experts: WeightDType, trunk: WeightDType) -> Option<Self> {
         let embedded = if outline.tied_head { trunk } else { WeightDType::Native };
@@ -36,13 +36,13 @@ impl Footprint {
             Use::Embedding => packed(outline.stored, compute, embedded, rows, cols),
             Use::Head => packed(outline.stored, compute, trunk, rows, cols),
             Use::Linear => packed(outline.linears, compute, trunk, rows, cols),
-            // What makes keys is applied to queries, so it is turned.
+            // The key projection is applied to queries, so it is transposed.
             Use::HeadByHead { heads, key, value } => {
                 let [key, value] =
                     [(cols, key), (value, cols)].map(|(n, k)| packed(outline.linears, compute, trunk, n, k));
                 key?.checked_add(value?)?.checked_mul(heads as u64)
             }
-            // Gates choose experts and stay as they are.
+            // Gates choose experts, so they are not quantised.
             Use::Gate => packed(outline.stored, compute, WeightDType::Native, rows, cols),
             Use::Vector | Use::SelectionBias => Some(0),
         };
@@ -66,8 +66,8 @@ impl Footprint {
         })
     }
 
-    /// The most that keys and values of one sequence of so many tokens take at once, in whole blocks, where at most `chunk`
-    /// of them are computed in a step: of layers with a window only what they still see.
+    /// Most bytes of keys and values that one sequence of `tokens` tokens holds at once, in whole blocks, where a step
+    /// computes at most `chunk` tokens. Layers with a window count only positions still in it.
     #[must_use]
     pub fn kv_sequence_bytes(&self, tokens: u64, chunk: u32) -> u64 {
         let reaches = self.kv_groups.reaches();
@@ -84,18 +84,18 @@ const BLOCK: NonZero<u32> = match NonZero::new(BLOCK_TOKENS as u32) {
     None => panic!("a block has tokens"),
 };
 
-/// Bytes of a matrix `[rows, cols]` that is stored and held so.
+/// Bytes of a packed matrix `[rows, cols]`, from its stored and requested dtype.
 fn packed(stored: StoredAs, compute: Compute, dtype: WeightDType, rows: usize, cols: usize) -> Option<u64> {
     Matrix::packed_bytes(packing(stored, compute, dtype), rows, cols).map(|bytes| bytes as u64)
 }
 
-/// Of one token, in one layer.
+/// KV bytes of one token in one layer.
 fn kv_bytes(attention: &AttentionOutline, compute: Compute) -> u64 {
     let shape = match *attention {
         AttentionOutline::Grouped { kv_heads, head_dim, .. } => {
             KvShape { layers: 1, kv_heads, head_dim, value_dim: head_dim, values: KvValues::Apart }
         }
-        // The compressed row, which is a value, ends the key.
+        // The compressed row, which is the value, is the end of the key.
         AttentionOutline::Latent { kv_rank, rope, .. } => KvShape {
             layers: 1,
             kv_heads: 1,

@@ -10,7 +10,7 @@ use muster_checkpoint::spec::{ExpertGroups, GateRecipe, GroupWorth, Renormalise,
 use muster_kernels::math::{sigmoid, softmax_in_place};
 use muster_types::ExpertId;
 
-/// A token whose gate gave no usable choice.
+/// A token without a usable choice of experts.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 pub enum GateError {
     /// A logit is NaN or infinite.
@@ -43,7 +43,7 @@ pub enum GateError {
 #[derive(Default)]
 pub struct GateScratch {
     scores: Vec<f32>,
-    /// What experts are selected by.
+    /// Selection scores of the experts.
     ranks: Vec<f32>,
     group_worths: Vec<f32>,
     picked_groups: Vec<u32>,
@@ -54,7 +54,7 @@ pub struct GateScratch {
 /// Picks `top_k` experts for one token and appends their ids, ascending, and weights to `ids` and `weights`.
 ///
 /// `logits` has one entry per expert, as has `selection_bias`, which is empty where the recipe has none; `top_k` is at
-/// most their length, and at most that of the groups that take part.
+/// most the number of experts, and of experts in the groups that take part.
 ///
 /// # Errors
 /// When a logit, a selection score or a resulting weight is not finite; nothing is appended then.
@@ -115,10 +115,10 @@ pub fn choose(
     Ok(())
 }
 
-/// Ranks experts of all but the best groups below every other: none of them is chosen, also where the selection bias makes
-/// every rank of the groups that are left negative. So do DeepSeek's own code and transformers 5.24 for sigmoid scores;
-/// earlier releases of the latter ranked them 0. DeepSeek-V2's are ranked 0 by both, which is below every softmax but 0, whose
-/// weight is 0.
+/// Ranks experts of all but the best groups below every other: none of them is chosen, even where the selection bias
+/// makes every rank of the remaining groups negative. DeepSeek's own code and transformers 5.24 do the same for sigmoid
+/// scores; earlier releases of transformers ranked them 0. For DeepSeek-V2 both rank them 0, which is below every
+/// softmax score but 0, whose weight is 0.
 fn leave_out_groups(recipe: &ExpertGroups, ranks: &mut [f32], worths: &mut Vec<f32>, picked: &mut Vec<u32>) {
     let size = ranks.len() / recipe.groups as usize;
     worths.clear();
@@ -141,7 +141,8 @@ fn leave_out_groups(recipe: &ExpertGroups, ranks: &mut [f32], worths: &mut Vec<f
     }
 }
 
-/// The weight of each pick: its part of a softmax over what was not picked before it and comes near it.
+/// The weight of each pick: its share of a softmax over the experts that were not picked before it and whose logits are
+/// near its own.
 fn mix_sparsely(logits: &[f32], jitter: f32, picked: &[u32], near: &mut Vec<f32>, chosen: &mut [f32]) {
     for (pick, weight) in chosen.iter_mut().enumerate() {
         let (before, best) = (&picked[..pick], logits[picked[pick] as usize]);
@@ -155,7 +156,7 @@ fn mix_sparsely(logits: &[f32], jitter: f32, picked: &[u32], near: &mut Vec<f32>
     }
 }
 
-/// The `count` best scores' indices, best first; among equals the lowest index first.
+/// Indices of the `count` best scores, best first; among equals the lowest index first.
 fn pick(scores: &[f32], count: usize, picked: &mut Vec<u32>) {
     picked.clear();
     picked.extend(0..u32::try_from(scores.len()).unwrap_or(u32::MAX));
@@ -209,7 +210,7 @@ mod tests {
         Ok((ids.into_iter().map(ExpertId::get).collect(), weights))
     }
 
-    /// An expert or a group: what it is ranked by, and what that was computed from.
+    /// An expert or a group: its rank, and the numbers that the rank was computed from.
     #[derive(Clone)]
     struct Ranked<T> {
         rank: f64,
@@ -217,15 +218,15 @@ mod tests {
         what: T,
     }
 
-    /// Best first, stably. `false` when some ranks differ by less than f32 tells apart and were not computed from the
-    /// same numbers, so that the two precisions may order them differently.
+    /// Sorts best first, stably. `false` when ranks from different numbers are closer than the precision of f32, so
+    /// that the two precisions may order them differently.
     fn sort<T>(list: &mut [Ranked<T>]) -> bool {
         list.sort_by(|a, b| b.rank.partial_cmp(&a.rank).unwrap());
         list.windows(2).all(|pair| pair[0].rank - pair[1].rank > 2e-6 || pair[0].from == pair[1].from)
     }
 
-    /// The same rules once more, in f64: experts are sorted in their groups, then the groups, then the experts of the
-    /// groups that are left. `None` where f32 may rightly differ.
+    /// The rules of [`choose`] in f64: sorts experts in their groups, then the groups, then the experts of the
+    /// remaining groups. `None` where f32 may rightly differ.
     fn plain(recipe: &GateRecipe, logits: &[f32], bias: &[f32], k: usize) -> Option<Vec<(u32, f64)>> {
         let softmax = |x: &[f64]| -> Vec<f64> {
             let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -294,7 +295,7 @@ mod tests {
         Some(out)
     }
 
-    /// A recipe and how many experts it is for: groups times their size.
+    /// A recipe and its number of experts: groups times their size.
     fn recipes() -> impl Strategy<Value = (GateRecipe, usize)> {
         let scores = prop_oneof![
             Just(Score::SoftmaxThenTopK),
@@ -327,7 +328,7 @@ mod tests {
         !matches!(score, Score::SoftmaxThenTopK | Score::SigmoidThenTopK)
     }
 
-    /// Experts that a recipe for this many can choose from.
+    /// Number of experts that a recipe can choose from.
     fn eligible(recipe: &GateRecipe, experts: usize) -> usize {
         recipe.groups.map_or(experts, |limit| experts / limit.groups as usize * limit.kept as usize)
     }
@@ -379,7 +380,7 @@ mod tests {
                 Err(GateError::Selection { expert, .. }) => {
                     prop_assert!(!bias[expert].is_finite() || selects_by_logits(recipe.score));
                 }
-                // Only a sum of nothing but zeros divides badly.
+                // Only an all-zero sum divides to a weight that is not finite.
                 Err(GateError::Weight { .. }) => prop_assert_eq!(recipe.renormalise, Renormalise::SUM),
             }
         }
@@ -408,9 +409,9 @@ mod tests {
         }
     }
 
-    /// Choices of `DeepseekV3TopkRouter` and `Glm4MoeTopkRouter`, which agree, in transformers 5.24.0 on torch 2.15.0: 4 of 16
-    /// experts, from 2 of 4 groups, over these logits. Were experts of the groups that are left out ranked 0, it would be
-    /// 5, 6, 7, 8; 9, 10, 11, 12; and 6, 7, 8, 12.
+    /// Choices of `DeepseekV3TopkRouter` and `Glm4MoeTopkRouter`, which agree, in transformers 5.24.0 on torch 2.15.0:
+    /// 4 of 16 experts, from 2 of 4 groups, over these logits. If experts of left-out groups were ranked 0, the choices
+    /// would be 5, 6, 7, 8; 9, 10, 11, 12; and 6, 7, 8, 12.
     #[test]
     fn groups_that_are_left_out_give_no_expert_however_low_the_others_rank() {
         let groups = Some(ExpertGroups { groups: 4, kept: 2, worth: GroupWorth::BestTwo });
@@ -485,7 +486,7 @@ mod tests {
         assert_eq!(ids, [1, 2]);
         assert!((weights[0] - 1.0 / (1.0 + (-0.1_f32).exp())).abs() < 1e-6);
         assert_eq!(weights[1], 1.0);
-        // Below zero, what is far from a best of nearly nothing is near by its own magnitude.
+        // Below zero, a logit far from a best near zero is near by its own magnitude.
         let (ids, weights) = run(&recipe, &[-0.1, -4.0], &[], 1).unwrap();
         assert_eq!((ids, weights), (vec![0], vec![1.0]));
         let (_, weights) = run(&recipe, &[0.0, 0.0], &[], 2).unwrap();

@@ -1,4 +1,4 @@
-//! What a model computes: trunk, gate, experts and sampler, over the kernels and a checkpoint.
+//! Computation of a model: trunk, gate, experts and sampler, over the kernels and a checkpoint.
 //!
 //! A family is data here ([`muster_checkpoint::spec::ModelSpec`]); no family is named. The trunk runs a step over
 //! two micro-batch lanes and reaches its experts only through
@@ -23,7 +23,7 @@ mod weights;
 
 pub use error::ModelError;
 
-/// How far a load has come.
+/// Progress of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress {
     /// Bytes read, checked and packed.

@@ -1,4 +1,4 @@
-//! Experts of this process as a transport of delivery: the reference that every other one must equal to the bit.
+//! Experts of this process as a transport of delivery: the reference for all other transports, to the bit.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,15 +21,15 @@ pub type Local = Delivery<InProcess, HostSums>;
 
 /// The one worker.
 const HOP: Hop = Hop { link: 0, session: 1 };
-/// What it is called in errors.
+/// Its name in errors.
 const NAME: &str = "local";
 /// Micro-batch lanes of a trunk.
 const LANES: usize = 2;
 
-/// Delivery to these experts, which are computed on the caller's thread as they are sent.
+/// Delivery to these experts, computed on the caller's thread when rows are sent.
 ///
 /// # Errors
-/// When they are more than a placement has room for.
+/// When they exceed the limits of a placement.
 pub fn local(cpu: Arc<Cpu>, experts: &ExpertSet) -> Result<Local, DispatchError> {
     let keys = experts.keys();
     let layers = keys.last().map_or(0, |key| key.layer.index() + 1);
@@ -86,7 +86,7 @@ impl HostLoad {
     }
 }
 
-/// Some of the rows, one behind the other.
+/// The picked rows, one behind the other.
 fn pick<T: Copy>(rows: &[T], hidden: usize, picked: &[u32]) -> Vec<T> {
     picked.iter().flat_map(|&row| &rows[row as usize * hidden..][..hidden]).copied().collect()
 }
@@ -147,7 +147,7 @@ impl Transport for InProcess {
     }
 
     fn wait(&mut self, _: &Wanted, events: &mut Vec<Event<HostRows>>) -> Result<(), Closed> {
-        // All that was sent is answered, so that what does not come now never does.
+        // Every sent shard is answered already, so nothing more can come.
         if self.told.is_empty() {
             return Err(Closed);
         }
@@ -212,7 +212,7 @@ impl Sums<HostRows> for HostSums {
         terms: &[Term],
         out: &mut RowsMut<'_>,
     ) -> Result<(), Unsound> {
-        // As `place` says.
+        // By `place`, sums are in host memory.
         let Some(out) = out.f32_mut() else { return Ok(()) };
         let sources: Vec<_> = sources.iter().map(|source| source.outputs(self.wire)).collect();
         combine(&self.cpu, self.hidden, &sources, starts, terms, out).map_err(|error| match error {

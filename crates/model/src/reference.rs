@@ -16,26 +16,26 @@ use muster_types::{Gating, Reach};
 use crate::ModelError;
 use crate::weights::widen;
 
-/// The model, read weight by weight as it computes: slow, and needs little memory.
+/// The model, read weight by weight during computation: slow, but small in memory.
 pub struct Reference<'a> {
     checkpoint: &'a Checkpoint,
 }
 
-/// Router choices of one MoE layer: per token (expert, weight) in ascending expert id.
+/// Gate choices of one MoE layer: per token (expert, weight) in ascending expert id.
 pub type LayerChoices = Vec<Vec<(u32, f32)>>;
 
-/// What the reference computed.
+/// Results of the reference.
 pub struct ReferenceOutput {
     /// `[tokens, vocab]`, row-major.
     pub logits: Vec<f32>,
     /// Per MoE layer: its number and its choices.
     pub choices: Vec<(u32, LayerChoices)>,
-    /// Per layer: the residual stream behind it, `[tokens, hidden]`.
+    /// Per layer: the residual stream after it, `[tokens, hidden]`.
     pub hidden: Vec<Vec<f32>>,
 }
 
 impl<'a> Reference<'a> {
-    /// Of this checkpoint.
+    /// The reference of this checkpoint.
     #[must_use]
     pub const fn new(checkpoint: &'a Checkpoint) -> Self {
         Self { checkpoint }
@@ -311,7 +311,7 @@ impl<'a> Reference<'a> {
     }
 }
 
-/// The gate's rule once more, the long way round.
+/// The gate's rule, restated plainly.
 fn choose(spec: &MoeSpec, logits: &[f32], selection_bias: &[f32]) -> Vec<(u32, f32)> {
     let recipe = &spec.gate;
     let soft = |x: &[f32]| -> Vec<f32> {
@@ -394,7 +394,7 @@ fn softmax(scores: &Tensor) -> CandleResult<Tensor> {
     shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)
 }
 
-/// Zero where a query may look, minus infinity where not.
+/// Attention mask: zero at visible positions, minus infinity elsewhere.
 fn mask(tokens: usize, reach: Reach) -> CandleResult<Tensor> {
     let seen = |query: usize, key: usize| match reach {
         Reach::All => key <= query,
@@ -407,8 +407,8 @@ fn mask(tokens: usize, reach: Reach) -> CandleResult<Tensor> {
     Tensor::from_vec(values, (tokens, tokens), &Device::Cpu)
 }
 
-/// `[tokens, heads, head_dim]` with the pairs among the first elements of every head turned by
-/// position * theta^(-2i/dim), or what scaling makes of that frequency.
+/// `[tokens, heads, head_dim]` with the pairs among the first elements of every head turned by position *
+/// theta^(-2i/dim), where `rope` may scale that frequency.
 fn rotated(x: &Tensor, rope: &RopeSpec) -> CandleResult<Tensor> {
     let (tokens, heads, head_dim) = x.dims3()?;
     let (dim, half) = (rope.dim, rope.dim / 2);
@@ -433,7 +433,7 @@ fn rotated(x: &Tensor, rope: &RopeSpec) -> CandleResult<Tensor> {
     let angles = Tensor::from_vec(angles, (tokens, 1, half), &Device::Cpu)?;
     let (cos, sin) = ((angles.cos()? * amplitude)?, (angles.sin()? * amplitude)?);
     let turning = x.narrow(D::Minus1, 0, dim)?;
-    // Pairs side by side in the last dimension but one, or in the last.
+    // Pairs lie in the second-to-last dimension, or in the last.
     let (shape, of_pair) = match rope.pairs {
         RopePairs::Halves => ((tokens, heads, 2, half), 2),
         RopePairs::Neighbours => ((tokens, heads, half, 2), 3),
@@ -447,7 +447,7 @@ fn rotated(x: &Tensor, rope: &RopeSpec) -> CandleResult<Tensor> {
     Tensor::cat(&[turned, x.narrow(D::Minus1, dim, head_dim - dim)?], D::Minus1)
 }
 
-/// A frequency as YaRN has it: between itself and its part, by how often it turns in the original context.
+/// A frequency scaled by YaRN: a mix of itself and itself divided, by its turns in the original context.
 fn yarn_stretched(frequency: f64, i: usize, rope: &RopeSpec, yarn: &YarnSpec) -> f64 {
     let place = |turns: f64| {
         let wavelength = yarn.original_context as f64 / turns;
@@ -462,7 +462,7 @@ fn yarn_stretched(frequency: f64, i: usize, rope: &RopeSpec, yarn: &YarnSpec) ->
     frequency * (1.0 - part) + frequency / yarn.factor * part
 }
 
-/// A frequency as Llama 3 has it, by how often it turns in the original context.
+/// A frequency scaled as in Llama 3, by its turns in the original context.
 fn llama3_stretched(frequency: f64, scaling: &Llama3Spec) -> f64 {
     let turns = scaling.original_context as f64 * frequency / std::f64::consts::TAU;
     if turns < scaling.low {

@@ -1,4 +1,4 @@
-//! From logits to a token.
+//! Sampling: from logits to a token.
 //!
 //! No state: the random number of a position is a function of (seed, position), so a sequence can be continued
 //! anywhere from its tokens alone. Ties go to the lowest token id. Order of steps: penalties, bias, temperature,
@@ -25,7 +25,7 @@ pub struct Sampling {
     bias: Vec<(TokenId, f32)>,
 }
 
-/// Settings as they come from outside. `Default` is greedy decoding.
+/// Unchecked settings from outside. `Default` is greedy decoding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RawSampling {
     /// 0 is greedy.
@@ -42,7 +42,7 @@ pub struct RawSampling {
     pub presence_penalty: f32,
     /// 0 changes nothing.
     pub frequency_penalty: f32,
-    /// Keys the random numbers.
+    /// Seed of the random numbers.
     pub seed: u64,
     /// Added to logits, by token id.
     pub bias: Vec<(u32, f32)>,
@@ -68,9 +68,9 @@ impl Default for RawSampling {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} {problem}")]
 pub struct InvalidSampling {
-    /// The field of [`RawSampling`], as the public APIs call it.
+    /// The field of [`RawSampling`], by its name in the public APIs.
     pub field: &'static str,
-    /// What is wrong with it and what would be right.
+    /// The problem and the accepted values.
     pub problem: String,
 }
 
@@ -134,21 +134,21 @@ impl Sampling {
         Self { seed: self.seed.wrapping_add(u64::from(index)), ..self.clone() }
     }
 
-    /// Whether it matters which tokens a sequence has seen.
+    /// Whether sampling depends on the sequence's earlier tokens.
     const fn looks_back(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 }
 
-/// Which tokens a sequence has seen, where penalties look at them. The default is for settings without.
+/// Counts of a sequence's tokens, for penalties. `Default` is for settings without penalties.
 #[derive(Debug, Clone, Default)]
 pub struct History {
-    /// Count in the output; 0 for tokens of the prompt only. `None` where nobody asks.
+    /// Count in the output; 0 for tokens of the prompt only. `None` without penalties.
     seen: Option<BTreeMap<TokenId, u32>>,
 }
 
 impl History {
-    /// Of a sequence that starts with this prompt and is sampled like this. Reads the prompt only where penalties are set.
+    /// History of a sequence with this prompt and these settings. Reads the prompt only where penalties are set.
     #[must_use]
     pub fn new(sampling: &Sampling, prompt: &[TokenId]) -> Self {
         Self { seen: sampling.looks_back().then(|| prompt.iter().map(|&id| (id, 0)).collect()) }
@@ -181,11 +181,11 @@ pub struct SampleScratch {
 /// One token to pick.
 #[derive(Clone, Copy)]
 pub struct Pick<'a> {
-    /// How.
+    /// Its sampling settings.
     pub sampling: &'a Sampling,
     /// Finite, one per token of the vocabulary.
     pub logits: &'a [f32],
-    /// What the sequence has seen.
+    /// The sequence's token counts.
     pub history: &'a History,
     /// The absolute position the token will have.
     pub position: u32,
@@ -194,14 +194,14 @@ pub struct Pick<'a> {
 /// Picks the tokens of a step, on all threads of a [`Cpu`].
 #[derive(Default)]
 pub struct Sampler {
-    /// No more than there are threads.
+    /// At most one per thread.
     scratch: Mutex<Vec<SampleScratch>>,
 }
 
 impl Sampler {
-    /// The token of each, the same as [`sample`] gives.
+    /// The token of each pick, equal to that of [`sample`].
     pub fn sample(&self, cpu: &Cpu, picks: &[Pick<'_>]) -> Vec<TokenId> {
-        /// Multiply-adds that an entry of the vocabulary takes, at most: an exponential or two.
+        /// Most multiply-adds per entry of the vocabulary: an exponential or two.
         const WORK: usize = 16;
         let free = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let tokens: Vec<OnceLock<TokenId>> = picks.iter().map(|_| OnceLock::new()).collect();
@@ -240,7 +240,7 @@ pub fn sample(pick: &Pick<'_>, scratch: &mut SampleScratch) -> TokenId {
     candidates.extend(logits.iter().map(|logit| logit / sampling.temperature).zip(TokenId::all(vocab)));
     let max = candidates.iter().map(|c| c.0).fold(f32::NEG_INFINITY, f32::max);
     if !max.is_finite() {
-        // A temperature close to zero overflows; the limit of that is greedy.
+        // A temperature close to zero overflows; its limit is greedy.
         return greedy;
     }
     filter(sampling, max, candidates);
@@ -265,7 +265,7 @@ fn penalise(sampling: &Sampling, history: &History, logits: &mut [f32]) {
 
 /// The lowest token with the largest logit.
 fn best(logits: &[f32]) -> TokenId {
-    /// As many as a register has, or a multiple.
+    /// The lanes of a register, or a multiple.
     const LANES: usize = 16;
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let (chunks, rest) = logits.as_chunks::<LANES>();
@@ -278,8 +278,8 @@ fn best(logits: &[f32]) -> TokenId {
     TokenId::all(vocab).nth(at).expect("a vocabulary has tokens")
 }
 
-/// Leaves the candidates that top-k, top-p and min-p keep. In descending logit if either of the first two is on,
-/// in token order otherwise.
+/// Filters the candidates by top-k, top-p and min-p. Their order is descending logit if top-k or top-p is on, token
+/// order otherwise.
 fn filter(sampling: &Sampling, max: f32, candidates: &mut Vec<(f32, TokenId)>) {
     let order = |a: &(f32, TokenId), b: &(f32, TokenId)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
     let limits_k = sampling.top_k > 0 && sampling.top_k < candidates.len();
@@ -288,7 +288,7 @@ fn filter(sampling: &Sampling, max: f32, candidates: &mut Vec<(f32, TokenId)>) {
         candidates.truncate(sampling.top_k);
     }
     if sampling.min_p > 0.0 && sampling.top_p >= 1.0 {
-        // Nothing else looks at the sum, so the unlikely may go before sorting.
+        // No later filter needs the full sum, so unlikely tokens are dropped before sorting.
         candidates.retain(|c| exp(c.0 - max) >= sampling.min_p);
     }
     if limits_k || sampling.top_p < 1.0 {
@@ -317,7 +317,7 @@ fn draw(candidates: &[(f32, TokenId)], max: f32, u: f64) -> TokenId {
             return candidate.1;
         }
     }
-    // Rounding may leave a sliver at the end; it belongs to the last token that has any weight.
+    // Rounding may leave a remainder at the end; it belongs to the last token with any weight.
     candidates.iter().rev().find(|c| weight(c) > 0.0).unwrap_or(&candidates[0]).1
 }
 
@@ -470,7 +470,7 @@ mod tests {
         }
     }
 
-    /// How tokens were picked before nothing was done that a request does not need: over pairs of the whole vocabulary.
+    /// The sampler without shortcuts: every step over (logit, token) pairs of the whole vocabulary.
     fn plainly(pick: &Pick<'_>) -> TokenId {
         let sampling = pick.sampling;
         let mut adjusted = pick.logits.to_vec();
@@ -562,7 +562,7 @@ mod tests {
             sequences in prop::collection::vec(
                 (
                     any_sampling(),
-                    // Coarse ones have ties, and both zeroes are among them.
+                    // Coarse logits have ties, and include both zeros.
                     prop_oneof![
                         prop::collection::vec((-4_i8..4).prop_map(|x| if x == 3 { -0.0 } else { f32::from(x) }), VOCAB as usize),
                         prop::collection::vec(-3e38_f32..3e38, VOCAB as usize),

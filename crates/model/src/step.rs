@@ -1,6 +1,6 @@
 //! A step of a model: some tokens of some sequences, through all layers.
 //!
-//! [`StepModel`] is what an engine drives. It knows nothing of the device that computes, nor of where experts are.
+//! [`StepModel`] is what an engine drives. It knows neither the device nor the experts' owners.
 
 use std::time::Duration;
 
@@ -16,14 +16,14 @@ pub trait StepModel: Send {
     /// Tokens of the vocabulary.
     fn vocab(&self) -> usize;
 
-    /// Runs one step, in up to two lanes. What came of a sequence is told by its lane and its place there until the next
-    /// step.
+    /// Runs one step, in up to two lanes. A sequence's outcome is available by its lane and its place there until the
+    /// next step.
     fn step(&mut self, lanes: [&[SeqInput<'_>]; 2], dispatch: &mut dyn ExpertDispatch, timeout: Duration);
 
     /// Logits of the last step, `[wanted, vocab]`.
     ///
     /// # Errors
-    /// Why the sequence has none.
+    /// The reason why the sequence has none.
     ///
     /// # Panics
     /// When the last step had no such lane or sequence.
@@ -32,7 +32,7 @@ pub trait StepModel: Send {
     /// The next token of each draw's sequence, from the last of its logits.
     ///
     /// # Errors
-    /// For a sequence why it has none.
+    /// The reason why a sequence has none.
     fn sample(&self, draws: &[Draw<'_>]) -> Result<Vec<TokenId>, StepError>;
 }
 
@@ -43,10 +43,10 @@ pub struct SeqInput<'a> {
     pub start: u32,
     /// Tokens to run; at least one, each below the vocabulary's size.
     pub tokens: &'a [TokenId],
-    /// KV blocks: for one group of layers after the other a table that covers positions `0 .. start + tokens.len()`, all
-    /// equally long. What the group's layers do not see from `start` on may be anything.
+    /// KV blocks: for one group of layers after the other a table that covers positions `0 .. start + tokens.len()`,
+    /// all equally long. Entries that the group's layers do not attend to from `start` on are not read.
     pub blocks: &'a [u32],
-    /// Which logits are wanted.
+    /// Positions whose logits are wanted.
     pub logits: WantLogits,
 }
 
@@ -55,28 +55,28 @@ pub struct SeqInput<'a> {
 pub enum WantLogits {
     /// None: the prompt goes on in a later step.
     None,
-    /// Those after the last token, to sample from.
+    /// Logits of the last token, to sample from.
     Last,
-    /// Those after every token.
+    /// Logits of every token.
     All,
 }
 
 /// One token to pick.
 #[derive(Clone, Copy)]
 pub struct Draw<'a> {
-    /// Where the sequence was in the step.
+    /// Lane of the sequence in the step.
     pub lane: usize,
     /// Its place in the lane.
     pub sequence: usize,
-    /// How.
+    /// Its sampling settings.
     pub sampling: &'a Sampling,
-    /// What the sequence has seen.
+    /// The sequence's token counts.
     pub history: &'a History,
     /// The absolute position the token will have.
     pub position: u32,
 }
 
-/// A sequence that gets no logits from this step. Its KV rows of the step are to be thrown away.
+/// A sequence that gets no logits from this step. Its KV rows of the step must be discarded.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum StepError {
     /// The gate had no usable choice for one of its tokens.
@@ -84,7 +84,7 @@ pub enum StepError {
     Gate {
         /// The layer.
         layer: LayerId,
-        /// What was wrong.
+        /// The gate's error.
         source: GateError,
     },
     /// An input of the gate is NaN or infinite.
@@ -93,7 +93,7 @@ pub enum StepError {
         /// The layer.
         layer: LayerId,
     },
-    /// Its experts gave nothing.
+    /// Its experts gave no output.
     #[error(transparent)]
     Dispatch(#[from] DispatchError),
     /// A logit is NaN or infinite.

@@ -7,17 +7,17 @@ use muster_types::{Compute, DType, Packing, WeightDType};
 
 use crate::{LoadProgress, ModelError};
 
-/// Reads weights one after another and reports how far it is.
+/// Reads weights one after another and reports progress.
 pub(crate) struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     compute: Compute,
     progress: &'a mut dyn FnMut(LoadProgress),
     state: LoadProgress,
-    /// Memory of the last matrix, for the next.
+    /// Memory of the last matrix, reused for the next.
     spare: Option<WeightData>,
 }
 
-/// Elements of the largest matrix whose memory is kept.
+/// Most elements of a matrix whose memory is reused.
 const LARGEST_SPARE: usize = 8 << 20;
 
 impl<'a> Loader<'a> {
@@ -45,14 +45,14 @@ impl<'a> Loader<'a> {
         Ok(weight)
     }
 
-    /// A matrix `[out, in]`, held as `dtype` says. Few bits are made of the weights as they are stored, whatever the compute
-    /// mode. In bf16 an f32 checkpoint is rounded, as any bf16 engine would.
+    /// A matrix `[out, in]`, packed by `dtype`. Quantised weights are made from the stored ones, whatever the compute
+    /// mode. In bf16 an f32 checkpoint is rounded, as in any bf16 engine.
     pub(crate) fn matrix_as(&mut self, role: Role, dtype: WeightDType) -> Result<Matrix, ModelError> {
         let form = self.form(role);
         self.packed_as(role, packing(form, self.compute, dtype))
     }
 
-    /// A gate. Where it is stored in more bits than the other weights, it keeps them.
+    /// A gate's matrix, in its stored precision where that is higher than that of the other weights.
     pub(crate) fn gate(&mut self, role: Role) -> Result<Matrix, ModelError> {
         let form = self.form(role);
         let finer = form == StoredAs::Plain(DType::F32) && self.checkpoint.spec().dtype == DType::Bf16;
@@ -65,7 +65,7 @@ impl<'a> Loader<'a> {
         self.checkpoint.stored(role).map_or(plain, |stored| stored.form)
     }
 
-    /// Matrices made of parts of a stored one: `[out, in]` and the place of element (row, column) of each.
+    /// Matrices from parts of a stored one: for each, `[out, in]` and the place of element (row, column).
     pub(crate) fn parts_as(
         &mut self,
         role: Role,
@@ -73,7 +73,7 @@ impl<'a> Loader<'a> {
         dtype: WeightDType,
     ) -> Result<Vec<Matrix>, ModelError> {
         let packing = packing(self.form(role), self.compute, dtype);
-        // Widened, because groups of few bits do not survive being taken apart; packing as bf16 gives bf16 back.
+        // Widened, because quantised groups cannot be split; packing as bf16 restores bf16 values.
         let values = widen(self.read(role)?.data);
         let packed = parts.map(|(rows, cols, place)| {
             let places = (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col)));
@@ -84,7 +84,7 @@ impl<'a> Loader<'a> {
         packed.map_err(|source| ModelError::Pack { what: format!("{role:?}"), source })
     }
 
-    /// A packed matrix; the memory it was read into is kept for the next.
+    /// A packed matrix; the memory it was read into is reused for the next.
     fn packed_as(&mut self, role: Role, packing: Packing) -> Result<Matrix, ModelError> {
         let Weight { rows, cols, data } = self.read(role)?;
         let packed = pack(rows, cols, &data, packing);
@@ -99,7 +99,7 @@ impl<'a> Loader<'a> {
         Ok(widen(self.read(role)?.data))
     }
 
-    /// A vector that not every model has.
+    /// A vector that the model may lack.
     pub(crate) fn vector_if(&mut self, present: bool, role: Role) -> Result<Option<Vec<f32>>, ModelError> {
         present.then(|| self.vector(role)).transpose()
     }
@@ -118,7 +118,8 @@ fn pack(rows: usize, cols: usize, data: &WeightData, packing: Packing) -> Result
     }
 }
 
-/// How [`Loader::matrix_as`] packs a matrix that is stored so. What is widened when it is read is rounded in bf16.
+/// Packing that [`Loader::matrix_as`] gives a matrix, by its stored form. Weights that are widened when read are
+/// rounded in bf16.
 pub(crate) const fn packing(stored: StoredAs, compute: Compute, dtype: WeightDType) -> Packing {
     match (dtype, stored, compute) {
         (WeightDType::Q8, ..) => Packing::Q8,
@@ -130,7 +131,7 @@ pub(crate) const fn packing(stored: StoredAs, compute: Compute, dtype: WeightDTy
     }
 }
 
-/// The values in f32, exactly.
+/// The values widened to f32, exactly.
 pub(crate) fn widen(data: WeightData) -> Vec<f32> {
     match data {
         WeightData::F32(values) => values,

@@ -1,7 +1,7 @@
-//! A step of a kind that was run before allocates nothing in the trunk.
+//! A step of a shape that ran before allocates nothing in the trunk.
 //!
-//! Counted on the thread that runs the step, with one compute thread. What the dispatch does inside `submit` and
-//! `collect` is its own and not counted here: it may send messages.
+//! Counted on the thread that runs the step, with one compute thread. Allocations of the dispatch inside `submit` and
+//! `collect` are not counted: it may send messages.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -37,7 +37,7 @@ fn count() {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
-        // SAFETY: the caller's promises are those that `System` asks for.
+        // SAFETY: the caller keeps the contract, which is that of `System`.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
@@ -61,7 +61,7 @@ fn allocations(work: impl FnOnce()) -> u64 {
     COUNTED.take().unwrap()
 }
 
-/// Does not count what the dispatch allocates.
+/// A dispatch whose allocations are not counted.
 struct Apart(Local);
 
 impl Apart {

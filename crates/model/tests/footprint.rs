@@ -1,4 +1,4 @@
-//! Sizes computed before loading against those of what was loaded.
+//! Sizes computed before loading against sizes of the loaded model.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -29,7 +29,7 @@ fn computed_sizes_are_those_of_loaded_models() {
                     Trunk::load(&CpuDevice::new(Arc::clone(&cpu), compute), &checkpoint, dtype, &mut |_| {})
                         .unwrap();
                 assert_eq!(footprint.trunk_bytes, trunk.bytes(), "{model} {compute} {dtype}");
-                // Of every group of layers.
+                // Blocks of every group of layers.
                 let blocks = 3;
                 let groups = footprint.kv_groups.reaches().len();
                 let kv = trunk.new_kv(blocks * groups).unwrap().bytes() as u64;

@@ -1,5 +1,5 @@
-//! Every family against what transformers computed, and against the plain reference; and promise 3 inside one
-//! process: the same bits for every chunking.
+//! Every family against outputs of transformers, and against the plain reference; and promise 3 inside one process: the
+//! same bits for every chunking.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -70,13 +70,13 @@ fn argmax(logits: &[f32]) -> u32 {
     u32::try_from(best.unwrap()).unwrap()
 }
 
-/// Where golden checkpoints are; `MUSTER_GOLDEN` names others.
+/// Directory of the golden checkpoints; `MUSTER_GOLDEN` names another.
 fn fixtures() -> PathBuf {
     let own = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden");
     std::env::var_os("MUSTER_GOLDEN").map_or_else(own, PathBuf::from)
 }
 
-/// The directories there, each a checkpoint with what transformers computes of it.
+/// The golden checkpoints, each with the outputs of transformers.
 fn families() -> Vec<String> {
     let names = std::fs::read_dir(fixtures()).unwrap().map(|entry| entry.unwrap().file_name());
     let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
@@ -190,7 +190,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// How experts and trunk may be held, every way of each.
+/// Dtypes of experts and trunk: every value of each occurs.
 const HELD: [[WeightDType; 2]; 4] = [[Native, Native], [Q8, Native], [Q4, Q8], [Native, Q4]];
 
 #[test]
@@ -239,14 +239,14 @@ fn the_demo_model_gives_its_golden_tokens() {
     }
 }
 
-/// What docs/numerics.md states about bf16 on the demo model.
+/// The figures of docs/numerics.md for bf16 on the demo model.
 #[test]
 fn bf16_stays_within_its_stated_distance_of_f32() {
     let (mean, top1, margin) = distance_from_f32(Compute::Bf16);
     assert!(mean <= STATED_MEAN_KL && top1 >= STATED_TOP1 && margin <= STATED_MARGIN_CHANGE);
 }
 
-/// And about bf16-pairs, within the same bounds.
+/// The figures of docs/numerics.md for bf16-pairs, within the same bounds.
 #[test]
 fn bf16_pairs_stay_within_their_stated_distance_of_f32() {
     let (mean, top1, margin) = distance_from_f32(Compute::Bf16Pairs);
@@ -281,7 +281,7 @@ fn distance_from_f32(compute: Compute) -> (f64, f64, f32) {
     (mean, top1, worst)
 }
 
-/// What docs/numerics.md states about weights of few bits on the demo model.
+/// The figures of docs/numerics.md for quantised weights on the demo model.
 #[test]
 fn few_bit_weights_stay_within_their_stated_distance_of_native_ones() {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo");
@@ -315,7 +315,7 @@ fn few_bit_weights_stay_within_their_stated_distance_of_native_ones() {
     }
 }
 
-/// Mean divergence at most, agreement at least.
+/// Greatest mean divergence, least agreement.
 const STATED_Q8: (f64, f64) = (2e-4, 0.98);
 const STATED_Q4: (f64, f64) = (5e-3, 0.94);
 const STATED_TRUNK: (f64, f64) = (3e-4, 0.98);

@@ -1,5 +1,5 @@
-//! Whether keys and values were computed for a sequence or found in the cache does not show in a bit of its logits,
-//! greedy or sampled, in whatever chunks, and when blocks are so few that sequences are preempted.
+//! A sequence's logits have the same bits whether its keys and values were computed or found in the prefix cache:
+//! greedy or sampled, for all chunk sizes, and with so few blocks that sequences are preempted.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -49,7 +49,7 @@ fn cold_and_warm_are_the_same_bits() {
             for chunk in [64, 16, 5] {
                 let (outputs, stats) = serve(config(PrefixCache::On, 30, chunk), &one_by_one);
                 assert!(outputs == alone, "{family} at {temperature} in chunks of {chunk}: one by one");
-                // 32 of the second and of the third, 48 of the last.
+                // 32 tokens each of the second and the third prompt, 48 of the last.
                 assert_eq!(stats.prefix_hits, 32 + 32 + 48);
                 let (outputs, stats) = serve(config(PrefixCache::On, 30, chunk), &together);
                 assert!(outputs == alone, "{family} at {temperature} in chunks of {chunk}: together");
@@ -57,7 +57,7 @@ fn cold_and_warm_are_the_same_bits() {
                 let (outputs, stats) = serve(config(PrefixCache::On, 5, chunk), &together);
                 assert!(outputs == alone, "{family} at {temperature} in chunks of {chunk}: in few blocks");
                 assert!(stats.prefix_hits > 0, "{stats:?}");
-                // Windows give blocks up, so fewer may do.
+                // Layers with a window free blocks, so that no sequence may be preempted.
                 assert!(stats.preemptions > 0 || groups > 1, "{stats:?}");
             }
         }

@@ -1,5 +1,5 @@
-//! Models whose layers see a window: against the plain reference, to the bit however they are served, and in no more
-//! KV blocks than the window needs.
+//! Models whose layers have a window: against the plain reference, with the same bits for every way of serving, and in
+//! no more KV blocks than the window needs.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -67,7 +67,7 @@ fn windows_agree_with_the_plain_reference() {
     }
 }
 
-/// Blocks that an item's sequence holds, in the only group that there is.
+/// Blocks of an item's sequence, in the only group.
 fn held(item: &StepItem) -> usize {
     item.blocks.iter().filter(|&&block| block != NO_BLOCK).count()
 }
@@ -86,7 +86,7 @@ fn a_window_takes_few_blocks_and_gives_the_same_bits() {
         let (expected, _) =
             model.serve(config(&model, PrefixCache::Off, 30, 64), &sampling, &all_at_once, &mut |_| {});
         for (prompt, output) in prompts.iter().zip(&expected) {
-            // All of it once more, in one piece and without a block given up.
+            // The whole sequence again, in one chunk and without freed blocks.
             let tokens: Vec<u32> =
                 prompt.iter().chain(output.iter().map(|(token, _)| token)).map(|token| token.get()).collect();
             let logits = evaluated(&model, &tokens, 512);
@@ -114,7 +114,7 @@ fn a_window_takes_few_blocks_and_gives_the_same_bits() {
                         assert!(outputs == expected, "{case}");
                         assert_eq!(stats.blocks_free, blocks, "{case}");
                         if (cache, waves.len()) == (PrefixCache::On, prompts.len()) && blocks == 30 {
-                            // 64 of the second and of the last prompt.
+                            // 64 tokens each of the second and of the last prompt.
                             assert_eq!(stats.prefix_hits, 128, "{case}");
                         }
                         preempted += stats.preemptions;

@@ -1,4 +1,4 @@
-//! What a worker must know of a model to hold its experts, where it has no model of its own.
+//! A model's card: the facts that a worker without a model of its own needs to hold its experts.
 
 use std::num::NonZeroU32;
 
@@ -10,11 +10,11 @@ use crate::convert::{
 };
 use crate::handshake::fingerprint_from_wire;
 
-/// Layers of a model at most.
+/// Most layers of a model.
 const MOST_LAYERS: usize = 4096;
-/// Experts of a layer at most.
+/// Most experts of a layer.
 const MOST_EXPERTS: u32 = 1 << 16;
-/// Any width at most.
+/// Greatest width.
 const WIDEST: u32 = 1 << 20;
 /// Longest name of a model, bytes.
 const LONGEST_NAME: usize = 256;
@@ -22,22 +22,22 @@ const LONGEST_NAME: usize = 256;
 /// The experts of a layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerCard {
-    /// How many there are.
+    /// Number of experts.
     pub experts: NonZeroU32,
-    /// Width between their linears.
+    /// Intermediate width.
     pub intermediate: NonZeroU32,
-    /// Of gate, up and down projection.
+    /// Packings of gate, up and down projection.
     pub packings: [Packing; 3],
-    /// All three have biases.
+    /// Whether all three have biases.
     pub biases: bool,
-    /// What lies between them.
+    /// Activation between the projections.
     pub gating: Gating,
 }
 
-/// A model, as its experts' holders see it.
+/// A model, for the workers that hold its experts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelCard {
-    /// Which one it is.
+    /// Identity of the model.
     pub fingerprint: Fingerprint,
     /// Its name.
     pub name: String,
@@ -45,16 +45,16 @@ pub struct ModelCard {
     pub hidden: NonZeroU32,
     /// Most experts that one row goes to.
     pub top_k: NonZeroU32,
-    /// What activations are rounded to.
+    /// Rounding of activations.
     pub compute: Compute,
-    /// How experts are held.
+    /// Packing of experts.
     pub experts: WeightDType,
     /// Every layer; `None` for a dense one.
     pub layers: Vec<Option<LayerCard>>,
 }
 
 impl ModelCard {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::ModelCard {
         let layer = |layer: &Option<LayerCard>| match layer {
@@ -85,7 +85,7 @@ impl ModelCard {
         }
     }
 
-    /// From a message.
+    /// Parses a message.
     ///
     /// # Errors
     /// The first field that breaks a rule.
@@ -109,7 +109,7 @@ impl ModelCard {
         })
     }
 
-    /// Routed experts of every layer.
+    /// Number of routed experts in every layer.
     #[must_use]
     pub fn shape(&self) -> Vec<u32> {
         self.layers.iter().map(|layer| layer.map_or(0, |layer| layer.experts.get())).collect()

@@ -1,4 +1,4 @@
-//! What a leader tells a worker: who leads, and what to hold.
+//! Orders of a leader to a worker: its lead, and the experts to hold.
 
 use std::collections::HashSet;
 use std::num::NonZeroU64;
@@ -19,19 +19,19 @@ const MOST_PEERS: usize = 1024;
 /// Longest address of a peer, bytes.
 const LONGEST_ADDRESS: usize = 512;
 
-/// A router asks to be obeyed.
+/// A router's request for the lead.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeadAsk {
     /// Its name.
     pub router: RouterName,
     /// Its term.
     pub term: NonZeroU64,
-    /// For how long. Zero gives the lead up.
+    /// Duration of the lead. Zero gives it up.
     pub ttl: Duration,
 }
 
 impl LeadAsk {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::LeadRequest {
         v1::LeadRequest {
@@ -41,10 +41,10 @@ impl LeadAsk {
         }
     }
 
-    /// From a message.
+    /// Parses a message.
     ///
     /// # Errors
-    /// When the name cannot be one or there is no term.
+    /// When the name is invalid or there is no term.
     pub fn parse(message: &v1::LeadRequest) -> Result<Self, WireError> {
         Ok(Self {
             router: RouterName::new(&message.router_id)?,
@@ -54,23 +54,23 @@ impl LeadAsk {
     }
 }
 
-/// What a worker says to that.
+/// A worker's answer to a [`LeadAsk`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeadAnswer {
-    /// Whether it obeys the router that asked.
+    /// Whether the worker grants the lead to the requesting router.
     pub granted: bool,
-    /// Whom it obeys, or obeyed last.
+    /// The router that holds the lead, or held it last.
     pub holder: Option<RouterName>,
-    /// At which term; 0 as long as it obeyed nobody.
+    /// Term of that lead; 0 before the first.
     pub term: u64,
-    /// For how long still.
+    /// Remaining time of the lead.
     pub left: Duration,
-    /// Of the worker's description when it answered.
+    /// Epoch of the worker's description at the answer.
     pub epoch: Epoch,
 }
 
 impl LeadAnswer {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::LeadReply {
         v1::LeadReply {
@@ -82,10 +82,10 @@ impl LeadAnswer {
         }
     }
 
-    /// From a message.
+    /// Parses a message.
     ///
     /// # Errors
-    /// When the holder's name cannot be one.
+    /// When the holder's name is invalid.
     pub fn parse(message: &v1::LeadReply) -> Result<Self, WireError> {
         let holder =
             if message.router_id.is_empty() { None } else { Some(RouterName::new(&message.router_id)?) };
@@ -99,38 +99,38 @@ fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
 
-/// What a worker shall hold.
+/// An order to a worker: the experts to hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
-    /// Who says so.
+    /// The leading router.
     pub router: RouterName,
-    /// In which term.
+    /// Term of its lead.
     pub term: NonZeroU64,
-    /// Grows with every assignment of the term.
+    /// Number of the assignment, growing within the term.
     pub operation: NonZeroU64,
-    /// The last announcement that this was decided by.
+    /// Epoch of the worker's last description that the leader had seen.
     pub seen: Epoch,
-    /// What it goes on holding, strictly ascending.
+    /// Experts to keep, strictly ascending.
     pub keep: Vec<ExpertKey>,
-    /// What it loads, in this order; none of `keep` and none twice.
+    /// Experts to load, in this order; none of `keep` and none twice.
     pub load: Vec<Load>,
-    /// Addresses of workers that hold some of it.
+    /// Addresses of workers that hold experts of `load`.
     pub peers: Vec<String>,
 }
 
 /// An expert to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Load {
-    /// Which one.
+    /// Key of the expert.
     pub key: ExpertKey,
-    /// Who holds it: indices into [`Assignment::peers`].
+    /// Workers that hold it: indices into [`Assignment::peers`].
     pub peers: Vec<u32>,
-    /// Of its weights; `None` where the leader is of a version that tells none.
+    /// Digest of its weights; `None` from a leader of a version without digests.
     pub digest: Option<WeightDigest>,
 }
 
 impl Assignment {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::AssignRequest {
         let load = |load: &Load| v1::LoadExpert {
@@ -150,7 +150,7 @@ impl Assignment {
         }
     }
 
-    /// From a message, for a model with `experts[layer]` routed experts in each layer.
+    /// Parses a message, for a model with `experts[layer]` routed experts in each layer.
     ///
     /// # Errors
     /// The first field that breaks a rule.
@@ -188,7 +188,7 @@ impl Assignment {
     }
 }
 
-/// Rows that experts got, by layer and expert; as long as the model's shape.
+/// Converts the numbers of rows that experts got, by layer and expert, to a message.
 #[must_use]
 pub fn rows_to_wire(rows: &[Vec<u64>]) -> v1::CountRowsReply {
     let layers = (0..).zip(rows).filter(|(_, rows)| rows.iter().any(|&count| count > 0));
@@ -197,10 +197,11 @@ pub fn rows_to_wire(rows: &[Vec<u64>]) -> v1::CountRowsReply {
     }
 }
 
-/// Rows that experts got, by layer and expert, of a model with `experts[layer]` routed experts in each layer.
+/// Parses the numbers of rows that experts got, by layer and expert, of a model with `experts[layer]` routed experts in
+/// each layer.
 ///
 /// # Errors
-/// When a layer is not one of the model, is told twice, or has another number of experts.
+/// When a layer is not one of the model, is listed twice, or has another number of experts.
 pub fn rows_from_wire(message: &v1::CountRowsReply, experts: &[u32]) -> Result<Vec<Vec<u64>>, WireError> {
     let mut rows: Vec<Vec<u64>> = experts.iter().map(|&count| vec![0; count as usize]).collect();
     let mut before = None;
@@ -219,17 +220,17 @@ pub fn rows_from_wire(message: &v1::CountRowsReply, experts: &[u32]) -> Result<V
     Ok(rows)
 }
 
-/// The digest that weights are sent with: the newest that both processes know.
+/// Kind of the digest sent with weights: the newest that both processes know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seal {
-    /// Of versions 1 and 2.
+    /// SHA-256, of versions 1 and 2.
     Sha256,
-    /// That of [`WeightDigest`].
+    /// BLAKE3, as in [`WeightDigest`].
     Blake3,
 }
 
 impl Seal {
-    /// For whoever asks so.
+    /// The kind for the sender of this request.
     ///
     /// # Errors
     /// When there is no version in common.
@@ -244,21 +245,21 @@ fn common(message: &v1::FetchRequest) -> Result<u32, WireError> {
         .map_err(|error| WireError::rule("protocol_version", error.to_string()))
 }
 
-/// An expert that another process wants to have.
+/// A request for an expert's weights.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fetch {
-    /// Of which model.
+    /// Identity of the model.
     pub fingerprint: Fingerprint,
-    /// How it computes, which tells how experts are packed.
+    /// Compute mode of the requesting process, which determines the packing of experts.
     pub compute: Compute,
-    /// How experts are held.
+    /// Packing of experts.
     pub experts: WeightDType,
-    /// Which one.
+    /// Key of the expert.
     pub key: ExpertKey,
 }
 
 impl Fetch {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::FetchRequest {
         let (protocol_version, newest_protocol_version) = OURS.to_wire();
@@ -273,10 +274,10 @@ impl Fetch {
         }
     }
 
-    /// From a message, for a model with `experts[layer]` routed experts in each layer.
+    /// Parses a message, for a model with `experts[layer]` routed experts in each layer.
     ///
     /// # Errors
-    /// The first field that breaks a rule. Whether the two processes fit is for the caller to see.
+    /// The first field that breaks a rule. The caller checks that the two processes fit.
     pub fn parse(message: &v1::FetchRequest, experts: &[u32]) -> Result<Self, WireError> {
         common(message)?;
         Ok(Self {

@@ -1,4 +1,4 @@
-//! Enums and names both ways, and the error of everything that parses.
+//! Conversions of enums and names both ways, and the error of all parsers.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,13 +9,13 @@ use muster_types::{
 
 use crate::expert::v1;
 
-/// A message that breaks a rule of the protocol. Says which field, what it was and what it should be.
+/// A message that breaks a rule of the protocol. Names the field, its value and the rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// A field without which the message means nothing.
+    /// A required field is missing.
     #[error("field {0} is missing")]
     Missing(&'static str),
-    /// An enum number this build does not know.
+    /// An enum number unknown to this build.
     #[error("field {field} has the unknown value {value}")]
     UnknownValue {
         /// The field.
@@ -28,15 +28,15 @@ pub enum WireError {
     OutOfRange {
         /// The field.
         field: &'static str,
-        /// What is wrong with it.
+        /// The broken rule.
         source: OutOfRange,
     },
-    /// A name with characters or a length that a name cannot have.
+    /// A name with a character or a length that is not allowed.
     #[error("field {field}: {reason}")]
     Name {
         /// The field.
         field: &'static str,
-        /// What is wrong with it.
+        /// The broken rule.
         reason: String,
     },
     /// A fingerprint of the wrong length.
@@ -47,7 +47,7 @@ pub enum WireError {
     Rule {
         /// The field.
         field: &'static str,
-        /// What is wrong with it.
+        /// The broken rule.
         reason: String,
     },
 }
@@ -66,7 +66,7 @@ impl RouterName {
     /// Checks a name.
     ///
     /// # Errors
-    /// `Name` when it is empty, too long, or has a character that could break a log line.
+    /// `Name` when it is empty, too long, or has a character that is not allowed.
     pub fn new(name: &str) -> Result<Self, WireError> {
         let field = "router_id";
         if name.is_empty() {
@@ -151,7 +151,7 @@ pub fn compute_from_wire(value: i32) -> Result<Compute, WireError> {
     }
 }
 
-/// The wire's name for how experts are held.
+/// The wire's name for a packing of experts.
 #[must_use]
 pub const fn expert_dtype_to_wire(dtype: WeightDType) -> v1::ExpertDType {
     match dtype {
@@ -161,7 +161,7 @@ pub const fn expert_dtype_to_wire(dtype: WeightDType) -> v1::ExpertDType {
     }
 }
 
-/// How experts are held, off the wire.
+/// A packing of experts off the wire.
 ///
 /// # Errors
 /// `Missing` when unspecified, `UnknownValue` when this build does not know it.

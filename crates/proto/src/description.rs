@@ -1,4 +1,4 @@
-//! What a worker says about itself.
+//! A worker's description of itself.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -19,30 +19,30 @@ use crate::version::OURS;
 /// Whether a worker takes shards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// It does.
+    /// It takes shards.
     Serving,
-    /// It was asked to stop: it serves what it holds until others do.
+    /// It was asked to stop: it serves its experts until other workers hold them.
     Draining,
 }
 
-/// A worker, as it announces itself.
+/// A worker's announcement.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Description {
     /// Its name.
     pub worker: WorkerId,
     /// The model it serves.
     pub fingerprint: Fingerprint,
-    /// Its kernels.
+    /// Numerics class of its kernels.
     pub numerics: NumericsClass,
-    /// What it rounds activations to.
+    /// Rounding of activations.
     pub compute: Compute,
-    /// How it holds experts.
+    /// Packing of its experts.
     pub experts: WeightDType,
     /// Epoch of this description; at least 1, grows with every change.
     pub epoch: Epoch,
     /// The experts it holds, strictly ascending.
     pub holdings: Vec<ExpertKey>,
-    /// Of the weights of each of `holdings`; of a version that tells none, or where nothing is held, empty.
+    /// Digests of the weights of `holdings`, in their order; empty without holdings, or in a version without digests.
     pub digests: Vec<WeightDigest>,
     /// Bytes of resident weights.
     pub resident_bytes: u64,
@@ -52,27 +52,27 @@ pub struct Description {
     pub max_rows: NonZeroU32,
     /// Bytes it has for experts; not below `resident_bytes`.
     pub capacity: u64,
-    /// How fast it is.
+    /// Its relative speed.
     pub speed: Speed,
-    /// What it shares its fate with.
+    /// Its failure domain.
     pub domain: Option<String>,
-    /// Experts that it was told to hold and does not hold yet.
+    /// Number of assigned experts that are not loaded yet.
     pub loading: u32,
-    /// From its start until it held its first expert.
+    /// Time from its start to its first expert.
     pub useful: Option<Duration>,
-    /// From its start until it held all that it was told to hold first.
+    /// Time from its start to all experts of its first assignment.
     pub full: Option<Duration>,
-    /// The last source of weights that it passed over because what it has is damaged or different.
+    /// The last source of weights that it passed over for damaged or different weights.
     pub trouble: Option<String>,
 }
 
 /// Longest name of a failure domain, bytes.
 const LONGEST_DOMAIN: usize = 253;
-/// Characters of a trouble; the rest is cut off.
+/// Most characters of a trouble; the rest is cut off.
 const LONGEST_TROUBLE: usize = 512;
 
 impl Description {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn to_wire(&self) -> v1::WorkerDescription {
         let mut held = holdings_to_wire(&self.holdings);
@@ -105,10 +105,10 @@ impl Description {
         }
     }
 
-    /// From a message, for a model with `experts[layer]` routed experts in each layer (0 in a dense one).
+    /// Parses a message, for a model with `experts[layer]` routed experts in each layer (0 in a dense one).
     ///
     /// # Errors
-    /// The first field that breaks a rule. Check the terms first: of another model no id means anything.
+    /// The first field that breaks a rule. The caller checks the terms first: ids of another model have no meaning.
     pub fn parse(message: &v1::WorkerDescription, experts: &[u32]) -> Result<Self, WireError> {
         let worker = WorkerId::new(&message.worker_id).map_err(worker_id_error)?;
         if message.epoch == 0 {
@@ -137,12 +137,12 @@ impl Description {
     }
 }
 
-/// What may stand in a log line, of bounded length.
+/// The text as a log line of bounded length: control characters become spaces.
 fn printable(text: &str) -> String {
     text.chars().take(LONGEST_TROUBLE).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// One for every expert, or none at all.
+/// Parses digests: one per expert, or none at all.
 fn parse_digests(held: &[v1::HeldExperts]) -> Result<Vec<WeightDigest>, WireError> {
     let field = "held.digests";
     if held.iter().all(|entry| entry.digests.is_empty()) {
@@ -160,7 +160,7 @@ fn parse_digests(held: &[v1::HeldExperts]) -> Result<Vec<WeightDigest>, WireErro
     Ok(digests)
 }
 
-/// At least 1, for 0 is none.
+/// Milliseconds, at least 1: 0 stands for `None`.
 fn millis_to_wire(time: Option<Duration>) -> u64 {
     time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1))
 }
@@ -188,14 +188,14 @@ fn parse_domain(domain: &str) -> Result<Option<String>, WireError> {
     Ok((!domain.is_empty()).then(|| domain.to_owned()))
 }
 
-/// The layer with this number and how many routed experts it has.
+/// The layer with this number, and its number of routed experts.
 pub(crate) fn layer_of(layer: u32, experts: &[u32]) -> Result<(LayerId, u32), OutOfRange> {
     let count = u32::try_from(experts.len()).unwrap_or(u32::MAX);
     let id = LayerId::new(layer, count)?;
     Ok((id, experts.get(id.index()).copied().unwrap_or(0)))
 }
 
-/// Keys, ascending, by layer.
+/// Converts ascending keys, grouped by layer.
 pub(crate) fn holdings_to_wire<'a>(keys: impl IntoIterator<Item = &'a ExpertKey>) -> Vec<v1::HeldExperts> {
     let mut held: Vec<v1::HeldExperts> = Vec::new();
     for key in keys {
@@ -212,7 +212,7 @@ pub(crate) fn holdings_to_wire<'a>(keys: impl IntoIterator<Item = &'a ExpertKey>
     held
 }
 
-/// An expert of a model with `experts[layer]` routed experts in each layer.
+/// The key of an expert of a model with `experts[layer]` routed experts in each layer.
 pub(crate) fn key_of(
     field: &'static str,
     layer: u32,
@@ -225,7 +225,7 @@ pub(crate) fn key_of(
     Ok(ExpertKey { layer, expert })
 }
 
-/// Keys by layer, strictly ascending.
+/// Parses keys grouped by layer, strictly ascending.
 pub(crate) fn parse_holdings(
     field: &'static str,
     held: &[v1::HeldExperts],
@@ -342,7 +342,7 @@ mod tests {
         let mut message = good.to_wire();
         assert_eq!(message.held[0].digests.len(), 64);
         assert_eq!(Description::parse(&message, &EXPERTS).unwrap().digests, good.digests);
-        // As a version that knows of none announces it.
+        // The announcement of a version without digests.
         message.held[0].digests.clear();
         assert!(Description::parse(&message, &EXPERTS).unwrap().digests.is_empty());
         for bytes in [32, 63, 65, 96] {

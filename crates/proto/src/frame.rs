@@ -1,12 +1,12 @@
 //! Hidden rows as bytes and back: row-major, little-endian, no header, no padding.
 //!
-//! The loops work on chunks of constant size and compile to plain copies on little-endian machines. A value
-//! that is not finite never gets into a [`RowBuffer`].
+//! The loops work on chunks of constant size and compile to plain copies on little-endian machines. A [`RowBuffer`]
+//! never holds a value that is not finite.
 
 use bytes::Bytes;
 use muster_types::DType;
 
-/// Bytes that are not the rows they should be.
+/// A payload that does not match its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
     /// The payload's length does not match its claimed shape.
@@ -18,9 +18,9 @@ pub enum FrameError {
         hidden: usize,
         /// Element type.
         dtype: DType,
-        /// Bytes that these make.
+        /// Expected bytes.
         want: usize,
-        /// Bytes that came.
+        /// Received bytes.
         got: usize,
     },
     /// `rows * hidden * size` does not fit the address space.
@@ -65,7 +65,7 @@ pub fn check_len(data: &[u8], rows: usize, hidden: usize, dtype: DType) -> Resul
 /// Rows of a bf16 tensor `[_, hidden]`, picked by number, as one payload.
 ///
 /// # Panics
-/// When a row number is outside `rows`; callers take them from a batch they checked.
+/// When a row number is outside `rows`; callers take row numbers from a checked batch.
 #[must_use]
 pub fn gather_bf16(rows: &[u16], hidden: usize, picked: &[u32]) -> Bytes {
     let mut out = vec![0; picked.len() * hidden * 2];
@@ -81,7 +81,7 @@ pub fn gather_bf16(rows: &[u16], hidden: usize, picked: &[u32]) -> Bytes {
 /// Rows of an f32 tensor `[_, hidden]`, picked by number, as one payload.
 ///
 /// # Panics
-/// When a row number is outside `rows`; callers take them from a batch they checked.
+/// When a row number is outside `rows`; callers take row numbers from a checked batch.
 #[must_use]
 pub fn gather_f32(rows: &[f32], hidden: usize, picked: &[u32]) -> Bytes {
     let mut out = vec![0; picked.len() * hidden * 4];
@@ -102,7 +102,7 @@ pub struct RowBuffer {
 }
 
 impl RowBuffer {
-    /// Drops what was read.
+    /// Drops all rows.
     pub fn clear(&mut self) {
         self.f32.clear();
         self.bf16.clear();
@@ -120,7 +120,7 @@ impl RowBuffer {
         &self.bf16
     }
 
-    /// Reads a payload `[rows, hidden]` behind what is there.
+    /// Appends a payload `[rows, hidden]`.
     ///
     /// # Errors
     /// `Overflow`, `Length`, `NonFinite`; nothing is added then.
@@ -158,7 +158,7 @@ impl RowBuffer {
 const BF16_EXPONENT: u16 = 0x7f80;
 const F32_EXPONENT: u32 = 0x7f80_0000;
 
-/// The first element that is bad. A whole block is scanned without branching, so that the loop vectorises.
+/// Index of the first bad element. A whole block is scanned without branching, so that the loop vectorises.
 fn first_bad<T: Copy>(values: &[T], bad: impl Fn(T) -> bool) -> Option<usize> {
     const BLOCK: usize = 4096;
     let mut start = 0;

@@ -1,4 +1,4 @@
-//! What both ends of a stream must agree on before a single row travels.
+//! The handshake: terms that both ends of a stream must agree on before the first row is sent.
 
 use std::fmt;
 
@@ -22,11 +22,11 @@ pub struct Terms {
     pub fingerprint: Fingerprint,
     /// Elements of a hidden row.
     pub hidden: u32,
-    /// What activations are rounded to; fixes the wire dtype.
+    /// Rounding of activations; determines the wire dtype.
     pub compute: Compute,
-    /// How experts are held.
+    /// Packing of experts.
     pub experts: WeightDType,
-    /// Of the experts that this process computes.
+    /// Numerics class of this process's experts.
     pub numerics: NumericsClass,
 }
 
@@ -39,11 +39,11 @@ pub enum Term {
     Fingerprint,
     /// Elements of a hidden row.
     Hidden,
-    /// What activations are rounded to.
+    /// Rounding of activations.
     Compute,
-    /// How experts are held.
+    /// Packing of experts.
     Experts,
-    /// Devices that give the same bits.
+    /// The numerics class.
     Numerics,
 }
 
@@ -64,7 +64,7 @@ impl fmt::Display for Term {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{term} differs: ours is {ours}, the peer's is {theirs}")]
 pub struct Disagreement {
-    /// What differs.
+    /// The term that differs.
     pub term: Term,
     /// This process's value.
     pub ours: String,
@@ -72,13 +72,13 @@ pub struct Disagreement {
     pub theirs: String,
 }
 
-/// Why a peer was not admitted.
+/// Reason why a peer was not admitted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HandshakeError {
-    /// Its message breaks the protocol.
+    /// The peer's message breaks the protocol.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// It is a Muster process, but not one of ours.
+    /// The peer is a Muster process on other terms.
     #[error(transparent)]
     Disagreement(#[from] Disagreement),
 }
@@ -92,8 +92,8 @@ fn same<T: PartialEq + fmt::Display>(term: Term, ours: &T, theirs: &T) -> Result
 }
 
 impl Terms {
-    /// The greeting that opens a stream on these terms, to a worker that describes itself as of class `numerics`. The router
-    /// says how outputs are to come back.
+    /// The greeting that opens a stream on these terms, to a worker that describes itself as of class `numerics`. The
+    /// router chooses the combine mode of the outputs.
     #[must_use]
     pub fn to_hello(
         &self,
@@ -118,11 +118,11 @@ impl Terms {
         }
     }
 
-    /// For workers: reads a greeting and holds it against these terms.
+    /// For workers: parses a greeting and compares it with these terms.
     ///
     /// # Errors
-    /// The first field that is malformed or differs. The version comes first: the rest of another version's
-    /// message need not mean what it means here.
+    /// The first field that is malformed or differs. The version comes first: in another version, the other fields may
+    /// have another meaning.
     pub fn admit(&self, hello: &v1::Hello) -> Result<Greeting, HandshakeError> {
         let version = agree(hello.protocol_version, hello.newest_protocol_version)?;
         let router = RouterName::new(&hello.router_id)?;
@@ -151,8 +151,8 @@ impl Terms {
         Ok(Greeting { router, lane: hello.lane, combine, version })
     }
 
-    /// For routers: holds a worker's description against these terms. What it holds is not looked at, and its numerics class
-    /// may be any.
+    /// For routers: compares a worker's description with these terms. Its holdings are not checked, and its numerics
+    /// class may be any.
     ///
     /// # Errors
     /// The first field that is malformed or differs.
@@ -167,10 +167,10 @@ impl Terms {
     }
 }
 
-/// The version that is spoken with a peer whose message has these two fields.
+/// The protocol version to use with a peer whose message has these two fields.
 ///
 /// # Errors
-/// When there is none.
+/// When there is no version in common.
 pub fn agree(oldest: u32, newest: u32) -> Result<u32, HandshakeError> {
     let theirs = Versions::parse(oldest, newest)?;
     let disagreement =
@@ -192,7 +192,7 @@ pub struct Greeting {
     pub router: RouterName,
     /// The lane its stream carries.
     pub lane: u32,
-    /// How outputs come back on it.
+    /// Combine mode of its outputs.
     pub combine: Combine,
     /// The protocol's version in common.
     pub version: u32,
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn routers_of_neighbouring_versions_are_admitted() {
-        // Of one version, and ranges up to the one before, to this one and to the next.
+        // One version, and ranges up to the previous, this and the next version.
         for (oldest, newest) in [(2, 0), (1, 2), (2, 3), (3, 4)] {
             let hello = v1::Hello { protocol_version: oldest, newest_protocol_version: newest, ..hello() };
             assert!(terms().admit(&hello).is_ok(), "{oldest} to {newest}");

@@ -19,7 +19,7 @@ pub mod version;
 /// Encoded `FileDescriptorSet` of everything in `/proto`, for server reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/muster.descriptors"));
 
-/// Who is in a cluster.
+/// Membership of a cluster.
 pub mod cluster {
     /// Version 1.
     #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]
@@ -28,7 +28,7 @@ pub mod cluster {
     }
 }
 
-/// Between a router and an expert worker.
+/// Messages between a router and a worker.
 pub mod expert {
     /// Version 1.
     #[allow(missing_docs, unreachable_pub, unused_qualifications, clippy::all, clippy::pedantic)]

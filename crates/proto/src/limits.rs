@@ -4,16 +4,16 @@ use std::num::NonZeroU32;
 
 use muster_types::{DType, WeightDigest};
 
-/// Room for what a message has besides its payload and its lists of numbers.
+/// Bytes allowed for a message's other fields, beside its payload and its lists of numbers.
 const SLACK: usize = 64 << 10;
-/// A 32-bit number is at most this long as a varint.
+/// Most bytes of a 32-bit varint.
 const VARINT: usize = 5;
-/// A weight.
+/// Bytes of a weight.
 const FLOAT: usize = 4;
-/// Everything the protocol's length prefix can carry.
+/// Greatest length that the protocol's length prefix can carry.
 const CEILING: usize = u32::MAX as usize;
 
-/// What bounds the messages of a stream.
+/// Bounds on the messages of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MessageLimits {
     /// Largest request, bytes.
@@ -23,7 +23,7 @@ pub struct MessageLimits {
 }
 
 impl MessageLimits {
-    /// For shards of at most `max_rows` rows, each going to at most `top_k` of at most `experts` experts.
+    /// Bounds for shards of at most `max_rows` rows, each routed to at most `top_k` of at most `experts` experts.
     #[must_use]
     pub fn new(hidden: u32, wire: DType, max_rows: NonZeroU32, top_k: u32, experts: u32) -> Self {
         let row = (hidden as usize).saturating_mul(wire.size());
@@ -37,14 +37,14 @@ impl MessageLimits {
         Self { request_bytes: request.min(CEILING), reply_bytes: reply.min(CEILING) }
     }
 
-    /// Bytes of a worker's description, for a model with this many routed experts in all.
+    /// Most bytes of a worker's description, for a model with this many routed experts in all.
     #[must_use]
     pub const fn description_bytes(experts: usize) -> usize {
         experts.saturating_mul(VARINT * 3 + WeightDigest::BYTES).saturating_add(SLACK)
     }
 
-    /// Bytes of an order to a worker, for a model with this many routed experts in all: each with some peers that have
-    /// it, and as many peers as there may be.
+    /// Most bytes of an order to a worker, for a model with this many routed experts in all: each expert with some
+    /// peers, and the most peers allowed.
     #[must_use]
     pub const fn assignment_bytes(experts: usize) -> usize {
         experts.saturating_mul(VARINT * 13 + WeightDigest::BYTES).saturating_add(1 << 20)

@@ -1,4 +1,4 @@
-//! What comes back down a stream: the acknowledgement, rows, or a typed fault.
+//! Replies on a stream: the acknowledgement, rows, or a typed fault.
 
 use std::num::NonZeroU64;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::convert::{WireError, worker_id_error};
 use crate::expert::v1;
 use crate::expert::v1::shard_error::Code;
 
-/// Longest fault message kept, in characters. It ends up in logs of the other side.
+/// Longest fault message kept, in characters. The router logs it.
 const MESSAGE_CHARS: usize = 256;
 
 /// The wire's name of a kind of fault.
@@ -52,17 +52,17 @@ impl From<WireError> for Fault {
     }
 }
 
-/// Where a shard's time went inside the worker.
+/// Time of a shard inside the worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Timing {
-    /// In the experts.
+    /// Time in the experts.
     pub compute: Duration,
-    /// Waiting for them.
+    /// Time in the queue.
     pub queue: Duration,
 }
 
 impl Timing {
-    /// Both together.
+    /// Sum of both.
     #[must_use]
     pub fn total(&self) -> Duration {
         self.compute.saturating_add(self.queue)
@@ -72,9 +72,9 @@ impl Timing {
 /// The outputs of a shard.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OutputRows {
-    /// Rows claimed, not yet held against what was asked.
+    /// Claimed number of rows, not yet compared with the request.
     pub rows: u32,
-    /// Their payload, not yet held against `rows`.
+    /// Their payload, not yet compared with `rows`.
     pub data: Bytes,
     /// Rows with a value that is not finite: zeros in `data`. Strictly ascending, below `rows`.
     pub not_finite: Vec<u32>,
@@ -96,26 +96,26 @@ impl OutputRows {
 /// One reply.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
-    /// The stream is open.
+    /// Acknowledges an open stream.
     Ack {
-        /// Who answers.
+        /// Name of the worker.
         worker: WorkerId,
         /// Its epoch.
         epoch: Epoch,
     },
-    /// A shard is done.
+    /// Answers a shard.
     Answer {
-        /// The shard.
+        /// Id of the shard.
         id: NonZeroU64,
-        /// Its outputs, or why there are none.
+        /// Its outputs, or its fault.
         outcome: Result<OutputRows, Fault>,
-        /// Where its time went.
+        /// Its time inside the worker.
         timing: Timing,
     },
 }
 
 impl Reply {
-    /// As a message.
+    /// Converts to a message.
     #[must_use]
     pub fn into_wire(self) -> v1::DispatchReply {
         use v1::dispatch_reply::Body;
@@ -144,7 +144,7 @@ impl Reply {
         }
     }
 
-    /// From a message.
+    /// Parses a message.
     ///
     /// # Errors
     /// The first field that breaks a rule.

@@ -13,7 +13,7 @@ use crate::expert::v1::LayerShard;
 use crate::frame;
 use muster_types::{Fault, FaultKind};
 
-/// What a shard is checked against.
+/// Rules for a shard.
 #[derive(Debug, Clone)]
 pub struct ShardRules {
     /// Elements of a hidden row.
@@ -26,11 +26,11 @@ pub struct ShardRules {
     pub top_k: u32,
     /// Most rows of one shard.
     pub max_rows: NonZeroU32,
-    /// A longer deadline than this is cut to it.
+    /// Longest deadline; longer ones are cut to it.
     pub max_deadline: Duration,
 }
 
-/// The ids of one stream's shards: each must be greater than the last.
+/// Check of one stream's shard ids: each must be greater than the last.
 #[derive(Debug, Default)]
 pub struct ShardIds {
     last: u64,
@@ -51,7 +51,7 @@ impl ShardIds {
     }
 }
 
-/// A shard that obeys every rule but one: its values are checked where they are decoded, off the network thread.
+/// A checked shard, except for its values, which are checked when they are decoded, off the network thread.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ShardView {
     layer: LayerId,
@@ -65,7 +65,7 @@ pub struct ShardView {
 }
 
 impl ShardView {
-    /// Checks a shard of a stream that combines so. `current` is the epoch of the worker's own description.
+    /// Checks a shard of a stream with this combine mode. `current` is the epoch of the worker's own description.
     ///
     /// # Errors
     /// The first rule that is broken: `Deadline` for a deadline that has passed, `BadRequest` for all others.
@@ -97,7 +97,7 @@ impl ShardView {
         self.layer
     }
 
-    /// Time from receipt after which the result is of no use.
+    /// Deadline, counted from receipt: later results are useless.
     #[must_use]
     pub const fn deadline(&self) -> Duration {
         self.deadline
@@ -109,28 +109,28 @@ impl ShardView {
         self.rows as usize
     }
 
-    /// The payload: as long as [`Self::rows`] rows are.
+    /// The payload, exactly as long as [`Self::rows`] rows.
     #[must_use]
     pub const fn data(&self) -> &Bytes {
         &self.data
     }
 
-    /// Rows that the experts make: one per (row, expert).
+    /// Number of expert output rows: one per (row, expert).
     #[must_use]
     pub fn outputs(&self) -> usize {
         self.indices.len()
     }
 
-    /// What each output counts in the sum of its row, in the order of [`Self::groups`]; `None` where the router adds up.
+    /// Weight of each output in the sum of its row, in the order of [`Self::groups`]; `None` where the router sums.
     #[must_use]
     pub fn weights(&self) -> Option<&[f32]> {
         self.weights.as_deref()
     }
 
-    /// Rows that come back.
+    /// Number of reply rows.
     #[must_use]
     pub fn answers(&self) -> u32 {
-        // Indices are at most as many as a message has bytes.
+        // There are at most as many indices as a message has bytes.
         if self.weights.is_some() { self.rows } else { self.indices.len() as u32 }
     }
 
@@ -202,7 +202,7 @@ fn check_groups(shard: &LayerShard, top_k: u32) -> Result<(), WireError> {
     if counts.contains(&0) {
         return Err(WireError::rule("counts", "has a 0; leave the expert out"));
     }
-    // u32 entries and at most as many of them as a message has bytes: a u64 cannot overflow.
+    // A u64 cannot overflow: entries are u32, and at most as many as a message has bytes.
     let total: u64 = counts.iter().map(|&count| u64::from(count)).sum();
     if total != indices.len() as u64 {
         let reason = format!("{} entries where counts add up to {total}", indices.len());
@@ -381,7 +381,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever passes indexes nothing out of bounds.
+        /// A shard that passes the checks indexes nothing out of bounds.
         #[test]
         fn what_passes_is_in_bounds(
             layer in 0u32..4,

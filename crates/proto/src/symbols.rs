@@ -1,4 +1,4 @@
-//! Which `.proto` file describes a symbol, for server reflection.
+//! Lookup of `.proto` files by symbol, for server reflection.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use prost_types::{DescriptorProto, EnumDescriptorProto, FileDescriptorProto, Fil
 #[error("the descriptors are no FileDescriptorSet: {0}")]
 pub struct NotDescriptors(#[from] prost::DecodeError);
 
-/// Files by their names and by what they describe.
+/// Files by name and by symbol.
 #[derive(Debug, Default)]
 pub struct Symbols {
     files: BTreeMap<String, Bytes>,
@@ -42,7 +42,7 @@ impl Symbols {
         self.files.get(name).cloned()
     }
 
-    /// That of the file which describes a service, method, message, field or enum.
+    /// The encoded `FileDescriptorProto` of the file that describes a service, method, message, field or enum.
     #[must_use]
     pub fn containing(&self, symbol: &str) -> Option<Bytes> {
         self.file(self.symbols.get(symbol)?)

@@ -1,46 +1,48 @@
-//! Which versions of the protocol two processes have in common.
+//! Versions of the protocol, and the one that two processes have in common.
 //!
 //! Every version is compatible with the one before: fields are added, never changed or taken away, and a process that
-//! speaks a version speaks the one before, too. So a cluster is upgraded, and rolled back, one process at a time. A message
-//! that opens a conversation says the oldest and the newest version of its sender; what has no newest, as in version 1, is
-//! of one version.
+//! speaks a version speaks the one before, too. So a cluster is upgraded, and rolled back, one process at a time. A
+//! message that opens a conversation has the oldest and the newest version of its sender; without a newest, as in
+//! version 1, the sender has one version.
 
 use std::fmt;
 
 use crate::convert::WireError;
 
-/// From the oldest to the newest that a process speaks.
+/// Range of versions that a process speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Versions {
     oldest: u32,
     newest: u32,
 }
 
-/// The newest version. 2: workers tell how long they took to be useful and to be full. 3: workers tell a digest of each
-/// expert's weights; an answer marks the output rows that are not finite, and has the others.
+/// The newest version. 2: descriptions have the times to a worker's first expert and to its first full assignment. 3:
+/// descriptions have a digest of each expert's weights; an answer marks the output rows that are not finite, and has
+/// the others.
 ///
-/// Built with `MUSTER_NEXT_VERSION` in the environment it is one ahead, for trying a rolling upgrade before there is anything new.
+/// A build with `MUSTER_NEXT_VERSION` in its environment is one version ahead, to test a rolling upgrade before there
+/// is a new version.
 const NEWEST: u32 = if option_env!("MUSTER_NEXT_VERSION").is_some() { 4 } else { 3 };
 
-/// The version since which an answer marks output rows.
+/// First version whose answers mark output rows.
 pub const MARKS: u32 = 3;
-/// The version from which on weights have digests.
+/// First version with digests of weights.
 pub const WITH_DIGESTS: u32 = 3;
 
-/// What this build speaks.
+/// Versions of this build.
 pub const OURS: Versions = Versions { oldest: NEWEST - 1, newest: NEWEST };
 
 impl Versions {
-    /// As the two fields of a message.
+    /// Converts to the two fields of a message.
     #[must_use]
     pub const fn to_wire(self) -> (u32, u32) {
         (self.oldest, self.newest)
     }
 
-    /// From the two fields of a message.
+    /// Parses the two fields of a message.
     ///
     /// # Errors
-    /// When there is no version in them.
+    /// When they contain no version.
     pub fn parse(oldest: u32, newest: u32) -> Result<Self, WireError> {
         match (oldest, newest) {
             (0, _) => Err(WireError::Missing("protocol_version")),
@@ -53,7 +55,7 @@ impl Versions {
         }
     }
 
-    /// The newest that both speak.
+    /// The newest version in common.
     #[must_use]
     pub fn common(self, other: Self) -> Option<u32> {
         let newest = self.newest.min(other.newest);
@@ -83,7 +85,7 @@ mod tests {
         assert_eq!(OURS.newest - OURS.oldest, 1, "one version back, in both directions");
         assert_eq!(versions(1, 2).common(versions(2, 3)), Some(2));
         assert_eq!(versions(2, 3).common(versions(1, 2)), Some(2));
-        // A build from before ranges were told.
+        // A build from before version ranges.
         assert_eq!(versions(1, 2).common(versions(1, 0)), Some(1));
         assert_eq!(versions(1, 2).common(versions(3, 4)), None);
         assert_eq!(versions(3, 4).common(versions(1, 2)), None);

@@ -7,7 +7,7 @@ use std::str::FromStr;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct WeightDigest([u8; 32]);
 
-/// Text or bytes that are no digest.
+/// Text or bytes that are not a digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("a digest of weights is 32 bytes (64 lower-case hexadecimal digits), got {0} of them")]
 pub struct ParseDigestError(usize);
@@ -30,7 +30,7 @@ impl WeightDigest {
         hasher.finish()
     }
 
-    /// From a slice, as it comes off the wire.
+    /// The digest in a slice off the wire.
     ///
     /// # Errors
     /// When the slice is not 32 bytes long.
@@ -74,17 +74,17 @@ impl FromStr for WeightDigest {
     }
 }
 
-/// A digest in the making.
+/// Hasher of a digest.
 #[derive(Default)]
 pub struct WeightHasher(blake3::Hasher);
 
 impl WeightHasher {
-    /// Takes in what comes next.
+    /// Appends bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }
 
-    /// The digest of all that was taken in.
+    /// The digest of all appended bytes.
     #[must_use]
     pub fn finish(&self) -> WeightDigest {
         WeightDigest(*self.0.finalize().as_bytes())

@@ -1,13 +1,13 @@
-//! Why a shard gave nothing, in the words of whoever has it.
+//! Reasons why a worker did not compute a shard.
 
 use crate::Retry;
 
-/// Kinds of fault a shard can meet.
+/// Kinds of faults of a shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FaultKind {
     /// An expert is not held by this worker.
     NotHeld,
-    /// The worker is about to stop.
+    /// The worker is draining.
     Draining,
     /// The worker's queue is full.
     Overloaded,
@@ -17,7 +17,7 @@ pub enum FaultKind {
     Deadline,
     /// A row has a value that is not finite.
     NonFinite,
-    /// The worker failed inside.
+    /// The worker failed internally.
     Internal,
 }
 
@@ -58,20 +58,20 @@ impl FaultKind {
     }
 }
 
-/// Why a shard was not computed.
+/// Reason why a shard was not computed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Fault {
     /// Its kind.
     pub kind: FaultKind,
-    /// For people. One line, at most 256 characters.
+    /// Human-readable text, one line of at most 256 characters.
     pub message: String,
-    /// The expert concerned, as it is numbered on the wire.
+    /// The expert concerned, by its number on the wire.
     pub expert: Option<u32>,
 }
 
 impl Fault {
-    /// A fault that is not about one expert.
+    /// A fault of the whole shard.
     #[must_use]
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), expert: None }

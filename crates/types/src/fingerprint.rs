@@ -18,7 +18,7 @@ impl Fingerprint {
         Self(bytes)
     }
 
-    /// From a slice, as it comes off the wire.
+    /// The fingerprint in a slice off the wire.
     ///
     /// # Errors
     /// When the slice is not 32 bytes long.

@@ -7,11 +7,11 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {value} is out of range: there are {limit} (valid: 0 to {})", .limit.saturating_sub(1))]
 pub struct OutOfRange {
-    /// What kind of thing was indexed: "layer", "expert", "token id".
+    /// Kind of the indexed thing: "layer", "expert", "token id".
     pub what: &'static str,
     /// The offending value.
     pub value: u64,
-    /// How many there are.
+    /// Number of such things.
     pub limit: u64,
 }
 
@@ -98,7 +98,7 @@ macro_rules! counter_type {
         pub struct $name(u64);
 
         impl $name {
-            /// The one with this number.
+            /// The value with this number.
             #[must_use]
             pub const fn new(number: u64) -> Self {
                 Self(number)
@@ -110,7 +110,7 @@ macro_rules! counter_type {
                 self.0
             }
 
-            /// The one after this.
+            /// The next value.
             #[must_use]
             pub const fn next(self) -> Self {
                 Self(self.0.saturating_add(1))
@@ -130,7 +130,7 @@ counter_type!(
     Epoch
 );
 counter_type!(
-    /// A sequence under generation inside one router. Never reused while the process lives.
+    /// A sequence under generation inside one router. Never reused during the process's lifetime.
     SeqId
 );
 
@@ -138,7 +138,7 @@ counter_type!(
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(Arc<str>);
 
-/// A worker name that cannot be one.
+/// An invalid worker name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidWorkerId {
     /// No characters at all.
@@ -147,7 +147,7 @@ pub enum InvalidWorkerId {
     /// Longer than 128 bytes.
     #[error("worker id is {0} bytes long; at most 128 are allowed")]
     TooLong(usize),
-    /// A character that does not belong in a name.
+    /// A character that is not allowed in a name.
     #[error("worker id has the character {0:?}; allowed are letters, digits and . _ : / -")]
     BadCharacter(char),
 }

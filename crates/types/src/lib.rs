@@ -1,4 +1,5 @@
-//! The words every other crate speaks: ids, dtypes, modes, fingerprints, limits, retry advice and what an unknown name may mean.
+//! The vocabulary of all crates: ids, dtypes, modes, fingerprints, limits, retry advice, and the nearest known name to
+//! an unknown one.
 //!
 //! Owns the checked newtypes. An id in hand is in range for the model it was made for, because the only
 //! constructors check. Knows nothing about files, wires, tensors or threads; depends on `std`,

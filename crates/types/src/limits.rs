@@ -1,6 +1,6 @@
 //! Caps on everything that comes from outside. Checked before anything is allocated or indexed.
 
-/// Hard caps on one public request and on what one router holds. Counts unless said otherwise.
+/// Hard caps on one public request and on one router's sequences. Counts unless said otherwise.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Bytes of one HTTP body or gRPC message on the public side.
@@ -19,7 +19,7 @@ pub struct Limits {
     pub top_logprobs: u32,
     /// Messages of one chat request.
     pub messages: usize,
-    /// Sequences waiting for a place in the batch. One more is shed with a retryable error.
+    /// Sequences waiting for a place in the batch. Excess ones are shed with a retryable error.
     pub queue: usize,
     /// Sequences in the batch at once.
     pub running: usize,

@@ -32,10 +32,10 @@ impl fmt::Display for DType {
     }
 }
 
-/// What activations are rounded to. Decides the wire dtype of hidden rows and the dtype of the KV cache.
+/// Rounding of activations. Determines the wire dtype of hidden rows and the dtype of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Compute {
-    /// Nothing is rounded; weights are widened exactly. What golden outputs are compared with.
+    /// Nothing is rounded; weights are widened exactly. The mode of golden outputs.
     F32,
     /// The input of every linear layer is rounded to bf16, as bf16 engines do; sums stay in f32.
     Bf16,
@@ -63,7 +63,7 @@ impl Compute {
         }
     }
 
-    /// The mode a checkpoint of this dtype is served in when nobody says otherwise.
+    /// Default mode for a checkpoint of this dtype.
     #[must_use]
     pub const fn default_for(weights: DType) -> Self {
         match weights {
@@ -83,20 +83,20 @@ impl fmt::Display for Compute {
     }
 }
 
-/// How weights are held.
+/// Packing of weights in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WeightDType {
-    /// As the compute mode has all weights.
+    /// The dtype of the compute mode.
     #[default]
     Native,
-    /// A byte each, with a scale for every 32.
+    /// One byte per weight, with a scale for every 32.
     Q8,
-    /// Four bits each, with a scale for every 32.
+    /// Four bits per weight, with a scale for every 32.
     Q4,
 }
 
 impl WeightDType {
-    /// All of them, the most exact first.
+    /// All values, the most exact first.
     pub const ALL: [Self; 3] = [Self::Native, Self::Q8, Self::Q4];
 }
 
@@ -110,7 +110,7 @@ impl fmt::Display for WeightDType {
     }
 }
 
-/// A word that names no dtype of weights.
+/// Text that is not a dtype of weights.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a dtype of weights; use native, q8 or q4")]
 pub struct ParseWeightDTypeError(String);
@@ -124,13 +124,14 @@ impl FromStr for WeightDType {
     }
 }
 
-/// How expert outputs come back from a worker.
+/// Form in which a worker returns expert outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Combine {
-    /// One row per (row, expert); the router adds them in ascending expert id. The same bits for every placement.
+    /// One row per (row, expert); the router adds them in ascending expert id. The bits are the same for every
+    /// placement.
     Exact,
-    /// One row per row sent: the worker adds what its own experts give, and the router adds the workers' rows. Fewer
-    /// bytes; the bits depend on the placement.
+    /// One row per row sent: each worker sums the outputs of its own experts, and the router sums the workers' rows.
+    /// Fewer bytes; the bits depend on the placement.
     Partial,
 }
 
@@ -143,7 +144,7 @@ impl fmt::Display for Combine {
     }
 }
 
-/// Text that is no combine mode.
+/// Text that is not a combine mode.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no combine mode; write exact or partial")]
 pub struct ParseCombineError(String);
@@ -159,14 +160,14 @@ impl FromStr for Combine {
     }
 }
 
-/// Whether trying again can help, and where. Every error that crosses a process boundary answers this.
+/// Retry advice: whether and where a retry can help. Every error that crosses a process boundary has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Retry {
-    /// At once, on another replica or router.
+    /// Retry at once, on another replica or router.
     Elsewhere,
-    /// Here, after a pause.
+    /// Retry here, after a pause.
     Later,
-    /// Not with the same input.
+    /// Never retry the same input.
     Never,
 }
 

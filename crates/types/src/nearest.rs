@@ -1,10 +1,10 @@
-//! "Did you mean": the known name nearest to one that is not known.
+//! "Did you mean": the known name nearest to an unknown one.
 
-/// Bytes of the longest name that is compared. A longer one is no slip of the keyboard, and would be slow to compare.
+/// Longest name that is compared, in bytes: a longer one is not a typing error, and slow to compare.
 const LONGEST: usize = 64;
 
-/// The nearest of `known` by edit distance, where two neighbours swapped count as one edit; `None` when none is near enough
-/// to be meant.
+/// The nearest of `known` by edit distance, where a swap of two neighbours counts as one edit; `None` when none is near
+/// enough to be a likely typing error.
 #[must_use]
 pub fn nearest<'a>(unknown: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     if unknown.is_empty() || unknown.len() > LONGEST {

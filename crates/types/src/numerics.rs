@@ -1,4 +1,5 @@
-//! Numerics: which devices give the same bits, whether a cluster insists on them, and which class each expert is bound to.
+//! Numerics: classes of devices with the same bits, whether a cluster requires them, and the binding of experts to
+//! classes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,7 +16,7 @@ pub enum NumericsClass {
 }
 
 impl NumericsClass {
-    /// All of them, in the order of preference where an expert could be bound to several.
+    /// All classes, in the order of preference for binding an expert.
     pub const ALL: [Self; 3] = [Self::CpuCanonical, Self::CudaMma, Self::CudaWgmma];
 
     /// Its place in [`Self::ALL`].
@@ -39,7 +40,7 @@ impl fmt::Display for NumericsClass {
     }
 }
 
-/// Text that names no numerics class.
+/// Text that is not a numerics class.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no numerics class; write cpu-canonical, cuda-mma or cuda-wgmma")]
 pub struct ParseNumericsClassError(String);
@@ -53,12 +54,12 @@ impl FromStr for NumericsClass {
     }
 }
 
-/// Some of the classes.
+/// A set of classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct ClassSet(u8);
 
 impl ClassSet {
-    /// None of them.
+    /// The empty set.
     pub const EMPTY: Self = Self(0);
 
     /// Adds a class.
@@ -66,18 +67,18 @@ impl ClassSet {
         self.0 |= class.bit();
     }
 
-    /// Adds all of another set.
+    /// Adds all classes of another set.
     pub const fn extend(&mut self, other: Self) {
         self.0 |= other.0;
     }
 
-    /// Whether a class is among them.
+    /// Whether the set has a class.
     #[must_use]
     pub const fn contains(self, class: NumericsClass) -> bool {
         self.0 & class.bit() != 0
     }
 
-    /// Those there are, in the order of [`NumericsClass::ALL`].
+    /// The set's classes, in the order of [`NumericsClass::ALL`].
     pub fn iter(self) -> impl Iterator<Item = NumericsClass> {
         NumericsClass::ALL.into_iter().filter(move |&class| self.contains(class))
     }
@@ -94,10 +95,10 @@ impl FromIterator<NumericsClass> for ClassSet {
 /// Whether workers of several classes may compute one expert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Numerics {
-    /// They may not: each expert is bound to one class, so that a request always gives the same bits.
+    /// Each expert is bound to one class, so that a request always gives the same bits.
     #[default]
     Exact,
-    /// They may: every worker is used, and bits depend on which of them was.
+    /// Every worker is used, and bits depend on which one computed a row.
     Any,
 }
 
@@ -110,7 +111,7 @@ impl fmt::Display for Numerics {
     }
 }
 
-/// Text that is no way to treat numerics.
+/// Text that is not a numerics mode.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no way to treat numerics; write exact or any")]
 pub struct ParseNumericsError(String);
@@ -124,19 +125,19 @@ impl FromStr for Numerics {
     }
 }
 
-/// Names which class each expert is bound to: routers with the same name give the same bits.
+/// Identity of a binding of experts to classes: routers with equal ones give the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BindingName {
-    /// All experts to this one.
+    /// All experts are bound to this class.
     One(NumericsClass),
-    /// To several; a digest of which to which.
+    /// Experts are bound to several classes; a digest of the binding.
     Several([u8; 32]),
-    /// To none: any may compute them.
+    /// Experts are not bound: any class may compute them.
     Any,
 }
 
 impl BindingName {
-    /// Names the binding of experts to these classes, by layer and expert.
+    /// Identity of the binding to `classes`, by layer and expert.
     #[must_use]
     pub fn of(classes: impl Iterator<Item = NumericsClass> + Clone) -> Self {
         let mut set: ClassSet = classes.clone().collect();
@@ -159,7 +160,7 @@ impl BindingName {
 }
 
 impl Default for BindingName {
-    /// That of a cluster of CPUs.
+    /// The binding of a cluster of CPUs.
     fn default() -> Self {
         Self::One(NumericsClass::CpuCanonical)
     }

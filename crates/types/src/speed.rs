@@ -1,18 +1,18 @@
-//! How fast a worker is, compared with others.
+//! Relative speed of a worker.
 //!
-//! Owns the check: a speed in hand is finite and above zero, so that loads can be divided by it.
+//! Owns the check: every speed is finite and above zero, so that loads can be divided by it.
 
 /// Work per time, in any unit that is the same for all workers.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 pub struct Speed(f64);
 
-/// A number that is no speed.
+/// A number that is not a speed.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
 #[error("speed {0} is out of range: it must be between 0.000001 and 1000000000000")]
 pub struct SpeedError(pub f64);
 
 impl Speed {
-    /// What a worker counts as while nothing is known of it.
+    /// Assumed speed of an unknown worker.
     pub const ONE: Self = Self(1.0);
 
     const LEAST: f64 = 1e-6;

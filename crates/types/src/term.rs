@@ -1,18 +1,18 @@
-//! Weighted sums of output rows, said in numbers.
+//! Terms of weighted sums of output rows.
 
-/// One output row and what it counts.
+/// One output row and its weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Term {
-    /// Which of the sources of outputs.
+    /// Index of the source of outputs.
     pub source: u32,
-    /// Row in it.
+    /// Row of the source.
     pub row: u32,
-    /// Its factor.
+    /// Factor on the row.
     pub weight: f32,
 }
 
-/// The terms of every row's sum, in the order in which they are given: where each row's begin, and the terms, row after
-/// row.
+/// Groups terms by the row of their sum and keeps their order. Returns the start of each row's terms, and the terms,
+/// row after row.
 ///
 /// # Panics
 /// If a term is for a row outside `rows`.

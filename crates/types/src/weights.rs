@@ -1,19 +1,19 @@
-//! How weights are packed, and what lies between an expert's linears.
+//! Packings of weights, and the activation between an expert's linears.
 
 use std::fmt;
 
-/// How the elements of a packed weight are stored.
+/// Storage of a packed weight's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Packing {
     /// f32.
     F32,
     /// bf16.
     Bf16,
-    /// A byte each, -127 to 127, times a bf16 scale for every 32 inputs of a row.
+    /// One byte per element, -127 to 127, times a bf16 scale for every 32 inputs of a row.
     Q8,
-    /// Four bits each, -8 to 7, times a bf16 scale for every 32 inputs of a row, which may be negative.
+    /// Four bits per element, -8 to 7, times a bf16 scale for every 32 inputs of a row; scales may be negative.
     Q4,
-    /// OCP Microscaling: four bits each, and a byte of scale for every 32 inputs of a row.
+    /// OCP Microscaling: four bits per element, and a byte of scale for every 32 inputs of a row.
     Mxfp4,
 }
 
@@ -29,7 +29,7 @@ impl fmt::Display for Packing {
     }
 }
 
-/// What lies between an expert's gate and up projections and its down projection.
+/// The activation between an expert's gate and up projections and its down projection.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Gating {
     /// `silu(gate) * up`.
@@ -39,7 +39,7 @@ pub enum Gating {
     ClampedSwish {
         /// Steepness of the sigmoid.
         alpha: f32,
-        /// Above 0.
+        /// Bound on gate and up, above 0.
         limit: f32,
     },
 }

@@ -1,8 +1,8 @@
 //! A worker's held and wanted experts: the only place that adds and removes experts.
 //!
-//! Always holds: announced experts are in memory and wanted; an expert that is no longer wanted stays in memory, unannounced,
-//! until routers have had time to learn of it. The store counts memory, and is not called under the lock. Does not know the
-//! leader, the sources of weights, or the compute.
+//! Always holds: announced experts are in memory and wanted; an expert that is no longer wanted stays in memory,
+//! unannounced, until routers have had time to learn of it. The store counts memory, and is not called under the lock.
+//! Does not know the leader, the sources of weights, or the compute.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::pin;
@@ -33,21 +33,21 @@ pub(crate) struct Task {
 /// Next task of the loader.
 #[derive(Debug)]
 pub(crate) enum Work {
-    /// Load this.
+    /// Load an expert.
     Load(Task),
-    /// Announce: an expert was given up.
+    /// Announce that experts were removed.
     Released,
     /// Stop.
     Stop,
 }
 
-/// See the module.
+/// A worker's held and wanted experts; see the module.
 pub(crate) struct Holder {
-    /// Experts for the compute side. Changed by the loader alone.
+    /// Experts for the compute side; only the loader changes it.
     store: Arc<dyn ExpertStore>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Number of orders so far, for asynchronous waits.
+    /// Notification of new orders, for asynchronous waits.
     news: Notify,
     /// Start of the worker.
     started: Instant,
@@ -55,17 +55,17 @@ pub(crate) struct Holder {
 
 struct State {
     wanted: BTreeSet<ExpertKey>,
-    /// Servable experts, with the digests of their loaded weights: each enters the store before this map, and leaves the store
-    /// after it.
+    /// Available experts, with the digests of their loaded weights: each enters the store before this map, and leaves
+    /// the store after it.
     held: BTreeMap<ExpertKey, WeightDigest>,
-    /// Wanted and not loaded, the most urgent first.
+    /// Wanted experts that are not loaded, the most urgent first.
     tasks: VecDeque<Task>,
-    /// Held and not wanted, with the time from which it may go.
+    /// Held experts that are not wanted, with the time of their removal.
     released: BTreeMap<ExpertKey, Instant>,
     /// The last source that was passed over for damaged or different weights.
     trouble: Option<String>,
     stopped: bool,
-    /// Counts orders.
+    /// Number of orders so far.
     orders: u64,
     /// Time from the start to the first expert, and to the last expert of the first order.
     useful: Option<Duration>,
@@ -73,7 +73,7 @@ struct State {
 }
 
 impl State {
-    /// Records those times.
+    /// Records both times.
     fn note(&mut self, started: Instant) {
         let since = started.elapsed();
         self.useful.get_or_insert(since);
@@ -82,7 +82,7 @@ impl State {
         }
     }
 
-    /// Takes out the released experts whose time is over.
+    /// Takes out the released experts whose time of removal has come.
     fn take_due(&mut self, now: Instant) -> Vec<ExpertKey> {
         let due: Vec<_> = self.released.extract_if(.., |_, at| *at <= now).map(|(key, _)| key).collect();
         for key in &due {
@@ -91,7 +91,7 @@ impl State {
         due
     }
 
-    /// When memory of unwanted experts becomes free; `in_use`: removed experts still have users.
+    /// Time when memory of unwanted experts becomes free; `in_use`: removed experts still have users.
     fn next_release(&self, now: Instant, in_use: bool) -> Option<Instant> {
         let in_use = in_use.then(|| now + IN_USE);
         self.released.values().copied().chain(in_use).min()
@@ -99,7 +99,7 @@ impl State {
 }
 
 impl Holder {
-    /// Of a store whose experts are wanted, with their digests, in a worker that was started then.
+    /// A holder for a store whose experts are all wanted, with their digests; `started` is the worker's start.
     pub(crate) fn new(
         store: Arc<dyn ExpertStore>,
         held: BTreeMap<ExpertKey, WeightDigest>,
@@ -132,7 +132,7 @@ impl Holder {
         self.state().wanted.is_empty()
     }
 
-    /// Experts that are yet to be loaded.
+    /// Number of experts still to be loaded.
     pub(crate) fn loading(&self) -> usize {
         self.state().tasks.len()
     }
@@ -142,7 +142,7 @@ impl Holder {
         self.store.capacity().saturating_sub(self.store.resident_bytes())
     }
 
-    /// Waits for the next task. Removes experts that may go.
+    /// Waits for the next task. Removes released experts when their time has come.
     pub(crate) fn next(&self) -> Work {
         loop {
             let is_freed = self.store.reclaim() > 0;
@@ -174,7 +174,7 @@ impl Holder {
         }
     }
 
-    /// Waits until then, or for new orders.
+    /// Waits until `until` or for new orders.
     pub(crate) fn pause(&self, until: Instant) {
         let state = self.state();
         let orders = state.orders;
@@ -183,7 +183,7 @@ impl Holder {
         drop(self.changed.wait_timeout_while(state, left, same));
     }
 
-    /// When memory of unwanted experts becomes free.
+    /// Time when memory of unwanted experts becomes free.
     pub(crate) fn next_release(&self) -> Option<Instant> {
         let in_use = self.store.removed_bytes() > 0;
         self.state().next_release(Instant::now(), in_use)
@@ -199,7 +199,7 @@ impl Holder {
         expert: PackedExpert,
         digest: WeightDigest,
     ) -> Result<(), StoreError> {
-        // Before it can be announced.
+        // Stored before it can be announced.
         self.store.insert(key, expert)?;
         let mut state = self.state();
         state.tasks.retain(|task| task.key != key);
@@ -337,7 +337,7 @@ mod tests {
         WeightDigest::of([&expert.to_le_bytes()[..]])
     }
 
-    /// What capacity leaves room for besides.
+    /// Capacity beyond the held experts.
     const MORE: u64 = 1 << 20;
 
     fn stored(held: &[u32]) -> Arc<CpuStore> {
@@ -393,7 +393,7 @@ mod tests {
         assert_eq!(announced(&holder), [0]);
         assert!(holder.get(key(1)).is_some(), "a router that does not know yet is still answered");
         assert!(holder.next_release().is_some());
-        // Wanted again before it went, and one that goes.
+        // One expert is wanted again before its removal, another is removed.
         holder.assign(orders(&[0, 1], &[]));
         assert_eq!(announced(&holder), [0, 1]);
         assert!(matches!(holder.next(), Work::Released));
@@ -415,12 +415,12 @@ mod tests {
         assert_eq!(next(&holder).key, key(3));
         holder.take_in(key(3), expert(), digest(3)).unwrap();
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 1));
-        // What came too late to be wanted is not kept.
+        // An expert that is no longer wanted when loaded is discarded.
         holder.assign(orders(&[0, 3], &[]));
         holder.take_in(key(5), expert(), digest(5)).unwrap();
         assert_eq!((announced(&holder), holder.held().loading), (vec![0, 3], 0));
         assert!(holder.get(key(5)).is_none());
-        // What it is to keep and does not have is loaded too.
+        // A missing expert of `keep` is loaded too.
         holder.assign(orders(&[0, 3, 4], &[]));
         assert_eq!(next(&holder), Task { key: key(4), peers: vec![], digest: None });
     }
@@ -433,7 +433,7 @@ mod tests {
         let call = store.pick(key(0).layer, [key(1).expert].into_iter()).unwrap();
         let fetch = holder.get(key(1));
         holder.assign(orders(&[0], &[]));
-        // It is no longer to be had once it may go, and its memory is not yet free.
+        // The expert is unavailable after its removal, while its memory is still in use.
         while holder.get(key(1)).is_some() {
             assert!(holder.next_release().is_some());
             holder.assign(orders(&[0], &[2]));

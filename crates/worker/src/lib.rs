@@ -1,9 +1,9 @@
 //! The expert worker: bind, load, announce, serve, change, drain.
 //!
-//! Owns the order of a worker's life. An address that cannot be had is reported before anything is loaded, and
-//! nothing is served before every expert of the share it starts with is read, checked and packed. From then on a leader
-//! among the routers orders what it holds, and it serves meanwhile. Keeps nothing about a request after its reply.
-//! Knows routers only through [`muster_dispatch_grpc`], and nothing of signals, flags or files other than the model's.
+//! Owns the order of a worker's life. An address that cannot be bound is reported before anything is loaded, and
+//! nothing is served before every expert of the share it starts with is read, checked and packed. From then on the
+//! leading router assigns its experts, and it serves meanwhile. Keeps nothing about a request after its reply. Knows
+//! routers only through [`muster_dispatch_grpc`], and nothing of signals, flags or files other than the model's.
 
 mod holder;
 mod load;
@@ -56,37 +56,37 @@ const QUIET: Duration = Duration::from_millis(150);
 /// A worker's settings, checked.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
-    /// Where to listen. Port 0 lets the system pick one.
+    /// Address to listen on. Port 0 lets the system pick one.
     pub listen: Address,
     /// The worker's name; no two workers of a cluster share one.
     pub worker_id: WorkerId,
-    /// The model; `None` takes that of a router to join, and its weights from there.
+    /// The model; `None` takes the model and its weights from a router to join.
     pub source: Option<Source>,
     /// Routers to join; a name stands for those at all its addresses.
     pub join: Vec<Address>,
-    /// Where others reach it, if that is not where it listens.
+    /// Address for others, if it differs from `listen`.
     pub advertise: Option<Address>,
-    /// Which of its experts to start with.
+    /// Share of the model's experts to start with.
     pub share: Share,
     /// Bytes for experts; `None` takes most of what is free.
     pub memory: Option<u64>,
-    /// How fast it is, compared with other workers; `None` counts threads.
+    /// Speed relative to other workers; `None` counts threads.
     pub speed: Option<Speed>,
     /// Failure domain, such as a host or a rack.
     pub domain: Option<String>,
     /// Bytes a second that other workers may fetch from it.
     pub fetch_rate: NonZeroUsize,
-    /// What activations are rounded to; `None` takes the checkpoint's dtype.
+    /// Rounding of activations; `None` takes the checkpoint's dtype.
     pub compute: Option<Compute>,
-    /// How the experts are held.
+    /// Packing of the experts.
     pub experts: WeightDType,
     /// Compute threads.
     pub threads: NonZeroUsize,
     /// Most rows of one shard.
     pub max_rows: NonZeroU32,
-    /// Shards that wait for the experts; one more is refused.
+    /// Most shards waiting for the experts; excess ones are refused.
     pub queue: NonZeroUsize,
-    /// Streams open at once; a router needs three.
+    /// Most streams open at once; a router needs three.
     pub streams: NonZeroUsize,
     /// Time to poll for the next shard after an answer before sleeping.
     pub busy_poll: Duration,
@@ -96,12 +96,12 @@ pub struct WorkerConfig {
     pub identity: Option<Identity>,
 }
 
-/// A worker that can be used.
+/// A worker that accepts rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ready {
-    /// Where it listens, with the port that the system picked.
+    /// Address it listens on, with the port that the system picked.
     pub address: Address,
-    /// Experts it holds.
+    /// Number of experts it holds.
     pub experts: usize,
     /// Bytes of their packed weights.
     pub bytes: u64,
@@ -117,31 +117,31 @@ pub struct Hooks {
     pub admin: Admin,
 }
 
-/// Why a worker could not run.
+/// Reasons why a worker cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// The address cannot be listened on.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The model's files.
+    /// The model's files are unusable.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// The experts' weights.
+    /// The experts' weights are unusable.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Compute threads.
+    /// The compute threads could not be started.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// The share to start with.
+    /// The share to start with is invalid.
     #[error(transparent)]
     Share(#[from] ShareError),
-    /// TLS.
+    /// TLS failed.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// No router takes it.
+    /// No router accepts the worker.
     #[error(transparent)]
     Join(#[from] JoinError),
-    /// There is neither a model nor a router to take one from.
+    /// There is neither a model nor a router with one to join.
     #[error("there is no model: give --model, or --join a router that has one")]
     NoModel,
     /// The share does not fit the memory.
@@ -151,7 +151,7 @@ pub enum WorkerError {
     Memory {
         /// Bytes of the share.
         needed: u64,
-        /// Bytes there are.
+        /// Bytes for experts.
         memory: u64,
     },
     /// A size of the model that the protocol cannot carry.
@@ -179,20 +179,21 @@ pub enum WorkerError {
     Experts,
 }
 
-/// Runs a worker until [`Hooks::admin`] is told to drain or to end, drains it, and returns when it is told to end. Draining,
-/// it serves on until what it holds is elsewhere or nobody asks for it, at most for the drain time.
+/// Runs a worker until a drain or an end is requested at [`Hooks::admin`], drains it, and returns once an end is
+/// requested. During the drain it serves until its experts have other owners or no router uses them, at most for the
+/// drain time.
 ///
 /// # Errors
 /// When it cannot start, or a part of it fails while it runs.
 pub async fn run(config: WorkerConfig, hooks: Hooks) -> Result<(), WorkerError> {
     let started = Instant::now();
-    // First, so that a mistaken address is known before minutes of loading.
+    // Bound first, so that a wrong address fails before minutes of loading.
     let bound = Bound::bind(&config.listen).await?;
     let address = bound.address().clone();
     let drain_timeout = config.drain_timeout;
     let Hooks { progress, ready, admin } = hooks;
     let identity = config.identity.clone();
-    // Ends with this function.
+    // Tasks that end with this function.
     let mut beside = JoinSet::new();
     if let Some(identity) = &identity {
         beside.spawn(identity.clone().keep_fresh());
@@ -242,7 +243,7 @@ pub async fn run(config: WorkerConfig, hooks: Hooks) -> Result<(), WorkerError> 
     let serving = server.clone();
     let mut serving = tokio::spawn(async move {
         let stopped = async {
-            // Resolves also when the other half is gone.
+            // An error means that the sender was dropped, which stops the server as well.
             let _ = stopped.await;
         };
         bound.serve(&serving, identity.as_ref(), stopped).await
@@ -250,7 +251,7 @@ pub async fn run(config: WorkerConfig, hooks: Hooks) -> Result<(), WorkerError> 
     for routers in routers {
         beside.spawn(applicant.clone().stay_with(routers));
     }
-    // Only now, so that a router that knew it from this join need not forget it in between.
+    // The first membership ends only after the others have begun, so that its router knows the worker throughout.
     drop(first);
     tracing::info!(worker = %config.worker_id, %address, experts, bytes, "serving experts");
     let standing =
@@ -285,7 +286,7 @@ pub async fn run(config: WorkerConfig, hooks: Hooks) -> Result<(), WorkerError> 
     }
     // The compute thread finishes its shard, the loader its current read.
     for thread in [&mut computing, &mut loading] {
-        // Else it has ended before, which is why all ends.
+        // A terminated thread was already awaited: its end stopped the worker.
         if !thread.is_terminated() {
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, thread).await;
         }
@@ -294,7 +295,7 @@ pub async fn run(config: WorkerConfig, hooks: Hooks) -> Result<(), WorkerError> 
 }
 
 async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
-    tracing::info!("draining: serving on until nobody needs what is held here");
+    tracing::info!("draining: serving until no router needs the experts held here");
     let deadline = Instant::now() + timeout;
     server.drain();
     let (mut taken, mut since) = (server.shards_taken(), Instant::now());
@@ -306,7 +307,7 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
         if server.open_streams() == 0 || holder.is_unwanted() {
             break;
         }
-        // The leader has others load the needed experts.
+        // With a leader, the drain waits for other workers to load the experts.
         if !server.is_led() && now - since >= QUIET {
             break;
         }
@@ -315,7 +316,7 @@ async fn drain(server: &ExpertServer, holder: &Holder, timeout: Duration) {
             tracing::warn!(
                 ?timeout,
                 experts,
-                "the drain time is up; others may have to wait for what was held here"
+                "the drain time is up; rows may have to wait for the experts held here"
             );
             break;
         }
@@ -336,7 +337,7 @@ fn describe(config: &WorkerConfig, loaded: &Loaded) -> Description {
         experts: loaded.sources.dtype,
         epoch: Epoch::new(1),
         holdings: loaded.digests.keys().copied().collect(),
-        // As ascending as the keys.
+        // In the order of the keys.
         digests: loaded.digests.values().copied().collect(),
         resident_bytes: loaded.store.resident_bytes(),
         phase: Phase::Serving,
@@ -364,14 +365,14 @@ fn server_config(config: &WorkerConfig, loaded: &Loaded) -> ServerConfig {
     }
 }
 
-/// Runs `work` on a thread of its own. The receiver gets what it returns, or an error when it panics.
+/// Runs `work` on a separate thread. The receiver gets its result, or an error when it panics.
 fn on_thread<T: Send + 'static>(
     name: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<oneshot::Receiver<T>, WorkerError> {
     let (done, result) = oneshot::channel();
     let run = move || {
-        // The receiver may be gone.
+        // Fails when the receiver was dropped, which needs no handling.
         let _ = done.send(work());
     };
     match std::thread::Builder::new().name(name.to_owned()).spawn(run) {

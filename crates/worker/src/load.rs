@@ -1,4 +1,4 @@
-//! From a model on disk to a worker that can serve: the model's description, and the experts to start with.
+//! Loading at the start of a worker: the model's description, and the experts to start with.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU32;
@@ -19,14 +19,14 @@ use tokio::sync::oneshot;
 use crate::loader::Sources;
 use crate::{WorkerConfig, WorkerError, memory_for_experts, on_thread};
 
-/// Experts that are loaded and wait for their digest.
+/// Most loaded experts that wait for their digest.
 const UNDIGESTED: usize = 2;
 
 /// The parts of the model that serving needs.
 pub(crate) struct Loaded {
     pub(crate) cpu: Arc<Cpu>,
     pub(crate) store: Arc<CpuStore>,
-    /// Of each of its experts.
+    /// Digests of the loaded experts.
     pub(crate) digests: BTreeMap<ExpertKey, WeightDigest>,
     pub(crate) sources: Sources,
     pub(crate) shape: Shape,
@@ -34,8 +34,8 @@ pub(crate) struct Loaded {
     pub(crate) top_k: NonZeroU32,
 }
 
-/// Loads on a thread of its own, which a stopping process need not wait for. A worker without a model takes its description
-/// from the card, and holds nothing yet.
+/// Loads on a separate thread, which a stopping process need not wait for. A worker without a model takes its
+/// description from the card, and starts without experts.
 pub(crate) fn start(
     config: WorkerConfig,
     card: Option<ModelCard>,
@@ -48,7 +48,7 @@ pub(crate) fn start(
     })
 }
 
-/// Starts empty, with a model that others have.
+/// Starts without experts, with the model of a router's card.
 fn take(config: &WorkerConfig, card: &ModelCard) -> Result<Loaded, WorkerError> {
     let cpu = Arc::new(Cpu::new(config.threads)?);
     tracing::info!(model = card.name, compute = %card.compute, dtype = %card.experts, isa = ?cpu.isa(), "taking the router's model");

@@ -1,8 +1,8 @@
 //! Loads the wanted experts, one after the other, while the worker serves.
 //!
 //! An expert comes from a worker that holds it, if the order names one, else from the checkpoint, else from a router. A
-//! source that fails, or whose weights have another digest than the order says, is passed over. Serving comes first: the
-//! thread runs at a lower priority.
+//! source that fails, or whose weights have another digest than the order says, is passed over. Serving comes first:
+//! the thread runs at a lower priority.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -24,9 +24,9 @@ use crate::holder::{Holder, Task, Work};
 const NICE: i32 = 10;
 /// Pause after an expert that no source could give.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Experts that are loaded in less time are announced together.
+/// Interval of announcements: experts loaded within it are announced together.
 const ANNOUNCE_EVERY: Duration = Duration::from_millis(20);
-/// Log messages that are remembered, so as not to be repeated; beyond that, all are forgotten.
+/// Most remembered log messages, which are not repeated; above it, all are forgotten.
 const SAID: usize = 1024;
 
 /// Description and sources of the weights.
@@ -41,13 +41,13 @@ pub(crate) struct Sources {
     pub(crate) forms: Vec<Option<ExpertForm>>,
 }
 
-/// See the module.
+/// The loading thread; see the module.
 pub(crate) struct Loader {
     pub(crate) holder: Arc<Holder>,
     pub(crate) server: ExpertServer,
     pub(crate) sources: Sources,
     pub(crate) runtime: Handle,
-    /// To workers and routers.
+    /// Dialer of workers and routers.
     pub(crate) dialer: Dialer,
 }
 
@@ -59,7 +59,7 @@ enum Source<'a> {
 }
 
 impl Source<'_> {
-    /// For metrics.
+    /// Label in metrics.
     const fn kind(&self) -> &'static str {
         match self {
             Self::Peer(_) => "peer",
@@ -79,7 +79,7 @@ impl fmt::Display for Source<'_> {
     }
 }
 
-/// Why a source was passed over.
+/// Reason why a source was passed over.
 #[derive(Debug, thiserror::Error)]
 enum Passed {
     #[error(transparent)]
@@ -95,7 +95,7 @@ enum Passed {
 }
 
 impl Passed {
-    /// Whether the source is damaged, not only busy or away, and needs an operator.
+    /// Whether the source is damaged and needs an operator, not only busy or unreachable.
     const fn is_damage(&self) -> bool {
         match self {
             Self::Fetch(FetchError::Others { .. } | FetchError::Damaged(_)) => true,
@@ -181,7 +181,8 @@ impl Loader {
         Some((form, form.bytes()?))
     }
 
-    /// The expert from the first source with the expected weights, and the kind of source; `None` also once it is not wanted.
+    /// The expert from the first source with the expected weights, and the kind of source; `None` also once it is not
+    /// wanted.
     fn find(
         &self,
         hands: &mut Hands,

@@ -1,4 +1,4 @@
-//! A call that takes long beside everything else a worker does.
+//! A long call beside all other tasks of a worker.
 
 use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -26,12 +26,12 @@ use crate::holder::Holder;
 use crate::report::Standing;
 
 const HIDDEN: usize = 512;
-/// Of the expert that takes long.
+/// Intermediate width of the slow expert.
 const INTERMEDIATE: usize = 8192;
-/// Seconds of work on one thread.
+/// Rows of the long call: seconds of work on one thread.
 const ROWS: usize = 4096;
 const EXPERTS: u32 = 64;
-/// Orders that must be carried out while one call is computed.
+/// Orders that must complete during one call.
 const ORDERS: u32 = 40;
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -46,7 +46,7 @@ fn expert(intermediate: usize) -> PackedExpert {
         .into()
 }
 
-/// The worker's experts, and whether they are in their first call or past it.
+/// The worker's experts, and whether their first call has begun and ended.
 struct Noted {
     inner: CpuExperts,
     began: Arc<AtomicBool>,
@@ -114,7 +114,7 @@ fn connect(worker: String, cpu: Arc<Cpu>) -> GrpcDispatch {
     .unwrap()
 }
 
-/// An order to load one more.
+/// An order to load one more expert.
 fn order(number: u32) -> Assignment {
     Assignment {
         router: RouterName::new("test").unwrap(),
@@ -185,7 +185,7 @@ fn orders_loads_and_other_shards_do_not_wait_for_a_call_that_takes_long() {
         let carried = || runtime.block_on(known.assign(&order(number))).is_ok();
         eventually("the order is carried out", carried);
         assert!(matches!(standing.readiness(), Readiness::Degraded(_)));
-        // As the loader does.
+        // Stores the expert like the loader.
         holder.take_in(key(number), expert(16), WeightDigest::new([number as u8; 32])).unwrap();
         server.announce();
         assert_eq!(standing.readiness(), Readiness::Ready);

@@ -1,7 +1,7 @@
 //! Membership with routers: joins each, and joins again whenever a membership ends.
 //!
-//! A name stands for all routers at its addresses and is resolved again and again: the worker joins each router there, and
-//! leaves those whose address the name has lost.
+//! A name stands for all routers at its addresses and is resolved again and again: the worker joins each router there,
+//! and leaves those whose address the name has lost.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -21,21 +21,21 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// Source of routers' addresses.
 #[derive(Clone)]
 pub(crate) enum Routers {
-    /// One of them.
+    /// One router's address.
     At(Address),
-    /// As many as the name has addresses.
+    /// All routers at the addresses of a name.
     Named {
-        /// For logs.
+        /// The name, for logs.
         name: Address,
         seen: watch::Receiver<Seen>,
     },
 }
 
 impl Routers {
-    /// The routers of an address. A name is resolved from now on.
+    /// The routers of an address. Starts resolving, if it is a name.
     pub(crate) fn of(address: &Address) -> Self {
         match address {
-            // A machine's name for itself is one address, of whichever family answers.
+            // `localhost` is one address, of the family that answers.
             Address::Tcp { host, port } if host.parse::<IpAddr>().is_err() && host != "localhost" => {
                 Self::Named { name: address.clone(), seen: muster_discovery::watch_name(host, *port) }
             }
@@ -84,7 +84,7 @@ pub(crate) struct Applicant {
     pub(crate) dialer: Dialer,
     pub(crate) worker: WorkerId,
     pub(crate) listen: Address,
-    /// Where others reach it, if that is not where it listens.
+    /// Address for others, if it differs from `listen`.
     pub(crate) advertise: Option<Address>,
     /// Fingerprint of its model, if it has one.
     pub(crate) model: Option<Fingerprint>,
@@ -145,7 +145,7 @@ impl Applicant {
     }
 
     async fn follow(self, name: &Address, mut seen: watch::Receiver<Seen>) {
-        // All of them end with this future.
+        // All tasks end with this future.
         let mut tasks = JoinSet::new();
         let mut members: BTreeMap<SocketAddr, AbortHandle> = BTreeMap::new();
         loop {
@@ -163,7 +163,7 @@ impl Applicant {
             }
             while tasks.try_join_next().is_some() {}
             if seen.changed().await.is_err() {
-                // The resolver panicked, which is in the log.
+                // The resolver panicked, and the log has the panic.
                 std::future::pending::<()>().await;
             }
         }
@@ -204,7 +204,7 @@ mod tests {
 
     use super::*;
 
-    /// Somebody who listens and says nothing, and how often it was called.
+    /// A silent listener, and its number of connections.
     async fn listener() -> (SocketAddr, Arc<AtomicUsize>) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, calls) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
@@ -257,7 +257,7 @@ mod tests {
         let before = calls_a.load(Ordering::SeqCst);
         called(&calls_b, 3).await;
         assert_eq!(calls_a.load(Ordering::SeqCst), before, "it is still asked");
-        // What ended does not come back, and nothing is left behind.
+        // An aborted future leaves no task, and the resolver still works.
         staying.abort();
         assert!(staying.await.unwrap_err().is_cancelled());
         assert_eq!(routers.now().unwrap(), [Address::from(b)]);

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-/// Part of the memory that is free at the start, in percent.
+/// Share of the free memory at the start that experts get, in percent.
 pub const PART_FOR_EXPERTS: u64 = 80;
 
-/// Bytes for experts: most of what the system, or the control group this process is in, has left now.
+/// Bytes for experts: [`PART_FOR_EXPERTS`] percent of what the system, or this process's control group, has free now.
 #[must_use]
 pub fn memory_for_experts() -> u64 {
     let system = read("/proc/meminfo").and_then(|text| available(&text));
-    // Version 2, then version 1.
+    // Control groups of version 2, then of version 1.
     let limit = number("/sys/fs/cgroup/memory.max")
         .zip(number("/sys/fs/cgroup/memory.current"))
         .or_else(|| {
@@ -26,7 +26,7 @@ fn read(path: impl AsRef<Path>) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }
 
-/// A file with one number; a group without a limit has a word there, or a number larger than any memory.
+/// Reads a file with one number; for a group without a limit it has a word, or a number larger than any memory.
 fn number(path: impl AsRef<Path>) -> Option<u64> {
     read(path)?.trim().parse().ok()
 }

@@ -27,7 +27,7 @@ impl Standing {
     pub(crate) fn readiness(&self) -> Readiness {
         if self.joins && self.known.load(Ordering::Relaxed) == 0 {
             return Readiness::NotReady(
-                "no router knows this worker; see the log for what it was told".to_owned(),
+                "no router knows this worker; see the log for the routers' answers".to_owned(),
             );
         }
         match self.holder.loading() {

@@ -1,4 +1,4 @@
-//! Whole workers over a real checkpoint: they conform, they load their share and no more, and they stop cleanly.
+//! Whole workers with a real checkpoint: they pass the conformance kit, load exactly their share, and stop cleanly.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail by panicking, like the tests")]
 
@@ -50,7 +50,7 @@ fn config(model: &str, share: Share) -> WorkerConfig {
     }
 }
 
-/// A worker on a thread of its own.
+/// A worker on a separate thread.
 struct Running {
     ready: Ready,
     admin: Admin,
@@ -91,7 +91,7 @@ impl Running {
         (0..count.get()).map(part).collect()
     }
 
-    /// Tells it to stop, which must go well whoever is connected.
+    /// Stops the worker, which must succeed whatever is connected.
     fn stop(self) {
         self.admin.end();
         let outcome = self.ended.recv_timeout(PATIENCE).expect("the worker ends");
@@ -99,7 +99,7 @@ impl Running {
     }
 }
 
-/// The model as the kit wants it, with the real experts for an oracle.
+/// The model for the kit, with the real experts as its oracle.
 fn model(name: &str) -> (Arc<Cpu>, Arc<ExpertSet>, Model, ConnectConfig) {
     let checkpoint = Checkpoint::open(&Source::Directory(fixture(name))).unwrap();
     let spec = checkpoint.spec();
@@ -216,7 +216,7 @@ fn a_worker_that_is_told_to_stop_says_so_and_ends() {
     }
     let deadline = std::time::Instant::now() + PATIENCE;
     let is_noticed = || {
-        // A fleet is built beside the links.
+        // The fleet is built asynchronously to the links.
         matches!(health.workers()[0].state, WorkerState::Down { .. }) && health.missing_experts() > 0
     };
     while !is_noticed() {
@@ -225,7 +225,7 @@ fn a_worker_that_is_told_to_stop_says_so_and_ends() {
     }
 }
 
-/// What `run` says when it cannot start.
+/// The error of `run` when it cannot start.
 fn refusal(config: WorkerConfig) -> String {
     let hooks = Hooks {
         progress: Box::new(|_| {}),

@@ -1,6 +1,7 @@
-//! Prints what the kernels reach, beside what this machine can do at most:
-//! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head, ffn,
-//! quantised, combine, attention or latent. Without arguments: one thread and two, every kernel, the best instruction set.
+//! Prints the rates of the kernels beside the limits of this machine:
+//! `cargo bench -p muster-kernels --bench kernels -- [THREADS]... [KERNEL]... [ISA]...`, where KERNEL is linear, head,
+//! ffn, quantised, combine, attention or latent. Without arguments: one thread and two, every kernel, the best
+//! instruction set.
 //!
 //! Shapes are those of a model of hidden size 1024 with 32 experts of width 512, eight per token, and a head of
 //! 49,155 tokens. Weights are cold: calls go round more of them than caches hold, except where it says warm.
@@ -33,7 +34,7 @@ fn best(cpu: &Cpu, mut call: impl FnMut()) -> f64 {
     best
 }
 
-/// A clock. Of one thread it counts only the time that the thread ran, so that other load on the machine shows less.
+/// Seconds of a clock. For one thread it is the thread's CPU time, so that other load on the machine shows less.
 fn seconds(threads: usize) -> f64 {
     let clock = if threads == 1 { libc::CLOCK_THREAD_CPUTIME_ID } else { libc::CLOCK_MONOTONIC };
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -52,7 +53,7 @@ fn bf16(len: usize) -> Vec<u16> {
     out
 }
 
-/// One line: rates and shares of what is possible.
+/// Prints one line: rates and their shares of the limits.
 fn report(what: &str, line: &Roofline, compute: Compute, flop: f64, bytes: f64, seconds: f64) {
     let (rate, read) = (flop / seconds, bytes / seconds);
     println!(
@@ -142,7 +143,7 @@ fn ffns(cpu: &Cpu, line: &Roofline) {
     }
 }
 
-/// Experts in bf16, in MXFP4, in bytes and in nibbles side by side, out of as many as no cache holds.
+/// Experts in bf16, in MXFP4, in bytes and in nibbles side by side, out of more than any cache holds.
 fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
     type Pack<'a> = &'a dyn Fn(usize, usize) -> Matrix;
     let few = |kind, n, k| Matrix::round_bf16(kind, n, k, &bf16(n * k)).expect("the shape fits");
@@ -191,8 +192,8 @@ fn quantised(cpu: &Cpu, hidden: usize, intermediate: usize) {
     }
 }
 
-/// Weighted sums of eight experts' outputs, warm, and of one row per worker; to f32 as in a router, and to the wire as in a
-/// worker.
+/// Weighted sums of eight experts' outputs, warm, and of one row per worker; to f32 as in a router, and to the wire as
+/// in a worker.
 fn combines(cpu: &Cpu) {
     const HIDDEN: usize = 1024;
     for (rows, terms) in [(1, 8), (8, 8), (64, 8), (512, 8), (8, 2), (512, 1)] {

@@ -1,4 +1,4 @@
-//! What this machine can do at most: bytes read from memory and multiply-adds, per second, on some threads at once.
+//! Limits of this machine: bytes read from memory and multiply-adds, per second, on some threads at once.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -14,9 +14,9 @@ pub(crate) struct Roofline {
     pub(crate) read: f64,
     /// f32 operations per second with fused multiply-adds.
     pub(crate) fma: f64,
-    /// The same with `vdpbf16ps`.
+    /// Operations per second with `vdpbf16ps`.
     pub(crate) pairs: Option<f64>,
-    /// The same with `tdpbf16ps`.
+    /// Operations per second with `tdpbf16ps`.
     pub(crate) tiles: Option<f64>,
 }
 
@@ -71,7 +71,7 @@ fn read(threads: usize) -> f64 {
     const WORDS: usize = 32 << 20;
     let memory: Vec<Vec<u64>> = (0..threads).map(|_| vec![1; WORDS]).collect();
     fastest(&memory, (WORDS * 8) as f64, &|words| {
-        // Four streams, as a tile has panels; enough sums that none waits for another.
+        // Four streams, like the panels of a tile, and enough sums that none waits for another.
         let streams: Vec<_> = words.chunks(WORDS / 4).map(|stream| stream.as_chunks::<8>().0).collect();
         let mut sums = [[0_u64; 8]; 4];
         for i in 0..streams[0].len() {
@@ -120,7 +120,7 @@ fn fma_512(rounds: usize) -> f64 {
     fma_plain(rounds)
 }
 
-/// With what the compiler makes of plain code: AVX2 where there is FMA, the target's own elsewhere.
+/// [`rate`]'s work in plain code: compiled for AVX2 where there is FMA, for the target's own instructions elsewhere.
 fn fma_plain(rounds: usize) -> f64 {
     #[inline(always)]
     fn body(rounds: usize) -> [[f32; 8]; 10] {

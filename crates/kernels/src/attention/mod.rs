@@ -8,15 +8,15 @@
 //! - per block, with `m` the greatest score so far, sum and output are multiplied by `exp(m before - m)`, by 1 where
 //!   `m` did not rise; the block's `exp(score - m)` are added up by a fixed tree and that to the sum; the values are
 //!   added to the output in ascending position by fused multiply-add;
-//! - a sink, which is one more score whose value is nothing, is taken in after all blocks: where it is above `m`, sum
-//!   and output are multiplied by `exp(m - sink)` and `m` becomes the sink; then `exp(sink - m)` is added to the sum;
+//! - a sink, one more score without a value, is accumulated after all blocks: where it is above `m`, sum and output are
+//!   multiplied by `exp(m - sink)` and `m` becomes the sink; then `exp(sink - m)` is added to the sum;
 //! - in the end the output is divided by the sum.
 //!
-//! So whole prefill, chunked prefill, a reused prefix and decode agree to the bit. Positions that the row does not see
-//! are never read as values, so what another sequence left there cannot matter; of blocks that the row sees nothing of, not
-//! even the number is looked at. No memory grows with the context. Where the cache holds the ends of keys as values alone,
-//! they are made lines of keys again, a stretch at a time, for all queries of a pass that look at the block; the order of
-//! a score is the same.
+//! So whole prefill, chunked prefill, a reused prefix and decode agree to the bit. Values at positions that the row
+//! does not attend to are never read, so remains of another sequence cannot matter; nor are the numbers of blocks
+//! without a visible position. No memory grows with the context. Where the cache holds the ends of keys as values
+//! alone, each pass transposes them into lines of keys, a stretch at a time, for all its queries that see the block;
+//! the order of a score is the same.
 
 mod products;
 
@@ -32,11 +32,11 @@ use crate::kv::{BLOCK_TOKENS, Element, KvCache, KvSlot, KvValues, Lines, Store};
 use crate::math::{exp_lanes, exp_scalar};
 use crate::simd::{LANES, Simd, lanes, load_part, store_part, tree_max, tree_sum};
 
-/// Queries that read a block's keys and values while they are in the innermost cache.
+/// Most queries of a pass: they share a block's keys and values while these are in the innermost cache.
 const QUERIES_PER_PASS: usize = 32;
-/// Queries that go through a block's lines side by side.
+/// Queries computed side by side over a block's lines.
 const TOGETHER: usize = 4;
-/// Lines of values that are added for them at a time, where registers suffice.
+/// Lines of values accumulated at a time for these queries, where registers suffice.
 const LINES: usize = 4;
 
 /// The positions that a row at `position` attends to.
@@ -55,11 +55,11 @@ pub struct AttentionShape<'a> {
     pub head_dim: usize,
     /// Elements of a head's value, and so of its output.
     pub value_dim: usize,
-    /// What scores are multiplied by, usually `head_dim` to the power of -1/2.
+    /// Factor on scores, usually `head_dim` to the power of -1/2.
     pub scale: f32,
-    /// Which positions a row attends to.
+    /// Positions that a row attends to.
     pub reach: Reach,
-    /// The query heads' sinks: scores that take part in the softmax and whose value is nothing.
+    /// Sinks, one per query head: scores that take part in the softmax without a value.
     pub sinks: Option<&'a [f32]>,
 }
 
@@ -70,8 +70,8 @@ impl AttentionShape<'_> {
 }
 
 /// Attention of rows at their positions: `q` is `[rows, heads * head_dim]`, `out` `[rows, heads * value_dim]`. The keys
-/// and values of the positions that a row sees (its own included) are in the cache. Positions that follow are not looked
-/// at, so all rows of a chunk may have been written before.
+/// and values of the positions that a row sees (its own included) are in the cache. Later positions are not read, so
+/// all rows of a chunk may have been written before.
 ///
 /// # Panics
 /// If the shape does not fit the cache, its heads are no multiple of its KV heads, there is not
@@ -100,7 +100,7 @@ pub fn attention(
     assert_eq!(q.len(), rows.len() * width, "q: its length must be rows * heads * head_dim");
     let width = shape.heads * shape.value_dim;
     assert_eq!(out.len(), rows.len() * width, "out: its length must be rows * heads * value_dim");
-    // No more than the position, which has 32 bits.
+    // The first visible position is at most the row's, so it fits u32.
     kv.check(layer, rows, |position| shape.reach.first_visible(position));
     match &kv.store {
         Store::F32(lines) => run(cpu, shape, layer, q, rows, lines, out),
@@ -120,8 +120,8 @@ fn run<E: Element>(
     let positions: usize = rows.iter().map(|row| visible(shape.reach, row.position).count()).sum();
     let work = positions.saturating_mul(shape.heads * (shape.head_dim + shape.value_dim));
     let (threads, group) = (cpu.threads_for(work), shape.group());
-    // Rows of a chunk share their sequence's blocks, so some go together, and all heads share them, but never so many go
-    // together that a thread idles.
+    // A task takes several rows, since rows of a chunk share their sequence's blocks and all heads share them, but
+    // never so many that a thread idles.
     let share = rows.len() * shape.kv_heads / (threads * 4);
     let per_task = share.clamp(1, (QUERIES_PER_PASS / group).max(1));
     let tiles = rows.len().div_ceil(per_task);
@@ -156,7 +156,7 @@ struct Pass<'a, E> {
     out: &'a Disjoint<'a, f32>,
 }
 
-/// What a row sees of a block: the block's number in the cache, and its first and last visible position.
+/// Visible part of a block: the block's number in the cache, and its first and last visible position.
 #[derive(Clone, Copy, PartialEq)]
 struct View {
     block: usize,
@@ -167,15 +167,15 @@ struct View {
 /// A query, where its output goes, and its softmax so far.
 struct Query<'a> {
     q: &'a [f32],
-    /// Where the output is added up.
+    /// Accumulated output.
     out: &'a mut [f32],
     blocks: &'a [u32],
     /// First and last visible position.
     first: usize,
     last: usize,
-    /// What it sees of the block that is looked at.
+    /// Visible part of the current block.
     view: Option<View>,
-    /// Weights of that block's values, and the factor for what was added up before.
+    /// Weights of that block's values, and the factor on the output of the blocks before.
     weights: [f32; LANES],
     factor: f32,
     max: f32,
@@ -235,7 +235,7 @@ impl<E: Element> Kernel for Pass<'_, E> {
 }
 
 impl<E: Element> Pass<'_, E> {
-    /// Takes a block into the softmax of queries that all see something of it.
+    /// Accumulates a block into the softmax and output of queries, all of which see part of it.
     #[inline(always)]
     fn add_block<S: Simd>(
         &self,
@@ -297,8 +297,8 @@ impl<E: Element> Pass<'_, E> {
     }
 }
 
-/// Adds values, `P` of their `lines` lines from `part` on, to the output of `Q` queries; the first has weight `first`.
-/// Several lines must be whole.
+/// Accumulates values into the output of `Q` queries: `P` of each value's `lines` lines, from line `part` on. The first
+/// value has weight number `first`. With `P` above 1, all lines must be whole.
 #[inline(always)]
 fn add_lines<S: Simd, E: Element, const Q: usize, const P: usize>(
     s: S,
@@ -364,7 +364,7 @@ impl Query<'_> {
         }
     }
 
-    /// What the query sees of the block that holds positions `16 * index` to `16 * index + 15`.
+    /// Visible part of the block with positions `16 * index` to `16 * index + 15`; `None` if the query sees none of it.
     #[inline(always)]
     fn view_of(&self, index: usize) -> Option<View> {
         let start = index * BLOCK_TOKENS;
@@ -375,7 +375,8 @@ impl Query<'_> {
         Some(View { block: self.blocks[index] as usize, first, last })
     }
 
-    /// Takes the scores of what it sees of a block into the softmax, from the sums of its products with sixteen keys.
+    /// Accumulates the visible scores of a block into the softmax; `sums` are those of the products with its sixteen
+    /// keys.
     #[inline(always)]
     fn take<S: Simd>(&mut self, s: S, sums: &[S::V; 4], scale: f32) {
         let product = s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3]));
@@ -395,7 +396,7 @@ impl Query<'_> {
         self.sum = self.sum * self.factor + tree_sum(self.weights);
     }
 
-    /// Takes in a score that has no value.
+    /// Accumulates a sink, a score without a value.
     #[inline(always)]
     fn take_sink(&mut self, sink: f32) {
         if sink > self.max {
@@ -410,7 +411,7 @@ impl Query<'_> {
     }
 }
 
-/// Takes sixteen keys into the softmax of `Q` queries.
+/// Accumulates the scores of sixteen keys into the softmax of `Q` queries.
 #[inline(always)]
 fn take_products<S: Simd, E: Element, const Q: usize>(
     s: S,

@@ -1,16 +1,17 @@
 //! Queries times the keys of a block.
 //!
-//! What must hold: element `d` of a key is in sum `d % 4`, in ascending order, wherever it is read from. It does not know
-//! what becomes of the sums.
+//! What must hold: element `d` of a key is in sum `d % 4`, in ascending order, whether it is read from keys or from
+//! values. It does not know what the sums are for.
 
 use super::{QUERIES_PER_PASS, Query, TOGETHER};
 use crate::kv::{BLOCK_TOKENS, Element};
 use crate::simd::{LANES, Simd};
 
-/// Elements of keys that are made of values at a time: what leaves the innermost cache room for queries and values.
+/// Key elements transposed from values at a time: few enough to leave room for queries and values in the innermost
+/// cache.
 const STRETCH: usize = 128;
 
-/// What a pass needs where keys end in values.
+/// Buffers of a pass where values are the ends of keys.
 pub(super) struct Stretched<V> {
     /// A stretch of sixteen keys.
     keys: [[f32; LANES]; STRETCH],
@@ -24,7 +25,7 @@ impl<V: Copy> Stretched<V> {
         Self { keys: [[0.0; LANES]; STRETCH], sums: [[s.splat(0.0); 4]; QUERIES_PER_PASS] }
     }
 
-    /// Multiplies queries by sixteen keys that end in these values.
+    /// Multiplies queries by sixteen keys whose last elements are `values`.
     #[inline(always)]
     pub(super) fn multiply<S: Simd<V = V>, E: Element>(
         &mut self,
@@ -36,7 +37,7 @@ impl<V: Copy> Stretched<V> {
         let sums = &mut self.sums[..queries.len()];
         sums.fill([s.splat(0.0); 4]);
         add_all_products(s, queries, 0, keys, sums);
-        // Now what comes first in a stretch belongs to the first sum.
+        // Aligns the sums: the first element of a stretch belongs to sum `keys.len() % 4`.
         let turn = keys.len() % 4;
         if turn > 0 {
             sums.iter_mut().for_each(|sums| sums.rotate_left(turn));
@@ -62,7 +63,7 @@ impl<V: Copy> Stretched<V> {
     }
 }
 
-/// [`add_products`] of any number of queries.
+/// [`add_products`] for any number of queries.
 #[inline(always)]
 fn add_all_products<S: Simd, E: Element>(
     s: S,
@@ -81,7 +82,8 @@ fn add_all_products<S: Simd, E: Element>(
     }
 }
 
-/// Adds the products of `Q` queries, from an element on, and lines of sixteen keys: that of line `d` to sum `d % 4`.
+/// Adds the products of `Q` queries, from element `from` on, with lines of sixteen keys: that of line `d` to sum `d %
+/// 4`.
 #[inline(always)]
 pub(super) fn add_products<S: Simd, E: Element, const Q: usize>(
     s: S,

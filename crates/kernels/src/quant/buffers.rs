@@ -1,45 +1,45 @@
-//! Rows of a call in bytes: the inputs of quantised linears, and what lies between those of an expert.
+//! Rows of a call quantised to bytes: inputs of quantised linears, and activated rows of quantised experts.
 
 use super::dot::Picked;
 use super::rows::{QRows, RowBlock, blocks_of, quantise, room};
 use crate::cpu::Cpu;
 use crate::ffn::ExpertRows;
 
-/// Quantised rows of a call, kept for the next.
+/// Buffers of quantised rows, reused between calls.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers {
     inputs: Vec<RowBlock>,
     between: Vec<RowBlock>,
-    /// Where each group's rows start in `between`.
+    /// Start of each group's rows in `between`.
     starts: Vec<usize>,
 }
 
-/// The inputs of a call.
+/// Quantised inputs of a call.
 #[derive(Clone, Copy)]
 pub(crate) struct Quantised<'a>(QRows<'a>);
 
 impl<'a> Quantised<'a> {
-    /// All of them.
+    /// All rows.
     pub(crate) const fn rows(self) -> QRows<'a> {
         self.0
     }
 
-    /// Some of them, by number.
+    /// The rows with these numbers.
     pub(crate) const fn picked(self, rows: &'a [u32]) -> Picked<'a> {
         Picked { from: self.0, rows }
     }
 }
 
 impl Buffers {
-    /// Rows of `k` elements: each once, however many experts read it.
+    /// Quantises rows of `k` elements, each once, however many experts read it.
     pub(crate) fn inputs(&mut self, cpu: &Cpu, x: &[f32], k: usize) -> Quantised<'_> {
         let inputs = room(&mut self.inputs, x.len() / k * blocks_of(k));
         quantise(cpu, x, k, inputs);
         Quantised(QRows::new(inputs, k))
     }
 
-    /// The activated rows of quantised experts, which lie in `activated` one group after the other with those of the other
-    /// groups that are `counted`. Neighbours of one width are done together.
+    /// Quantises the activated rows of quantised experts. `activated` holds the rows of all `counted` groups, one group
+    /// after the other. Neighbouring groups of one width are quantised together.
     pub(crate) fn between(
         &mut self,
         cpu: &Cpu,
@@ -74,7 +74,7 @@ impl Buffers {
         }
     }
 
-    /// The rows between the linears of a group's expert.
+    /// The quantised activated rows of a group.
     pub(crate) fn group(&self, group: usize, intermediate: usize) -> QRows<'_> {
         QRows::new(&self.between[self.starts[group]..], intermediate)
     }

@@ -1,5 +1,5 @@
 //! Integer arithmetic on bytes: the inner product of four unsigned by four signed bytes in each of sixteen lanes, and
-//! how a kernel body is compiled for what a machine has of it.
+//! the compilation of kernel bodies for each machine's support of it.
 //!
 //! What must hold: every operation is exact, so that instruction sets differ in speed alone.
 
@@ -11,7 +11,7 @@ use crate::simd::{LANES, Portable, Simd};
 /// Bytes of sixteen lanes.
 pub(crate) const LINE: usize = 4 * LANES;
 
-/// Sixteen lanes of 32 bits, each a number or four bytes in ascending order of their places.
+/// Sixteen lanes of 32 bits, each a number or four bytes, the first in the lowest.
 pub(crate) trait Bytes<S: Simd>: Copy {
     /// The lanes.
     type I: Copy;
@@ -23,11 +23,11 @@ pub(crate) trait Bytes<S: Simd>: Copy {
     fn low(self, v: Self::I) -> Self::I;
     /// The high four bits of every byte.
     fn high(self, v: Self::I) -> Self::I;
-    /// `acc` plus the four products of the bytes of `w`, unsigned, with those of `x`, signed.
+    /// `acc` plus the four products of each lane's unsigned bytes of `w` with its signed bytes of `x`.
     fn dot(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// The same where no byte of `w` is above 15.
+    /// [`Self::dot`] where no byte of `w` is above 15.
     fn dot_small(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// Asks for as much memory as `block` takes, `ahead` bytes after it. A hint: what lies there need not be ours.
+    /// Prefetches as much memory as `block` takes, `ahead` bytes after it. A hint: any address is allowed.
     fn prefetch<T>(self, block: &T, ahead: usize);
     /// The numbers, which must be below 2^24, as floats.
     fn to_f32(self, v: Self::I) -> S::V;
@@ -35,7 +35,7 @@ pub(crate) trait Bytes<S: Simd>: Copy {
 
 /// A kernel body over floats and bytes, written once for any instruction set.
 pub(crate) trait ByteKernel {
-    /// The body. Must be `inline(always)`, and so must all it calls with vectors.
+    /// The body. It must be `inline(always)`, as must every function that it passes vectors to.
     fn run<S: Simd, B: Bytes<S>>(self, s: S, b: B);
 }
 
@@ -86,7 +86,7 @@ pub(crate) fn run_as(body: Body, kernel: impl ByteKernel) {
     assert!(body.is_available(), "isa: {body:?} is not available on this machine");
     match body {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the assertion above found what the function enables.
+        // SAFETY: the assertion above found the features that the function enables.
         Body::Avx2 => unsafe { run_avx2(kernel) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -101,7 +101,7 @@ pub(crate) fn run_as(body: Body, kernel: impl ByteKernel) {
     }
 }
 
-/// In plain Rust: the meaning that the others reproduce.
+/// Plain Rust: the definition that the other implementations reproduce.
 #[derive(Debug, Clone, Copy)]
 struct PlainBytes;
 
@@ -166,7 +166,7 @@ mod x86 {
         };
     }
 
-    /// Products by widening to 16 bits: exact without VNNI, whose absence `maddubs` alone would answer with saturation.
+    /// Products by widening to 16 bits, for machines without VNNI: exact, where `maddubs` alone would saturate.
     #[derive(Clone, Copy)]
     struct Wide256;
     /// AVX-VNNI.

@@ -12,7 +12,7 @@ use crate::panels::Panels;
 use crate::simd::Simd;
 use crate::tile::Sink;
 
-/// Where quantised rows are found.
+/// Lookup of quantised rows.
 pub(crate) trait Rows: Copy {
     /// Row `index`.
     fn row(&self, index: usize) -> &[RowBlock];
@@ -25,7 +25,7 @@ impl Rows for QRows<'_> {
     }
 }
 
-/// Rows picked from others by number.
+/// Rows picked by number.
 #[derive(Clone, Copy)]
 pub(crate) struct Picked<'a> {
     pub(crate) from: QRows<'a>,
@@ -48,18 +48,18 @@ pub(crate) struct Work<'a, W, R, K, const M: usize> {
     pub(crate) panels: Range<usize>,
 }
 
-/// How far ahead of their use weights are asked for that come from memory.
+/// Prefetch distance of weights, in bytes.
 const AHEAD: usize = 4096;
 
 impl<W: Block, R: Rows, K: Sink<M>, const M: usize> ByteKernel for Work<'_, W, R, K, M> {
-    /// Panel by panel, the rows of a panel in tiles of four or eight, as many accumulators as hide the latency of an
-    /// inner product where the registers allow it.
+    /// Panel by panel, rows in tiles of four or eight: enough accumulators to hide the latency of an inner product
+    /// where the registers allow it.
     #[inline(always)]
     fn run<S: Simd, B: Bytes<S>>(self, s: S, b: B) {
         for panel in self.panels.clone() {
             let mut row = self.rows.start;
             while row < self.rows.end {
-                // Only the first rows find the panel in memory.
+                // Only the first rows read the panel from memory; later ones find it in cache.
                 let ahead = (row == self.rows.start).then_some(AHEAD);
                 row += match self.rows.end - row {
                     1 => self.tile::<S, B, 1>(s, b, row, panel, ahead),
@@ -74,8 +74,8 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> ByteKernel for Work<'_, W, R
 }
 
 impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
-    /// `T` rows from `row` on, or as many as there are, times a panel of each matrix, one matrix after the other: memory
-    /// gives most to who reads in one place at a time. Says how many rows these were.
+    /// Computes up to `T` rows from `row` on times a panel of each matrix, one matrix after the other, because a single
+    /// stream has the most memory bandwidth. Returns the number of rows.
     #[inline(always)]
     fn tile<S: Simd, B: Bytes<S>, const T: usize>(
         &self,
@@ -86,7 +86,7 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
         ahead: Option<usize>,
     ) -> usize {
         let count = T.min(self.rows.end - row);
-        // The last row stands in for those that are not there.
+        // The last row fills the unused places of the tile.
         let mut rows = [self.x.row(row); T];
         for (r, inputs) in rows.iter_mut().enumerate() {
             *inputs = self.x.row(row + r.min(count - 1));
@@ -105,7 +105,7 @@ impl<W: Block, R: Rows, K: Sink<M>, const M: usize> Work<'_, W, R, K, M> {
     }
 }
 
-/// The totals of some rows over a panel. Weights are asked for `ahead` bytes before they are used.
+/// The totals of `T` rows over a panel. Weights are prefetched `ahead` bytes before use.
 #[inline(always)]
 fn add_products<S: Simd, B: Bytes<S>, W: Block, const T: usize>(
     s: S,

@@ -1,9 +1,9 @@
 //! Group-quantised weights: eight or four bits and a scale for every 32 input features.
 //!
-//! What must hold: weights are kept quantised alone; the inputs of a quantised linear are quantised to signed bytes in
-//! groups of the same 32 features ([`rows`]); products within a group are added exactly as integers, and the groups'
-//! totals in one fixed order ([`dot`]). So a row's bits depend on that row alone here as well, on every instruction set.
-//! It does not know what a weight is for.
+//! What must hold: weights are kept in quantised form only; the inputs of a quantised linear are quantised to signed
+//! bytes in groups of the same 32 features ([`rows`]); products within a group are added exactly as integers, and the
+//! groups' totals in one fixed order ([`dot`]). So a row's bits depend on that row alone, on every instruction set. It
+//! does not know what a weight is for.
 
 mod buffers;
 mod bytes;

@@ -2,10 +2,10 @@
 //!
 //! What must hold: a weight is `scale * (stored - zero)`, stored in a byte (zero at 128) or in four bits (zero at 8);
 //! the scale is a bf16 value. A panel is sixteen output features; it is a run of blocks of two groups. A line of 64
-//! bytes holds four input features that follow each other, of each of the sixteen outputs. In a block of bytes, line
-//! `i` holds features `4 i` to `4 i + 3`; in a block of nibbles line `i` of a group holds `4 i..` in the low and
-//! `16 + 4 i..` in the high ones. The two groups' scales follow the lines, so a panel is one stream of whole cache lines.
-//! Rounding is the same on every instruction set.
+//! bytes holds four consecutive input features of each of the sixteen outputs. In a block of bytes, line `i` holds
+//! features `4 i` to `4 i + 3`; in a block of nibbles line `i` of a group holds `4 i..` in the low and `16 + 4 i..` in
+//! the high ones. The two groups' scales follow the lines, so a panel is one stream of whole cache lines. Rounding is
+//! the same on every instruction set.
 
 use super::bytes::{Bytes, LINE};
 use crate::convert::bf16_to_f32;
@@ -48,14 +48,14 @@ unsafe impl Zeroed for Q4Block {}
 
 /// A block of weights that share their format.
 pub(crate) trait Block: Zeroed + Send + Sync {
-    /// What is stored for a weight of zero.
+    /// Stored value of a weight of zero.
     const ZERO: i32;
-    /// What a weight may be at least and at most, in scales.
+    /// Least and greatest weight, in scales.
     const RANGE: [i32; 2];
 
-    /// Two vectors of weights of a group as they are stored, `pair` counting them off from 0 to 3.
+    /// Two vectors of stored weights of a group; `pair` is 0 to 3.
     fn pair<S: Simd, B: Bytes<S>>(&self, b: B, group: usize, pair: usize) -> [B::I; 2];
-    /// Where the input features of such a vector are: the first byte is feature `4 * place` of the group.
+    /// Place of such a vector's input features: the first byte is feature `4 * place` of the group.
     fn place(pair: usize, half: usize) -> usize;
     /// The products of such a vector with inputs, added to `acc`.
     fn dot<S: Simd, B: Bytes<S>>(b: B, acc: B::I, w: B::I, x: B::I) -> B::I;
@@ -63,11 +63,11 @@ pub(crate) trait Block: Zeroed + Send + Sync {
     fn scales(&self, group: usize) -> &[u16; LANES];
     /// Scale and stored weight of input feature `k` of the block, of output `lane`.
     fn stored(&self, k: usize, lane: usize) -> (f32, u8);
-    /// Keeps a weight as stored.
+    /// Sets a stored weight.
     fn set(&mut self, k: usize, lane: usize, stored: u8);
-    /// Keeps the scales of a group.
+    /// Sets the scales of a group.
     fn set_scales(&mut self, group: usize, scales: [u16; LANES]);
-    /// Scales that suit a group; input features by outputs.
+    /// Scales of a group, one per output; `group` is input features by outputs.
     fn choose<S: Simd>(s: S, group: &Lines) -> S::V;
 }
 
@@ -182,7 +182,7 @@ impl Block for Q4Block {
     fn choose<S: Simd>(s: S, group: &Lines) -> S::V {
         let (magnitude, extreme) = largest(s, group);
         let zero = s.splat(0.0);
-        // Weights are looked at relative to the extreme one, so that squares neither vanish nor overflow.
+        // Weights are relative to the extreme one, so that squares neither vanish nor overflow.
         let unit = s.select_lt(zero, magnitude, extreme, s.splat(1.0));
         let (mut best, mut least) = (zero, zero);
         for step in 0..9_i16 {
@@ -220,10 +220,10 @@ fn largest<S: Simd>(s: S, group: &Lines) -> (S::V, S::V) {
     (magnitude, extreme)
 }
 
-/// The nearest integer, ties to even, of what lies in the range, and its ends for what lies outside.
+/// The nearest integer, ties to even, clamped to the range.
 #[inline(always)]
 fn round_within<S: Simd>(s: S, v: S::V, [least, most]: [i32; 2]) -> S::V {
-    // In range adding it leaves no room for a fraction.
+    // Within the range, adding it leaves no bits for a fraction.
     let shift = s.splat(12_582_912.0);
     let v = s.max(s.min(v, s.splat(most as f32)), s.splat(least as f32));
     s.sub(s.add(v, shift), shift)

@@ -1,8 +1,9 @@
 //! Rows of activations in groups of 32 signed bytes that share a scale.
 //!
-//! What must hold: `scale = max |x| / 127` in f32, an element is `x / scale` rounded to the nearest integer, ties to even,
-//! within [-127, 127]; a group of zeros, or one so small that its scale is zero, has zeros and scale zero; a group with
-//! an element that is not finite has scale NaN, so that what comes of it is NaN. A row depends on itself alone.
+//! What must hold: `scale = max |x| / 127` in f32, an element is `x / scale` rounded to the nearest integer, ties to
+//! even, within [-127, 127]; a group of zeros, or one so small that its scale is zero, has zeros and scale zero; a
+//! group with an element that is not finite has scale NaN, so that every result from it is NaN. A row depends on itself
+//! alone.
 
 use super::pack::{BLOCK_K, GROUP, GROUPS};
 use crate::cpu::Cpu;
@@ -14,7 +15,7 @@ use crate::simd::Simd;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct RowBlock {
-    /// Four elements each, the first in the lowest byte.
+    /// Four elements per word, the first in the lowest byte.
     pub(crate) words: [i32; BLOCK_K / 4],
     /// The groups' scales.
     pub(crate) scales: [f32; GROUPS],
@@ -26,7 +27,7 @@ impl RowBlock {
     const ZERO: Self = Self { words: [0; BLOCK_K / 4], scales: [0.0; GROUPS], sums: [0; GROUPS] };
 }
 
-/// Quantised rows that follow each other.
+/// Consecutive quantised rows.
 #[derive(Clone, Copy)]
 pub(crate) struct QRows<'a> {
     blocks: &'a [RowBlock],
@@ -113,8 +114,8 @@ fn block(x: &[f32; BLOCK_K], out: &mut RowBlock) {
     }
 }
 
-/// Scale and elements of one group. Element by element and with integer maxima, so that the compiler may use whatever
-/// vectors there are without a change of the result.
+/// Scale and elements of one group. Element by element and with integer maxima, so that vectorisation cannot change the
+/// result.
 #[inline(always)]
 fn group_of(x: &[f32; GROUP]) -> (f32, [i8; GROUP]) {
     const INFINITY: u32 = f32::INFINITY.to_bits();
@@ -128,7 +129,7 @@ fn group_of(x: &[f32; GROUP]) -> (f32, [i8; GROUP]) {
             let value = value / divisor;
             let value = if value < 127.0 { value } else { 127.0 };
             let value = if value > -127.0 { value } else { -127.0 };
-            // 2^23 + 2^22 leaves no room for a fraction, and the low byte is the integer.
+            // Adding 2^23 + 2^22 leaves no bits for a fraction, and the low byte is the integer.
             (value + 12_582_912.0).to_bits() as i8
         }),
     )

@@ -68,7 +68,7 @@ unsafe fn round_half(v: __m256) -> __m256 {
         let bits = _mm256_castps_si256(v);
         let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
         let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        // A NaN would be carried away by the rounding: it is made quiet and cut instead.
+        // The carry of the rounding could turn a NaN into an infinity: it is made quiet and cut instead.
         let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
         let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
         let chosen = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -81,7 +81,7 @@ unsafe fn round_half(v: __m256) -> __m256 {
 unsafe fn transpose_eight(rows: [__m256; 8]) -> [__m256; 8] {
     let (mut blocks, mut out) = (rows, rows);
     avx2!({
-        // Within groups of four rows: element 4 i + j of each comes to half i of register j.
+        // Within groups of four rows, element 4 i + j of each goes to half i of register j.
         for group in [0, 4] {
             let [a, b, c, d] = [rows[group], rows[group + 1], rows[group + 2], rows[group + 3]];
             let low =
@@ -196,7 +196,7 @@ impl Simd for Avx2 {
                         let code = _mm256_and_si256(words, _mm256_set1_epi16(15));
                         let upper = _mm256_slli_epi16::<8>(_mm256_shuffle_epi8(high, code));
                         let unscaled = _mm256_or_si256(_mm256_shuffle_epi8(low, code), upper);
-                        // Zero where the code is, of either sign.
+                        // The scale is zero where the code is zero, of either sign.
                         let scale = _mm256_sign_epi16(scale, _mm256_and_si256(code, _mm256_set1_epi16(7)));
                         let pairs = _mm256_add_epi16(unscaled, scale);
                         _mm256_storeu_si256(to.as_mut_ptr().add(8 * part).cast(), pairs);

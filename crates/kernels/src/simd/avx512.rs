@@ -11,7 +11,7 @@ pub(crate) struct Avx512<const BF16: bool>(());
 
 impl<const BF16: bool> Avx512<BF16> {
     /// # Safety
-    /// The machine must have AVX-512 F and BW, and AVX512-BF16 where `BF16` says so.
+    /// The machine must have AVX-512 F and BW, and AVX512-BF16 where `BF16` is true.
     #[inline(always)]
     pub(crate) unsafe fn new() -> Self {
         Self(())
@@ -117,7 +117,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         to: &mut [[u32; LANES]; 4 * e2m1::LINES],
     ) {
         avx512!({
-            // Twice, so that the fifth bit of an index does not matter.
+            // The table twice, so that the fifth bit of an index does not matter.
             let table = _mm512_broadcast_i64x4(_mm256_loadu_si256(e2m1::CODES.as_ptr().cast()));
             let scale = _mm512_slli_epi32::<7>(_mm512_cvtepu8_epi32(_mm_loadu_si128(scales.as_ptr().cast())));
             let scale = _mm512_or_si512(scale, _mm512_slli_epi32::<16>(scale));
@@ -137,7 +137,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     fn transpose(self, rows: [__m512; LANES]) -> [__m512; LANES] {
         let (mut blocks, mut out) = (rows, rows);
         avx512!({
-            // Within groups of four rows: element 4 i + j of each comes to quarter i of register j.
+            // Within groups of four rows, element 4 i + j of each goes to quarter i of register j.
             for group in [0, 4, 8, 12] {
                 let [a, b, c, d] = [rows[group], rows[group + 1], rows[group + 2], rows[group + 3]];
                 let low =
@@ -149,7 +149,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 blocks[group + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1]));
                 blocks[group + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1]));
             }
-            // Quarters of the four groups side by side.
+            // Gathers the quarters of the four groups.
             for j in 0..4 {
                 let [a, b, c, d] = [blocks[j], blocks[4 + j], blocks[8 + j], blocks[12 + j]];
                 let even = [_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d)];
@@ -176,7 +176,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             let bits = _mm512_castps_si512(v);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
             let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-            // A NaN would be carried away by the rounding: it is made quiet and cut instead.
+            // The carry of the rounding could turn a NaN into an infinity: it is made quiet and cut instead.
             let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
             let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
             let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);

@@ -1,8 +1,8 @@
 //! Portable arithmetic that treats subnormal inputs as zero and flushes subnormal results to zero, signs kept.
 //!
 //! What must hold: every operation gives the bits that x86-64 gives under [`FlushMode`]. There a result counts as
-//! subnormal when it is below the least normal number after rounding to 24 bits with an unbounded exponent, so a
-//! result that only the coarser subnormal rounding lifts to the least normal number is flushed too.
+//! subnormal when it is below the least normal number after rounding to 24 bits with an unbounded exponent, so a result
+//! that reaches the least normal number only by the coarser subnormal rounding is flushed too.
 
 use super::portable::LaneByLane;
 use super::{Arith, Scalar};
@@ -20,7 +20,7 @@ impl LaneByLane for PortableFlush {
     const ONE: ScalarFlush = ScalarFlush;
 }
 
-/// A power of two that lifts anything near the least normal number far above it.
+/// A power of two that scales numbers near the least normal one far above it.
 const LIFT: f32 = 18_446_744_073_709_551_616.0;
 
 #[inline(always)]
@@ -28,7 +28,7 @@ fn zeroed(v: f32) -> f32 {
     if v.abs() < f32::MIN_POSITIVE { v * 0.0 } else { v }
 }
 
-/// Flushes `result`; `lifted` gives the same result times [`LIFT`] and so rounded as with an unbounded exponent.
+/// Flushes `result`; `lifted` returns it times [`LIFT`], rounded as with an unbounded exponent.
 #[inline(always)]
 fn flushed(result: f32, lifted: impl FnOnce() -> f32) -> f32 {
     let size = result.abs();
@@ -66,7 +66,7 @@ impl Arith for ScalarFlush {
     fn fma(self, a: f32, b: f32, c: f32) -> f32 {
         let (a, b, c) = (zeroed(a), zeroed(b), zeroed(c));
         flushed(a.mul_add(b, c), || {
-            // The smaller factor has room: the product is near the least normal number.
+            // The smaller factor is scaled, which cannot overflow: the product is near the least normal number.
             let (small, large) = if a.abs() < b.abs() { (a, b) } else { (b, a) };
             (small * LIFT).mul_add(large, c * LIFT)
         })
@@ -101,8 +101,8 @@ impl FlushMode {
     /// All exceptions masked, nearest, flush-to-zero (bit 15) and denormals-are-zero (bit 6).
     const FLUSHED: u32 = 0x1f80 | 1 << 15 | 1 << 6;
 
-    /// Changes the mode. Between this and the drop there may only be calls of functions that are never inlined, so
-    /// that the compiler, which assumes the default mode, moves no arithmetic across.
+    /// Changes the mode. Between this and the drop, only functions that are never inlined may be called: the compiler
+    /// assumes the default mode and could move inlined arithmetic across.
     #[inline(always)]
     pub(crate) fn set() -> Self {
         let (mut before, flushed) = (0_u32, Self::FLUSHED);

@@ -1,10 +1,10 @@
-//! The sixteen-lane vectors that every kernel body is written in.
+//! Sixteen-lane vectors, the language of all kernel bodies.
 //!
 //! A kernel is one generic body over [`Simd`]; [`crate::kernel::run_on`] compiles it once per instruction set. What
 //! must hold: each operation gives the same bits in every implementation, NaN payloads aside, so that a kernel's bits
 //! follow from its body alone. That is why `min`, `max` and `fma` are pinned below and no approximate instruction
-//! (`rsqrt`, `rcp`) appears. The one native bf16 dot product gives the bits of its restatement only where subnormal
-//! numbers are flushed ([`crate::kernel::run_flushing`]).
+//! (`rsqrt`, `rcp`) appears. The native bf16 dot product gives the same bits as its default implementation only where
+//! subnormal numbers are flushed ([`crate::kernel::run_flushing`]).
 //!
 //! A value of an implementing type is the proof that the machine has the instructions; where the target does not imply
 //! them, it is made in one place, after detection. Everything is `inline(always)`: a body must end up whole inside the
@@ -37,7 +37,7 @@ pub(crate) const LANES: usize = 16;
 
 /// IEEE single-compute arithmetic, lane by lane.
 pub(crate) trait Arith: Copy {
-    /// The value that is worked on: one lane or sixteen.
+    /// The operand: one lane or sixteen.
     type V: Copy;
     /// `value` in every lane.
     fn splat(self, value: f32) -> Self::V;
@@ -57,13 +57,13 @@ pub(crate) trait Arith: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a < b ? yes : no`; so `no` where either is NaN.
     fn select_lt(self, a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
-    /// 2 to the power of `n`, an integer in [-126, 127]; anything at all for another `n`.
+    /// 2 to the power of `n`, an integer in [-126, 127]; unspecified for another `n`.
     fn pow2(self, n: Self::V) -> Self::V;
 }
 
 /// Arithmetic on sixteen lanes, with the loads and stores that the kernels need.
 pub(crate) trait Simd: Arith {
-    /// How many sixteen-lane vectors the registers hold at a time.
+    /// Number of sixteen-lane vectors that the registers hold.
     const REGISTERS: usize;
     /// Sixteen numbers.
     fn load(self, from: &[f32; LANES]) -> Self::V;
@@ -71,16 +71,16 @@ pub(crate) trait Simd: Arith {
     fn load_bf16(self, from: &[u16; LANES]) -> Self::V;
     /// The low (even) and the high (odd) halves of sixteen bf16 pairs, widened exactly.
     fn load_bf16_pairs(self, from: &[u32; LANES]) -> (Self::V, Self::V);
-    /// `total` plus the dot products of the bf16 pair `x` with sixteen pairs: first the odd (high) product is added, then
-    /// the even one, each with a fused multiply-add.
+    /// `total` plus the dot products of the bf16 pair `x` with sixteen pairs: first the odd (high) product is added,
+    /// then the even one, each with a fused multiply-add.
     #[inline(always)]
     fn dot_pairs(self, x: u32, w: &[u32; LANES], total: Self::V) -> Self::V {
         let (even, odd) = self.load_bf16_pairs(w);
         let total = self.fma(self.splat(f32::from_bits(x & 0xffff_0000)), odd, total);
         self.fma(self.splat(f32::from_bits(x << 16)), even, total)
     }
-    /// Writes MXFP4 weights as bf16 pairs. Of each of sixteen outputs, pair `4 q + j` has its even code in bits `4 j..` of
-    /// the low half of word `q` and its odd one in the same bits of the high half.
+    /// Writes MXFP4 weights as bf16 pairs. Of each of sixteen outputs, pair `4 q + j` has its even code in bits `4 j..`
+    /// of the low half of word `q` and its odd one in the same bits of the high half.
     #[inline(always)]
     fn decode_e2m1(
         self,
@@ -114,7 +114,7 @@ pub(crate) trait Simd: Arith {
         }
         out
     }
-    /// Asks for the cache line at `line`, which may be any address; changes no result.
+    /// Prefetches the cache line at `line`, which may be any address; changes no result.
     #[inline(always)]
     fn prefetch(self, _line: *const u8) {}
     /// Writes the lanes.
@@ -131,7 +131,7 @@ pub(crate) fn lanes<S: Simd>(s: S, v: S::V) -> [f32; LANES] {
     out
 }
 
-/// Sixteen numbers, or fewer and zeros.
+/// Up to sixteen numbers, padded with zeros.
 #[inline(always)]
 pub(crate) fn load_part<S: Simd>(s: S, from: &[f32]) -> S::V {
     match from.try_into() {
@@ -164,7 +164,7 @@ pub(crate) fn tree_sum(v: [f32; LANES]) -> f32 {
     tree(v, |a, b| a + b)
 }
 
-/// Greatest of sixteen lanes in the same fixed order; a NaN may or may not be found.
+/// Greatest of sixteen lanes in the same fixed order; a NaN may or may not win.
 #[inline(always)]
 pub(crate) fn tree_max(v: [f32; LANES]) -> f32 {
     tree(v, |a, b| if a > b { a } else { b })
@@ -182,7 +182,7 @@ fn tree(v: [f32; LANES], both: impl Fn(f32, f32) -> f32) -> f32 {
     both(both(four[0], four[2]), both(four[1], four[3]))
 }
 
-/// Up to sixteen numbers in an array, the rest being `fill`.
+/// Up to sixteen numbers in an array, padded with `fill`.
 #[inline(always)]
 pub(crate) fn padded(from: &[f32], fill: f32) -> [f32; LANES] {
     let mut out = [fill; LANES];

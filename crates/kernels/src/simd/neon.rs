@@ -44,7 +44,7 @@ fn round_quarter(v: float32x4_t) -> float32x4_t {
         let bits = vreinterpretq_u32_f32(v);
         let odd = vandq_u32(vshrq_n_u32::<16>(bits), vdupq_n_u32(1));
         let rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
-        // A NaN would be carried away by the rounding: it is made quiet and cut instead.
+        // The carry of the rounding could turn a NaN into an infinity: it is made quiet and cut instead.
         let quiet = vorrq_u32(bits, vdupq_n_u32(0x0040_0000));
         let chosen = vbslq_u32(vceqq_f32(v, v), rounded, quiet);
         vreinterpretq_f32_u32(vandq_u32(chosen, vdupq_n_u32(0xffff_0000)))

@@ -1,5 +1,5 @@
-//! The operations in plain Rust: the meaning that the other implementations reproduce, and what runs where there is
-//! no better one (on x86-64 without FMA it is exact but slow).
+//! The operations in plain Rust: the definition that the other implementations reproduce, and the fallback of machines
+//! without them (on x86-64 without FMA it is exact but slow).
 
 use super::{Arith, LANES, Simd};
 use crate::convert::{bf16_to_f32, f32_to_bf16};
@@ -58,7 +58,7 @@ impl Arith for Scalar {
 
 /// Sixteen lanes as an array, each computed by itself: the operations follow from those of one lane.
 pub(super) trait LaneByLane: Copy {
-    /// What one lane does.
+    /// The operations on one lane.
     type One: Arith<V = f32>;
     const ONE: Self::One;
 }
@@ -119,7 +119,7 @@ impl<L: LaneByLane> Arith for L {
 }
 
 impl<L: LaneByLane> Simd for L {
-    // Not known here: the smaller tiles are chosen.
+    // Unknown on this target: selects the smaller tiles.
     const REGISTERS: usize = 8;
     #[inline(always)]
     fn load(self, from: &[f32; LANES]) -> Self::V {

@@ -23,7 +23,7 @@ impl Numbers {
         (self.next() % bound as u64) as usize
     }
 
-    /// Between -1 and 1.
+    /// A number between -1 and 1.
     pub(crate) fn f32(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
@@ -134,8 +134,8 @@ pub(crate) fn dot(x: &[f32], w: &[f32]) -> f32 {
     total
 }
 
-/// The order of `vdpbf16ps`: one total over the pairs, padded to whole blocks of 32, the odd product before the even one,
-/// every step flushed.
+/// The order of `vdpbf16ps`: one total over the pairs, padded to whole blocks of 32, the odd product before the even
+/// one, every step flushed.
 pub(crate) fn dot_pairs(x: &[f32], w: &[f32]) -> f32 {
     let at = |v: &[f32], i: usize| v.get(i).copied().unwrap_or(0.0);
     (0..x.len().next_multiple_of(32)).step_by(2).fold(0.0, |total, i| {
@@ -150,7 +150,7 @@ pub(crate) fn linear(x: &[f32], w: &[f32], k: usize, order: Compute) -> Vec<f32>
     x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(x, w))).collect()
 }
 
-/// What lies between an expert's linears, word for word.
+/// The activation between an expert's linears, word for word.
 pub(crate) fn gated(gating: Gating, gate: f32, up: f32) -> f32 {
     match gating {
         Gating::Silu => math::silu(gate) * up,
@@ -162,7 +162,7 @@ pub(crate) fn gated(gating: Gating, gate: f32, up: f32) -> f32 {
     }
 }
 
-/// Clamped so far in that numbers from [`Numbers`] reach the limit.
+/// An activation with a limit so low that numbers from [`Numbers`] reach it.
 pub(crate) const CLAMPED: Gating = Gating::ClampedSwish { alpha: 1.702, limit: 1.25 };
 
 pub(crate) fn biases(numbers: &mut Numbers, hidden: usize, intermediate: usize) -> Biases {
@@ -178,7 +178,7 @@ pub(crate) fn biased(mut rows: Vec<f32>, bias: &[f32]) -> Vec<f32> {
     rows
 }
 
-/// All compute.
+/// All compute modes.
 pub(crate) const MODES: [Compute; 3] = [Compute::F32, Compute::Bf16, Compute::Bf16Pairs];
 
 /// Sum of sixteen lanes by halves.

@@ -10,7 +10,7 @@ use muster_types::{DType, ExpertId, LayerId, Term, terms_by_row};
 
 use super::{CpuStore, ExpertError, ExpertScratch};
 
-/// The experts of a store, with the buffers of the one thread that runs them.
+/// Computes with the experts of a store, in buffers of one thread.
 pub struct CpuExperts {
     cpu: Arc<Cpu>,
     store: Arc<CpuStore>,
@@ -19,7 +19,7 @@ pub struct CpuExperts {
 }
 
 impl CpuExperts {
-    /// Those that `store` holds when they are asked for.
+    /// Computes with the experts that `store` holds at each call.
     #[must_use]
     pub fn new(cpu: Arc<Cpu>, store: Arc<CpuStore>) -> Self {
         Self { cpu, store, scratch: ExpertScratch::default(), outputs: Vec::new() }
@@ -58,23 +58,23 @@ impl ExpertCompute for CpuExperts {
     }
 }
 
-/// What a grouped FFN made, neither rounded nor checked.
+/// Outputs of a grouped FFN, neither rounded nor checked.
 struct Computed<'a> {
     cpu: &'a Cpu,
     hidden: usize,
-    /// Of the wire.
+    /// Dtype of the wire.
     dtype: DType,
     outputs: &'a [f32],
 }
 
 impl Computed<'_> {
-    /// A segment's outputs, or the sums of its weighted rows. Those that are not finite are marked and zero.
+    /// A segment's outputs, or the sums of its weighted rows. Rows that are not finite are marked and zeroed.
     fn answer(&self, segment: &Segment<'_>, places: &[Range<usize>]) -> SegmentAnswer {
         let Self { cpu, hidden, dtype, outputs } = *self;
         let (wire, width) = (dtype, hidden * dtype.size());
         let mut data = vec![0; segment.answers() * width];
         let mut not_finite = Vec::new();
-        // One row, or all: where something is not finite, every row is tried alone.
+        // Called for one row or for all: where one is not finite, every row is tried alone.
         let mut mark = |row: u32, is_finite: bool, data: &mut [u8]| {
             if !is_finite {
                 data.fill(0);
@@ -112,7 +112,7 @@ impl Computed<'_> {
     }
 }
 
-/// The same rows in as few ranges as there can be.
+/// Merges adjacent ranges.
 fn joined(places: &[Range<usize>]) -> Vec<Range<usize>> {
     let mut joined: Vec<Range<usize>> = Vec::with_capacity(places.len());
     for place in places {
@@ -128,7 +128,7 @@ fn joined(places: &[Range<usize>]) -> Vec<Range<usize>> {
 fn terms(segment: &Segment<'_>, places: &[Range<usize>], weights: &[f32]) -> (Vec<u32>, Vec<Term>) {
     let outputs =
         segment.groups.iter().zip(places).flat_map(|((_, rows), place)| rows.iter().zip(place.clone()));
-    // Outputs of a call are counted in 32 bits.
+    // A call has fewer than 2^32 outputs.
     let term = |((&row, output), &weight): ((&u32, usize), &f32)| {
         (row, Term { source: 0, row: output as u32, weight })
     };
@@ -148,10 +148,10 @@ mod tests {
     use crate::experts::{ExpertSet, ExpertStore};
 
     const ROWS: usize = 7;
-    /// A row that no expert keeps finite.
+    /// A row for which every expert's output is not finite.
     const BAD: usize = 4;
 
-    /// Experts of the first layer, and rows that bf16 has.
+    /// Experts of the first layer, and rows of bf16 values.
     struct Case {
         cpu: Arc<Cpu>,
         store: Arc<CpuStore>,
@@ -208,7 +208,7 @@ mod tests {
             values
         }
 
-        /// A segment's answer, made row by row.
+        /// A segment's answer, computed row by row.
         fn plain(&self, segment: &Segment<'_>) -> SegmentAnswer {
             let pairs =
                 segment.groups.iter().flat_map(|&(expert, rows)| rows.iter().map(move |&row| (expert, row)));

@@ -1,11 +1,12 @@
-//! The experts a process holds, packed and ready, and the one thing they do.
+//! The experts of a process, packed, and their computation.
 //!
-//! - [`ExpertStore`]: experts that come and go, as who holds them sees them; [`CpuStore`] has them in host memory;
-//! - [`CpuExperts`]: answers with those of a [`CpuStore`];
-//! - [`ExpertSet`]: experts that do not change, for [`crate::local::Local`];
-//! - [`PackedExpert`], [`ExpertForm`]: their bytes.
+//! - [`ExpertStore`]: a set of experts that changes during serving, for the worker's holder; [`CpuStore`] is the one in
+//!   host memory;
+//! - [`CpuExperts`]: computes with the experts of a [`CpuStore`];
+//! - [`ExpertSet`]: a fixed set of experts, for [`crate::local::Local`];
+//! - [`PackedExpert`], [`ExpertForm`]: experts as bytes.
 //!
-//! Knows nothing about who asks.
+//! Does not know the callers.
 
 mod answer;
 mod packed;
@@ -56,7 +57,7 @@ pub enum ExpertError {
 }
 
 impl ExpertSet {
-    /// Room for experts, and none yet.
+    /// An empty set.
     #[must_use]
     pub const fn new(hidden: usize, compute: Compute, dtype: WeightDType) -> Self {
         Self { compute, dtype, hidden, experts: BTreeMap::new(), bytes: 0 }
@@ -80,7 +81,7 @@ impl ExpertSet {
         Ok(set)
     }
 
-    /// Takes an expert in.
+    /// Adds an expert.
     pub fn insert(&mut self, key: ExpertKey, expert: PackedExpert) {
         self.bytes += expert.bytes() as u64;
         if let Some(before) = self.experts.insert(key, Arc::new(expert)) {
@@ -88,7 +89,7 @@ impl ExpertSet {
         }
     }
 
-    /// Gives an expert up.
+    /// Removes an expert.
     pub fn remove(&mut self, key: ExpertKey) -> Option<Arc<PackedExpert>> {
         let expert = self.experts.remove(&key)?;
         self.bytes -= expert.bytes() as u64;
@@ -119,7 +120,7 @@ impl ExpertSet {
         self.experts.contains_key(&key)
     }
 
-    /// What is loaded, ascending.
+    /// Keys of the loaded experts, ascending.
     #[must_use]
     pub fn keys(&self) -> Vec<ExpertKey> {
         self.experts.keys().copied().collect()
@@ -137,22 +138,22 @@ impl ExpertSet {
         self.hidden
     }
 
-    /// What activations are rounded to.
+    /// Rounding of activations.
     #[must_use]
     pub const fn compute(&self) -> Compute {
         self.compute
     }
 
-    /// How the weights are held.
+    /// Packing of the weights.
     #[must_use]
     pub const fn dtype(&self) -> WeightDType {
         self.dtype
     }
 
-    /// Experts of one layer, taken out to compute with: they stay as they are whatever becomes of the set.
+    /// Experts of one layer to compute with: later changes of the set do not affect them.
     ///
     /// # Errors
-    /// The first that is not here.
+    /// The first expert that is not loaded.
     pub fn pick(
         &self,
         layer: LayerId,
@@ -166,7 +167,7 @@ impl ExpertSet {
         Ok(Picked { compute: self.compute, hidden: self.hidden, experts })
     }
 
-    /// As [`Picked::forward`], of experts that are picked here.
+    /// [`Self::pick`], then [`Picked::forward`].
     ///
     /// # Errors
     /// See [`ExpertError`]; `out` is unspecified then.
@@ -184,7 +185,7 @@ impl ExpertSet {
     }
 }
 
-/// Experts of one layer, in the order in which they were asked for.
+/// Experts of one layer, in the order of the request.
 pub struct Picked {
     compute: Compute,
     hidden: usize,
@@ -194,9 +195,8 @@ pub struct Picked {
 impl Picked {
     /// Runs the experts over hidden rows in the wire dtype.
     ///
-    /// `groups` says which row numbers each expert gets, for the experts that were picked. `out` is set to one row `[hidden]`
-    /// per (expert, row), group after group, neither rounded to the wire dtype nor checked: whoever uses a row does both on
-    /// the way.
+    /// `groups` has the row numbers of each picked expert. `out` is set to one row `[hidden]` per (expert, row), group
+    /// after group, neither rounded to the wire dtype nor checked: the reader of a row does both.
     ///
     /// # Errors
     /// [`ExpertError::Shape`]; `out` is unspecified then.
@@ -250,11 +250,11 @@ impl Picked {
     }
 }
 
-/// Reads, checks and packs the given experts and hands each over, one matrix after another: beside what is packed, no
-/// more than one matrix is ever held as it is stored.
+/// Reads, checks and packs the given experts and hands each over, one matrix after another: beside packed matrices, at
+/// most one matrix is in memory in its stored form.
 ///
 /// # Errors
-/// When an expert does not exist, or its bytes are unreadable or not finite. Those before it were handed over.
+/// When an expert does not exist, or its bytes are unreadable or not finite. Experts before it were handed over.
 pub fn read(
     checkpoint: &Checkpoint,
     keys: &[ExpertKey],
@@ -303,7 +303,7 @@ pub fn read_one(
     found.ok_or(ModelError::NoSuchExpert(key))
 }
 
-/// What to tell the user where another mode would be faster.
+/// Advice to the user where another mode is faster.
 #[must_use]
 pub fn faster_mode(compute: Compute, isa: Isa) -> Option<&'static str> {
     (compute == Compute::Bf16 && isa == Isa::Avx512Bf16).then_some(

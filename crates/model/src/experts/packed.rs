@@ -1,4 +1,4 @@
-//! Experts as packed bytes: what one process hands to another, and what a store takes in.
+//! Experts as packed bytes, which processes exchange and stores hold.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use muster_types::{Compute, Gating, Packing, WeightDType, WeightDigest};
 
 use crate::weights::packing;
 
-/// One expert in host memory, packed as every process that computes alike packs it.
+/// One expert in host memory, packed identically by every process with the same compute mode and dtypes.
 #[derive(Debug)]
 pub struct PackedExpert(Expert);
 
@@ -21,13 +21,13 @@ impl From<Expert> for PackedExpert {
 }
 
 impl PackedExpert {
-    /// Its packed matrices and then its biases, gate, up and down each time.
+    /// Its packed matrices, then its biases, each in the order gate, up, down.
     #[must_use]
     pub fn parts(&self) -> [&[u8]; 6] {
         self.0.packed()
     }
 
-    /// The same parts, each an owner of the expert: nothing is copied.
+    /// The same parts without a copy: each shares ownership of the expert.
     #[must_use]
     pub fn shared(self: &Arc<Self>) -> [Bytes; 6] {
         std::array::from_fn(|part| Bytes::from_owner(SharedPart { expert: Arc::clone(self), part }))
@@ -45,7 +45,7 @@ impl PackedExpert {
         WeightDigest::of(self.parts())
     }
 
-    /// What the kernels compute with.
+    /// Weights for the kernels.
     pub(crate) const fn weights(&self) -> &Expert {
         &self.0
     }
@@ -62,23 +62,23 @@ impl AsRef<[u8]> for SharedPart {
     }
 }
 
-/// How the experts of a layer are packed: what their bytes mean in any process that computes alike.
+/// Form of a layer's packed experts: the meaning of their bytes in every process with the same compute mode and dtypes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExpertForm {
     /// Width of a hidden row, elements.
     pub hidden: usize,
     /// Width between the linears, elements.
     pub intermediate: usize,
-    /// Of gate, up and down projection.
+    /// Packings of gate, up and down projection.
     pub packings: [Packing; 3],
-    /// What lies between them.
+    /// Activation between the linears.
     pub gating: Gating,
-    /// They have biases, in f32 behind the matrices.
+    /// Whether they have biases, in f32 behind the matrices.
     pub biases: bool,
 }
 
 impl ExpertForm {
-    /// That of each layer's experts; `None` for a dense layer. A layer's experts are all stored alike.
+    /// The form of each layer's experts, which all share it; `None` for a dense layer.
     #[must_use]
     pub fn of_layers(checkpoint: &Checkpoint, compute: Compute, dtype: WeightDType) -> Vec<Option<Self>> {
         let spec = checkpoint.spec();
@@ -107,7 +107,7 @@ impl ExpertForm {
         if self.biases { [self.intermediate, self.intermediate, self.hidden] } else { [0; 3] }
     }
 
-    /// Bytes of a packed expert; `None` when they cannot be counted.
+    /// Bytes of a packed expert; `None` on overflow.
     #[must_use]
     pub fn bytes(&self) -> Option<usize> {
         let matrices = self.parts().map(|(packing, n, k)| Matrix::packed_bytes(packing, n, k));

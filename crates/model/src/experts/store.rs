@@ -1,4 +1,4 @@
-//! Experts that come and go while they are computed with.
+//! Experts that are added and removed during computation.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -7,44 +7,43 @@ use muster_types::{ExpertId, ExpertKey, LayerId, NumericsClass};
 
 use super::{ExpertError, ExpertSet, PackedExpert, Picked};
 
-/// Experts of a process, wherever its compute side keeps them.
+/// Experts of a process, in the memory of its compute side.
 ///
-/// Always holds: memory is not taken beyond [`Self::capacity`], and what was removed counts until its last user is done. The
-/// locking is the store's own; no operation waits for a computation.
+/// Always holds: memory in use never exceeds [`Self::capacity`], and a removed expert counts until its last user is
+/// done. The store locks internally; no operation waits for a computation.
 pub trait ExpertStore: Send + Sync {
-    /// Stores an expert, in the place of one with this key.
+    /// Stores an expert, replacing any with this key.
     ///
     /// # Errors
     /// [`StoreError`]; nothing is stored then.
     fn insert(&self, key: ExpertKey, expert: PackedExpert) -> Result<(), StoreError>;
 
-    /// Withdraws an expert: whoever asks for it from now on does not find it. Unknown keys are ignored.
+    /// Withdraws an expert: later lookups do not find it. Unknown keys are ignored.
     fn remove(&self, key: ExpertKey);
 
-    /// Frees removed experts that have no user any more. Gives their bytes.
+    /// Frees removed experts without a user. Returns their bytes.
     fn reclaim(&self) -> u64;
 
-    /// Whether an expert can be computed with.
+    /// Whether an expert is available for computation.
     fn holds(&self, key: ExpertKey) -> bool;
 
-    /// The parts of [`PackedExpert`] of an expert that can be computed with. The expert has a user until the last of them is
-    /// dropped.
+    /// The parts of an available [`PackedExpert`]. The expert is in use until the last of them is dropped.
     fn packed(&self, key: ExpertKey) -> Option<[Bytes; 6]>;
 
     /// Bytes in memory, removed experts included.
     fn resident_bytes(&self) -> u64;
 
-    /// Bytes of removed experts that were not reclaimed.
+    /// Bytes of removed experts that are not yet reclaimed.
     fn removed_bytes(&self) -> u64;
 
-    /// Bytes it may take.
+    /// Limit of bytes in memory.
     fn capacity(&self) -> u64;
 
-    /// What fixes the bits of what is computed with it.
+    /// Numerics class of computation with this store.
     fn numerics(&self) -> NumericsClass;
 }
 
-/// An expert that a store did not take.
+/// A store's refusal of an expert.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
     /// It does not fit.
@@ -63,14 +62,14 @@ pub enum StoreError {
 
 /// A store in host memory, for [`CpuExperts`](super::CpuExperts).
 pub struct CpuStore {
-    /// Locked for as long as an operation of the map takes: the thread that computes waits for it.
+    /// Locked only for operations of the map: the compute thread waits for the lock.
     held: RwLock<Held>,
     capacity: u64,
 }
 
 struct Held {
     set: ExpertSet,
-    /// Removed, and perhaps in use.
+    /// Removed experts, perhaps still in use.
     removed: Vec<Arc<PackedExpert>>,
 }
 
@@ -85,16 +84,16 @@ impl Held {
 }
 
 impl CpuStore {
-    /// Loaded experts, and how many bytes they and others may take.
+    /// A store of `set` with room for `capacity` bytes in all.
     #[must_use]
     pub const fn new(set: ExpertSet, capacity: u64) -> Self {
         Self { held: RwLock::new(Held { set, removed: Vec::new() }), capacity }
     }
 
-    /// Experts of one layer. They stay in memory until they are dropped.
+    /// Experts of one layer, in memory until the result is dropped.
     ///
     /// # Errors
-    /// The first that is not here.
+    /// The first expert that is not loaded.
     pub fn pick(
         &self,
         layer: LayerId,
@@ -139,7 +138,7 @@ impl ExpertStore for CpuStore {
         }
         let unused: Vec<_> =
             self.write().removed.extract_if(.., |expert| Arc::strong_count(expert) == 1).collect();
-        // Memory is given back without the lock.
+        // Memory is freed after the lock is released.
         bytes_of(&unused)
     }
 
@@ -189,7 +188,7 @@ mod tests {
         Expert::new(matrix(), matrix(), matrix()).unwrap().into()
     }
 
-    /// Room for so many experts, and the bytes of one.
+    /// A store with room for `experts` experts, and the bytes of one.
     fn store(experts: u64) -> (CpuStore, u64) {
         let bytes = expert().bytes() as u64;
         (CpuStore::new(ExpertSet::new(4, Compute::F32, WeightDType::Native), experts * bytes), bytes)

@@ -1,5 +1,5 @@
-//! A device as unlike the host as one can be: its memory is numbers behind handles, its operations run when they must and
-//! not before. What the trunk makes of it has the bits of the host's cores, so the seam leaks nothing.
+//! A test device as unlike the host as possible: buffers are handles, and operations run as late as possible. The trunk
+//! gives the same bits on it as on the CPU, which shows that it relies on nothing beyond [`Device`].
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -20,11 +20,11 @@ use crate::experts::ExpertSet;
 use crate::local::{Local, local};
 use crate::step::WantLogits;
 
-/// A device that owns its buffers and runs late.
+/// A device that owns its buffers and defers its operations.
 struct Apart {
     cpu: Arc<CpuDevice>,
     memory: Mutex<Memory>,
-    /// Set when the device is gone.
+    /// Set when the device is lost.
     lost: Mutex<bool>,
 }
 
@@ -34,9 +34,9 @@ struct Memory {
     wires: BTreeMap<u64, Vec<u16>>,
     scratch: CpuScratch,
     last: u64,
-    /// What was asked for and not done yet.
+    /// Deferred operations.
     late: Vec<Job>,
-    /// How often operations ran, and how many.
+    /// Number of flushes, and of operations run.
     flushes: usize,
     ran: usize,
     heads: usize,
@@ -48,7 +48,7 @@ type Job = Box<dyn FnOnce(&CpuDevice, &mut Memory) + Send>;
 #[derive(Default, Clone, Copy)]
 struct Handle(Option<u64>);
 
-/// What nobody but the device looks into.
+/// Data that only the device can read.
 struct Opaque<T>(Arc<T>);
 
 impl<T> Opaque<T> {
@@ -69,7 +69,7 @@ impl Memory {
         })
     }
 
-    /// A buffer, to be written; it is put back by the caller.
+    /// Takes a buffer out for writing; the caller puts it back.
     fn take(&mut self, id: u64) -> Vec<f32> {
         self.buffers.remove(&id).unwrap_or_default()
     }
@@ -98,14 +98,14 @@ impl Apart {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// With everything done that was asked for.
+    /// The memory after all deferred operations.
     fn up_to_date(&self) -> MutexGuard<'_, Memory> {
         let mut memory = self.memory();
         memory.flush(&self.cpu);
         memory
     }
 
-    /// Writes `out` from `x`, later.
+    /// Defers writing `out` from `x`.
     fn later(
         &self,
         x: Handle,
@@ -121,7 +121,7 @@ impl Apart {
         }));
     }
 
-    /// The same, with scratch.
+    /// [`Self::later`] with scratch.
     fn later_with(
         &self,
         x: Handle,
@@ -159,7 +159,7 @@ fn projection(of: &Projection<Apart>) -> impl Fn(&CpuDevice, &Vec<f32>, &mut Vec
     }
 }
 
-/// Places of rows, owned.
+/// Positions and block tables of rows, owned.
 struct Places(Vec<(u32, Vec<u32>)>);
 
 impl Places {
@@ -233,7 +233,7 @@ impl Device for Apart {
         (out, to): (&mut Handle, HeadColumns),
         (): &mut (),
     ) {
-        // One head after the other: a matrix is not to be had by value.
+        // One head after the other: a matrix cannot be moved out of its `Arc`.
         let (heads, weights) = (weights.len(), weights.iter().map(Opaque::get).collect::<Vec<_>>());
         self.later(*x, out, move |cpu, x, out| {
             let rows = x.len() / (heads * from.width);
@@ -404,7 +404,7 @@ impl Device for Apart {
     }
 }
 
-/// A way to experts of this process, for rows of a device: what goes over is copied.
+/// A dispatch to experts of this process for rows of a device: rows are copied.
 struct Bridge {
     device: Arc<Apart>,
     local: Local,
@@ -445,7 +445,7 @@ impl ExpertDispatch for Bridge {
     }
 }
 
-/// Outcomes of some steps in two lanes: bits of logits, or why there are none.
+/// Outcomes of some steps in two lanes: bits of the logits, or the error.
 fn run<D: Device>(
     trunk: &Trunk<D>,
     dispatch: &mut dyn ExpertDispatch,

@@ -14,11 +14,11 @@ pub(super) struct Attention<D: Device> {
     pub(super) o: Projection<D>,
     /// Number of its rotary embedding in the trunk.
     pub(super) rope: Option<usize>,
-    /// A score per query head that brings no value.
+    /// Sinks: one score per query head, without a value.
     pub(super) sinks: Option<D::Vector>,
 }
 
-/// Where queries, keys and values come from.
+/// Source of queries, keys and values.
 pub(super) enum Source<D: Device> {
     /// Each from its own projection.
     Heads(Box<Heads<D>>),
@@ -44,18 +44,18 @@ pub(super) struct Buffers<D: Device> {
     pub(super) mixed: D::Buffer,
     pub(super) latent: latent::Buffers<D>,
     out: D::Buffer,
-    /// What queries are multiplied by, row by row.
+    /// Factor on the query of each row.
     factors: Vec<f32>,
 }
 
-/// Where rows stand.
+/// Positions and caches of rows.
 pub(super) struct At<'a, D: Device> {
     pub(super) kv: &'a mut D::Kv,
     /// The layer's number in its group.
     pub(super) layer: usize,
-    /// With the tables of that group.
+    /// Positions of the rows, with the block tables of that group.
     pub(super) slots: &'a [KvSlot<'a>],
-    /// Of every rotary embedding.
+    /// Angles of every rotary embedding.
     pub(super) angles: &'a [D::Angles],
 }
 
@@ -74,7 +74,8 @@ impl<D: Device> Default for Buffers<D> {
 }
 
 impl<D: Device> Attention<D> {
-    /// `[rows, hidden]` normed and rounded in, `[rows, hidden]` out, before the residual multiplier.
+    /// Runs the layer's attention: normed and rounded `[rows, hidden]` in, `[rows, hidden]` out, before the residual
+    /// multiplier.
     pub(super) fn run<'b>(
         &self,
         device: &D,
@@ -139,7 +140,7 @@ impl<D: Device> Heads<D> {
     }
 }
 
-/// What the query at a position is multiplied by.
+/// Factor on the query at a position.
 fn heat(temperature: &Temperature, position: u32) -> f32 {
     let passed = ((position as f32 + 1.0) / temperature.floor).floor();
     libm::log1p(f64::from(passed)) as f32 * temperature.scale + 1.0

@@ -1,4 +1,4 @@
-//! The trunk's operations on this machine's cores: each is one of the kernels.
+//! The trunk's operations on this machine's cores: each calls one kernel.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -31,12 +31,12 @@ pub struct CpuScratch {
     inputs: Vec<f32>,
     /// Outputs of one head.
     outputs: Vec<f32>,
-    /// `0 .. rows`, for an MLP that takes them all.
+    /// `0 .. rows`, for an MLP applied to all rows.
     every_row: Vec<u32>,
 }
 
 impl CpuDevice {
-    /// These threads, computing so.
+    /// A device of these threads and this compute mode.
     #[must_use]
     pub fn new(cpu: Arc<Cpu>, compute: Compute) -> Arc<Self> {
         Arc::new(Self { cpu, compute })
@@ -326,7 +326,7 @@ fn add_to_rows(bias: &[f32], rows: &mut [f32]) {
     }
 }
 
-/// The choice for rows `x` whose gate logits are known.
+/// Chooses the experts of rows `x` from their gate logits.
 pub(super) fn choose_rows<D: Device>(
     gate: &Gate<D>,
     logits: &[f32],
@@ -349,7 +349,7 @@ pub(super) fn choose_rows<D: Device>(
             chosen.err().map(Unusable::Gate)
         };
         if let Some(why) = why {
-            // In the place of its choice, so that others keep theirs.
+            // Placeholder entries, so that other rows keep their places.
             experts.extend(ExpertId::all(gate.experts).take(k));
             weights.extend(std::iter::repeat_n(0.0, k));
             unusable.push((row, why));

@@ -1,11 +1,11 @@
-//! What the trunk asks of the device that holds its weights, its KV cache and the rows of a step.
+//! Interface to the device that holds the trunk's weights, its KV cache and the rows of a step.
 //!
-//! The walk through the layers never looks into a buffer: numbers reach the host where something is decided by them, in
-//! [`Device::choose`] and [`Device::head`], and for observers in [`Device::read`]. So a device may run everything between them behind the
-//! caller's back, in the order of the calls; and what goes wrong on the way is told at the next of these points.
+//! The trunk never reads a buffer: values reach the host only in [`Device::choose`] and [`Device::head`], which decide
+//! by them, and for observers in [`Device::read`]. So a device may run all other operations asynchronously, in the
+//! order of the calls; it reports their errors at the next of these points.
 //!
-//! What an implementation keeps: a row's bits depend on that row alone, as the kernels promise. It resizes the
-//! buffers it writes. It knows nothing of layers, sequences, lanes or dispatch.
+//! An implementation guarantees that a row's bits depend on that row alone, as the kernels do. It resizes the buffers
+//! it writes. It knows nothing of layers, sequences, lanes or dispatch.
 
 use std::ops::Range;
 
@@ -20,7 +20,7 @@ use crate::gate::GateError;
 pub trait Device: Send + Sync + 'static {
     /// A linear's weight.
     type Matrix: Send + Sync;
-    /// A norm's weight, a bias, or whatever else is one number per column.
+    /// One number per column, such as a norm's weight or a bias.
     type Vector: Send + Sync;
     /// The weights of a gated MLP.
     type Mlp: Send + Sync;
@@ -28,56 +28,56 @@ pub trait Device: Send + Sync + 'static {
     type Kv: Send;
     /// Rows of f32, row-major. An operation's width follows from its weights; where it does not, it is an argument.
     type Buffer: Default + Send;
-    /// Rows in the type that dispatch sends, where that is not [`Self::Buffer`]'s.
+    /// Rows in the wire dtype, where it differs from that of [`Self::Buffer`].
     type Wire: Default + Send;
     /// Rotations of the rows of a step.
     type Angles: Default + Send;
-    /// Whatever operations keep between calls.
+    /// Buffers that operations reuse between calls.
     type Scratch: Default + Send;
 
-    /// What inputs of linears are rounded to.
+    /// Rounding of the inputs of linears.
     fn compute(&self) -> Compute;
 
-    /// Takes a packed weight.
+    /// Uploads a packed weight.
     ///
     /// # Errors
-    /// When it has no room.
+    /// When the device is out of memory.
     fn matrix(&self, packed: Matrix) -> Result<Self::Matrix, DeviceError>;
 
-    /// Takes numbers.
+    /// Uploads a vector.
     ///
     /// # Errors
-    /// When it has no room.
+    /// When the device is out of memory.
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, DeviceError>;
 
-    /// Takes the weights of an MLP.
+    /// Uploads the weights of an MLP.
     ///
     /// # Errors
-    /// When it has no room.
+    /// When the device is out of memory.
     fn mlp(&self, packed: Expert) -> Result<Self::Mlp, DeviceError>;
 
-    /// A KV cache of so many blocks.
+    /// A KV cache of `blocks` blocks.
     ///
     /// # Errors
-    /// When it has no room.
+    /// When the device is out of memory.
     fn kv(&self, shape: KvShape, blocks: usize) -> Result<Self::Kv, DeviceError>;
 
-    /// Rows of a table, times `multiplier`.
+    /// Embeds tokens: their rows of `table`, times `multiplier`.
     fn embed(&self, table: &Self::Matrix, tokens: &[TokenId], multiplier: f32, out: &mut Self::Buffer);
 
-    /// Rows normed, and rounded as linears read them.
+    /// Normalises rows and rounds them for linears.
     fn norm(&self, norm: &Norm<Self>, x: &Self::Buffer, out: &mut Self::Buffer);
 
-    /// RMS norm in place of every stretch as long as `weight`. Not rounded.
+    /// RMS norm in place, of every run of elements as long as `weight`. Not rounded.
     fn norm_heads(&self, weight: &Self::Vector, eps: f32, x: &mut Self::Buffer);
 
-    /// Rounds as linears read their input.
+    /// Rounds in place for linears.
     fn round(&self, x: &mut Self::Buffer);
 
-    /// A linear and its bias.
+    /// Applies a linear and its bias.
     fn linear(&self, projection: &Projection<Self>, x: &Self::Buffer, out: &mut Self::Buffer);
 
-    /// One linear per head: of every row, `from`'s columns of a head give `to`'s columns of that head. Inputs are
+    /// Applies one linear per head: in every row, from the head's columns `from` to its columns `to`. Inputs are
     /// rounded.
     fn linear_heads(
         &self,
@@ -87,7 +87,7 @@ pub trait Device: Send + Sync + 'static {
         scratch: &mut Self::Scratch,
     );
 
-    /// Of every row, `len` columns of `from` to columns of `to`, which comes to have as many rows.
+    /// Copies `len` columns of every row from `from` to `to`, which is resized to as many rows.
     fn copy_columns(
         &self,
         from: (&Self::Buffer, HeadColumns),
@@ -95,13 +95,13 @@ pub trait Device: Send + Sync + 'static {
         to: (&mut Self::Buffer, HeadColumns),
     );
 
-    /// Every number to within `-limit ..= limit`.
+    /// Clamps every number to `-limit ..= limit`.
     fn clamp(&self, limit: f32, x: &mut Self::Buffer);
 
-    /// Rows times a factor each.
+    /// Multiplies each row by its factor.
     fn scale_rows(&self, factors: &[f32], x: &mut Self::Buffer);
 
-    /// Rotations of rows at these positions.
+    /// Computes the rotations of rows at these positions.
     fn angles(&self, rope: &Rope, positions: &[u32], out: &mut Self::Angles);
 
     /// Rotates every head of every row.
@@ -128,10 +128,11 @@ pub trait Device: Send + Sync + 'static {
         out: &mut Self::Buffer,
     );
 
-    /// The gate's choice for every row, into `choice`. A row without a usable one is told in its `unusable`.
+    /// Chooses experts for every row by the gate, into `choice`. Rows without a usable choice are listed in its
+    /// `unusable`.
     ///
     /// # Errors
-    /// When the device failed since it was last asked.
+    /// When the device failed since the last check.
     fn choose(
         &self,
         gate: &Gate<Self>,
@@ -140,7 +141,7 @@ pub trait Device: Send + Sync + 'static {
         choice: &mut Choice,
     ) -> Result<(), DeviceError>;
 
-    /// A gated MLP of every row.
+    /// Applies a gated MLP to every row.
     fn gated_mlp(
         &self,
         mlp: &Self::Mlp,
@@ -149,7 +150,7 @@ pub trait Device: Send + Sync + 'static {
         out: &mut Self::Buffer,
     );
 
-    /// Rows of `out` times the sigmoid of what `weight`, one row, makes of those of `x`.
+    /// Multiplies each row of `out` by the sigmoid of the product of `weight`, one row, with that row of `x`.
     fn sigmoid_gate(
         &self,
         weight: &Self::Matrix,
@@ -161,16 +162,16 @@ pub trait Device: Send + Sync + 'static {
     /// `to += from * factor`.
     fn add_scaled(&self, from: &Self::Buffer, factor: f32, to: &mut Self::Buffer);
 
-    /// Of every row as many copies as it has weights, each times its weight.
+    /// Writes `k` copies of every row, each times its weight.
     fn weigh(&self, x: &Self::Buffer, weights: &[f32], k: usize, out: &mut Self::Buffer);
 
-    /// Every `copies` rows become one, added up in their order.
+    /// Sums every `copies` rows to one, in their order.
     fn sum_copies(&self, copies: usize, hidden: usize, x: &mut Self::Buffer);
 
-    /// Makes ready what [`Self::rows`] shows of these rows.
+    /// Converts rows to the wire dtype, for [`Self::rows`].
     fn to_wire(&self, x: &Self::Buffer, wire: &mut Self::Wire);
 
-    /// Rows for dispatch, as they were made ready.
+    /// Rows for dispatch, as converted by [`Self::to_wire`].
     ///
     /// # Errors
     /// When they are no whole number of rows.
@@ -181,10 +182,10 @@ pub trait Device: Send + Sync + 'static {
         hidden: usize,
     ) -> Result<Rows<'b>, UnevenRows>;
 
-    /// Room for so many numbers, for dispatch to write to.
+    /// A buffer of `len` numbers, for dispatch to write to.
     fn rows_mut<'b>(&self, len: usize, out: &'b mut Self::Buffer) -> RowsMut<'b>;
 
-    /// Keeps these ranges of rows.
+    /// Keeps these ranges of rows and drops the others.
     fn keep(&self, kept: &[Range<usize>], width: usize, x: &mut Self::Buffer);
 
     /// Copies of these ranges of rows.
@@ -193,7 +194,7 @@ pub trait Device: Send + Sync + 'static {
     /// Logits of rows, on the host.
     ///
     /// # Errors
-    /// When the device failed since it was last asked.
+    /// When the device failed since the last check.
     fn head(
         &self,
         head: Head<'_, Self>,
@@ -205,16 +206,16 @@ pub trait Device: Send + Sync + 'static {
     /// Copies rows to the host.
     ///
     /// # Errors
-    /// When the device failed since it was last asked.
+    /// When the device failed since the last check.
     fn read(&self, x: &Self::Buffer, host: &mut Vec<f32>) -> Result<(), DeviceError>;
 }
 
-/// A device that failed. What it had computed is lost.
+/// A device that failed. Its results are lost.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DeviceError(pub String);
 
-/// A norm: RMS, or with a bias one that takes the mean away too.
+/// A norm: RMS, or with a bias layer norm, which subtracts the mean too.
 pub struct Norm<D: Device + ?Sized> {
     /// One per column.
     pub weight: D::Vector,
@@ -228,59 +229,59 @@ pub struct Norm<D: Device + ?Sized> {
 pub struct Projection<D: Device + ?Sized> {
     /// `[out, in]`.
     pub weight: D::Matrix,
-    /// One per output.
+    /// One number per output.
     pub bias: Option<D::Vector>,
 }
 
-/// What a gate decides by.
+/// Weights and rules of a gate.
 pub struct Gate<D: Device + ?Sized> {
-    /// One output per expert.
+    /// Projection to one logit per expert.
     pub projection: Projection<D>,
     /// Added to an expert's score when experts are chosen. Empty where there is none.
     pub selection_bias: Vec<f32>,
     /// From logits to choices.
     pub recipe: GateRecipe,
-    /// How many there are.
+    /// Number of experts.
     pub experts: u32,
-    /// How many a row gets.
+    /// Number of experts per row.
     pub top_k: u32,
 }
 
-/// What the last hidden rows become.
+/// Head: from the last hidden rows to logits.
 pub struct Head<'a, D: Device + ?Sized> {
     /// `[vocab, hidden]`.
     pub weight: &'a D::Matrix,
     /// One per token.
     pub bias: Option<&'a D::Vector>,
-    /// Divides logits.
+    /// Divisor of the logits.
     pub divisor: f32,
 }
 
 /// Columns of every head of a row: `width` per head, from `first` on.
 #[derive(Debug, Clone, Copy)]
 pub struct HeadColumns {
-    /// Of one head.
+    /// Columns per head.
     pub width: usize,
-    /// The first that counts.
+    /// First column in use.
     pub first: usize,
 }
 
-/// What gates decided about rows.
+/// Choices of a gate for rows.
 #[derive(Debug, Default)]
 pub struct Choice {
     /// `[rows, k]`, ascending in each row.
     pub experts: Vec<ExpertId>,
     /// `[rows, k]`.
     pub weights: Vec<f32>,
-    /// Rows, ascending, whose entries are to be ignored.
+    /// Rows, ascending, whose entries must be ignored.
     pub unusable: Vec<(usize, Unusable)>,
 }
 
-/// Why a row has no choice.
+/// Reasons why a row has no choice.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Unusable {
     /// The row is not finite.
     Hidden,
-    /// Its logits gave none.
+    /// Its logits gave no usable choice.
     Gate(GateError),
 }

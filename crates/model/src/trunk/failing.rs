@@ -1,4 +1,4 @@
-//! Steps whose experts fail: who is touched, and what is still sent.
+//! Steps whose experts fail: which sequences fail, and which rows are still sent.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +13,12 @@ use crate::step::WantLogits;
 const SEQUENCES: usize = 8;
 const TOKENS: usize = 2;
 
-/// How an expert of one layer fails.
+/// Failures of an expert of one layer.
 #[derive(Clone, Copy, PartialEq)]
 enum How {
     /// Its outputs are not finite.
     Loses,
-    /// Nobody holds it.
+    /// No worker holds it.
     HasNoOwner,
     /// The whole micro-batch is refused.
     Closes,
@@ -30,7 +30,7 @@ struct Failing<'a> {
     expert: ExpertId,
     how: How,
     lost: BTreeMap<Ticket, Vec<u32>>,
-    /// Layer and rows of every micro-batch that was taken.
+    /// Layer and number of rows of every accepted micro-batch.
     taken: &'a mut Vec<(LayerId, usize)>,
 }
 
@@ -64,7 +64,7 @@ impl ExpertDispatch for Failing<'_> {
         let out = out.into_f32().unwrap();
         assert_eq!(self.local.collect(ticket, deadline, RowsMut::of_f32(out)), Ok(Vec::new()));
         let Some(rows) = self.lost.remove(&ticket) else { return Ok(Vec::new()) };
-        // Whatever is there for lost rows must not spread.
+        // NaN exposes any use of a lost row's output.
         let hidden = out.len() / self.taken.last().map_or(1, |(_, rows)| *rows);
         rows.iter().for_each(|&row| out[row as usize * hidden..][..hidden].fill(f32::NAN));
         let error = DispatchError::NonFinite { layer: self.layer, expert: self.expert };
@@ -80,7 +80,7 @@ impl ExpertDispatch for Failing<'_> {
     }
 }
 
-/// Bits of the logits of every sequence, or why it has none.
+/// Bits of the logits of every sequence, or its error.
 type Outcomes = Vec<Result<Vec<u32>, StepError>>;
 
 fn run(model: &Model, dispatch: &mut dyn ExpertDispatch, observe: &mut dyn FnMut(View<'_>)) -> Outcomes {
@@ -103,7 +103,7 @@ fn run(model: &Model, dispatch: &mut dyn ExpertDispatch, observe: &mut dyn FnMut
 #[test]
 fn a_failing_expert_costs_the_sequences_that_chose_it() {
     let model = Model::plain();
-    // Of every layer: the experts that each sequence chose.
+    // Per layer and sequence: the chosen experts.
     let mut chosen: Vec<Vec<Vec<ExpertId>>> = Vec::new();
     let undisturbed = run(&model, &mut model.dispatch(), &mut |view| {
         if let View::Gate(view) = view {
@@ -141,7 +141,7 @@ fn a_failing_expert_costs_the_sequences_that_chose_it() {
                         }
                     }
                 }
-                // Who has failed sends nothing more; where nobody is left, nothing is sent at all.
+                // A failed sequence sends no more rows; a lane without sequences sends nothing.
                 let rows = |at: LayerId| match () {
                     () if at < layer || (at == layer && how == How::Loses) => SEQUENCES,
                     () => left,

@@ -1,7 +1,7 @@
 //! A lane of a step: the rows of its sequences and their buffers.
 //!
-//! All matrices are `[rows, …]`, row-major. Rows are those of the sequences that have not failed, one sequence after the
-//! other.
+//! All matrices are `[rows, …]`, row-major. Rows are those of the sequences that have not failed, one sequence after
+//! the other.
 
 use std::ops::Range;
 
@@ -14,22 +14,22 @@ use super::attention;
 use super::device::{Choice, Device, DeviceError};
 use crate::step::{SeqInput, StepError, WantLogits};
 
-/// What a lane was given.
+/// Input of a lane.
 pub(super) struct Run<'a> {
     /// Number of the lane.
     pub(super) number: usize,
     pub(super) sequences: &'a [SeqInput<'a>],
-    /// Of the rows that are in the step, for one group of layers after the other.
+    /// Slots of the rows still in the step, one group of layers after the other.
     pub(super) slots: Vec<KvSlot<'a>>,
 }
 
 /// Rows and buffers of a lane.
 pub(super) struct Lane<D: Device> {
     pub(super) rows: usize,
-    /// Of all rows that the step began with.
+    /// Tokens of all rows at the start of the step.
     pub(super) tokens: Vec<TokenId>,
     pub(super) positions: Vec<u32>,
-    /// Of every rotary embedding.
+    /// Angles of every rotary embedding.
     pub(super) angles: Vec<D::Angles>,
     /// The residual stream, always f32.
     pub(super) residual: D::Buffer,
@@ -39,9 +39,9 @@ pub(super) struct Lane<D: Device> {
     pub(super) weighted: Weighted<D>,
     pub(super) wire: D::Wire,
     pub(super) mlp_out: D::Buffer,
-    /// Rows of `mlp_out` that are added up to one.
+    /// Rows of `mlp_out` that are summed to one.
     pub(super) copies: usize,
-    /// What shared experts add to the output of those in flight.
+    /// Output of shared experts, added to that of the routed ones.
     pub(super) shared_out: D::Buffer,
     pub(super) has_shared: bool,
     pub(super) scratch: D::Scratch,
@@ -51,13 +51,13 @@ pub(super) struct Lane<D: Device> {
     /// Ranges of rows whose logits are wanted.
     pub(super) wanted: Vec<Range<usize>>,
     pub(super) head_rows: D::Buffer,
-    /// `[wanted rows, vocab]`; between layers whatever observers see.
+    /// `[wanted rows, vocab]`; between layers, the residual stream for observers.
     pub(super) logits: Vec<f32>,
     /// Per sequence: its rows in `logits`, or why there are none.
     pub(super) outcomes: Vec<Result<Range<usize>, StepError>>,
 }
 
-/// A micro-batch that was submitted and not collected.
+/// A submitted micro-batch that is not collected yet.
 pub(super) struct InFlight {
     pub(super) ticket: Ticket,
     pub(super) weight_on: WeightOn,
@@ -115,7 +115,7 @@ impl<D: Device> Lane<D> {
         self.turn(device, ropes);
     }
 
-    /// Brings the angles up to date with the positions.
+    /// Recomputes the angles from the positions.
     fn turn(&mut self, device: &D, ropes: &[Rope]) {
         self.angles.resize_with(ropes.len(), D::Angles::default);
         for (rope, angles) in ropes.iter().zip(&mut self.angles) {
@@ -123,7 +123,7 @@ impl<D: Device> Lane<D> {
         }
     }
 
-    /// Notes which rows' logits are wanted, and where each sequence finds its own.
+    /// Records the rows whose logits are wanted, and the place of each sequence's logits.
     pub(super) fn want(&mut self, sequences: &[SeqInput<'_>]) {
         self.wanted.clear();
         let (mut first, mut count) = (0, 0);
@@ -144,8 +144,8 @@ impl<D: Device> Lane<D> {
         }
     }
 
-    /// Takes sequences out of the step: those for whose rows `why` has an error. What is kept of the rows is what the rest
-    /// of the layer reads.
+    /// Removes sequences from the step: those for whose rows `why` returns an error. Only buffers that the rest of the
+    /// layer reads are compacted.
     pub(super) fn withdraw(
         &mut self,
         device: &D,
@@ -178,8 +178,7 @@ impl<D: Device> Lane<D> {
         self.turn(device, ropes);
     }
 
-    /// What it means for the rows that their micro-batch was not taken: where an expert has no owner, only for those that
-    /// chose it.
+    /// Rows lost by a refused micro-batch: all, or where an expert has no owner, only those that chose it.
     pub(super) fn refused(&self, error: DispatchError) -> Loss {
         let k = self.choice.experts.len() / self.rows;
         let rows: Vec<u32> = match &error {
@@ -194,11 +193,11 @@ impl<D: Device> Lane<D> {
     }
 
     pub(super) fn all_lost(&self, error: DispatchError) -> Loss {
-        // Rows of a step are counted in 32 bits.
+        // A step has fewer than 2^32 rows.
         Loss { rows: (0..self.rows as u32 * self.copies.max(1) as u32).collect(), error }
     }
 
-    /// The device failed: no sequence of the lane has anything from this step.
+    /// Fails every sequence of the lane: the device failed.
     pub(super) fn fail(&mut self, error: &DeviceError) {
         for outcome in self.outcomes.iter_mut().filter(|outcome| outcome.is_ok()) {
             *outcome = Err(StepError::Device(error.clone()));
@@ -208,7 +207,7 @@ impl<D: Device> Lane<D> {
 }
 
 impl<D: Device> Weighted<D> {
-    /// Makes the rows, and says where each goes.
+    /// Fills in the rows and returns the choice of each.
     pub(super) fn fill(
         &mut self,
         device: &D,
@@ -224,13 +223,13 @@ impl<D: Device> Weighted<D> {
         Choices::new(1, ids, ones)
     }
 
-    /// Takes the memory of choices back.
+    /// Takes back the memory of `choices`.
     pub(super) fn reuse(&mut self, choices: Choices) {
         (self.ids, self.ones) = choices.into_parts();
     }
 }
 
-/// Keeps ranges of rows, each of `width` values, in every block of `rows` rows.
+/// Keeps ranges of rows of `width` values in every block of `rows` rows, and drops the others.
 pub(super) fn keep<T: Copy>(kept: &[Range<usize>], rows: usize, width: usize, values: &mut Vec<T>) {
     let block = rows * width;
     if block == 0 {
@@ -248,7 +247,7 @@ pub(super) fn keep<T: Copy>(kept: &[Range<usize>], rows: usize, width: usize, va
     values.truncate(to);
 }
 
-/// Where every row of a lane stands, for one group of layers after the other, in memory that was used before.
+/// Slots of a lane's rows, one group of layers after the other, in reused memory.
 pub(super) fn slots_of<'a>(
     sequences: &[SeqInput<'a>],
     groups: usize,
@@ -265,7 +264,7 @@ pub(super) fn slots_of<'a>(
     slots
 }
 
-/// The memory of a list, without what it borrowed: the standard library reuses it when it collects in place.
+/// The memory of a list without its borrows: the standard library reuses it by collecting in place.
 pub(super) fn emptied(mut slots: Vec<KvSlot<'_>>) -> Vec<KvSlot<'static>> {
     slots.clear();
     slots.into_iter().map(|slot| KvSlot { blocks: &[], ..slot }).collect()

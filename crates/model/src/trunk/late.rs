@@ -1,4 +1,4 @@
-//! A dispatch that reads rows as late as it may: they must be what they were when they were submitted.
+//! A dispatch that reads rows at the last moment, when they must still be as submitted.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -15,7 +15,7 @@ use crate::experts::ExpertSet;
 use crate::local::{Local, local};
 use crate::step::WantLogits;
 
-/// Bytes of the rows of every micro-batch in flight, as they were submitted.
+/// Bytes of the submitted rows of every micro-batch in flight.
 type Submitted = Arc<Mutex<BTreeMap<Ticket, Vec<u8>>>>;
 
 struct Late {

@@ -1,9 +1,9 @@
 //! Attention whose cache holds one compressed row per position instead of keys and values of every head.
 //!
-//! What makes keys of a compressed row is applied to queries instead, and what makes values of it to the output: with
-//! `k = A c`, `q k = (transposed A q) c`, and a mix of values `B c` is `B` of the mix of `c`. So a head's query becomes
-//! as wide as the cached row, all heads share one cached key, `[rotated part, compressed row]`, and their value is its
-//! end, the compressed row. Knows nothing about the cache.
+//! The projection from a compressed row to keys is applied to queries instead, and the projection to values to the
+//! output: with `k = A c`, `q k = (transposed A q) c`, and a weighted sum of values `B c` is `B` times that of `c`. So
+//! a head's query becomes as wide as the cached row, all heads share one cached key, `[rotated part, compressed row]`,
+//! and their value is its end, the compressed row. Knows nothing about the cache.
 
 use muster_checkpoint::spec::{AttentionSpec, LatentSpec};
 
@@ -17,9 +17,9 @@ pub(super) struct Latent<D: Device> {
     pub(super) q: Projection<D>,
     pub(super) kv_down: Projection<D>,
     pub(super) kv_norm: D::Vector,
-    /// Per head `[kv_rank, plain_dim]`: from a query's plain part to what meets a compressed row.
+    /// Per head `[kv_rank, plain_dim]`: from a query's plain part to its product partner of a compressed row.
     pub(super) absorb: Vec<D::Matrix>,
-    /// Per head `[value_dim, kv_rank]`.
+    /// Per head `[value_dim, kv_rank]`: from compressed rows to values.
     pub(super) values: Vec<D::Matrix>,
 }
 
@@ -43,7 +43,7 @@ impl<D: Device> Default for Buffers<D> {
 }
 
 impl<D: Device> Latent<D> {
-    /// Queries and keys of the rows of `x`, as the cache has them; values are the ends of keys.
+    /// Projects the rows of `x` to queries and keys in the cache's form; values are the ends of keys.
     pub(super) fn project(
         &self,
         device: &D,
@@ -79,7 +79,7 @@ impl<D: Device> Latent<D> {
         device.copy_columns((normed, columns(kv_rank, 0)), kv_rank, (k, columns(stored, rotated)));
     }
 
-    /// Turns each head's mix of compressed rows into its mix of values, rounded.
+    /// Projects each head's weighted sum of compressed rows, in `mixed`, to that of values, rounded.
     pub(super) fn expand(
         &self,
         device: &D,

@@ -1,4 +1,4 @@
-//! A checkpoint's trunk weights, read, packed and given to the device.
+//! Loading of a checkpoint's trunk weights: read, packed and uploaded to the device.
 
 use std::sync::Arc;
 
@@ -21,10 +21,11 @@ use crate::{LoadProgress, ModelError};
 
 impl<D: Device> Trunk<D> {
     /// Reads, checks and packs everything but the routed experts. `dtype` is that of the linears: attention's
-    /// projections, dense MLPs and the head, which may be the embedding too. Gates choose experts and stay as they are.
+    /// projections, dense MLPs and the head, which may be the embedding too. Gates choose experts and are not
+    /// quantised.
     ///
     /// # Errors
-    /// When bytes are unreadable or not finite, or the device has no room for them.
+    /// When bytes are unreadable or not finite, or the device is out of memory.
     pub fn load(
         device: &Arc<D>,
         checkpoint: &Checkpoint,
@@ -61,13 +62,13 @@ impl<D: Device> Trunk<D> {
     }
 }
 
-/// A trunk that is being loaded.
+/// State of a load.
 struct Loading<'a, D> {
     device: &'a D,
     loader: Loader<'a>,
-    /// Of linears.
+    /// Dtype of linears.
     dtype: WeightDType,
-    /// Of packed weights so far.
+    /// Bytes of packed weights so far.
     bytes: usize,
     /// The rotary embeddings of the layers so far, each once.
     ropes: Vec<Rope>,
@@ -88,7 +89,7 @@ impl<D: Device> Loading<'_, D> {
         self.matrix_as(role, self.dtype)
     }
 
-    /// Matrices made of parts of a stored one, as [`Loader::parts_as`] makes them.
+    /// Matrices from parts of a stored one, as by [`Loader::parts_as`].
     fn parts(
         &mut self,
         role: Role,
@@ -103,7 +104,7 @@ impl<D: Device> Loading<'_, D> {
         Ok(self.device.vector(values)?)
     }
 
-    /// A vector that not every model has.
+    /// A vector that the model may lack.
     fn vector_if(&mut self, present: bool, role: Role) -> Result<Option<D::Vector>, ModelError> {
         present.then(|| self.vector(role)).transpose()
     }
@@ -155,7 +156,7 @@ impl<D: Device> Loading<'_, D> {
         })
     }
 
-    /// The number of a rotary embedding.
+    /// The index of a rotary embedding in `ropes`.
     fn rope(&mut self, spec: &RopeSpec) -> Result<usize, ModelError> {
         let rope = rope(spec)?;
         let known = self.ropes.iter().position(|known| *known == rope);
@@ -173,7 +174,7 @@ impl<D: Device> Loading<'_, D> {
         let norms = match spec.qk_norm {
             QkNorm::None => None,
             QkNorm::UnweightedRotated => {
-                // Times one changes no bit.
+                // Multiplying by one changes no bit.
                 let ones = || self.device.vector(vec![1.0; spec.head_dim]);
                 Some([ones()?, ones()?])
             }
@@ -203,7 +204,7 @@ impl<D: Device> Loading<'_, D> {
         let q = Projection { weight: self.matrix(role(LayerRole::Q))?, bias: None };
         let kv_down = self.projection(index, [LayerRole::KvDown, LayerRole::KvDownBias], down_bias)?;
         let kv_norm = self.vector(role(LayerRole::KvDownNorm))?;
-        // Per head first the rows that make a key, then those that make a value.
+        // Each head has first the rows for keys, then those for values.
         let first_row = move |head: usize| head * (plain_dim + value_dim);
         let up = role(LayerRole::KvUp);
         let absorb = (0..spec.heads).map(|head| {

@@ -1,12 +1,12 @@
-//! The trunk: everything but the routed experts, and the walk of a step through all layers.
+//! The trunk: everything but the routed experts, and the path of a step through all layers.
 //!
-//! [`Trunk::forward`] is the path of a token: embed; per layer attend, gate, dispatch; combine; head. A step comes
-//! in up to two lanes. At every layer a lane first takes home its experts' output of the layer before, then
-//! attends and sends the next rows off, so one lane's attention overlaps the other lane's experts. What is computed, and
-//! where rows are, is a [`Device`]'s business.
+//! [`Trunk::forward`] is the path of a token: embed; per layer attend, gate, dispatch; combine; head. A step comes in
+//! up to two lanes. At every layer a lane first collects its experts' output of the layer before, then attends and
+//! submits the next rows, so one lane's attention overlaps the other lane's experts. A [`Device`] owns the buffers and
+//! computes.
 //!
-//! What always holds: a row's bits depend on its own sequence only, never on the lane, the batch, the chunking or
-//! the transport. A sequence fails alone, whatever fails it: it leaves the step at once, and the others go on.
+//! What always holds: a row's bits depend on its own sequence only, never on the lane, the batch, the chunking or the
+//! transport. A sequence fails alone, whatever the cause: it leaves the step at once, and the others go on.
 
 #[cfg(test)]
 mod apart;
@@ -70,23 +70,23 @@ struct Layer<D: Device> {
 }
 
 enum Mlp<D: Device> {
-    /// Its routed experts are elsewhere.
+    /// A layer with routed experts, which dispatch reaches.
     Moe(Box<Moe<D>>),
     Dense(Box<D::Mlp>),
 }
 
-/// What an observer of a step sees.
+/// Events of a step for an observer.
 pub enum View<'a> {
-    /// What a gate decided.
+    /// A gate's choices.
     Gate(GateView<'a>),
-    /// The rows of a micro-batch that is about to be collected.
+    /// The rows of a micro-batch, before it is collected.
     Collect {
         /// Its ticket.
         ticket: Ticket,
-        /// As they were submitted.
+        /// The submitted rows.
         rows: Rows<'a>,
     },
-    /// The residual stream of a lane behind a layer.
+    /// The residual stream of a lane after a layer.
     Hidden {
         /// The layer.
         layer: LayerId,
@@ -95,25 +95,25 @@ pub enum View<'a> {
     },
 }
 
-/// What the gate decided.
+/// Choices of a gate.
 pub struct GateView<'a> {
     /// The layer.
     pub layer: LayerId,
-    /// Which lane.
+    /// Number of the lane.
     pub lane: usize,
     /// Experts and weights of every row of the lane.
     pub choices: &'a Choices,
 }
 
-/// What a step needs beside its input.
+/// Resources of a step.
 pub struct StepContext<'a, D: Device = CpuDevice> {
-    /// The cache that the blocks are numbers in.
+    /// The KV cache of the step's blocks.
     pub kv: &'a mut D::Kv,
-    /// The way to the experts.
+    /// Dispatch to the experts.
     pub dispatch: &'a mut dyn ExpertDispatch,
-    /// How long to wait for one layer's experts.
+    /// Longest wait for one layer's experts.
     pub timeout: Duration,
-    /// Called with every gate decision, before every collecting, and behind every layer.
+    /// Called after every gate, before every collect, and after every layer.
     pub observe: Option<&'a mut dyn FnMut(View<'_>)>,
 }
 
@@ -132,7 +132,7 @@ impl<D: Device> StepState<D> {
     /// Logits `[wanted, vocab]` of one sequence of the last step.
     ///
     /// # Errors
-    /// Why the sequence has none.
+    /// The reason why the sequence has none.
     ///
     /// # Panics
     /// When the last step had no such lane or sequence.
@@ -143,25 +143,25 @@ impl<D: Device> StepState<D> {
 }
 
 impl<D: Device> Trunk<D> {
-    /// The model.
+    /// Description of the model.
     #[must_use]
     pub const fn spec(&self) -> &ModelSpec {
         &self.spec
     }
 
-    /// Where it is.
+    /// Its device.
     #[must_use]
     pub const fn device(&self) -> &Arc<D> {
         &self.device
     }
 
-    /// What activations are rounded to.
+    /// Rounding of activations.
     #[must_use]
     pub fn compute(&self) -> Compute {
         self.device.compute()
     }
 
-    /// How its linears are held.
+    /// Packing of its linears.
     #[must_use]
     pub const fn dtype(&self) -> WeightDType {
         self.dtype
@@ -173,7 +173,7 @@ impl<D: Device> Trunk<D> {
         self.bytes
     }
 
-    /// The layers that share KV blocks.
+    /// Groups of layers that share KV blocks.
     #[must_use]
     pub const fn kv_groups(&self) -> &LayerGroups {
         &self.kv_groups
@@ -246,8 +246,8 @@ impl<D: Device> Trunk<D> {
         self.device.embed(&self.embedding, &lane.tokens, multiplier, &mut lane.residual);
     }
 
-    /// Residual += attention(norm(residual)), then `normed` = norm(residual) for what follows. `slots` are those of all
-    /// groups.
+    /// Residual += attention(norm(residual)), then `normed` = norm(residual) for the gate or the MLP. `slots` are those
+    /// of all groups.
     fn attend(
         &self,
         ctx: &mut StepContext<'_, D>,
@@ -266,8 +266,8 @@ impl<D: Device> Trunk<D> {
         device.norm(&layer.mlp_norm, &lane.residual, &mut lane.normed);
     }
 
-    /// Gates the lane's rows and submits them; computes what they get from shared experts while they are away. Sequences
-    /// whose experts nobody holds leave the step.
+    /// Gates and submits the lane's rows, and computes their shared experts meanwhile. Sequences with an expert without
+    /// an owner leave the step.
     fn send_off(
         &self,
         ctx: &mut StepContext<'_, D>,
@@ -276,7 +276,7 @@ impl<D: Device> Trunk<D> {
         lane: &mut Lane<D>,
         run: &mut Run<'_>,
     ) {
-        // Checked when the model was loaded: layers are counted in u32.
+        // In range: loading checked that the number of layers fits u32.
         let Ok(layer) = LayerId::new(index as u32, self.layers.len() as u32) else { return };
         self.choose(layer, moe, lane, run);
         let mut is_seen = false;
@@ -309,7 +309,7 @@ impl<D: Device> Trunk<D> {
         }
     }
 
-    /// Sends the lane's rows to the experts that were chosen for them.
+    /// Submits the lane's rows to their chosen experts.
     fn submit(
         &self,
         ctx: &mut StepContext<'_, D>,
@@ -340,7 +340,7 @@ impl<D: Device> Trunk<D> {
         submitted.map(|ticket| InFlight { ticket, weight_on })
     }
 
-    /// The rows of a lane's micro-batch. They stay as they are until it is collected.
+    /// The rows of a lane's micro-batch, unchanged until it is collected.
     fn rows_sent<'l>(&self, lane: &'l Lane<D>, weight_on: WeightOn) -> Result<Rows<'l>, DispatchError> {
         let rows = match weight_on {
             WeightOn::Output => &lane.normed,
@@ -349,7 +349,7 @@ impl<D: Device> Trunk<D> {
         Ok(self.device.rows(rows, &lane.wire, self.spec.hidden)?)
     }
 
-    /// The gate's choice for every row. Sequences that have a row without a usable one leave the step.
+    /// Chooses experts for every row by the gate. Sequences with a row without a usable choice leave the step.
     fn choose(&self, layer: LayerId, moe: &Moe<D>, lane: &mut Lane<D>, run: &mut Run<'_>) {
         let Lane { normed, scratch, choice, .. } = &mut *lane;
         if let Err(error) = self.device.choose(&moe.gate, normed, scratch, choice) {
@@ -361,7 +361,7 @@ impl<D: Device> Trunk<D> {
             self.withdraw(lane, run, |rows| {
                 let mut its = unusable.iter().filter(|(row, _)| rows.contains(row)).map(|(_, why)| *why);
                 let first = its.clone().next()?;
-                // What is not finite comes before what the gate makes of other rows.
+                // A row that is not finite takes precedence over gate errors of other rows.
                 Some(match its.find(|why| *why == Unusable::Hidden).unwrap_or(first) {
                     Unusable::Hidden => StepError::Hidden { layer },
                     Unusable::Gate(source) => StepError::Gate { layer, source },
@@ -370,8 +370,8 @@ impl<D: Device> Trunk<D> {
         }
     }
 
-    /// Waits for the lane's experts, if any are out, and adds what they and shared ones say to the residual.
-    /// `next` is the layer that comes then.
+    /// Collects the lane's micro-batch, if one is in flight, and adds the outputs of routed and shared experts to the
+    /// residual stream. `next` is the number of the layer that follows.
     fn take_home(&self, ctx: &mut StepContext<'_, D>, lane: &mut Lane<D>, run: &mut Run<'_>, next: usize) {
         let (device, hidden) = (&*self.device, self.spec.hidden);
         if let Some(InFlight { ticket, weight_on }) = lane.in_flight.take() {
@@ -407,7 +407,7 @@ impl<D: Device> Trunk<D> {
         }
     }
 
-    /// Takes sequences out of the step whose rows are lost.
+    /// Removes sequences with lost rows from the step.
     fn lose(&self, lane: &mut Lane<D>, run: &mut Run<'_>, lost: &[Loss]) {
         self.withdraw(lane, run, |rows| {
             let has = |loss: &&Loss| loss.rows.iter().any(|&row| rows.contains(&(row as usize)));
@@ -415,7 +415,7 @@ impl<D: Device> Trunk<D> {
         });
     }
 
-    /// Takes sequences out of the step: those for whose rows `why` has an error.
+    /// Removes sequences from the step: those for whose rows `why` returns an error.
     fn withdraw(
         &self,
         lane: &mut Lane<D>,

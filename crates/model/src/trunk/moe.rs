@@ -1,7 +1,7 @@
-//! What a layer with experts has in the router: the gate's weights and shared experts.
+//! The router's part of a layer with experts: the gate's weights and shared experts.
 //!
-//! Shared experts see every row, so they depend on no choice and are computed while the routed ones are away. Knows
-//! nothing about dispatch.
+//! Shared experts see every row, so they do not depend on the gate's choice and are computed while the routed ones are
+//! in flight. Knows nothing about dispatch.
 
 use muster_checkpoint::spec::WeightOn;
 
@@ -17,12 +17,12 @@ pub(super) struct Moe<D: Device> {
 /// A shared expert.
 pub(super) struct Shared<D: Device> {
     pub(super) mlp: D::Mlp,
-    /// `[1, hidden]`: its output counts times the sigmoid of this.
+    /// `[1, hidden]`: the sigmoid of its product with a row scales the output.
     pub(super) scale: Option<D::Matrix>,
 }
 
 impl<D: Device> Shared<D> {
-    /// What every row of `x` gets, `[rows, hidden]`, into `out`.
+    /// Writes the output of the shared expert for every row of `x`, `[rows, hidden]`, to `out`.
     pub(super) fn run(&self, device: &D, x: &D::Buffer, scratch: &mut D::Scratch, out: &mut D::Buffer) {
         device.gated_mlp(&self.mlp, x, scratch, out);
         if let Some(scale) = &self.scale {

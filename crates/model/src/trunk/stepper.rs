@@ -1,4 +1,4 @@
-//! A trunk with a KV cache and buffers of its own, as an engine drives it.
+//! A trunk with a KV cache and buffers of its own, for an engine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,12 +18,12 @@ pub struct Stepper<D: Device = CpuDevice> {
     kv: D::Kv,
     state: StepState<D>,
     sampler: Sampler,
-    /// Picks tokens.
+    /// Threads that sample tokens.
     cpu: Arc<Cpu>,
 }
 
 impl<D: Device> Stepper<D> {
-    /// With a KV cache of so many blocks; tokens are picked on `cpu`.
+    /// A stepper with a KV cache of `blocks` blocks; tokens are sampled on `cpu`.
     ///
     /// # Errors
     /// When the cache does not fit the device.

@@ -1,4 +1,5 @@
-//! Layers in several groups, which hold and lose blocks apart, against the same layers in one group that loses none.
+//! Layers in several groups, which hold and free blocks separately, against the same layers in one group that frees
+//! none.
 
 use std::num::{NonZero, NonZeroUsize};
 use std::path::Path;
@@ -29,14 +30,14 @@ pub(super) struct Model {
 }
 
 impl Model {
-    /// As it is stored, with all layers in one group.
+    /// The stored model, with all layers in one group.
     pub(super) fn plain() -> Self {
         let mut model = Self::open([Reach::All; 3]);
         model.trunk.kv_groups = LayerGroups::of([Reach::All; 3]);
         model
     }
 
-    /// Three layers that see this.
+    /// The model with these reaches for its three layers.
     fn open(layers: [Reach; 3]) -> Self {
         let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/golden/mixtral");
         let checkpoint = Checkpoint::open(&Source::Directory(directory)).unwrap();
@@ -78,7 +79,8 @@ impl Model {
         expected
     }
 
-    /// Runs all sequences, given their tokens; those of one wave together.
+    /// Runs all sequences with their tokens given, those of one wave together. Returns the statistics, and whether
+    /// blocks were freed.
     fn run(&self, config: SchedulerConfig, waves: &[&[usize]], expected: &[Vec<Vec<u32>>]) -> (Stats, bool) {
         let mut kv = self.trunk.new_kv(config.blocks as usize).unwrap();
         let mut scheduler = Scheduler::new(config).unwrap();
@@ -151,7 +153,7 @@ fn groups_of_layers_give_the_bits_of_one_group() {
         for prefill_chunk in [64, 16, 5] {
             for prefix_cache in [PrefixCache::Off, PrefixCache::On] {
                 let block_tokens = NonZero::new(16).unwrap();
-                // What one takes, and some more.
+                // Blocks for one sequence, and some more.
                 let least = most_held(&reaches, block_tokens, prefill_chunk, 89) as usize;
                 for blocks in [20 * groups, least, least + 2, least + 4, least + 6] {
                     let config = SchedulerConfig {
@@ -168,7 +170,7 @@ fn groups_of_layers_give_the_bits_of_one_group() {
                     let (stats, forgot) = model.run(config, &[&[0, 2], &[1, 0]], &expected);
                     assert!(forgot, "{layers:?}: blocks were given up");
                     assert_eq!(stats.blocks_free, blocks as u32);
-                    // 32 of the second sequence and of the first one's second run.
+                    // 32 tokens each of the second sequence and of the first one's second run.
                     if prefix_cache == PrefixCache::On && blocks == 20 * groups {
                         assert_eq!(stats.prefix_hits, 64, "{layers:?}");
                     }

@@ -1,4 +1,4 @@
-//! A model that is served in this process, by the real scheduler and in two lanes.
+//! A model served in this process, by the real scheduler and in two lanes.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -55,8 +55,8 @@ impl Model {
         ids.into_iter().map(|id| TokenId::new(id % vocab, vocab).unwrap()).collect()
     }
 
-    /// Serves waves of prompts, each wave when the one before has ended, and shows every step. Outputs are in order of the
-    /// prompts; the statistics are the last ones.
+    /// Serves waves of prompts, each wave when the one before has ended, and shows every step. Outputs are in order of
+    /// the prompts; the statistics are the last ones.
     pub(crate) fn serve(
         &self,
         config: SchedulerConfig,
