@@ -25,8 +25,8 @@ const QUOTED: usize = 32;
 /// The request of a message.
 ///
 /// # Errors
-/// When no prompt is set, a message has an unknown role, or there are too many biases. Everything else is the service's to
-/// check.
+/// When no prompt is set, a message has an unknown role, or there are too many biases. The service checks everything
+/// else.
 pub(super) fn request(asked: v1::GenerateRequest, limits: &Limits) -> Result<GenerateRequest, RequestError> {
     let v1::GenerateRequest {
         model,

@@ -1,8 +1,8 @@
 //! Fields that both request types share, and their defaults.
 //!
 //! Defaults are the model's own (`generation_config.json`), else OpenAI's: temperature 1, top_p 1, one choice. `top_k`,
-//! `min_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers use. Ranges are checked by
-//! [`Service`](crate::service::Service).
+//! `min_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers use.
+//! [`Service`](crate::service::Service) checks ranges.
 
 use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::RawSampling;
