@@ -1,4 +1,4 @@
-//! What asks a cluster: `status`, `chat`, `generate`, `bench`.
+//! Subcommands that are clients of a cluster: `status`, `chat`, `generate`, `bench`.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What is about a model alone: `check-model`, `plan`, `logits`, `pull`.
+//! Subcommands on a model alone: `check-model`, `plan`, `logits`, `pull`.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! What operators do: `certs`, `keys`, `drain`, `probe`.
+//! Subcommands for operators: `certs`, `keys`, `drain`, `probe`.
 
 use std::path::PathBuf;
 use std::time::Duration;

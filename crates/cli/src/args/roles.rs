@@ -1,4 +1,4 @@
-//! What runs: `up`, `router`, `worker`. The last two take what `muster-config` declares.
+//! Subcommands that serve: `up`, `router`, `worker`. The last two take the settings of `muster-config`.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;

@@ -1,5 +1,5 @@
-//! Arguments that several subcommands have: logging, certificates, credentials, sampling, computing, configuration, and whom
-//! to work with.
+//! Arguments shared by subcommands: logging, certificates, credentials, sampling, computing, configuration, and the
+//! target.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
@@ -34,7 +34,7 @@ pub(crate) struct LinkArgs {
 }
 
 impl LinkArgs {
-    /// Where they may lead.
+    /// Allowed targets of links.
     pub(crate) const fn links(self) -> Links {
         Links::of(self.allow_links)
     }
@@ -93,7 +93,7 @@ pub(crate) struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// The first of the flags that say how one request is sampled, where there is one.
+    /// Name of the first flag given that samples a single request, if any.
     pub(crate) fn of_a_request(&self) -> Option<&'static str> {
         let given = [
             ("--temperature", self.temperature.is_some()),
