@@ -172,8 +172,8 @@ async fn changed(workers: &Workers, index: usize, before: u32) -> Result<(), Fai
 
 fn signal(pid: u32, signal: i32) {
     if let Ok(pid @ 1..) = i32::try_from(pid) {
-        // SAFETY: kill takes two integers. The pid is that of a worker of this process's own, which is still being waited
-        // for.
+        // SAFETY: kill takes two integers. The pid is that of a worker of this process's own, which is still being
+        // waited for.
         unsafe { libc::kill(pid, signal) };
     }
 }
