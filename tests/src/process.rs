@@ -199,7 +199,8 @@ impl Process {
     /// When the process is gone already: a fault that does not happen proves nothing.
     pub fn signal(&self, signal: libc::c_int) {
         let pid = libc::pid_t::try_from(self.child.id()).expect("a pid fits");
-        // SAFETY: kill(2) takes two integers and touches no memory of ours; the pid is that of a child not yet waited for.
+        // SAFETY: kill(2) takes two integers and touches no memory of ours; the pid is that of a child not yet waited
+        // for.
         let sent = unsafe { libc::kill(pid, signal) };
         assert_eq!(sent, 0, "signal {signal} to {pid}: {}", std::io::Error::last_os_error());
     }

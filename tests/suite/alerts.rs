@@ -1,7 +1,7 @@
 //! The rules of the chart in a real Prometheus: each alert fires on its fault, and none on a healthy cluster.
 //!
-//! Needs `prometheus` and `promtool` (Debian's package `prometheus`); without them these tests say that they were skipped.
-//! Minutes that an alert has to last are seconds here.
+//! Needs `prometheus` and `promtool` (Debian's package `prometheus`); without them these tests say that they were
+//! skipped. Minutes that an alert has to last are seconds here.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -152,8 +152,8 @@ fn certificates(directory: &Path, role: &str) -> String {
     )
 }
 
-/// A model that computes in its experts what it computes: one layer of the demo model, with experts many times as wide and all
-/// zeros.
+/// A model that computes almost only in its experts: one layer of the demo model, with experts many times as wide and
+/// all zeros.
 fn model_of_wide_experts() -> tempfile::TempDir {
     const WIDTH: usize = 6144;
     let model = copy_of(&demo_model());

@@ -1,5 +1,5 @@
-//! `crates/ARCHITECTURE.md` against `cargo metadata` and the sources: edges, levels, who may name which library, and the
-//! path of a token.
+//! `crates/ARCHITECTURE.md` against `cargo metadata` and the sources: edges, levels, who may name which library, and
+//! the path of a token.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;

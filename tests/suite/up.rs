@@ -1,4 +1,5 @@
-//! `muster up` as a keeper of processes: what it starts again, what it leaves behind, what it finds out before it loads.
+//! `muster up` as a keeper of processes: what it starts again, what it leaves behind, what it finds out before it
+//! loads.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! Weights that are not those of the router's checkpoint: refused by name, or had from elsewhere, and never computed with.
+//! Weights that are not those of the router's checkpoint: refused by name, or had from elsewhere, and never computed
+//! with.
 
 use std::path::Path;
 

@@ -388,7 +388,8 @@ async fn rows(cluster: &Elastic) -> Vec<(u64, u64)> {
     rows
 }
 
-/// The busiest worker's rows between two counts, in hundredths of the mean, and in hundredths the part of the hot expert.
+/// Rows of the busiest worker between two counts, in percent of the mean, and the hot expert's share of all rows, in
+/// percent.
 fn uneven(before: &[(u64, u64)], after: &[(u64, u64)]) -> (u64, u64) {
     let more: Vec<(u64, u64)> = before.iter().zip(after).map(|(b, a)| (a.0 - b.0, a.1 - b.1)).collect();
     let all: u64 = more.iter().map(|(rows, _)| rows).sum();

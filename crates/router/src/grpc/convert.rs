@@ -199,8 +199,8 @@ fn default_sampling(defaults: &SamplingDefaults) -> v1::Sampling {
 /// gRPC status of a failure. Transient ones carry `retry-after-ms`, and `grpc-retry-pushback-ms`, which gRPC libraries
 /// with a retry policy obey by themselves.
 ///
-/// Values that are not finite and rows that experts refuse are FAILED_PRECONDITION: the request is well-formed, but with
-/// this model it cannot succeed, however often it is tried.
+/// Values that are not finite and rows that experts refuse are FAILED_PRECONDITION: the request is well-formed, but
+/// with this model it cannot succeed, however often it is tried.
 pub(super) fn status(error: &RequestError) -> Status {
     let code = match error {
         RequestError::Invalid { .. } => Code::InvalidArgument,
