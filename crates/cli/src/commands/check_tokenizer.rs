@@ -16,7 +16,7 @@ pub(super) struct TokenizerReport {
     special_tokens: Vec<SpecialTokenReport>,
     /// Reason why there is no usable chat template.
     chat_template_problem: Option<String>,
-    /// The template's rendering of each role.
+    /// Outcome of rendering each role with the template.
     chat_template_roles: Vec<RoleReport>,
 }
 

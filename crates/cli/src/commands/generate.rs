@@ -53,7 +53,7 @@ struct Answer {
     token_ids: Vec<u32>,
     text: String,
     finish_reason: &'static str,
-    /// Absent for a chat, whose prompt is rendered by the router's template.
+    /// Absent for a chat, whose prompt becomes ids where the chat template is.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     usage: Usage,

@@ -23,7 +23,7 @@ fn parameters(count: u64, what: &str) -> String {
     format!("{:.0} B {what} ({exact})", count as f64 / 1e9)
 }
 
-/// Whether a sequence's KV cache holds fewer tokens than the sequence.
+/// Whether the KV cache holds less than the keys and values of all tokens.
 const fn gives_up(report: &Report) -> bool {
     let tokens = report.context.saturating_mul(report.sequences as u64);
     report.kv_bytes < report.kv_token_bytes.saturating_mul(tokens)
