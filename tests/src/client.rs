@@ -1,4 +1,4 @@
-//! Requests over gRPC, checked for what every stream promises.
+//! Requests over gRPC, with checks on the contract of every stream.
 
 use muster_proto::v1::generate_event::Event;
 use muster_proto::v1::inference_client::InferenceClient;
@@ -8,20 +8,20 @@ use muster_proto::v1::{
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-/// The whole of one choice.
+/// The complete output of one choice.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Output {
     /// Tokens in order.
     pub ids: Vec<u32>,
-    /// Their text.
+    /// Concatenated text.
     pub text: String,
-    /// Why it ended: "stop" or "length".
+    /// Finish reason: "stop" or "length".
     pub reason: &'static str,
-    /// Frames as they came.
+    /// Frames in order of arrival.
     pub frames: Vec<TokenFrame>,
 }
 
-/// A greedy request for `max_tokens` tokens after these.
+/// A greedy request for `max_tokens` tokens after `prompt`.
 #[must_use]
 pub fn greedy(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
     GenerateRequest {
@@ -32,7 +32,7 @@ pub fn greedy(prompt: &[u32], max_tokens: u32) -> GenerateRequest {
     }
 }
 
-/// The same, sampled.
+/// A sampled request for `max_tokens` tokens after `prompt`.
 #[must_use]
 pub fn sampled(prompt: &[u32], max_tokens: u32, seed: u64) -> GenerateRequest {
     let sampling = Sampling {
@@ -48,7 +48,7 @@ pub fn sampled(prompt: &[u32], max_tokens: u32, seed: u64) -> GenerateRequest {
 /// Runs a request to its end.
 ///
 /// # Errors
-/// The status it was refused or ended with.
+/// The status of the refusal or of the stream's end.
 pub async fn generate(
     client: &InferenceClient<Channel>,
     request: GenerateRequest,
@@ -58,13 +58,14 @@ pub async fn generate(
     read(stream, choices).await
 }
 
-/// Reads a stream to its end: `started` first, indices without gaps, exactly one `finished` per choice, nothing after.
+/// Reads a stream to its end and checks it: `started` first, indices without gaps, exactly one `finished` per choice,
+/// nothing after.
 ///
 /// # Errors
-/// The status it ended with.
+/// The status of the stream's end.
 ///
 /// # Panics
-/// When the stream breaks a promise.
+/// When the stream breaks its contract.
 pub async fn read(mut stream: Streaming<GenerateEvent>, choices: usize) -> Result<Vec<Output>, Status> {
     let mut outputs = vec![Output::default(); choices];
     let mut started = false;

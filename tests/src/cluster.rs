@@ -10,7 +10,7 @@ use tonic::transport::Channel;
 use crate::network::Network;
 use crate::process::{Process, muster};
 
-/// What to start.
+/// Settings of a cluster.
 #[derive(Clone, Debug)]
 pub struct Setup {
     model: String,
@@ -22,7 +22,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Two workers on this model.
+    /// Two workers on `model`.
     #[must_use]
     pub fn new(model: &Path) -> Self {
         let model = model.display().to_string();
@@ -30,28 +30,28 @@ impl Setup {
         setup.workers(2)
     }
 
-    /// Another number of workers.
+    /// Sets the number of workers.
     #[must_use]
     pub fn workers(self, workers: usize) -> Self {
         let shares: Vec<String> = (0..workers).map(|index| format!("{index}/{workers}")).collect();
         self.shares(&shares.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
-    /// One worker for each of these shares.
+    /// Sets one worker for each of `shares`.
     #[must_use]
     pub fn shares(mut self, shares: &[&str]) -> Self {
         self.shares = shares.iter().map(ToString::to_string).collect();
         self
     }
 
-    /// What to round activations to.
+    /// Sets the dtype to which activations are rounded.
     #[must_use]
     pub fn compute(mut self, compute: &str) -> Self {
         self.common.extend(["--compute".into(), compute.into()]);
         self
     }
 
-    /// How to hold experts.
+    /// Sets the dtype of the experts' weights.
     #[must_use]
     pub fn expert_dtype(mut self, dtype: &str) -> Self {
         self.common.extend(["--expert-dtype".into(), dtype.into()]);
@@ -65,14 +65,14 @@ impl Setup {
         self
     }
 
-    /// Workers live in a network of their own and listen there.
+    /// Workers run in `network` and listen there.
     #[must_use]
     pub fn across(mut self, network: &Network) -> Self {
         self.tcp = Some((network.far_host(), network.enter()));
         self
     }
 
-    /// More flags for the router.
+    /// Adds flags for the router.
     #[must_use]
     pub fn router_args(mut self, args: &[&str]) -> Self {
         self.router.extend(args.iter().map(ToString::to_string));
@@ -85,7 +85,7 @@ impl Setup {
         let share = &self.shares[index];
         let mut args: Vec<String> =
             ["worker", "--model", &self.model, "--listen", listen, "--share", share].map(Into::into).into();
-        // Names are told apart also where shares are not.
+        // Unique names, even for equal shares.
         args.extend(["--id".into(), format!("worker-{index}")]);
         args.extend(self.common.iter().cloned());
         if self.tcp.is_some() {
@@ -123,7 +123,7 @@ impl Setup {
 
 /// Running processes. All are killed when dropped.
 pub struct Cluster {
-    /// How it was started.
+    /// Settings with which it was started.
     pub setup: Setup,
     /// Workers in order of their share.
     pub workers: Vec<Process>,
@@ -145,14 +145,14 @@ impl Cluster {
         Self::routed(setup, workers, &addresses, directory)
     }
 
-    /// Starts workers, then a router that is told other addresses: those of whatever is put between them.
+    /// Starts workers, then a router with other addresses for them: those of proxies set up by `between`.
     ///
     /// # Panics
     /// When one of them does not become ready.
     pub async fn start_through(setup: Setup, between: impl AsyncFnOnce(Vec<String>) -> Vec<String>) -> Self {
         let (workers, directory) = start_workers(&setup);
         let told = between(addresses(&workers)).await;
-        // Blocks until the router is ready, which it is not before what is in between has carried something.
+        // Blocks until the router is ready, for which the proxies must forward.
         tokio::task::block_in_place(|| Self::routed(setup, workers, &told, directory))
     }
 
@@ -161,7 +161,7 @@ impl Cluster {
         Self { setup, workers, router, _directory: directory }
     }
 
-    /// Starts the worker of this share again, at the address it had.
+    /// Restarts the worker of this share at the same address.
     ///
     /// # Panics
     /// When it does not become ready.

@@ -1,4 +1,4 @@
-//! Copies of a model on disk, and one bit of an expert's weights that is not what it was.
+//! Copies of a model on disk, and damage to an expert's weights in them.
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ pub fn copy_of(model: &Path) -> TempDir {
     to
 }
 
-/// Changes the bytes of one tensor, leaving the file's time as it was. Headers and lengths are as before. Gives the file.
+/// Changes the bytes of one tensor, but not the file's headers, length and modification time. Returns the file.
 ///
 /// # Panics
 /// When the model has no such tensor.
@@ -49,8 +49,8 @@ pub fn edit(model: &Path, tensor: &str, change: impl FnOnce(&mut [u8])) -> PathB
     panic!("{} has no {tensor}", model.display());
 }
 
-/// Makes an expert of a Mixtral in bf16 overflow for whatever it is given: its last projection is as large as bf16 goes, and
-/// finite.
+/// Makes an expert of a Mixtral in bf16 overflow for any input: its last projection gets the largest finite bf16
+/// values.
 ///
 /// # Panics
 /// When the model has no such expert.
@@ -61,7 +61,7 @@ pub fn poison(model: &Path, layer: u32, expert: u32) {
     });
 }
 
-/// Flips one bit of an exponent in the first projection of an expert of a Mixtral in bf16. Gives the file.
+/// Flips one exponent bit in the first projection of an expert of a Mixtral in bf16. Returns the file.
 ///
 /// # Panics
 /// When the model has no such expert.
@@ -71,7 +71,7 @@ pub fn flip_a_bit(model: &Path, layer: u32, expert: u32) -> PathBuf {
     edit(model, &name, |bytes| bytes[1] ^= 0x40)
 }
 
-/// Changes the time of a model's shards, as whoever writes to them does.
+/// Updates the modification time of a model's shards, as a write does.
 ///
 /// # Panics
 /// When there is nothing to change.

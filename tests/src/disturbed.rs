@@ -1,4 +1,4 @@
-//! 32 streams at once, a fault while all of them are under way, and each of them compared with its undisturbed run.
+//! 32 concurrent streams during a fault, each compared with its undisturbed run.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub(crate) fn requests() -> Vec<GenerateRequest> {
     (0..STREAMS).map(request).collect()
 }
 
-/// The tokens of a stream, and the longest time between two of them.
+/// Tokens of a stream, and its longest pause.
 type Run = (Vec<u32>, Duration);
 
 async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run {
@@ -49,11 +49,11 @@ async fn run(client: InferenceClient<Channel>, request: GenerateRequest) -> Run 
     (ids, longest)
 }
 
-/// Runs all requests at once, `fault` while all of them are under way, and compares every stream with the lone run.
-/// Says how long each stream stood still at most.
+/// Runs all requests at once and `fault` while all of them are in progress, and compares every stream with its
+/// undisturbed run. Reports the longest pause of each stream.
 ///
 /// # Panics
-/// When a stream fails or is not what it was alone, and when the fault came too late.
+/// When a stream fails or differs, and when the fault came too late.
 pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnce(&mut Cluster)) {
     let Work(work) = Work::alone(cluster, requests()).await;
     let client = cluster.client().await;
@@ -81,7 +81,7 @@ pub async fn disturbed(what: &str, cluster: &mut Cluster, fault: impl AsyncFnOnc
     assert_eq!(failed, 0.0);
 }
 
-/// Says how long each stream stood still at most, and other figures, for `cargo xtask chaos`.
+/// Prints the longest pause of each stream, and other figures, for `cargo xtask chaos`.
 #[allow(clippy::print_stdout, reason = "this is what `cargo xtask chaos` reads")]
 pub fn say(what: &str, stalls: &[Duration], others: &[(&str, u64)]) {
     let stalls: Vec<u128> = stalls.iter().map(Duration::as_millis).collect();

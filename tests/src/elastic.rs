@@ -1,4 +1,4 @@
-//! A cluster whose workers come and go by themselves: they know a router's address and, unless told otherwise, no model.
+//! A cluster whose workers join and leave: they know a router's address and, by default, no model.
 
 use std::path::Path;
 
@@ -18,16 +18,16 @@ pub struct Elastic {
     router_args: Vec<String>,
     /// The routers.
     pub routers: Vec<Process>,
-    /// The workers, in the order in which they joined.
+    /// Workers in the order in which they joined.
     pub workers: Vec<Process>,
-    /// Of each worker, what it was started with.
+    /// Command line of each worker.
     commands: Vec<Vec<String>>,
     // Holds the workers' sockets.
     directory: TempDir,
 }
 
 impl Elastic {
-    /// So many routers of this model, each with these flags, and no workers yet.
+    /// `routers` routers of this model, each with these flags, and no workers yet.
     ///
     /// # Panics
     /// When one does not become ready.
@@ -52,7 +52,7 @@ impl Elastic {
         Process::start(&args.collect::<Vec<_>>()).expect("router")
     }
 
-    /// Starts a router again, at the addresses it had. It has to have ended.
+    /// Restarts a router, which must have ended, at the same addresses.
     ///
     /// # Panics
     /// When it does not become ready.
@@ -61,7 +61,8 @@ impl Elastic {
         self.routers[index] = self.router(index, &router.address("grpc"), &router.address("http"));
     }
 
-    /// One more worker, with these flags beside, that joins all routers. Ready does not mean that it holds anything.
+    /// Starts one more worker, with additional flags, that joins all routers. Ready does not mean that it holds
+    /// experts.
     ///
     /// # Panics
     /// When it does not become ready.
@@ -79,7 +80,7 @@ impl Elastic {
         self.commands.push(command);
     }
 
-    /// Starts a worker again, as it was started. It has to have ended.
+    /// Restarts a worker, which must have ended, with the same command line.
     ///
     /// # Panics
     /// When it does not become ready.
@@ -87,10 +88,10 @@ impl Elastic {
         self.workers[index] = Process::start(&self.commands[index]).expect("worker");
     }
 
-    /// Asks a worker to leave, and waits until it has.
+    /// Drains a worker and waits for its exit.
     ///
     /// # Panics
-    /// When it does not, or says that something went wrong.
+    /// When it does not exit, or reports an error.
     pub fn leave(&mut self, index: usize) {
         let worker = &mut self.workers[index];
         worker.signal(libc::SIGTERM);
@@ -107,7 +108,7 @@ impl Elastic {
         self.routers.iter().map(|router| router.address("grpc")).collect()
     }
 
-    /// To ask one router for its status.
+    /// An observer of one router's status.
     ///
     /// # Panics
     /// When it does not answer.
@@ -115,7 +116,7 @@ impl Elastic {
         Observer::of(&self.routers[router]).await
     }
 
-    /// What a router knows.
+    /// Status of a router.
     ///
     /// # Panics
     /// When it does not say.
@@ -123,7 +124,7 @@ impl Elastic {
         self.observer(router).await.status().await
     }
 
-    /// Waits until every expert is held, so many workers serve and hold something, and nobody loads.
+    /// Waits until every expert is held, `workers` workers serve and hold experts, and none is loading.
     pub async fn settled(&self, workers: usize) -> StatusReply {
         let observer = self.observer(0).await;
         eventually("every worker has its experts", async || {
@@ -136,7 +137,7 @@ impl Elastic {
         .await
     }
 
-    /// The router that leads.
+    /// Index of the leading router.
     pub async fn leader(&self) -> usize {
         eventually("a router leads", async || {
             for router in 0..self.routers.len() {
@@ -160,29 +161,29 @@ impl Elastic {
     /// # Panics
     /// When it cannot be reached.
     pub async fn control(&self, worker: usize) -> ControlClient<Channel> {
-        // `unix:/path` is an address of ours and of the client's.
+        // Both Muster and the client understand `unix:/path`.
         let endpoint = Endpoint::from_shared(self.workers[worker].address("listen")).expect("an address");
         ControlClient::new(endpoint.connect().await.expect("the worker listens"))
     }
 
-    /// Rows that a worker's experts of a layer got since it started.
+    /// Rows received by a worker's experts of a layer since its start.
     ///
     /// # Panics
     /// When it does not say.
     pub async fn rows(&self, worker: usize, layer: u32) -> Vec<u64> {
         let counted = self.control(worker).await.count_rows(CountRowsRequest {}).await;
         let layers = counted.expect("it counts").into_inner().layers;
-        // A layer that got none is not listed.
+        // Layers without rows are not listed.
         layers.into_iter().find(|rows| rows.layer == layer).map_or_else(Vec::new, |rows| rows.rows)
     }
 }
 
-/// Asks a router for its status.
+/// Queries a router's status.
 #[derive(Clone)]
 pub struct Observer(Client);
 
 impl Observer {
-    /// To ask this router.
+    /// An observer of this router.
     ///
     /// # Panics
     /// When it does not answer.
@@ -191,7 +192,7 @@ impl Observer {
         Self(client.expect("the router listens"))
     }
 
-    /// What it knows now.
+    /// Current status.
     ///
     /// # Panics
     /// When it does not say.
@@ -210,7 +211,7 @@ pub fn serving(status: &StatusReply) -> usize {
     status.workers.iter().filter(serves).count()
 }
 
-/// Copies of experts, all workers that serve together.
+/// Replicas of experts on all serving workers together.
 #[must_use]
 pub fn copies(status: &StatusReply) -> u32 {
     status.workers.iter().filter(serves).map(|worker| worker.experts).sum()

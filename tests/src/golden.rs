@@ -1,4 +1,4 @@
-//! Reference outputs that lie beside the fixture models.
+//! Reference outputs beside the fixture models.
 
 use std::path::Path;
 
@@ -42,7 +42,7 @@ impl Tensors {
     /// An i64 tensor of token ids.
     ///
     /// # Panics
-    /// When one is no id.
+    /// When a value is no token id.
     #[must_use]
     pub fn ids(&self, name: &str) -> Vec<u32> {
         self.i64s(name).into_iter().map(|id| u32::try_from(id).expect("an id")).collect()
@@ -80,7 +80,7 @@ pub fn farthest(ours: &[f32], theirs: &[f32]) -> f32 {
     differences.fold(0.0, |worst: f32, d| if d > worst || d.is_nan() { d } else { worst })
 }
 
-/// What `muster logits` writes for these tokens.
+/// Output of `muster logits` for these tokens.
 ///
 /// # Panics
 /// When the command fails.

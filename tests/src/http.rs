@@ -1,4 +1,4 @@
-//! A deliberately small HTTP/1.1 client: one request per connection, bytes exactly as the test wants them.
+//! A minimal HTTP/1.1 client: one request per connection, with exactly the test's bytes.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,14 +11,14 @@ use serde_json::Value;
 
 use crate::process::PATIENCE;
 
-/// What came back.
+/// A response.
 #[derive(Debug, Clone)]
 pub struct Response {
     /// Status code.
     pub status: u16,
     /// Header lines, lower-case names.
     pub headers: Vec<(String, String)>,
-    /// Body, transfer encoding taken off.
+    /// Body, without transfer encoding.
     pub body: Vec<u8>,
 }
 
@@ -51,7 +51,7 @@ impl Response {
     }
 }
 
-/// GET.
+/// Sends a GET.
 #[must_use]
 pub fn get(address: &str, path: &str) -> Response {
     raw(address, format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes())
@@ -65,13 +65,13 @@ pub fn metric(address: &str, name: &str) -> f64 {
     text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
-/// POST of JSON.
+/// Sends a POST of JSON.
 #[must_use]
 pub fn post(address: &str, path: &str, body: &Value) -> Response {
     post_bytes(address, path, "application/json", body.to_string().as_bytes())
 }
 
-/// POST of anything.
+/// Sends a POST of any type.
 #[must_use]
 pub fn post_bytes(address: &str, path: &str, content_type: &str, body: &[u8]) -> Response {
     let length = body.len();

@@ -1,4 +1,4 @@
-//! As much of a Kubernetes API server as routers ask for: EndpointSlices of one Service, and one Lease, over plain HTTP.
+//! The part of a Kubernetes API server that routers use: EndpointSlices of one Service, and one Lease, over plain HTTP.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -21,14 +21,14 @@ pub struct ApiServer {
 struct State {
     version: u64,
     slices: Vec<Value>,
-    /// What became of slices, in the order of versions.
+    /// Changes of slices, in the order of versions.
     events: Vec<(u64, Value)>,
     lease: Option<Value>,
     denies: bool,
 }
 
 impl ApiServer {
-    /// One that has nothing.
+    /// An API server without objects.
     ///
     /// # Panics
     /// When it cannot listen.
@@ -41,14 +41,14 @@ impl ApiServer {
         std::thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 let state = shared.clone();
-                // A client that is gone is none of ours.
+                // Errors of clients that are gone are ignored.
                 std::thread::spawn(move || drop(serve(stream, &state)));
             }
         });
         Self { state, address, directory: tempfile::tempdir().expect("a temporary directory") }
     }
 
-    /// A file that names it.
+    /// A kubeconfig file for this server.
     ///
     /// # Panics
     /// When it cannot be written.
@@ -69,15 +69,15 @@ impl ApiServer {
         self.state.lock().expect("nobody panics")
     }
 
-    /// Whether everything is forbidden.
+    /// Sets whether all requests are forbidden.
     pub fn denies(&self, denies: bool) {
         self.state().denies = denies;
     }
 
-    /// A worker's pod is there.
+    /// Adds a worker's pod.
     ///
     /// # Panics
-    /// When the address is none.
+    /// When the address is invalid.
     pub fn add(&self, address: &str, node: &str) {
         let (ip, port) = address.rsplit_once(':').expect("ip:port");
         let port: u16 = port.parse().expect("a port");
@@ -89,7 +89,7 @@ impl ApiServer {
         self.state().change("ADDED", slice);
     }
 
-    /// A worker's pod is gone.
+    /// Removes a worker's pod.
     ///
     /// # Panics
     /// When there is none at that address.
@@ -102,7 +102,7 @@ impl ApiServer {
         state.change("DELETED", slice);
     }
 
-    /// Who holds the Lease.
+    /// Holder of the Lease.
     #[must_use]
     pub fn holder(&self) -> Option<String> {
         let state = self.state();
@@ -110,7 +110,7 @@ impl ApiServer {
         (!holder.is_empty()).then(|| holder.to_owned())
     }
 
-    /// Gives the Lease to somebody; `""` is nobody.
+    /// Sets the holder of the Lease; `""` for none.
     pub fn give(&self, holder: &str) {
         let mut state = self.state();
         state.version += 1;
@@ -208,7 +208,7 @@ fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     (&stream).write_all(text.as_bytes())
 }
 
-/// What happens after a version, until the client is gone or its time is up.
+/// Streams changes after a version, until the client is gone or its time is up.
 fn watch(mut stream: TcpStream, state: &Mutex<State>, query: &str) -> std::io::Result<()> {
     let number = |name: &str| {
         let value = query.split('&').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('='));

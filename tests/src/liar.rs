@@ -1,5 +1,5 @@
-//! A worker that cannot be told from an honest one until it lies: it passes everything on to a real worker, and spoils what
-//! comes back. Or one of another numerics class, whose outputs differ in bits.
+//! A dishonest worker: forwards everything to a real worker and, once it begins, corrupts the answers. Also a worker of
+//! another numerics class, whose outputs differ in bits.
 
 use std::io;
 use std::pin::Pin;
@@ -22,29 +22,29 @@ use tonic::{Request, Response, Status, Streaming};
 /// More than any message of the tests' models.
 const MESSAGE_BYTES: usize = 64 << 20;
 
-/// A way not to tell the truth.
+/// Kind of a corrupted answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lie {
-    /// A value that is no number.
+    /// A value that is NaN.
     NotANumber,
     /// A row is missing.
     RowMissing,
-    /// There is a row more.
+    /// A row too many.
     RowTooMany,
     /// The id of a shard that was never sent.
     IdOfNone,
-    /// The id of a shard that went to somebody else, or was answered before.
+    /// The id of another worker's shard, or of one answered before.
     IdOfAnother,
     /// Every output is marked as not finite.
     Marks,
-    /// Of every element of four bytes the lowest bit is the other one: no lie for a device of another numerics class.
+    /// The lowest bit of every 4-byte element is flipped, which is legitimate in another numerics class.
     OtherBits,
     /// An error of this code, about no expert or about this one.
     Error(Code, Option<u32>),
 }
 
 impl Lie {
-    /// Outputs that are none.
+    /// Corrupted outputs.
     pub const OUTPUTS: [Self; 6] = [
         Self::NotANumber,
         Self::RowMissing,
@@ -54,7 +54,7 @@ impl Lie {
         Self::Marks,
     ];
 
-    /// Errors in the place of outputs.
+    /// Errors instead of outputs.
     pub const ERRORS: [Self; 8] = [
         Self::Error(Code::NotHeld, None),
         Self::Error(Code::Draining, None),
@@ -71,7 +71,7 @@ impl Lie {
         let row = rows.data.len() / (rows.rows as usize).max(1);
         let mut data = rows.data.to_vec();
         match self {
-            // Of two values where they are of two bytes.
+            // With 2-byte elements this covers two values.
             Self::NotANumber => data[..4].copy_from_slice(&f32::NAN.to_le_bytes()),
             Self::RowMissing => {
                 rows.rows -= 1;
@@ -95,7 +95,7 @@ impl Lie {
     }
 }
 
-/// See the module. Its connections end when it is dropped.
+/// A running liar. Its connections end when it is dropped.
 pub struct Liar {
     /// `host:port` where it listens.
     pub address: String,
@@ -105,26 +105,26 @@ pub struct Liar {
 
 struct Shared {
     name: String,
-    /// The class that it announces, if not that of the real one.
+    /// The announced numerics class, if not the real worker's.
     class: Option<v1::NumericsClass>,
     honest: ExpertsClient<Channel>,
     lies: AtomicBool,
     kinds: &'static [Lie],
-    /// The next of them.
+    /// Index of the next lie.
     next: AtomicUsize,
     told: Vec<AtomicU64>,
 }
 
 impl Liar {
-    /// A worker of this name in front of the one at `host:port`, which will tell these lies in turn and begin with one of them.
+    /// Starts a worker named `name` in front of the one at `honest`; it will use `lies` in turn, from `first` on.
     ///
     /// # Errors
-    /// When it cannot listen, or nobody is there to pass anything on to.
+    /// When it cannot listen, or the real worker cannot be reached.
     pub async fn start(name: &str, honest: &str, lies: &'static [Lie], first: usize) -> io::Result<Self> {
         Self::of(name, None, honest, lies, first).await
     }
 
-    /// A worker of this name and class in front of the one at `host:port`, which rounds to f32.
+    /// Starts a worker named `name` of numerics class `class` in front of the one at `honest`, which rounds to f32.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -166,12 +166,12 @@ impl Liar {
         Ok(Self { address, shared, serving })
     }
 
-    /// From now on no answer is true.
+    /// Corrupts every answer from now on.
     pub fn begin(&self) {
         self.shared.lies.store(true, Ordering::Relaxed);
     }
 
-    /// How often it told each of its lies.
+    /// Number of times that each lie was told.
     #[must_use]
     pub fn told(&self) -> Vec<u64> {
         self.shared.told.iter().map(|told| told.load(Ordering::Relaxed)).collect()
@@ -205,7 +205,7 @@ impl Shared {
         description
     }
 
-    /// As the real worker is to be greeted.
+    /// The greeting for the real worker.
     fn greeting(&self, mut request: v1::DispatchRequest) -> v1::DispatchRequest {
         if let Some(RequestBody::Hello(hello)) = &mut request.body
             && self.class.is_some()
@@ -247,7 +247,7 @@ impl Experts for Service {
         &self,
         request: Request<Streaming<v1::DispatchRequest>>,
     ) -> Result<Response<Self::DispatchStream>, Status> {
-        // A stream that breaks on the router's side ends on the other one.
+        // A stream that breaks on the router's side ends on the real worker's side.
         let shared = Arc::clone(&self.0);
         let shards = request.into_inner().map_while(move |shard| Some(shared.greeting(shard.ok()?)));
         let replies = self.0.honest.clone().dispatch(shards).await?.into_inner();

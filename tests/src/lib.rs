@@ -1,4 +1,4 @@
-//! Harness for tests on real processes: start them, talk to them, injure them, and never leave one behind.
+//! Harness for tests on real processes: starts them, sends requests, injects faults, and never leaves one behind.
 
 pub mod client;
 pub mod cluster;
@@ -22,19 +22,19 @@ pub fn workspace_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// Where golden checkpoints are; `MUSTER_GOLDEN` names others.
+/// Directory of the golden checkpoints; `MUSTER_GOLDEN` overrides it.
 fn fixtures() -> PathBuf {
     let own = || workspace_root().join("tests/fixtures/golden");
     std::env::var_os("MUSTER_GOLDEN").map_or_else(own, PathBuf::from)
 }
 
-/// One of them.
+/// One golden checkpoint.
 #[must_use]
 pub fn golden_model(family: &str) -> PathBuf {
     fixtures().join(family)
 }
 
-/// All of them: directories, each a checkpoint with what transformers computes of it.
+/// All golden checkpoints: directories with a model and the outputs of transformers.
 ///
 /// # Panics
 /// When there are none.

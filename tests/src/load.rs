@@ -1,5 +1,5 @@
-//! Load that does not end by itself: 32 streams at once, each of them one request again and again, and every answer
-//! compared with the undisturbed one. So a fault, and whatever follows from it, may take as long as it takes.
+//! Continuous load: 32 concurrent streams that repeat their requests, and every answer compared with the undisturbed
+//! one. So a fault and its consequences may take any time.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,15 +16,15 @@ use crate::demo_model;
 use crate::disturbed;
 use crate::process::eventually;
 
-/// Tokens of a stream from which on it is well under way.
+/// Tokens after which a stream counts as well under way.
 const UNDER_WAY: usize = 10;
 
-/// Requests, and what comes of each when it runs alone.
+/// Requests, with their undisturbed outputs.
 #[derive(Clone)]
 pub struct Work(pub(crate) Arc<Vec<(GenerateRequest, Vec<u32>)>>);
 
 impl Work {
-    /// What `cluster` makes of each of these requests alone.
+    /// Runs each of these requests alone on `cluster`.
     ///
     /// # Panics
     /// When one fails.
@@ -38,7 +38,7 @@ impl Work {
         Self(Arc::new(known))
     }
 
-    /// Long streams of the demo model. Known once for all tests of a process, from a cluster that nothing happens to.
+    /// Long streams of the demo model. Computed once per process, on an undisturbed cluster.
     pub async fn long() -> Self {
         static LONG: OnceCell<Work> = OnceCell::const_new();
         let run = async || {
@@ -60,18 +60,18 @@ impl Work {
     }
 }
 
-/// What became of a load. None of it failed, and all of it was as undisturbed.
+/// Outcome of a load. No request failed or differed.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// Requests, from beginning to end.
+    /// Completed requests.
     pub requests: u64,
-    /// How often a stream went on at another router.
+    /// Resumptions of streams at another router.
     pub resumed: u64,
-    /// Of each of the streams that run at once, the longest time without a token, from when the first was asked for.
+    /// Longest time without a token for each concurrent stream, from its first request on.
     pub pauses: Vec<Duration>,
 }
 
-/// See the module.
+/// A running load.
 pub struct Load {
     stop: Arc<AtomicBool>,
     ended: Arc<AtomicU64>,
@@ -79,8 +79,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts it at these routers, and waits until all streams are well under way. Half of them ask the second router
-    /// first, if there is one.
+    /// Starts the load on these routers, and waits until all streams are well under way. Half of them ask the second
+    /// router first, if there is one.
     ///
     /// # Panics
     /// When a router cannot be reached.
@@ -113,22 +113,22 @@ impl Load {
         Self { stop, ended, streams }
     }
 
-    /// Requests that have ended so far.
+    /// Completed requests so far.
     #[must_use]
     pub fn ended(&self) -> u64 {
         self.ended.load(Ordering::SeqCst)
     }
 
-    /// Waits until so many more requests have ended.
+    /// Waits for `requests` more completed requests.
     pub async fn goes_on(&self, requests: u64) {
         let before = self.ended();
         eventually("requests end", async || (self.ended() >= before + requests).then_some(())).await;
     }
 
-    /// Lets what has begun come to its end.
+    /// Waits for the running requests.
     ///
     /// # Panics
-    /// When a stream failed, or was not as undisturbed.
+    /// When a stream failed or differed.
     pub async fn finish(mut self) -> Outcome {
         self.stop.store(true, Ordering::SeqCst);
         let mut all = Outcome::default();
@@ -142,7 +142,7 @@ impl Load {
     }
 }
 
-/// One request; counts in `under_way` when `enough` tokens of it have come.
+/// Runs one request; counts in `under_way` when `enough` of its tokens have come.
 async fn run(
     client: &Client,
     request: &GenerateRequest,

@@ -1,7 +1,7 @@
-//! A network of its own, two links away from this process, with a wire in between that loses packets.
+//! A private network, two links away from this process, with a lossy wire in between.
 //!
-//! Linux network namespaces and nftables: needs root, `ip` and `nft`. What is dropped is dropped on the way, in neither end's
-//! own stack, so that both find out as they would on a real wire.
+//! Linux network namespaces and nftables: needs root, `ip` and `nft`. Packets are dropped on the way, not in either
+//! end's own stack, so that both ends notice as on a real wire.
 
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,23 +10,23 @@ use serde_json::Value;
 
 use crate::process::run_command;
 
-/// See the module. It is taken down when dropped; processes in it must have ended before.
+/// A private network. Removed when dropped; processes in it must have ended before.
 pub struct Network {
-    /// The namespace of the wire, and that of the far end.
+    /// Namespaces of the wire and of the far end.
     wire: String,
     far: String,
-    /// The far end's address.
+    /// Address of the far end.
     host: String,
 }
 
 impl Network {
-    /// A network with nothing in it.
+    /// A network without processes.
     ///
     /// # Errors
-    /// What this machine lacks for it.
+    /// The prerequisite that this machine lacks.
     ///
     /// # Panics
-    /// When it ought to work and does not.
+    /// When the setup fails despite all prerequisites.
     pub fn new() -> Result<Self, String> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         for program in ["ip", "nft"] {
@@ -43,7 +43,7 @@ impl Network {
             return Err(format!("it needs root and may make no network namespace: {}", refusal.trim()));
         }
         assert!(output.status.success(), "ip netns add {wire}: {refusal}");
-        // From the block that is set aside for tests of networks (RFC 2544): eight addresses for each.
+        // From the block reserved for network tests (RFC 2544): eight addresses for each.
         let block = (process.wrapping_mul(4).wrapping_add(index) % (1 << 14)) * 8;
         let address =
             |n: u32| format!("198.{}.{}.{}", 18 + (block >> 16), (block >> 8) & 255, (block & 255) + n);
@@ -77,13 +77,13 @@ impl Network {
         self.host.clone()
     }
 
-    /// The command that runs another one at the far end.
+    /// Command prefix that runs a program at the far end.
     #[must_use]
     pub fn enter(&self) -> Vec<String> {
         ["ip", "netns", "exec", &self.far].map(Into::into).into()
     }
 
-    /// From now on this many packets in a hundred are lost, in both directions, chosen at random.
+    /// Drops this percentage of packets at random from now on, in both directions.
     pub fn lose(&self, percent: u32) {
         let percent = percent.to_string();
         self.nft(&[
@@ -92,7 +92,7 @@ impl Network {
         ]);
     }
 
-    /// Nothing is lost any more.
+    /// Stops dropping packets.
     pub fn heal(&self) {
         self.nft(&["flush", "chain", "inet", "wire", "carry"]);
     }
@@ -100,7 +100,7 @@ impl Network {
     /// Packets lost since [`Self::lose`].
     ///
     /// # Panics
-    /// When nothing is being lost.
+    /// When no packets are being dropped.
     #[must_use]
     pub fn lost(&self) -> u64 {
         let listed: Value =
@@ -120,7 +120,7 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        // Its interfaces go with it, also the one at this end.
+        // A namespace takes its interfaces with it, also the one at this end.
         for namespace in [&self.wire, &self.far] {
             let _ = Command::new("ip").args(["netns", "delete", namespace]).output();
         }

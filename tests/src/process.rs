@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-/// How long anything may take before a test gives up.
+/// Deadline of any wait in a test.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The binary under test: built by the same `cargo test --workspace`, next to this test's own executable.
@@ -84,18 +84,18 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `muster` with `args` plus `--announce`, and waits until it says that it is ready.
+    /// Starts `muster` with `args` plus `--announce`, and waits until it announces that it is ready.
     ///
     /// # Errors
-    /// What it wrote to standard error, when it ended instead.
+    /// Its standard error, if it ended instead.
     pub fn start(args: &[String]) -> Result<Self, String> {
         Self::start_by(Command::new(muster()).args(args))
     }
 
-    /// The same with a command that becomes `muster`.
+    /// [`Self::start`] with a command that becomes `muster`.
     ///
     /// # Errors
-    /// What it wrote to standard error, when it ended instead.
+    /// Its standard error, if it ended instead.
     pub fn start_by(command: &mut Command) -> Result<Self, String> {
         let ready = |line: &str| {
             let line: Value = serde_json::from_str(line).ok()?;
@@ -104,10 +104,10 @@ impl Process {
         Self::spawn(command.arg("--announce"), ready)
     }
 
-    /// Starts `muster up` with these flags and waits until it has told the person what to do next.
+    /// Starts `muster up` with these flags and waits for the end of its welcome text.
     ///
     /// # Errors
-    /// What it wrote to standard error, when it ended instead.
+    /// Its standard error, if it ended instead.
     pub fn start_up(args: &[&str]) -> Result<Self, String> {
         let mut text = String::new();
         let told = move |line: &str| {
@@ -140,14 +140,14 @@ impl Process {
             Err(_) => {
                 let status = process.wait();
                 let _ = process.child.kill();
-                // Its last words may still be in the pipe.
+                // The rest of its standard error may still be in the pipe.
                 let _ = follower.join();
                 Err(format!("{command:?} ended with {status:?}:\n{}", process.log()))
             }
         }
     }
 
-    /// One field of the announcement: an address.
+    /// An address from the announcement.
     ///
     /// # Panics
     /// When it was not announced.
@@ -157,10 +157,10 @@ impl Process {
         address.unwrap_or_else(|| panic!("no {what} in {}", self.ready)).to_owned()
     }
 
-    /// What [`Self::start_up`] printed for a person.
+    /// Welcome text of [`Self::start_up`].
     ///
     /// # Panics
-    /// When it was started otherwise.
+    /// When it was started by another function.
     #[must_use]
     pub fn told(&self) -> &str {
         self.ready.as_str().expect("it was started for a person")
@@ -172,14 +172,14 @@ impl Process {
         self.child.id()
     }
 
-    /// The state that the system says it is in: `T` when it is stopped.
+    /// Process state as the system reports it: `T` when stopped.
     ///
     /// # Panics
     /// When it is gone.
     #[must_use]
     pub fn state(&self) -> char {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("it is there");
-        // The name in brackets may hold anything.
+        // The name in brackets may contain anything.
         let after = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
         after.chars().next().expect("a state")
     }
@@ -199,12 +199,13 @@ impl Process {
     /// When the process is gone already: a fault that does not happen proves nothing.
     pub fn signal(&self, signal: libc::c_int) {
         let pid = libc::pid_t::try_from(self.child.id()).expect("a pid fits");
-        // SAFETY: kill(2) takes two integers and touches no memory of ours; the pid is that of a child not yet waited for.
+        // SAFETY: kill(2) takes two integers and touches no memory of ours; the pid is that of a child not yet waited
+        // for.
         let sent = unsafe { libc::kill(pid, signal) };
         assert_eq!(sent, 0, "signal {signal} to {pid}: {}", std::io::Error::last_os_error());
     }
 
-    /// Kills it outright and proves that it is dead.
+    /// Kills it and waits for its death.
     ///
     /// # Panics
     /// When it does not die.
@@ -214,7 +215,7 @@ impl Process {
         assert!(!status.success());
     }
 
-    /// Waits for it to end by itself.
+    /// Waits for its exit.
     pub fn wait(&mut self) -> Option<ExitStatus> {
         wait_within(&mut self.child, PATIENCE)
     }
@@ -254,7 +255,7 @@ fn when_ready(
     receiver
 }
 
-/// Polls until `check` gives something.
+/// Polls until `check` returns a value.
 ///
 /// # Panics
 /// When it does not within [`PATIENCE`].

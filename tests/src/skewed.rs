@@ -1,4 +1,4 @@
-//! A model whose first layer asks one of its experts for every token.
+//! A model whose first layer routes every token to one of its experts.
 
 use std::path::Path;
 
@@ -8,11 +8,12 @@ use tempfile::TempDir;
 
 use crate::golden_model;
 
-/// The expert that is asked for every token.
+/// The expert that every token is routed to.
 pub const HOT: usize = 7;
 
-/// Expert [`HOT`] of layer 0 is chosen by every token, and the other one by the token: with two per token it gets half of all
-/// rows. The golden Mixtral with one direction of the hidden space that is always the same, to which the gate listens.
+/// In layer 0 every token chooses expert [`HOT`] and one other that depends on the token: with two experts per token,
+/// `HOT` gets half of all rows. Built from the golden Mixtral, with one direction of the hidden space that is constant
+/// and that the gate responds to.
 ///
 /// # Panics
 /// When the fixture is not as expected.

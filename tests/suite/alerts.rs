@@ -1,7 +1,7 @@
 //! The rules of the chart in a real Prometheus: each alert fires on its fault, and none on a healthy cluster.
 //!
-//! Needs `prometheus` and `promtool` (Debian's package `prometheus`); without them these tests say that they were skipped.
-//! Minutes that an alert has to last are seconds here.
+//! Needs `prometheus` and `promtool` (Debian's package `prometheus`); without them these tests say that they were
+//! skipped. Minutes that an alert has to last are seconds here.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -143,7 +143,7 @@ fn start(words: &str) -> Process {
     Process::start(&args).unwrap()
 }
 
-/// Certificates of an authority of their own, and the flags by which a process takes one of a role.
+/// Makes a new authority's certificates, and returns the flags for one role.
 fn certificates(directory: &Path, role: &str) -> String {
     let certs = directory.display();
     assert!(run(&["certs", "init", &certs.to_string(), "--days", "7"]).status.success());
@@ -152,8 +152,8 @@ fn certificates(directory: &Path, role: &str) -> String {
     )
 }
 
-/// A model that computes in its experts what it computes: one layer of the demo model, with experts many times as wide and all
-/// zeros.
+/// A model that computes almost only in its experts: one layer of the demo model, with experts many times as wide and
+/// all zeros.
 fn model_of_wide_experts() -> tempfile::TempDir {
     const WIDTH: usize = 6144;
     let model = copy_of(&demo_model());
@@ -191,10 +191,10 @@ fn expiring(directory: &Path) -> Process {
     ))
 }
 
-/// What half of the experts of [`skewed_model`] takes in memory.
+/// Memory for half of the experts of [`skewed_model`].
 const HALF: &str = "480KiB";
 
-/// Two workers that are full, of a model of which one expert of one layer is asked for by every token.
+/// Two full workers of a model that routes every token to one expert of one layer, so that no replica can be added.
 async fn stuck(running: &mut JoinSet<()>, model: &Path) -> Elastic {
     let mut cluster = Elastic::start(model, 1, &[]);
     for share in ["0/2", "1/2"] {
@@ -261,7 +261,7 @@ async fn every_alert_fires_on_its_fault_and_none_without() {
         liar.address,
         honest[1].address("listen")
     ));
-    // Some wait before Prometheus looks for the first time.
+    // The queue is not empty at Prometheus' first scrape.
     load(&mut running, &growing.client().await, 400, Duration::from_millis(300));
 
     let of = |process: &Process| process.address("http");
@@ -287,7 +287,7 @@ async fn every_alert_fires_on_its_fault_and_none_without() {
         (seen["data"]["result"][0]["value"][1].as_str()?.parse::<u32>().ok()? >= 2).then_some(())
     })
     .await;
-    // What is counted happens only now: a counter that came into being with its first event would not have grown.
+    // Counters must not begin with their first event, which Prometheus would not see as growth.
     liar.begin();
     load(&mut running, &full.client().await, 400, Duration::from_millis(300));
     let client = InferenceClient::connect(format!("http://{}", lied_to.address("grpc"))).await.unwrap();

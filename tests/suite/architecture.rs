@@ -1,5 +1,5 @@
-//! `crates/ARCHITECTURE.md` against `cargo metadata` and the sources: edges, levels, who may name which library, and the
-//! path of a token.
+//! `crates/ARCHITECTURE.md` against `cargo metadata` and the sources: edges, levels, who may name which library, and
+//! the path of a token.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
@@ -122,7 +122,7 @@ fn libraries_stay_where_they_belong() {
     }
 }
 
-/// A backlog, places and patience are forgotten where a listener is made by hand.
+/// A listener made by hand would lack a backlog, places and patience.
 #[test]
 fn only_one_crate_listens() {
     fn visit(directory: &std::path::Path, made: &mut BTreeSet<String>) {

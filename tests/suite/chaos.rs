@@ -13,7 +13,7 @@ use muster_tests::{demo_model, http};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_worker_with_replicas_is_not_noticed() {
-    // Every expert on two of three: what the dead one held is split over both others.
+    // Every expert is on two of three workers: the dead worker's experts are split over both others.
     let setup = Setup::new(&demo_model()).shares(&["0/3x2", "1/3x2", "2/3x2"]);
     let mut cluster = Cluster::start(setup);
     disturbed("SIGKILL of a worker, replicas exist", &mut cluster, async |cluster| cluster.workers[1].kill())

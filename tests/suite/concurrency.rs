@@ -123,7 +123,8 @@ async fn nobody_is_taken_to_wait_longer_than_is_allowed() {
     let args = ["--max-running", "1", "--max-queue-wait", "1ms"];
     let cluster = Cluster::start(Setup::new(&demo_model()).router_args(&args));
     let client = cluster.client().await;
-    // How long a place takes to come free is known once one did. The first may find the test token of the start in its place.
+    // The rate of free places is known after the first one. The first request may find its place taken by the start's
+    // test token.
     eventually("a first place", async || generate(&client, greedy(&[1, 844], 40)).await.ok()).await;
     let mut stream = client.clone().generate(greedy(&[1, 845], 400)).await.unwrap().into_inner();
     stream.message().await.unwrap().unwrap();

@@ -64,7 +64,7 @@ async fn workers_come_and_go_with_their_endpoints() {
     .await;
     assert!(two.workers.iter().any(|worker| worker.domain == "zone/node-1"));
 
-    // Its endpoint goes first, as that of a pod that is deleted does: it is used for as long as it is there.
+    // The endpoint is removed first, as for a deleted pod: a live worker without an endpoint is still used.
     api.remove(&workers[1].address("listen"));
     eventually("it is no longer named", async || {
         (http::metric(&router.address("http"), "muster_discovery_workers") == 1.0).then_some(())
@@ -73,7 +73,7 @@ async fn workers_come_and_go_with_their_endpoints() {
     assert_eq!(serving(&observer.status().await), 2);
     workers[1].kill();
     status(&observer, "it is forgotten", |status| status.workers.len() == 1 && is_full(status, 1)).await;
-    // One whose endpoint is still there is missed.
+    // A dead worker whose endpoint remains is reported as down.
     workers[0].kill();
     status(&observer, "it is missed", |status| {
         status.workers.len() == 1 && status.workers[0].state() == State::Down && status.missing_experts > 0
@@ -124,7 +124,8 @@ async fn only_who_holds_the_lease_leads() {
         assert!(!leads(1 - first).await, "it leads without the Lease");
     }
 
-    // Given to somebody else: who led stops, and the other, whom workers would obey, does not begin.
+    // With the Lease given to somebody else, the leader stops and the other router, which workers would obey, does not
+    // begin.
     api.give("somebody");
     eventually("it stops leading", async || (!leads(first).await).then_some(())).await;
     assert_eq!(api.holder().as_deref(), Some("somebody"));
@@ -136,7 +137,7 @@ async fn only_who_holds_the_lease_leads() {
     })
     .await;
 
-    // Who ends gives it back.
+    // A leader that exits gives the Lease back.
     let left = 1 - second;
     routers[second].signal(libc::SIGTERM);
     assert!(routers[second].wait().unwrap().success());
@@ -145,7 +146,7 @@ async fn only_who_holds_the_lease_leads() {
     eventually("the other leads", async || leads(left).await.then_some(())).await;
     assert!(api.holder().unwrap().starts_with(&format!("r{left}/")));
 
-    // Denied: what was granted runs out, and nobody leads; it says why.
+    // With access denied, the last grant runs out and nobody leads; readiness tells the reason.
     api.denies(true);
     eventually("it stops leading when it may not renew", async || (!leads(left).await).then_some(())).await;
     assert!(readyz(&routers[left]).contains("may not use leases"), "{}", readyz(&routers[left]));
@@ -153,7 +154,7 @@ async fn only_who_holds_the_lease_leads() {
     eventually("it leads when that is mended", async || leads(left).await.then_some(())).await;
 }
 
-/// What a worker says to somebody who asks for the lead, for no time to speak of.
+/// A worker's answer to a campaign for a lease of 1 ms.
 async fn lead(worker: &Process, term: u64) -> LeadReply {
     let mut control = ControlClient::connect(format!("http://{}", worker.address("listen"))).await.unwrap();
     let request = LeadRequest { router_id: "asks".into(), term, ttl_ms: 1 };

@@ -1,8 +1,8 @@
 //! Every command and snippet of `README.md` and `docs`: typed as it stands there, and what it prints looked at.
 //!
-//! A page is read from top to bottom, in one directory and against one router, as its reader would. Only addresses, host
-//! names and the directory of a model are replaced by those of the test. What cannot be typed here is listed with what shows it
-//! instead, or with what it needs; a command that no list has is an error.
+//! A page is read from top to bottom, in one directory and against one router, as its reader would. Only addresses,
+//! host names and the directory of a model are replaced by those of the test. Commands that cannot be typed here are
+//! listed with the test that shows them or with their requirements; a command in no list is an error.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,18 +17,18 @@ use muster_tests::workspace_root;
 
 use crate::python_clients;
 
-/// What becomes of a command.
+/// Treatment of a command.
 #[derive(Clone, Copy)]
 enum How {
-    /// It ends well and prints each of these. More arguments make it shorter, or name addresses that it would have by default.
+    /// It succeeds and prints each of `texts`. `more` shortens it or sets addresses that it has by default.
     Prints { more: &'static str, texts: &'static [&'static str] },
-    /// The same, with something on its standard input.
+    /// As [`Prints`], with standard input.
     Asked { input: &'static str, more: &'static str, texts: &'static [&'static str] },
-    /// It goes on, once it has printed this; those before it that hold the same addresses end.
+    /// It prints `text` and keeps running; earlier commands on the same addresses are stopped.
     Serves { more: &'static str, text: &'static str },
     /// A test in this file shows it.
     By(&'static str),
-    /// What it needs that is not here, for who reads the list.
+    /// A requirement that is missing here, for readers of the list.
     #[expect(dead_code, reason = "it is for people")]
     Needs(&'static str),
 }
@@ -40,7 +40,7 @@ const LISTENING: &str = "--http 127.0.0.1:8080 --grpc 127.0.0.1:50051";
 const CLUSTER: How = Needs("a cluster: `tests/kubernetes/run` does it");
 const HOURS: How = Needs("hours");
 
-/// Commands as they stand on a page, without what is said about them.
+/// Commands as they stand on a page, without comments.
 type Commands = &'static [(&'static str, How)];
 
 const README: Commands = &[
@@ -160,7 +160,7 @@ const PERFORMANCE: Commands = &[
     ),
 ];
 
-/// A page, the commands that are typed before its own, and its commands in its order.
+/// A page, the commands to type before its own, and its own in order.
 const PAGES: &[(&str, Commands, Commands)] = &[
     ("README.md", &[], README),
     ("docs/use.md", &[], USE),
@@ -219,7 +219,7 @@ impl Reader {
         Self { directory, ports, serving: Vec::new() }
     }
 
-    /// The command with what only the reader knows.
+    /// The command with the test's addresses, host names and directories.
     fn typed(&self, command: &str, more: &str) -> String {
         let mut typed = match command.split_once(" > ") {
             Some((command, file)) => format!("{command} {more} > {file}"),
@@ -271,7 +271,7 @@ impl Reader {
         }
     }
 
-    /// Types it, again where a cluster may need a moment.
+    /// Types the command, repeatedly where a cluster may need a moment.
     fn until_it_prints(&self, typed: &str, texts: &[&str]) {
         let deadline = Instant::now() + PATIENCE;
         loop {

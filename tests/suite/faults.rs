@@ -31,7 +31,7 @@ async fn a_worker_dead_for_too_long_fails_requests_retryably_and_its_return_heal
     cluster.workers[1].kill();
     let mut failed = 0;
     while let Some(done) = running.join_next().await {
-        // One that had finished already is fine; the rest end with a status that invites a retry.
+        // A request that finished before the fault is fine; the rest end with a status that invites a retry.
         if let Err(status) = done.unwrap() {
             assert_eq!(status.code(), tonic::Code::Unavailable, "{status}");
             assert!(!status.message().contains("worker-"), "addresses stay inside: {status}");
@@ -163,14 +163,14 @@ async fn sigterm_lets_running_requests_finish() {
     }
 }
 
-/// What workers hold, and how their outputs are added up: two that hold everything, so that what one says of an output needs a
-/// second opinion, and two that hold half each, whose own sums do not depend on who else is in a batch.
+/// Workers' shares and combine modes: two full replicas, where a failed output needs a second opinion, and two halves,
+/// whose partial sums do not depend on the batch.
 const ARRANGEMENTS: [([&str; 2], &str); 2] = [(["all", "all"], "exact"), (["0/2", "1/2"], "partial")];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expert_poisoned_everywhere_ends_the_streams_that_choose_it_and_no_other() {
     const STREAMS: u32 = 32;
-    // Short, so that not every one meets the expert.
+    // Short, so that some streams never choose the expert.
     let request = |n: u32| greedy(&[6 + n * 113, 900 + n], 3 + n % 3);
     let poisoned = copy_of(&demo_model());
     poison(poisoned.path(), 3, 5);

@@ -10,14 +10,14 @@ use muster_tests::{demo_model, http};
 use serde_json::json;
 use tonic::{Code, Status};
 
-/// A stream as far as it went.
+/// A stream up to its end or failure.
 struct Stream {
     started: Started,
     ids: Vec<u32>,
     end: Result<Finished, Status>,
 }
 
-/// Runs a request; once some tokens came, does `then`.
+/// Runs a request, and `then` after the first tokens.
 async fn run(cluster: &mut Cluster, request: GenerateRequest, then: impl FnOnce(&mut Cluster)) -> Stream {
     let mut stream = cluster.client().await.generate(request).await.expect("it is taken").into_inner();
     let first = stream.message().await.unwrap().unwrap().event.unwrap();
@@ -43,7 +43,7 @@ async fn run(cluster: &mut Cluster, request: GenerateRequest, then: impl FnOnce(
 
 fn nothing(_: &mut Cluster) {}
 
-/// A CPU and, as far as a router can tell, a CUDA device; both have all experts.
+/// A CPU worker and one announced as CUDA; both hold all experts.
 async fn cpu_and_cuda(numerics: &str) -> (Cluster, Liar) {
     let setup = Setup::new(&demo_model()).shares(&["all", "all"]).compute("f32").tcp();
     let setup = setup.router_args(&["--placement", "static", "--numerics", numerics]);
@@ -84,7 +84,7 @@ async fn outputs_are_of_one_class_and_end_when_it_is_gone() {
     assert_eq!(after.end.unwrap().numerics, ["cuda-mma"]);
     assert_ne!(after.started.resume_key, before.started.resume_key);
     assert!(cuda.told()[0] > 0);
-    // What CPUs began, this device does not go on with.
+    // A stream begun on CPUs is not resumed on the CUDA device.
     let choices = vec![TokenIds { ids: before.ids[..10].to_vec() }];
     let resume_from = Some(Resume { choices, key: Some(before.started.resume_key) });
     let resumed = cluster.client().await.generate(GenerateRequest { resume_from, ..request() }).await;
@@ -103,7 +103,7 @@ async fn where_any_will_do_answers_say_so() {
     let answer = http::post(&cluster.http(), "/v1/completions", &json!({"prompt": "Once", "max_tokens": 4}));
     let fingerprint = answer.json()["system_fingerprint"].as_str().unwrap().to_owned();
     assert!(fingerprint.ends_with("_any"), "{fingerprint}");
-    // One device is enough to go on.
+    // One worker suffices to continue.
     let stream = run(&mut cluster, greedy(&[6, 90, 701], 200), |cluster| cluster.workers[0].kill()).await;
     assert!(stream.end.is_ok());
 }

@@ -32,7 +32,7 @@ fn worker(router: &Process, more: &[&str]) -> Process {
     start(&[&args, more].concat())
 }
 
-/// What `muster probe` prints, and whether it is content.
+/// Output of `muster probe`, and whether it succeeded.
 fn probe(address: &str) -> (bool, String) {
     let probed = run(&["probe", "--admin", address]);
     (probed.status.success(), String::from_utf8(probed.stdout).unwrap())
@@ -57,7 +57,7 @@ async fn a_drain_that_is_asked_for_ends_when_it_is_safe_and_the_process_waits() 
     let drained = run(&["drain", "--admin", &leaving.address("admin")]);
     assert_eq!(String::from_utf8_lossy(&drained.stdout), "safe to terminate\n");
     assert_eq!(probe(&leaving.address("admin")), (false, "not ready: it drains\n".to_owned()));
-    // Told once a second.
+    // The gauge is updated once a second.
     eventually("the other holds all", async || {
         (http::metric(&staying.address("admin"), "muster_worker_experts") == 48.0).then_some(())
     })
@@ -67,7 +67,7 @@ async fn a_drain_that_is_asked_for_ends_when_it_is_safe_and_the_process_waits() 
     leaving.signal(libc::SIGTERM);
     assert!(leaving.wait().is_some_and(|status| status.success()));
 
-    // A router that leaves says so at once, and still takes a request.
+    // A leaving router reports not ready at once, and still accepts a request.
     let (admin, serving) = (router.address("admin"), router.address("http"));
     let draining = {
         let admin = admin.clone();
@@ -131,7 +131,7 @@ async fn whoever_led_leads_again_when_all_workers_have_stood_still() {
     };
     leads(1.0).await;
     for _ in 0..3 {
-        // Until none of them counts any more.
+        // Until no worker counts for the majority.
         workers.iter().for_each(|worker| worker.signal(libc::SIGSTOP));
         leads(0.0).await;
         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
@@ -144,7 +144,7 @@ async fn whoever_led_leads_again_when_all_workers_have_stood_still() {
 async fn what_is_missing_is_told_and_waited_for() {
     let directory = tempfile::tempdir().unwrap();
     let model = directory.path().join("model");
-    // The port has to be known before the process says it; nobody else takes one that was free a moment ago.
+    // The port must be known in advance; a port that was free a moment ago is unlikely to be taken.
     let admin = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let args = [
         "router",
@@ -173,7 +173,7 @@ async fn what_is_missing_is_told_and_waited_for() {
     let log = starting.await.unwrap().log();
     assert_eq!(log.matches("trying again until it is mended").count(), 1, "{log}");
 
-    // Without anybody who asks, it ends and says why.
+    // Without an admin address the process exits and prints the reason.
     let absent = Path::new("/absent/model").display().to_string();
     let ended = run(&["router", "--model", &absent, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]);
     assert_eq!(ended.status.code(), Some(2));

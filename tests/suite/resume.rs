@@ -150,7 +150,7 @@ async fn a_last_token_that_ends_the_output_brings_only_the_end() {
     let mut request = greedy(&[1, 844, 624, 265, 556], 24);
     let undisturbed = whole(&client, request.clone()).await;
     let frames = &undisturbed.choices[0].0;
-    // A stop id has no frame, but a client may know it.
+    // A stop id has no frame, but a client may send it as a resumed token.
     request.stop = Some(Stop { token_ids: vec![frames[9].token_id], ignore_eos: true, ..Stop::default() });
     let first = frames.iter().position(|frame| frame.token_id == frames[9].token_id).unwrap();
     let stopped = whole(&client, request.clone()).await;
@@ -194,14 +194,14 @@ async fn bad_resumes_are_refused_by_field() {
     assert_eq!(whole(&client, request()).await.choices[0].0.len(), 8);
 }
 
-/// Everything of one choice, over as many streams as it takes.
+/// The whole output of one choice, over as many streams as it takes.
 async fn through(client: &Client, request: GenerateRequest, seen: &AtomicUsize) -> (Whole, u32) {
     let mut generation = client.generate(request).await.unwrap();
     let (mut frames, mut end) = (Vec::new(), None);
     while let Some(event) = generation.next().await.unwrap() {
         match event {
             Event::Token(frame) => {
-                // One that is well under way counts once.
+                // A stream well under way counts once.
                 if frame.index == 10 {
                     seen.fetch_add(1, Ordering::SeqCst);
                 }
@@ -229,7 +229,7 @@ async fn a_dead_router_loses_no_stream() {
     let request = |n: u32| {
         let prompt = [1, 844 + n, 624, 265];
         let mut request = if n.is_multiple_of(2) { greedy(&prompt, 300) } else { sampled(&prompt, 300, 0) };
-        // Every fourth leaves the seed to the router.
+        // Every fourth request leaves the seed to the router.
         if n % 4 == 3 {
             request.sampling.as_mut().unwrap().seed = None;
         }
@@ -313,7 +313,7 @@ async fn the_command_line_names_several_routers() {
     assert_eq!(answer, undisturbed);
     assert!(stderr.contains("asking for the rest of it"), "the fault hit nobody: {stderr}");
     assert_eq!(counted(&other, "muster_requests_resumed_total"), 1);
-    // The first is gone from the start.
+    // The first router is gone from the start.
     let (answer, _) = generate(&["--grpc", &format!("{first},{second}")]).await.unwrap();
     assert_eq!(answer, undisturbed);
 }

@@ -151,11 +151,11 @@ async fn a_cluster_behind_tls_gives_the_same_tokens_to_who_is_let_in() {
     let by_certificate = Credentials { identity, ..secrets.credentials() };
     let other = Client::connect_as(&by_certificate, &url, Policy::default()).await.unwrap();
     assert_eq!(tokens(&other, greedy(&prompt, 24)).await, expected);
-    // Whoever trusts other authorities finds nobody there.
+    // A client that trusts other authorities refuses the router.
     let error = Client::connect_as(&Credentials::default(), &url, Policy::default()).await.unwrap_err();
     assert!(error.to_string().contains("UnknownIssuer"), "{error}");
 
-    // A key that is taken out of the file is not good any more, in a router that runs and for a client that is connected.
+    // A key removed from the file is revoked, in a running router and for a connected client.
     std::fs::write(secrets.path("keys"), "# nobody\n").unwrap();
     eventually("revoked", async || match client.model().await {
         Ok(_) => None,
@@ -222,7 +222,7 @@ async fn no_route_or_method_but_liveness_is_open() {
     assert_eq!(call(&stranger, "/grpc.health.v1.Health/Check", None).await, Code::Ok);
 }
 
-/// What stands open to whoever shows nothing, in every way in which a router can be started.
+/// Methods open without credentials, for every way to start a router.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_stands_open_was_asked_for_by_name() {
     let secrets = Secrets::new();
@@ -236,7 +236,7 @@ async fn what_stands_open_was_asked_for_by_name() {
     };
     let (near, far) = ("127.0.0.1:0", "0.0.0.0:0");
     let (plain, no_keys, keys) = ("--insecure-plaintext", "--insecure-no-keys", ["--api-keys", &keys]);
-    // Where, whether with TLS, flags; whether clients' methods are open, and workers'.
+    // Address, TLS, flags; whether clients' methods and workers' methods are open.
     let served: [(&str, bool, &[&str], bool, bool); 9] = [
         (near, false, &[], true, true),
         (near, false, &keys, false, true),
@@ -336,7 +336,7 @@ async fn a_flood_behind_tls_ends_and_others_are_served() {
     eventually("said", async || router.log().contains("more control frames").then_some(())).await;
     let channel = secrets.channel(&router.address("grpc"), None).await.unwrap();
     assert_eq!(call(&channel, "/muster.v1.Inference/GetModel", Some(&secrets.key)).await, Code::Ok);
-    // Processes of the cluster are never taken for one.
+    // Processes of the cluster never count as flooding.
     let of_worker = http::get(&worker.address("admin"), "/metrics").text();
     assert!(of_worker.contains("muster_connections_flooding_total 0\n"), "{of_worker}");
 }
@@ -406,7 +406,7 @@ async fn peers_that_stall_in_a_handshake_keep_nobody_out() {
         peer.set_nonblocking(true).unwrap();
         peer.read(&mut [0]).is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
     });
-    // The oldest gave way; the others have the time that is theirs.
+    // The oldest connections gave way; the others still have their time.
     assert!((200..300).contains(&peers.len()), "{} still stall", peers.len());
 }
 
@@ -421,7 +421,7 @@ async fn a_process_with_the_wrong_certificate_is_refused_with_a_reason_on_both_s
         Process::start(&[&args[..], more].concat())
     };
 
-    // As a client it may not join: it is told why and tells why.
+    // With a client's certificate it may not join; both sides log the reason.
     let client = join(&secrets.flags("client")).unwrap();
     eventually("refused", async || client.log().contains("it takes a certificate of a worker").then_some(()))
         .await;
@@ -429,7 +429,7 @@ async fn a_process_with_the_wrong_certificate_is_refused_with_a_reason_on_both_s
         router.log().contains("it takes a certificate of a worker").then_some(())
     })
     .await;
-    // Of another cluster, or without TLS, it is refused in the handshake.
+    // A foreign certificate or no TLS fails in the handshake.
     let foreign = join(&others.flags("worker")).unwrap();
     eventually("not trusted", async || foreign.log().contains("UnknownIssuer").then_some(())).await;
     let plain = join(&[]).unwrap();
@@ -437,7 +437,7 @@ async fn a_process_with_the_wrong_certificate_is_refused_with_a_reason_on_both_s
         .await;
     eventually("and said", async || router.log().contains("a TLS handshake failed").then_some(())).await;
 
-    // A process that poses as a worker, but is a client: no router takes it.
+    // A worker with a client's certificate: no router connects to it.
     let (address, model) = (client.address("listen"), demo_model().display().to_string());
     let args =
         ["router", "--model", &model, "--worker", &address, "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"];
@@ -447,7 +447,7 @@ async fn a_process_with_the_wrong_certificate_is_refused_with_a_reason_on_both_s
     let error = Process::start(&args).map(drop).unwrap_err();
     assert!(error.contains("the peer is a client (spiffe://muster/muster/client), not a worker"), "{error}");
 
-    // A process that poses as a router, but is a worker: no worker serves it.
+    // A router with a worker's certificate: no worker serves it.
     let honest = worker(&router, &secrets, &[]);
     let address = honest.address("listen");
     let args =

@@ -130,7 +130,7 @@ fn every_command_of_the_specification_names_what_exists() {
                 [path] if path.starts_with("tests/") => {
                     (!workspace_root().join(path).exists()).then(|| format!("no file {path}"))
                 }
-                // A word of the text, such as a program that is needed.
+                // A single word is no command, such as the name of a required program.
                 [_] => None,
                 _ => Some("a command of no known kind".into()),
             };
@@ -142,7 +142,7 @@ fn every_command_of_the_specification_names_what_exists() {
         assert!(is_shown, "nothing shows {row}");
     }
     assert!(checked > 80, "{checked} commands");
-    // It can tell.
+    // Control: wrong commands are found.
     assert!(wrong(&["--release", "-p", "muster-tests", "no_such_test"]).is_some());
     assert!(wrong(&["-p", "muster-nobody"]).is_some());
     assert!(wrong(&["-p", "muster-kernels", "--test", "nothing"]).is_some());

@@ -1,4 +1,5 @@
-//! `muster up` as a keeper of processes: what it starts again, what it leaves behind, what it finds out before it loads.
+//! `muster up` as a keeper of processes: what it starts again, what it leaves behind, what it finds out before it
+//! loads.
 
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -68,7 +69,7 @@ fn what_a_killed_cluster_left_is_gone_after_the_next_start() {
     let first = up(temporary.path());
     let now = entries(temporary.path());
     assert!(now.len() == 1 && now != left, "{now:?} after {left:?}");
-    // One that is in use stays.
+    // A directory in use is not removed.
     let mut second = up(temporary.path());
     assert_eq!(entries(temporary.path()).len(), 2);
     completion(&first.address("http"));

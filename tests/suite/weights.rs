@@ -1,4 +1,5 @@
-//! Weights that are not those of the router's checkpoint: refused by name, or had from elsewhere, and never computed with.
+//! Weights that are not those of the router's checkpoint: refused by name, or had from elsewhere, and never computed
+//! with.
 
 use std::path::Path;
 
@@ -20,7 +21,7 @@ fn worker(name: &str, model: &Path) -> Process {
     Process::start(&args).unwrap()
 }
 
-/// A refusal says who, which expert, both digests and where to look.
+/// A refusal names the worker, the expert, both digests and the file to check.
 fn is_a_refusal(text: &str, name: &str, layer: u32, expert: u32) {
     let key = format!("layer {layer} expert {expert}");
     for part in [&format!("worker {name} is refused"), &key, "sha256sum model-0000"] {
@@ -73,7 +74,7 @@ async fn without_a_replica_the_cluster_is_not_ready_and_says_why() {
     let status = cluster.status(0).await;
     assert_eq!((status.health(), status.missing_experts), (Health::NotReady, status.experts));
     is_a_refusal(&status.workers[0].reason, "worker-0", 0, 1);
-    // A sound one beside it is all that it takes.
+    // One intact worker suffices.
     cluster.join(&["--model", &demo_model().display().to_string(), "--share", "all"]);
     eventually("ready", async || (http::get(&http, "/readyz").status == 200).then_some(())).await;
 }
@@ -90,13 +91,13 @@ fn a_router_that_waits_for_its_workers_ends_with_the_reason() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn experts_that_a_worker_s_own_files_cannot_give_come_from_elsewhere() {
-    // Two faults that show only when an expert is to be loaded: files that changed since they were opened, and damage.
+    // Two faults that show only when an expert is loaded: files changed since they were opened, and damage.
     for fault in ["changed", "damaged"] {
         let copy = copy_of(&demo_model());
         let model = copy.path().display().to_string();
         let mut cluster = Elastic::start(&demo_model(), 1, &[]);
         cluster.routers[0].kill();
-        // Nobody tells it what to hold yet.
+        // The worker has no orders yet: its only router is dead.
         cluster.join(&["--model", &model]);
         match fault {
             "changed" => touch(copy.path()),
@@ -138,7 +139,7 @@ fn check_model_makes_digests_and_finds_what_changed_since() {
     let name = shard.file_name().unwrap().to_str().unwrap();
     assert!(error.contains("weights of 1 experts") && error.contains(name), "{error}");
     assert!(error.contains("layer 4 expert 7"), "{error}");
-    // A file of another way to hold experts is another file.
+    // Each expert dtype has a digest file of its own.
     assert!(run(&["check-model", &model, "--digests", "--expert-dtype", "q8"]).status.success());
     assert!(copy.path().join(".muster/experts-bf16-q8.digests").exists());
 }

@@ -1,4 +1,4 @@
-//! Streams while a cluster is injured, each compared with what it gave undisturbed, token by token.
+//! Streams during faults in a cluster, each compared, token by token, with its undisturbed run.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -10,27 +10,27 @@ use tokio::task::JoinSet;
 use crate::stats::quantile;
 use crate::{BenchError, Run, Streams, Target, text};
 
-/// How long a stream may take to begin.
+/// Deadline of a stream's first token.
 const BEGIN: Duration = Duration::from_secs(60);
 
-/// What is done to the cluster.
+/// A fault injected into the cluster.
 #[derive(Debug, Clone, Copy)]
 pub enum Fault {
     /// A worker dies.
     KillWorker,
-    /// A worker stands still for a while.
+    /// A worker is stopped for a while.
     StopWorker,
-    /// Every worker leaves and comes back.
+    /// Every worker is restarted.
     RestartWorkers,
-    /// The router dies and comes back.
+    /// The router dies and is restarted.
     KillRouter,
 }
 
 impl Fault {
-    /// In the order of the report.
+    /// All faults, in the order of the report.
     pub const ALL: [Self; 4] = [Self::KillWorker, Self::StopWorker, Self::RestartWorkers, Self::KillRouter];
 
-    /// For people.
+    /// Name in reports.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -42,38 +42,38 @@ impl Fault {
     }
 }
 
-/// What came of a fault.
+/// Outcome of a fault.
 #[derive(Debug, Serialize)]
 pub struct Outcome {
     fault: &'static str,
     streams: usize,
-    /// Streams that had not ended when the fault was over.
+    /// Streams still running when the fault was over.
     disturbed: usize,
     failed: usize,
     different: usize,
     /// Longest pause of each stream, milliseconds.
     pauses_ms: Vec<u64>,
-    /// Why streams failed.
+    /// Errors of failed streams.
     #[serde(skip)]
     pub errors: Vec<BenchError>,
 }
 
-/// Streams that all run at once.
+/// Concurrent streams.
 #[derive(Debug, Clone)]
 pub struct Load<T> {
-    /// Whoever generates them.
+    /// Target that generates them.
     pub target: T,
-    /// How many.
+    /// Number of streams.
     pub streams: u32,
-    /// What they are made of.
+    /// Prompts and lengths.
     pub kind: Streams,
 }
 
 impl<T: Target> Load<T> {
-    /// Runs all streams, and `fault` once each has a token. Also says how many had not ended when it was over.
+    /// Runs all streams, and `fault` once each has a token. Also returns how many were still running when it was over.
     ///
     /// # Errors
-    /// That of `fault`; those of streams are in their runs.
+    /// The error of `fault`; those of streams are in their runs.
     pub async fn run<E>(&self, fault: impl AsyncFnOnce() -> Result<(), E>) -> Result<(Vec<Run>, usize), E> {
         let (begun, ended) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
         let mut running = JoinSet::new();
@@ -111,7 +111,7 @@ impl<T: Target> Load<T> {
 }
 
 impl Outcome {
-    /// Of streams that would have given `undisturbed`.
+    /// Outcome of runs whose undisturbed tokens are `undisturbed`.
     #[must_use]
     pub fn of(fault: Fault, disturbed: usize, runs: Vec<Run>, undisturbed: &[Vec<u32>]) -> Self {
         let (mut errors, mut different, mut pauses_ms) = (Vec::new(), 0, Vec::new());
@@ -127,14 +127,14 @@ impl Outcome {
         Self { fault: fault.name(), streams, disturbed, failed, different, pauses_ms, errors }
     }
 
-    /// Streams that failed or gave other tokens.
+    /// Number of streams that failed or gave other tokens.
     #[must_use]
     pub const fn bad(&self) -> usize {
         self.failed + self.different
     }
 }
 
-/// All outcomes for people.
+/// Report of all outcomes, as text.
 #[must_use]
 pub fn table(outcomes: &[Outcome]) -> String {
     let rows: Vec<Vec<String>> = outcomes

@@ -9,28 +9,28 @@ use crate::BenchError;
 use crate::scrape::{Histogram, Metrics};
 use crate::stats::quantile;
 
-/// What a router counts dispatch and combine of one layer under, without queue and compute in the workers.
+/// Router's histogram of dispatch and combine of one layer, without queue and compute time in the workers.
 const OVERHEAD: &str = "muster_dispatch_overhead_seconds";
 
-/// Where the times come from.
+/// Source of dispatch times.
 #[derive(Clone)]
 pub enum Clock {
-    /// Nobody tells.
+    /// No times.
     None,
     /// The engine in this process.
     Samples(StatsHandle),
-    /// A router elsewhere.
+    /// Metrics of a running router.
     Metrics(Metrics),
 }
 
-/// What a clock has seen up to now.
+/// Position in a clock, from which later times are counted.
 pub(crate) enum Mark {
     Nothing,
     Samples(usize),
     Histogram(Histogram),
 }
 
-/// The times of one stretch.
+/// Times between two positions.
 pub(crate) enum DispatchTimes {
     Samples(Vec<Duration>),
     Histogram(Histogram),
@@ -45,12 +45,12 @@ impl Clock {
         })
     }
 
-    /// What came since `mark`.
+    /// Times since `mark`.
     pub(crate) async fn since(&self, mark: Mark) -> Result<Option<DispatchTimes>, BenchError> {
         Ok(match (self, mark) {
             (Self::Samples(stats), Mark::Samples(before)) => {
                 let samples = stats.snapshot().samples;
-                // The memory of samples is bounded; once it is full, all it has is of late.
+                // The buffer of samples is bounded; once full, it holds recent ones only.
                 let fresh = samples.get(before..).filter(|fresh| !fresh.is_empty()).unwrap_or(&samples);
                 Some(DispatchTimes::Samples(fresh.iter().map(Summed::overhead).collect()))
             }
@@ -63,7 +63,7 @@ impl Clock {
 }
 
 impl DispatchTimes {
-    /// Median and 99th percentile over several stretches of one clock, in seconds.
+    /// Median and 99th percentile over several stretches of one clock, seconds.
     pub(crate) fn p50_p99(stretches: Vec<Self>) -> Option<(f64, f64)> {
         let (mut samples, mut sum) = (Vec::new(), Histogram::default());
         for stretch in stretches {

@@ -1,7 +1,7 @@
-//! Measures whoever generates tokens: how fast they come ([`rates`]), and whether and for how long streams stand still while
-//! a cluster runs ([`soak`]) or is injured ([`chaos`]).
+//! Measures a token generator: throughput and latency ([`rates`]), and pauses of streams while a cluster runs
+//! ([`soak`]) or suffers faults ([`chaos`]).
 //!
-//! Knows its target by what it does ([`Target`]), and prints nothing.
+//! Knows a target by its interface only ([`Target`]), and prints nothing.
 
 pub mod chaos;
 mod clock;

@@ -1,8 +1,8 @@
 //! Throughput and latency.
 //!
-//! Every round starts all its requests at once, with prompts of random tokens that no other request has. Prefill is
-//! measured until every sequence has its first token; decoding only while all sequences decode, so that neither is
-//! flattered by the other's idle time. A run can be compared with a saved one.
+//! Every round starts all its requests at once, with unique prompts of random tokens. Prefill is measured until every
+//! sequence has its first token; decoding only while all sequences decode, so that neither profits from the other's
+//! idle time. A run can be compared with a saved one.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::clock::{DispatchTimes, Mark};
 use crate::stats::{median, quantile};
 use crate::{About, BenchError, Clock, Request, Target, Tokens, text};
 
-/// Everything that was measured.
+/// All measurements of a run.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     model: String,
@@ -30,24 +30,23 @@ pub struct Report {
     results: Vec<Measurement>,
 }
 
-/// The trunk of a run that says nothing of it.
+/// Trunk dtype of saved runs that lack the field.
 fn native() -> String {
     muster_types::WeightDType::Native.to_string()
 }
 
-/// What was measured at one concurrency. Times are in seconds.
+/// Measurements at one concurrency. Times are in seconds.
 #[derive(Debug, Serialize, Deserialize)]
 struct Measurement {
     concurrency: u32,
     prefill_tokens_per_second: f64,
-    /// Missing when sequences were never all decoding at once.
+    /// Absent when the sequences never all decoded at once.
     decode_tokens_per_second: Option<f64>,
     ttft: Spread,
-    /// Missing when every sequence has one token only.
+    /// Absent when every sequence has one token only.
     inter_token: Option<Spread>,
-    /// What dispatch and combine of one MoE layer cost the engine while decoding, without the longest time that experts
-    /// took. For workers of one's own: the samples themselves; for a router whose metrics are read: from its
-    /// histogram, 15 % off at most.
+    /// Cost of dispatch and combine of one MoE layer for the engine while decoding, without the experts' longest time.
+    /// With private workers from the samples; with a router's metrics from its histogram, off by at most 15 %.
     dispatch_per_layer: Option<Spread>,
 }
 
@@ -64,20 +63,20 @@ impl Spread {
     }
 }
 
-/// What to measure.
+/// Parameters of a measurement.
 #[derive(Debug, Clone)]
 pub struct Plan {
     /// Tokens of every prompt.
     pub prompt_tokens: u32,
     /// Tokens generated for every prompt; 1 measures prefill alone.
     pub output_tokens: u32,
-    /// Requests at a time, one measurement for each.
+    /// Concurrent requests, one measurement for each.
     pub concurrency: Vec<u32>,
-    /// How often each is measured.
+    /// Rounds per measurement.
     pub rounds: u32,
 }
 
-/// Measures a target; `clock` has the times of dispatch.
+/// Measures a target; `clock` gives dispatch times.
 ///
 /// # Errors
 /// When the context has no room for a sequence, or the target fails.
@@ -95,7 +94,7 @@ pub async fn measure(
         )));
     }
     let mut prompts = Prompts { state: 0, vocabulary: about.vocabulary };
-    // Weights are touched and connections made before anything counts.
+    // Warm-up: touches weights and makes connections before anything counts.
     drop(round(target, &mut prompts, 1, prompt_tokens, 2, &Clock::None).await?);
     let mut results = Vec::new();
     for &concurrency in &plan.concurrency {
@@ -145,7 +144,7 @@ async fn at(
     })
 }
 
-/// When the tokens of each sequence came, since the start of the round.
+/// Arrival times of each sequence's tokens, since the start of the round.
 struct Round(Vec<Vec<Duration>>);
 
 async fn round(
@@ -164,7 +163,7 @@ async fn round(
         requests.spawn(request(target.clone(), prompt, output_tokens, started, waits.clone()));
     }
     drop(waits);
-    // Nothing is ever sent: the channel ends when all have dropped their side.
+    // Nothing is ever sent: the channel closes when all senders are dropped.
     while first_tokens.recv().await.is_some() {}
     let decoding = if output_tokens > 1 { clock.mark().await? } else { Mark::Nothing };
     let mut sequences = Vec::new();
@@ -174,7 +173,7 @@ async fn round(
     Ok((Round(sequences), clock.since(decoding).await?))
 }
 
-/// A sequence that has no token yet.
+/// Dropped by a sequence at its first token.
 type Waits = mpsc::Sender<Infallible>;
 
 async fn request(
@@ -211,7 +210,7 @@ impl Round {
         self.0.len() as f64 * f64::from(prompt_tokens) / all.as_secs_f64()
     }
 
-    /// Tokens per second of all sequences, while all of them decode.
+    /// Tokens per second of all sequences, while they all decode.
     fn decode_rate(&self) -> Option<f64> {
         let from = self.first_tokens().max()?;
         let to = self.0.iter().filter_map(|arrivals| arrivals.last().copied()).min()?;
@@ -241,7 +240,7 @@ impl Prompts {
     }
 }
 
-/// A report for people.
+/// Report as text.
 #[must_use]
 pub fn table(report: &Report) -> String {
     let seconds = |seconds: f64| text::span(Duration::from_secs_f64(seconds));
@@ -291,7 +290,7 @@ pub fn table(report: &Report) -> String {
     )
 }
 
-/// This run's figures as multiples of a saved run's, for every concurrency that both have.
+/// Ratios of this run's figures to a saved run's, for every concurrency that both have.
 #[must_use]
 pub fn comparison(now: &Report, saved: &Report) -> String {
     let times = |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}x"));

@@ -23,7 +23,7 @@ impl Metrics {
         Some(Self { authority: client::authority(url)?.to_owned() })
     }
 
-    /// The histogram `name`, all its series added up; empty when nothing was recorded yet.
+    /// The histogram `name`, summed over its series; empty when nothing was recorded yet.
     pub(crate) async fn histogram(&self, name: &str) -> Result<Histogram, BenchError> {
         let failed = |reason: String| {
             BenchError::Runtime(format!("the metrics at http://{}/metrics: {reason}", self.authority))
@@ -37,10 +37,10 @@ impl Metrics {
     }
 }
 
-/// How many values were not above each bound.
+/// Counts of values up to each bound.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Histogram {
-    /// By the bits of the bound: bounds are positive, so their bits are in their order.
+    /// Keys are the bits of the bounds: positive floats order like their bits.
     counts: BTreeMap<u64, u64>,
 }
 
@@ -62,7 +62,7 @@ impl Histogram {
         histogram
     }
 
-    /// What was recorded after `before`.
+    /// Values recorded after `before`.
     pub(crate) fn since(mut self, before: &Self) -> Self {
         for (bound, count) in &mut self.counts {
             *count = count.saturating_sub(before.counts.get(bound).copied().unwrap_or(0));
@@ -70,7 +70,7 @@ impl Histogram {
         self
     }
 
-    /// Adds what `other` has, which must have the same bounds or none.
+    /// Adds `other`, which must have the same bounds or none.
     pub(crate) fn add(&mut self, other: &Self) {
         for (bound, count) in &other.counts {
             let sum = self.counts.entry(*bound).or_default();
@@ -78,7 +78,7 @@ impl Histogram {
         }
     }
 
-    /// The value below which a fraction `q` lies, linear within its bucket; `None` when nothing was recorded.
+    /// Quantile `q`, interpolated linearly in its bucket; `None` when nothing was recorded.
     pub(crate) fn quantile(&self, q: f64) -> Option<f64> {
         let total = *self.counts.values().last()?;
         let rank = q * total as f64;
@@ -113,7 +113,7 @@ mod tests {
         let histogram = Histogram::parse("t_seconds", PAGE);
         assert_eq!(histogram.quantile(0.5), Some(0.0015));
         assert_eq!(histogram.quantile(0.25), Some(0.001));
-        // Above the last bound nothing is known.
+        // Values above the last finite bound are not resolved.
         assert_eq!(histogram.quantile(0.99), Some(0.002));
         assert_eq!(Histogram::parse("absent_seconds", PAGE).quantile(0.5), None);
     }

@@ -1,4 +1,4 @@
-//! Streams without end, each compared with its first run.
+//! Endless streams, each compared with its first run.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -9,13 +9,13 @@ use tokio::task::JoinSet;
 
 use crate::{BenchError, Streams, Target};
 
-/// Pause after a stream that failed, so that a cluster that is gone is not flooded.
+/// Pause after a failed stream, so that a cluster that is down is not flooded.
 const AFTER_FAILURE: Duration = Duration::from_millis(200);
 
-/// What came of all streams so far.
+/// Counts over all streams so far.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Count {
-    /// Time since they began.
+    /// Seconds since the start.
     pub seconds: u64,
     /// Streams that ended.
     pub streams: u64,
@@ -25,16 +25,16 @@ pub struct Count {
     pub failed: u64,
     /// Streams that gave other tokens than the first time.
     pub different: u64,
-    /// Longest pause between two tokens of a stream since it was looked last, milliseconds.
+    /// Longest pause between two tokens since the last [`look`](Soak::look), milliseconds.
     pub pause_ms: u64,
-    /// Longest of all.
+    /// Longest pause since the start, milliseconds.
     pub longest_pause_ms: u64,
-    /// What the last one that failed said.
+    /// Error of the last failed stream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }
 
-/// Streams under way. Dropping it ends them.
+/// Running streams, which end when dropped.
 #[derive(Debug)]
 pub struct Soak {
     count: Rc<RefCell<Count>>,
@@ -43,7 +43,7 @@ pub struct Soak {
 }
 
 impl Soak {
-    /// Runs a stream on each target, and then each of them again and again, on the local set of the caller.
+    /// Runs one stream on each target, then repeats each for ever, on the caller's local set.
     ///
     /// # Errors
     /// When a first run fails.
@@ -60,7 +60,7 @@ impl Soak {
         Ok(Self { count, started: Instant::now(), _running: running })
     }
 
-    /// How things are.
+    /// Current counts; restarts the measurement of pauses.
     pub fn look(&self) -> Count {
         let mut count = self.count.borrow_mut();
         count.seconds = self.started.elapsed().as_secs();

@@ -1,4 +1,4 @@
-//! Streams that give the same tokens every time they are run, and how long they stand still.
+//! Reproducible streams, and their pauses.
 
 use std::time::{Duration, Instant};
 
@@ -6,30 +6,30 @@ use crate::{About, BenchError, Request, Target, Tokens};
 
 /// Tokens of every prompt.
 const PROMPT: u32 = 16;
-/// Tokens of every stream, if the context has room for them.
+/// Tokens of every stream, if the context has room.
 const OUTPUT: u32 = 400;
 
-/// The tokens of a stream, and its longest pause.
+/// Tokens of a stream, and its longest pause.
 pub type Run = Result<(Vec<u32>, Duration), BenchError>;
 
-/// What streams are made of.
+/// Parameters of streams.
 #[derive(Debug, Clone, Copy)]
 pub struct Streams {
-    /// Of each of them.
+    /// Tokens of each stream.
     pub tokens: u32,
     vocabulary: u32,
 }
 
 impl Streams {
-    /// As long as the model's context lets them be.
+    /// Streams as long as the model's context allows, up to `OUTPUT`.
     #[must_use]
     pub fn of(about: &About) -> Self {
         let tokens = about.context.saturating_sub(PROMPT).clamp(1, OUTPUT);
         Self { tokens, vocabulary: about.vocabulary }
     }
 
-    /// Runs stream `n`, telling of each pause before a token; the first has none. Every other stream is sampled, each with
-    /// a seed of its own.
+    /// Runs stream `n` and reports the pause before each token, zero before the first. Every other stream is sampled,
+    /// each with a seed of its own.
     pub fn run<T: Target, F: FnMut(Duration)>(
         &self,
         n: u32,

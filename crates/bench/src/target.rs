@@ -1,63 +1,63 @@
-//! Whoever is measured.
+//! The interface to a measured token generator.
 
 use std::fmt::Display;
 use std::future::Future;
 
-/// Generates tokens. Clones generate at the same time.
+/// A token generator. Clones generate concurrently.
 pub trait Target: Clone + Send + 'static {
     /// One generation.
     type Tokens: Tokens;
 
-    /// Starts a generation that no end-of-text token ends.
+    /// Starts a generation that ignores end-of-text tokens.
     fn generate(&mut self, request: Request)
     -> impl Future<Output = Result<Self::Tokens, BenchError>> + Send;
 }
 
-/// A generation under way. Dropping it ends it.
+/// A running generation, which ends when dropped.
 pub trait Tokens: Send {
-    /// The next token's id; `None` behind the last.
+    /// Id of the next token; `None` after the last.
     fn next(&mut self) -> impl Future<Output = Result<Option<u32>, BenchError>> + Send;
 }
 
-/// What to generate.
+/// A request for tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// Ids to continue.
+    /// Prompt, as token ids.
     pub prompt: Vec<u32>,
-    /// Tokens to generate.
+    /// Number of tokens to generate.
     pub tokens: u32,
     /// 0 takes the likeliest token.
     pub temperature: f32,
-    /// Of the sampling.
+    /// Seed of the sampling.
     pub seed: Option<u64>,
 }
 
-/// What a target says of its model.
+/// Facts about a target's model.
 #[derive(Debug, Clone, Default)]
 pub struct About {
-    /// Its name.
+    /// Name of the model.
     pub name: String,
-    /// Ids there are.
+    /// Size of the vocabulary.
     pub vocabulary: u32,
-    /// Tokens of the longest sequence.
+    /// Longest sequence, tokens.
     pub context: u32,
     /// Workers that hold its experts.
     pub workers: u32,
-    /// What activations are rounded to.
+    /// Dtype to which activations are rounded.
     pub compute: String,
-    /// How experts are held.
+    /// Dtype of the experts' weights as held.
     pub experts: String,
-    /// How the trunk's linears are held.
+    /// Dtype of the trunk's linears as held.
     pub trunk: String,
 }
 
-/// Why nothing was measured.
+/// Failure of a measurement.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BenchError {
-    /// What was asked for cannot be.
+    /// Bad input.
     #[error("{0}")]
     Input(String),
-    /// It could be, but did not work out.
+    /// An error at run time.
     #[error("{0}")]
     Runtime(String),
 }

@@ -1,4 +1,4 @@
-//! Measurements for people: time spans and columns.
+//! Text formats of measurements: time spans and columns.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Whoever generates tokens: a running router, or an engine in this process. Both look the same from here on.
+//! Token generators: a running router, or an engine in this process, behind one interface.
 
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -19,41 +19,41 @@ use tokio_stream::Stream;
 use crate::args::{CredentialArgs, SamplingArgs};
 use crate::failure::Failure;
 
-/// Where a router listens when nobody says otherwise.
+/// Default address of a router's gRPC.
 pub(crate) const DEFAULT_GRPC: &str = "http://127.0.0.1:50051";
 
-/// An API key, where no file has one.
+/// Environment variable with an API key, used when no file is given.
 const API_KEY: &str = "MUSTER_API_KEY";
 
-/// Generates tokens.
+/// A token generator.
 #[derive(Clone)]
 pub(crate) enum Backend {
-    /// Over gRPC, and by another router when one is lost.
+    /// Over gRPC; another router takes over when one is lost.
     Router(Client),
     /// In this process.
     Here(Service),
 }
 
-/// What to continue.
+/// A prompt.
 #[derive(Debug, Clone)]
 pub(crate) enum Ask {
     Tokens(Vec<u32>),
     Chat(Vec<v1::ChatMessage>),
 }
 
-/// How tokens are picked, and when there are enough. The default takes the likeliest, to the end of the text.
+/// Sampling settings and limits. The default takes the likeliest token, to the end of the text.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Manner {
     pub(crate) sampling: RawSampling,
     pub(crate) seed: Option<u64>,
     pub(crate) stop: Vec<String>,
     pub(crate) ignore_eos: bool,
-    /// Tokens where nobody says how many, as far as the context leaves them.
+    /// Tokens to generate by default, as far as the context leaves them.
     pub(crate) default_tokens: Option<u32>,
 }
 
 impl Manner {
-    /// What was asked for by flags, and where nothing was, what the model's own settings are.
+    /// Settings from the flags, and from the model's defaults where no flag is given.
     fn of(asked: &SamplingArgs, model: &SamplingDefaults) -> Self {
         let &SamplingArgs { temperature, top_k, top_p, min_p, repetition_penalty, .. } = asked;
         let given =
@@ -68,14 +68,14 @@ impl Manner {
     }
 }
 
-/// What comes back.
+/// A piece of a generation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Piece {
     Token {
         id: u32,
         text: String,
     },
-    /// The last one.
+    /// End of the generation; the last piece.
     Finished {
         reason: &'static str,
         text: String,
@@ -83,18 +83,18 @@ pub(crate) enum Piece {
     },
 }
 
-/// The pieces of one generation.
+/// Stream of the pieces of one generation.
 pub(crate) enum Pieces {
     Router(Box<muster_client::Generation>),
     Here(Generation),
 }
 
-/// What a backend says of its model.
+/// Facts about a backend's model.
 #[derive(Default)]
 pub(crate) struct About {
     pub(crate) model: bench::About,
     pub(crate) has_chat_template: bool,
-    /// The model's own settings, where its router takes them.
+    /// The model's own defaults, if its router uses them.
     defaults: SamplingDefaults,
 }
 
@@ -159,7 +159,7 @@ impl Backend {
         }
     }
 
-    /// How to pick tokens, by the flags and the model's own settings.
+    /// Sampling settings from the flags and the model's defaults.
     pub(crate) async fn manner(&mut self, asked: &SamplingArgs) -> Result<Manner, Failure> {
         Ok(match asked.generation_config {
             GenerationMode::Auto => Manner::of(asked, &self.about().await?.defaults),
@@ -205,7 +205,7 @@ impl Pieces {
                 Some(ClientEvent::Finished(end)) => {
                     let reason = match end.reason() {
                         Reason::Stop => "stop",
-                        // The client lets through no other.
+                        // The client passes on no other reason.
                         Reason::Length | Reason::Unspecified => "length",
                     };
                     Piece::Finished { reason, text: end.text, output_tokens: end.output_tokens }
@@ -247,7 +247,7 @@ impl Tokens for Pieces {
     }
 }
 
-/// What a router tells of its model's own settings.
+/// A router's report of its model's defaults.
 fn defaults(model: &v1::Model) -> SamplingDefaults {
     let v1::Sampling { temperature, top_k, top_p, min_p, repetition_penalty, .. } =
         model.default_sampling.clone().unwrap_or_default();
@@ -308,7 +308,7 @@ fn request(ask: Ask, max_tokens: Option<u32>, manner: &Manner) -> GenerateReques
     }
 }
 
-/// What went wrong at a router, in the words of the command line.
+/// A router's error as a failure of the command line.
 pub(crate) fn failed(error: ClientError) -> Failure {
     match &error {
         ClientError::Refused { .. } => Failure::input(error),

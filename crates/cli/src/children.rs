@@ -1,9 +1,9 @@
 //! Child processes of this same executable.
 //!
-//! What always holds: a child never outlives this process, however that ends. Two things see to it: the kernel kills
-//! the child when the thread that spawned it dies (so children are spawned from the main thread only), and the child
-//! ends by itself when its standard input does, of which this process holds the other end. Children are in process
-//! groups of their own, so that Ctrl-C reaches only this process, which then stops them in order.
+//! Always holds: a child never outlives this process, however that ends. Two mechanisms see to it: the kernel kills the
+//! child when the thread that spawned it dies (so children are spawned from the main thread only), and the child exits
+//! at the end of its standard input, whose other end this process holds. Children are in process groups of their own,
+//! so that Ctrl-C reaches only this process, which then stops them in order.
 
 use std::ffi::OsString;
 use std::io::Read;
@@ -19,7 +19,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use crate::failure::Failure;
 use crate::out;
 
-/// Flags that make a role behave as a child.
+/// Flags for a role that runs as a child.
 const CHILD_FLAGS: [&str; 3] = ["--announce", "--announce-loading", "--exit-with-parent"];
 
 /// A line that a child prints for its parent.
@@ -33,11 +33,11 @@ pub(crate) enum Announcement {
         /// Bytes there are.
         total: u64,
     },
-    /// It serves.
+    /// The child serves.
     Ready(Listening),
 }
 
-/// Where a child listens.
+/// Addresses on which a child listens.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Listening {
     /// A router's HTTP address.
@@ -46,7 +46,7 @@ pub(crate) struct Listening {
     /// A router's gRPC address.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) grpc: Option<SocketAddr>,
-    /// Where probes and metrics are answered, if that was asked for.
+    /// Address of probes and metrics, if set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) admin: Option<SocketAddr>,
     /// A worker's address.
@@ -54,14 +54,14 @@ pub(crate) struct Listening {
     pub(crate) listen: Option<String>,
 }
 
-/// Prints an announcement. The parent being gone is noticed elsewhere.
+/// Prints an announcement. Write errors are ignored: a parent that is gone is noticed elsewhere.
 pub(crate) fn announce(announcement: &Announcement) {
     if let Ok(line) = serde_json::to_string(announcement) {
         let _ = out::line(&line);
     }
 }
 
-/// Ends this process when standard input does.
+/// Exits this process at the end of standard input.
 pub(crate) fn exit_with_parent() -> Result<(), Failure> {
     let watch = || {
         let mut stdin = std::io::stdin().lock();
@@ -78,11 +78,11 @@ pub(crate) struct Running {
     name: String,
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
-    /// Closing it ends the child.
+    /// Closing it makes the child exit.
     _stdin: ChildStdin,
 }
 
-/// Starts a child with these arguments. To be called on the main thread.
+/// Starts a child with these arguments. Only for the main thread.
 pub(crate) fn spawn(name: &str, arguments: &[OsString]) -> Result<Running, Failure> {
     let failed = |reason: String| Failure::runtime(format!("cannot start {name}: {reason}"));
     let executable = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
@@ -109,14 +109,14 @@ pub(crate) fn spawn(name: &str, arguments: &[OsString]) -> Result<Running, Failu
     Ok(Running { name: name.to_owned(), child, lines: BufReader::new(stdout).lines(), _stdin: stdin })
 }
 
-/// Asks the kernel to kill this process when the thread that made it dies.
+/// Asks the kernel to kill this process when its parent thread dies.
 #[cfg(target_os = "linux")]
 fn die_with(parent: u32) -> std::io::Result<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number and touches no memory of ours.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(std::io::Error::last_os_error());
     }
-    // The parent may have died before the request was made; then nobody would ever be told.
+    // The parent may have died before the request, which then would never fire.
     // SAFETY: getppid has no preconditions.
     if unsafe { libc::getppid() }.cast_unsigned() != parent {
         return Err(std::io::Error::from_raw_os_error(libc::ESRCH));
@@ -146,7 +146,7 @@ impl Running {
         }
         let status = self.exited().await;
         let message = format!("{} ended before it was ready ({status}); its own message is above", self.name);
-        // It refused its input, so the input is what is wrong here, too.
+        // Exit code 2 is bad input, which is this command's input as well.
         Err(if status.code() == Some(2) { Failure::Input(message) } else { Failure::Runtime(message) })
     }
 
@@ -155,7 +155,7 @@ impl Running {
         loop {
             match self.child.wait().await {
                 Ok(status) => return status,
-                // Waiting for a child of our own can only be interrupted.
+                // A wait for an own child can only be interrupted.
                 Err(error) => tracing::debug!(%error, child = self.name, "wait"),
             }
         }
@@ -166,14 +166,14 @@ impl Running {
         self.child.id()
     }
 
-    /// Ends the child without a word, and waits until it is gone.
+    /// Kills the child without warning, and waits until it is gone.
     pub(crate) async fn kill(&mut self) {
         if let Err(error) = self.child.kill().await {
             tracing::warn!(%error, child = self.name, "kill");
         }
     }
 
-    /// Asks the child to end, waits, and kills it when that takes too long.
+    /// Asks the child to exit, and kills it after `grace`.
     pub(crate) async fn stop(mut self, grace: Duration) {
         if let Some(pid) = self.child.id().and_then(|pid| i32::try_from(pid).ok()) {
             // SAFETY: kill takes two integers. The pid is that of a child not yet waited for, so it is still ours.

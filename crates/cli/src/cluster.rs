@@ -1,4 +1,4 @@
-//! Workers of one's own: child processes on Unix sockets in a private directory, started again when they die.
+//! A private cluster's workers: child processes on Unix sockets in a private directory, restarted when they die.
 
 use std::ffi::OsString;
 use std::num::NonZeroU32;
@@ -18,24 +18,24 @@ use crate::numbers::MOST_ROWS;
 use crate::progress::Bars;
 use crate::sockets::SocketDirectory;
 
-/// What a cluster of one's own is to be.
+/// Settings of a private cluster.
 pub(crate) struct ClusterSpec<'a> {
     pub(crate) model: &'a str,
     pub(crate) links: Links,
     pub(crate) count: NonZeroU32,
     /// Routed experts of the model, over all its layers.
     pub(crate) experts_in_all: u64,
-    /// On how many of them every expert is.
+    /// Replicas of every expert.
     pub(crate) replicas: NonZeroU32,
     pub(crate) compute: ComputeArgs,
     pub(crate) log: &'a LogArgs,
 }
 
 impl ClusterSpec<'_> {
-    /// Whether so many workers can share the experts.
+    /// Checks that the workers are not too many for the experts.
     ///
     /// # Errors
-    /// Names the flag that asks for too many.
+    /// Names the flag with the excessive value.
     fn check(&self) -> Result<(), Failure> {
         let &Self { count, replicas, experts_in_all, .. } = self;
         if replicas > count {
@@ -54,7 +54,7 @@ impl ClusterSpec<'_> {
 }
 
 impl ClusterSpec<'_> {
-    /// What a router over these workers is told, but for where to listen.
+    /// Arguments of a router over these workers, without its listening addresses.
     pub(crate) fn router_arguments(&self, workers: &Workers) -> Vec<OsString> {
         let compute = self.compute;
         let threads = compute.threads.unwrap_or(shares_of_cores(self.count).0);
@@ -78,7 +78,7 @@ impl ClusterSpec<'_> {
         arguments
     }
 
-    /// What routers and workers alike are told.
+    /// Flags common to routers and workers.
     fn common_flags(&self) -> Vec<OsString> {
         let mut flags: Vec<OsString> = compute_flags(self.compute).into();
         if self.links == Links::Anywhere {
@@ -93,14 +93,14 @@ impl ClusterSpec<'_> {
 pub(crate) struct Workers {
     count: NonZeroU32,
     addresses: Vec<String>,
-    /// Of the process that each is, or was last.
+    /// Process id of each worker's current or last process.
     pids: Vec<Arc<AtomicU32>>,
     stop: CancellationToken,
     tasks: JoinSet<()>,
     _directory: SocketDirectory,
 }
 
-/// Flags that hand the parent's logging on to a child.
+/// Flags that pass this process's logging to a child.
 fn log_flags(log: &LogArgs) -> Vec<OsString> {
     let mut flags = vec!["--log".into(), log.log.clone().unwrap_or_else(|| "warn".to_owned()).into()];
     if let Some(format) = log.log_format {
@@ -109,14 +109,14 @@ fn log_flags(log: &LogArgs) -> Vec<OsString> {
     flags
 }
 
-/// Flags that hand on how to compute, and how experts are held.
+/// Flags that pass the compute mode and the experts' dtype to a child.
 fn compute_flags(args: ComputeArgs) -> [OsString; 4] {
     let compute = args.compute.get().map_or_else(|| "auto".to_owned(), |compute| compute.to_string());
     ["--compute".into(), compute.into(), "--expert-dtype".into(), args.expert_dtype.to_string().into()]
 }
 
 impl Workers {
-    /// Starts all workers and waits until they are ready. When one cannot start, none stays.
+    /// Starts all workers and waits until they are ready. When one cannot start, all are stopped.
     pub(crate) async fn start(spec: &ClusterSpec<'_>, bars: &Bars) -> Result<Self, Failure> {
         spec.check()?;
         let directory = SocketDirectory::make()?;
@@ -144,7 +144,7 @@ impl Workers {
             starting.push(is_ready);
         }
         for is_ready in starting {
-            // A task that ends without a word was stopped.
+            // A task that ends without an answer was stopped.
             let outcome = is_ready.await.unwrap_or(Err(Failure::Interrupted));
             if let Err(failure) = outcome {
                 workers.stop().await;
@@ -154,22 +154,22 @@ impl Workers {
         Ok(workers)
     }
 
-    /// How many there are.
+    /// Number of workers.
     pub(crate) const fn count(&self) -> NonZeroU32 {
         self.count
     }
 
-    /// The process that a worker is, or was last.
+    /// Process id of the worker's current or last process.
     pub(crate) fn pid(&self, index: usize) -> u32 {
         self.pids.get(index).map_or(0, |pid| pid.load(Ordering::Relaxed))
     }
 
-    /// Where they listen.
+    /// Addresses of the workers.
     pub(crate) fn addresses(&self) -> &[String] {
         &self.addresses
     }
 
-    /// Ends all of them.
+    /// Stops all workers.
     pub(crate) async fn stop(mut self) {
         self.stop.cancel();
         while self.tasks.join_next().await.is_some() {}

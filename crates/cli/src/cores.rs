@@ -3,7 +3,7 @@
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::thread::available_parallelism;
 
-/// Cores of this machine that this process may use.
+/// Cores of this machine available to this process.
 pub(crate) fn cores() -> NonZeroUsize {
     available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }

@@ -1,4 +1,4 @@
-//! What is said of the end of an answer, where its text does not show why it ended.
+//! Remarks on the end of an answer whose text does not show why it ended.
 
 use crate::backend::{About, Manner};
 
@@ -12,10 +12,10 @@ pub(crate) struct Answer<'a> {
     pub(crate) to: To,
 }
 
-/// What was answered.
+/// Kind of the answer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum To {
-    /// A text that was to go on.
+    /// A continued text.
     Text,
     /// One message.
     Message,
@@ -24,7 +24,7 @@ pub(crate) enum To {
 }
 
 impl Answer<'_> {
-    /// A line for the person; `None` where there is nothing to say.
+    /// The remark, if any.
     pub(crate) fn remark(&self, manner: &Manner, model: &About) -> Option<String> {
         if self.text.trim().is_empty() {
             return Some(format!("[empty: {}]", self.why_empty(manner, model)));

@@ -1,4 +1,4 @@
-//! A whole engine in this process, with its experts here or in workers.
+//! A complete engine in this process, with its experts here or in workers.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::failure::Failure;
 use crate::numbers::MOST_ROWS;
 use crate::progress::Bar;
 
-/// What is computed in, and how experts are held.
+/// Compute mode, and dtype of the experts.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Mode {
     pub(crate) compute: Compute,
@@ -31,7 +31,7 @@ pub(crate) struct Mode {
     pub(crate) trunk: WeightDType,
 }
 
-/// Where the experts are.
+/// Place of the experts.
 pub(crate) enum Experts {
     /// In this process.
     Here,
@@ -39,13 +39,13 @@ pub(crate) enum Experts {
     Workers { addresses: Vec<String>, combine: Combine, busy_poll: Duration },
 }
 
-/// A loaded trunk and the way to its experts.
+/// A loaded trunk and the dispatch to its experts.
 pub(crate) struct Loaded {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) trunk: Arc<Trunk>,
     pub(crate) dispatch: Box<dyn ExpertDispatch>,
     dtype: WeightDType,
-    /// Where the dispatch's time goes, when it leaves the process.
+    /// Timings of the dispatch, when it leaves the process.
     pub(crate) stats: Option<StatsHandle>,
     bound: BoundProbe,
     workers: u32,
@@ -53,14 +53,14 @@ pub(crate) struct Loaded {
 }
 
 impl Mode {
-    /// The mode that was asked for.
+    /// The requested mode.
     pub(crate) fn of(checkpoint: &Checkpoint, asked: ComputeArgs) -> Self {
         let compute = checkpoint.compute(asked.compute.get());
         Self { compute, experts: asked.expert_dtype, trunk: asked.trunk_dtype }
     }
 }
 
-/// What becomes of the model's own sampling settings.
+/// Use of the model's own sampling settings.
 pub(crate) const fn model_defaults(mode: GenerationMode) -> ModelDefaults {
     match mode {
         GenerationMode::Auto => ModelDefaults::Taken,
@@ -68,7 +68,7 @@ pub(crate) const fn model_defaults(mode: GenerationMode) -> ModelDefaults {
     }
 }
 
-/// Loads what this process is to hold. Blocks.
+/// Loads this process's part of the model. Blocks.
 pub(crate) fn load(
     checkpoint: Arc<Checkpoint>,
     mode: Mode,
@@ -123,7 +123,7 @@ fn connect(
         hidden: spec.hidden,
         compute: mode.compute,
         experts: mode.experts,
-        // They are children of this process, on the same files.
+        // No digest check: the workers are children of this process, on the same files.
         digests: Digests::unchecked(),
         shape: expert_shape(checkpoint),
         top_k: spec.most_experts_per_token(),
@@ -141,7 +141,7 @@ fn connect(
 }
 
 impl Loaded {
-    /// Starts the engine thread over it.
+    /// Starts the engine thread over the loaded parts.
     pub(crate) fn serve(
         self,
         settings: EngineSettings,
@@ -154,7 +154,7 @@ impl Loaded {
             trunk,
             dispatch,
             experts,
-            // Workers are children of this process, which sees them die.
+            // The workers are children of this process, which notices their deaths.
             health: Arc::new(|| Health::Ready),
             bound,
             pulse: Arc::default(),

@@ -1,22 +1,22 @@
-//! How a command ends badly: a line for the person, a code for the script.
+//! Failures of a command: a message for the user and an exit code.
 
 use std::fmt::Display;
 use std::process::ExitCode;
 
 use muster_bench::BenchError;
 
-/// Why a command ended.
+/// Reason for the end of a command.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// What was asked for cannot be: flags, configuration, model files, a port that is taken.
+    /// Bad input: flags, configuration, model files, a busy port.
     Input(String),
-    /// It could be, but did not work out.
+    /// Good input, but an error at run time.
     Runtime(String),
-    /// It did not, and standard output says why.
+    /// An error that standard output already reports.
     Quiet,
-    /// Whoever read standard output has gone away, which is not an error.
+    /// The reader of standard output is gone, which is no error.
     OutputClosed,
-    /// A signal asked for the end before the work was done.
+    /// A signal came before the work was done.
     Interrupted,
 }
 
@@ -29,7 +29,7 @@ impl Failure {
         Self::Runtime(error.to_string())
     }
 
-    /// The line for the person; `None` where there is nothing to say.
+    /// Message for the user, if any.
     pub(crate) fn message(&self) -> Option<&str> {
         match self {
             Self::Input(message) | Self::Runtime(message) => Some(message),
@@ -37,13 +37,13 @@ impl Failure {
         }
     }
 
-    /// The code for the script.
+    /// Exit code.
     pub(crate) fn code(&self) -> ExitCode {
         match self {
             Self::Input(_) => ExitCode::from(2),
             Self::Runtime(_) | Self::Quiet => ExitCode::FAILURE,
             Self::OutputClosed => ExitCode::SUCCESS,
-            // As shells count a process ended by SIGINT.
+            // As shells report a process ended by SIGINT.
             Self::Interrupted => ExitCode::from(130),
         }
     }

@@ -1,11 +1,11 @@
-//! What is meant here by the names that other programs have for it.
+//! Suggestions for names that other programs use.
 
 use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, Error};
 
 use crate::args::Cli;
 
-/// Names of a flag, the commands where it is looked for, and what to say there.
+/// Foreign names of a flag, the commands to which they apply, and the hint.
 type Flag = (&'static [&'static str], &'static [&'static str], &'static str);
 
 const FLAGS: [Flag; 8] = [
@@ -57,7 +57,7 @@ const FLAGS: [Flag; 8] = [
     ),
 ];
 
-/// Names of a command, and what to say instead.
+/// Foreign names of a command, and the hint.
 const COMMANDS: [(&[&str], &str); 6] = [
     (
         &["serve", "server", "start", "launch"],
@@ -79,7 +79,7 @@ const COMMANDS: [(&[&str], &str); 6] = [
     ),
 ];
 
-/// The error, with what is likely meant by a name that is not known here. `arguments` are those of the program.
+/// The error with a hint for a foreign name. `arguments` are the program's.
 pub(crate) fn with_hint(mut error: Error, arguments: impl IntoIterator<Item = String>) -> Error {
     let program = Cli::command();
     let command = arguments.into_iter().find(|argument| program.find_subcommand(argument).is_some());
@@ -90,7 +90,7 @@ pub(crate) fn with_hint(mut error: Error, arguments: impl IntoIterator<Item = St
     let flag = said(ContextKind::InvalidArg).and_then(|name| flag(command.as_deref()?, name));
     let hint = flag.or_else(|| said(ContextKind::InvalidSubcommand).and_then(self::command));
     if let Some(hint) = hint {
-        // Names that only look alike.
+        // clap's own suggestions only look alike.
         for guess in [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::Suggested] {
             error.remove(guess);
         }

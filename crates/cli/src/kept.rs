@@ -1,4 +1,4 @@
-//! A child process that stays: started again when it dies, after ever longer pauses where that does not help.
+//! A child process that is restarted when it dies, after growing pauses while restarts fail.
 
 use std::ffi::OsString;
 use std::sync::Arc;
@@ -12,26 +12,26 @@ use crate::children::{self, Listening, Running};
 use crate::failure::Failure;
 use crate::progress::Bar;
 
-/// How long a child may take to end.
+/// Grace period of a child's end.
 pub(crate) const GRACE: Duration = Duration::from_secs(10);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A child that lived this long did not die of what killed it before.
+/// Lifetime after which a death is unrelated to the one before.
 const STEADY: Duration = Duration::from_secs(60);
 
-/// A child to be kept.
+/// A child to keep running.
 pub(crate) struct Kept<A> {
-    /// As it is called in messages.
+    /// Name in messages.
     pub(crate) name: String,
-    /// Its arguments; for every start but the first, with where it listened at first.
+    /// Its arguments; restarts get the addresses of the first start.
     pub(crate) arguments: A,
-    /// Of the process that it is, or was last; 0 before the first.
+    /// Process id of the current or last process; 0 before the first.
     pub(crate) pid: Arc<AtomicU32>,
 }
 
 impl<A: Fn(Option<&Listening>) -> Vec<OsString>> Kept<A> {
-    /// Runs the child until told to stop; starts it again whenever it dies. Whether it became ready the first time, and
-    /// where it listens, is told once.
+    /// Runs the child until `stop` and restarts it whenever it dies. `ready` gets the outcome of the first start, with
+    /// the addresses.
     pub(crate) async fn keep(
         self,
         bar: Bar,
@@ -68,7 +68,7 @@ impl<A: Fn(Option<&Listening>) -> Vec<OsString>> Kept<A> {
         }
     }
 
-    /// Starts the child after a pause, and after ever longer pauses as long as that fails.
+    /// Restarts the child after a pause, and after growing pauses while that fails.
     async fn start_again(&self, bar: &Bar, at: &Listening, pause: &mut Duration) -> Running {
         loop {
             tokio::time::sleep(*pause).await;

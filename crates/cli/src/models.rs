@@ -1,4 +1,4 @@
-//! From what a person types as a model to where its files are; and the model that is built in.
+//! Resolves a model's name to its files; owns the built-in model.
 //!
 //! The only place of this program that reads the environment for model directories.
 
@@ -9,7 +9,7 @@ use muster_checkpoint::{Checkpoint, Source, locate};
 
 use crate::failure::Failure;
 
-/// Name of the built-in model. A directory of that name is meant by `./demo`.
+/// Name of the built-in model. A directory of that name is given as `./demo`.
 pub(crate) const DEMO: &str = "demo";
 
 macro_rules! demo_files {
@@ -29,23 +29,23 @@ static DEMO_FILES: &[(&str, &[u8])] = demo_files![
     "tokenizer_config.json",
 ];
 
-/// Where links in a model's directory may lead.
+/// Allowed targets of links in a model's directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Links {
-    /// Into it, or in a hub cache into the model's folder.
+    /// The directory itself, or in a hub cache the model's folder.
     Inside,
-    /// Anywhere.
+    /// Any file.
     Anywhere,
 }
 
 impl Links {
-    /// As a switch says it.
+    /// Value of the flag.
     pub(crate) const fn of(allow_links: bool) -> Self {
         if allow_links { Self::Anywhere } else { Self::Inside }
     }
 }
 
-/// Where the model's files are.
+/// Source of the model's files.
 pub(crate) fn source(model: &str, links: Links) -> Result<Source, Failure> {
     if model.is_empty() {
         return Err(Failure::input(
@@ -63,20 +63,20 @@ pub(crate) fn source(model: &str, links: Links) -> Result<Source, Failure> {
         .map_err(|error| Failure::input(format!("--model: {error}")))
 }
 
-/// Opens a model: everything that its headers can tell is checked.
+/// Opens a model and checks everything that its headers can show.
 pub(crate) fn open(model: &str, links: Links) -> Result<Checkpoint, Failure> {
     Checkpoint::open(&source(model, links)?)
         .map_err(|error| Failure::input(format!("model {model}: {error}")))
 }
 
-/// Where this program may keep what it computed, if the user has a directory for such things.
+/// The program's cache directory, if the user has one.
 pub(crate) fn cache() -> Option<PathBuf> {
     let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let caches = path("XDG_CACHE_HOME").or_else(|| path("HOME").map(|home| home.join(".cache")));
     caches.filter(|caches| caches.is_absolute()).map(|caches| caches.join("muster"))
 }
 
-/// Directories of Hugging Face hub caches, in the order in which the hub's own library looks.
+/// Hub cache directories, in the search order of the hub's own library.
 fn hub_roots() -> Vec<PathBuf> {
     let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let roots = [

@@ -4,7 +4,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 
 use muster_config::parse_size;
 
-/// Most tokens of a step, and so most rows of one message to workers of one's own.
+/// Most tokens of a step, and so most rows of one message to private workers.
 pub(crate) const MOST_ROWS: u32 = 8192;
 
 /// A finite number.
@@ -51,7 +51,7 @@ pub(crate) fn worker_count(text: &str) -> Result<NonZeroU32, String> {
     number.ok_or_else(|| "it is not a whole number from 1 to 256".to_owned())
 }
 
-/// What sizes of memory are told in: as they were asked for.
+/// Unit for printing memory sizes: as in the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
     /// Powers of 1024: MiB, GiB.
@@ -61,7 +61,7 @@ pub(crate) enum Unit {
 }
 
 impl Unit {
-    /// Of a size as it was written, with a unit that can be read. Plain bytes are told in powers of 1024.
+    /// Unit of a valid size. Plain bytes count as binary.
     fn of(size: &str) -> Self {
         match size.trim_start_matches(|c: char| c.is_ascii_digit()) {
             "kB" | "MB" | "GB" | "TB" => Self::Decimal,
@@ -69,7 +69,7 @@ impl Unit {
         }
     }
 
-    /// Bytes of the unit that commands are given sizes in: a MiB or a MB.
+    /// Bytes of the unit in commands: a MiB or a MB.
     pub(crate) const fn step(self) -> u64 {
         match self {
             Self::Binary => 1 << 20,
@@ -77,7 +77,7 @@ impl Unit {
         }
     }
 
-    /// So many bytes as a command takes them, in whole steps and at least one.
+    /// `bytes` as an argument of a command, in whole steps and at least one.
     pub(crate) fn argument(self, bytes: u64) -> String {
         let unit = match self {
             Self::Binary => "MiB",
@@ -86,7 +86,7 @@ impl Unit {
         format!("{}{unit}", (bytes / self.step()).max(1))
     }
 
-    /// The same as Kubernetes takes it.
+    /// `bytes` as a Kubernetes quantity.
     pub(crate) fn quantity(self, bytes: u64) -> String {
         self.argument(bytes).trim_end_matches('B').to_owned()
     }
@@ -97,7 +97,7 @@ impl Unit {
 pub(crate) struct Machines {
     /// Bytes of memory of each.
     pub(crate) memory: u64,
-    /// What that is told in.
+    /// Unit for printing it.
     pub(crate) unit: Unit,
     /// How many; `None`: as many as needed.
     pub(crate) count: Option<NonZeroU32>,

@@ -18,12 +18,12 @@ pub(crate) fn line(text: &str) -> Result<(), Failure> {
     write(&format!("{text}\n"))
 }
 
-/// Writes what a model said: as it is into a pipe, and without control characters to a terminal, which would obey them.
+/// Writes a model's text: unchanged into a pipe, without control characters to a terminal, which would obey them.
 pub(crate) fn model_text(text: &str) -> Result<(), Failure> {
     if io::stdout().is_terminal() { write(&harmless(text)) } else { write(text) }
 }
 
-/// Writes a line to standard error. Nothing can be done when that fails.
+/// Writes a line to standard error. Errors are ignored.
 pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr(), "{}", harmless(text));
 }

@@ -1,4 +1,4 @@
-//! Where a server's progress goes: to a parent process as JSON, or to the terminal as a bar.
+//! Output of a server's progress: JSON for a parent process, or a bar on the terminal.
 
 use muster_model::LoadProgress;
 
@@ -6,14 +6,14 @@ use crate::args::ConfigArgs;
 use crate::children::{Announcement, Listening, announce};
 use crate::progress::Bar;
 
-/// Who is told.
+/// Audience of the progress.
 #[derive(Clone)]
 pub(crate) enum Outlet {
-    /// A person.
+    /// A user at a terminal.
     Person(Bar),
-    /// A process that wants one line when all is ready.
+    /// A process that wants one line when the server is ready.
     Script,
-    /// A parent that shows progress itself.
+    /// A parent process with its own bars.
     Parent,
 }
 
@@ -26,7 +26,7 @@ impl Outlet {
         }
     }
 
-    /// To be called while weights are read.
+    /// Callback for the progress of loading.
     pub(crate) fn progress(&self) -> Box<dyn FnMut(LoadProgress) + Send> {
         match self {
             Self::Person(bar) => {
@@ -38,7 +38,7 @@ impl Outlet {
         }
     }
 
-    /// To be called when all is ready.
+    /// Callback for readiness.
     pub(crate) fn ready(&self) -> impl FnOnce(Listening) + Send + use<> {
         let outlet = self.clone();
         move |listening| match outlet {
@@ -48,7 +48,7 @@ impl Outlet {
     }
 }
 
-/// Announces progress, at most once for every hundredth of the way.
+/// Announces progress, at most once per percent.
 fn announce_loading() -> impl FnMut(LoadProgress) + Send {
     let mut announced = None;
     move |progress: LoadProgress| {

@@ -1,4 +1,4 @@
-//! Progress of loading: bars on a terminal, a line when done elsewhere.
+//! Progress of loading: bars on a terminal, elsewhere a line at the end.
 
 use std::io::{self, IsTerminal};
 
@@ -7,7 +7,7 @@ use muster_model::LoadProgress;
 
 use crate::{out, text};
 
-/// Several bars below each other.
+/// A group of bars.
 pub(crate) struct Bars {
     bars: MultiProgress,
     is_terminal: bool,
@@ -20,7 +20,7 @@ impl Bars {
         Self { bars: MultiProgress::with_draw_target(target), is_terminal }
     }
 
-    /// A bar for something that is loaded.
+    /// Adds a bar for something that is loaded.
     pub(crate) fn bar(&self, label: String) -> Bar {
         let style = ProgressStyle::with_template(
             "{prefix:<12} {bar:32} {decimal_bytes:>10} of {decimal_total_bytes}",
@@ -36,13 +36,13 @@ impl Bars {
 pub(crate) struct Bar {
     bar: ProgressBar,
     label: String,
-    /// Bytes loaded before those that are counted now.
+    /// Bytes loaded before the current part.
     before: u64,
     is_terminal: bool,
 }
 
 impl Bar {
-    /// A bar by itself.
+    /// A bar without a group.
     pub(crate) fn single(label: &str) -> Self {
         Bars::new().bar(label.to_owned())
     }
@@ -52,12 +52,12 @@ impl Bar {
         self.bar.set_position(self.before + progress.done_bytes);
     }
 
-    /// The same bar for what is loaded next, on top of what was loaded so far.
+    /// The same bar for the next part, on top of the bytes loaded so far.
     pub(crate) fn after_this(&self) -> Self {
         Self { before: self.bar.position(), ..self.clone() }
     }
 
-    /// Done: the bar goes away; a line stays where there was none.
+    /// Removes the bar; without a terminal, prints a line.
     pub(crate) fn finish(&self) {
         let loaded = self.bar.position();
         self.bar.finish_and_clear();

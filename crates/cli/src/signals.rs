@@ -1,4 +1,4 @@
-//! Signals that ask for the end.
+//! Signals that ask a process to end.
 
 use std::future::Future;
 
@@ -7,7 +7,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::failure::Failure;
 
-/// SIGINT and SIGTERM, from the moment this exists.
+/// SIGINT and SIGTERM since the creation of this value.
 pub(crate) struct Signals {
     interrupt: Signal,
     terminate: Signal,
@@ -22,7 +22,7 @@ impl Signals {
         Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal.
     pub(crate) async fn next(&mut self) {
         tokio::select! {
             _ = self.interrupt.recv() => {}
@@ -30,7 +30,7 @@ impl Signals {
         }
     }
 
-    /// Runs `work` unless a signal comes first.
+    /// Runs `work`; a signal cancels it.
     pub(crate) async fn unless<T>(
         &mut self,
         work: impl Future<Output = Result<T, Failure>>,
@@ -41,7 +41,7 @@ impl Signals {
         }
     }
 
-    /// For a server, which is told to end by the first one. The second one ends the process at once, whatever still runs.
+    /// Drains a server on the first signal. The second ends the process at once.
     pub(crate) fn drain_then_exit(mut self, admin: Admin) {
         tokio::spawn(async move {
             self.next().await;

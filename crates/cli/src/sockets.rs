@@ -1,5 +1,5 @@
-//! A private directory for Unix sockets. It is locked for as long as this process lives, so that whoever comes later can tell
-//! what a killed process left behind, and takes it away.
+//! A private directory for Unix sockets, locked while this process lives, so that later processes can detect and remove
+//! directories that killed processes left behind.
 
 use std::fs::{self, File, Metadata, Permissions, TryLockError};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -11,24 +11,24 @@ use tempfile::TempDir;
 use crate::failure::Failure;
 
 const PREFIX: &str = "muster-run-";
-/// Where sockets go when the directory for temporary files has a path too long for them.
+/// Directory for sockets when the path of the temporary directory is too long.
 const SHORT: &str = "/tmp";
-/// A directory is made again when another process takes it for left behind, between its making and its lock.
+/// Most attempts: another process may take a directory for abandoned between its creation and its lock.
 const ATTEMPTS: usize = 8;
 
-/// The directory; taken away with everything in it when dropped.
+/// The directory; removed with its content when dropped.
 pub(crate) struct SocketDirectory {
     directory: TempDir,
-    /// Held where the file system has locks.
+    /// The lock, where the file system has locks.
     _lock: Option<File>,
 }
 
 impl SocketDirectory {
-    /// Makes one, and takes away those that nobody uses any more.
+    /// Creates a directory and removes abandoned ones.
     pub(crate) fn make() -> Result<Self, Failure> {
         let base = base(&std::env::temp_dir())?;
         let made = Self::below(&base)?;
-        // Nothing depends on it.
+        // Best effort: nothing depends on the cleanup.
         if let Ok(own) = fs::symlink_metadata(made.path()) {
             sweep(&base, &own);
         }
@@ -65,7 +65,7 @@ impl SocketDirectory {
     }
 }
 
-/// Where to make the directory: in `temporary`, if sockets in it have paths that the system allows, else in a short one.
+/// Parent directory: `temporary`, if socket paths in it fit the system's limit, else a short one.
 fn base(temporary: &Path) -> Result<PathBuf, Failure> {
     if fits(temporary) {
         return Ok(temporary.to_owned());
@@ -80,19 +80,19 @@ fn base(temporary: &Path) -> Result<PathBuf, Failure> {
     Ok(PathBuf::from(SHORT))
 }
 
-/// Whether the longest path of a socket below `base` is an address.
+/// Whether the longest socket path below `base` fits the system's limit.
 fn fits(base: &Path) -> bool {
     let longest = base.join(format!("{PREFIX}XXXXXX")).join("999.sock");
     format!("unix:{}", longest.display()).parse::<Address>().is_ok()
 }
 
-/// Whether the directory that was opened still has this name.
+/// Whether `path` still names the opened directory.
 fn is_there(path: &Path, opened: &File) -> bool {
     let same = |a: &Metadata, b: &Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
     matches!((fs::symlink_metadata(path), opened.metadata()), (Ok(now), Ok(then)) if same(&now, &then))
 }
 
-/// Takes away directories below `base` that a process of this user made like `own` and left behind.
+/// Removes directories below `base` like `own`, of the same user, that are abandoned.
 fn sweep(base: &Path, own: &Metadata) {
     let Ok(entries) = fs::read_dir(base) else { return };
     for entry in entries.filter_map(Result::ok) {
@@ -109,7 +109,7 @@ fn sweep(base: &Path, own: &Metadata) {
     }
 }
 
-/// Takes a directory of sockets away; one that holds anything else stays.
+/// Removes a directory of sockets; one with any other content stays.
 fn take_away(path: &Path) {
     let Ok(entries) = fs::read_dir(path) else { return };
     for entry in entries.filter_map(Result::ok) {

@@ -1,4 +1,4 @@
-//! Numbers for people: sizes, rates, counts, and what measurements are shown as.
+//! Numbers for users: sizes, rates, counts and measurements.
 
 pub(crate) use muster_bench::text::{span, table};
 
@@ -9,7 +9,7 @@ pub(crate) fn bytes(count: u64) -> String {
     scaled(count, "B", &[(1_000_000_000_000, "TB"), (1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "kB")])
 }
 
-/// `24 GiB`, `19.2 GiB` or `24 GB`: memory in the unit that was asked in.
+/// `24 GiB`, `19.2 GiB` or `24 GB`: memory in the unit of the input.
 pub(crate) fn memory(count: u64, unit: Unit) -> String {
     let units = match unit {
         Unit::Binary => [(1_u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")],

@@ -1,4 +1,4 @@
-//! Test tokens: one is asked for when none has come for a while, and the pulse records what came of it.
+//! Test tokens: generates one token after a quiet period and records the outcome in the pulse.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,16 +11,16 @@ use crate::pulse::Pulse;
 use crate::request::{Eos, Event, GenerateRequest, OverContext, Prompt, Stop};
 use crate::service::Service;
 
-/// After so long without a token, one is asked for.
+/// Time without a token after which a test token is generated.
 const QUIET: Duration = Duration::from_secs(10);
-/// After one that did not come, the next is asked for so much later.
+/// Pause after a failed test token.
 const AGAIN: Duration = Duration::from_secs(1);
-/// How long a test token may take.
+/// Deadline of a test token.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How often it is looked whether it is time.
+/// Polling interval of the loop.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Asks for a token and takes note of what comes of it.
+/// Generates a test token and records its outcome.
 pub(crate) async fn take(service: &Service, pulse: &Pulse) {
     let outcome = match tokio::time::timeout(PATIENCE, token(service)).await {
         Ok(outcome) => outcome,
@@ -29,7 +29,7 @@ pub(crate) async fn take(service: &Service, pulse: &Pulse) {
     pulse.tried(outcome);
 }
 
-/// Asks for a token whenever none came for a while and `may` says that one can; until `stop`.
+/// Generates a test token whenever none came for [`QUIET`] and `may` allows one; until `stop`.
 pub(crate) async fn keep(
     service: Service,
     pulse: Arc<Pulse>,
@@ -43,7 +43,7 @@ pub(crate) async fn keep(
             () = tokio::time::sleep(LOOK) => {}
         }
         let since = pulse.since();
-        // Any token is as good as one that was asked for.
+        // A client's token proves as much as a test token.
         if since.is_some_and(|since| since < AGAIN) && pulse.trouble().is_some() {
             pulse.tried(Ok(()));
         }
@@ -55,7 +55,7 @@ pub(crate) async fn keep(
     }
 }
 
-/// One token after one token.
+/// Generates one token from a prompt of one token.
 async fn token(service: &Service) -> Result<(), String> {
     let request = GenerateRequest {
         model: None,
@@ -83,7 +83,7 @@ mod tests {
     use super::*;
     use crate::fake;
 
-    /// Keeps the pulse of a service, with time to come round at least once.
+    /// Keeps the pulse of a service until `until` holds, with time for at least one round.
     async fn kept(service: Service, pulse: &Arc<Pulse>, until: impl Fn(&Pulse) -> bool) {
         let stop = CancellationToken::new();
         let keeping = tokio::spawn(keep(service, pulse.clone(), || true, stop.clone()));
@@ -116,7 +116,7 @@ mod tests {
         pulse.tried(Err("as a test".into()));
         assert_eq!(pulse.trouble().as_deref(), Some("as a test"));
         kept(fake::service(fake::break_off), &pulse, |pulse| pulse.trouble().is_none()).await;
-        // The last token is long ago, and the next breaks off.
+        // The last token is old, and the next request fails.
         let pulse = Arc::new(Pulse::beaten(Duration::from_secs(60)));
         kept(fake::service(fake::break_off), &pulse, |pulse| pulse.trouble().is_some()).await;
     }

@@ -1,4 +1,4 @@
-//! A public listener, how its connections are secured, and who is let in.
+//! A public listener with its TLS and access rules.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use muster_identity::Access;
 use rustls::ServerConfig;
 use tokio::net::TcpListener;
 
-/// See the module.
+/// A public listener with its TLS and access rules.
 pub(crate) struct Door {
     pub(crate) listener: TcpListener,
     pub(crate) tls: Option<Arc<ServerConfig>>,
@@ -14,7 +14,7 @@ pub(crate) struct Door {
 }
 
 impl Door {
-    /// Open to everybody, without TLS.
+    /// A listener without TLS and without access control.
     #[cfg(test)]
     pub(crate) const fn open(listener: TcpListener) -> Self {
         Self { listener, tls: None, access: Access::Open }

@@ -33,12 +33,12 @@ use crate::turns::{Batch, Turns};
 /// Rows of a step from which two lanes may pay: below, splitting only makes the messages smaller.
 const LANE_MIN_ROWS: usize = 4;
 
-/// How long sequences whose experts are missing wait before they are tried again, unless something changes before.
+/// Longest park of sequences whose experts are missing, unless the dispatch changes before.
 const PARKED_FOR: Duration = Duration::from_millis(50);
-/// Between two looks whether something changed.
+/// Polling interval while all sequences are parked.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
-/// What the engine thread can be asked.
+/// Commands to the engine thread.
 pub(crate) enum Command {
     /// Queue a request, all of its choices or none.
     Start(Admission),
@@ -53,29 +53,29 @@ pub(crate) struct Admission {
 /// One choice of a checked request.
 pub(crate) struct NewChoice {
     pub(crate) choice: u32,
-    /// Kept until it runs.
+    /// Queue place, released when the choice first runs.
     pub(crate) place: Option<QueuePlace>,
-    /// What experts must be bound to from its beginning to its end.
+    /// Expert binding, fixed for the whole choice.
     pub(crate) binding: BindingName,
     pub(crate) prompt: Vec<TokenId>,
-    /// Has seen the prompt and what the client has.
+    /// Token history: the prompt and the tokens of `had`.
     pub(crate) history: History,
-    /// Tokens that the client has from a stream that broke off; at most `max_tokens`, and fewer when it is not `ended`.
+    /// Resumed tokens, which the client already has; at most `max_tokens`, and fewer when `ended` is `None`.
     pub(crate) had: Vec<TokenId>,
-    /// Has taken them.
+    /// Output state after the tokens of `had`.
     pub(crate) output: Output,
-    /// Set when they reach the end already.
+    /// Set when `had` already ends the output.
     pub(crate) ended: Option<End>,
-    /// Those the client has count.
+    /// Output limit, the tokens of `had` included.
     pub(crate) max_tokens: u32,
     pub(crate) sampling: Sampling,
     pub(crate) top_logprobs: Option<u32>,
     pub(crate) events: mpsc::Sender<Result<Event, RequestError>>,
-    /// The request's place in the log.
+    /// Log span of the request.
     pub(crate) span: tracing::Span,
 }
 
-/// What the engine thread works with.
+/// Parts that the engine thread owns.
 pub(crate) struct Engine {
     pub(crate) scheduler: Scheduler,
     pub(crate) model: Box<dyn StepModel>,
@@ -83,24 +83,24 @@ pub(crate) struct Engine {
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) expert_timeout: Duration,
     pub(crate) commands: mpsc::Receiver<Command>,
-    /// Told what there is room for.
+    /// Admission queue; the engine publishes the batch's room to it.
     pub(crate) queue: Arc<Queue>,
-    /// Set when shutdown will wait no longer.
+    /// Set when shutdown stops waiting for running requests.
     pub(crate) abort: Arc<AtomicBool>,
-    /// Told of every token.
+    /// Beats with every generated token.
     pub(crate) pulse: Arc<Pulse>,
 }
 
 /// A choice in the scheduler.
 struct Active {
-    /// Shared by the choices of one request.
+    /// Number of the request, shared by its choices.
     request: u64,
     choice: u32,
-    /// Kept until it runs.
+    /// Queue place, released when the choice first runs.
     place: Option<QueuePlace>,
-    /// What experts must be bound to.
+    /// Expert binding, fixed for the whole choice.
     binding: BindingName,
-    /// Of the workers that took part.
+    /// Numerics classes of the workers that contributed.
     classes: ClassSet,
     prompt_tokens: u32,
     cached_prompt_tokens: u32,
@@ -113,7 +113,7 @@ struct Active {
     span: tracing::Span,
     admitted_at: Instant,
     last_token_at: Option<Instant>,
-    /// Since when its experts cannot be had.
+    /// Start of the wait for missing experts; `None` while steps succeed.
     stalled: Option<Instant>,
 }
 
@@ -121,17 +121,17 @@ struct Active {
 struct Table {
     active: BTreeMap<SeqId, Active>,
     next: u64,
-    /// What experts were bound to when it was last looked at.
+    /// Expert binding at the last check.
     bound: Bound,
-    /// Classes of all workers that ever took part: keys and values that are cached may be theirs.
+    /// Numerics classes of all workers used so far: cached keys and values may come from any of them.
     classes: ClassSet,
-    /// Set while sequences are parked because their experts cannot be had.
+    /// Set while sequences are parked for missing experts.
     parked: Option<Parked>,
-    /// Sequences that left the batch since it was last looked at.
+    /// Sequences that left the batch since the last observation of turns.
     ended: usize,
 }
 
-/// Until when sequences stay parked: until something changes about the experts, or for a short while.
+/// End of a park: a new version of the dispatch, or `until`.
 struct Parked {
     version: u64,
     until: Instant,
@@ -165,12 +165,12 @@ impl Engine {
                 let whole = if self.dispatch.bound() == table.bound {
                     self.emit(&step, &split, started, &mut table)
                 } else {
-                    // Some of it may be of one class and some of another.
+                    // The binding changed during the step: its outputs may mix numerics classes.
                     step.items.iter().for_each(|item| self.scheduler.undo(item));
                     false
                 };
                 let took = started.elapsed();
-                // What a step took that did not come to its end says nothing.
+                // The duration of a failed step says nothing about the cost of a whole one.
                 if whole && splits {
                     lane_choice.observe(rows, lanes, took);
                 }
@@ -190,7 +190,7 @@ impl Engine {
         self.dispatch.close();
     }
 
-    /// Takes in new requests, waiting for one when there is nothing to do. False when it is time to end.
+    /// Admits new requests; blocks while no sequence is active. False: the engine is to end.
     fn receive(&mut self, table: &mut Table) -> bool {
         loop {
             if self.abort.load(Ordering::Acquire) {
@@ -204,7 +204,7 @@ impl Engine {
             } else {
                 match self.commands.try_recv() {
                     Ok(command) => command,
-                    // Disconnected: no more will come, those that are here are brought to their end.
+                    // Empty or disconnected: running sequences go on.
                     Err(_) => return true,
                 }
             };
@@ -213,7 +213,7 @@ impl Engine {
         }
     }
 
-    /// Looks at what experts are bound to, and ends sequences that were begun when they were bound otherwise.
+    /// Applies a changed expert binding and ends sequences that were admitted under another.
     fn rebind(&mut self, table: &mut Table) {
         let bound = self.dispatch.bound();
         if bound == table.bound {
@@ -229,7 +229,7 @@ impl Engine {
         }
     }
 
-    /// Takes note of whose outputs a step was made of.
+    /// Records the numerics classes of the workers that contributed to a step.
     fn note_classes(&mut self, step: &Step, table: &mut Table) {
         let classes = self.dispatch.take_classes();
         table.classes.extend(classes);
@@ -268,11 +268,11 @@ impl Engine {
         if outcome.is_err() {
             ids.iter().for_each(|&id| self.remove(id, table));
         }
-        // A requester that is gone is noticed through its event channel.
+        // A client that is gone is noticed by its closed event channel.
         let _ = admission.admitted.send(outcome);
     }
 
-    /// Takes the places of sequences that run now, once it is known what there is room for without them.
+    /// Publishes the room left beside the step, then releases the queue places of its sequences.
     fn let_in(&self, step: &Step, turns: &Turns, table: &mut Table) -> Batch {
         self.queue.publish(self.scheduler.room(), turns.between());
         for item in &step.items {
@@ -297,7 +297,7 @@ impl Engine {
         gone.into_iter().for_each(|id| self.remove(id, table));
     }
 
-    /// Runs the step; the result says which items went in which lane.
+    /// Runs the step; returns the indices of the items in each lane.
     fn compute(&mut self, step: &Step, lanes: Lanes) -> [Vec<usize>; 2] {
         let lanes = match lanes {
             Lanes::One => [(0..step.items.len()).collect(), Vec::new()],
@@ -318,7 +318,7 @@ impl Engine {
         lanes
     }
 
-    /// Gives clients what the step brought. False when it did not come to its end for every sequence.
+    /// Sends the step's tokens to clients. False if the step failed for any sequence.
     fn emit(&mut self, step: &Step, lanes: &[Vec<usize>; 2], started: Instant, table: &mut Table) -> bool {
         let mut whole = true;
         let mut sampled = Vec::with_capacity(step.items.len());
@@ -340,7 +340,7 @@ impl Engine {
                 }
             }
         }
-        // Those are gone of whose request another choice failed in this very step.
+        // A failed choice has ended its whole request, other choices of this step included.
         sampled.retain(|(seq, ..)| table.active.contains_key(seq));
         let draw = |&(seq, lane, place)| Some(table.active.get(&seq)?.draw(lane, place));
         let draws: Vec<Draw<'_>> = sampled.iter().filter_map(draw).collect();
@@ -360,8 +360,8 @@ impl Engine {
         whole
     }
 
-    /// What becomes of a sequence that got nothing from a step that began at `started`: where experts are missing that may come back, it stands
-    /// where it stood before and waits; else its request fails.
+    /// Handles a sequence whose step, begun at `started`, failed: parks it for a retry while its experts may come back
+    /// within the timeout, else fails its request.
     fn set_back(&mut self, item: &StepItem, error: &StepError, started: Instant, table: &mut Table) {
         let Some(active) = table.active.get_mut(&item.seq) else { return };
         let since = *active.stalled.get_or_insert(started);
@@ -382,7 +382,7 @@ impl Engine {
         }
     }
 
-    /// Lets sequences go on whose experts may be there again.
+    /// Unparks sequences once the dispatch has changed or the park is over.
     fn unpark(&mut self, table: &mut Table) {
         let over =
             |parked: &mut Parked| parked.version != self.dispatch.version() || Instant::now() >= parked.until;
@@ -391,7 +391,7 @@ impl Engine {
         }
     }
 
-    /// Takes a sampled token, tells the client, and ends the sequence where it ends.
+    /// Appends a sampled token, sends its frame, and ends the choice if it is complete.
     fn advance(&mut self, id: SeqId, token: TokenId, (lane, place): (usize, usize), table: &mut Table) {
         let Some(active) = table.active.get_mut(&id) else { return };
         let Ok(logits) = self.model.logits(lane, place) else { return };
@@ -403,7 +403,7 @@ impl Engine {
         if active.binding == BindingName::Any && active.cached_prompt_tokens > 0 {
             active.classes.extend(table.classes);
         }
-        // Even of a token that ends it: what this step computed is then kept for others.
+        // Appended even if the token ends the sequence, so that the prefix cache keeps what this step computed.
         let progress = self.scheduler.append(id, token);
         let end = active.take(token, logits, self.tokenizer.as_ref()).map(Ok);
         let end = end.or_else(|| match progress {
@@ -457,7 +457,7 @@ impl Engine {
 }
 
 impl NewChoice {
-    /// What is left to do. To the scheduler, tokens that the client has are a part of the prompt.
+    /// The remaining work as the scheduler sees it: tokens of `had` are a part of the prompt.
     fn sequence(&self, id: SeqId) -> NewSequence {
         let had = u32::try_from(self.had.len()).unwrap_or(u32::MAX);
         let prompt = [&self.prompt[..], &self.had].concat();
@@ -488,7 +488,7 @@ impl Active {
         }
     }
 
-    /// How its next token is picked.
+    /// Inputs for sampling the next token.
     fn draw(&self, lane: usize, sequence: usize) -> Draw<'_> {
         let position = self.prompt_tokens + self.generated;
         Draw { lane, sequence, sampling: &self.sampling, history: &self.history, position }
@@ -518,7 +518,7 @@ impl Active {
         stopped.then(|| self.finished(End { reason: FinishReason::Stop, text: String::new() }))
     }
 
-    /// The end, with whatever text was still held back.
+    /// Ends the choice, with the text held back until now.
     fn end(&mut self, reason: FinishReason) -> Finished {
         let end = self.output.end(reason);
         self.finished(end)
@@ -526,7 +526,7 @@ impl Active {
 
     fn finished(&self, End { reason, text }: End) -> Finished {
         let Self { choice, generated: output_tokens, classes, .. } = *self;
-        // What the scheduler counts may reach into tokens of the output that the client had.
+        // The scheduler counts resumed output tokens as prompt; they are left out here.
         let cached_prompt_tokens = self.cached_prompt_tokens.min(self.prompt_tokens);
         Finished { choice, reason, output_tokens, cached_prompt_tokens, classes, text }
     }

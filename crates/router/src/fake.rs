@@ -27,7 +27,7 @@ pub(crate) fn service(act: impl FnMut(NewChoice) + Send + 'static) -> Service {
     service_with(Arc::new(|| Health::Ready), act)
 }
 
-/// The same, with a health of its own.
+/// [`service`] with a health probe of its own.
 pub(crate) fn service_with(health: HealthProbe, mut act: impl FnMut(NewChoice) + Send + 'static) -> Service {
     let (commands, mut received) = mpsc::channel(4096);
     tokio::spawn(async move {
@@ -49,13 +49,13 @@ fn assembled(
     let limits = Limits::default();
     let prompts = Prompts::new(&model, limits, tokenizer, variables);
     let queue = Queue::new(limits.queue, limits.running, Duration::from_secs(5));
-    // No place is known to take long.
+    // A known, zero wait: no request is refused for a long one.
     queue.publish(limits.running, Some(Duration::ZERO));
     let way = Way { commands, queue, text: TextPool::start().unwrap() };
     Service::new(model, limits, prompts, Vec::new(), health, Arc::new(BindingName::default), way)
 }
 
-/// A service whose engine never answers, as one in a long step; its requests stay in the channel.
+/// A service whose engine never answers, as during a long step; its requests stay in the channel.
 pub(crate) fn deaf_service() -> (Service, mpsc::Receiver<Command>) {
     let (commands, received) = mpsc::channel(4096);
     (assembled(model(), None, BTreeSet::new(), Arc::new(|| Health::Ready), commands), received)
@@ -72,7 +72,7 @@ pub(crate) fn tokenizer(template: &str) -> Tokenizer {
     Tokenizer::from_files(&files, VOCABULARY).unwrap().with_chat_templates(Some(template.as_bytes()), None)
 }
 
-/// A service that takes chats; the prompts of its choices come out of the channel.
+/// A service for chats; the prompts of its choices come out of the channel.
 pub(crate) fn chat_service(tokenizer: Tokenizer) -> (Service, mpsc::Receiver<Vec<u32>>) {
     let (commands, mut received) = mpsc::channel(16);
     let (prompts, seen) = mpsc::channel(16);
@@ -117,7 +117,7 @@ fn model() -> ModelInfo {
     }
 }
 
-/// Repeats the prompt as `max_tokens` tokens, each as `<id>`, less those the client has, then ends for length with a
+/// Repeats the prompt as `max_tokens` tokens, each as `<id>`, without resumed ones, then ends for length with a
 /// held-back "!".
 pub(crate) fn echo(choice: NewChoice) {
     let NewChoice { choice, prompt, had, max_tokens, top_logprobs, events, .. } = choice;
@@ -136,7 +136,7 @@ pub(crate) fn echo(choice: NewChoice) {
     let _ = events.try_send(Ok(Event::Finished(finished)));
 }
 
-/// One token, then experts that are gone.
+/// Sends one token, then an error for unavailable experts.
 pub(crate) fn break_off(choice: NewChoice) {
     let NewChoice { choice, events, .. } = choice;
     let _ = events.try_send(Ok(token(choice, 0, 1, None)));

@@ -1,13 +1,13 @@
-//! Whether this router can serve, told truthfully.
+//! Whether this router can serve requests.
 
 /// State of the router as probes see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {
-    /// Every expert has a live worker and as many copies as wanted, and tokens come.
+    /// Every expert has a live worker and all wanted replicas, and tokens come.
     Ready,
     /// Requests are served, but something is missing.
     Degraded {
-        /// What, in sentences without addresses.
+        /// The shortcomings, in sentences without addresses.
         reasons: Vec<String>,
     },
     /// The router runs, but requests wait or fail.

@@ -1,17 +1,17 @@
-//! Whether a step travels in one lane or in two.
+//! Chooses one lane or two for a step.
 //!
 //! Two lanes hide the experts' time behind the router's own, but read weights twice and send twice as many messages.
-//! Which is faster depends on the machine, the network and the size of the step, so it is measured: per size class the
-//! faster way is taken, and now and then the other, to see whether that is still so. Has no clock of its own. Lanes
+//! Which is faster depends on the machine, the network and the size of the step, so it is measured: each size class
+//! uses its faster choice, and now and then the other, in case the order has changed. Has no clock of its own. Lanes
 //! never change a bit of a result.
 
 use std::time::Duration;
 
 use crate::smoothed::{SIZE_CLASSES, Smoothed, size_class};
 
-/// Of so many steps of a size class, one goes the other way.
+/// Steps of a size class per trial of the slower choice.
 const TRY_EVERY: u32 = 128;
-/// Steps that each way gets before they are compared.
+/// Steps measured with each choice before they are compared.
 const FIRST: u32 = 4;
 
 /// Lanes that a step may use.
@@ -21,7 +21,7 @@ pub(crate) enum Lanes {
     Two,
 }
 
-/// What steps took either way.
+/// Measured durations of both choices.
 #[derive(Debug, Default)]
 pub(crate) struct LaneChoice {
     classes: [Class; SIZE_CLASSES],
@@ -36,7 +36,7 @@ struct Class {
 }
 
 impl LaneChoice {
-    /// How a step of so many rows, which can be split, should go.
+    /// The lanes for a splittable step of `rows` rows.
     pub(crate) fn lanes(&self, rows: usize) -> Lanes {
         let Some(class) = size_class(rows).map(|class| &self.classes[class]) else { return Lanes::One };
         let (Some(one), Some(two)) = (class.one, class.two) else {
@@ -51,7 +51,7 @@ impl LaneChoice {
         }
     }
 
-    /// Takes in what a step that could be split took.
+    /// Records the duration of a splittable step.
     pub(crate) fn observe(&mut self, rows: usize, lanes: Lanes, took: Duration) {
         let Some(class) = size_class(rows).map(|class| &mut self.classes[class]) else { return };
         class.steps = class.steps.wrapping_add(1);

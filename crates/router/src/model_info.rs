@@ -6,11 +6,11 @@ use muster_types::{Combine, Compute, Fingerprint, WeightDType};
 /// What clients may know of the model and the cluster.
 #[derive(Debug, Clone)]
 pub struct ModelInfo {
-    /// Name it is served under.
+    /// Served name.
     pub name: String,
     /// `model_type` of its configuration.
     pub family: String,
-    /// Its identity.
+    /// Identity of the checkpoint.
     pub fingerprint: Fingerprint,
     /// All parameters.
     pub parameters: u64,
@@ -18,7 +18,7 @@ pub struct ModelInfo {
     pub active_parameters: u64,
     /// Decoder layers.
     pub layers: u32,
-    /// Those with routed experts.
+    /// Decoder layers with routed experts.
     pub moe_layers: u32,
     /// Routed experts of a MoE layer.
     pub experts_per_layer: u32,
@@ -30,22 +30,22 @@ pub struct ModelInfo {
     pub vocabulary: u32,
     /// Longest sequence served, prompt and output together.
     pub context: u32,
-    /// What activations are rounded to.
+    /// Dtype to which activations are rounded.
     pub compute: Compute,
-    /// How the weights of routed experts are held.
+    /// Dtype of the routed experts' weights as held.
     pub experts: WeightDType,
-    /// How the trunk's linears are held.
+    /// Dtype of the trunk's linears as held.
     pub trunk: WeightDType,
-    /// How expert outputs are combined.
+    /// Where and how expert outputs are added.
     pub combine: Combine,
-    /// Whether prompts can be text, and answers are.
+    /// Whether prompts and answers can be text.
     pub has_tokenizer: bool,
     /// Whether chat requests can be served.
     pub has_chat_template: bool,
-    /// Where a request over OpenAI HTTP says nothing.
+    /// Sampling defaults over OpenAI HTTP.
     pub defaults: SamplingDefaults,
-    /// Workers the router was told of; 0 when experts are in the router.
+    /// Workers in the router's settings; 0 when the router holds the experts.
     pub workers: u32,
-    /// When it was loaded, seconds since 1970.
+    /// Load time, seconds since 1970.
     pub created: u64,
 }

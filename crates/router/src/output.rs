@@ -1,6 +1,6 @@
-//! What a choice has put out: how tokens become text, and where text and stop ids end it.
+//! Output of a choice: decodes tokens to text, and ends it at stop strings and stop ids.
 //!
-//! Always holds: the same tokens in the same order give the same pieces, whoever took them, so a stream that broke off
+//! Always holds: the same tokens in the same order give the same pieces, on any router, so a stream that broke off
 //! elsewhere is continued here by replaying its tokens. Knows nothing of logits, sampling or channels.
 
 use muster_text::{Detokenizer, StopMatcher, StopOutcome, Tokenizer};
@@ -16,14 +16,14 @@ pub(crate) struct Output {
     stop_ids: Vec<TokenId>,
 }
 
-/// What a token did.
+/// Effect of a token.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
-    /// This text became certain; may be empty.
+    /// Text that became certain; may be empty.
     Text(String),
-    /// A stop string is complete; this is the text before it that had been held back.
+    /// A stop string is complete; the held-back text before it.
     Stopped(String),
-    /// It is a stop id: the end, and no part of the text.
+    /// A stop id: it ends the output and has no text.
     StopId,
 }
 
@@ -31,16 +31,16 @@ pub(crate) enum Taken {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct End {
     pub(crate) reason: FinishReason,
-    /// What had been held back.
+    /// Text held back until now.
     pub(crate) text: String,
 }
 
-/// Tokens that cannot be the beginning of an output: the one at this index ends it, and others follow.
+/// Tokens that cannot be the beginning of an output: the token at this index ends it, yet others follow.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct GoesOnAfterEnd(pub(crate) usize);
 
 impl Output {
-    /// Before the first token. The text goes on from `tail`, or stands by itself when that is empty. Without a
+    /// State before the first token. The text continues `tail`, or stands by itself when `tail` is empty. Without a
     /// tokenizer there is no text.
     pub(crate) fn new(
         tokenizer: Option<&Tokenizer>,
@@ -64,7 +64,7 @@ impl Output {
         }
     }
 
-    /// The end for `reason`, unless what was held back makes a stop string complete.
+    /// Ends the output for `reason`, or for a stop string that the held-back text completes.
     pub(crate) fn end(&mut self, reason: FinishReason) -> End {
         let rest = self.detokenizer.as_mut().map_or_else(String::new, Detokenizer::finish);
         match self.stops.push(&rest) {
@@ -73,11 +73,11 @@ impl Output {
         }
     }
 
-    /// Takes tokens whose text has been given out already. `Some` when they reach the end of the output, which at the
-    /// latest is after `max_tokens`.
+    /// Replays tokens whose text was sent already. `Some` when they reach the end of the output, at the latest after
+    /// `max_tokens`.
     ///
     /// # Errors
-    /// When tokens follow one that ends the output. There are at most `max_tokens`.
+    /// When tokens follow one that ends the output. The caller has checked that `had` has at most `max_tokens`.
     pub(crate) fn replay(&mut self, had: &[TokenId], max_tokens: u32) -> Result<Option<End>, GoesOnAfterEnd> {
         for (index, &token) in had.iter().enumerate() {
             let end = match self.take(token) {
@@ -112,7 +112,7 @@ mod tests {
         ids.into_iter().map(|id| TokenId::new(id, 4096).unwrap()).collect()
     }
 
-    /// Pieces of the whole output, a last one for its end.
+    /// Pieces of the whole output, the last for its end.
     fn pieces(mut output: Output, tokens: &[TokenId]) -> Vec<Taken> {
         let mut pieces = Vec::new();
         for &token in tokens {
@@ -158,7 +158,7 @@ mod tests {
     fn a_stop_string_may_straddle_the_cut() {
         let whole = goes_on_from_every_cut("It was a big smile and more", &["big smile", "bigger"]);
         assert!(matches!(whole.last(), Some(Taken::Stopped(_))), "{whole:?}");
-        // A false start is held back on one side of the cut and given out on the other.
+        // A false start of the stop string is held back before the cut and sent after it.
         let whole = goes_on_from_every_cut("It was a big small thing", &["big smile"]);
         assert!(matches!(whole.last(), Some(Taken::Text(_))), "{whole:?}");
         let whole = goes_on_from_every_cut("one 🦀 two", &["🦀 tw"]);

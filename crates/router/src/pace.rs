@@ -1,38 +1,38 @@
-//! How many prompt tokens may go beside sampled ones in a step, so that running streams hardly feel a long prompt.
+//! Limit on prefill tokens beside decoding in a step, so that running streams hardly feel a long prompt.
 //!
-//! A model of what steps cost, fed with how long they took: a step that decodes takes what its decoding takes plus so
-//! much per prefill token. From that follows the prefill that stretches a decode step by [`STRETCH`]. Has no clock of
-//! its own; the same observations give the same answers. What it says changes when tokens are computed, never their bits.
+//! A cost model, fed with measured steps: a step with decoding takes its decoding time plus a time per prefill token.
+//! The limit is the prefill that stretches a decode step by [`STRETCH`]. Has no clock of its own; the same observations
+//! give the same answers. The limit changes when tokens are computed, never their bits.
 
 use std::time::Duration;
 
 use crate::smoothed::{SIZE_CLASSES, Smoothed, size_class};
 
-/// How many times as long as decoding alone a step with prefill beside it may take.
+/// Longest step with prefill beside decoding, as a multiple of decoding alone.
 const STRETCH: f64 = 2.5;
-/// Prefill tokens that a step always may have, so that prompts get on.
+/// Prefill tokens that every step may have, so that prompts make progress.
 const LEAST: u32 = 16;
-/// Of so many steps with prefill beside decoding, one goes without, to see what decoding alone costs by now.
+/// Mixed steps per probe, a step with next to no prefill that measures decoding alone.
 const PROBE_EVERY: u32 = 64;
-/// Prefill tokens of such a step. The scheduler wants one at least, and it costs no more than one more sequence.
+/// Prefill tokens of a probe. The scheduler wants at least one, and it costs no more than one more sequence.
 const PROBE: u32 = 1;
 
-/// What steps cost.
+/// Measured costs of steps.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
-    /// Seconds of a step that only decodes, by the power of two of its sequences.
+    /// Seconds of a step that only decodes, by the size class of its sequences.
     decode: [Option<Smoothed>; SIZE_CLASSES],
-    /// Seconds of a prefill token beside decoding.
+    /// Seconds per prefill token beside decoding.
     prefill_token: Option<Smoothed>,
-    /// Steps with prefill beside decoding since one without.
+    /// Steps with prefill beside decoding since the last one without.
     mixed: u32,
 }
 
 impl Pace {
-    /// Most prefill tokens of a step that decodes for so many sequences.
+    /// Most prefill tokens of a step with `decodes` decoding sequences.
     pub(crate) fn limit(&self, decodes: usize) -> u32 {
         let Some(decode) = size_class(decodes).and_then(|class| self.decode[class]) else {
-            // Nothing decodes, and no limit is asked for; or it is the first time and a sample is wanted.
+            // Nothing decodes, so no limit applies; or a first sample of decoding is wanted.
             return PROBE;
         };
         if self.mixed >= PROBE_EVERY {
@@ -40,11 +40,11 @@ impl Pace {
         }
         let Some(token) = self.prefill_token else { return LEAST };
         let tokens = decode.get() * (STRETCH - 1.0) / token.get();
-        // Kernels take rows in groups, and the cast saturates.
+        // A multiple of the kernels' row groups; the cast saturates.
         (tokens as u32 / LEAST).max(1) * LEAST
     }
 
-    /// Takes in what a step took with so many sequences decoding and so many prefill tokens.
+    /// Records the duration of a step with `decodes` decoding sequences and `prefill` prefill tokens.
     pub(crate) fn observe(&mut self, decodes: usize, prefill: usize, took: Duration) {
         let Some(class) = size_class(decodes) else { return };
         let took = took.as_secs_f64();
@@ -56,7 +56,7 @@ impl Pace {
         }
         self.mixed = self.mixed.saturating_add(1);
         if let Some(decode) = decode {
-            // Never nothing: a prefill token that seemed free would lift all limits.
+            // Never zero: a prefill token that seemed free would lift the limit.
             let extra = (took - decode.get()).max(decode.get() / 16.0);
             Smoothed::take(&mut self.prefill_token, extra / prefill as f64);
         }
@@ -67,7 +67,7 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// A machine on which decoding and every prefill token take so many microseconds, once a step has started.
+    /// A machine with fixed microseconds for the start of a step, for decoding and per prefill token.
     struct Machine {
         decode: u64,
         start: u64,
@@ -81,7 +81,7 @@ mod tests {
             Duration::from_micros(self.decode * decodes as u64 + started + self.token * prefill)
         }
 
-        /// Runs steps with a prompt that never ends, and returns their prefill.
+        /// Runs steps with an endless prompt, and returns their prefill tokens.
         fn run(&self, pace: &mut Pace, decodes: usize, steps: usize) -> Vec<u32> {
             let step = |_| {
                 let prefill = pace.limit(decodes);
@@ -144,7 +144,7 @@ mod tests {
         assert!(pace.limit(4) <= before * 5 / 4, "{} {before}", pace.limit(4));
         pace.observe(4, before as usize, Duration::from_secs(10));
         assert!(pace.limit(4) >= before * 3 / 4, "{} {before}", pace.limit(4));
-        // A step without decoding says nothing about any.
+        // A step without decoding changes no limit.
         let before = pace.limit(4);
         pace.observe(0, 1024, Duration::from_secs(10));
         assert_eq!(pace.limit(4), before);

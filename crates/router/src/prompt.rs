@@ -1,7 +1,7 @@
-//! From a prompt to token ids: what is checked before anything is done, what it costs, and the work itself.
+//! From a prompt to token ids: cheap checks, the cost of the work, and the work itself.
 //!
-//! Always holds: ids that come out are in the vocabulary and fewer than the context; no more of a prompt is tokenized than it
-//! takes to see that it is too long. Knows nothing of threads: the work is the caller's to place.
+//! Always holds: resulting ids are in the vocabulary and fewer than the context; of a prompt that is too long, no more
+//! is tokenized than it takes to see that. Knows nothing of threads: the caller places the work.
 
 use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -13,10 +13,10 @@ use crate::model_info::ModelInfo;
 use crate::request::{Prompt, RequestError};
 use crate::text_pool::Wanted;
 
-/// Bytes that a tokenizer may have to take at once. It takes some 200 times as much memory for them.
+/// Most bytes that a tokenizer takes in one piece, which needs some 200 times as much memory.
 const STRETCH: usize = 256 << 10;
 
-/// What prompts of one model become ids by.
+/// Tokenizer, chat template and limits that turn prompts of a model into ids.
 #[derive(Debug)]
 pub(crate) struct Prompts {
     tokenizer: Option<Tokenizer>,
@@ -39,12 +39,12 @@ impl Prompts {
         Self { tokenizer, template_variables, limits, vocabulary, context, has_chat_template }
     }
 
-    /// Where there is one.
+    /// The tokenizer, if the model has one.
     pub(crate) fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
     }
 
-    /// Checks what takes no work.
+    /// Checks that take no work.
     ///
     /// # Errors
     /// Names the field.
@@ -63,9 +63,9 @@ impl Prompts {
         }
     }
 
-    /// Bytes that the work on a prompt is about: what it holds, and for a conversation also what it becomes on the way.
+    /// Bytes of work for a prompt: its own, and for a conversation also its intermediate forms.
     pub(crate) fn cost(prompt: &Prompt) -> usize {
-        /// Values for the template, and the text.
+        /// The conversation, the values of the template, and the rendered text.
         const COPIES: usize = 3;
         match prompt {
             Prompt::Tokens(ids) => ids.len() * size_of::<u32>(),
@@ -74,10 +74,10 @@ impl Prompts {
         }
     }
 
-    /// The ids of a prompt that [`Self::check`] let through.
+    /// The ids of a prompt that passed [`Self::check`].
     ///
     /// # Errors
-    /// Names the field that cannot be served. `Internal` when it is no longer wanted.
+    /// Names the field that cannot be served. `Internal` when the request is no longer wanted.
     pub(crate) fn tokens(&self, prompt: Prompt, wanted: &Wanted) -> Result<Vec<TokenId>, RequestError> {
         let most = self.context.saturating_sub(1) as usize;
         let (field, ids) = match prompt {
@@ -117,7 +117,7 @@ impl Prompts {
         self.needed("ids")?.decode(ids, special).map_err(|error| self.refusal(&error, "ids"))
     }
 
-    /// Checks bytes of a text.
+    /// Checks the size of a text.
     ///
     /// # Errors
     /// Names the field.
@@ -207,7 +207,7 @@ impl Prompts {
     }
 }
 
-/// The field that `error` is about: most are about `field`.
+/// The field to blame for `error`, which for most errors is `field`.
 fn to_blame(error: &TextError, field: &'static str) -> &'static str {
     match error {
         TextError::ToolsNotTaken => "tools",
@@ -217,7 +217,7 @@ fn to_blame(error: &TextError, field: &'static str) -> &'static str {
     }
 }
 
-/// The date that chat templates may write, in UTC.
+/// The date, in UTC, that chat templates may write.
 fn today() -> Option<CivilDate> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).ok()?;
     Some(CivilDate::from_unix_seconds(since.as_secs()))

@@ -1,15 +1,15 @@
-//! Whether tokens really come: when the engine computed the last one, and why the last test token did not come.
+//! Liveness of token generation: time of the last token, and the error of the last test token.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// When the engine computed its last token.
+/// Time of the last token, and the error of the last test token.
 pub struct Pulse {
     origin: Instant,
-    /// Milliseconds since the origin, and one; 0 before the first token.
+    /// Milliseconds since the origin, plus one; 0 before the first token.
     last: AtomicU64,
-    /// Why the last test token did not come.
+    /// Error of the last test token, if it failed.
     trouble: Mutex<Option<String>>,
 }
 
@@ -20,19 +20,19 @@ impl Default for Pulse {
 }
 
 impl Pulse {
-    /// A token was computed.
+    /// Records that a token was computed.
     pub(crate) fn beat(&self) {
         let now = u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last.store(now.saturating_add(1), Ordering::Relaxed);
     }
 
-    /// How long ago that was; `None` before the first.
+    /// Age of the last token; `None` before the first.
     pub(crate) fn since(&self) -> Option<Duration> {
         let last = self.last.load(Ordering::Relaxed).checked_sub(1)?;
         Some(self.origin.elapsed().saturating_sub(Duration::from_millis(last)))
     }
 
-    /// Why tokens do not come, if they do not.
+    /// Error of the last test token, if it failed.
     pub(crate) fn trouble(&self) -> Option<String> {
         if self.since().is_none() {
             return Some("no token was computed yet".into());
@@ -40,7 +40,7 @@ impl Pulse {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Records what came of a test token.
+    /// Records the outcome of a test token.
     pub(crate) fn tried(&self, outcome: Result<(), String>) {
         let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(reason) = &outcome {
@@ -50,7 +50,7 @@ impl Pulse {
         *trouble = outcome.err();
     }
 
-    /// One whose last token was computed so long ago.
+    /// A pulse whose last token has the given age.
     #[cfg(test)]
     pub(crate) fn beaten(ago: Duration) -> Self {
         Self { origin: Instant::now() - ago, last: AtomicU64::new(1), trouble: Mutex::new(None) }

@@ -1,10 +1,10 @@
-//! Places for sequences on their way into the batch: taken at the edge, at once, before any work is done for a request.
+//! Places for sequences on their way into the batch, taken at the edge before any work is done for a request.
 //!
-//! What must hold: no more sequences wait than the queue holds, beside those that the batch has room for; nobody is let
-//! in whose first sequence would wait longer than is worth waiting; a place comes back when its sequence runs or is gone,
-//! whoever drops it. Whoever is refused is told without asking the engine, which may be in the middle of a step.
+//! Always holds: no more sequences wait than the limit, beside those that the batch has room for; no request is
+//! admitted whose first sequence would wait longer than the longest allowed wait; a place comes back when its sequence
+//! runs or is dropped. Refusals do not involve the engine, which may be in the middle of a step.
 //!
-//! Until a place has come free nothing says how long one takes; a burst at that time is let in up to one more batch.
+//! Until a first place has come free the wait is unknown, and as many sequences as the batch holds may wait.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,31 +14,31 @@ use crate::request::{Overload, RequestError};
 /// The queue of one router.
 #[derive(Debug)]
 pub(crate) struct Queue {
-    /// Sequences that may wait beside those that the batch has room for.
+    /// Most sequences that wait beside those that the batch has room for.
     limit: usize,
-    /// Longest wait that a request is let in for.
+    /// Longest expected wait of an admitted request.
     patience: Duration,
-    /// Sequences that the batch holds: as many may wait before it is known how long a place takes.
+    /// Sequences of a full batch, and the most that may wait while the wait is unknown.
     batch: usize,
     now: Mutex<Now>,
 }
 
 #[derive(Debug)]
 struct Now {
-    /// Places that are taken.
+    /// Places taken.
     taken: usize,
-    /// How many of them may run as soon as the engine looks.
+    /// Taken places whose sequences fit into the batch at once.
     room: usize,
-    /// How often a place in a full batch comes free; `None` until one did.
+    /// Mean time between free places in a full batch; `None` until one came free.
     turn: Option<Duration>,
 }
 
-/// A place of one sequence.
+/// The place of one sequence.
 #[derive(Debug)]
 pub(crate) struct QueuePlace(Arc<Queue>);
 
 impl Queue {
-    /// None is taken, and the batch holds `batch`.
+    /// An empty queue in front of a batch of `batch` sequences.
     pub(crate) fn new(limit: usize, batch: usize, patience: Duration) -> Arc<Self> {
         Arc::new(Self { limit, patience, batch, now: Mutex::new(Now { taken: 0, room: batch, turn: None }) })
     }
@@ -46,7 +46,7 @@ impl Queue {
     /// Takes a place for each of `count` sequences, or none.
     ///
     /// # Errors
-    /// When the queue is full, or the first of them would wait too long.
+    /// When the queue is full, or the first of the sequences would wait too long.
     pub(crate) fn take(self: &Arc<Self>, count: u32) -> Result<Vec<QueuePlace>, RequestError> {
         self.try_take(count as usize).map_err(Overload::refuse)
     }
@@ -56,7 +56,7 @@ impl Queue {
         if (now.taken + count).saturating_sub(now.room) > self.limit {
             return Err(Overload::Queue { limit: self.limit });
         }
-        // Places that come free before the first of them has one, its own among them.
+        // Places that must come free before the first sequence runs, its own included.
         let turns = (now.taken + 1).saturating_sub(now.room);
         match now.turn {
             None if turns > self.batch => return Err(Overload::Start { waiting: turns - 1 }),
@@ -73,8 +73,8 @@ impl Queue {
         Ok((0..count).map(|_| QueuePlace(Arc::clone(self))).collect())
     }
 
-    /// Says what the engine has room for, and how often a place comes free. Whoever no longer waits gives its place back
-    /// after this.
+    /// Publishes the batch's free room and the mean time between free places. Sequences that now run release their
+    /// places after this.
     pub(crate) fn publish(&self, room: usize, turn: Option<Duration>) {
         let mut now = self.now();
         (now.room, now.turn) = (room, turn);
@@ -110,7 +110,7 @@ mod tests {
         let running = queue.take(4).unwrap();
         let waiting = queue.take(1).unwrap();
         assert_eq!(refusal(&queue, 1), Overload::Queue { limit: 1 });
-        // They run now.
+        // The sequences run now.
         queue.publish(0, None);
         drop(running);
         assert_eq!(refusal(&queue, 1), Overload::Queue { limit: 1 });
@@ -135,7 +135,7 @@ mod tests {
         let queue = Queue::new(100, 4, SECOND);
         let mut taken = Vec::new();
         taken.extend(queue.take(4).unwrap());
-        // A request of many choices is one request: its first sequence has the next place.
+        // A request of many choices counts as one: its first sequence gets the next place.
         taken.extend(queue.take(4).unwrap());
         assert_eq!(refusal(&queue, 1), Overload::Start { waiting: 4 });
         // The first four run, and one of them ends.
@@ -154,7 +154,7 @@ mod tests {
         drop(waiting);
         queue.publish(0, Some(SECOND * 2));
         assert_eq!(refusal(&queue, 1), Overload::Wait { expected: SECOND * 2, limit: SECOND });
-        // Whoever need not wait at all is let in, however slow it is.
+        // A request that need not wait is admitted at any rate.
         queue.publish(1, Some(SECOND * 2));
         assert!(queue.take(1).is_ok());
     }

@@ -1,7 +1,7 @@
-//! What a request is, what comes back, and how it can fail: the vocabulary between the API edges and the engine.
+//! Requests, their events and their errors: the vocabulary between the API edges and the engine.
 //!
-//! Edges build a [`GenerateRequest`] from whatever their protocol carries; [`Service`](crate::service::Service)
-//! checks it. Nothing here is serialisable.
+//! Edges build a [`GenerateRequest`] from their protocol's message; [`Service`](crate::service::Service) checks it.
+//! Nothing here is serialisable.
 
 use std::fmt;
 use std::time::Duration;
@@ -14,38 +14,38 @@ use muster_types::{BindingName, ClassSet, Retry};
 /// A request for tokens, not yet checked.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
-    /// Name of the model, where the protocol has one. `None` means whichever is served.
+    /// Name of the model, where the protocol has one. `None`: the served one.
     pub model: Option<String>,
-    /// What to continue.
+    /// The prompt.
     pub prompt: Prompt,
-    /// Tokens to generate at most per choice. `None`: up to the end of the context.
+    /// Most tokens to generate per choice. `None`: up to the end of the context.
     pub max_tokens: Option<u32>,
-    /// What becomes of more than the context leaves.
+    /// Treatment of a `max_tokens` that exceeds the context.
     pub over_context: OverContext,
-    /// How to pick tokens. Its `seed` field is overruled by [`Self::seed`].
+    /// Sampling settings. Their `seed` field is overruled by [`Self::seed`].
     pub sampling: RawSampling,
-    /// Keys the random numbers; `None` lets the router choose.
+    /// Key of the random numbers; `None` lets the router choose.
     pub seed: Option<u64>,
-    /// When to end.
+    /// Conditions that end the generation.
     pub stop: Stop,
-    /// `None`: no log-probabilities. `Some(n)`: of the chosen token and the `n` likeliest.
+    /// Log-probabilities. `None`: none. `Some(n)`: of the chosen token and the `n` likeliest.
     pub top_logprobs: Option<u32>,
-    /// Independent completions.
+    /// Number of independent completions.
     pub choices: u32,
-    /// What the client has of a stream that broke off; `None` begins one.
+    /// State of a stream that broke off; `None` begins one.
     pub resume: Option<Resume>,
 }
 
-/// What a client has of a stream that broke off.
+/// Client's state of a stream that broke off.
 #[derive(Debug, Clone, Default)]
 pub struct Resume {
-    /// Token ids, for each choice.
+    /// Received token ids, for each choice.
     pub choices: Vec<Vec<u32>>,
-    /// [`Started::resume_key`] of the stream; `None` is not compared.
+    /// [`Started::resume_key`] of the stream; `None` skips the comparison.
     pub key: Option<String>,
 }
 
-/// What to continue.
+/// A prompt.
 #[derive(Debug, Clone)]
 pub enum Prompt {
     /// Text; the tokenizer adds its begin-of-text token.
@@ -56,38 +56,38 @@ pub enum Prompt {
     Chat(Chat),
 }
 
-/// What becomes of a `max_tokens` that is more than the context leaves.
+/// Treatment of a `max_tokens` that exceeds the context.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum OverContext {
     /// The request is refused.
     #[default]
     Refused,
-    /// What the context leaves is generated.
+    /// `max_tokens` is cut to the context.
     Cut,
 }
 
-/// When generation ends before `max_tokens`.
+/// Conditions that end generation before `max_tokens`.
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
-    /// Ends where one appears; it is not part of the text.
+    /// Strings that end the text where they appear, without being part of it.
     pub strings: Vec<String>,
-    /// Ends when one is chosen; it is not part of the text.
+    /// Tokens that end the output when chosen, without being part of the text.
     pub token_ids: Vec<u32>,
-    /// What the model's end-of-text tokens mean.
+    /// Meaning of the model's end-of-text tokens.
     pub eos: Eos,
 }
 
-/// What the model's end-of-text tokens mean.
+/// Meaning of the model's end-of-text tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Eos {
-    /// The end.
+    /// They end the output.
     #[default]
     Stops,
-    /// A token like any other.
+    /// They are tokens like any other.
     Ignored,
 }
 
-/// What is known when a request has been admitted.
+/// Facts known once a request is admitted.
 #[derive(Debug, Clone)]
 pub struct Started {
     /// Unique name of the request.
@@ -96,25 +96,25 @@ pub struct Started {
     pub prompt_tokens: u32,
     /// The seed in use; choice i samples with seed + i.
     pub seed: u64,
-    /// The same for every router that would send the same stream for the same settings.
+    /// Equal on all routers that send the same stream for the same settings.
     pub resume_key: String,
-    /// What experts are bound to.
+    /// Expert binding of the request.
     pub binding: BindingName,
 }
 
-/// One thing that happened to one choice.
+/// An event of a choice.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// A token.
     Token(TokenFrame),
-    /// The end of this choice; its last event.
+    /// End of the choice; its last event.
     Finished(Finished),
 }
 
 /// One generated token.
 #[derive(Debug, Clone)]
 pub struct TokenFrame {
-    /// Which choice.
+    /// Number of the choice.
     pub choice: u32,
     /// Position in the output, from 0 without gaps.
     pub index: u32,
@@ -122,14 +122,14 @@ pub struct TokenFrame {
     pub token_id: u32,
     /// Text that became certain with it.
     pub text: String,
-    /// Log-probabilities, where asked for.
+    /// Log-probabilities, if requested.
     pub logprobs: Option<TokenLogprobs>,
 }
 
 /// Log-probabilities at one position, from the unmodified logits.
 #[derive(Debug, Clone)]
 pub struct TokenLogprobs {
-    /// Of the chosen token.
+    /// The chosen token's.
     pub chosen: TokenLogprob,
     /// The likeliest tokens, best first.
     pub top: Vec<TokenLogprob>,
@@ -142,7 +142,7 @@ pub struct TokenLogprob {
     pub token_id: u32,
     /// As text; bytes that are not UTF-8 are replaced.
     pub text: String,
-    /// As it is.
+    /// Raw bytes.
     pub bytes: Vec<u8>,
     /// The log-probability.
     pub logprob: f32,
@@ -151,21 +151,21 @@ pub struct TokenLogprob {
 /// The end of a choice.
 #[derive(Debug, Clone)]
 pub struct Finished {
-    /// Which choice.
+    /// Number of the choice.
     pub choice: u32,
-    /// Why it ended.
+    /// Reason of the end.
     pub reason: FinishReason,
     /// Tokens generated; an end-of-text or stop token counts, though it has no frame.
     pub output_tokens: u32,
-    /// Tokens of the prompt whose keys and values were cached and not computed for this choice.
+    /// Prompt tokens of this choice whose keys and values came from the prefix cache.
     pub cached_prompt_tokens: u32,
-    /// Numerics classes of the workers that took part.
+    /// Numerics classes of the workers that contributed.
     pub classes: ClassSet,
-    /// Text that was held back for a possible stop string that did not come.
+    /// Text that was held back for a stop string that did not follow.
     pub text: String,
 }
 
-/// Why a choice ended.
+/// Reasons for the end of a choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
     /// A stop string, a stop id or an end-of-text token.
@@ -175,7 +175,7 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// As APIs spell it.
+    /// Spelling of the public APIs.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -185,34 +185,34 @@ impl FinishReason {
     }
 }
 
-/// A request that was refused or could not be finished. Texts go to clients: no internal names or addresses.
+/// A request that was refused or failed. Texts go to clients: no internal names or addresses.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum RequestError {
-    /// A field has a value that cannot be served.
+    /// A field has a value that is not supported.
     #[error("{field}: {message}")]
     Invalid {
-        /// The field, as the public APIs call it.
+        /// Name of the field in the public APIs.
         field: &'static str,
-        /// What is wrong and what would be right.
+        /// The problem and its remedy.
         message: String,
-        /// The kind of it, which some clients act on.
+        /// Kind of the problem, which some clients act on.
         fault: Fault,
     },
     /// Another model was asked for.
     #[error("model {asked:?} is not served here; this router serves {served:?}")]
     UnknownModel {
-        /// The name asked for, cut to 64 characters.
+        /// Requested name, cut to 64 characters.
         asked: String,
-        /// The name served.
+        /// Served name.
         served: String,
     },
-    /// There is more to do than is taken on.
+    /// The router is overloaded.
     #[error("{0}; try again in a moment")]
     Overloaded(Overload),
-    /// Experts could not be reached.
+    /// Experts are unreachable.
     #[error("experts are unavailable: {0}; try again in a moment")]
     ExpertsUnavailable(String),
-    /// Experts went to devices that give other bits, which cannot go on with this output.
+    /// Experts moved to devices of another numerics class, which cannot continue this output.
     #[error(
         "workers of another numerics class compute some experts from now on, and what they give does not go on with what \
          was computed before; send the request anew"
@@ -221,7 +221,7 @@ pub enum RequestError {
     /// Experts cannot compute this request, however often it is tried.
     #[error("the experts refused this request: {0}; trying again does not help")]
     Refused(String),
-    /// The model's own numbers are not finite for this input.
+    /// The model's numbers are not finite for this input.
     #[error("the model gave values that are not finite for this input")]
     NonFinite,
     /// The router is stopping.
@@ -232,45 +232,45 @@ pub enum RequestError {
     Internal,
 }
 
-/// What is wrong with a field.
+/// Kind of a field's problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// Its value.
+    /// The value itself.
     Value,
-    /// With it, prompt and output are longer than the model's context.
+    /// Prompt and output together exceed the model's context.
     Length,
 }
 
-/// What there is too much of.
+/// The resource that is overloaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Overload {
-    /// Requests that wait.
+    /// The queue is full.
     #[error("the queue is full ({limit} requests wait)")]
     Queue {
-        /// How many may wait.
+        /// Most requests that may wait.
         limit: usize,
     },
-    /// Time until this one would run.
+    /// The expected wait is too long.
     #[error("a request would wait about {expected:.1?} for a place, longer than the {limit:.1?} it may")]
     Wait {
-        /// At the rate at which requests end now.
+        /// Expected wait at the current rate.
         expected: Duration,
-        /// Longest wait that requests are taken for.
+        /// Longest wait of an admitted request.
         limit: Duration,
     },
-    /// Requests that wait before any has ended.
+    /// Too many requests wait while the rate is unknown.
     #[error("{waiting} requests wait, and how long a place takes is not known before the first has ended")]
     Start {
-        /// How many wait.
+        /// Waiting requests.
         waiting: usize,
     },
-    /// Text that waits to be read.
+    /// The text pool is full.
     #[error("too much text waits to be read")]
     Text,
 }
 
 impl Overload {
-    /// Refuses a request, and counts that.
+    /// Counts the refusal and returns its error.
     pub(crate) fn refuse(self) -> RequestError {
         count_refusal(self.reason());
         RequestError::Overloaded(self)
@@ -286,7 +286,7 @@ impl Overload {
     }
 }
 
-/// Counts a request that was refused because there is too much to do.
+/// Counts a request refused for overload.
 pub(crate) fn count_refusal(reason: &'static str) {
     metrics::counter!("muster_requests_refused_total", "reason" => reason).increment(1);
 }
@@ -297,12 +297,12 @@ impl RequestError {
         Self::Invalid { field, message: message.into(), fault: Fault::Value }
     }
 
-    /// A refusal of a field for what does not fit into the model's context.
+    /// A refusal of a field that exceeds the model's context.
     pub fn too_long(field: &'static str, message: impl Into<String>) -> Self {
         Self::Invalid { field, message: message.into(), fault: Fault::Length }
     }
 
-    /// A refusal of a prompt of `tokens` tokens, or more where it was not read to its end.
+    /// A refusal of a prompt of `tokens` tokens, which may be a lower bound.
     pub(crate) fn prompt_too_long(field: &'static str, tokens: impl fmt::Display, context: u32) -> Self {
         let message = format!("has {tokens}; the model's context of {context} leaves no room for output");
         Self::too_long(field, message)
@@ -320,7 +320,7 @@ impl RequestError {
         }
     }
 
-    /// What a client may know of a failed dispatch: the kind of failure, no worker names or addresses. The advice is the
+    /// The client's view of a failed dispatch: its kind, without worker names or addresses. The retry advice is the
     /// error's own.
     pub(crate) fn from_dispatch(error: &DispatchError) -> Self {
         let what = match error {
@@ -337,7 +337,7 @@ impl RequestError {
         };
         match error.retry() {
             Retry::Never => Self::Refused(what),
-            // Whoever is elsewhere asks the same workers.
+            // Other routers ask the same workers.
             Retry::Later | Retry::Elsewhere => Self::ExpertsUnavailable(what),
         }
     }
@@ -398,7 +398,7 @@ mod tests {
                 "{told}"
             );
         }
-        // A fault of the router's own: another one may have no such.
+        // A fault of this router alone: another router may do without it.
         assert_eq!(RequestError::from_dispatch(&DispatchError::Invalid(reason())), RequestError::Internal);
     }
 }

@@ -1,5 +1,5 @@
-//! A name for every request, over HTTP and gRPC: the client's `x-request-id` or one made here, in the answer and on the lines that
-//! are logged while the request is worked on.
+//! Request names, over HTTP and gRPC: the client's `x-request-id` or a generated one, in the answer and on the
+//! request's log lines.
 
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
@@ -11,10 +11,10 @@ use uuid::Uuid;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Bytes of a name that is taken over.
+/// Most bytes of a client's name.
 const LONGEST: usize = 128;
 
-/// Takes the name over, or makes one.
+/// Names a request: keeps the client's name or makes one.
 pub(crate) async fn name(request: Request, next: Next) -> Response {
     let id = given(request.headers()).unwrap_or_else(made);
     let shown = id.to_str().unwrap_or_default();
@@ -23,7 +23,7 @@ pub(crate) async fn name(request: Request, next: Next) -> Response {
     let answered = async {
         let response = next.run(request).await;
         let status = response.status().as_u16();
-        // gRPC says in a header of its own what came of a call; `INTERNAL` is 13.
+        // gRPC's status is in a header of its own; `INTERNAL` is 13.
         let is_internal = response.headers().get(Status::GRPC_STATUS).is_some_and(|code| code == "13");
         if response.status().is_server_error() || is_internal {
             tracing::warn!(status, "a request failed");
@@ -37,7 +37,7 @@ pub(crate) async fn name(request: Request, next: Next) -> Response {
     response
 }
 
-/// A name that can stand in a log: short, and of characters that are seen.
+/// The client's name, if it is fit for a log: short, and of visible characters.
 fn given(headers: &HeaderMap) -> Option<HeaderValue> {
     let id = headers.get(REQUEST_ID)?;
     let is_one = (1..=LONGEST).contains(&id.len()) && id.as_bytes().iter().all(u8::is_ascii_graphic);

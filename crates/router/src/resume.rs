@@ -1,8 +1,8 @@
-//! Going on with a stream that broke off: what is checked of the client's tokens before anything of them is used, and
-//! the key that says whether two routers would send the same stream.
+//! Resuming a stream that broke off: checks on the client's tokens before any use, and the key that says whether two
+//! routers would send the same stream.
 //!
-//! Always holds: tokens that came through here are in the vocabulary, no more than the request may have, and can be the
-//! beginning of an output.
+//! Always holds: tokens that passed are in the vocabulary, no more than `max_tokens`, and can be the beginning of an
+//! output.
 
 use muster_types::{BindingName, TokenId};
 use sha2::{Digest, Sha256};
@@ -13,23 +13,23 @@ use crate::request::{GenerateRequest, RequestError, Resume};
 
 const FIELD: &str = "resume_from";
 
-/// Where a choice stands when it is admitted.
+/// State of a choice at admission.
 pub(crate) struct Standing {
-    /// Tokens that the client has.
+    /// Resumed tokens, which the client already has.
     pub(crate) had: Vec<TokenId>,
-    /// Has taken them.
+    /// Output state after the tokens of `had`.
     pub(crate) output: Output,
-    /// Set when they reach the end.
+    /// Set when `had` already ends the output.
     pub(crate) ended: Option<End>,
 }
 
-/// Names all that a stream follows from besides the settings that a client repeats: the model, how and by which devices it is
-/// computed, the prompt as tokens, and where the output ends at the latest.
+/// Names everything that determines a stream beside the settings that a client repeats: the model, its computation and
+/// numerics, the prompt's tokens, and the latest end of the output.
 pub(crate) fn key(model: &ModelInfo, binding: BindingName, prompt: &[TokenId], max_tokens: u32) -> String {
     let ModelInfo { fingerprint, compute, experts, trunk, combine, .. } = model;
     let mut hash = Sha256::new_with_prefix("muster stream v1\n");
     hash.update(format!("{fingerprint} {compute} {experts} {trunk} {combine} {max_tokens}"));
-    // Of a cluster of CPUs the key is what it was before there were other devices.
+    // The key for a cluster of CPUs stays the one of versions without other devices.
     if binding != BindingName::default() {
         hash.update(format!(" {binding}"));
     }
@@ -40,20 +40,20 @@ pub(crate) fn key(model: &ModelInfo, binding: BindingName, prompt: &[TokenId], m
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// What the client has of each choice's output; nothing where the request begins a stream.
+/// Tokens of each choice that the client has; none where the request begins a stream.
 #[derive(Debug)]
 pub(crate) struct Beginnings {
     choices: Vec<Vec<TokenId>>,
-    /// Key of the stream that broke off; `None` is not compared.
+    /// Key of the stream that broke off; `None` skips the comparison.
     key: Option<String>,
     resumes: bool,
 }
 
 impl Beginnings {
-    /// Those of a request, checked as far as that takes no work.
+    /// The beginnings of a request, after the checks that take no work.
     ///
     /// # Errors
-    /// Names the field that makes no sense.
+    /// Names the invalid field.
     pub(crate) fn of(request: &GenerateRequest, model: &ModelInfo) -> Result<Self, RequestError> {
         let Some(Resume { choices, key }) = &request.resume else {
             let choices = vec![Vec::new(); request.choices as usize];
@@ -78,20 +78,20 @@ impl Beginnings {
         Ok(Self { choices, key: key.clone(), resumes: true })
     }
 
-    /// Whether the request goes on with a stream that broke off.
+    /// Whether the request resumes a stream.
     pub(crate) const fn resumes(&self) -> bool {
         self.resumes
     }
 
-    /// Tokens of all choices.
+    /// Resumed tokens of all choices.
     pub(crate) fn tokens(&self) -> usize {
         self.choices.iter().map(Vec::len).sum()
     }
 
-    /// Where each choice stands, now that it is known how many tokens there may be and which stream this router would send.
+    /// State of each choice, once the output limit and this router's resume key are known.
     ///
     /// # Errors
-    /// Names the field that makes no sense.
+    /// Names the invalid field.
     pub(crate) fn standings(
         self,
         own_key: &str,

@@ -40,80 +40,80 @@ use crate::start::{
 };
 use crate::{canary, grpc, http};
 
-/// Bytes a second that workers without a model may read through a router.
+/// Bytes per second of weights handed out to workers without a model.
 const HAND_OUT: NonZeroUsize = NonZeroUsize::new(256 << 20).expect("it is not zero");
 
-/// Giving the lead back takes at most so long.
+/// Most time for resigning the lead.
 const RESIGN: Duration = Duration::from_secs(3);
 
 /// A router's settings, checked.
 pub struct RouterConfig {
     /// The model.
     pub source: Source,
-    /// Where digests of its experts may be kept, beside its own directory.
+    /// Places for digest files, beside the model's own directory.
     pub digests: Places,
     /// Name to serve it under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
-    /// Name of this router in logs of workers.
+    /// Name of this router in workers' logs.
     pub router_id: String,
-    /// Workers, as `host:port` or `unix:/path`. Others can join.
+    /// Worker addresses, as `host:port` or `unix:/path`. Further workers can join.
     pub workers: Vec<String>,
-    /// Where to look for more.
+    /// Sources for discovering further workers.
     pub discover: Vec<WorkerSource>,
-    /// What to hold to be let to lead.
+    /// Lease to hold before campaigning for the lead; `None`: no condition.
     pub lease: Option<ObjectName>,
-    /// Whether this router may tell workers what to hold.
+    /// Whether this router may lead the placement.
     pub placement: Placement,
-    /// Copies that each expert shall have.
+    /// Wanted replicas of each expert.
     pub replicas: NonZeroU32,
-    /// Whether it computes itself what no worker can be asked for.
+    /// Whether this router itself computes experts that no worker can.
     pub fallback: bool,
-    /// Where OpenAI HTTP, probes and metrics listen.
+    /// Address of OpenAI HTTP, probes and metrics.
     pub http: SocketAddr,
-    /// Where gRPC listens.
+    /// Address of gRPC.
     pub grpc: SocketAddr,
-    /// What activations are rounded to; `None` takes the checkpoint's dtype.
+    /// Dtype to which activations are rounded; `None` takes the checkpoint's.
     pub compute: Option<Compute>,
-    /// How the workers hold experts.
+    /// Dtype of the experts' weights on workers.
     pub experts: WeightDType,
-    /// How the trunk's linears are held.
+    /// Dtype of the trunk's linears.
     pub trunk: WeightDType,
     /// Compute threads of the trunk.
     pub threads: NonZeroUsize,
-    /// How long to wait for all workers at the start.
+    /// Longest wait for all workers at the start.
     pub connect_timeout: Duration,
-    /// How long running requests may go on after a stop was asked for.
+    /// Longest time for running requests after a stop.
     pub drain_timeout: Duration,
-    /// Where experts' outputs are added.
+    /// Where expert outputs are added.
     pub combine: Combine,
     /// Whether workers of several numerics classes may compute one expert.
     pub numerics: Numerics,
-    /// How long the engine thread looks for an answer before it sleeps.
+    /// Time for which the engine thread polls for an answer before it sleeps.
     pub busy_poll: Duration,
-    /// What becomes of the model's own sampling settings.
+    /// Use of the model's own sampling settings.
     pub defaults: ModelDefaults,
-    /// Sizes of the engine.
+    /// Sizes and times of the engine.
     pub engine: EngineSettings,
-    /// Who it is; `None` speaks plaintext.
+    /// Certificate of this router; `None` speaks plaintext.
     pub identity: Option<Identity>,
-    /// Who may ask it.
+    /// Access control of the public APIs.
     pub access: Access,
-    /// How long requests are still taken after a stop was asked for, so that whoever sends them learns of it.
+    /// Time after a stop in which requests are still accepted, so that load balancers notice.
     pub leave_after: Duration,
-    /// How the HTTP edge treats connections and pages.
+    /// Settings of the HTTP edge.
     pub edge: Edge,
 }
 
-/// Who decides what workers hold.
+/// Owner of the placement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
-    /// The router that leads.
+    /// The leading router.
     Led,
-    /// Nobody: they hold what they start with.
+    /// None: workers hold what they start with.
     Static,
 }
 
-/// Where a router listens.
+/// Bound addresses of a router.
 #[derive(Debug, Clone, Copy)]
 pub struct Bound {
     /// OpenAI HTTP, probes and metrics.
@@ -122,13 +122,13 @@ pub struct Bound {
     pub grpc: SocketAddr,
 }
 
-/// What the process around a router gives it.
+/// Callbacks of the process around a router.
 pub struct Hooks {
     /// Called while weights are loaded.
     pub progress: Box<dyn FnMut(LoadProgress) + Send>,
     /// Called once, when requests can be served.
     pub ready: Box<dyn FnOnce(Bound) + Send>,
-    /// What the machine around it asks.
+    /// Probes, drain and end, as asked through the admin address.
     pub admin: Admin,
 }
 
@@ -163,7 +163,7 @@ pub enum RouterError {
     /// Tokenizer, KV cache, sizes.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// A server ended.
+    /// A server stopped.
     #[error("the {what} server failed: {reason}")]
     Server {
         /// "http" or "grpc".
@@ -238,8 +238,8 @@ pub async fn run(config: RouterConfig, hooks: Hooks) -> Result<(), RouterError> 
     Ok(())
 }
 
-/// Leads when it may, until stopped; then gives the lead back, which takes no longer than [`RESIGN`]. Until then there is a
-/// service, and with it the connections to the workers.
+/// Leads while permitted, until `stop`; then resigns, for at most [`RESIGN`]. Keeps the service, and with it the
+/// connections to the workers, until then.
 async fn lead(leader: Leader, service: Service, stop: CancellationToken) {
     let patience = async {
         stop.cancelled().await;
@@ -252,29 +252,29 @@ async fn lead(leader: Leader, service: Service, stop: CancellationToken) {
     drop(service);
 }
 
-/// What serves.
+/// Parts of a router that serve.
 struct Router {
     service: Service,
     engine: EngineHandle,
     cluster: Arc<Cluster>,
     workers: ClusterHandle,
     weights: HandedOut,
-    /// Whether certificates say who calls.
+    /// Whether callers are known by certificates.
     is_known: bool,
-    /// HTTP's and gRPC's.
+    /// Listeners of HTTP and gRPC.
     doors: [Door; 2],
     edge: Edge,
 }
 
-/// How long things may take.
+/// Time limits of a router.
 struct Times {
-    /// Until every expert has a worker, at the start; `None`: not at all.
+    /// Longest wait for every expert to have a worker, at the start; `None`: no wait.
     wait: Option<Duration>,
     leave_after: Duration,
     drain: Duration,
 }
 
-/// Serves until a drain is asked for or something fails, and drains.
+/// Serves until a drain or a failure, and drains.
 async fn serve(
     router: Router,
     times: Times,
@@ -297,7 +297,7 @@ async fn serve(
         }
     }
     if cluster.is_covered() {
-        // Whoever is told that it is ready finds it so.
+        // A test token precedes the announcement of readiness, so that it holds.
         canary::take(&service, &cluster.pulse).await;
     }
     let covered = cluster.clone();
@@ -356,7 +356,7 @@ async fn serve(
     outcome
 }
 
-/// What probes are told: what health says.
+/// The probes' readiness, from the health.
 fn readiness(service: Service) -> impl Fn() -> Readiness {
     move || match service.health() {
         Health::Ready => Readiness::Ready,
@@ -377,25 +377,25 @@ fn failed(what: &'static str, reason: Option<String>) -> RouterError {
     RouterError::Server { what, reason: reason.unwrap_or_else(|| "it ended by itself".into()) }
 }
 
-/// Everything a router is made of.
+/// All parts of a router.
 struct Assembled {
     parts: Parts,
     cluster: Arc<Cluster>,
     workers: ClusterHandle,
-    /// Of one that may lead.
+    /// Settings of the leader, if this router may lead.
     leader: Option<LeaderConfig>,
     weights: HandedOut,
-    /// How long to wait until every expert has a worker; `None`: not at all.
+    /// Longest wait for every expert to have a worker; `None`: no wait.
     wait: Option<Duration>,
 }
 
-/// What workers that join without a model get.
+/// Model and weights for workers that join without a model.
 struct HandedOut {
     card: Arc<ModelCard>,
     service: WeightsService,
 }
 
-/// Everything slow: read and pack the trunk, connect to the workers.
+/// Slow part of the start: reads and packs the trunk, connects to the workers.
 fn assemble(
     config: RouterConfig,
     mut progress: Box<dyn FnMut(LoadProgress) + Send>,
@@ -425,7 +425,7 @@ fn assemble(
         .ask(move || Readiness::NotReady(checking.progress().unwrap_or_else(|| "it is starting".to_owned())));
     let card = Arc::new(card(&checkpoint, compute, config.experts)?);
     let shape = Shape::new(card.shape());
-    // A name that no other process has: what was promised to another must not be taken for promised to this one.
+    // Unique among processes, so that a promise to another router is not taken for one to this router.
     let name = format!("{}/{}", config.router_id, &uuid::Uuid::new_v4().simple().to_string()[..12]);
     let kubernetes = KubernetesApi::infer();
     let leader = match config.placement {
@@ -447,7 +447,7 @@ fn assemble(
     )?);
     let is_alone = config.workers.is_empty();
     if !is_alone {
-        // They are waited for, which is of no use before they can be connected.
+        // Waiting starts only once the digests are known, as no worker can connect before.
         let total_bytes = checkpoint.inventory().total_bytes;
         digests.wait(|known, experts| {
             let done_bytes = total_bytes / experts.max(1) as u64 * known as u64;

@@ -1,7 +1,8 @@
-//! The handle that API edges hold: checks requests, gives them a place, has them prepared off the async threads, streams.
+//! The API edges' handle of a router: checks requests, gives them a place, prepares them off the async threads,
+//! streams.
 //!
-//! What must hold: what takes no work is checked first; then a place in the queue is taken, or the request is refused; only
-//! then is anything done for it, on threads that take on so much and no more.
+//! Always holds: checks without work come first; then a place in the queue is taken, or the request is refused; only
+//! then is work done for it, on threads with a bounded backlog.
 
 use std::fmt;
 use std::pin::Pin;
@@ -25,16 +26,16 @@ use crate::request::{Eos, Event, GenerateRequest, OverContext, Overload, Prompt,
 use crate::resume::{self, Beginnings, Standing};
 use crate::text_pool::{TextPool, Wanted};
 
-/// Bytes of ids that are worked on where they are: it takes some ten microseconds.
+/// Most bytes of ids processed in place, in some ten microseconds.
 const FEW: usize = 4 << 10;
 
-/// How a [`Service`] learns whether experts can be reached.
+/// Source of a [`Service`]'s health.
 pub type HealthProbe = Arc<dyn Fn() -> Health + Send + Sync>;
 
-/// How a [`Service`] learns what experts are bound to.
+/// Source of a [`Service`]'s expert binding.
 pub type BoundProbe = Arc<dyn Fn() -> BindingName + Send + Sync>;
 
-/// Cheap to clone; all clones are the same router.
+/// Handle of a router. Cheap to clone; all clones are the same router.
 #[derive(Clone)]
 pub struct Service {
     inner: Arc<Inner>,
@@ -50,13 +51,13 @@ struct Inner {
     way: Way,
 }
 
-/// The way to the engine.
+/// Path of a request to the engine.
 pub(crate) struct Way {
-    /// Where requests wait for the engine to take them. Holds as many as the queue gives places.
+    /// Channel to the engine. Holds as many requests as the queue gives places.
     pub(crate) commands: mpsc::Sender<Command>,
-    /// Who gets on it.
+    /// Admission queue in front of it.
     pub(crate) queue: Arc<Queue>,
-    /// Who does the work before it.
+    /// Threads for the work before it.
     pub(crate) text: TextPool,
 }
 
@@ -64,14 +65,14 @@ pub(crate) struct Way {
 struct Prepared {
     prompt: Vec<TokenId>,
     max_tokens: u32,
-    /// What experts are bound to.
+    /// Expert binding of the request.
     binding: BindingName,
     resume_key: String,
-    /// For each choice.
+    /// State and history of each choice.
     standings: Vec<(Standing, History)>,
 }
 
-/// A request that nothing was done for yet.
+/// A checked request, before any work.
 struct Checked {
     raw: Raw,
     seed: u64,
@@ -79,15 +80,15 @@ struct Checked {
     choices: u32,
 }
 
-/// A request for which all was done.
+/// A request ready to be admitted.
 struct Ready {
     generation: Generation,
     choices: Vec<NewChoice>,
-    /// Whether it goes on with a stream that broke off.
+    /// Whether the request resumes a stream.
     resumes: bool,
 }
 
-/// What a request is prepared from.
+/// Inputs of the preparation.
 struct Raw {
     prompt: Prompt,
     max_tokens: Option<u32>,
@@ -104,13 +105,13 @@ impl fmt::Debug for Service {
     }
 }
 
-/// An admitted request: what is known of it, then its events.
+/// An admitted request: its facts, then its events.
 ///
 /// For each choice any number of tokens, then one `Finished`; or, at any point, one error and the end. Dropping it
 /// takes the request's rows out of the batch before the next step.
 #[derive(Debug)]
 pub struct Generation {
-    /// What was known at admission.
+    /// Facts known at admission.
     pub started: Started,
     events: mpsc::Receiver<Result<Event, RequestError>>,
     open_choices: u32,
@@ -152,20 +153,20 @@ impl Service {
         (self.inner.health)()
     }
 
-    /// Checks a request, has its prompt tokenized and waits until the engine has taken it into its queue. Dropping the
-    /// future gives its place back and ends the work.
+    /// Checks a request, has its prompt tokenized, and waits until the engine has queued it. Dropping the future gives
+    /// its place back and ends the work.
     ///
     /// # Errors
-    /// Every kind of [`RequestError`]. Nothing was started then.
+    /// Every kind of [`RequestError`]. The request was not started then.
     pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, RequestError> {
         let mut started = self.generate_all(vec![request]).await?;
         started.pop().ok_or(RequestError::Internal)
     }
 
-    /// The same for several requests, which get their places together or not at all.
+    /// [`Self::generate`] for several requests, which get their places together or not at all.
     ///
     /// # Errors
-    /// Every kind of [`RequestError`]. Nothing was started then.
+    /// Every kind of [`RequestError`]. No request was started then.
     pub async fn generate_all(
         &self,
         requests: Vec<GenerateRequest>,
@@ -196,7 +197,7 @@ impl Service {
         Ok(started)
     }
 
-    /// Checks what takes no work.
+    /// Checks that take no work.
     fn checked(&self, request: GenerateRequest) -> Result<Checked, RequestError> {
         self.check(&request)?;
         let seed = request.seed.unwrap_or_else(|| Uuid::new_v4().as_u64_pair().0);
@@ -211,13 +212,13 @@ impl Service {
         Ok(Checked { raw, seed, top_logprobs, choices })
     }
 
-    /// Does the work on a request that has its places.
+    /// Prepares a request that has its places.
     async fn ready(&self, checked: Checked, places: Vec<QueuePlace>) -> Result<Ready, RequestError> {
         let Checked { raw, seed, top_logprobs, choices } = checked;
         let (resumes, sampling) = (raw.had.resumes(), raw.sampling.clone());
         let Prepared { prompt, max_tokens, binding, resume_key, standings } = self.prepared(raw).await?;
         let prompt_tokens = u32::try_from(prompt.len()).unwrap_or(u32::MAX);
-        // No more can ever be in the channel, so the engine never waits for a slow reader.
+        // Capacity for all events of the request, so that the engine never waits for a slow reader.
         let frames = (max_tokens as usize + 2) * choices as usize;
         let (sender, events) = mpsc::channel(frames.min(tokio::sync::Semaphore::MAX_PERMITS));
         let choice = |((choice, place), (Standing { had, output, ended }, history))| NewChoice {
@@ -274,10 +275,10 @@ impl Service {
         self.work(bytes, move |_| prompts.detokenize(&ids, special)).await
     }
 
-    /// Does work on about `bytes` bytes that comes before the engine, on the threads that are for it.
+    /// Runs work before admission, on about `bytes` bytes, on the text pool.
     ///
     /// # Errors
-    /// Those of the work; [`RequestError::Overloaded`] when too much waits already.
+    /// Those of the work; [`RequestError::Overloaded`] when the pool is full.
     pub(crate) async fn work<T: Send + 'static, E: From<RequestError> + Send + 'static>(
         &self,
         bytes: usize,
@@ -353,10 +354,10 @@ impl Service {
     }
 }
 
-/// Checks how many biases there are.
+/// Checks the number of logit biases.
 ///
 /// # Errors
-/// When they are more than a request may have.
+/// When there are more than a request may have.
 pub(crate) fn check_bias(count: usize, limits: &Limits) -> Result<(), RequestError> {
     let most = limits.bias;
     if count > most {
@@ -367,13 +368,13 @@ pub(crate) fn check_bias(count: usize, limits: &Limits) -> Result<(), RequestErr
 }
 
 impl Inner {
-    /// Everything that is done for a request before the engine has it.
+    /// All work for a request before the engine gets it.
     fn prepare(&self, raw: Raw, wanted: &Wanted) -> Result<Prepared, RequestError> {
         let Raw { prompt, max_tokens, over_context, stop_strings, stop_ids, had, sampling } = raw;
         let answers = matches!(prompt, Prompt::Chat(_));
         let prompt = self.prompts.tokens(prompt, wanted)?;
         let max_tokens = self.max_tokens(max_tokens, over_context, prompt.len())?;
-        // The text of an answer stands by itself; that of a continuation goes on from the prompt's last tokens.
+        // The text of a chat's answer stands by itself; a continuation goes on from the prompt's last tokens.
         let tail = if answers { &[][..] } else { &prompt[prompt.len().saturating_sub(4)..] };
         let tail: Vec<u32> = tail.iter().map(|token| token.get()).collect();
         let binding = (self.bound)();
@@ -419,7 +420,7 @@ impl Stream for Generation {
             Some(Ok(Event::Finished(_))) => self.open_choices -= 1,
             Some(Ok(Event::Token(_))) => {}
             Some(Err(_)) => self.ended = true,
-            // The engine went away without a word: the client still gets its one terminal event.
+            // The engine is gone: the client still gets its one terminal event.
             None => {
                 self.ended = true;
                 return Poll::Ready(Some(Err(RequestError::Internal)));
@@ -479,7 +480,7 @@ mod tests {
         let error = refused.unwrap_err();
         assert_eq!(error, RequestError::Overloaded(Overload::Queue { limit: queue }));
         assert_eq!(error.retry(), Retry::Later);
-        // What is wrong with the request itself comes first, so that nobody tries again in vain.
+        // Errors of the request itself come before overload, so that nobody retries in vain.
         let wrong = request(Prompt::Tokens(vec![1; 64]), 1);
         assert!(matches!(service.generate(wrong).await, Err(RequestError::Invalid { field: "prompt", .. })));
         commands.pop();
@@ -547,7 +548,7 @@ mod tests {
         let Limits { queue, running, choices, .. } = *service.limits();
         for _ in 0..=(queue + running) / choices as usize {
             let generation = service.generate(request(Prompt::Text("hi".into()), choices));
-            // Polled once: it has its place, and its text is on its way.
+            // Polled once: the request has its place, and its text is queued.
             let _ = timeout(Duration::ZERO, generation).await;
         }
         assert!(

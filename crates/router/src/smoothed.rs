@@ -1,15 +1,15 @@
-//! A mean of late samples that no single one moves far: a step may wait for a worker, or for a core.
+//! A mean of recent samples, robust against outliers: a step may wait for a worker or a core.
 
 /// An exponentially weighted mean.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Smoothed(f64);
 
 impl Smoothed {
-    /// Takes in a sample; the first one is the mean.
+    /// Adds a sample; the first one is the mean.
     pub(crate) fn take(estimate: &mut Option<Self>, sample: f64) {
-        /// Of a new sample.
+        /// Weight of a new sample.
         const WEIGHT: f64 = 0.125;
-        /// No sample counts for more than so many times the mean.
+        /// Most of a sample that counts, as a multiple of the mean.
         const OUTLIER: f64 = 2.0;
         *estimate = Some(Self(
             estimate.map_or(sample, |Self(mean)| mean + WEIGHT * (sample.min(mean * OUTLIER) - mean)),
@@ -21,12 +21,12 @@ impl Smoothed {
     }
 }
 
-/// Where things of about this size are counted: by powers of two, the largest together. `None` for 0.
+/// Size class of a count: powers of two, the largest ones together. `None` for 0.
 pub(crate) fn size_class(count: usize) -> Option<usize> {
     count.checked_ilog2().map(|power| (power as usize).min(SIZE_CLASSES - 1))
 }
 
-/// How many places there are for [`size_class`].
+/// Number of size classes.
 pub(crate) const SIZE_CLASSES: usize = 32;
 
 #[cfg(test)]

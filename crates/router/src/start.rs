@@ -1,6 +1,6 @@
 //! Puts a router's parts together: tokenizer, KV budget, scheduler and the engine thread.
 //!
-//! Used by [`serve`](crate::serve) with experts behind gRPC, and by anyone who wants a whole engine in one process.
+//! Used by [`serve`](crate::serve) with experts behind gRPC, and by programs with a whole engine in one process.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -34,7 +34,7 @@ use crate::service::{BoundProbe, HealthProbe, Service, Way};
 use crate::text_pool::TextPool;
 use crate::tokenizer::{self, TokenizerError};
 
-/// KV cache when nobody says how large: enough for every running sequence at full context, up to this.
+/// Largest KV cache by default: enough for every running sequence at full context, up to this.
 const DEFAULT_KV_BYTES: u64 = 512 << 20;
 
 /// Loaded parts of a router.
@@ -43,32 +43,32 @@ pub struct Parts {
     pub checkpoint: Arc<Checkpoint>,
     /// Its loaded trunk.
     pub trunk: Arc<Trunk>,
-    /// The way to the experts.
+    /// Dispatch to the experts.
     pub dispatch: Box<dyn ExpertDispatch>,
-    /// How they are held.
+    /// Dtype of the experts' weights as held.
     pub experts: WeightDType,
-    /// Whether they can be reached.
+    /// Source of the experts' health.
     pub health: HealthProbe,
-    /// What experts are bound to.
+    /// Source of the expert binding.
     pub bound: BoundProbe,
-    /// Told of every token.
+    /// Pulse that beats with every token.
     pub pulse: Arc<Pulse>,
-    /// How many workers there are; 0 when the experts are in this process.
+    /// Number of workers; 0 when the experts are in this process.
     pub workers: u32,
-    /// Where experts' outputs are added.
+    /// Where expert outputs are added.
     pub combine: Combine,
     /// Name to serve the model under; `None` takes the checkpoint's.
     pub model_name: Option<String>,
-    /// Where a request says nothing.
+    /// Sampling defaults.
     pub defaults: SamplingDefaults,
-    /// Sizes.
+    /// Sizes and times of the engine.
     pub settings: EngineSettings,
 }
 
-/// What becomes of the sampling settings in the model's `generation_config.json`.
+/// Use of the sampling settings in the model's `generation_config.json`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum ModelDefaults {
-    /// They hold where a request says nothing.
+    /// They are the defaults of requests.
     #[default]
     Taken,
     /// They are not read.
@@ -76,10 +76,10 @@ pub enum ModelDefaults {
 }
 
 impl ModelDefaults {
-    /// The defaults in force. Tells them in the log, and by name what else the file asks for.
+    /// The defaults in force. Logs them, and the names of unsupported settings in the file.
     ///
     /// # Errors
-    /// When they are taken and the file is damaged or a field is out of range.
+    /// When they are used and the file is damaged or a field is out of range.
     pub fn of(self, checkpoint: &Checkpoint) -> Result<SamplingDefaults, DefaultsError> {
         if self == Self::Ignored {
             return Ok(SamplingDefaults::default());
@@ -95,19 +95,19 @@ impl ModelDefaults {
 /// Sizes and times of the engine.
 #[derive(Debug, Clone)]
 pub struct EngineSettings {
-    /// Bytes for the KV cache; `None` chooses.
+    /// Bytes of the KV cache; `None` chooses.
     pub kv_bytes: Option<u64>,
     /// Most tokens in a step.
     pub step_tokens: u32,
     /// Most prompt tokens of one sequence in a step.
     pub prefill_chunk: u32,
-    /// Whether keys and values are reused between requests that begin alike.
+    /// Whether keys and values are shared between requests with a common prefix.
     pub prefix_cache: PrefixCache,
     /// Variables of the chat template that requests may set.
     pub template_variables: BTreeSet<String>,
-    /// How long to wait for one layer's experts.
+    /// Longest wait for one layer's experts.
     pub expert_timeout: Duration,
-    /// Longest wait for a place in the batch that requests are taken for.
+    /// Longest expected wait of an admitted request for a place in the batch.
     pub max_queue_wait: Duration,
     /// Caps on requests.
     pub limits: Limits,
@@ -149,9 +149,9 @@ pub enum StartError {
          much, or more for longer sequences"
     )]
     KvBudget {
-        /// Bytes given.
+        /// Budget, bytes.
         budget: u64,
-        /// Bytes needed.
+        /// Least budget, bytes.
         block: u64,
     },
     /// Sizes that do not fit together.
@@ -169,12 +169,12 @@ pub struct EngineHandle {
     abort: Arc<AtomicBool>,
 }
 
-/// How the engine came to its end.
+/// Outcome of the engine's end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
     /// Every request was finished.
     Clean,
-    /// Requests that were still running got an error.
+    /// Running requests were ended with an error.
     CutOff,
 }
 
@@ -184,8 +184,8 @@ impl EngineHandle {
         let _ = (&mut self.ended).await;
     }
 
-    /// Waits for running requests, at most this long, then ends the rest with an error. Clones of the [`Service`]
-    /// that are still around keep the engine waiting for requests until the time is up.
+    /// Waits up to `drain` for running requests, then ends the rest with an error. Remaining clones of the [`Service`]
+    /// keep the engine waiting for requests until then.
     pub async fn stop(mut self, drain: Duration) -> Ending {
         let clean = tokio::time::timeout(drain, self.ended()).await.is_ok();
         self.abort.store(true, Ordering::Release);
@@ -234,7 +234,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
         blocks,
         context,
         max_running: limits.running,
-        // As many as the queue ever lets in at once: whoever has a place is taken.
+        // The most that the queue ever admits, so that every request with a place is accepted.
         max_waiting: most_waiting,
         step_tokens: settings.step_tokens,
         prefill_chunk: settings.prefill_chunk,
@@ -265,7 +265,7 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     std::thread::Builder::new()
         .name("muster-engine".into())
         .spawn(move || {
-            // Dropped when the thread ends, in whatever way.
+            // Dropped at any end of the thread.
             let _alive = alive;
             engine.run();
         })
@@ -276,12 +276,12 @@ pub fn start(parts: Parts) -> Result<(Service, EngineHandle), StartError> {
     Ok((service, EngineHandle { ended, abort }))
 }
 
-/// Whether a KV cache of this size can be used, before anything is loaded.
+/// Checks the size of the KV cache, before anything is loaded.
 ///
 /// # Errors
 /// [`StartError::KvBudget`] when it holds nothing.
 pub fn check_kv(checkpoint: &Checkpoint, compute: Compute, budget: Option<u64>) -> Result<(), StartError> {
-    // Only the trunk's linears depend on how they are held.
+    // The trunk's dtype affects its linears only, not the KV cache.
     let footprint =
         Footprint::of(&Outline::of(checkpoint.spec()), compute, WeightDType::Native, WeightDType::Native);
     match (budget, footprint) {
@@ -297,7 +297,7 @@ const BLOCK: NonZeroU32 = match NonZeroU32::new(BLOCK_TOKENS as u32) {
     None => panic!("a block has tokens"),
 };
 
-/// Blocks to allocate and the longest sequence they allow.
+/// Blocks to allocate, and the longest sequence that they allow.
 fn kv_size(trunk: &Trunk, settings: &EngineSettings) -> Result<(u32, u32), StartError> {
     fit(trunk.kv_groups().reaches(), trunk.spec().context, block_bytes(trunk), settings)
 }
@@ -306,7 +306,7 @@ fn block_bytes(trunk: &Trunk) -> u64 {
     KvCache::bytes_per_block(trunk.kv_shape(), trunk.compute()) as u64
 }
 
-/// The same, for groups of layers that see so much, in blocks of so many bytes.
+/// [`kv_size`] for groups of layers with the given reaches, in blocks of `block` bytes.
 fn fit(
     groups: &[Reach],
     context: usize,
@@ -316,7 +316,7 @@ fn fit(
     let chunk = settings.prefill_chunk.min(settings.step_tokens);
     let context = u32::try_from(context).unwrap_or(u32::MAX);
     let everyone = most_held(groups, BLOCK, chunk, context).saturating_mul(settings.limits.running as u64);
-    // One for every group, or nothing can be computed.
+    // At least one block for every group, or nothing can be computed.
     let least = block.saturating_mul(groups.len() as u64);
     let blocks = match settings.kv_bytes {
         Some(budget) if budget < least => return Err(StartError::KvBudget { budget, block: least }),

@@ -1,8 +1,8 @@
 //! Threads for the work on a request that comes before the engine: parsing, rendering, tokenizing.
 //!
-//! What must hold: so much of it and no more waits, in jobs and in bytes, and what does not fit is refused at once; the
-//! threads run behind those that compute, and short work does not stand behind long; work that nobody waits for any more is
-//! left, at the latest at its next question. Knows nothing of what the work is.
+//! Always holds: waiting work is bounded in jobs and bytes, and excess is refused at once; the threads run at lower
+//! priority than compute threads, and short work never queues behind long; abandoned work stops, at the latest at its
+//! next check of [`Wanted`]. Knows nothing of what the work is.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -15,28 +15,28 @@ use tokio::sync::oneshot;
 
 use crate::request::{Overload, RequestError};
 
-/// Bytes up to which work is short: some tens of milliseconds of tokenizing at most.
+/// Most bytes of short work: some tens of milliseconds of tokenizing.
 const SHORT: usize = 32 << 10;
-/// Short jobs that may wait, and long ones.
+/// Most waiting jobs, short and long.
 const WAITING: [usize; 2] = [128, 32];
-/// Bytes of all jobs together that wait or are worked on.
+/// Most bytes of all jobs that wait or run.
 const HELD: usize = 48 << 20;
-/// How far behind compute threads each kind stands, as `nice` counts.
+/// Niceness of the threads for short and for long work.
 const NICE: [i32; 2] = [2, 10];
-/// Names of threads.
+/// Names of the threads.
 const NAMES: [&str; 2] = ["muster-text", "muster-long"];
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// The threads. They end when the last clone is gone.
+/// The thread pool. It ends when the last clone is gone.
 #[derive(Debug, Clone)]
 pub(crate) struct TextPool {
-    /// For short work and for long.
+    /// Queues for short and for long work.
     lanes: [SyncSender<Job>; 2],
     held: Arc<AtomicUsize>,
 }
 
-/// Asked by work that takes long whether somebody still waits for it.
+/// Whether the result of some work is still wanted; long work checks it.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Wanted(Arc<AtomicBool>);
 
@@ -46,7 +46,7 @@ impl Wanted {
     }
 }
 
-/// Says so when the one who waits is gone.
+/// Clears [`Wanted`] when dropped.
 struct Waits(Wanted);
 
 impl Drop for Waits {
@@ -55,7 +55,7 @@ impl Drop for Waits {
     }
 }
 
-/// Bytes of a job, counted while it is there.
+/// Bytes of a job, counted until dropped.
 struct Held {
     all: Arc<AtomicUsize>,
     bytes: usize,
@@ -76,10 +76,10 @@ impl Drop for Held {
 }
 
 impl TextPool {
-    /// Starts the threads: one of each kind for four cores.
+    /// Starts the threads: one of each kind per four cores, at most four.
     ///
     /// # Errors
-    /// The system's, when it gives no thread.
+    /// The system's, when a thread cannot be started.
     pub(crate) fn start() -> io::Result<Self> {
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get).div_ceil(4).min(4);
         let lane = |lane: usize| {
@@ -95,10 +95,10 @@ impl TextPool {
         Ok(Self { lanes: [lane(0)?, lane(1)?], held: Arc::default() })
     }
 
-    /// Does `work` on about `bytes` bytes and waits for it.
+    /// Runs `work` on about `bytes` bytes and waits for it.
     ///
     /// # Errors
-    /// [`Overload::Text`] when too much waits already; `Internal` when the work panicked.
+    /// [`Overload::Text`] when too much work waits; `Internal` when the work panicked.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         bytes: usize,
@@ -113,7 +113,7 @@ impl TextPool {
             let held = held;
             if wanted.is_wanted() {
                 let result = work(&wanted);
-                // What the work was done on is gone before anybody learns of it.
+                // Released before the result is visible.
                 drop(held);
                 let _ = done.send(result);
             }
@@ -126,7 +126,7 @@ impl TextPool {
         result.await.map_err(|_| RequestError::Internal)
     }
 
-    /// Bytes of all work that waits or is worked on.
+    /// Bytes of all jobs that wait or run.
     #[cfg(test)]
     pub(crate) fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
@@ -134,12 +134,12 @@ impl TextPool {
 }
 
 fn work(jobs: &Mutex<Receiver<Job>>, nice: i32) {
-    // Of this thread. Where the system refuses, it only runs beside the others.
+    // Of this thread only. If refused, it runs at normal priority.
     if let Err(error) = rustix::process::setpriority_process(None, nice) {
         tracing::debug!(%error, "text threads run at the priority of the others");
     }
     loop {
-        // Held while waiting: one waits for a job, the others for their turn to.
+        // The lock is held while waiting: one thread waits for a job, the others for the lock.
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else { return };
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
@@ -159,7 +159,7 @@ mod tests {
     const LONG: usize = SHORT + 1;
     const MOMENT: Duration = Duration::from_secs(20);
 
-    /// Work that goes on until somebody says so; the second is told that it has begun.
+    /// Work that blocks until released; the receiver learns that it has begun.
     fn blocked(
         pool: &TextPool,
         bytes: usize,
@@ -197,7 +197,7 @@ mod tests {
         let mut all = Vec::new();
         loop {
             let (go_on, mut begun, mut job) = blocked(&pool, LONG);
-            // Refused at once, begun, or left waiting.
+            // Refused at once, running, or still waiting.
             if let Ok(refused) = timeout(Duration::from_millis(5), &mut job).await {
                 assert_eq!(refused.unwrap(), Err(RequestError::Overloaded(Overload::Text)));
                 break;

@@ -1,11 +1,11 @@
-//! The tokenizer of a model directory: which files make it, and what to do where there is none.
+//! The tokenizer of a model directory: its files, and advice where there is none.
 
 use muster_checkpoint::{Checkpoint, CheckpointError};
 use muster_text::{TextError, Tokenizer, TokenizerFiles};
 
-/// What is read.
+/// The file that is read.
 const TOKENIZER: &str = "tokenizer.json";
-/// Tokenizers in forms that are not read, which transformers can turn into `tokenizer.json`.
+/// Tokenizer files in unsupported forms, which transformers can convert to `tokenizer.json`.
 const OTHER_FORMS: [&str; 5] =
     ["tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "vocab.json"];
 
@@ -15,7 +15,7 @@ pub enum TokenizerError {
     /// A file of the model.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// What is in it.
+    /// The file's content.
     #[error("tokenizer: {0}")]
     Text(#[from] TextError),
 }
@@ -23,7 +23,7 @@ pub enum TokenizerError {
 /// Reads the model's tokenizer and its chat templates; `None` where there is no `tokenizer.json`.
 ///
 /// # Errors
-/// A file cannot be read, or what is in it cannot be used.
+/// When a file cannot be read, or its content cannot be used.
 pub fn read(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, TokenizerError> {
     let Some(tokenizer) = checkpoint.side_file(TOKENIZER)? else { return Ok(None) };
     let config = checkpoint.side_file("tokenizer_config.json")?;
@@ -41,7 +41,7 @@ pub fn read(checkpoint: &Checkpoint) -> Result<Option<Tokenizer>, TokenizerError
     Ok(Some(tokenizer.with_chat_templates(default.as_deref(), tool_use.as_deref())))
 }
 
-/// What a person is told of a model without `tokenizer.json`.
+/// Advice for a model without `tokenizer.json`.
 #[must_use]
 pub fn remedy(checkpoint: &Checkpoint) -> String {
     let found =

@@ -1,30 +1,30 @@
-//! How often a place in a full batch comes free: what a wait in the queue is reckoned by.
+//! Rate at which places in a full batch come free, from which waits in the queue are estimated.
 //!
-//! Only time in which the batch was full counts, for only then does a place that comes free let one in that waits. Has no clock of its
-//! own; the same observations give the same answers.
+//! Only time with a full batch counts, because only then does a free place admit a waiting sequence. Has no clock of
+//! its own; the same observations give the same answers.
 
 use std::time::Duration;
 
 use crate::smoothed::Smoothed;
 
-/// Whether the batch takes another sequence.
+/// Whether the batch has room for another sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Batch {
     HasRoom,
     Full,
 }
 
-/// How often a place comes free.
+/// Mean time between free places.
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
     /// Seconds between two.
     between: Option<Smoothed>,
-    /// Since the last one, as far as the batch was full.
+    /// Time with a full batch since the last free place; zero once the batch has room.
     since: Duration,
 }
 
 impl Turns {
-    /// Takes in a stretch of time, at the end of which so many sequences ended.
+    /// Records a stretch of time with the number of sequences that ended at its end.
     pub(crate) fn observe(&mut self, took: Duration, batch: Batch, ended: usize) {
         if batch == Batch::HasRoom {
             self.since = Duration::ZERO;
@@ -33,12 +33,12 @@ impl Turns {
         self.since += took;
         if ended > 0 {
             let each = std::mem::take(&mut self.since).as_secs_f64() / ended as f64;
-            // Those that ended together count one by one.
+            // Sequences that ended together count one by one.
             (0..ended.min(64)).for_each(|_| Smoothed::take(&mut self.between, each));
         }
     }
 
-    /// Mean time between two; `None` before the first. It grows while none comes free.
+    /// Mean time between free places; `None` before the first. It grows while none comes free.
     pub(crate) fn between(&self) -> Option<Duration> {
         let mean = Duration::from_secs_f64(self.between?.get());
         Some(mean.max(self.since))

@@ -1,5 +1,4 @@
-//! What every expert dispatch must do, whatever it sends rows over. Each clause panics, naming itself, when it
-//! does not hold.
+//! Contract of every expert dispatch, on any transport. Each clause panics with its name when it does not hold.
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +12,10 @@ use crate::fake::round;
 /// Gives the output row `[hidden]` of one expert for one hidden row, rounded to the wire dtype.
 pub type Oracle = Box<dyn Fn(LayerId, ExpertId, &[f32]) -> Vec<f32>>;
 
-/// Says which worker runs an expert, by its position in the placement.
+/// Worker that runs an expert, by its index in the placement.
 pub type Owner = Box<dyn Fn(LayerId, ExpertId) -> usize>;
 
-/// How outputs become a row again.
+/// How expert outputs are combined.
 pub enum Sums {
     /// One sum over all experts.
     Exact,
@@ -30,14 +29,14 @@ pub struct Model {
     pub hidden: usize,
     /// Experts per row; at least 2.
     pub top_k: usize,
-    /// What rows are rounded to.
+    /// Dtype to which rows are rounded.
     pub compute: Compute,
-    /// Routed experts of every layer, at least `top_k` where not 0. At least one dense layer shows what happens
-    /// to rows that are sent there.
+    /// Routed experts of every layer: 0 for a dense layer, else at least `top_k`. At least one dense layer shows the
+    /// refusal of rows for it.
     pub experts: Vec<u32>,
-    /// The truth.
+    /// Expected output of each expert.
     pub oracle: Oracle,
-    /// How it is added up.
+    /// Expected way of combining.
     pub sums: Sums,
 }
 
@@ -71,7 +70,7 @@ pub fn run<D: ExpertDispatch>(mut make: impl FnMut() -> Harness<D>) {
     closing_is_final_and_may_be_repeated(&mut make());
 }
 
-/// Far enough away that only a dispatch that lost something reaches it.
+/// A deadline that only a dispatch that lost something reaches.
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
@@ -92,7 +91,7 @@ impl Numbers {
     }
 }
 
-/// Rows and choices that own themselves.
+/// Rows and choices of a batch, owned.
 struct Batch {
     layer: LayerId,
     hidden: usize,
@@ -102,7 +101,7 @@ struct Batch {
 }
 
 impl Batch {
-    /// `rows` random rows, each for `k` random experts of `layer`. Values are ones that bf16 has.
+    /// `rows` random rows, each for `k` random experts of `layer`. All values are exact in bf16.
     fn random(model: &Model, layer: LayerId, rows: usize, k: usize, seed: u64) -> Self {
         let mut numbers = Numbers(seed);
         let values = (0..rows * model.hidden).map(|_| (numbers.below(257) as f32 - 128.0) / 16.0).collect();
@@ -115,7 +114,7 @@ impl Batch {
             picked.sort_unstable();
             experts.extend(picked);
         }
-        // Weights whose products and sums do round.
+        // Weights whose products and sums need rounding.
         let weights = (0..rows * k).map(|_| (numbers.below(1000) + 1) as f32 / 997.0).collect();
         let choices = Choices::new(k, experts, weights).expect("choices are made to be valid");
         Self::new(layer, model.hidden, values, choices)
@@ -138,7 +137,7 @@ impl Batch {
         LayerBatch { layer: self.layer, lane, rows: self.rows(compute), choices: &self.choices }
     }
 
-    /// The sum that the seam's contract fixes, written as plainly as it can be.
+    /// The sum of the contract, computed in the plainest way.
     fn reference(&self, model: &Model) -> Vec<f32> {
         let Sums::Partial(owner) = &model.sums else { return self.sum_where(model, &|_| true) };
         let layer = self.layer;
@@ -213,7 +212,7 @@ fn assert_reference(model: &Model, batch: &Batch, got: &[f32], clause: &str) {
     }
 }
 
-/// After something was refused, the dispatch works as before.
+/// A dispatch works as before after a refusal.
 fn assert_still_works<D: ExpertDispatch>(harness: &mut Harness<D>, clause: &str) {
     let batch = first_batch(&harness.model, 99);
     let ticket = submit(harness, &batch, 0);
@@ -342,7 +341,7 @@ fn layers_and_experts_that_do_not_exist_are_refused<D: ExpertDispatch>(harness: 
     assert_still_works(harness, "after a layer and an expert that do not exist");
 }
 
-/// Who does not know the model's shape finds no owner; who does knows better.
+/// A dispatch without the model's shape finds no owner; one with the shape names the problem.
 fn refused_at_submit(outcome: &Result<Ticket, DispatchError>, clause: &str) {
     let refused = matches!(outcome, Err(DispatchError::Invalid(_) | DispatchError::NoOwner { .. }));
     assert!(refused, "{clause} is refused at submit: {outcome:?}");
@@ -362,7 +361,7 @@ fn a_deadline_in_the_past_is_missed<D: ExpertDispatch>(harness: &mut Harness<D>)
     assert_still_works(harness, "after a missed deadline");
 }
 
-/// The largest values of bf16 but a few: no expert that multiplies keeps them finite.
+/// Close to the largest bf16: an expert that multiplies it gets values that are not finite.
 const HUGE: f32 = f32::from_bits(0x7f60_0000);
 
 fn a_row_that_overflows_is_lost_alone<D: ExpertDispatch>(harness: &mut Harness<D>) {
@@ -408,7 +407,7 @@ fn cancelled_work_is_gone<D: ExpertDispatch>(harness: &mut Harness<D>) {
     assert_still_works(harness, "after a cancel");
 }
 
-/// No machine has so many.
+/// A device number that no machine has.
 const NO_DEVICE: u32 = u32::MAX;
 
 fn memory_that_is_not_taken_is_named<D: ExpertDispatch>(harness: &mut Harness<D>) {
@@ -438,7 +437,7 @@ fn rows_may_change_once_their_ticket_is_spent<D: ExpertDispatch>(harness: &mut H
     let mut batch = first_batch(&harness.model, 12);
     let kept = first_batch(&harness.model, 13);
     let other = submit(harness, &kept, 1);
-    // Collected, cancelled, and missed.
+    // The first batch is collected, the second cancelled, the third misses its deadline.
     for seed in 14..17 {
         let ticket = submit(harness, &batch, 0);
         match seed {
@@ -450,7 +449,7 @@ fn rows_may_change_once_their_ticket_is_spent<D: ExpertDispatch>(harness: &mut H
                 assert!(missed.is_ok_and(|lost| !lost.is_empty()), "{clause}");
             }
         }
-        // In place, under whatever still reads them.
+        // Overwrites the rows in place, while a straggler may still read them.
         let next = first_batch(&harness.model, seed);
         batch.rows.copy_from_slice(&next.rows);
         batch.bits.copy_from_slice(&next.bits);
@@ -491,14 +490,14 @@ mod tests {
     use super::*;
     use crate::fake;
 
-    /// The seam, implemented in the most direct way, with one fault to be found.
+    /// The plainest implementation of the seam, with one injected fault.
     struct Plain {
         fault: Fault,
         compute: Compute,
         experts: Vec<u32>,
         hidden: usize,
         done: BTreeMap<Ticket, Done>,
-        /// What was cancelled last.
+        /// The batch cancelled last.
         cancelled: Option<Done>,
         next: u64,
         closed: bool,
@@ -508,7 +507,7 @@ mod tests {
     struct Done {
         layer: LayerId,
         sums: Vec<f32>,
-        /// Rows that are not finite, each with an expert.
+        /// Rows with values that are not finite, each with its expert.
         lost: Vec<(u32, ExpertId)>,
     }
 

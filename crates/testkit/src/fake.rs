@@ -1,5 +1,5 @@
-//! Experts without weights. Every expert of every layer does something else to a row, so an output shows where
-//! it was made, and the same row gives the same bits wherever that is.
+//! Experts without weights. Every expert of every layer computes a different function of a row, so an output shows
+//! where it was made, and the same row gives the same bits on any worker.
 
 use std::collections::BTreeSet;
 
@@ -7,8 +7,8 @@ use muster_engine::compute::{ComputeError, ExpertCompute, Segment, SegmentAnswer
 use muster_engine::dispatch::Rows;
 use muster_types::{Compute, ExpertId, ExpertKey, LayerId};
 
-/// What a fake expert makes of a hidden row: `x * (1 + expert / 4) + 64 * layer + expert + 1`, rounded to the
-/// wire dtype.
+/// Output of a fake expert for a hidden row: `x * (1 + expert / 4) + 64 * layer + expert + 1`, rounded to the wire
+/// dtype.
 #[must_use]
 pub fn output(compute: Compute, layer: LayerId, expert: ExpertId, row: &[f32]) -> Vec<f32> {
     let factor = 1.0 + expert.get() as f32 / 4.0;
@@ -16,7 +16,7 @@ pub fn output(compute: Compute, layer: LayerId, expert: ExpertId, row: &[f32]) -
     row.iter().map(|x| round(compute, x * factor + offset)).collect()
 }
 
-/// A finite value as the wire carries it: for bf16 to the nearest, ties to even.
+/// A finite value rounded to the wire dtype: for bf16 to the nearest, ties to even.
 #[must_use]
 pub fn round(compute: Compute, value: f32) -> f32 {
     match compute {
@@ -32,16 +32,16 @@ pub fn round(compute: Compute, value: f32) -> f32 {
 /// Fake experts of one worker.
 #[derive(Debug, Clone)]
 pub struct FakeExperts {
-    /// What rows are rounded to.
+    /// Dtype to which rows are rounded.
     pub compute: Compute,
     /// Elements of a hidden row.
     pub hidden: usize,
-    /// The experts that are here.
+    /// Experts held by the worker.
     pub held: BTreeSet<ExpertKey>,
 }
 
 impl FakeExperts {
-    /// Rows `[hidden]` of a call, widened.
+    /// Rows `[hidden]` of a call, widened to f32.
     ///
     /// # Panics
     /// When they are not in the wire dtype or have another width.
@@ -56,7 +56,7 @@ impl FakeExperts {
         }
     }
 
-    /// Outputs of a segment, or their weighted sums: row by row, as plainly as it can be.
+    /// Outputs of a segment, or their weighted sums: row by row, in the plainest way.
     fn rows_of(
         &self,
         layer: LayerId,
@@ -120,16 +120,16 @@ impl ExpertCompute for FakeExperts {
     }
 }
 
-/// Experts as on a device of another numerics class: of every element of an output the lowest bit is the other one.
+/// Experts of another numerics class: flips the lowest bit of every element of an output.
 #[derive(Debug, Clone)]
 pub struct OtherBits<E> {
     /// The experts.
     pub inner: E,
-    /// What rows are rounded to.
+    /// Dtype to which rows are rounded.
     pub compute: Compute,
 }
 
-/// What [`OtherBits`] makes of an output's element.
+/// Element of an output as [`OtherBits`] changes it.
 #[must_use]
 pub fn other_bits(compute: Compute, element: f32) -> f32 {
     let lowest = match compute {

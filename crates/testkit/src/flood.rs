@@ -1,42 +1,42 @@
-//! A peer that speaks HTTP/2 to cost its server work: frames of one kind, as fast as they are taken.
+//! A hostile HTTP/2 peer: sends frames of one kind as fast as they are accepted.
 
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// What every HTTP/2 client sends first, and settings that change nothing.
+/// An HTTP/2 client's preface, with settings that change nothing.
 pub const OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-/// What is sent again and again.
+/// Kind of the repeated frames.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flood {
-    /// `SETTINGS` without any.
+    /// Empty `SETTINGS`.
     Settings,
-    /// `PING`, each of which is to be answered.
+    /// `PING`, each of which requires an answer.
     Ping,
-    /// Answers to pings that nobody sent.
+    /// Answers to pings that were never sent.
     PingAnswer,
     /// `WINDOW_UPDATE` of the connection.
     WindowUpdate,
     /// `PRIORITY`.
     Priority,
-    /// Streams that are never complete, far more than a connection may have.
+    /// Streams that never complete, far more than a connection may have.
     RefusedStreams,
     /// Streams that are reset at once.
     RapidReset,
     /// `RST_STREAM` of a stream that was reset before.
     Resets,
-    /// `DATA` without any.
+    /// Empty `DATA`.
     EmptyData,
     /// `CONTINUATION` of headers that never end.
     Continuation,
-    /// Frames of a type that does not exist.
+    /// Frames of an unknown type.
     Unknown,
 }
 
 impl Flood {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 11] = [
         Self::Settings,
         Self::Ping,
@@ -51,7 +51,7 @@ impl Flood {
         Self::Unknown,
     ];
 
-    /// What goes before, on a server of this method.
+    /// Frames before the flood, on a server of this method.
     #[must_use]
     pub fn opening(self, method: &str) -> Vec<u8> {
         let opened = match self {
@@ -95,7 +95,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// The headers of a gRPC call, which is not complete.
+/// The headers of a gRPC call, without its body.
 fn call(method: &str, stream: u32, flags: u8) -> Vec<u8> {
     let text = |text: &str| {
         let length = u8::try_from(text.len()).expect("short");
@@ -118,14 +118,14 @@ fn reset(stream: u32) -> Vec<u8> {
     frame(3, 0, stream, &[0, 0, 0, 8])
 }
 
-/// Floods the server at this address until it ends the connection; gives the rounds that it took, more or less.
+/// Floods the server until it closes the connection; returns the approximate number of rounds.
 ///
 /// # Panics
-/// When it does not within `patience`.
+/// When the server does not close within `patience`.
 pub async fn flood(address: &str, method: &str, flood: Flood, patience: Duration) -> u32 {
     let stream = TcpStream::connect(address).await.expect("the server listens");
     let (mut from, mut to) = stream.into_split();
-    // Answers must not stop the flood.
+    // Answers are read, so that they do not stop the flood.
     let reading = async {
         let mut bytes = vec![0; 64 << 10];
         while from.read(&mut bytes).await.is_ok_and(|read| read > 0) {}

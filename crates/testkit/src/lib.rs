@@ -1,8 +1,8 @@
-//! Test helpers. Nothing here is in a shipped binary.
+//! Test helpers. No shipped binary contains them.
 //!
-//! - [`conformance`]: what every expert dispatch must do, whatever it sends rows over;
+//! - [`conformance`]: the contract of every expert dispatch, on any transport;
 //! - [`fake`]: experts without weights, whose outputs can be told apart and predicted;
-//! - [`flood`]: a peer that sends HTTP/2 frames for nothing;
+//! - [`flood`]: a peer that floods a server with HTTP/2 frames;
 //! - [`proxy`]: a network that delays, loses, freezes and resets, in front of any server.
 
 pub mod conformance;

@@ -1,8 +1,8 @@
-//! A TCP proxy in front of a server, which does to connections what bad networks do.
+//! A TCP proxy in front of a server, which injects network faults into connections.
 //!
-//! What always holds: bytes of one direction of a connection arrive in order or not at all; a connection that lost bytes
-//! never carries any again, as nothing would make sense after them; every fault is counted. It knows nothing of what it
-//! carries.
+//! Always holds: bytes of one direction of a connection arrive in order or not at all; a connection that lost bytes
+//! never carries any again, as nothing after them would make sense; every fault is counted. Knows nothing of the
+//! protocol.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,32 +17,32 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until};
 
-/// Bytes taken at once.
+/// Most bytes of a chunk.
 const CHUNK: usize = 64 << 10;
-/// Chunks of one direction that may be on their way.
+/// Most chunks in flight, per direction.
 const UNDER_WAY: usize = 256;
 
-/// What the network does.
+/// State of the network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Weather {
-    /// Carries everything at once.
+    /// Forwards everything at once.
     Fair,
-    /// Each chunk takes a time from `least` to `most`, by `seed` and its number: evenly spread, each run the same.
+    /// Delays each chunk by `least` to `most`, evenly spread and determined by `seed` and the chunk's number.
     Slow {
         /// The shortest time.
         least: Duration,
         /// The longest time.
         most: Duration,
-        /// Makes schedules differ.
+        /// Seed of the schedule.
         seed: u64,
     },
-    /// Bytes of both directions vanish, and nobody is told. New connections are accepted and stay silent.
+    /// Drops the bytes of both directions silently. New connections are accepted and stay silent.
     BlackHole,
-    /// Nothing is taken, so that senders' buffers fill. Nothing is lost either.
+    /// Reads nothing, so that senders' buffers fill. Loses nothing.
     Frozen,
 }
 
-/// What was done so far.
+/// Counts of what the proxy did so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
     /// Connections accepted.
@@ -57,7 +57,7 @@ pub struct Counts {
     pub frozen: u64,
 }
 
-/// See the module. Its connections end when it is dropped.
+/// A running proxy. Its connections end when it is dropped.
 #[derive(Debug)]
 pub struct FaultProxy {
     address: SocketAddr,
@@ -69,7 +69,7 @@ pub struct FaultProxy {
 struct Shared {
     upstream: String,
     weather: watch::Sender<Weather>,
-    /// How often connections were reset by hand.
+    /// Number of resets by [`FaultProxy::reset`].
     reset: watch::Sender<u64>,
     connections: AtomicU64,
     dropped_bytes: AtomicU64,
@@ -79,7 +79,7 @@ struct Shared {
 }
 
 impl FaultProxy {
-    /// A proxy on a free port of this machine's loopback, for `host:port`.
+    /// Starts a proxy for `host:port` on a free loopback port.
     ///
     /// # Errors
     /// When it cannot listen.
@@ -100,23 +100,23 @@ impl FaultProxy {
         Ok(Self { address, shared, accepting })
     }
 
-    /// `host:port` where it listens.
+    /// The proxy's own address, `host:port`.
     #[must_use]
     pub fn address(&self) -> String {
         self.address.to_string()
     }
 
-    /// From now on the network is like this.
+    /// Sets the state of the network from now on.
     pub fn set(&self, weather: Weather) {
         self.shared.weather.send_replace(weather);
     }
 
-    /// Resets the connections that are open.
+    /// Resets all open connections.
     pub fn reset(&self) {
         self.shared.reset.send_modify(|resets| *resets += 1);
     }
 
-    /// What it did so far.
+    /// Counts so far.
     #[must_use]
     pub fn counts(&self) -> Counts {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
@@ -145,7 +145,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut connections = JoinSet::new();
     for number in 0.. {
         let Ok((client, _)) = listener.accept().await else { return };
-        // What was reset before does not concern it.
+        // Subscribed now: earlier resets do not affect this connection.
         let reset = shared.reset.subscribe();
         add(&shared.connections, 1);
         connections.spawn(connection(client, number, reset, Arc::clone(&shared)));
@@ -153,7 +153,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-/// Carries one connection to its end.
+/// Forwards one connection to its end.
 async fn connection(
     mut client: TcpStream,
     number: u64,
@@ -161,7 +161,7 @@ async fn connection(
     shared: Arc<Shared>,
 ) {
     let lost = AtomicBool::new(*shared.weather.borrow() == Weather::BlackHole);
-    // In a black hole the server hears nothing of it.
+    // In a black hole the server is not contacted.
     let mut server =
         if lost.load(Ordering::Relaxed) { None } else { TcpStream::connect(&shared.upstream).await.ok() };
     let is_reset = {
@@ -179,7 +179,7 @@ async fn connection(
     };
     if is_reset {
         for stream in [Some(&client), server.as_ref()].into_iter().flatten() {
-            // Closing it now is a reset.
+            // With zero linger, closing is a reset.
             let _ = stream.set_zero_linger();
         }
         drop((client, server));
@@ -204,7 +204,7 @@ async fn carry(
         pump(&mut from_server, &mut to_client, 2 * number + 1, lost, shared),
     );
     if lost.load(Ordering::Relaxed) {
-        // Neither side may learn that the other has gone.
+        // Kept open: neither side may notice that the other has gone.
         std::future::pending::<()>().await;
     }
 }
@@ -216,7 +216,7 @@ async fn swallow(client: &mut TcpStream, shared: &Shared) {
     }
 }
 
-/// Carries one direction until its sender closes it, or somebody fails.
+/// Forwards one direction until its sender closes it or an end fails.
 async fn pump(
     from: &mut (impl AsyncReadExt + Unpin),
     to: &mut (impl AsyncWriteExt + Unpin),
@@ -278,7 +278,7 @@ async fn pump(
         }
     };
     let (read, write) = (pin!(read), pin!(write));
-    // A reader that ended has closed the channel, which ends the writer; one whose writer failed has nobody to read for.
+    // A reader's end closes the channel, which ends the writer; a writer's error leaves the reader nobody to read for.
     tokio::join!(read, write);
 }
 

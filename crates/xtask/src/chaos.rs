@@ -1,6 +1,6 @@
-//! `cargo xtask chaos`: the chaos tests, many times, and a table of how long streams stood still.
+//! `cargo xtask chaos`: repeats the chaos tests and tabulates the pauses of streams.
 //!
-//! The tests themselves decide whether a run is good; this only repeats them, one at a time, and adds up what they say.
+//! The tests themselves judge a run; this repeats them, one at a time, and sums up their output.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use serde::Deserialize;
 use crate::process::output;
 use crate::{note, page, print};
 
-/// How long one run of all faults may take, a build included.
+/// Deadline of one run of all faults, a build included.
 const RUN: Duration = Duration::from_secs(1800);
 
 #[derive(Debug, clap::Args)]
@@ -26,7 +26,7 @@ pub(crate) struct Args {
     write_docs: bool,
 }
 
-/// What a test says of its streams.
+/// A test's report on its streams.
 #[derive(Debug, Deserialize)]
 struct Said {
     fault: String,
@@ -36,7 +36,7 @@ struct Said {
     others: BTreeMap<String, u64>,
 }
 
-/// What was said of one fault, all rounds together.
+/// Reports on one fault, over all rounds.
 #[derive(Debug, Default)]
 struct Heard {
     stalls_ms: Vec<u64>,
@@ -84,7 +84,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What the tests said: lines of `chaos` and an object.
+/// Reports in the tests' output: lines of `chaos` and a JSON object.
 fn said(text: &str) -> Result<Vec<Said>> {
     let objects = text.lines().filter_map(|line| line.strip_prefix("chaos "));
     objects.map(|object| serde_json::from_str(object).with_context(|| format!("chaos {object}"))).collect()
@@ -113,7 +113,7 @@ fn table(repeats: u32, heard: &mut BTreeMap<String, Heard>) -> String {
     table
 }
 
-/// The value below which so many of a hundred are; 0 when there is none.
+/// The given percentile; 0 without values.
 fn at(values: &mut [u64], part: usize) -> u64 {
     values.sort_unstable();
     let last = values.len().saturating_sub(1);

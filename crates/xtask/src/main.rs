@@ -1,8 +1,7 @@
 //! `cargo xtask`: tools for working on Muster. Nothing that is served depends on this crate.
 //!
-//! `ab` measures a cluster beside what one would use instead; `model` writes the checkpoint that is measured; `chaos` repeats
-//! the chaos tests. Runs the
-//! `muster` binary as anyone would; knows nothing of its insides.
+//! `ab` compares a cluster with its alternatives; `model` writes the measured checkpoint; `chaos` repeats the chaos
+//! tests. Runs the `muster` binary as a user would; knows nothing of its internals.
 
 mod ab;
 mod chaos;
@@ -57,7 +56,7 @@ fn note(line: &str) {
     eprintln!("{line}");
 }
 
-/// Prints what was asked for.
+/// Prints a result on standard output.
 #[expect(clippy::print_stdout, reason = "the outcome of a program")]
 fn print(text: &str) {
     println!("{text}");

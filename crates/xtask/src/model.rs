@@ -1,6 +1,6 @@
-//! The checkpoint that is measured: the shape of `ibm-granite/granite-3.1-1b-a400m`, with random weights.
+//! The measured checkpoint: the shape of `ibm-granite/granite-3.1-1b-a400m`, with random weights.
 //!
-//! The same bytes on every machine. Its text is meaningless; its cost is that of the real model.
+//! The same bytes on every machine. Its text is meaningless; its cost equals the real model's.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -32,13 +32,13 @@ impl Tensor {
         self.shape.iter().product()
     }
 
-    /// Norms are all ones.
+    /// Whether the tensor is a norm, which is all ones.
     fn is_norm(&self) -> bool {
         self.shape.len() == 1
     }
 }
 
-/// Writes the checkpoint into `directory`, which is complete when `config.json` is there.
+/// Writes the checkpoint into `directory`; `config.json` comes last and marks it complete.
 pub(crate) fn write(directory: &Path) -> Result<()> {
     fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let weights = File::create(directory.join("model.safetensors"))?;
@@ -124,7 +124,7 @@ fn write_weights(tensors: &[Tensor], out: &mut impl Write) -> Result<()> {
         start = end;
     }
     let mut header = serde_json::to_string(&header)?;
-    // The format wants the data aligned to eight bytes.
+    // The format aligns the data to eight bytes.
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(header.as_bytes())?;
@@ -144,13 +144,13 @@ fn bf16(value: f32) -> u16 {
     ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
 
-/// Numbers that are near enough to normal: sums of four uniform ones.
+/// Approximately normal numbers: sums of four uniform ones.
 struct Normal {
     state: u64,
 }
 
 impl Normal {
-    /// Mean 0, standard deviation 1.
+    /// The next number, with mean 0 and standard deviation 1.
     fn next(&mut self) -> f32 {
         // SplitMix64 (Steele, Lea and Flood, 2014).
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -163,7 +163,7 @@ impl Normal {
     }
 }
 
-/// Byte-level BPE with every byte and next to no merges.
+/// Byte-level BPE with every byte and hardly any merges.
 fn tokenizer() -> Value {
     let mut vocabulary = Map::new();
     let mut words = vec![END_OF_TEXT.to_owned()];
@@ -194,7 +194,7 @@ fn tokenizer() -> Value {
     })
 }
 
-/// GPT-2's letter for every byte: printable Latin-1 stands for itself, the rest for letters from U+0100 on.
+/// GPT-2's character for every byte: printable Latin-1 stands for itself, others map to U+0100 and up.
 fn byte_letters() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|byte| {

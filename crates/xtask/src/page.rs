@@ -1,4 +1,4 @@
-//! Pages of figures: what they say of their origin, and the documents that they are part of.
+//! Pages of measurements: their provenance, and their places in documents.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::process::output;
 
 const ASK: Duration = Duration::from_secs(30);
 
-/// The commit of a work tree, and whether there are changes on top of it.
+/// Commit of a work tree, marked if there are uncommitted changes.
 pub(crate) fn commit(root: &Path) -> String {
     let git = |arguments: &[&str]| {
         let mut git = Command::new("git");
@@ -22,7 +22,7 @@ pub(crate) fn commit(root: &Path) -> String {
     format!("{}{}", git(&["rev-parse", "--short=10", "HEAD"]), if changed { " with changes" } else { "" })
 }
 
-/// Today, in UTC.
+/// Today's date, in UTC.
 pub(crate) fn date() -> String {
     let mut date = Command::new("date");
     date.args(["-u", "+%Y-%m-%d"]);
@@ -33,7 +33,7 @@ fn said(command: Command) -> String {
     output(command, ASK).map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
 }
 
-/// Puts `page` between the marks `name` of a document.
+/// Replaces the text between the marks `name` of a document by `page`.
 pub(crate) fn put(path: &Path, name: &str, page: &str) -> Result<()> {
     let told = || format!("cannot put the tables into {}", path.display());
     let document = fs::read_to_string(path).with_context(told)?;

@@ -1,7 +1,6 @@
-//! What this machine can do at most: reading memory, copying it, and multiplying.
+//! Limits of this machine: reading memory, copying it, and multiplying.
 //!
-//! The limits that figures are seen beside. Every rate is the best of several tries, because what a machine *can* do is
-//! asked.
+//! Limits for comparison with figures. Every rate is the best of several tries, because a limit is a maximum.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -11,7 +10,7 @@ use serde::{Deserialize, Serialize};
 const GIB: usize = 1 << 30;
 const TRIES: usize = 5;
 const ROUNDS: usize = 4_000_000;
-/// Independent sums, so that no multiplication waits for the one before.
+/// Independent accumulators, so that no multiplication waits for the one before.
 const SUMS: usize = 16;
 
 /// Bytes or floating-point operations per second.
@@ -23,13 +22,13 @@ pub(crate) struct Limits {
     pub(crate) copy_all_threads: f64,
     pub(crate) f32_1_thread: f64,
     pub(crate) f32_all_threads: f64,
-    /// Dot products of bf16 pairs; missing where there is no instruction for them.
+    /// Dot products of bf16 pairs; `None` without an instruction for them.
     pub(crate) bf16_all_threads: Option<f64>,
     pub(crate) instructions: String,
 }
 
 impl Limits {
-    /// The better of two tries in everything.
+    /// The better of two measurements, for each limit.
     pub(crate) fn or_better(self, other: &Self) -> Self {
         Self {
             read_1_thread: self.read_1_thread.max(other.read_1_thread),
@@ -87,7 +86,7 @@ pub(crate) fn measure(threads: usize) -> Limits {
     }
 }
 
-/// Runs `work` on every item, a thread for each.
+/// Runs `work` on every item, each on its own thread.
 fn each<T: Send>(items: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
     let work = &work;
     std::thread::scope(|scope| {
@@ -109,7 +108,7 @@ fn best(amount: f64, mut work: impl FnMut()) -> f64 {
     amount / fastest
 }
 
-/// The widest instructions there are.
+/// Widest available vector instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Level {
     Plain,
@@ -162,7 +161,7 @@ impl Level {
         }
     }
 
-    /// Does a fixed number of multiplications and additions, and says how many.
+    /// Runs a fixed number of multiplications and additions, and returns it.
     fn multiply_f32(self) -> Option<f64> {
         let lanes = match self {
             Self::Plain => plain(),
@@ -200,7 +199,7 @@ fn sum(words: &[u64]) -> u64 {
     sums.iter().fold(0, |sum, part| sum.wrapping_add(*part))
 }
 
-/// Returns the values in one sum.
+/// Returns the number of values in one sum.
 fn plain() -> usize {
     const LANES: usize = 4;
     let (a, b) = (black_box([0.5f32; LANES]), black_box([0.5f32; LANES]));
@@ -236,10 +235,10 @@ mod x86 {
         super::sum(words)
     }
 
-    /// Returns the values in one sum.
+    /// Returns the number of values in one sum.
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn fma_avx2() -> usize {
-        // Eight rather than sixteen at once: there are sixteen registers.
+        // Eight accumulators rather than sixteen: there are only sixteen registers.
         let (a, b) = (_mm256_set1_ps(black_box(0.5)), _mm256_set1_ps(black_box(0.5)));
         let mut sums = [_mm256_setzero_ps(); SUMS / 2];
         for _ in 0..2 * ROUNDS {
@@ -251,7 +250,7 @@ mod x86 {
         8
     }
 
-    /// Returns the values in one sum.
+    /// Returns the number of values in one sum.
     #[target_feature(enable = "avx512f")]
     pub(super) fn fma_avx512() -> usize {
         let (a, b) = (_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(black_box(0.5)));
@@ -265,7 +264,7 @@ mod x86 {
         16
     }
 
-    /// Returns the products in one sum.
+    /// Returns the number of products in one sum.
     #[target_feature(enable = "avx512f,avx512bf16")]
     pub(super) fn dot_bf16() -> usize {
         // SAFETY: both are 64 bytes of which every pattern is valid.

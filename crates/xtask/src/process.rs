@@ -1,4 +1,4 @@
-//! Child processes with a deadline, kept to the first cores of the machine.
+//! Child processes with a deadline, pinned to the first cores of the machine.
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 
 const POLL: Duration = Duration::from_millis(20);
-/// How much of what a failed program said is told.
+/// Most characters of a failed program's output in an error.
 const TOLD: usize = 400;
 
-/// A command that may use the first `cores` cores only, so that every side has the same.
+/// A command pinned to the first `cores` cores, so that every side has the same.
 pub(crate) fn on_cores(cores: u32, program: impl AsRef<OsStr>) -> Command {
     let all = available_parallelism().map_or(usize::MAX, std::num::NonZero::get);
     if cores as usize >= all {
@@ -47,14 +47,14 @@ pub(crate) fn output(mut command: Command, deadline: Duration) -> Result<String>
     Ok(out)
 }
 
-/// Ends a process that may not want to, and waits for it.
+/// Kills a process and waits for it.
 pub(crate) fn kill(child: &mut Child) {
-    // Both fail only when it has ended already.
+    // Both fail only when it has exited already.
     let _ = child.kill();
     let _ = child.wait();
 }
 
-/// Asks a process to end and gives it a while.
+/// Asks a process to exit, and kills it after `patience`.
 pub(crate) fn stop(child: &mut Child, patience: Duration) {
     let asked = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
     let started = Instant::now();
@@ -72,7 +72,7 @@ pub(crate) fn drain(pipe: Option<impl Read + Send + 'static>) -> JoinHandle<Vec<
     spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut pipe) = pipe {
-            // What came before an error is still of use.
+            // Bytes before an error are still of use.
             let _ = pipe.read_to_end(&mut bytes);
         }
         bytes
@@ -83,7 +83,7 @@ pub(crate) fn collected(reader: JoinHandle<Vec<u8>>) -> String {
     String::from_utf8_lossy(&reader.join().unwrap_or_default()).into_owned()
 }
 
-/// The end of what a program said, in one line.
+/// End of a program's output, on one line.
 pub(crate) fn tail(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     let skip = line.chars().count().saturating_sub(TOLD);

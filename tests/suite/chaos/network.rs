@@ -62,7 +62,7 @@ async fn streams_wait_while_the_only_holder_is_behind_a_black_hole() {
         hole.set(Weather::BlackHole);
         lost_links(cluster, 1.0).await;
         assert!(hole.counts().dropped_bytes > 0);
-        // What was lost is lost: only a new connection can carry anything.
+        // A connection that lost bytes carries nothing more: only a new one can.
         hole.set(Weather::Fair);
     })
     .await;
@@ -154,7 +154,7 @@ async fn packet_loss_on_every_link_changes_no_token() {
     .await;
 }
 
-/// Three honest replicas, and as many liars as there are lies, each beginning with another.
+/// Three honest replicas, and one liar per lie, each beginning with a different lie.
 async fn lied_to(what: &str, lies: &'static [Lie]) {
     let mut liars = Vec::new();
     let mut cluster = Cluster::start_through(replicated().tcp(), async |mut workers| {
@@ -182,7 +182,7 @@ async fn lied_to(what: &str, lies: &'static [Lie]) {
         metric(&cluster, "muster_dispatch_bad_replies_total"),
     );
     assert!(bad > 0.0 && banned > 0.0);
-    // Not more than is under way when one is found out.
+    // Lies after the discovery of a liar come only from shards already under way.
     assert!(
         all as f64 <= 4.0 * (banned + liars.len() as f64),
         "{all} lies, {bad} bad replies, {banned} bans"

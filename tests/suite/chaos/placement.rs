@@ -21,11 +21,11 @@ fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap()
 }
 
-/// Looks at a router's status all the time, until it is dropped or asked.
+/// Polls a router's status until dropped or checked by [`Self::was_so`].
 struct Watch(tokio::task::JoinHandle<()>);
 
 impl Watch {
-    /// Expects that every expert is always held.
+    /// Asserts that every expert is always held.
     fn covered(observer: Observer) -> Self {
         Self(tokio::spawn(async move {
             loop {
@@ -36,7 +36,7 @@ impl Watch {
         }))
     }
 
-    /// It was so until now.
+    /// Ends the watch; panics if its assertion failed.
     fn was_so(self) {
         assert!(!self.0.is_finished(), "see above");
         self.0.abort();
@@ -59,7 +59,7 @@ async fn experts_of_a_dead_sole_holder_are_held_by_others_soon() {
 
     let killed = Instant::now();
     cluster.workers[1].kill();
-    // In between, experts are missing; that may be over before anybody looks.
+    // Experts are missing for a moment, perhaps too short to observe.
     held_by_others(&observer, 2).await;
     let served_again = millis(killed);
     load.goes_on(32).await;
@@ -121,7 +121,7 @@ async fn a_dead_leader_is_followed_by_another_and_streams_do_not_notice() {
     does_as_leaders_do(&mut cluster, &observer).await;
 }
 
-/// Whoever leads has what a dead worker held loaded by others.
+/// Checks that the leader has a dead worker's experts loaded by others.
 async fn does_as_leaders_do(cluster: &mut Elastic, observer: &Observer) {
     cluster.workers[0].kill();
     held_by_others(observer, 2).await;
@@ -135,7 +135,7 @@ async fn held_by_others(observer: &Observer, others: usize) {
     .await;
 }
 
-/// What the leader of this name last told a worker to do, sent again: who obeys another one refuses it.
+/// Sends an order in the name of a former leader to every worker; each obeys another leader and refuses it.
 async fn refuse_orders_of(cluster: &Elastic, name: &str, term: u64) {
     for worker in 0..cluster.workers.len() {
         let stale = AssignRequest {
@@ -151,7 +151,7 @@ async fn refuse_orders_of(cluster: &Elastic, name: &str, term: u64) {
     }
 }
 
-/// The name and term of the router that a worker began to obey last, from its log.
+/// Name and term of the worker's latest leader, from its log.
 fn obeyed(log: &str) -> (String, u64) {
     let line = log.lines().rfind(|line| line.contains("obeying a new leader")).expect("it obeys somebody");
     let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)).unwrap();
@@ -224,7 +224,7 @@ async fn workers_come_and_go_and_every_expert_is_always_held() {
         cluster.settled(workers).await;
     }
     load.goes_on(32).await;
-    // Also the one that all others have their experts from.
+    // Worker 0 is the source of all others' experts.
     for (gone, stay) in [(0, 3), (2, 2)] {
         cluster.leave(gone);
         cluster.settled(stay).await;
@@ -285,7 +285,7 @@ async fn a_worker_without_a_model_has_it_from_others() {
     let work = Work::long().await;
     let mut cluster = Elastic::start(&demo_model(), 1, &[]);
     let model = demo_model().display().to_string();
-    // From its own files, then from the router alone, then from another worker.
+    // Worker 0 loads from its own files, worker 1 from the router or from worker 0.
     cluster.join(&["--model", &model, "--share", "all"]);
     let all = cluster.settled(1).await;
     let bytes = all.workers[0].resident_bytes;
@@ -388,7 +388,8 @@ async fn rows(cluster: &Elastic) -> Vec<(u64, u64)> {
     rows
 }
 
-/// The busiest worker's rows between two counts, in hundredths of the mean, and in hundredths the part of the hot expert.
+/// Rows of the busiest worker between two counts, in percent of the mean, and the hot expert's share of all rows, in
+/// percent.
 fn uneven(before: &[(u64, u64)], after: &[(u64, u64)]) -> (u64, u64) {
     let more: Vec<(u64, u64)> = before.iter().zip(after).map(|(b, a)| (a.0 - b.0, a.1 - b.1)).collect();
     let all: u64 = more.iter().map(|(rows, _)| rows).sum();

@@ -1,4 +1,4 @@
-//! What asks a cluster: `status`, `chat`, `generate`, `bench`.
+//! Subcommands that are clients of a cluster: `status`, `chat`, `generate`, `bench`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -106,12 +106,12 @@ pub(crate) struct BenchArgs {
     /// The router's HTTP address, to read dispatch times from its metrics; needs --grpc.
     #[arg(long, value_name = "URL", requires = "grpc")]
     pub(crate) metrics: Option<String>,
-    /// Injure a cluster of one's own instead (demo, unless --model is given) while streams run, and tell how long they
-    /// stood still.
+    /// Inject faults into a private cluster instead (demo, unless --model is given) while streams run, and report how
+    /// long they stood still.
     #[arg(long, conflicts_with_all = ["grpc", "against", "metrics"])]
     pub(crate) chaos: bool,
-    /// Run streams against the running cluster for so long (--concurrency at a time, 16 by default), and compare each with
-    /// what it gave at first; SIGTERM ends it sooner.
+    /// Run streams against the running cluster for this long (--concurrency at a time, 16 by default), and compare each
+    /// with its first run; SIGTERM ends it sooner.
     #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with_all = ["chaos", "model", "against", "metrics"])]
     pub(crate) soak: Option<Duration>,
     /// Print this run's rates and times as multiples of those in a file that --json wrote.

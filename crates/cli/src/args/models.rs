@@ -1,4 +1,4 @@
-//! What is about a model alone: `check-model`, `plan`, `logits`, `pull`.
+//! Subcommands on a model alone: `check-model`, `plan`, `logits`, `pull`.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
@@ -24,14 +24,15 @@ pub(crate) struct CheckModelArgs {
     /// Check configuration and headers only; do not read the weights.
     #[arg(long, conflicts_with = "digests")]
     pub(crate) headers_only: bool,
-    /// Compute a digest of each expert's weights and write them to this file, so that routers need not; without a name, to
-    /// the model's directory. They depend on --compute and --expert-dtype.
+    /// Compute a digest of each expert's weights and write them to this file, so that routers need not; without a name,
+    /// to the model's directory. They depend on --compute and --expert-dtype.
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     pub(crate) digests: Option<Option<PathBuf>>,
     /// With --digests: how routers and workers are to compute.
     #[arg(long, default_value = "auto", value_name = "MODE", requires = "digests")]
     pub(crate) compute: ComputeMode,
-    /// With --digests: how workers are to hold experts, as they are computed (native), in 8 bits (q8) or in 4 bits (q4).
+    /// With --digests: how workers are to hold experts, as they are computed (native), in 8 bits (q8) or in 4 bits
+    /// (q4).
     #[arg(long, default_value = "native", value_name = "DTYPE", value_parser = parse_weight_dtype, requires = "digests")]
     pub(crate) expert_dtype: WeightDType,
     /// Also measure how far bf16 computation is from f32, and q8 and q4 experts from native ones: KL divergence and
@@ -61,19 +62,19 @@ pub(crate) struct CheckModelArgs {
                         Exit codes: 0 it fits, or nothing was said about workers; 1 it does not fit the workers given; 2 bad input."
 )]
 pub(crate) struct PlanArgs {
-    /// Name of a well-known model, as in mixtral-8x7b (a wrong one lists them); or a directory with config.json, org/name of
-    /// a pulled model, or demo.
+    /// Name of a well-known model, as in mixtral-8x7b (a wrong one lists them); or a directory with config.json,
+    /// org/name of a pulled model, or demo.
     #[arg(value_name = "MODEL")]
     pub(crate) model: String,
     #[command(flatten)]
     pub(crate) links: LinkArgs,
-    /// Workers with this much memory, as in 64GiB, as many as needed; or as in 64GiBx2, so many. Given once for each size.
+    /// Workers with this much memory: 64GiB for as many as needed, 64GiBx2 for exactly two. Given once for each size.
     #[arg(long = "worker", value_name = "SIZE[xN]", value_parser = machines)]
     pub(crate) workers: Vec<Machines>,
-    /// The same, of GPUs with this much memory.
+    /// GPU workers with this much memory, given as with --worker.
     #[arg(long = "gpu", value_name = "SIZE[xN]", value_parser = machines)]
     pub(crate) gpus: Vec<Machines>,
-    /// Memory of workers that are there, one after another: does the model fit?
+    /// Memory of each existing worker: does the model fit?
     #[arg(long, value_name = "SIZE,SIZE,...", value_delimiter = ',', value_parser = machines)]
     pub(crate) devices: Vec<Machines>,
     /// Copies of every expert on different workers.

@@ -1,4 +1,4 @@
-//! What operators do: `certs`, `keys`, `drain`, `probe`.
+//! Subcommands for operators: `certs`, `keys`, `drain`, `probe`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub(crate) enum CertsCommand {
                         --tls-ca certs/router/ca.crt ..."
 )]
 pub(crate) struct CertsInitArgs {
-    /// Where to write them.
+    /// Directory for the certificates.
     #[arg(
         value_name = "DIR",
         required_unless_present = "kubernetes_secrets",
@@ -33,14 +33,14 @@ pub(crate) struct CertsInitArgs {
     /// Write Kubernetes Secrets instead: PREFIX-ca, PREFIX-router, PREFIX-worker, PREFIX-client.
     #[arg(long, value_name = "PREFIX")]
     pub(crate) kubernetes_secrets: Option<String>,
-    /// Of the Secrets [default: this pod's, or the current context's].
+    /// Namespace of the Secrets [default: this pod's, or the current context's].
     #[arg(long, value_name = "NAME", requires = "kubernetes_secrets")]
     pub(crate) namespace: Option<String>,
     /// The cluster's name in certificates.
     #[arg(long, value_name = "NAME", default_value = "muster")]
     pub(crate) trust_domain: String,
-    /// A DNS name or IP address by which clients reach the routers; may be given several times. localhost, 127.0.0.1 and
-    /// ::1 are always there.
+    /// A DNS name or IP address by which clients reach the routers; may be given several times. localhost, 127.0.0.1
+    /// and ::1 are always there.
     #[arg(long = "name", value_name = "NAME")]
     pub(crate) names: Vec<String>,
     /// How many days certificates are good.
@@ -61,7 +61,7 @@ pub(crate) enum KeysCommand {
     after_help = "Example:\n  muster keys new alice --file api-keys\n\nTake a line out of the file to revoke its key."
 )]
 pub(crate) struct KeysNewArgs {
-    /// Whose it is.
+    /// Name of the key's owner.
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
     /// The file to add its line to; without, the line is printed on standard error.
@@ -71,14 +71,14 @@ pub(crate) struct KeysNewArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct KeysHashArgs {
-    /// Whose it is.
+    /// Name of the key's owner.
     #[arg(value_name = "NAME")]
     pub(crate) name: String,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct DrainArgs {
-    /// Its --admin address.
+    /// The --admin address of the process.
     #[arg(long, value_name = "URL", default_value = DEFAULT_ADMIN)]
     pub(crate) admin: String,
     /// How long to wait at most.
@@ -89,7 +89,7 @@ pub(crate) struct DrainArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Exit code: 0 when it is ready, 1 when it is not; standard output says why.")]
 pub(crate) struct ProbeArgs {
-    /// Its --admin address.
+    /// The --admin address of the process.
     #[arg(long, value_name = "URL", default_value = DEFAULT_ADMIN)]
     pub(crate) admin: String,
     /// How long to wait for an answer.

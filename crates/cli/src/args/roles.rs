@@ -1,4 +1,4 @@
-//! What runs: `up`, `router`, `worker`. The last two take what `muster-config` declares.
+//! Subcommands that serve: `up`, `router`, `worker`. The last two take the settings of `muster-config`.
 
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -23,7 +23,7 @@ pub(crate) struct UpArgs {
     /// How many worker processes share the experts.
     #[arg(long, default_value = "2", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) workers: u32,
-    /// On how many workers every expert is; with 2 or more a worker can die unnoticed.
+    /// Replicas of every expert, each on another worker; with 2 or more a worker can die unnoticed.
     #[arg(long, default_value = "1", value_name = "N", value_parser = parse_replicas)]
     pub(crate) replicas: NonZeroU32,
     /// Continue this text once, print the answer and stop everything.

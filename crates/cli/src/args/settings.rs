@@ -1,12 +1,12 @@
-//! Settings of a role as flags. They stay text here, because a file and the environment give the same settings and
-//! `muster-config` parses whichever wins.
+//! Settings of a role as flags. Values stay text, because a file and the environment give the same settings and
+//! `muster-config` parses whichever takes precedence.
 
 use std::marker::PhantomData;
 
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
 use muster_config::{DefaultTo, Flags, Group, Key, LOGGING, RoleSettings};
 
-/// What was given of a role's settings.
+/// Given flags of a role's settings.
 #[derive(Debug)]
 pub(crate) struct SettingArgs<R> {
     pub(crate) flags: Flags,
@@ -46,7 +46,7 @@ impl<R: RoleSettings> FromArgMatches for SettingArgs<R> {
     }
 }
 
-/// All but what every command takes.
+/// All groups but those of every command.
 fn groups<R: RoleSettings>() -> impl Iterator<Item = &'static Group> {
     R::ROLE.groups.iter().filter(|group| group.heading != Some(LOGGING))
 }

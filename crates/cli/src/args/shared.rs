@@ -1,5 +1,5 @@
-//! Arguments that several subcommands have: logging, certificates, credentials, sampling, computing, configuration, and whom
-//! to work with.
+//! Arguments shared by subcommands: logging, certificates, credentials, sampling, computing, configuration, and the
+//! target.
 
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
@@ -27,14 +27,14 @@ pub(crate) struct LogArgs {
 /// Links in a model's directory.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub(crate) struct LinkArgs {
-    /// Let files of the model's directory be links to anywhere on this machine [default: into the directory, or a hub cache's
-    /// folder of the model].
+    /// Let files of the model's directory be links to anywhere on this machine [default: into the directory, or a hub
+    /// cache's folder of the model].
     #[arg(long)]
     pub(crate) allow_links: bool,
 }
 
 impl LinkArgs {
-    /// Where they may lead.
+    /// Allowed targets of links.
     pub(crate) const fn links(self) -> Links {
         Links::of(self.allow_links)
     }
@@ -80,8 +80,8 @@ pub(crate) struct SamplingArgs {
     /// Whether the model's own settings (generation_config.json) hold where no flag says otherwise: auto or ignore.
     #[arg(long, default_value = "auto", value_name = "MODE")]
     pub(crate) generation_config: GenerationMode,
-    /// The same seed, prompt and settings give the same tokens; a negative one is the one that the OpenAI API takes [default:
-    /// chosen anew every time].
+    /// The same seed, prompt and settings give the same tokens; negative values mean the same as in the OpenAI API
+    /// [default: random every time].
     #[arg(long, value_parser = seed, allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
     /// End where this text appears; may be given several times.
@@ -93,7 +93,7 @@ pub(crate) struct SamplingArgs {
 }
 
 impl SamplingArgs {
-    /// The first of the flags that say how one request is sampled, where there is one.
+    /// Name of the first flag given that samples a single request, if any.
     pub(crate) fn of_a_request(&self) -> Option<&'static str> {
         let given = [
             ("--temperature", self.temperature.is_some()),

@@ -1,4 +1,4 @@
-//! `muster drain` and `muster probe`: what the machine around a router or worker asks of it, where there is no shell.
+//! `muster drain` and `muster probe`: requests to a process's admin address, for containers without a shell.
 
 use muster_admin::client;
 
@@ -24,7 +24,7 @@ pub(crate) async fn probe(args: &ProbeArgs) -> Result<(), Failure> {
     match client::ask(authority, "GET", "/readyz", args.timeout).await {
         Ok((200, body)) => out::write(&body),
         Ok((_, body)) => {
-            // A kubelet puts standard output into the pod's events.
+            // A kubelet copies standard output into the pod's events.
             out::write(&body)?;
             Err(Failure::Quiet)
         }

@@ -1,4 +1,4 @@
-//! `muster bench`: throughput and latency of a router, or of a cluster of one's own.
+//! `muster bench`: throughput and latency of a router, or of a private cluster.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -16,9 +16,9 @@ use crate::backend::Backend;
 use crate::failure::Failure;
 use crate::out;
 
-/// Requests at a time when nobody says how many.
+/// Default concurrencies.
 const CONCURRENCY: [u32; 2] = [1, 8];
-/// Longest saved run that is read.
+/// Most bytes of a saved run.
 const MOST_SAVED: u64 = 1 << 20;
 
 pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {

@@ -1,6 +1,6 @@
-//! `muster bench --chaos`: injures a cluster of one's own while streams run, and tells how long they stood still.
+//! `muster bench --chaos`: injects faults into a private cluster while streams run, and measures their pauses.
 //!
-//! Every stream is compared with what it gave undisturbed, token by token.
+//! Every stream is compared, token by token, with its undisturbed run.
 
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
@@ -23,21 +23,21 @@ use crate::progress::Bars;
 use crate::signals::Signals;
 use crate::{models, out};
 
-/// Workers when nobody says how many.
+/// Default number of workers.
 const WORKERS: NonZeroU32 = NonZeroU32::new(3).expect("it is not zero");
-/// On how many of them every expert is.
+/// Replicas of every expert.
 const REPLICAS: NonZeroU32 = NonZeroU32::new(2).expect("it is not zero");
-/// Streams at a time when nobody says how many.
+/// Default number of concurrent streams.
 const STREAMS: u32 = 32;
-/// How long a cluster may take to be whole again.
+/// Deadline for the cluster's recovery.
 const RECOVERY: Duration = Duration::from_secs(60);
-/// How often it is looked whether it is.
+/// Polling interval of the recovery.
 const LOOK: Duration = Duration::from_millis(20);
-/// How long a worker that is stopped stands still.
+/// Length of a worker's stop.
 const STILL: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(args: &BenchArgs, log: &LogArgs) -> Result<(), Failure> {
-    // What workers say of their deaths is no news here.
+    // Deaths are injected on purpose, so warnings of them are not logged.
     let log = &LogArgs { log: Some(log.log.clone().unwrap_or_else(|| "error".to_owned())), ..log.clone() };
     let model = args.target.model.as_deref().unwrap_or(DEMO);
     let links = args.target.links.links();
@@ -142,7 +142,7 @@ async fn with_router(
     Ok(())
 }
 
-/// Waits until all workers serve and every expert is on as many as it shall be.
+/// Waits until all workers serve and every expert has its wanted replicas.
 async fn whole(client: &Client, workers: &Workers) -> Result<(), Failure> {
     let deadline = Instant::now() + RECOVERY;
     let mut seen = "the router says nothing".to_owned();
@@ -158,7 +158,7 @@ async fn whole(client: &Client, workers: &Workers) -> Result<(), Failure> {
     Err(Failure::runtime(format!("the cluster is not whole again after {RECOVERY:?}: {seen}")))
 }
 
-/// Waits until a worker is another process.
+/// Waits until a worker runs in a new process.
 async fn changed(workers: &Workers, index: usize, before: u32) -> Result<(), Failure> {
     let deadline = Instant::now() + RECOVERY;
     while workers.pid(index) == before {
@@ -172,8 +172,8 @@ async fn changed(workers: &Workers, index: usize, before: u32) -> Result<(), Fai
 
 fn signal(pid: u32, signal: i32) {
     if let Ok(pid @ 1..) = i32::try_from(pid) {
-        // SAFETY: kill takes two integers. The pid is that of a worker of this process's own, which is still being waited
-        // for.
+        // SAFETY: kill takes two integers. The pid is that of a worker of this process's own, which is still being
+        // waited for.
         unsafe { libc::kill(pid, signal) };
     }
 }

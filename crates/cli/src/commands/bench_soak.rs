@@ -1,6 +1,6 @@
-//! `muster bench --soak`: streams without end against a running cluster, each compared with its first run.
+//! `muster bench --soak`: endless streams against a running cluster, each compared with its first run.
 //!
-//! For whoever changes a cluster that serves, and wants to see that nobody notices.
+//! Shows that a change to a serving cluster goes unnoticed by clients.
 
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,9 @@ use crate::failure::Failure;
 use crate::signals::Signals;
 use crate::{out, text};
 
-/// Streams at a time when nobody says how many.
+/// Default number of concurrent streams.
 const STREAMS: u32 = 16;
-/// How often it is told how things are.
+/// Interval of the reports.
 const TELL: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(args: &BenchArgs, time: Duration) -> Result<(), Failure> {
@@ -30,7 +30,7 @@ async fn soak(args: &BenchArgs, time: Duration, signals: &mut Signals) -> Result
     let streams = args.concurrency.iter().copied().max().unwrap_or(STREAMS);
     let mut backends = Vec::new();
     for _ in 0..streams {
-        // Connections of their own, so that they are spread over the routers behind one name.
+        // One connection per stream, so that they spread over the routers behind one name.
         backends.push(Backend::Router(backend::connect(addresses, &args.target.credentials).await?));
     }
     let Some(first) = backends.first_mut() else { return Ok(()) };
@@ -68,7 +68,7 @@ async fn soak(args: &BenchArgs, time: Duration, signals: &mut Signals) -> Result
     Ok(())
 }
 
-/// As a line of JSON; for people, every five seconds.
+/// Reports the counts: each time as JSON, every five seconds as text.
 fn tell(json: bool, count: &Count) -> Result<(), Failure> {
     if json {
         return out::line(&serde_json::to_string(count).map_err(Failure::runtime)?);

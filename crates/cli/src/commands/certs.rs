@@ -1,6 +1,6 @@
-//! `muster certs init`: an authority of one's own, and a certificate of it for each role.
+//! `muster certs init`: a private certificate authority, and a certificate for each role.
 //!
-//! Run again it changes nothing but what ends soon, is for other names, or is another authority's.
+//! A repeated run replaces only certificates that end soon, have other names, or are of another authority.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -15,9 +15,9 @@ use crate::args::{CertsCommand, CertsInitArgs};
 use crate::failure::Failure;
 use crate::out;
 
-/// What ends within this time is renewed.
+/// Remaining time below which a certificate is renewed.
 const SOON: Duration = Duration::from_secs(30 * 86_400);
-/// By these a client on the same host, or behind a forwarded port, reaches a router.
+/// Names of a router for clients on the same host or behind a forwarded port.
 const LOCAL_NAMES: [&str; 3] = ["localhost", "127.0.0.1", "::1"];
 
 const CERT: &str = "tls.crt";
@@ -26,12 +26,12 @@ const CA: &str = "ca.crt";
 
 type Files = BTreeMap<&'static str, Vec<u8>>;
 
-/// Where certificates are kept: a set of files for the authority, and one for each role.
+/// Storage of certificates: a set of files for the authority, and one for each role.
 trait Store {
-    /// What is there; `None` when one of these is missing.
+    /// Files of a set; `None` when one of `names` is missing.
     async fn read(&self, set: &str, names: &[&'static str]) -> Result<Option<Files>, Failure>;
     async fn write(&self, set: &str, files: &Files) -> Result<(), Failure>;
-    /// How a set is called in messages.
+    /// Name of a set in messages.
     fn name(&self, set: &str) -> String;
 }
 
@@ -84,7 +84,7 @@ async fn init(args: &CertsInitArgs, store: &impl Store) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Whether a certificate lasts, is of this authority and has these names.
+/// Whether a certificate lasts long enough, is of this authority and has these names.
 fn is_good(files: &Files, ca: &str, names: &[String]) -> bool {
     let cert = files.get(CERT).map_or(&[][..], Vec::as_slice);
     let same = files.get(CA).is_some_and(|theirs| theirs == ca.as_bytes());
@@ -106,7 +106,7 @@ fn text(files: &Files, name: &str) -> Result<String, Failure> {
     String::from_utf8(bytes).map_err(|_| Failure::input(format!("the authority's {name} is not PEM")))
 }
 
-/// A directory: the authority's files in itself, each role's in one of its own.
+/// A directory: the authority's files at the top, each role's in a subdirectory.
 struct Directory(PathBuf);
 
 impl Directory {
@@ -147,7 +147,7 @@ impl Store for Directory {
     }
 }
 
-/// Secrets of Kubernetes, one for each set.
+/// Kubernetes Secrets, one for each set.
 struct Secrets {
     api: Api,
     namespace: String,
@@ -181,7 +181,7 @@ impl Store for Secrets {
     }
 }
 
-/// Replaces a file as a whole: whoever reads it reads the old one or the new one.
+/// Replaces a file atomically: readers see the old content or the new one.
 fn write(path: &Path, content: &[u8], is_secret: bool) -> io::Result<()> {
     let directory = path.parent().unwrap_or_else(|| Path::new("."));
     std::fs::DirBuilder::new().recursive(true).mode(0o755).create(directory)?;

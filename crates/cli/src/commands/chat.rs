@@ -58,7 +58,7 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
         messages.push(message("user", &line));
         match talk.answer(&mut backend, &messages).await {
             Ok(text) => messages.push(message("assistant", &text)),
-            // Too long for the context, for one: the conversation goes on without that line.
+            // Bad input, such as a line too long for the context: the conversation goes on without it.
             Err(Failure::Input(reason)) => {
                 out::note(&format!("error: {reason}"));
                 out::note("[that line is left out; /new begins a new conversation]");
@@ -70,13 +70,13 @@ pub(crate) async fn run(args: &ChatArgs) -> Result<(), Failure> {
     }
     match (is_terminal, has_refused) {
         (true, _) => out::line(""),
-        // A script learns by the exit code.
+        // The exit code tells a script of the failure.
         (false, true) => Err(Failure::Quiet),
         (false, false) => Ok(()),
     }
 }
 
-/// What holds for all answers.
+/// Settings of all answers.
 struct Talk {
     manner: Manner,
     model: About,
@@ -111,7 +111,7 @@ impl Talk {
     }
 }
 
-/// A line that was typed. What is no command goes to the model, whatever it begins with.
+/// A typed line. Lines that are no command go to the model, whatever they begin with.
 #[derive(Debug, PartialEq, Eq)]
 enum Typed {
     Nothing,

@@ -1,4 +1,4 @@
-//! `muster check-model`: what a model is, how big its parts are, whether it loads.
+//! `muster check-model`: facts about a model, the sizes of its parts, and a check that it loads.
 
 use std::ops::RangeInclusive;
 
@@ -19,7 +19,7 @@ use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::{models, out, text};
 
-/// What `--json` prints. Sizes are in bytes as stored.
+/// JSON of `--json`. Sizes are in bytes as stored.
 #[derive(Serialize)]
 struct Report {
     model: String,
@@ -32,16 +32,16 @@ struct Report {
     vocabulary: u32,
     context: usize,
     end_of_text: Vec<u32>,
-    /// What `generation_config.json` asks for where a request says nothing.
+    /// Sampling defaults of `generation_config.json`.
     sampling: SamplingReport,
     tokenizer: Option<TokenizerReport>,
-    /// What to do where there is no tokenizer.
+    /// Remedy for a missing tokenizer.
     tokenizer_remedy: Option<String>,
     layers: Vec<LayerReport>,
-    /// Tensors of the checkpoint that serving it does not need.
+    /// Tensors of the checkpoint that serving does not need.
     left_alone: Vec<LeftAlone>,
     quality: Option<Quality>,
-    /// Files with digests of the experts' weights, compared or written.
+    /// Digest files of the experts' weights, compared or written.
     digests: Vec<Digested>,
 }
 
@@ -53,7 +53,7 @@ struct SamplingReport {
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
     max_tokens: Option<u32>,
-    /// What it asks for and is not done.
+    /// Settings that are not supported.
     not_followed: Vec<String>,
     #[serde(skip)]
     in_words: String,
@@ -78,7 +78,7 @@ struct LeftAlone {
 #[derive(Serialize)]
 struct Weights {
     dtype: String,
-    /// How they are stored, in words.
+    /// Stored forms of the weights, in words.
     stored: String,
     bytes: u64,
     trunk_bytes: u64,
@@ -121,7 +121,7 @@ pub(crate) fn run(args: &CheckModelArgs) -> Result<(), Failure> {
     out::write(&for_people(&report))
 }
 
-/// Reads every weight once, which finds damage that headers do not show.
+/// Reads every weight once, which finds damage beyond the headers.
 fn read_everything(checkpoint: &Checkpoint) -> Result<(), Failure> {
     let bar = Bar::single("weights");
     let total_bytes = checkpoint.inventory().total_bytes;
@@ -192,16 +192,16 @@ fn layer_report(spec: &ModelSpec, number: usize, layer: LayerInventory) -> Layer
 }
 
 impl LayerReport {
-    /// What the table shows.
+    /// Values in the table's row.
     const fn columns(&self) -> (u64, u32, u32, u64) {
         (self.trunk_bytes, self.experts, self.experts_per_token, self.expert_bytes)
     }
 }
 
-/// A part of a layer, in words, where it has one.
+/// Text of a layer's part, if it has that part.
 type Part = fn(&LayerReport) -> Option<&String>;
 
-/// What a part is in the layers that have it; where it is not the same in all of them, in which it is what.
+/// Text of a part over all layers that have it; a line per variant with its layers where they differ.
 fn in_kinds(layers: &[LayerReport], part: Part) -> Vec<String> {
     const SHOWN: usize = 4;
     let mut kinds: Vec<(&String, Vec<usize>)> = Vec::new();
@@ -225,7 +225,7 @@ fn in_kinds(layers: &[LayerReport], part: Part) -> Vec<String> {
     kinds.into_iter().map(kind).collect()
 }
 
-/// Neighbouring layers whose rows in the table are alike.
+/// Groups of neighbouring layers with equal rows in the table.
 fn alike(layers: &[LayerReport]) -> Vec<(RangeInclusive<usize>, &LayerReport)> {
     let mut groups: Vec<(RangeInclusive<usize>, &LayerReport)> = Vec::new();
     for (number, layer) in layers.iter().enumerate() {

@@ -1,22 +1,22 @@
-//! What `muster check-model` says of a tokenizer: its special tokens, where each comes from, and what its chat template
-//! makes of each role.
+//! The tokenizer section of `muster check-model`: special tokens with their sources, and the roles that its chat
+//! template renders.
 
 use muster_text::{RoleTrial, SpecialToken, Tokenizer};
 use serde::Serialize;
 
-/// Special tokens that are printed; `--json` has all.
+/// Most special tokens printed; `--json` has all.
 const SHOWN: usize = 24;
 
-/// What `--json` prints.
+/// JSON of `--json`.
 #[derive(Serialize)]
 pub(super) struct TokenizerReport {
     vocabulary: u32,
-    /// Tokens whose ids are not below `vocabulary`; prompts with one are refused.
+    /// Tokens with ids beyond `vocabulary`; prompts with one are refused.
     tokens_beyond: usize,
     special_tokens: Vec<SpecialTokenReport>,
-    /// Why there is no usable chat template, when there is none.
+    /// Reason why there is no usable chat template.
     chat_template_problem: Option<String>,
-    /// What the template makes of each role.
+    /// Outcome of rendering each role with the template.
     chat_template_roles: Vec<RoleReport>,
 }
 
@@ -24,16 +24,16 @@ pub(super) struct TokenizerReport {
 struct SpecialTokenReport {
     id: u32,
     text: String,
-    /// Under which templates know it.
+    /// Names by which templates refer to the token.
     names: Vec<String>,
-    /// The file that adds it, and the key there.
+    /// File and key that define the token.
     source: String,
 }
 
 #[derive(Serialize)]
 struct RoleReport {
     role: &'static str,
-    /// Why it is not taken, when it is not.
+    /// Reason why the template refuses the role.
     problem: Option<String>,
 }
 
@@ -62,7 +62,7 @@ impl TokenizerReport {
         }
     }
 
-    /// Lines of the table of facts.
+    /// Rows of the table of facts.
     pub(super) fn facts(&self) -> Vec<(&'static str, String)> {
         let beyond = match self.tokens_beyond {
             0 => "yes".to_owned(),
@@ -72,7 +72,7 @@ impl TokenizerReport {
             ),
         };
         let mut facts = vec![("tokenizer", beyond)];
-        // Those with names first: of others some models have thousands.
+        // Named tokens first: some models have thousands of others.
         let (mut shown, others): (Vec<_>, Vec<_>) =
             self.special_tokens.iter().partition(|token| !token.names.is_empty());
         shown.extend(others);

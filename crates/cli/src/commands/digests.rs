@@ -1,4 +1,4 @@
-//! Digests of a model's experts: made ahead for routers, and compared with the weights.
+//! Digests of a model's experts: written in advance for routers, and compared with the weights.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,20 +21,20 @@ use crate::failure::Failure;
 use crate::progress::Bar;
 use crate::{models, out, text};
 
-/// Experts that differ and are named.
+/// Most differing experts that an error names.
 const NAMED: usize = 8;
 
-/// What `--json` prints of one file of digests.
+/// JSON of `--json` for one digest file.
 #[derive(Serialize)]
 pub(super) struct Digested {
     file: PathBuf,
     compute: String,
     expert_dtype: String,
     experts: usize,
-    /// Of the experts as they are packed.
+    /// Packed bytes of the experts.
     bytes: u64,
     seconds: f64,
-    /// Whether it was written now, or was there and compared.
+    /// Whether the file was written now; false: it was compared.
     written: bool,
 }
 
@@ -52,13 +52,13 @@ impl Digested {
     }
 }
 
-/// Where files of this model's digests may be.
+/// Places of this model's digest files.
 fn places(args: &CheckModelArgs) -> Result<Places, Failure> {
     let source = models::source(&args.model, args.links.links())?;
     Ok(Places { file: None, model: source.directory().map(Path::to_owned), cache: models::cache() })
 }
 
-/// Makes the file that was asked for.
+/// Writes the requested digest file.
 pub(super) fn make(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Option<Digested>, Failure> {
     let Some(asked) = &args.digests else { return Ok(None) };
     let (compute, dtype) = (checkpoint.compute(args.compute.get()), args.expert_dtype);
@@ -74,10 +74,10 @@ pub(super) fn make(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Opt
     Ok(Some(digested))
 }
 
-/// Compares every file that there is with the weights.
+/// Compares every existing file with the weights.
 ///
 /// # Errors
-/// When experts differ: which, where they lie, and both digests.
+/// When experts differ: their names, their files, and both digests.
 pub(super) fn compare(args: &CheckModelArgs, checkpoint: &Checkpoint) -> Result<Vec<Digested>, Failure> {
     let places = places(args)?;
     let mut compared = Vec::new();

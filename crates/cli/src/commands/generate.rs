@@ -30,7 +30,7 @@ pub(crate) async fn run(args: &GenerateArgs, log: &LogArgs) -> Result<(), Failur
     .await
 }
 
-/// What to continue.
+/// A prompt.
 pub(crate) enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
@@ -38,22 +38,22 @@ pub(crate) enum Prompt {
     Chat(String),
 }
 
-/// How to print it.
+/// Format of the output.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Output {
-    /// The text as it comes, and a line on timing on standard error.
+    /// The text as it is generated, and timing on standard error.
     Text,
-    /// One object at the end.
+    /// One JSON object at the end.
     Json,
 }
 
-/// What `--json` prints.
+/// JSON of `--json`.
 #[derive(Serialize)]
 struct Answer {
     token_ids: Vec<u32>,
     text: String,
     finish_reason: &'static str,
-    /// Those of a chat are made by whoever has its template.
+    /// Absent for a chat, whose prompt becomes ids where the chat template is.
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<Vec<u32>>,
     usage: Usage,
@@ -66,7 +66,7 @@ struct Usage {
     total_tokens: u64,
 }
 
-/// Generates once and prints it.
+/// Generates one answer and prints it.
 pub(crate) async fn answer(
     mut backend: Backend,
     prompt: Prompt,
@@ -94,7 +94,7 @@ pub(crate) async fn answer(
     let (mut token_ids, mut whole, mut first) = (Vec::new(), String::new(), None);
     let (finish_reason, completion_tokens) = loop {
         let piece = match pieces.next().await {
-            // What was printed so far is no whole line.
+            // Ends the unfinished line of output.
             Err(failure) if output == Output::Text => return out::line("").and(Err(failure)),
             piece => piece?,
         };
@@ -138,7 +138,7 @@ pub(crate) async fn answer(
             Ok(())
         }
         Output::Json => {
-            // Of an answer that was cut, the object says so.
+            // The JSON object itself reports an answer that was cut.
             if let Some(remark) = remark.filter(|_| whole.trim().is_empty()) {
                 out::note(&remark);
             }

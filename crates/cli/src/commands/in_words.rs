@@ -7,7 +7,7 @@ use muster_checkpoint::spec::{
 use muster_checkpoint::{StoredAs, StoredForms};
 use muster_types::{Gating, Reach};
 
-/// How weights are stored.
+/// Stored forms of weights.
 pub(super) fn stored(forms: &StoredForms) -> String {
     let StoredForms { tables, linears, experts } = *forms;
     let mut words = form(tables);
@@ -29,7 +29,7 @@ fn form(form: StoredAs) -> String {
     }
 }
 
-/// What a gate does, in a sentence.
+/// A gate's function, in a sentence.
 pub(super) fn gate(moe: &MoeSpec) -> String {
     let (gate, top_k) = (&moe.gate, moe.top_k);
     let bias = if gate.bias { "logits with a bias, " } else { "" };
@@ -69,7 +69,7 @@ pub(super) fn gate(moe: &MoeSpec) -> String {
     format!("{bias}{score}{renormalise}{scale}{on}")
 }
 
-/// What a routed expert computes.
+/// A routed expert's function.
 pub(super) fn expert(moe: &MoeSpec) -> String {
     let gating = match moe.gating {
         Gating::Silu => "silu(gate) * up".to_owned(),
@@ -81,7 +81,7 @@ pub(super) fn expert(moe: &MoeSpec) -> String {
     format!("{} wide, {gating}{biases}", moe.intermediate)
 }
 
-/// What every token gets beside its routed experts; `None` where that is nothing.
+/// Experts and MLPs that every token passes beside its routed experts; `None` where there are none.
 pub(super) fn shared(shared: SharedSpec) -> Option<String> {
     match shared {
         SharedSpec::None => None,

@@ -1,4 +1,4 @@
-//! `muster keys`: API keys and the lines that routers know them by.
+//! `muster keys`: API keys, and their lines for routers.
 
 use std::fs::OpenOptions;
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use crate::args::{KeysCommand, KeysHashArgs, KeysNewArgs};
 use crate::failure::Failure;
 use crate::out;
 
-/// Longest input that can be a key.
+/// Longest key read from standard input, bytes.
 const LONGEST: u64 = 4096;
 
 pub(crate) fn run(command: &KeysCommand) -> Result<(), Failure> {
@@ -32,7 +32,7 @@ fn new(args: &KeysNewArgs) -> Result<(), Failure> {
     out::line(&key)
 }
 
-/// Adds a line to the file, which is made if there is none.
+/// Appends a line to the file, which is created if missing.
 fn add(file: &Path, name: &str, line: &str) -> Result<(), Failure> {
     let failed = |error: std::io::Error| Failure::input(format!("{}: {error}", file.display()));
     let before = match std::fs::read_to_string(file) {

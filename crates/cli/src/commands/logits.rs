@@ -1,4 +1,4 @@
-//! `muster logits`: what a model computes, in a file that any other implementation can be compared with.
+//! `muster logits`: a model's logits and gate choices in a file, for comparison with other implementations.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::signals::Signals;
 use crate::{models, out};
 
-/// What a computation gave.
+/// Results of a computation.
 struct Outcome {
     vocab: usize,
     logits: Vec<f32>,
@@ -65,7 +65,7 @@ fn reference(checkpoint: &Checkpoint, tokens: &[u32]) -> Result<Outcome, Failure
     Ok(Outcome { vocab, logits: outcome.logits, choices: outcome.choices })
 }
 
-/// Bad tokens are bad input; a step that fails is not.
+/// Invalid tokens are bad input; a failed step is a runtime failure.
 pub(crate) fn failure(error: EvaluateError) -> Failure {
     match error {
         EvaluateError::Model(error) => Failure::input(error),

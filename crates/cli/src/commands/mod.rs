@@ -36,10 +36,10 @@ use tokio::runtime::{Builder, Runtime};
 use crate::args::{Cli, Command};
 use crate::failure::Failure;
 
-/// Runs what was asked for.
+/// Runs the chosen subcommand.
 pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     let Cli { log, command } = cli;
-    // Servers log what their configuration says; tools what their flags say.
+    // Servers log by their configuration, tools by their flags.
     match command {
         Command::Router(args) => return router::run(&args, &log),
         Command::Worker(args) => return worker::run(&args, &log),
@@ -67,14 +67,14 @@ pub(crate) fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
-/// Tells of environment variables that are likely misspelt.
+/// Warns of environment variables that look misspelt.
 fn warn_of_strangers() {
     for stranger in Environment::of_process().strangers() {
         tracing::warn!("{stranger}");
     }
 }
 
-/// What a tool logs when nobody says. What is broken on purpose is no news.
+/// Default log filter of a tool. Faults injected on purpose are not reported.
 fn default_filter(command: &Command) -> &'static str {
     match command {
         Command::Bench(args) if args.chaos => "error",
@@ -82,11 +82,11 @@ fn default_filter(command: &Command) -> &'static str {
     }
 }
 
-/// Runs a command whose tasks, and so the children they spawn, are all on the main thread.
+/// Runs a command with all tasks, and so the children they spawn, on the main thread.
 fn on_main_thread(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let runtime = runtime(&mut Builder::new_current_thread())?;
     let outcome = runtime.block_on(work);
-    // A thread may be waiting for a line from the terminal; nobody waits for it.
+    // A thread may block on the terminal; it is not waited for.
     runtime.shutdown_background();
     outcome
 }
@@ -98,13 +98,13 @@ fn runtime(builder: &mut Builder) -> Result<Runtime, Failure> {
         .map_err(|error| Failure::runtime(format!("cannot start the asynchronous runtime: {error}")))
 }
 
-/// Who this process is.
+/// TLS identity of this process.
 fn identity(files: Option<TlsFiles>) -> Result<Option<Identity>, Failure> {
     let load = |files| Identity::load(files).map_err(|error| Failure::input(format!("TLS: {error}")));
     files.map(load).transpose()
 }
 
-/// Blocking work, off the thread that keeps children and signals going.
+/// Runs blocking work off the thread that serves children and signals.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {

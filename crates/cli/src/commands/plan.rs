@@ -1,6 +1,6 @@
-//! `muster plan`: what it takes to serve a model, from its configuration alone.
+//! `muster plan`: resources for serving a model, computed from its configuration alone.
 //!
-//! Gathers sizes (`muster_model::footprint`), counts workers and rows (`muster_placement`), and says both. Reads no weights.
+//! Combines sizes (`muster_model::footprint`) with counts of workers and rows (`muster_placement`). Reads no weights.
 
 use std::num::NonZeroU32;
 use std::path::Path;
@@ -19,18 +19,18 @@ use crate::failure::Failure;
 use crate::numbers::{Machines, Unit};
 use crate::{models, out, text};
 
-/// Memory of workers, GiB, when nobody says which there are.
+/// Memory sizes of workers, GiB, used when none are given.
 const USUAL_GIB: [u64; 6] = [16, 24, 48, 80, 192, 512];
 const USUAL_CONTEXT: u64 = 4096;
 
-/// Machines that may be workers.
+/// Machines that may be workers, with or without a count.
 #[derive(Clone, Copy)]
 struct Offer {
     machines: Machines,
     gpu: bool,
 }
 
-/// The model asked about.
+/// The model to plan for.
 struct Subject {
     name: String,
     loaded_from: String,
@@ -78,14 +78,14 @@ fn subject(args: &PlanArgs) -> Result<Subject, Failure> {
     })
 }
 
-/// A directory by its whole path, because others are told of it; any other name as it is.
+/// Absolute path of a model directory, for use in suggested commands; any other name as it is.
 fn whole_path(model: &str) -> String {
     let path = Path::new(model);
     let whole = if model != models::DEMO && path.is_dir() { std::path::absolute(path).ok() } else { None };
     whole.map_or_else(|| model.to_owned(), |path| path.display().to_string())
 }
 
-/// Why a name is not known, and what may have been meant.
+/// Error text for an unknown name, with a suggestion.
 fn unknown(model: &str) -> String {
     let asked = model.to_ascii_lowercase();
     let names = || Preset::all().iter().map(|preset| preset.name);
@@ -108,7 +108,7 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
         Failure::input(format!("model {}: has no layer with experts to place", subject.name))
     })?;
     let context = context(args, outline)?;
-    // As the router computes them when nobody says otherwise.
+    // The router's default.
     let chunk = EngineSettings::default().prefill_chunk;
     let kv_bytes = sizes.kv_sequence_bytes(context, chunk).saturating_mul(args.sequences.into());
     let (given, open) = asked(args);
@@ -177,7 +177,7 @@ fn report(args: &PlanArgs, subject: Subject) -> Result<Report, Failure> {
     })
 }
 
-/// Machines that are given by number, and sizes of which any number may be had.
+/// Machines with a count, and sizes of which any number may be added.
 fn asked(args: &PlanArgs) -> (Vec<Offer>, Vec<Offer>) {
     let one = |machines: &Machines| Machines { count: machines.count.or(Some(NonZeroU32::MIN)), ..*machines };
     let workers = args.workers.iter().copied().chain(args.devices.iter().map(one));
@@ -186,7 +186,7 @@ fn asked(args: &PlanArgs) -> (Vec<Offer>, Vec<Offer>) {
     workers.chain(gpus).partition(|offer| offer.machines.count.is_some())
 }
 
-/// What a worker of such a machine has for experts; in whole MiB or MB, if it is that much, because so it can be told.
+/// A worker's memory for experts, rounded down to whole MiB or MB (if at least one), as commands take it.
 const fn for_experts(Machines { memory, unit, .. }: Machines) -> u64 {
     let step = unit.step();
     let part = memory / 100 * PART_FOR_EXPERTS + memory % 100 * PART_FOR_EXPERTS / 100;
@@ -255,7 +255,7 @@ fn there(Offer { machines, gpu }: Offer, demand: &Demand) -> Given {
     }
 }
 
-/// How many workers of a size are needed beside those present; `None` when they are too small for an expert.
+/// Workers of a size needed beside those present; `None` when one is too small for an expert.
 fn size<I: Iterator<Item = u64>>(offer: Offer, demand: &Demand, present: &impl Fn() -> I) -> Option<Size> {
     let Offer { machines, gpu } = offer;
     let Machines { memory, unit, .. } = machines;

@@ -1,17 +1,17 @@
-//! The answer of `muster plan`, before it is said. Knows no model and no words.
+//! Result of `muster plan`. Knows no model and no texts.
 
 use serde::Serialize;
 
 use crate::numbers::Unit;
 
-/// What `--json` prints. Sizes are in bytes.
+/// JSON of `--json`. Sizes are in bytes.
 #[derive(Serialize)]
 pub(super) struct Report {
     pub(super) model: String,
-    /// What `muster router --model` takes for it.
+    /// Value for `muster router --model`.
     pub(super) loaded_from: String,
     pub(super) family: String,
-    /// Whether the facts are those of a preset, and not of a directory.
+    /// Whether the facts come from a preset; false: from a directory.
     pub(super) preset: bool,
     pub(super) parameters: u64,
     pub(super) active_parameters: u64,
@@ -21,7 +21,7 @@ pub(super) struct Report {
     pub(super) experts_per_token: u32,
     pub(super) hidden: usize,
     pub(super) stored_bytes: u64,
-    /// What the index of the directory says, when it says another size.
+    /// Total size in the directory's index, if it differs.
     pub(super) indexed_bytes: Option<u64>,
     pub(super) experts_stored_as: &'static str,
     pub(super) expert_dtype: String,
@@ -37,13 +37,13 @@ pub(super) struct Report {
     pub(super) router_bytes: u64,
     pub(super) replicas: u32,
     pub(super) memory_for_experts_percent: u64,
-    /// Workers that are given by number.
+    /// Workers given with a count.
     pub(super) given: Vec<Given>,
-    /// Copies of all experts that those can hold.
+    /// Complete copies of all experts that the given workers hold.
     pub(super) given_copies: u64,
-    /// Experts' copies for which they have no place.
+    /// Expert replicas that the given workers have no memory for.
     pub(super) given_missing: u64,
-    /// Sizes of which any number may be added; each by itself.
+    /// Sizes of which any number may be added; each is an alternative.
     pub(super) sizes: Vec<Size>,
     pub(super) combine: String,
     pub(super) wire_dtype: String,
@@ -51,49 +51,50 @@ pub(super) struct Report {
     pub(super) wire: Vec<Wire>,
 }
 
-/// Workers that are there.
+/// Given workers of one size.
 #[derive(Serialize)]
 pub(super) struct Given {
     pub(super) memory_bytes: u64,
     pub(super) expert_memory_bytes: u64,
     pub(super) workers: u32,
-    /// Experts that each can hold.
+    /// Experts that each worker holds.
     pub(super) experts_each: u64,
     pub(super) gpu: bool,
-    /// What its memory is told in.
+    /// Unit for printing the memory.
     #[serde(skip)]
     pub(super) unit: Unit,
 }
 
-/// A size of workers, and how many are needed.
+/// A size of workers, with the number needed.
 #[derive(Serialize)]
 pub(super) struct Size {
     pub(super) memory_bytes: u64,
     pub(super) expert_memory_bytes: u64,
     pub(super) experts_each: u64,
-    /// For 1 copy of every expert, for 2, and for as many as asked if that is more; beside the workers given.
+    /// Workers needed beside those given, as (copies, workers): for 1 copy of every expert, for 2, and for the
+    /// requested copies if more.
     pub(super) workers_by_copies: Vec<(u32, u64)>,
-    /// For as many copies as asked, and with more than one copy a worker more: one can be lost, and all copies come back.
+    /// Workers for the requested copies, plus one spare if copies > 1: after a loss all copies can be restored.
     pub(super) workers: u64,
     pub(super) gpu: bool,
-    /// What its memory is told in.
+    /// Unit for printing the memory.
     #[serde(skip)]
     pub(super) unit: Unit,
 }
 
-/// What goes over the network, on average, with so many workers. Bytes of rows, without framing.
+/// Average network traffic with this many workers. Bytes of rows, without framing.
 #[derive(Serialize)]
 pub(super) struct Wire {
     pub(super) workers: u64,
-    /// Workers that a token's row is sent to, in one layer.
+    /// Workers that receive a token's row, in one layer.
     pub(super) workers_per_row: f64,
     pub(super) sent_per_layer: f64,
     pub(super) returned_per_layer: f64,
     pub(super) returned_per_layer_partial: f64,
-    /// Of a token, over all layers.
+    /// Bytes per token, over all layers.
     pub(super) sent_per_token: f64,
     pub(super) returned_per_token: f64,
-    /// Bytes a second at the rate asked for.
+    /// Bytes per second at the requested rate.
     pub(super) sent_per_second: f64,
     pub(super) returned_per_second: f64,
 }

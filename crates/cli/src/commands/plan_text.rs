@@ -4,7 +4,7 @@ use super::plan_report::{Given, Report, Size, Wire};
 use crate::numbers::Unit;
 use crate::{models, text};
 
-/// The whole answer.
+/// The complete text.
 pub(super) fn for_people(report: &Report) -> String {
     let mut parts = vec![facts(report)];
     parts.extend(given(report));
@@ -23,7 +23,7 @@ fn parameters(count: u64, what: &str) -> String {
     format!("{:.0} B {what} ({exact})", count as f64 / 1e9)
 }
 
-/// Whether a sequence holds less than the keys and values of all its tokens.
+/// Whether the KV cache holds less than the keys and values of all tokens.
 const fn gives_up(report: &Report) -> bool {
     let tokens = report.context.saturating_mul(report.sequences as u64);
     report.kv_bytes < report.kv_token_bytes.saturating_mul(tokens)
@@ -114,7 +114,7 @@ fn copies(count: u32) -> String {
     if count == 1 { "1 copy".to_owned() } else { format!("{count} copies") }
 }
 
-/// Whether the workers that are given hold it.
+/// Whether the given workers hold the model.
 fn given(report: &Report) -> Option<String> {
     if report.given.is_empty() {
         return None;
@@ -140,7 +140,7 @@ fn given(report: &Report) -> Option<String> {
     Some(format!("{table}\n{verdict}\n"))
 }
 
-/// How many workers of each size are needed.
+/// Workers needed of each size.
 fn sizes(report: &Report) -> Option<String> {
     let first = report.sizes.first()?;
     let beside = if report.given.is_empty() { "workers of" } else { "beside them" };
@@ -196,16 +196,16 @@ fn wire(report: &Report) -> String {
     )
 }
 
-/// Whole MiB, not below one.
+/// Whole MiB, at least one.
 fn mebibytes(bytes: u64) -> u64 {
     (bytes >> 20).max(1)
 }
 
-/// Workers of one size, as commands are told of them.
+/// Workers of one size, as arguments of commands.
 struct Pool {
     workers: u64,
     memory: u64,
-    /// What each has for experts.
+    /// Memory of each for experts.
     own: u64,
     unit: Unit,
 }
@@ -258,7 +258,7 @@ fn next(report: &Report) -> String {
     lines.join("\n")
 }
 
-/// The same on Kubernetes, if one pool will do.
+/// Commands for Kubernetes, if one pool of workers suffices.
 fn helm(report: &Report, pools: &[Pool], kv: u64) -> Vec<String> {
     let [Pool { workers, memory, own, unit }] = pools else {
         return vec!["On Kubernetes give every size a pool of its own: docs/kubernetes.md.".to_owned()];
@@ -271,7 +271,7 @@ fn helm(report: &Report, pools: &[Pool], kv: u64) -> Vec<String> {
     } else {
         vec!["model.source=download".to_owned(), format!("model.download.repository={model}")]
     };
-    // Trunk and KV cache, a quarter of that, and room for the process.
+    // Trunk and KV cache, a quarter more, and room for the process.
     let router = mebibytes(report.router_bytes + report.router_bytes / 4) + 512;
     let mut values = source;
     values.push(format!("expertReplicas={}", report.replicas));
@@ -300,7 +300,7 @@ fn helm(report: &Report, pools: &[Pool], kv: u64) -> Vec<String> {
     ]
 }
 
-/// A path as a shell takes it.
+/// A path quoted for a shell.
 fn quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-/".contains(c);
     if text.chars().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }

@@ -1,4 +1,4 @@
-//! `muster pull`: becomes `muster-pull`, a program of its own because fetching brings an HTTP client with it.
+//! `muster pull`: executes `muster-pull`, a separate program because fetching links an HTTP client.
 
 use std::io::ErrorKind;
 use std::os::unix::process::CommandExt;

@@ -1,5 +1,5 @@
-//! How far bf16 computation is from f32, and few-bit weights from native ones: all run over the same tokens, and
-//! their distributions are compared.
+//! Accuracy of bf16 computation against f32, and of few-bit weights against native ones: distributions over the same
+//! tokens are compared.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ use crate::engine::{self, Experts, Mode};
 use crate::failure::Failure;
 use crate::progress::Bar;
 
-/// What the model continues when nobody gives tokens.
+/// Prompts for the model's own text, used when no tokens are given.
 const PROMPTS: [&str; 8] = [
     "Once upon a time",
     "The capital of France is",
@@ -36,21 +36,21 @@ const PROMPTS: [&str; 8] = [
 /// Tokens of each continuation.
 const CONTINUATION: u32 = 48;
 
-/// What was compared with what.
+/// All comparisons.
 #[derive(Serialize)]
 pub(crate) struct Quality {
-    /// bf16 computation with f32, both with native experts.
+    /// bf16 against f32 computation, both with native experts.
     #[serde(flatten)]
     bf16: Distance,
-    /// q8 experts with native ones, in the checkpoint's own compute mode.
+    /// q8 against native experts, in the checkpoint's own compute mode.
     q8: Distance,
-    /// q4 experts with native ones.
+    /// q4 against native experts.
     q4: Distance,
-    /// A q8 trunk with a native one, both with native experts.
+    /// q8 against native trunk, both with native experts.
     q8_trunk: Distance,
-    /// q8 experts and a q8 trunk with native ones.
+    /// q8 experts and q8 trunk against native ones.
     q8_all: Distance,
-    /// q4 experts and a q8 trunk with native ones.
+    /// q4 experts and q8 trunk against native ones.
     q4_q8: Distance,
 }
 
@@ -58,10 +58,10 @@ pub(crate) struct Quality {
 #[derive(Serialize)]
 struct Distance {
     positions: usize,
-    /// KL divergence of the next-token distribution of the rounded from that of the exact one, nats.
+    /// Mean KL divergence of the rounded next-token distribution from the exact one, nats.
     kl_mean: f64,
     kl_max: f64,
-    /// Share of positions at which both find the same token likeliest.
+    /// Share of positions at which both have the same likeliest token.
     top1_agreement: f64,
 }
 
@@ -92,7 +92,7 @@ impl Distance {
     }
 }
 
-/// Compares the modes.
+/// Measures all comparisons.
 pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Quality, Failure> {
     let checkpoint = Arc::new(checkpoint);
     let threads = args.threads.unwrap_or(cores());
@@ -120,7 +120,7 @@ pub(crate) fn measure(args: &CheckModelArgs, checkpoint: Checkpoint) -> Result<Q
     })
 }
 
-/// What the model itself says after a few prompts.
+/// The model's own continuations of a few prompts.
 fn own_texts(checkpoint: &Arc<Checkpoint>, threads: NonZeroUsize) -> Result<Vec<Vec<u32>>, Failure> {
     if tokenizer::read(checkpoint).map_err(Failure::input)?.is_none() {
         let remedy = tokenizer::remedy(checkpoint);
@@ -168,7 +168,7 @@ fn logits(
     Ok(all)
 }
 
-/// `None` when there are no positions.
+/// `None` without positions.
 fn compare(exact: &[f32], rounded: &[f32], vocab: usize) -> Option<Distance> {
     let positions = exact.len() / vocab;
     let (mut sum, mut max, mut same) = (0.0, 0f64, 0usize);
@@ -194,7 +194,7 @@ fn divergence(p: &[f32], q: &[f32]) -> f64 {
         let (log_p, log_q) = (f64::from(p) - p_norm, f64::from(q) - q_norm);
         log_p.exp() * (log_p - log_q)
     };
-    // Rounding can take a vanishing divergence below zero, where none is.
+    // Rounding errors may turn a vanishing divergence negative.
     p.iter().zip(q).map(term).sum::<f64>().max(0.0)
 }
 

@@ -1,4 +1,4 @@
-//! The life of a router or worker process: settings, logs, signals, probes, and trying again what lacks something.
+//! The life of a router or worker process: settings, logs, signals, probes, and retries of a failed start.
 
 use std::time::Duration;
 
@@ -16,21 +16,21 @@ use crate::out;
 use crate::outlet::Outlet;
 use crate::signals::Signals;
 
-/// How often it is tried again to start what lacked something.
+/// Interval of start retries.
 const MENDED: Duration = Duration::from_secs(3);
 
-/// What is around what serves.
+/// Callbacks and admin address around a server.
 pub(crate) struct Around {
     /// Called while weights are loaded.
     pub(crate) progress: Box<dyn FnMut(LoadProgress) + Send>,
     /// Called once it serves.
     pub(crate) ready: Box<dyn FnOnce(Listening) + Send>,
-    /// What the machine around it asks.
+    /// Probes, drain and end, as asked through the admin address.
     pub(crate) admin: Admin,
 }
 
-/// Runs a process of this role: `serve` until the first SIGINT or SIGTERM, upon which it drains. The second one ends the
-/// process at once, whatever still runs.
+/// Runs a process of this role: `serve` until the first SIGINT or SIGTERM, which starts the drain. The second signal
+/// ends the process at once.
 pub(crate) fn run<R: RoleSettings>(
     args: &RoleArgs<R>,
     log: &LogArgs,
@@ -75,8 +75,8 @@ pub(crate) fn run<R: RoleSettings>(
     outcome
 }
 
-/// Runs a server until it is told to end. Where the machine around it can ask how it is, files that are missing or wrong are
-/// waited for, with the reason for whoever asks: starting the process again and again would help nobody.
+/// Runs a server until its end is asked for. With an admin address, a start that fails on bad input (such as missing
+/// files) is retried, and probes report the reason: restarts of the process would not help.
 async fn persist(
     admin: &Admin,
     is_asked: bool,
@@ -100,7 +100,7 @@ async fn persist(
     }
 }
 
-/// A role's settings with the flags of logging, which every command has.
+/// A role's settings with the logging flags, which every command has.
 fn with_log(flags: Flags, log: &LogArgs) -> Flags {
     let format = log.log_format.map(|format| format.to_string());
     flags.text("log", log.log.as_deref()).text("log_format", format.as_deref())

@@ -1,4 +1,4 @@
-//! `muster router`: settings to a running router.
+//! `muster router`: from settings to a running router.
 
 use muster_checkpoint::digests::Places;
 use muster_config::{AccessMode, Fallback, PlacementMode, RouterSettings};

@@ -1,4 +1,4 @@
-//! `muster status`: what routers know of their cluster, as a page or as JSON.
+//! `muster status`: the routers' view of their cluster, as a page or as JSON.
 
 use muster_client::Client;
 use muster_proto::cluster::v1::status_reply::Health;
@@ -11,7 +11,7 @@ use crate::backend;
 use crate::failure::Failure;
 use crate::{out, text};
 
-/// What `--json` prints of each router.
+/// JSON of `--json` for each router.
 #[derive(Serialize)]
 struct Report {
     router: String,
@@ -24,7 +24,7 @@ struct Report {
     imbalance: f64,
     experts: u32,
     missing_experts: u32,
-    /// The numerics class that experts are bound to, or a digest where they are bound to several.
+    /// Numerics class of the expert binding, or a digest where it has several.
     numerics: String,
     workers: Vec<Worker>,
 }
@@ -47,13 +47,13 @@ struct Worker {
     late_shards: u32,
     banned_ms: u32,
     rows: u64,
-    /// Milliseconds from its start until it held its first expert; 0: not yet.
+    /// Milliseconds from start to the first held expert; 0: not yet.
     useful_ms: u64,
-    /// Milliseconds from its start until it held all that it was told to hold first; 0: not yet.
+    /// Milliseconds from start until it held everything first ordered; 0: not yet.
     full_ms: u64,
-    /// Experts whose weights were not compared with the router's, because the worker runs an older version.
+    /// Experts without a digest comparison, because the worker runs an older version.
     unverified_experts: u32,
-    /// The last source of weights that it passed over, and why.
+    /// The last source of weights that was skipped, with the reason.
     #[serde(skip_serializing_if = "String::is_empty")]
     trouble: String,
 }
@@ -194,7 +194,7 @@ fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
-/// How long after its start.
+/// Time since start.
 fn after(millis: u64) -> String {
     match millis {
         0 => "-".to_owned(),

@@ -1,4 +1,4 @@
-//! `--grpc URL...`, or `--model M [--workers N]`: whom `generate`, `bench` and `logits` work with.
+//! Targets of `generate`, `bench` and `logits`: `--grpc URL...`, or `--model M [--workers N]`.
 
 use std::future::Future;
 use std::num::NonZeroU32;
@@ -20,11 +20,11 @@ use crate::models::{self, Links};
 use crate::progress::Bars;
 use crate::signals::Signals;
 
-/// How long the engine may take to end once nobody uses it.
+/// Longest time for the engine's end once it is unused.
 const END: Duration = Duration::from_secs(5);
 
-/// Finds or starts a backend, gives it to `work`, and takes down again what was started. The statistics are there when
-/// the experts are in workers of one's own.
+/// Connects to or starts a backend, passes it to `work`, and stops what was started. Statistics exist when the experts
+/// are in private workers.
 pub(crate) async fn with_backend<F>(
     target: &TargetArgs,
     compute: ComputeArgs,
@@ -52,13 +52,13 @@ where
 pub(crate) struct Own<'a> {
     pub(crate) model: &'a str,
     pub(crate) links: Links,
-    /// Processes that hold its experts; `None`: this one does.
+    /// Worker processes that hold its experts; `None`: this process does.
     pub(crate) workers: Option<NonZeroU32>,
     pub(crate) compute: ComputeArgs,
     pub(crate) log: &'a LogArgs,
 }
 
-/// Loads a model, gives it to `work`, and takes down again what was started.
+/// Loads a model, passes it to `work`, and stops what was started.
 pub(crate) async fn with_model<T>(
     own: &Own<'_>,
     signals: &mut Signals,
@@ -106,7 +106,7 @@ where
     let stats = loaded.stats.clone();
     let (service, handle) = loaded.serve(EngineSettings::default(), defaults)?;
     let outcome = work(Backend::Here(service), stats).await;
-    // Before the workers go, so that the engine's last step does not end in an error.
+    // Before the workers stop, so that the engine's last step does not fail.
     let _ = handle.stop(END).await;
     outcome
 }

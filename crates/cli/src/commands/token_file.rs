@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use crate::failure::Failure;
 
-/// Longest file, bytes.
+/// Most bytes of a file.
 const LONGEST: u64 = 64 << 20;
 
 #[derive(Deserialize)]

@@ -39,7 +39,7 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
             "{flag} is for --prompt: requests to a cluster say themselves how they are sampled"
         )));
     }
-    // Opened here first, so that a model that cannot be served is refused once and not by every child.
+    // Opened here first, so that an unusable model is refused once and not by every child.
     let model = Model::open(args)?;
     let compute = model.checkpoint.compute(args.compute.compute.get());
     check_kv(&model.checkpoint, compute, args.kv_memory)
@@ -63,16 +63,16 @@ pub(crate) async fn run(args: &UpArgs, log: &LogArgs) -> Result<(), Failure> {
     let _ = router.task.await;
     workers.stop().await;
     match outcome {
-        // Ctrl-C is how a cluster that stays is ended.
+        // Ctrl-C is the normal end of a cluster without `--prompt`.
         Err(Failure::Interrupted) if args.prompt.is_none() => Ok(()),
         outcome => outcome,
     }
 }
 
-/// What is served.
+/// The served model.
 struct Model {
     checkpoint: Checkpoint,
-    /// Where a request says nothing.
+    /// Sampling defaults.
     sampling: SamplingDefaults,
 }
 
@@ -87,7 +87,7 @@ impl Model {
     }
 }
 
-/// Where the router listens.
+/// Addresses on which the router listens.
 #[derive(Clone, Copy)]
 struct Addresses {
     http: SocketAddr,
@@ -96,7 +96,7 @@ struct Addresses {
 
 impl Addresses {
     fn of(args: &UpArgs) -> Result<Self, Failure> {
-        // A busy port must not keep a single answer from coming.
+        // With `--prompt`, a free port: a busy one must not prevent the answer.
         let local = |port| {
             SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), if args.prompt.is_some() { 0 } else { port })
         };
@@ -115,29 +115,29 @@ impl Addresses {
         Ok(addresses)
     }
 
-    /// Whether both can be had, so that a port that is taken is known before minutes of loading.
+    /// Binds both addresses, so that a busy port is known before minutes of loading.
     fn check(&self) -> Result<(), Failure> {
         let listen = |what, address| {
             let bind = |source| RouterError::Bind { what, address, source };
             muster_net::listen::tcp(address).map_err(bind).map_err(Failure::input)
         };
-        // Both at a time: they may be the same.
+        // Both at once: they may be equal.
         let listeners = (listen("http", self.http)?, listen("grpc", self.grpc)?);
         drop(listeners);
         Ok(())
     }
 }
 
-/// The router, kept.
+/// The router process, restarted when it dies.
 struct Router {
-    /// Where it listens, once it does.
+    /// Its addresses, once it listens.
     is_ready: oneshot::Receiver<Result<Listening, Failure>>,
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
 
 impl Router {
-    /// Starts it. When it dies, it comes back at the addresses that it had.
+    /// Starts the router. When it dies, it is restarted at the same addresses.
     fn start(arguments: Vec<OsString>, addresses: Addresses, bars: &Bars) -> Self {
         let at = move |first: Option<&Listening>| {
             let Addresses { http, grpc } = addresses;
@@ -154,13 +154,13 @@ impl Router {
     }
 }
 
-/// Until the prompt is answered, or else for ever.
+/// Serves until the prompt is answered, or for ever without one.
 async fn serve(
     args: &UpArgs,
     model: &Model,
     is_ready: oneshot::Receiver<Result<Listening, Failure>>,
 ) -> Result<(), Failure> {
-    // A task that ends without a word was stopped.
+    // A task that ends without an answer was stopped.
     let listening = is_ready.await.unwrap_or(Err(Failure::Interrupted))?;
     let (Some(http), Some(grpc)) = (listening.http, listening.grpc) else {
         return Err(Failure::runtime("the router did not say where it listens"));
@@ -181,7 +181,7 @@ async fn serve(
     std::future::pending().await
 }
 
-/// What the router is told, but for where to listen.
+/// Arguments of the router, without its listening addresses.
 fn router_arguments(args: &UpArgs, spec: &ClusterSpec<'_>, workers: &Workers) -> Vec<OsString> {
     let mut arguments = spec.router_arguments(workers);
     arguments.extend(["--generation-config".into(), args.sampling.generation_config.to_string().into()]);
@@ -197,7 +197,7 @@ fn router_arguments(args: &UpArgs, spec: &ClusterSpec<'_>, workers: &Workers) ->
     arguments
 }
 
-/// What a person needs to know once it runs.
+/// Welcome text: addresses and first commands.
 fn welcome(args: &UpArgs, model: &Model, served: &v1::Model, http: SocketAddr, grpc: SocketAddr) -> String {
     let Model { checkpoint, sampling } = model;
     let (inventory, name) = (checkpoint.inventory(), checkpoint.name());
@@ -218,7 +218,7 @@ fn welcome(args: &UpArgs, model: &Model, served: &v1::Model, http: SocketAddr, g
     )
 }
 
-/// Commands that work with what the model has.
+/// Suggested commands that suit the model.
 fn suggestions(model: &v1::Model, http: SocketAddr, grpc: SocketAddr) -> String {
     let program = std::env::args().next().unwrap_or_else(|| "muster".to_owned());
     let name = &model.name;

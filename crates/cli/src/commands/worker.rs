@@ -1,4 +1,4 @@
-//! `muster worker`: settings to a running worker.
+//! `muster worker`: from settings to a running worker.
 
 use muster_config::WorkerSettings;
 use muster_dispatch_grpc::Address;
@@ -51,8 +51,8 @@ fn config(settings: WorkerSettings) -> Result<WorkerConfig, Failure> {
     })
 }
 
-/// A worker's name when nobody gives one: where it listens, as far as that fits into a name. Where the system picks the
-/// port, the process id tells workers apart.
+/// Default name of a worker: its listening address, cut to a name's length. The process id distinguishes workers on
+/// system-chosen ports.
 fn name_of(address: &Address, process: u32) -> String {
     const LONGEST: usize = 100;
     let text = match address {
@@ -61,16 +61,16 @@ fn name_of(address: &Address, process: u32) -> String {
     };
     let allowed = |c: char| if c.is_ascii_alphanumeric() || "._:/-".contains(c) { c } else { '-' };
     let name: String = text.chars().map(allowed).collect();
-    // All characters are one byte long now. The end of a path tells more than its beginning.
+    // All characters are ASCII now. The end of a path is its distinctive part.
     name[name.len().saturating_sub(LONGEST)..].to_owned()
 }
 
-/// Whether this is a pod, whose host name is its own: its routers know better what it shares its fate with.
+/// Whether this process runs in a pod, whose host name is no failure domain: its routers know the node.
 fn in_pod() -> bool {
     std::env::var_os("KUBERNETES_SERVICE_HOST").is_some()
 }
 
-/// The name of this machine, as far as it can be a failure domain's.
+/// Host name, if it is a valid failure domain.
 fn host() -> Option<String> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok()?;
     WorkerId::new(name.trim()).ok().map(|name| name.as_str().to_owned())

@@ -1,7 +1,8 @@
 //! What the weights of every expert must be: kept in a file from an earlier start, or computed from this router's own
 //! checkpoint, on a thread of its own.
 //!
-//! Always holds: a file is used only if it was made for the checkpoint as it is now. Does not know who compares.
+//! Always holds: a file is used only if it was made for the checkpoint as it is now. Does not know what compares the
+//! digests.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::num::NonZeroUsize;
@@ -17,14 +18,14 @@ use muster_model::digests::digests;
 use muster_model::experts::ExpertSet;
 use muster_types::{Compute, ExpertKey, WeightDType, WeightDigest};
 
-/// Packed bytes of experts from which on what was computed is kept: fewer are computed in no time.
+/// Packed bytes of experts from which on computed digests are kept: smaller models are hashed in no time.
 const WORTH_KEEPING: u64 = 256 << 20;
-/// How often it is said how far it is.
+/// Interval between progress lines in the log.
 const SAY_EVERY: Duration = Duration::from_secs(5);
-/// Pause before an expert that could not be read is read again.
+/// Pause before reading an unreadable expert again.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// Of what, and how.
+/// Settings of the digests: the checkpoint, the packing and the places of files.
 pub(crate) struct Checking {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) compute: Compute,
@@ -33,7 +34,7 @@ pub(crate) struct Checking {
     pub(crate) places: Places,
 }
 
-/// Begins to find out.
+/// Starts the thread that finds the digests.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -66,7 +67,7 @@ impl Checking {
         }
     }
 
-    /// From the first file that is of this checkpoint. Says why others are not used.
+    /// Digests from the first file that matches this checkpoint. Logs why other files are not used.
     fn kept(&self, keys: &[ExpertKey]) -> Option<BTreeMap<ExpertKey, WeightDigest>> {
         for path in self.places.candidates(&self.checkpoint, self.compute, self.dtype) {
             let file = path.display();
@@ -110,7 +111,7 @@ impl Checking {
         Ok((found, bytes))
     }
 
-    /// Keeps what was computed for the next start, where it is worth it or was asked for.
+    /// Writes computed digests for the next start, if asked for or large enough.
     fn keep(&self, found: &BTreeMap<ExpertKey, WeightDigest>, bytes: u64) {
         if self.places.file.is_none() && bytes < WORTH_KEEPING {
             return;
@@ -129,11 +130,11 @@ impl Checking {
     }
 }
 
-/// With the files that each expert's weights lie in.
+/// Digests with the files that hold each expert's weights.
 fn reference(checkpoint: &Checkpoint, digests: &BTreeMap<ExpertKey, WeightDigest>) -> Reference {
     let mut names: HashMap<String, Arc<str>> = HashMap::new();
     let mut layers = vec![Vec::new(); checkpoint.spec().layers.len()];
-    // Ascending, and complete.
+    // `digests` is in ascending order and complete.
     for (key, digest) in digests {
         let role = |part| Role::Expert(key.layer.get(), key.expert.get(), part);
         let files: BTreeSet<&str> = [ExpertRole::Gate, ExpertRole::Up, ExpertRole::Down]
@@ -185,7 +186,7 @@ mod tests {
         }
     }
 
-    /// What is known in the end.
+    /// Digests of all experts, once they are known.
     fn found(checking: Checking) -> Vec<WeightDigest> {
         let keys = ExpertSet::all_keys(&checking.checkpoint);
         let digests = start(checking).unwrap();
@@ -212,23 +213,23 @@ mod tests {
         let places = || Places { file: Some(file.clone()), ..Places::default() };
         let first = found(checking(&checkpoint, places()));
         let text = until_written(&file, "");
-        // Used: one that says something else is believed as long as it is sealed and of these shards.
+        // A sealed file of the same shards is used, even with other digests.
         let keys = ExpertSet::all_keys(&checkpoint);
         let other: BTreeMap<_, _> = keys.iter().map(|&key| (key, WeightDigest::new([1; 32]))).collect();
         let lies = DigestFile::new(&checkpoint, Compute::Bf16, WeightDType::Q8, &other);
         lies.write(&file).unwrap();
         assert_eq!(found(checking(&checkpoint, places())), vec![WeightDigest::new([1; 32]); keys.len()]);
-        // Damaged.
+        // A damaged file is not used.
         let sealed = fs::read_to_string(&file).unwrap();
         fs::write(&file, &sealed[..sealed.len() / 2]).unwrap();
         let cut = fs::read_to_string(&file).unwrap();
         assert_eq!(found(checking(&checkpoint, places())), first);
         assert_eq!(until_written(&file, &cut), text);
-        // Of another way to hold experts.
+        // A file for another dtype is not used.
         assert_ne!(found(Checking { dtype: WeightDType::Q4, ..checking(&checkpoint, places()) }), first);
         let q4 = until_written(&file, &text);
         assert!(q4.contains("experts q4"), "{q4}");
-        // Of shards that changed.
+        // A file for shards that changed is not used.
         lies.write(&file).unwrap();
         let before = fs::read_to_string(&file).unwrap();
         let shard = at.join("model-00001-of-00002.safetensors");

@@ -1,7 +1,8 @@
-//! Workers that somebody else knows of: DNS, or Kubernetes.
+//! Workers found by DNS or Kubernetes.
 //!
-//! Every address that a source names is held by a [`Joined`], so that it is connected and kept connected; one that is no longer
-//! named is forgotten as soon as it is not connected either. What workers are able to do they say themselves. Knows nothing of how sources are asked.
+//! Every address that a source names is held by a [`Joined`], which keeps it connected; an address that is no longer
+//! named is forgotten once it is disconnected. Workers announce their own capabilities. Knows nothing of how sources
+//! are queried.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -12,7 +13,7 @@ use muster_dispatch_grpc::ClusterHandle;
 use muster_dispatch_grpc::client::Joined;
 use tokio::sync::watch;
 
-/// What the sources say, and the tasks that act on it.
+/// Findings of all sources, and the tasks that apply them.
 #[derive(Clone, Default)]
 pub(crate) struct Discovery(Arc<Vec<Watched>>);
 
@@ -29,7 +30,7 @@ impl Drop for Watched {
 }
 
 impl Discovery {
-    /// Asks all of these from now on, on the runtime that this is called on.
+    /// Watches `sources` from now on, on the current runtime.
     pub(crate) fn start(sources: Vec<Source>, api: &Api, cluster: &ClusterHandle) -> Self {
         let watched = sources.into_iter().map(|source| {
             let seen = muster_discovery::watch(&source, api);
@@ -39,7 +40,7 @@ impl Discovery {
         Self(Arc::new(watched.collect()))
     }
 
-    /// What is wrong with the sources.
+    /// Problems of the sources.
     pub(crate) fn problems(&self) -> Vec<String> {
         let problem = |watched: &Watched| {
             let seen = watched.seen.borrow();
@@ -48,7 +49,7 @@ impl Discovery {
         self.0.iter().filter_map(problem).collect()
     }
 
-    /// What the sources say, when workers are missing.
+    /// Findings of all sources, to explain missing workers.
     pub(crate) fn findings(&self) -> Vec<String> {
         let finding = |watched: &Watched| {
             let (source, seen) = (&watched.source, watched.seen.borrow());
@@ -61,7 +62,7 @@ impl Discovery {
     }
 }
 
-/// Workers of one source that were made known, with what was said of them.
+/// Workers registered from one source, with the place that it gives for each.
 type Known = BTreeMap<SocketAddr, (Place, Joined)>;
 
 async fn follow(source: String, mut seen: watch::Receiver<Seen>, cluster: ClusterHandle) {
@@ -74,13 +75,13 @@ async fn follow(source: String, mut seen: watch::Receiver<Seen>, cluster: Cluste
         let failing = f64::from(u8::from(now.problem.is_some()));
         metrics::gauge!("muster_discovery_failing", "source" => source.clone()).set(failing);
         if seen.changed().await.is_err() {
-            // Whoever asked the source panicked, which is in the log. What it said stays.
+            // The watching task panicked, which is in the log. Its last findings stay.
             std::future::pending::<()>().await;
         }
     }
 }
 
-/// Gives whether there are more workers than a router may know.
+/// Applies the findings of a source. Returns whether it names more workers than a router may know.
 fn update(source: &str, known: &mut Known, now: &Seen, cluster: &ClusterHandle, crowded: bool) -> bool {
     known.retain(|address, (place, _)| match now.workers.get(address) {
         Some(of) => of == place,

@@ -11,20 +11,20 @@ use muster_kernels::Cpu;
 use muster_model::experts::{self, CpuExperts, CpuStore, ExpertSet, ExpertStore, PackedExpert};
 use muster_types::{Compute, ExpertKey, LayerId, WeightDType};
 
-/// Bytes of experts that are kept from one step to the next.
+/// Bytes of experts kept between steps.
 const KEPT: u64 = 1 << 30;
 
-/// See the module. Keeps those that were used last.
+/// Experts of this router, with those used last kept in memory.
 pub(crate) struct ColdExperts {
     checkpoint: Arc<Checkpoint>,
     compute: Compute,
     dtype: WeightDType,
     store: Arc<CpuStore>,
     experts: CpuExperts,
-    /// When each was used last.
+    /// Call in which each expert was used last.
     used: HashMap<ExpertKey, u64>,
     calls: u64,
-    /// What the weights must be, here as anywhere.
+    /// Expected digests of the weights, checked here as on workers.
     digests: Digests,
 }
 
@@ -42,7 +42,7 @@ impl ColdExperts {
         Self { checkpoint, compute, dtype, store, experts, used: HashMap::new(), calls: 0, digests }
     }
 
-    /// Reads what is not there, and makes room for it.
+    /// Loads missing experts and evicts the least recently used.
     fn warm(&mut self, keys: &BTreeSet<ExpertKey>) -> Result<(), ComputeError> {
         self.calls += 1;
         for &key in keys {
@@ -53,7 +53,7 @@ impl ColdExperts {
             return Ok(());
         }
         while self.store.resident_bytes() > KEPT {
-            // Those of this call are the latest.
+            // Experts of this call are never evicted.
             let oldest = self.used.iter().filter(|(_, at)| **at < self.calls).min_by_key(|(_, at)| **at);
             let Some((&oldest, _)) = oldest else { break };
             self.used.remove(&oldest);

@@ -1,7 +1,7 @@
 //! The placement leader of this router: a shell around [`placement::leader`](muster_placement::leader).
 //!
-//! Owns the calls to workers, the permit to campaign, logs and metrics, and where a worker finds what it is to load; what
-//! is decided is the leader's. The data path neither waits for it nor knows of it.
+//! Owns the calls to workers, the permit to campaign, logs and metrics, and the sources that orders name for each
+//! expert. Decisions are made in `placement::leader`. The data path neither waits for it nor knows of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::{NonZeroU32, NonZeroU64};
@@ -24,35 +24,35 @@ use tokio_util::sync::CancellationToken;
 
 use super::status::LeaderView;
 
-/// Workers that an expert may be fetched from, in an order.
+/// Most workers that an order names as sources of an expert, in order of preference.
 const PEERS: usize = 3;
-/// Answers that nobody has looked at yet.
+/// Capacity of the channel for answers.
 const ANSWERS: usize = 4096;
 
-/// What a leader needs to know.
+/// Settings of a leader.
 pub(crate) struct LeaderConfig {
-    /// One that no other process ever has.
+    /// Unique among all router processes.
     pub(crate) name: RouterName,
     pub(crate) shape: Shape,
     pub(crate) sizes: ExpertSizes,
-    /// Copies that each expert shall have.
+    /// Wanted replicas of each expert.
     pub(crate) replicas: NonZeroU32,
-    /// What to hold to be let to ask workers for the lead.
+    /// Lease that this router must hold before it campaigns; `None`: no condition.
     pub(crate) lease: Option<(Api, ObjectName)>,
-    /// What the experts' weights must be.
+    /// Expected digests of the experts' weights.
     pub(crate) digests: Digests,
 }
 
-/// See the module.
+/// Shell of the leader: network, clock and logs.
 pub(crate) struct Leader {
     cluster: ClusterHandle,
     name: RouterName,
     shape: Shape,
     rhythm: Rhythm,
     leader: leader::Leader,
-    /// What the leader's times are since.
+    /// Origin of the leader's times.
     origin: Instant,
-    /// To be held to be let to ask workers for the lead.
+    /// Lease that this router must hold before it campaigns; `None`: no condition.
     lease: Option<(Api, ObjectName)>,
     digests: Digests,
     view: Arc<LeaderView>,
@@ -60,7 +60,7 @@ pub(crate) struct Leader {
     answered: mpsc::Receiver<Answered>,
 }
 
-/// A worker's session, the round in which it was asked, and what came of it.
+/// Answer of a worker: its session, the round, and the outcome (`None`: no answer).
 type Answered = (u64, u64, Option<Answer>);
 
 impl Leader {
@@ -78,12 +78,12 @@ impl Leader {
         self.origin.elapsed()
     }
 
-    /// Leads when it may, until stopped.
+    /// Campaigns and leads while permitted, until `stop`.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let name = self.name.as_str().to_owned();
         let tenure =
             self.lease.take().map(|(api, lease)| Tenure::start(api, lease, name, LeaseTimes::default()));
-        // Told from the start: that nobody leads is watched.
+        // Set from the start, because the absence of a leader is monitored.
         self.view.resigned();
         let mut permit = Permit(tenure.as_ref().map(Tenure::held));
         let mut changes = self.cluster.changes();
@@ -119,9 +119,9 @@ impl Leader {
         }
     }
 
-    /// Asks all workers for the lead, if it is time, and waits for those that answer.
+    /// Asks all workers for the lead when a campaign is due, and waits for responsive ones.
     async fn campaign(&mut self) {
-        // Where none counted there was nobody to wait for; who answered since then counts again.
+        // Late answers, which no round waited for: their workers count again.
         while let Ok((session, round, answer)) = self.answered.try_recv() {
             self.leader.answered(session, round, answer);
         }
@@ -130,14 +130,14 @@ impl Leader {
         self.ask(round, workers).await;
     }
 
-    /// Gives the lead up, if this router has it.
+    /// Resigns the lead, if this router has it.
     async fn resign(&mut self) {
         let workers = self.cluster.workers();
         let round = self.leader.resign(self.now(), &sessions(&workers));
         self.ask(round, workers).await;
     }
 
-    /// Asks all workers, until the round is over.
+    /// Asks all workers and collects answers until the round ends.
     async fn ask(&mut self, round: Option<Round>, workers: Vec<ConnectedWorker>) {
         let Some(Round { number, ask }) = round else { return };
         let Some(term) = NonZeroU64::new(ask.term.get()) else { return };
@@ -145,10 +145,10 @@ impl Leader {
         let patience = self.rhythm.silence;
         for worker in workers {
             let (request, answers) = (request.clone(), self.answers.clone());
-            // Outlives this round where the worker is slow: its answer then only shows that it answers.
+            // A slow worker's answer may come after the round; it then only shows that the worker responds.
             tokio::spawn(async move {
                 let answer = answer(worker.lead(&request, patience).await);
-                // When nobody looks any more, nobody leads.
+                // A full or closed channel means that no leader reads it.
                 let _ = answers.try_send((worker.session, number, answer));
             });
         }
@@ -161,7 +161,7 @@ impl Leader {
         }
     }
 
-    /// Does what the leader decides.
+    /// Carries out the leader's decisions.
     async fn steer(&mut self, permit: &Permit) {
         let workers = self.cluster.workers();
         let before = self.leader.reigns();
@@ -193,7 +193,7 @@ impl Leader {
                     if let Some((term, target)) = self.leader.reigns().zip(self.leader.target()) {
                         self.view.leads(term.get(), target.figures.imbalance);
                     }
-                    // Planning takes its time.
+                    // The permit may have closed while the plan was made.
                     if permit.is_open() {
                         self.order(&workers, step).await;
                     }
@@ -203,12 +203,12 @@ impl Leader {
         }
     }
 
-    /// Whether a worker takes orders.
+    /// Whether a worker takes orders from this router.
     fn is_subject(&self, worker: &ConnectedWorker) -> bool {
         self.leader.subjects().get(worker.name()).is_some_and(|subject| subject.session == worker.session)
     }
 
-    /// Rows that workers counted, by session.
+    /// Rows counted by each worker, by session.
     async fn count(&self, workers: &[ConnectedWorker]) -> BTreeMap<u64, Vec<Vec<u64>>> {
         let mut asked = tokio::task::JoinSet::new();
         for worker in workers.iter().filter(|worker| self.is_subject(worker)) {
@@ -254,7 +254,7 @@ impl Leader {
                     self.leader.failed(&id);
                     tracing::warn!(worker = %id.worker, %error, "a worker did not take its orders");
                 }
-                // It panicked, which is in the log.
+                // The task panicked, which is in the log.
                 Err(_) => {}
             }
         }
@@ -291,7 +291,7 @@ fn answer(answer: Result<LeadAnswer, ControlError>) -> Option<Answer> {
     Some(Answer { reply: Reply { verdict, holder, term: Term::new(term), left }, epoch })
 }
 
-/// Makes a plan. Long for a large cluster, hence not on the threads that serve.
+/// Makes a plan on a blocking thread: a large cluster takes long.
 async fn plan(request: PlanRequest) -> leader::Plan {
     let request = Arc::new(request);
     let work = request.clone();
@@ -299,7 +299,7 @@ async fn plan(request: PlanRequest) -> leader::Plan {
     tokio::task::spawn_blocking(move || work.plan()).await.unwrap_or_else(|_| request.stay())
 }
 
-/// Whether this router may ask for the lead: always, or as long as it holds a Lease.
+/// Permission to campaign: always, or while a Lease is held.
 struct Permit(Option<watch::Receiver<Held>>);
 
 impl Permit {
@@ -311,7 +311,7 @@ impl Permit {
         self.0.as_ref().and_then(|held| held.borrow().problem.clone())
     }
 
-    /// Resolves when it is closed.
+    /// Resolves when the permit is closed.
     async fn closed(&mut self) {
         let Some(held) = &mut self.0 else { return std::future::pending().await };
         loop {
@@ -319,7 +319,7 @@ impl Permit {
                 Some(until) if tokio::time::Instant::now() < until => until,
                 _ => return,
             };
-            // An end of its task is not an end of what was granted.
+            // If the Lease's task ends, the last grant still holds until it expires.
             let changed = async {
                 if held.changed().await.is_err() {
                     std::future::pending::<()>().await;
@@ -333,7 +333,7 @@ impl Permit {
     }
 }
 
-/// Where a worker finds what it is to load: a few of those that hold each expert, not always the same.
+/// Sources of each expert that a worker is to load: up to [`PEERS`] of its holders, rotated to spread the load.
 fn sources(
     load: &[ExpertKey],
     to: &ConnectedWorker,
@@ -361,7 +361,7 @@ fn sources(
     (peers, load)
 }
 
-/// Tells people of a new plan.
+/// Logs a new plan.
 fn report(before: Option<&Target>, now: &Target) {
     let figures = &now.figures;
     metrics::gauge!("muster_placement_imbalance").set(figures.imbalance);

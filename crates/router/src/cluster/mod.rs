@@ -1,4 +1,4 @@
-//! The workers of a router beside the data plane: who leads, what they shall hold, and how they come in.
+//! The control plane of a router's workers: leadership, placement, and how workers join.
 
 pub(crate) mod digests;
 mod discovery;

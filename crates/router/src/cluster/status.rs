@@ -1,4 +1,4 @@
-//! What a router knows of its cluster, for probes and for people.
+//! Health and status of the cluster as this router knows it, for probes and operators.
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
@@ -15,17 +15,17 @@ use super::discovery::Discovery;
 use crate::health::Health;
 use crate::pulse::Pulse;
 
-/// What the leader's task tells others.
+/// State published by the leader's task.
 #[derive(Default)]
 pub(crate) struct LeaderView(Mutex<View>);
 
 #[derive(Default)]
 struct View {
-    /// The term this router leads, and how even its plan is.
+    /// Term in which this router leads, and the imbalance of its plan.
     leads: Option<(u64, f64)>,
-    /// Rows counted last, by session.
+    /// Latest row counts, by session.
     rows: HashMap<u64, u64>,
-    /// Why this router may not be let to lead.
+    /// Reason for which this router cannot lead, if any.
     barred: Option<String>,
 }
 
@@ -49,7 +49,7 @@ impl LeaderView {
         self.lock().barred.as_ref().map(|by| format!("this router cannot lead the placement: {by}"))
     }
 
-    /// Whether something keeps this router from leading, and what.
+    /// Sets or clears the reason for which this router cannot lead.
     pub(crate) fn barred(&self, by: Option<String>) {
         self.lock().barred = by;
     }
@@ -59,30 +59,30 @@ impl LeaderView {
     }
 }
 
-/// See the module.
+/// The cluster as this router knows it.
 pub(crate) struct Cluster {
     pub(crate) router: String,
     pub(crate) workers: HealthHandle,
-    /// What the experts' weights must be, and who has others.
+    /// Expected digests of the experts' weights, and the workers refused for others.
     pub(crate) digests: Digests,
     pub(crate) leader: Arc<LeaderView>,
     pub(crate) pulse: Arc<Pulse>,
     pub(crate) discovery: Discovery,
     /// Routed experts of the model.
     pub(crate) experts: u32,
-    /// Copies that each shall have.
+    /// Wanted replicas of each expert.
     pub(crate) replicas: NonZeroU32,
-    /// Whether it is about to end.
+    /// Set once this router is about to end.
     pub(crate) is_leaving: AtomicBool,
 }
 
 impl Cluster {
-    /// Whether every expert can be reached.
+    /// Whether every expert has a reachable owner.
     pub(crate) fn is_covered(&self) -> bool {
         self.workers.unreachable_experts() == 0
     }
 
-    /// It is about to end: nobody is to send it anything new.
+    /// Marks this router as about to end, so that health turns to not ready.
     pub(crate) fn leave(&self) {
         self.is_leaving.store(true, Ordering::Relaxed);
     }
@@ -93,7 +93,7 @@ impl Cluster {
         }
         let (missing, unreachable) = (self.workers.missing_experts(), self.workers.unreachable_experts());
         if unreachable > 0 {
-            // Before it is known what weights must be, nobody is connected.
+            // No worker is connected before the expected digests are known.
             let none = || format!("{unreachable} experts have no live worker");
             let mut reasons = vec![self.digests.progress().unwrap_or_else(none)];
             reasons.extend(self.digests.refusals());
@@ -118,7 +118,7 @@ impl Cluster {
             |is: fn(&WorkerState) -> bool| self.workers.workers().iter().filter(|w| is(&w.state)).count();
         reasons.extend(self.digests.progress());
         let refused = self.digests.refusals();
-        // They can be reached.
+        // Refused workers are reachable, so they are not counted as down.
         let down = of(|state| matches!(state, WorkerState::Down { .. })).saturating_sub(refused.len());
         reasons.extend(refused);
         match down {
@@ -131,7 +131,7 @@ impl Cluster {
         if reasons.is_empty() { Health::Ready } else { Health::Degraded { reasons } }
     }
 
-    /// All of it.
+    /// The complete status.
     pub(crate) fn status(&self) -> v1::StatusReply {
         let (health, reasons) = match self.health() {
             Health::Ready => (WireHealth::Ready, Vec::new()),

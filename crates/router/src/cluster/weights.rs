@@ -1,4 +1,4 @@
-//! Experts read from the router's checkpoint, for workers that have none.
+//! Experts read from the router's checkpoint, for workers without one.
 
 use std::sync::Arc;
 
@@ -8,12 +8,12 @@ use muster_model::ModelError;
 use muster_model::experts;
 use muster_types::{Compute, ExpertKey, WeightDType};
 
-/// Reads and packs an expert whenever it is asked for; keeps none.
+/// Reads and packs one expert per request; caches none.
 pub(crate) struct CheckpointWeights {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) compute: Compute,
     pub(crate) dtype: WeightDType,
-    /// What the weights must be: nothing else is handed out.
+    /// Expected digests: weights with others are not handed out.
     pub(crate) digests: Digests,
 }
 

@@ -1,4 +1,4 @@
-//! Who is let in to what clients ask for.
+//! Access control of the gRPC services for clients.
 
 use muster_dispatch_grpc::secured::Caller;
 use muster_identity::{Access, Denied};
@@ -6,10 +6,10 @@ use tonic::metadata::MetadataMap;
 use tonic::service::Interceptor;
 use tonic::{Extensions, Request, Status};
 
-/// Looks at what a caller shows.
+/// Checks a caller's certificate or API key.
 ///
 /// # Errors
-/// `UNAUTHENTICATED` or `PERMISSION_DENIED` when that is not enough.
+/// `UNAUTHENTICATED` or `PERMISSION_DENIED` when neither suffices.
 pub(super) fn let_in(access: &Access, metadata: &MetadataMap, extensions: &Extensions) -> Result<(), Status> {
     let peer = extensions.get::<Caller>().and_then(|caller| caller.peer.as_ref());
     let shown = metadata.get("authorization").map(|value| value.as_bytes());
@@ -25,7 +25,7 @@ pub(super) fn let_in(access: &Access, metadata: &MetadataMap, extensions: &Exten
     })
 }
 
-/// Does so before every call of a service.
+/// Interceptor that checks every call of a service.
 #[derive(Debug, Clone)]
 pub(super) struct ClientsOnly(pub(super) Access);
 

@@ -1,4 +1,4 @@
-//! `muster.cluster.v1.Cluster`: workers come in, and people ask how the cluster is.
+//! `muster.cluster.v1.Cluster`: workers join, operators ask for the status.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use crate::cluster::Cluster;
 
 /// Longest address of a worker, bytes.
 const LONGEST_ADDRESS: usize = 512;
-/// A worker that goes on at once, as one that is started again, keeps its place so long.
+/// How long a connected worker keeps its place after its join stream ended: a restarted one joins again within it.
 const LINGER: Duration = Duration::from_secs(2);
 
 /// The service.
@@ -32,11 +32,11 @@ pub(crate) struct Api {
     pub(crate) workers: ClusterHandle,
     pub(crate) card: Arc<ModelCard>,
     pub(crate) stop: CancellationToken,
-    /// Who did.
+    /// Current joins.
     pub(crate) joins: Joins,
-    /// Who may join.
+    /// Peers that may join.
     pub(crate) workers_only: Only,
-    /// Who may ask for the status.
+    /// Callers that may ask for the status.
     pub(crate) access: Access,
 }
 
@@ -78,7 +78,7 @@ impl ClusterApi for Api {
         })?;
         let (replies, stream) = mpsc::channel(1);
         let first = v1::JoinReply { model: Some(self.card.to_wire()) };
-        // The channel is empty and its receiver is right here.
+        // Cannot fail: the channel is empty and its receiver is in scope.
         let _ = replies.send(Ok(first)).await;
         let guest = Guest { address, joined, stay, workers: self.workers.clone() };
         tokio::spawn(guest.stay(replies, self.stop.clone()));
@@ -91,7 +91,7 @@ impl ClusterApi for Api {
     }
 }
 
-/// Where workers are connected.
+/// Addresses of connected workers.
 fn reached(workers: &ClusterHandle) -> Reached {
     workers.workers().into_iter().map(|worker| worker.address).collect()
 }
@@ -105,14 +105,15 @@ struct Guest {
 }
 
 impl Guest {
-    /// Keeps a worker's place until its stream ends, or it has to give way. One that is not reached keeps it no longer.
+    /// Keeps a worker's place until its stream ends or the join gives way; then [`LINGER`] longer if the worker is
+    /// connected.
     async fn stay(self, replies: mpsc::Sender<Result<v1::JoinReply, Status>>, stop: CancellationToken) {
         let Self { address, joined, stay, workers } = self;
         tokio::select! {
             () = replies.closed() => {}
             () = stay.gives_way() => {
                 let text = format!("nobody was reached at {address}, and others wait; check --advertise");
-                // The worker has read the first reply, or is not reading.
+                // The channel has room unless the worker does not read.
                 let _ = replies.try_send(Err(Status::unavailable(text)));
                 return;
             }

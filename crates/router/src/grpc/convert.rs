@@ -1,5 +1,5 @@
-//! Between messages and the router's own types. Absent fields become what the `.proto` comments say; where there is
-//! nothing to say, a missing field is an error that names it.
+//! Conversions between messages and the router's own types. Absent fields get the defaults of the `.proto` comments; a
+//! missing field without a default is an error that names it.
 
 use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::RawSampling;
@@ -16,17 +16,17 @@ use crate::request::{
 };
 use crate::service::check_bias;
 
-/// How long a client is asked to wait before it tries again.
+/// Advised delay before a client's retry.
 const RETRY_AFTER_MS: u32 = 1000;
 
 /// Characters of a role that an error quotes.
 const QUOTED: usize = 32;
 
-/// What to run.
+/// The request of a message.
 ///
 /// # Errors
-/// When no prompt is set, a message has an unknown role, or there are too many biases. Everything else is the service's to
-/// check.
+/// When no prompt is set, a message has an unknown role, or there are too many biases. The service checks everything
+/// else.
 pub(super) fn request(asked: v1::GenerateRequest, limits: &Limits) -> Result<GenerateRequest, RequestError> {
     let v1::GenerateRequest {
         model,
@@ -85,10 +85,10 @@ fn message(message: v1::ChatMessage) -> Result<ChatMessage, RequestError> {
 
 fn sampling(asked: v1::Sampling, limits: &Limits) -> Result<RawSampling, RequestError> {
     let default = RawSampling::default();
-    // Before they are sorted.
+    // Checked before sorting, which a huge map would make slow.
     check_bias(asked.logit_bias.len(), limits)?;
     let mut bias: Vec<(u32, f32)> = asked.logit_bias.into_iter().collect();
-    // The map's order is random; what the first error names should not be.
+    // Sorted, because a map's order is random and the first error should always name the same id.
     bias.sort_unstable_by_key(|&(id, _)| id);
     Ok(RawSampling {
         temperature: asked.temperature.unwrap_or(default.temperature),
@@ -196,18 +196,18 @@ fn default_sampling(defaults: &SamplingDefaults) -> v1::Sampling {
     v1::Sampling { temperature, top_k, top_p, min_p, repetition_penalty, ..v1::Sampling::default() }
 }
 
-/// How a failure looks to a client. Those that pass carry `retry-after-ms`, and `grpc-retry-pushback-ms`, which
-/// gRPC libraries with a retry policy obey by themselves.
+/// gRPC status of a failure. Transient ones carry `retry-after-ms`, and `grpc-retry-pushback-ms`, which gRPC libraries
+/// with a retry policy obey by themselves.
 ///
-/// Values that are not finite and rows that experts refuse are FAILED_PRECONDITION: the request is well-formed, but with
-/// this model it cannot succeed, however often it is tried.
+/// Values that are not finite and rows that experts refuse are FAILED_PRECONDITION: the request is well-formed, but
+/// with this model it cannot succeed, however often it is tried.
 pub(super) fn status(error: &RequestError) -> Status {
     let code = match error {
         RequestError::Invalid { .. } => Code::InvalidArgument,
         RequestError::UnknownModel { .. } => Code::NotFound,
         RequestError::Overloaded(_) => Code::ResourceExhausted,
         RequestError::ExpertsUnavailable(_) | RequestError::ShuttingDown => Code::Unavailable,
-        // Not to be resumed elsewhere, but to be begun again.
+        // The stream cannot be resumed elsewhere; the client has to begin again.
         RequestError::NumericsChanged => Code::Aborted,
         RequestError::Refused(_) | RequestError::NonFinite => Code::FailedPrecondition,
         RequestError::Internal => Code::Internal,
@@ -221,7 +221,7 @@ pub(super) fn status(error: &RequestError) -> Status {
     status
 }
 
-/// The error in this API's words for its fields.
+/// The error's text, with this API's names for fields.
 fn text(error: &RequestError) -> String {
     match error {
         RequestError::Invalid { field: "n", message, .. } => format!("choices: {message}"),

@@ -11,7 +11,7 @@ use tonic::{Code, Request, Response, Status};
 use super::convert;
 use crate::service::Service;
 
-/// The implementation; all state is the service's.
+/// The implementation; all state is in the service.
 pub(super) struct Api {
     service: Service,
 }
@@ -71,7 +71,7 @@ impl Inference for Api {
     }
 }
 
-/// Counts an answer by method and status code; for a stream, how it began.
+/// Counts an answer by method and status code; for a stream, the status with which it began.
 fn counted<T>(method: &'static str, result: Result<T, Status>) -> Result<T, Status> {
     let code = result.as_ref().err().map_or(Code::Ok, Status::code);
     let code = i32::from(code).to_string();

@@ -1,7 +1,7 @@
-//! The workers that joined and stay, and which of them give way where places are short.
+//! The workers that joined and stay, and the eviction of joins when places are short.
 //!
-//! A join is a promise to serve at an address. One that was never kept (nobody was reached there) gives way to new ones,
-//! the oldest first, when the machine it came from has many, or all places are taken. Decides; reaches nobody itself.
+//! A join is a promise to serve at an address. Joins whose worker was never reached give way to new ones, the oldest
+//! first, when their source address has too many or all places are taken. Decides; connects to nobody itself.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -12,42 +12,41 @@ use muster_dispatch_grpc::Address;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// Joins from one address of the network at once: processes of one machine, or machines behind one translation.
+/// Most joins from one IP address: processes of one machine, or machines behind one NAT.
 const MOST_OF_ONE: usize = 256;
-/// Joins at once.
+/// Most joins in all.
 const MOST: usize = 4096;
-/// Joins of one worker at once: by several names of this router, and those whose end is not known yet.
+/// Most joins of one worker: through several names of this router, and those whose end is not noticed yet.
 const MOST_OF_WORKER: usize = 4;
-/// How long a worker may take until it is reached, whoever else waits.
+/// Time in which a join that is not reached cannot be evicted.
 const REACHED: Duration = Duration::from_secs(2);
-/// Of those that were never reached, so many give way together: a place is free only when the last attempt to reach its
-/// worker has ended.
+/// Most unreached joins evicted together: a place is free only when the last attempt to reach its worker has ended.
 const TOGETHER: usize = 64;
 
-/// Addresses at which workers are connected.
+/// Addresses of connected workers.
 pub(super) type Reached = HashSet<String>;
 
 /// There is no place for another worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum NoPlace {
-    /// From where this one comes.
+    /// The source address has too many joins.
     #[error("{MOST_OF_ONE} workers joined from the same address; end those that are not needed")]
     OfOne,
-    /// Of this worker.
+    /// The worker has too many joins.
     #[error("the worker at this address joined {MOST_OF_WORKER} times already; join each router once")]
     OfWorker,
-    /// At all.
+    /// All places are taken.
     #[error("{MOST} workers joined; end those that are not needed")]
     AtAll,
 }
 
-/// See the module. Clones share one table.
+/// The table of joins. Clones share one table.
 #[derive(Clone, Default)]
 pub(crate) struct Joins(Arc<Mutex<Table>>);
 
 #[derive(Default)]
 struct Table {
-    /// In the order in which they came.
+    /// By number, so the oldest first.
     joins: BTreeMap<u64, Join>,
     count: u64,
 }
@@ -59,7 +58,7 @@ struct Join {
     gives_way: CancellationToken,
 }
 
-/// One join. Ends when dropped.
+/// One join, which ends when dropped.
 pub(super) struct Stay {
     all: Joins,
     number: u64,
@@ -72,7 +71,7 @@ impl Joins {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A worker joins that is to be reached at `address`.
+    /// Admits a join of the worker at `address`.
     pub(super) fn enter(
         &self,
         address: &Address,
@@ -98,7 +97,7 @@ impl Joins {
         Ok(Stay { all: self.clone(), number, gives_way })
     }
 
-    /// Some that were never reached give way, if there are any.
+    /// Evicts up to [`TOGETHER`] joins that were never reached.
     pub(super) fn make_room(&self, reached: &Reached) {
         self.table().make_room(reached, TOGETHER, |_| true);
     }
@@ -119,7 +118,7 @@ impl Table {
 }
 
 impl Stay {
-    /// Waits until it has to give way.
+    /// Resolves when the join is evicted.
     pub(super) async fn gives_way(&self) {
         self.gives_way.cancelled().await;
     }

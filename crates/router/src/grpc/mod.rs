@@ -1,5 +1,5 @@
-//! The gRPC edge: `muster.v1.Inference`, `grpc.health.v1.Health` and server reflection; where there are workers, also what
-//! those need that join, and what people ask of the cluster.
+//! The gRPC edge: `muster.v1.Inference`, `grpc.health.v1.Health` and server reflection; in a router with workers, also
+//! the services that workers join by and operators ask.
 //!
 //! Messages, streams, connections and the time a peer may be silent are bounded; a client that goes away cancels
 //! its request. Decides nothing: messages become a [`GenerateRequest`](crate::request::GenerateRequest), events
@@ -47,7 +47,7 @@ use crate::health::Health;
 use crate::request_id;
 use crate::service::Service;
 
-/// What reflection lists: the services that are here, not all that are described.
+/// Services that reflection lists: those served, not all that are described.
 const LISTED: [&str; 4] = [
     SERVICE_NAME,
     "grpc.health.v1.Health",
@@ -55,26 +55,26 @@ const LISTED: [&str; 4] = [
     "grpc.reflection.v1alpha.ServerReflection",
 ];
 
-/// How often health is looked at.
+/// Polling interval of the health status.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Streams of one connection at once.
+/// Most concurrent streams of a connection.
 const STREAMS: u32 = 256;
 
-/// A request has to be received, checked and admitted within this time.
+/// Time in which a request must be received, checked and admitted.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// An idle connection is pinged this often, and closed when an answer takes as long.
+/// Interval of pings on an idle connection, and their timeout.
 const PING: Duration = Duration::from_secs(10);
 
 /// Flow control: one full request in flight per stream, and a few per connection.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
 
-/// Of one request, as HTTP/2 counts them.
+/// Most bytes of a request's headers, as HTTP/2 counts them.
 const HEADER_BYTES: u32 = 16 << 10;
 
-/// A client that answers pings is never silent for long.
+/// How long a peer may be silent: a client that answers pings never is for long.
 const PATIENCE: Patience =
     Patience { stall: Duration::from_secs(30), silence: Some(Duration::from_secs(25)) };
 
@@ -123,11 +123,11 @@ pub(crate) async fn serve(
     Ok(served?)
 }
 
-/// What a router with workers serves beside inference.
+/// Services of a router with workers, beside inference.
 pub struct Workers {
     pub(crate) cluster: cluster::Api,
     pub(crate) weights: WeightsService,
-    /// Who may fetch them.
+    /// Peers that may fetch weights.
     pub(crate) weights_only: Only,
 }
 
@@ -159,10 +159,10 @@ fn routes(
     let mut routes = Routes::new(InterceptedService::new(inference, clients_only.clone()));
     if let Some(Workers { cluster, weights, weights_only }) = workers {
         let weights = InterceptedService::new(weights.into_service(), weights_only);
-        // Its methods are for different callers, and look by themselves.
+        // No interceptor: its methods have different callers and check access themselves.
         routes = routes.add_service(ClusterServer::new(cluster)).add_service(weights);
     }
-    // Health is open: it is how others find out whether this router lives.
+    // Health needs no access: others learn by it whether this router lives.
     routes = routes.add_service(health);
     routes = routes.add_service(InterceptedService::new(final_version, clients_only.clone()));
     routes = routes.add_service(InterceptedService::new(alpha_version, clients_only));
@@ -173,13 +173,13 @@ fn routes(
         .into())
 }
 
-/// A call of what is not here is told what is; the library says nothing.
+/// Lists the served services in the answer to an unknown one; the library's answer has no text.
 async fn explain(State(served): State<String>, mut response: Response) -> Response {
     let headers = response.headers_mut();
     let is_unimplemented = headers.get(Status::GRPC_STATUS).is_some_and(|code| code == "12");
     if is_unimplemented && !headers.contains_key(Status::GRPC_MESSAGE) {
         let text = format!("there is no such method here; served are the methods of {served}");
-        // Names of services and spaces are as they are in the header's encoding.
+        // Service names and spaces need no escaping in `grpc-message`.
         if let Ok(text) = HeaderValue::from_str(&text) {
             headers.insert(Status::GRPC_MESSAGE, text);
         }
@@ -203,7 +203,7 @@ async fn report(reporter: &HealthReporter, status: ServingStatus) {
     }
 }
 
-/// Reports changes until `shutdown`, then that this router serves no more.
+/// Publishes health changes until `shutdown`, then NOT_SERVING.
 async fn follow_health(service: Service, mut reporter: HealthReporter, shutdown: CancellationToken) {
     let mut reported = serving(&service);
     loop {
@@ -218,7 +218,7 @@ async fn follow_health(service: Service, mut reporter: HealthReporter, shutdown:
         }
     }
     report(&reporter, ServingStatus::NotServing).await;
-    // Ends the streams of watchers, which would keep their connections open. Who asks now is still told.
+    // Ends watchers' streams, which would keep their connections open. Later checks are still answered.
     for name in ["", SERVICE_NAME] {
         reporter.clear_service_status(name).await;
     }

@@ -1,7 +1,7 @@
 //! Server reflection, in its final version and the one before, which older tools ask for.
 //!
-//! Own, because the library's ends a stream at the first thing that it does not find; the protocol has an error for one
-//! question, after which the next is answered.
+//! Own implementation: the library's ends a stream at the first unknown name, where the protocol has an error for one
+//! request and answers the next.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_reflection::pb;
 
-/// What is served, and how it is described.
+/// Names and descriptors of the served services.
 #[derive(Debug, Clone)]
 pub(super) struct Reflection {
     services: Arc<[String]>,
@@ -68,7 +68,7 @@ macro_rules! version {
                     Some(Asked::FileContainingExtension(asked)) => {
                         Err(not_found(&format!("an extension of {}", asked.containing_type)))
                     }
-                    // There are no extensions; of a type that is known, that is the answer.
+                    // There are no extensions: a known type has none.
                     Some(Asked::AllExtensionNumbersOfType(name)) => {
                         reflection.symbols.containing(name).ok_or_else(|| not_found(name))?;
                         let base_type_name = name.clone();

@@ -344,7 +344,7 @@ async fn compressed_requests_are_taken() {
     let mut client = InferenceClient::new(server.channel.clone()).send_compressed(CompressionEncoding::Gzip);
     let stream = client.generate(ask(&[5; 50], 3)).await.unwrap().into_inner();
     assert_eq!(stream.map(|event| event.unwrap()).fold(0, |count, _| count + 1).await, 5);
-    // What is small on the wire and large behind it is not unpacked.
+    // A message that decompresses beyond the limit is refused.
     let limit = muster_types::Limits::default().body_bytes;
     let status = client.generate(v1::GenerateRequest { model: "a".repeat(limit + 1), ..ask(&[5], 3) });
     assert_eq!(status.await.unwrap_err().code(), Code::ResourceExhausted);
@@ -352,14 +352,14 @@ async fn compressed_requests_are_taken() {
     assert!(health.check(HealthCheckRequest::default()).await.is_ok());
 }
 
-/// Connections that ended for their frames, so far.
+/// Connections closed for flooding, so far.
 fn floods(metrics: &MetricsHandle) -> u64 {
     let text = metrics.render();
     let line = text.lines().find_map(|line| line.strip_prefix("muster_connections_flooding_total "));
     line.map_or(0, |count| count.parse().unwrap())
 }
 
-/// One test for all: what is counted is of the process.
+/// One test for all kinds, because the metrics are process-wide.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn floods_end_and_what_is_asked_for_goes_on() {
     let metrics = muster_telemetry::install_metrics(Process::Router).unwrap();
@@ -368,7 +368,7 @@ async fn floods_end_and_what_is_asked_for_goes_on() {
     for kind in Flood::ALL {
         let before = floods(&metrics);
         flood(&server.address, "/muster.v1.Inference/Generate", kind, SOON).await;
-        // The library has limits of its own for some, and is sometimes first.
+        // The library has limits of its own for some kinds, which may be hit first.
         let may_end_otherwise =
             matches!(kind, Flood::RapidReset | Flood::Continuation | Flood::Resets | Flood::EmptyData);
         assert!(floods(&metrics) == before + 1 || may_end_otherwise, "{kind:?}");
@@ -378,7 +378,7 @@ async fn floods_end_and_what_is_asked_for_goes_on() {
         );
     }
 
-    // A client that works is no flood, however long it goes on, in small windows and with all the pings there are.
+    // A working client is no flood, even over a long time with small windows and many pings.
     let before = floods(&metrics);
     let channel = Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
     let channel = channel

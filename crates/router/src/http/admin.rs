@@ -1,4 +1,4 @@
-//! What orchestrators and collectors ask: alive, ready, metrics.
+//! Routes for orchestrators and collectors: liveness, readiness, metrics.
 
 use axum::Json;
 use axum::extract::State;
@@ -27,7 +27,7 @@ pub(super) async fn healthz() -> Response {
     Json(Status::of("ok")).into_response()
 }
 
-/// 200 when requests can be served, else 503: what load generators ask. Open to everybody, so without reasons.
+/// 200 when requests can be served, else 503, as load generators ask. Open to everybody, so without reasons.
 pub(super) async fn health(State(app): State<App>) -> Response {
     match app.service.health().is_ready() {
         true => Json(Status::of("ok")).into_response(),

@@ -1,4 +1,4 @@
-//! Reading a JSON body: of the right type, within the cap, in time, and parsed where it does not block others.
+//! Reading a JSON body: checks its type, size and pace, and parses large ones off the async threads.
 
 use std::time::Duration;
 
@@ -10,11 +10,10 @@ use super::error::ApiError;
 use super::places::{Large, Lost, Place};
 use crate::service::Service;
 
-/// A body has to be complete within this time.
+/// Time in which a body must be complete.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Bytes that are read without a [`Large`] place and worked on where they are. At some 200 MB/s the work takes
-/// less than half a millisecond.
+/// Most bytes read without a [`Large`] place and parsed in place: at some 200 MB/s, less than half a millisecond.
 const SMALL: usize = 64 << 10;
 
 /// A complete body. Gives its place back when dropped.
@@ -43,10 +42,10 @@ impl JsonBody {
         })
     }
 
-    /// Parses it, on the threads for work before admission when it is large.
+    /// Parses the body, on the text pool if it is large.
     ///
     /// # Errors
-    /// Those of `parse`; 429 when too much waits for these threads.
+    /// Those of `parse`; 429 when the text pool is full.
     pub(super) async fn parse<T: Send + 'static>(
         self,
         service: &Service,
@@ -54,20 +53,20 @@ impl JsonBody {
     ) -> Result<T, ApiError> {
         match self.bytes.len() {
             0..=SMALL => parse(self.json()),
-            // The body, and what it becomes.
+            // Counted twice: the body and the parsed value.
             bytes => service.work(bytes * 2, move |_| parse(self.json())).await,
         }
     }
 }
 
 impl JsonBody {
-    /// Without the mark that some programs begin UTF-8 with (RFC 8259, section 8.1).
+    /// Skips a byte order mark (RFC 8259, section 8.1).
     fn json(&self) -> &[u8] {
         self.bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&self.bytes)
     }
 }
 
-/// Does `work` on about `bytes` bytes, here when that is quick, else on the blocking pool.
+/// Runs `work` on about `bytes` bytes: here when that is quick, else on the blocking pool.
 ///
 /// # Errors
 /// 500 when the pool is shutting down.

@@ -1,7 +1,8 @@
-//! Pages of other origins: who is told that it may read answers. A browser asks; nobody else is kept out by this.
+//! Cross-origin access (CORS): which origins' pages may read answers. Only browsers obey it; no other client is kept
+//! out.
 //!
-//! A page whose own name was made to stand for this host (DNS rebinding) is of no other origin to a browser, and known by its
-//! `Host` alone.
+//! A page whose own name was made to resolve to this host (DNS rebinding) is of the same origin to a browser; only its
+//! `Host` gives it away.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -17,10 +18,10 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use super::openai::IGNORED;
 use crate::request_id::REQUEST_ID;
 
-/// A browser may remember for so long what it was told.
+/// How long a browser may cache a preflight's answer.
 const MAX_AGE: Duration = Duration::from_secs(600);
 
-/// Origins whose pages may ask and read the answers.
+/// Origins whose pages may send requests and read the answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Cors {
     origins: Vec<String>,
@@ -28,8 +29,8 @@ pub struct Cors {
 }
 
 impl Cors {
-    /// These origins, as browsers write them (`https://example.org`, with a port where it is not the usual one), or all for
-    /// `*`; where the address is a loopback one, also every page that this host serves.
+    /// The given origins, as browsers write them (`https://example.org`, with a port where it is not the default), or
+    /// all for `*`; on a loopback address, also every page served by this host.
     #[must_use]
     pub fn new(origins: Vec<String>, is_loopback: bool) -> Self {
         Self { origins, local: is_loopback }
@@ -40,8 +41,8 @@ impl Cors {
         (self.local && is_local(origin)) || self.origins.iter().any(|known| known == origin)
     }
 
-    /// Whether a request comes from a page under a name that is not this host's, for all that its `Host` says. An address is
-    /// nobody's name.
+    /// Whether the request's `Host` is a name that is not known to be this host's, as after DNS rebinding. IP addresses
+    /// are never strangers. False unless this host listens on loopback.
     pub(super) fn is_stranger(&self, host: &HeaderValue) -> bool {
         if !self.local {
             return false;
@@ -60,7 +61,7 @@ impl Cors {
         !is_address && !is_own && !self.origins.iter().any(of_origin)
     }
 
-    /// What tells browsers; `None` where no page of another origin may ask.
+    /// The layer that answers browsers; `None` where no other origin is allowed.
     pub(super) fn layer(self) -> Option<CorsLayer> {
         if !self.local && self.origins.is_empty() {
             return None;
@@ -80,7 +81,7 @@ impl Cors {
     }
 }
 
-/// A page of this host, from whatever port.
+/// Whether a page is served by this host, from any port.
 fn is_local(origin: &str) -> bool {
     let Some(authority) = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://")) else {
         return false;
@@ -92,7 +93,7 @@ fn is_local(origin: &str) -> bool {
     })
 }
 
-/// Answers preflights, which browsers send without keys, and tells who may read the other answers.
+/// Answers preflights, which browsers send without keys, and marks the other answers with the allowed origin.
 pub(super) async fn share(State(layer): State<CorsLayer>, request: Request, next: Next) -> Response {
     let headers = request.headers();
     let is_asked = headers.contains_key(header::ORIGIN)

@@ -1,7 +1,6 @@
-//! What a client is told when a request fails: a status, OpenAI's error object and, where waiting helps, when to
-//! come back.
+//! Errors of the HTTP edge: a status, OpenAI's error object and, where waiting helps, a retry delay.
 //!
-//! Messages name a field and its remedy. What they quote of the request is cut, so that an error is never large.
+//! Messages name a field and its remedy. Quotes of the request are cut, so that an error is never large.
 
 use std::fmt::Display;
 
@@ -14,13 +13,13 @@ use serde::Serialize;
 
 use crate::request::{Fault, RequestError, count_refusal};
 
-/// Characters of a message. What is longer quotes the client's own input.
+/// Most characters of a message; longer ones quote the client's own input.
 const MESSAGE_CHARS: usize = 400;
 
-/// Seconds a client is asked to wait: a full queue of short requests drains in about that time.
+/// Seconds before a client's retry: a full queue of short requests drains in about that time.
 const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
 
-/// What OpenAI's client libraries read before they repeat a request by themselves.
+/// Header by which OpenAI's client libraries decide on automatic retries.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// A failed HTTP request.
@@ -41,7 +40,7 @@ pub(super) struct ErrorBody {
     pub(super) code: Option<&'static str>,
 }
 
-/// As it travels: `{"error": {…}}`.
+/// The JSON document: `{"error": {…}}`.
 #[derive(Serialize)]
 pub(super) struct Envelope<'a> {
     error: &'a ErrorBody,
@@ -58,7 +57,7 @@ impl ApiError {
         Self { status, body, retry }
     }
 
-    /// A body that cannot be read as a request at all.
+    /// A body that cannot be read as a request.
     pub(super) fn bad_body(message: impl Display) -> Self {
         Self::new(StatusCode::BAD_REQUEST, Retry::Never, message)
     }
@@ -68,13 +67,13 @@ impl ApiError {
         Self::inside(param, "", message)
     }
 
-    /// A refusal of what is inside one field, at `place` (`[0].content`); empty for the field itself.
+    /// A refusal of a value inside a field, at `place` (`[0].content`); empty for the field itself.
     pub(super) fn inside(param: &str, place: &str, message: impl Display) -> Self {
         let error = Self::bad_body(format_args!("{}{}: {message}", cut(param), cut(place)));
         Self { body: ErrorBody { param: Some(cut(param)), ..error.body }, ..error }
     }
 
-    /// A field that does not exist, in OpenAI's words, and what may have been meant.
+    /// An unknown field, in OpenAI's words, with a suggestion.
     pub(super) fn unrecognized(name: &str, meant: Option<&str>) -> Self {
         let name = cut(name);
         let error = match meant {
@@ -86,7 +85,7 @@ impl ApiError {
         Self { body: ErrorBody { param: Some(name), ..error.body }, ..error }
     }
 
-    /// The same about another field: the one that the client gave.
+    /// The same error with the field that the client gave instead of `field`.
     pub(super) fn about(mut self, field: &'static str, given: &'static str) -> Self {
         if field != given && self.body.param.as_deref() == Some(field) {
             self.body.message = self.body.message.replacen(field, given, 1);
@@ -95,12 +94,12 @@ impl ApiError {
         self
     }
 
-    /// A status whose text says all there is to say.
+    /// A status with its text.
     pub(super) fn status(status: StatusCode, message: impl Display) -> Self {
         Self::new(status, Retry::Never, message)
     }
 
-    /// Somebody who may not ask this.
+    /// A caller without access.
     pub(super) fn denied(denied: &Denied) -> Self {
         match denied {
             Denied::Nothing | Denied::Scheme | Denied::Header { .. } | Denied::Key => {
@@ -110,7 +109,7 @@ impl ApiError {
         }
     }
 
-    /// The router has no room now.
+    /// The router is overloaded.
     pub(super) fn busy(message: impl Display) -> Self {
         count_refusal("body");
         Self::new(StatusCode::SERVICE_UNAVAILABLE, Retry::Later, message).with_code("overloaded")
@@ -121,7 +120,7 @@ impl ApiError {
         self
     }
 
-    /// For an event of a stream that has begun.
+    /// The error as an event of a stream that has begun.
     pub(super) fn envelope(&self) -> Envelope<'_> {
         Envelope { error: &self.body }
     }

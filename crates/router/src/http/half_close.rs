@@ -1,10 +1,10 @@
-//! Clients that close their half of a connection after their request and wait for the answer (RFC 9112, section 9.6), told
-//! apart from those that are gone.
+//! Half-closed connections: clients that close their sending half after the request and wait for the answer (RFC 9112,
+//! section 9.6), told apart from clients that are gone.
 //!
-//! hyper is told that half a connection may be closed, and then looks at nothing while it answers; [`Attended`] does. What
-//! must hold: a connection that was reset ends at once, with what runs for it; so does one whose client closed its half and
-//! is gone, which an interim response finds out: a client that waits passes over it (RFC 9110, section 15.2), the system of
-//! one that is gone resets the connection.
+//! With half-close enabled hyper does not read the connection while it answers, so [`Attended`] does. Always holds: a
+//! reset connection ends at once, together with its request. So does a half-closed one whose client is gone: an interim
+//! response probes it, which a waiting client skips (RFC 9110, section 15.2) and the system of a gone client answers
+//! with a reset.
 
 use std::io;
 use std::pin::Pin;
@@ -23,39 +23,39 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-/// After a client closed its half, it is left alone this long: most answers are there by then.
+/// Delay of the first probe after a half-close: most answers are complete by then.
 const FIRST: Duration = Duration::from_secs(2);
-/// Then it is looked for this often.
+/// Interval of later probes.
 const NEXT: Duration = Duration::from_secs(1);
 
 const PROBE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
-/// Bytes read of what comes while a request is answered, to see whether more will.
+/// Most bytes read ahead while a request is answered, to detect the end of the stream.
 const AHEAD: usize = 1024;
 
-/// Whether a request of a connection waits for the head of its answer and may be sent an interim one.
+/// Whether the connection's request waits for its response head and may get an interim response.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Waits(Arc<AtomicBool>);
 
-/// Says so while a request waits.
+/// Sets [`Waits`] while a request is handled.
 pub(super) async fn attend(Extension(waits): Extension<Waits>, request: Request, next: Next) -> Response {
-    // Clients of HTTP/1.0 know no interim responses.
+    // HTTP/1.0 has no interim responses.
     waits.0.store(request.version() == Version::HTTP_11, Ordering::Relaxed);
     let response = next.run(request).await;
     waits.0.store(false, Ordering::Relaxed);
     response
 }
 
-/// A connection that is looked after while hyper does not read from it.
+/// A connection that is watched while hyper does not read from it.
 pub(super) struct Attended {
     io: Connection<TcpStream>,
     waits: Waits,
-    /// Read while hyper did not.
+    /// Bytes read ahead, before hyper asked for them.
     ahead: Vec<u8>,
     has_ended: bool,
-    /// Since it ended, until the client is looked for.
+    /// Timer of the next probe, set once the client's half has ended.
     look: Option<Pin<Box<Sleep>>>,
-    /// What is still to be written of a probe, before anything else.
+    /// Unsent rest of a probe, written before anything else.
     probe: &'static [u8],
 }
 
@@ -64,7 +64,7 @@ impl Attended {
         Self { io, waits, ahead: Vec::new(), has_ended: false, look: None, probe: &[] }
     }
 
-    /// Sees what came, and whether the client is still there. Called when all that hyper wrote was handed over.
+    /// Reads ahead and probes the client. Called when everything that hyper wrote is handed over.
     fn attend(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if !self.has_ended && self.ahead.len() < AHEAD {
             let mut bytes = [0; AHEAD];
@@ -73,11 +73,11 @@ impl Attended {
                 read?;
                 self.has_ended = buf.filled().is_empty();
                 self.ahead.extend_from_slice(buf.filled());
-                // hyper may have been told that there is nothing.
+                // Wakes hyper, which may have seen an empty socket.
                 cx.waker().wake_by_ref();
             }
         }
-        // Of a client that sends on without end, the end cannot be seen; it is looked for, too.
+        // A client that never stops sending hides its end, so a full read-ahead buffer is probed as well.
         if !self.has_ended && self.ahead.len() < AHEAD {
             return Ok(());
         }

@@ -1,8 +1,8 @@
-//! Bodies that are refused before they have come: what still comes is read and left.
+//! Lingering close: the rest of a refused request's body is read and discarded.
 //!
-//! A client that writes its whole request before it reads would find the connection reset, and never see why it was refused. What
-//! must hold: nothing is kept of what is left, and no more than [`LEFT`] is read, for no longer than [`PATIENCE`] and only
-//! while it comes; then the connection closes.
+//! A client that writes its whole request before it reads would see a reset instead of the refusal. Always holds:
+//! discarded bytes are not kept, at most [`LEFT`] are read, for at most [`PATIENCE`] and only while they come; then the
+//! connection closes.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -17,14 +17,15 @@ use tokio::runtime::Handle;
 use tokio::time::timeout;
 use tokio_stream::{Stream, StreamExt};
 
-/// Bytes that are read of a body that nobody wants.
+/// Most bytes of a body that are discarded.
 const LEFT: usize = 64 << 20;
-/// A client that sends nothing for so long has read why.
+/// Silence after which the client has surely read the refusal.
 const SILENCE: Duration = Duration::from_secs(2);
-/// As long as a body that is wanted may take.
+/// Most time for discarding, the same as for reading a body.
 const PATIENCE: Duration = super::body::PATIENCE;
 
-/// Leaves what no handler reads of a request's body, if it has one. A client that waits to be told to send it has not sent it.
+/// Discards the part of a request's body that no handler read. Bodies behind `Expect` are skipped: the client has not
+/// sent them.
 pub(super) async fn linger(request: Request, next: Next) -> Response {
     if request.body().is_end_stream() || request.headers().contains_key(EXPECT) {
         return next.run(request).await;
@@ -32,7 +33,7 @@ pub(super) async fn linger(request: Request, next: Next) -> Response {
     next.run(request.map(|body| Body::from_stream(Lent { body: Some(body.into_data_stream()) }))).await
 }
 
-/// A body in the hands of a handler; once they let go, the rest of it is left.
+/// A body lent to a handler; when dropped, its rest is discarded.
 struct Lent {
     /// `None` when it has ended.
     body: Option<BodyDataStream>,
@@ -54,7 +55,7 @@ impl Stream for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         if let (Some(body), Ok(runtime)) = (self.body.take(), Handle::try_current()) {
-            // It ends with its connection.
+            // The task ends with the connection.
             runtime.spawn(timeout(PATIENCE, leave(body)));
         }
     }

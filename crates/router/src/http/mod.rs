@@ -44,21 +44,21 @@ use crate::door::Door;
 use crate::request_id;
 use crate::service::Service;
 
-/// Bytes of a request's head; more is answered 431.
+/// Most bytes of a request's head; more is answered with 431.
 const HEAD_BYTES: usize = 64 << 10;
 
-/// Open to everybody, as gRPC's health is: whether the process lives, and whether it serves. Load balancers and load
-/// generators ask before they have a key.
+/// Paths open to everybody, as gRPC's health is: liveness and readiness. Load balancers and load generators ask before
+/// they have a key.
 const OPEN: [&str; 3] = ["/healthz", "/health", "/ping"];
 
 const PATIENCE: Patience = Patience { stall: Duration::from_secs(30), silence: None };
 
-/// How the edge treats connections and pages.
+/// Settings of the HTTP edge.
 #[derive(Debug, Clone)]
 pub struct Edge {
-    /// A request's head has to be complete within this time, and an idle connection is closed after it.
+    /// Time in which a request's head must be complete, and after which an idle connection is closed.
     pub keep_alive: Duration,
-    /// Whose pages may ask.
+    /// Origins whose pages may read answers.
     pub cors: Cors,
 }
 
@@ -68,7 +68,7 @@ impl Default for Edge {
     }
 }
 
-/// What handlers share.
+/// State shared by handlers.
 #[derive(Clone)]
 struct App {
     service: Service,
@@ -93,9 +93,9 @@ pub(crate) async fn serve(
     let routes = routes(App { service, metrics, large: Large::default(), access }, cors);
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(keep_alive).max_buf_size(HEAD_BYTES);
-    // `Attended` sees to those that are gone.
+    // `Attended` detects clients that are gone.
     builder.http1().half_close(true);
-    // Ends with `shutdown`, when the handshakes under way are done.
+    // Ends on `shutdown`, once pending handshakes are done.
     let sockets = Acceptor::new(listener, PATIENCE).into_stream(shutdown.clone());
     let mut accepted = secured(sockets, tls, Speaks::Http1);
     let mut connections = JoinSet::new();
@@ -153,7 +153,7 @@ fn routes(app: App, cors: Cors) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(app.clone(), let_in));
-    // Keys keep such a page out by themselves.
+    // API keys already keep rebinding pages out.
     let routes = match &app.access {
         Access::Open => routes.layer(middleware::from_fn_with_state(cors.clone(), no_stranger)),
         Access::Known(_) => routes,
@@ -179,7 +179,7 @@ async fn method_not_allowed(method: Method, uri: Uri) -> ApiError {
     ApiError::status(StatusCode::METHOD_NOT_ALLOWED, paths::not_taken(&method, &uri))
 }
 
-/// Everything but what is [`OPEN`] takes a key or a certificate, where anything does.
+/// Requires a key or a certificate on all paths but [`OPEN`], if access is restricted at all.
 async fn let_in(State(app): State<App>, request: Request, next: Next) -> Response {
     if OPEN.contains(&request.uri().path()) {
         return next.run(request).await;
@@ -196,7 +196,7 @@ async fn let_in(State(app): State<App>, request: Request, next: Next) -> Respons
     }
 }
 
-/// A page that got here under a name of its own goes no further.
+/// Refuses pages that reached this host by DNS rebinding.
 async fn no_stranger(State(cors): State<Cors>, request: Request, next: Next) -> Response {
     match request.headers().get(header::HOST) {
         Some(host) if cors.is_stranger(host) => ApiError::status(
@@ -210,7 +210,7 @@ async fn no_stranger(State(cors): State<Cors>, request: Request, next: Next) -> 
     }
 }
 
-/// A request that could be taken for one to another host goes no further.
+/// Refuses requests whose host is ambiguous.
 async fn one_host(request: Request, next: Next) -> Response {
     match host::check(request.version(), request.headers()) {
         Ok(()) => next.run(request).await,

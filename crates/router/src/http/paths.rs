@@ -1,9 +1,9 @@
-//! Paths that are served, and what is said to whoever asks for another.
+//! The served paths, and the error texts for others.
 
 use axum::http::{Method, Uri};
 use muster_types::nearest;
 
-/// Every path and the method it takes, but for names of models.
+/// Every path with its method, except those with a model's name.
 const SERVED: [(&str, &str); 9] = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
@@ -16,17 +16,17 @@ const SERVED: [(&str, &str); 9] = [
     ("/metrics", "GET"),
 ];
 
-/// Characters of a path that are repeated.
+/// Most characters of a path that an error quotes.
 const QUOTED: usize = 100;
 
-/// What is at a path that is not served.
+/// Error text for an unknown path.
 pub(super) fn nothing_at(uri: &Uri) -> String {
     let path = uri.path();
     let shown: String = path.chars().take(QUOTED).collect();
     format!("there is nothing at {shown}; {}", remedy(path))
 }
 
-/// What a path takes instead of a method.
+/// Error text for a method that the path does not take.
 pub(super) fn not_taken(method: &Method, uri: &Uri) -> String {
     let path: String = uri.path().chars().take(QUOTED).collect();
     let takes = SERVED.iter().find(|(served, _)| *served == path).map_or("GET", |(_, takes)| takes);

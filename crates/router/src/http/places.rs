@@ -1,9 +1,9 @@
-//! Places for large bodies: few, taken by bytes that came, and kept by those that go on.
+//! Places for large bodies: few, taken once enough bytes have come, and kept by bodies that make progress.
 //!
-//! A body that is being received makes a step with every [`STEP`] bytes. Where places are short, the one whose last step
-//! is longest ago gives way; without a step for [`SLOWEST`] a body is given up in any case. So a peer that promises much
-//! and stalls keeps nobody out, and one that wants to has to send as much as all others. A body that is complete keeps its
-//! place until it is dropped. All of them together are read at [`PACE`], so that they leave the machine to others.
+//! A body in transfer makes a step with every [`STEP`] bytes. When all places are taken, the body with the oldest step
+//! gives way; a body without a step for [`SLOWEST`] is dropped in any case. So a peer that announces much and stalls
+//! keeps nobody out, and a flood has to send as much as all others. A complete body keeps its place until dropped. All
+//! large bodies together are read at [`PACE`], which leaves the machine to other work.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,47 +12,47 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-/// Large bodies in memory at once.
+/// Most large bodies in memory.
 pub(super) const PLACES: usize = 32;
 /// Bytes of one step.
 const STEP: usize = 16 << 10;
-/// A body that made a step since then goes on, whoever else waits: the gaps of a long way.
+/// Age of a step below which its body cannot be evicted, which covers the gaps of a long network path.
 const GOES_ON: Duration = Duration::from_millis(100);
-/// Bytes that are read of large bodies in a second.
+/// Bytes per second at which all large bodies together are read.
 const PACE: usize = 16 << 20;
-/// Those of half a second are read at once: a body of the usual limit alone is not held up.
+/// Time's worth of bytes that may be read at once: a single body of the usual limit is not delayed.
 const BURST: Duration = Duration::from_millis(500);
-/// Shorter waits are put off: timers are no finer.
+/// Waits up to this length are skipped: timers are no finer.
 const TICK: Duration = Duration::from_millis(5);
-/// The longest that one step may take.
+/// Longest time for one step.
 const SLOWEST: Duration = Duration::from_secs(5);
 
-/// The places. Clones share them.
+/// The table of places. Clones share it.
 #[derive(Clone, Default)]
 pub(super) struct Large(Arc<Mutex<Places>>);
 
 #[derive(Default)]
 struct Places {
     taken: BTreeMap<u64, Taken>,
-    /// How often one was taken.
+    /// Places taken so far, for numbering.
     count: u64,
-    /// When what came so far has had its time.
+    /// Time up to which the pace is used up by bytes read so far.
     paced: Option<Instant>,
 }
 
 struct Taken {
-    /// When the last step was made; `None` of a body that is complete or waits for its turn.
+    /// Time of the last step; `None` if the body is complete or waits for its turn.
     stepped: Option<Instant>,
     gives_way: CancellationToken,
 }
 
-/// A place that was lost.
+/// Reasons for losing a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Lost {
-    /// To another body.
+    /// Another body took the place.
     #[error("the body came slowest of those under way and gave way to another; try again, or send it faster")]
     GaveWay,
-    /// To nobody in particular.
+    /// The body made no step for [`SLOWEST`].
     #[error("the body came too slowly: less than {STEP} bytes in {} s", SLOWEST.as_secs())]
     TooSlow,
 }
@@ -63,7 +63,7 @@ pub(super) struct Place {
     number: u64,
     gives_way: CancellationToken,
     stepped: Instant,
-    /// Bytes since.
+    /// Bytes since the last step.
     since: usize,
 }
 
@@ -73,7 +73,7 @@ impl Large {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When more may be read, now that so many bytes came.
+    /// Time at which more may be read, after `bytes` more have come.
     fn turn(&self, now: Instant, bytes: usize) -> Instant {
         let mut places = self.places();
         let earliest = now.checked_sub(BURST).unwrap_or(now);
@@ -83,7 +83,7 @@ impl Large {
         turn
     }
 
-    /// A place for a body of which more has come than goes without one; `None` when all others go on.
+    /// A place for a body too large to go without one; `None` when all places are taken and all bodies make progress.
     pub(super) fn take(&self) -> Option<Place> {
         let now = Instant::now();
         let mut places = self.places();
@@ -102,7 +102,7 @@ impl Large {
 }
 
 impl Place {
-    /// Waits for more of the body, as long as the place is kept.
+    /// Waits for more of the body, or until the place is lost.
     pub(super) async fn keep<T>(&self, more: impl Future<Output = T>) -> Result<T, Lost> {
         let lost = tokio::select! {
             biased;
@@ -116,7 +116,7 @@ impl Place {
         Err(lost)
     }
 
-    /// So many bytes came; waits until more may.
+    /// Accounts for `bytes` received bytes, and waits until more may be read.
     pub(super) async fn pace(&mut self, bytes: usize) {
         let now = Instant::now();
         let turn = self.all.turn(now, bytes);
@@ -137,7 +137,7 @@ impl Place {
         }
     }
 
-    /// The body is complete.
+    /// Marks the body as complete, which keeps its place until dropped.
     pub(super) fn complete(&self) {
         self.mark(None);
     }
@@ -179,7 +179,7 @@ mod tests {
         assert!(large.take().is_none(), "all of them have just come");
         advance(GOES_ON).await;
         places[0].advance(STEP);
-        // Trickling is no step.
+        // A trickle of bytes is no step.
         places[1].advance(1);
         let new = large.take().unwrap();
         assert_eq!(places[1].keep(pending::<()>()).await, Err(Lost::GaveWay));

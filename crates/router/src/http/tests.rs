@@ -310,7 +310,7 @@ async fn a_request_is_for_one_host() {
             (path, "1.1", "host:\r\n", expected),
             (path, "1.0", "", expected),
             (path, "1.0", "host: x\r\nhost: y\r\n", 400),
-            // The target's host counts, whatever the header says; but there has to be one.
+            // The target's host takes precedence, but a host header is required.
             (&target, "1.1", "host: x\r\n", expected),
             (&target, "1.1", "", 400),
         ];
@@ -330,7 +330,7 @@ fn status(answer: &[u8]) -> Option<u16> {
     std::str::from_utf8(answer).ok()?.split(' ').nth(1)?.parse().ok()
 }
 
-/// The status of an answer, also of one that comes before the request was read.
+/// The status of an answer, even if it comes before the request was read.
 async fn attempt(address: std::net::SocketAddr, request: &[u8]) -> Option<u16> {
     let (mut from, mut to) = TcpStream::connect(address).await.unwrap().into_split();
     let request = request.to_vec();
@@ -361,12 +361,12 @@ async fn peers_that_stall_with_large_bodies_keep_nobody_out() {
          content-length: {length}\r\n\r\n{body}"
     );
     timeout(SOON, async {
-        // The first moment belongs to those that came before it.
+        // At first all places are taken by stalled bodies that are too young to evict.
         while attempt(server.address, request.as_bytes()).await != Some(200) {}
     })
     .await
     .expect("a large body gets through");
-    // Of those that stall, the ones beyond the places were told to come back, and no others.
+    // Only the stalled bodies beyond the places were refused with a retry.
     let mut told = Vec::new();
     timeout(SOON, async {
         while told.len() < 8 {
@@ -436,7 +436,7 @@ async fn shutdown_finishes_what_is_under_way() {
 #[tokio::test]
 async fn a_client_that_writes_all_before_it_reads_learns_why_it_was_refused() {
     let server = Server::start(fake::service(fake::echo)).await;
-    // More than is taken, and than the buffers of a connection hold.
+    // Larger than the limit and than the buffers of a connection.
     let body = "x".repeat(32 << 20);
     let length = body.len();
     let json = "content-type: application/json";
@@ -452,7 +452,7 @@ async fn a_client_that_writes_all_before_it_reads_learns_why_it_was_refused() {
         let (answered, ..) = server.raw(request.as_bytes()).await;
         assert_eq!(answered, status, "{line} {head}");
     }
-    // One that asks first is told before it sends.
+    // A client with `expect: 100-continue` is refused before it sends.
     let request = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\n{json}\r\ncontent-length: {length}\r\nexpect: 100-continue\r\n\r\n"
     );

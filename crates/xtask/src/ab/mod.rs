@@ -1,7 +1,7 @@
-//! `cargo xtask ab`: a Muster cluster beside what one would use instead.
+//! `cargo xtask ab`: a Muster cluster compared with its alternatives.
 //!
-//! Every round runs every side once, so that a machine that gets slower or busier does so for all of them. A side that
-//! fails is told with its reason and never left out.
+//! Every round runs every side once, so that a slower or busier machine affects all of them. A failed side is reported
+//! with its reason, never left out.
 
 mod muster;
 mod peers;
@@ -60,7 +60,7 @@ pub(crate) struct Args {
     write_docs: bool,
 }
 
-/// What was measured of one side: samples of every figure, and what went wrong.
+/// Measurements of one side: samples of every figure, and failures.
 #[derive(Debug, Default)]
 struct Outcome {
     figures: BTreeMap<String, Vec<f64>>,
@@ -68,14 +68,14 @@ struct Outcome {
     note: Option<String>,
 }
 
-/// What one run of one side gave.
+/// Figures of one run of one side.
 #[derive(Debug, Default)]
 struct Run {
     figures: BTreeMap<String, f64>,
     note: Option<String>,
 }
 
-/// What all sides have in common.
+/// Settings common to all sides.
 struct Common {
     model: PathBuf,
     threads: u32,
@@ -120,7 +120,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             note(&format!("round {round}/{}  {:<22} {seconds:>6.1} s  {told}", args.rounds, side.name()));
         }
     }
-    // Again, because something else may have been running the first time.
+    // Repeated, because another process may have disturbed the first measurement.
     let limits = probe::measure(args.threads as usize).or_better(&before);
     let report = Report::new(&rows, &outcomes, limits, &about, args, &root);
     let page = report.markdown();
@@ -139,7 +139,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 impl Outcome {
-    /// Adds a run and tells it in a line.
+    /// Records a run and describes it in a line.
     fn take(&mut self, run: Result<Run>) -> String {
         let run = match run {
             Ok(run) => run,
@@ -160,7 +160,7 @@ impl Outcome {
     }
 }
 
-/// The sides that the rows need, with the figures of each.
+/// Sides needed by the rows, with the figures of each.
 fn wanted(rows: &[&Row]) -> BTreeMap<Side, BTreeSet<&'static str>> {
     let mut sides: BTreeMap<Side, BTreeSet<&'static str>> = BTreeMap::new();
     for row in rows {
@@ -171,7 +171,7 @@ fn wanted(rows: &[&Row]) -> BTreeMap<Side, BTreeSet<&'static str>> {
     sides
 }
 
-/// The peers, unless none is needed; sides that cannot be prepared are taken out and their reason kept.
+/// Prepares the peers, if any is needed; removes sides that cannot be prepared and records the reason.
 fn prepare_peers(
     args: &Args,
     root: &Path,
@@ -202,7 +202,7 @@ fn prepare_peers(
     }
 }
 
-/// `target/`, wherever it is: this program runs from `target/release`.
+/// The `target/` directory, found from this program's path in `target/release`.
 fn target_directory() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let directory = program.ancestors().nth(2).context("xtask does not run from a target directory")?;

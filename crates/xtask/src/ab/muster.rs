@@ -1,4 +1,4 @@
-//! Muster's own sides: a cluster of three processes, and everything in one.
+//! Muster's own sides: a cluster of three processes, and a single process.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,21 +24,21 @@ const START: Duration = Duration::from_secs(300);
 const MEASURE: Duration = Duration::from_secs(900);
 const PATIENCE: Duration = Duration::from_secs(15);
 const WORKERS: u32 = 2;
-/// The router's KV cache, which is its default made explicit.
+/// The router's default KV cache, stated explicitly.
 pub(super) const KV_BYTES: u64 = 512 << 20;
 
-/// The binary.
+/// The `muster` binary.
 pub(super) struct Muster {
     program: PathBuf,
-    /// What `muster up --help` says.
+    /// Output of `muster up --help`.
     help: String,
 }
 
-/// What the model weighs.
+/// Sizes of the model.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct About {
     pub(super) parameters: u64,
-    /// Without the table of embeddings, of which a prompt token needs one row.
+    /// Without the embedding table, of which a prompt token reads one row.
     pub(super) active_parameters_of_a_prompt_token: u64,
     pub(super) bytes: u64,
     pub(super) trunk_bytes: u64,
@@ -58,8 +58,8 @@ impl About {
         self.bytes - self.trunk_bytes
     }
 
-    /// Bytes of weights that a decoding step of `batch` sequences reads: the trunk, and every expert that at least one
-    /// sequence chose, when all choices are equally likely.
+    /// Bytes of weights read by a decoding step of `batch` sequences: the trunk, and the expected number of experts
+    /// chosen at least once if all choices are equally likely.
     pub(super) fn bytes_of_a_step(&self, batch: u32) -> f64 {
         let experts = self.layers.iter().map(|layer| {
             let all = f64::from(layer.experts);
@@ -77,7 +77,7 @@ impl Muster {
         Ok(Self { program: program.to_owned(), help: output(ask, ASK)? })
     }
 
-    /// Builds the binary of this workspace.
+    /// Builds the binary from this workspace.
     pub(super) fn build(root: &Path) -> Result<Self> {
         note("building muster");
         let built = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
@@ -91,13 +91,13 @@ impl Muster {
         Self::at(&super::target_directory()?.join("release/muster"))
     }
 
-    /// Why this binary cannot be that side, if it cannot.
+    /// Reason why this binary lacks a side, if it does.
     pub(super) fn lacks(&self, side: Side) -> Option<String> {
         let missing = side.flags().iter().find(|(flag, value)| !offers(&self.help, flag, value))?;
         Some(format!("not available: this muster has no {} {}", missing.0, missing.1))
     }
 
-    /// Flags of `up` for a side. Where outputs are added up is never left to a default.
+    /// Flags of `up` for a side. The combine mode is always explicit.
     fn flags(&self, side: Side) -> Vec<(&'static str, &'static str)> {
         let mut flags = side.flags().to_vec();
         if offers(&self.help, "--combine", "exact") && !flags.iter().any(|(flag, _)| *flag == "--combine") {
@@ -127,7 +127,7 @@ impl Muster {
         })
     }
 
-    /// One run of a side in processes of its own.
+    /// Runs a side once, in processes of its own.
     pub(super) fn measure(
         &self,
         side: Side,
@@ -189,17 +189,17 @@ impl Muster {
     }
 }
 
-/// A figure that is missing stays missing.
+/// Inserts a figure, unless it is missing.
 fn insert(figures: &mut BTreeMap<String, f64>, name: String, value: &Value) {
     figures.extend(value.as_f64().map(|value| (name, value)));
 }
 
-/// Whether a help page offers `flag`, and with it `value`.
+/// Whether a help page offers `flag`, with `value` among its values.
 fn offers(help: &str, flag: &str, value: &str) -> bool {
     let starts = |line: &str| line.trim_start().starts_with(flag);
     let mut lines = help.lines().skip_while(|line| !starts(line));
     let Some(first) = lines.next() else { return false };
-    // Up to the next option.
+    // The text of the flag ends at the next one.
     let rest = lines.take_while(|line| !line.trim_start().starts_with("--"));
     std::iter::once(first)
         .chain(rest)
@@ -275,7 +275,7 @@ impl Cluster {
         Ok((router, workers))
     }
 
-    /// Ends the cluster and returns the end of what it said.
+    /// Stops the cluster and returns the end of its output.
     fn stop(&mut self) -> String {
         stop(&mut self.child, PATIENCE);
         self.errors.take().map(|errors| tail(&collected(errors))).unwrap_or_default()
@@ -298,7 +298,7 @@ fn announced(out: ChildStdout) -> Result<(String, String)> {
             let Ok(line) = serde_json::from_str::<Value>(&line) else { continue };
             let address = |name: &str| line["ready"][name].as_str().map(str::to_owned);
             if let (Some(http), Some(grpc)) = (address("http"), address("grpc")) {
-                // Nobody waits any more when the deadline has passed.
+                // Fails after the deadline, when nobody receives.
                 let _ = sender.send((http, grpc));
             }
         }

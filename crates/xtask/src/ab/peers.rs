@@ -1,4 +1,4 @@
-//! What Muster is compared with: its Python environment, its model files, and one run of each.
+//! Muster's peers: their Python environment, their model files, and one run of each.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,12 +14,12 @@ use super::{Common, Run};
 use crate::note;
 use crate::process::{on_cores, output, tail};
 
-/// How llama.cpp is built: for this machine, and with its RPC servers.
+/// Build flags of llama.cpp: for this machine, with RPC servers.
 const CMAKE_ARGS: &str = "-DGGML_NATIVE=ON -DGGML_RPC=ON";
 const INSTALL: Duration = Duration::from_secs(3 * 3600);
 const CONVERT: Duration = Duration::from_secs(3600);
 const MEASURE: Duration = Duration::from_secs(1200);
-/// The same for every side: tokens before decoding, and steps of it.
+/// Equal on every side: tokens before decoding, and decoding steps.
 pub(super) const DECODE_PROMPT: u32 = 32;
 pub(super) const DECODE_STEPS: u32 = 64;
 pub(super) const PREFILL: u32 = 512;
@@ -32,7 +32,7 @@ pub(super) struct Peers {
     model: PathBuf,
 }
 
-/// The line that a peer's script prints.
+/// The line printed by a peer's script.
 #[derive(Deserialize)]
 struct Printed {
     figures: std::collections::BTreeMap<String, f64>,
@@ -40,7 +40,7 @@ struct Printed {
 }
 
 impl Peers {
-    /// Installs what is missing and converts the model, unless that was done before.
+    /// Installs missing packages and converts the model, if not done before.
     pub(super) fn prepare(
         root: &Path,
         target: &Path,
@@ -61,7 +61,7 @@ impl Peers {
         Ok(Self { python, scripts, gguf, model: model.to_owned() })
     }
 
-    /// One run of a peer in a process of its own.
+    /// Runs a peer once, in a process of its own.
     pub(super) fn measure(
         &self,
         side: Side,
@@ -78,7 +78,7 @@ impl Peers {
         };
         command.arg(self.scripts.join(script)).arg(model);
         if side == Side::LlamaRpc {
-            // A thread for every server, and one for the client, which computes next to nothing.
+            // A thread for every server, and one for the client, which hardly computes.
             command.args(["--rpc", "2", "--threads", "1"]);
         } else {
             command.args(["--threads", &common.threads.to_string()]);
@@ -99,7 +99,7 @@ impl Peers {
     }
 }
 
-/// A Python environment with exactly the packages asked for.
+/// Creates a Python environment with exactly the required packages.
 fn install(requirements: &Path, venv: &Path) -> Result<PathBuf> {
     let wanted = fs::read_to_string(requirements)?;
     let stamp = venv.join("installed.txt");

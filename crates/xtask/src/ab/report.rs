@@ -1,4 +1,4 @@
-//! Samples to tables: medians, ratios, and how far each is from its goal and from the machine's limit.
+//! From samples to tables: medians, ratios, and distances from the goals and from the machine's limits.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,7 @@ use super::{Args, Outcome};
 use crate::page;
 use crate::probe::Limits;
 
-/// Everything that is told.
+/// The complete report.
 #[derive(Serialize)]
 pub(super) struct Report {
     commit: String,
@@ -47,7 +47,7 @@ struct Figure {
     side: &'static str,
     samples: Vec<f64>,
     median: Option<f64>,
-    /// Why there is none, or fewer than there were rounds.
+    /// Reason for missing samples.
     failure: Option<String>,
 }
 
@@ -167,7 +167,7 @@ fn line(row: &Row, outcomes: &BTreeMap<Side, Outcome>, limits: &Limits, about: &
     }
 }
 
-/// Floating-point operations of linear layers.
+/// Floating-point operations of the linear layers.
 fn per_prompt_token(about: &About) -> f64 {
     2.0 * about.active_parameters_of_a_prompt_token as f64
 }
@@ -247,7 +247,7 @@ impl Unit {
     }
 }
 
-/// Three digits, or all before the point.
+/// A number with three significant digits, or all before the point.
 pub(super) fn digits(value: f64) -> String {
     let places = if value == 0.0 { 0.0 } else { (2.0 - value.abs().log10().floor()).clamp(0.0, 6.0) };
     format!("{value:.*}", places as usize)
@@ -264,7 +264,7 @@ fn median(samples: &[f64]) -> Option<f64> {
     }
 }
 
-/// Fit for a cell of a table.
+/// Text for a cell of a table, on one line.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "/")
 }

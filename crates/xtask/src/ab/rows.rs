@@ -1,13 +1,13 @@
-//! What is compared with what: the sides, the rows of the table, and the goals.
+//! The comparisons: sides, rows of the table, and goals.
 
-/// Something that runs on this machine and is measured.
+/// A measured configuration of Muster or of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Side {
     /// A router and two workers.
     Exact,
     LlamaBf16,
     Transformers,
-    /// As `Exact`, with workers that add up their experts' outputs themselves.
+    /// As `Exact`, with partial sums on the workers.
     Partial,
     /// As `Partial`, with bf16 products.
     PairsPartial,
@@ -57,7 +57,7 @@ impl Side {
         }
     }
 
-    /// Flags of `muster up` that make it this side, each with its value.
+    /// Flags of `muster up` for this side, each with its value.
     pub(crate) const fn flags(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Partial => &[("--combine", "partial")],
@@ -71,7 +71,7 @@ impl Side {
     }
 }
 
-/// What a figure is measured in.
+/// Unit of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
     TokensPerSecond,
@@ -79,20 +79,20 @@ pub(crate) enum Unit {
     Bytes,
 }
 
-/// What the machine allows a figure to be.
+/// The machine's limit of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Limit {
-    /// The active weights of every step read once, for this many sequences at a time.
+    /// Memory bandwidth: the active weights of every step read once, for a batch of this size.
     Reading(u32),
-    /// The f32 multiplications of a prompt token.
+    /// Compute: the f32 multiplications of a prompt token.
     MultiplyingF32,
-    /// The same, as bf16 dot products.
+    /// Compute: the same as bf16 dot products.
     MultiplyingBf16,
-    /// The weights copied once.
+    /// Memory bandwidth: the weights copied once.
     Copying,
-    /// The weights of the router and its KV cache.
+    /// Memory: the router's weights and its KV cache.
     RouterBytes,
-    /// The weights of all workers.
+    /// Memory: the weights of all workers.
     WorkersBytes,
 }
 
@@ -104,7 +104,7 @@ pub(crate) struct Row {
     pub(crate) side: Side,
     pub(crate) figure: &'static str,
     pub(crate) against: Option<(Side, &'static str)>,
-    /// The multiple of the other side that is to be reached.
+    /// Goal, as a multiple of the other side.
     pub(crate) goal: Option<f64>,
     pub(crate) limit: Option<Limit>,
 }
@@ -199,7 +199,7 @@ pub(crate) const ROWS: &[Row] = &{
     ]
 };
 
-/// Sequences at a time that a figure is measured with: N of `decode-N` and `dispatch-N-…`.
+/// Batch size of a figure: N of `decode-N` and `dispatch-N-…`.
 pub(crate) fn batch_of(figure: &str) -> Option<u32> {
     let rest = figure.strip_prefix("decode-").or_else(|| figure.strip_prefix("dispatch-"))?;
     rest.split('-').next()?.parse().ok()

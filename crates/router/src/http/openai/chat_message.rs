@@ -1,6 +1,6 @@
-//! Messages of a conversation: what clients send, down to parts and calls, becomes what chat templates take.
+//! Messages of a conversation: from clients' JSON, down to parts and calls, to the form of chat templates.
 //!
-//! What is empty counts as absent, so that an answer, of this server or another, can be sent back as history.
+//! Empty values count as absent, so that an answer, of this server or another, can be sent back as history.
 
 use std::fmt;
 
@@ -11,9 +11,9 @@ use super::common::UNREAD;
 use super::fields::Level;
 use super::json::{Fields, Objects, Optional, Reading};
 
-/// Tools of one request, and calls of one message.
+/// Most tools of a request, and most calls of a message.
 pub(super) const TOOLS: usize = 128;
-/// Parts of one message.
+/// Most parts of a message.
 const PARTS: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -22,7 +22,7 @@ pub(super) struct Message {
     content: Content,
     name: Option<String>,
     reasoning_content: Option<String>,
-    /// The same under its other name.
+    /// Alias of `reasoning_content`.
     reasoning: Option<String>,
     tool_calls: Vec<Call>,
     tool_call_id: Option<String>,
@@ -52,10 +52,10 @@ impl Fields for Message {
 }
 
 impl Message {
-    /// As templates take it.
+    /// The message in the form of chat templates.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// A text that says what is wrong with the message.
     pub(super) fn into_chat(self) -> Result<ChatMessage, String> {
         let reasoning = match (self.reasoning_content, self.reasoning) {
             (Some(one), Some(other)) if one != other => {
@@ -105,7 +105,7 @@ impl Message {
     }
 }
 
-/// A call that the model made.
+/// A tool call made by the model.
 #[derive(Debug, Default)]
 struct Call {
     id: Option<String>,
@@ -116,7 +116,7 @@ struct Call {
 #[derive(Debug, Default)]
 struct Called {
     name: Option<String>,
-    /// JSON in a text, as the model wrote it.
+    /// JSON as a string, as the model wrote it.
     arguments: Option<String>,
 }
 

@@ -1,8 +1,8 @@
-//! `POST /v1/chat/completions`: what may be asked.
+//! `POST /v1/chat/completions`: parsing of requests.
 //!
-//! Tools, calls, answers of tools and `chat_template_kwargs` go into the model's chat template, which decides what
-//! they read like. What the model says to it comes back as text: no call is looked for in it, so a call cannot be
-//! asked for either. `developer` is what OpenAI now calls `system`, and is taken for it.
+//! Tools, calls, answers of tools and `chat_template_kwargs` go into the model's chat template, which renders them. The
+//! model's answer comes back as text: calls are not parsed out of it, so a call cannot be required either. `developer`
+//! is OpenAI's newer name of `system`, and is treated as such.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ use super::json::{self, Bounds, Fields, Objects, Reading};
 use super::values::{count, flag};
 use crate::request::Prompt;
 
-/// Variables for the template.
+/// Most variables of the template.
 const VARIABLES: usize = 32;
 
 #[derive(Debug, Default)]
@@ -33,7 +33,7 @@ struct ChatRequest {
     top_logprobs: Option<u32>,
 }
 
-/// Reads a body.
+/// Parses a body.
 ///
 /// # Errors
 /// 400, naming the field.
@@ -86,12 +86,12 @@ impl Fields for ChatRequest {
     }
 }
 
-/// What the model is to do with its tools.
+/// Values of `tool_choice`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum ToolChoice {
     #[default]
     Auto,
-    /// It is not told of them.
+    /// Tools are withheld from the template.
     None,
 }
 
@@ -129,7 +129,7 @@ impl<'de> Deserialize<'de> for ToolChoice {
     }
 }
 
-/// A list of tools, each as it was given.
+/// A list of tools, each kept as given.
 struct Tools;
 
 impl<'de> DeserializeSeed<'de> for Tools {
@@ -166,7 +166,7 @@ impl<'de> Visitor<'de> for Tools {
     }
 }
 
-/// Whether a tool is a function with what templates read of one.
+/// Checks that a tool is a function with the keys that templates read.
 fn check_tool(tool: &Value) -> Result<(), String> {
     let function = &tool["function"];
     match tool["type"].as_str() {

@@ -1,8 +1,8 @@
-//! The fields that both request types share, and what they mean.
+//! Fields that both request types share, and their defaults.
 //!
 //! Defaults are the model's own (`generation_config.json`), else OpenAI's: temperature 1, top_p 1, one choice. `top_k`,
-//! `min_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers use. Ranges are checked by
-//! [`Service`](crate::service::Service).
+//! `min_p`, `repetition_penalty`, `ignore_eos` and `stop_token_ids` are extensions under the names other servers use.
+//! [`Service`](crate::service::Service) checks ranges.
 
 use muster_model::defaults::SamplingDefaults;
 use muster_model::sampler::RawSampling;
@@ -21,27 +21,27 @@ pub(crate) struct Asked {
     /// One per prompt, at least one.
     pub(crate) requests: Vec<GenerateRequest>,
     pub(crate) mode: Mode,
-    /// What was given that has no effect.
+    /// Fields that were given and have no effect.
     pub(crate) ignored: Ignored,
-    /// The field that says how many tokens there may be.
+    /// Name of the field that limits the tokens.
     pub(crate) token_limit: &'static str,
 }
 
-/// How the answer travels.
+/// Form of the answer: whole or streamed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mode {
     Whole,
     Stream(StreamUsage),
 }
 
-/// Whether a stream ends with a count of tokens.
+/// Whether a stream ends with a usage chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StreamUsage {
     Included,
     Left,
 }
 
-/// The shared fields as they were given.
+/// The shared fields as given.
 #[derive(Debug, Default)]
 pub(super) struct Common {
     model: Option<String>,
@@ -87,7 +87,7 @@ impl Fields for StreamOptions {
     }
 }
 
-/// A field of the table that nobody reads; a test looks for such.
+/// Error for a field of the table that no code reads; a test looks for it.
 pub(super) const UNREAD: &str = "is not read here";
 
 impl Common {
@@ -106,7 +106,7 @@ impl Common {
             "n" => self.n = count(map, 1, limits.choices)?,
             "best_of" => {
                 self.best_of = count(map, 0, u32::MAX)?;
-                // Any other than `n` is refused.
+                // `best_of` equal to `n` is taken; any other is refused.
                 if self.best_of.is_some() {
                     reading.ignore();
                 }
@@ -118,7 +118,7 @@ impl Common {
             "repetition_penalty" => self.repetition_penalty = map.next_value_seed(Number)?,
             "presence_penalty" => self.presence_penalty = map.next_value_seed(Number)?,
             "frequency_penalty" => self.frequency_penalty = map.next_value_seed(Number)?,
-            // The same 64 bits, whether they are read with a sign or, as in gRPC, without.
+            // The same 64 bits whether written with a sign or, as in gRPC, without.
             "seed" => self.seed = map.next_value_seed(Integer::ANY)?.map(i64::cast_unsigned),
             "logit_bias" => self.logit_bias = map.next_value_seed(Biases(limits.bias))?,
             "stop" => self.stop = map.next_value_seed(Strings(limits.stops))?,
@@ -131,7 +131,7 @@ impl Common {
         Ok(())
     }
 
-    /// Tokens to generate at most: the smaller of both limits, and the field that says so.
+    /// Most tokens to generate: the smaller of both limits, and the name of its field.
     pub(super) fn token_limit(&self) -> (Option<u32>, &'static str) {
         match (self.max_tokens, self.max_completion_tokens) {
             (Some(old), Some(new)) if old <= new => (Some(old), "max_tokens"),
@@ -143,8 +143,8 @@ impl Common {
     /// One request per prompt.
     ///
     /// # Errors
-    /// 400 when the choices of all prompts together are too many, when `best_of` asks for more than them, or when stream
-    /// options come without a stream.
+    /// 400 when the prompts have too many choices in all, when `best_of` differs from `n`, or when stream options come
+    /// without a stream.
     pub(super) fn ask(
         self,
         prompts: Vec<Prompt>,
@@ -220,7 +220,7 @@ impl Common {
     }
 }
 
-/// Other servers write -1 for all tokens, which asks for nothing.
+/// Other servers write -1 for all tokens, which is the default here.
 fn top_k<'de, A: MapAccess<'de>>(map: &mut A, reading: &Reading<'_>) -> Result<Option<u32>, A::Error> {
     let given = map.next_value_seed(Integer::new(-1, i64::from(u32::MAX)))?;
     if given == Some(-1) {

@@ -1,4 +1,4 @@
-//! `POST /v1/completions`: what may be asked.
+//! `POST /v1/completions`: parsing of requests.
 
 use std::fmt;
 
@@ -21,14 +21,14 @@ struct CompletionRequest {
     logprobs: Option<u32>,
 }
 
-/// A prompt as it was given.
+/// A prompt as given.
 #[derive(Debug)]
 enum Given {
     Text(String),
     Ids(Ids),
 }
 
-/// Token ids: as many as the context has tokens, and how many there were.
+/// Token ids, kept up to the length of the context, and the count of all that were given.
 #[derive(Debug, Default)]
 struct Ids {
     kept: Vec<u32>,
@@ -57,7 +57,7 @@ impl Given {
     }
 }
 
-/// Reads a body.
+/// Parses a body.
 ///
 /// # Errors
 /// 400, naming the field.

@@ -1,5 +1,5 @@
-//! The table of fields, one class each at every level of both endpoints: what decides the answer, what would and is not
-//! served, and what is taken without effect and told. `docs/openai.md` shows it; a test compares the two.
+//! The table of fields, with one class for each at every level of both endpoints: honoured, refused because it would
+//! change the answer, or ignored and reported. `docs/openai.md` shows it; a test compares the two.
 
 use muster_types::nearest;
 
@@ -22,14 +22,15 @@ pub(super) enum Level {
     Called,
 }
 
-/// What becomes of a field.
+/// Treatment of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
-    /// It decides the answer.
+    /// The field takes effect.
     Honoured,
-    /// It would change the answer and is not served. These values, written as JSON, ask for nothing and are taken and told.
+    /// The field would change the answer and is not supported. These values, written as JSON, ask for nothing: they are
+    /// ignored and reported.
     Refused(&'static [&'static str]),
-    /// A hint or bookkeeping: taken without effect and told.
+    /// A hint or bookkeeping: ignored and reported.
     Told,
 }
 
@@ -40,7 +41,7 @@ struct Table {
     told: &'static [&'static str],
 }
 
-/// Values that ask for nothing where a field has no default of its own.
+/// Values that ask for nothing, for fields without a default of their own.
 const NOTHING: &[&str] = &["false", "\"\"", "\"none\"", "\"auto\"", "[]", "{}"];
 const OFF: &[&str] = &["false"];
 const ON: &[&str] = &["true"];
@@ -144,7 +145,7 @@ const CALL: Table = Table { honoured: &["id", "type", "function"], refused: &[],
 
 const CALLED: Table = Table { honoured: &["name", "arguments"], refused: &[], told: &[] };
 
-/// Names that other APIs have for fields here, too far from them to be taken for slips.
+/// Names of fields in other APIs, too different to be recognised as typos.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("max_new_tokens", "max_tokens"),
     ("max_output_tokens", "max_tokens"),
@@ -194,14 +195,14 @@ impl Level {
         })
     }
 
-    /// The class of a field. One that is not in the table is a hint in a message and what it is made of, where clients send
-    /// back what some server answered; in a body and its options it could be a slip, which would change the answer.
+    /// The class of a field; `None` refuses it. Unknown fields are hints in a message and its parts, where clients send
+    /// back other servers' answers; in a body and its options one could be a typo that changes the answer.
     pub(super) fn class(self, name: &str) -> Option<Class> {
         let known = self.fields().find(|(known, _)| *known == name).map(|(_, class)| class);
         known.or_else(|| self.takes_unknown().then_some(Class::Told))
     }
 
-    /// Whether a field that is not in the table is taken and told.
+    /// Whether unknown fields are ignored and reported.
     pub(super) const fn takes_unknown(self) -> bool {
         match self {
             Self::Completions | Self::Chat | Self::StreamOptions => false,
@@ -209,7 +210,7 @@ impl Level {
         }
     }
 
-    /// What whoever gave an unknown field may have meant.
+    /// Suggested field for an unknown name.
     pub(super) fn meant(self, unknown: &str) -> Option<String> {
         let elsewhere = ELSEWHERE.iter().find(|(name, _)| *name == unknown).map(|(_, here)| *here);
         let near = elsewhere.or_else(|| nearest(unknown, self.fields().map(|(name, _)| name)));

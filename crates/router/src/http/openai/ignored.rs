@@ -1,16 +1,16 @@
-//! What a request gave that has no effect, as the header `x-muster-ignored` tells it.
+//! Fields of a request without effect, reported in the header `x-muster-ignored`.
 
 use axum::http::{HeaderName, HeaderValue};
 
-/// Names the fields of a request that were taken without effect.
+/// Header that names the ignored fields of a request.
 pub(crate) const IGNORED: HeaderName = HeaderName::from_static("x-muster-ignored");
 
-/// Names that are kept.
+/// Most names kept.
 const NAMES: usize = 32;
-/// Bytes of one of them.
+/// Most bytes of a name.
 const BYTES: usize = 96;
 
-/// Fields taken without effect, each once, as paths such as `messages[].id`.
+/// Ignored fields, each once, as paths such as `messages[].id`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Ignored {
     names: Vec<String>,
@@ -18,7 +18,7 @@ pub(crate) struct Ignored {
 }
 
 impl Ignored {
-    /// Adds a field. Its name may be anything, and as long as a body.
+    /// Adds a field. Its name is client input of any content and length.
     pub(super) fn push(&mut self, name: &str) {
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.[]".contains(c);
         let plain = name.chars().take(BYTES).map(|c| if is_plain(c) { c } else { '?' }).collect();
@@ -31,7 +31,7 @@ impl Ignored {
         }
     }
 
-    /// The header's value; `None` where all had its effect.
+    /// The header's value; `None` when no field was ignored.
     pub(crate) fn header(&self) -> Option<HeaderValue> {
         let more = if self.has_more { ", ..." } else { "" };
         let text = self.names.join(", ") + more;

@@ -1,7 +1,8 @@
-//! From untrusted JSON to typed fields: each treated as the table of [`fields`](super::fields) says, bounded in what it
-//! allocates, exact about where it failed and in the API's own words.
+//! From untrusted JSON to typed fields: treated as the table of [`fields`](super::fields) says, with bounded allocation
+//! and errors that name the place in the API's own words.
 //!
-//! A field given twice is an error, because two readers could disagree on it. Lists stop at their cap while they are read.
+//! A field given twice is an error, because two readers could pick different values. Lists stop at their cap while they
+//! are read.
 //! Nesting is limited by `serde_json`.
 
 use std::cell::RefCell;
@@ -19,29 +20,29 @@ use super::super::error::ApiError;
 use super::fields::{Class, Level};
 use super::ignored::Ignored;
 
-/// Fields of one object.
+/// Most fields of an object.
 const FIELDS: usize = 128;
 
-/// Characters of a value that an error quotes.
+/// Most characters of a value that an error quotes.
 const QUOTED: usize = 48;
 
-/// What a request may be as large as, and what it is where it says nothing.
+/// Limits of a request, and defaults of absent fields.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bounds {
     pub(crate) limits: Limits,
     /// Longest sequence of the model.
     pub(crate) context: u32,
-    /// The model's own, for fields that are not given.
+    /// The model's own defaults.
     pub(crate) defaults: SamplingDefaults,
 }
 
-/// A body while it is read: how large it may be, where reading has got to, and what has no effect.
+/// State of reading a body: its bounds, the current path, and fields without effect.
 pub(super) struct Reading<'a> {
     pub(super) bounds: &'a Bounds,
-    /// From the body to what is read now; where an error left it, when there was one.
+    /// Path from the body to the current value; after an error, the path at which it happened.
     path: RefCell<Vec<Step>>,
     ignored: RefCell<Ignored>,
-    /// An error that says more than a text.
+    /// An error with more detail than serde's text.
     fault: RefCell<Option<ApiError>>,
 }
 
@@ -52,10 +53,10 @@ enum Step {
 
 /// An object read field by field.
 pub(super) trait Fields: Default {
-    /// Where its fields are in the table.
+    /// Level of its fields in the table.
     const LEVEL: Level;
 
-    /// Reads the value of `name`, a field that is honoured.
+    /// Reads the value of `name`, an honoured field.
     fn read<'de, A: MapAccess<'de>>(
         &mut self,
         name: &str,
@@ -64,7 +65,7 @@ pub(super) trait Fields: Default {
     ) -> Result<(), A::Error>;
 }
 
-/// Reads a whole body. Beside it, what was given in it that has no effect.
+/// Parses a whole body. Also returns the fields without effect.
 ///
 /// # Errors
 /// 400, naming the field where there is one.
@@ -90,7 +91,7 @@ impl Reading<'_> {
         Ok(value)
     }
 
-    /// What is read now has no effect, and that is told.
+    /// Records the current field as one without effect.
     pub(super) fn ignore(&self) {
         let path = self.path.borrow();
         let mut name = String::new();
@@ -136,8 +137,8 @@ impl Reading<'_> {
     }
 }
 
-/// What is wrong, in JSON's words and without a place that says less than the field's name; with one where the text is not
-/// JSON.
+/// The text of an error in JSON's words; with line and column only where the body is not JSON, as elsewhere the field's
+/// name says more.
 fn in_words(error: &serde_json::Error) -> String {
     let text = error.to_string();
     if error.classify() != Category::Data {
@@ -152,7 +153,7 @@ fn in_words(error: &serde_json::Error) -> String {
     }
 }
 
-/// A value as `serde` describes it, as a client wrote it.
+/// Serde's description of a value, as the client wrote it.
 fn value_in_words(given: &str) -> String {
     let kinds = ["string ", "integer ", "floating point ", "boolean "];
     let plain = kinds.iter().find_map(|kind| given.strip_prefix(kind));
@@ -265,7 +266,7 @@ impl<'de, F: Fields> Visitor<'de> for Optional<'_, F> {
     }
 }
 
-/// A field that is not served: only `null` and values that ask for nothing are taken.
+/// A refused field: accepts only `null` and values that ask for nothing.
 struct Nothing<'a> {
     nothing: &'static [&'static str],
     reading: &'a Reading<'a>,
@@ -295,7 +296,7 @@ impl<'de> DeserializeSeed<'de> for Nothing<'_> {
     }
 }
 
-/// Objects, at most so many; `null` is none.
+/// A list of objects with a cap; `null` is an empty one.
 pub(super) struct Objects<'a, F> {
     most: usize,
     reading: &'a Reading<'a>,

@@ -41,8 +41,7 @@ use super::error::ApiError;
 use crate::model_info::ModelInfo;
 use crate::request::RequestError;
 
-/// A stream that has nothing to say sends a comment this often: proxies keep it open, and a client that is gone
-/// is noticed.
+/// Interval of keep-alive comments on a silent stream: proxies keep it open, and a client that is gone is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
 #[derive(Serialize)]
@@ -51,7 +50,7 @@ struct Model<'a> {
     object: &'static str,
     created: u64,
     owned_by: &'static str,
-    /// Longest sequence, under the name other servers use.
+    /// Longest sequence, under other servers' name for it.
     max_model_len: u32,
 }
 

@@ -1,10 +1,10 @@
-//! What both endpoints' answers have in common: the envelope, usage, and how a [`Dialect`] fills in the rest.
+//! Shared parts of both endpoints' answers: the envelope, usage, and the [`Dialect`] that fills in the rest.
 
 use serde::Serialize;
 
 use crate::request::{FinishReason, Finished, TokenLogprobs};
 
-/// What is known when the answer begins.
+/// Facts known when the answer begins.
 #[derive(Debug, Clone)]
 pub(crate) struct Head {
     /// Unique; the dialect puts its prefix before it.
@@ -12,15 +12,15 @@ pub(crate) struct Head {
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) model: String,
-    /// Changes when the answer to the same request may.
+    /// Changes whenever the answer to the same request may change.
     pub(crate) system_fingerprint: String,
-    /// Of all prompts.
+    /// Sum over all prompts.
     pub(crate) prompt_tokens: u64,
-    /// Of all prompts.
+    /// Choices of all prompts.
     pub(crate) choices: u32,
 }
 
-/// Tokens in and out.
+/// Token usage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub(super) struct Usage {
     prompt_tokens: u64,
@@ -42,7 +42,7 @@ pub(super) struct Count {
 }
 
 impl Count {
-    /// Takes in a choice that has ended.
+    /// Adds a choice that has ended.
     pub(super) fn add(&mut self, finished: &Finished) {
         self.completion += u64::from(finished.output_tokens);
         self.cached += u64::from(finished.cached_prompt_tokens);
@@ -67,7 +67,7 @@ pub(super) struct Envelope<'a, C> {
     pub(super) model: &'a str,
     pub(super) system_fingerprint: &'a str,
     pub(super) choices: &'a [C],
-    /// `Some(None)` is `null`: a chunk before the one that counts.
+    /// `Some(None)` is `null`: a chunk before the usage chunk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) usage: Option<Option<Usage>>,
 }
@@ -91,26 +91,26 @@ impl<'a, C> Envelope<'a, C> {
     }
 }
 
-/// What one chunk says about its choice.
+/// Content of a chunk.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Part<'a> {
-    /// It begins.
+    /// Begin of the choice.
     Opening,
-    /// More of its text.
+    /// Next text of the choice.
     Text(&'a str),
-    /// It has ended.
+    /// End of the choice.
     End(FinishReason),
 }
 
 /// How one endpoint writes its answers.
 pub(crate) trait Dialect: Send + 'static {
-    /// What ids begin with.
+    /// Prefix of ids.
     const ID: &'static str;
     /// `object` of a whole answer.
     const WHOLE: &'static str;
     /// `object` of a chunk.
     const CHUNK: &'static str;
-    /// Whether a choice's first chunk says that it begins.
+    /// Whether the first chunk of a choice announces its begin.
     const OPENING: bool;
 
     /// Log-probabilities of a run of tokens.
@@ -120,10 +120,10 @@ pub(crate) trait Dialect: Send + 'static {
     /// A choice of a chunk.
     type Delta<'a>: Serialize;
 
-    /// Appends one token, whose text begins `offset` characters into the choice's.
+    /// Appends one token whose text begins `offset` characters into the choice's text.
     fn push(logprobs: &mut Self::Logprobs, token: TokenLogprobs, offset: usize);
 
-    /// A finished choice.
+    /// The finished choice of a whole answer.
     fn choice<'a>(
         index: u32,
         text: &'a str,
@@ -131,21 +131,21 @@ pub(crate) trait Dialect: Send + 'static {
         reason: Option<FinishReason>,
     ) -> Self::Choice<'a>;
 
-    /// A chunk's choice.
+    /// The choice of a chunk.
     fn delta<'a>(index: u32, part: Part<'a>, logprobs: Option<&'a Self::Logprobs>) -> Self::Delta<'a>;
 }
 
-/// The least log-probability written: JSON has no infinity, and this is the value OpenAI uses for it.
+/// Least log-probability written: JSON has no infinity, and OpenAI uses this value instead.
 const FLOOR: f32 = -9999.0;
 
 pub(super) fn finite(logprob: f32) -> f32 {
-    // `max` gives the floor for NaN, too.
+    // `max` turns NaN into the floor, too.
     logprob.max(FLOOR)
 }
 
 pub(super) fn to_json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_else(|error| {
-        // Only a map with keys that are not strings could fail, and there is none.
+        // Only a map with keys that are not strings could fail, and answers have none.
         tracing::error!(%error, "an answer could not be written");
         String::new()
     })

@@ -1,4 +1,4 @@
-//! Running the prompts of one HTTP request, and their events as one stream.
+//! Runs the prompts of one HTTP request and merges their events into one stream.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -15,7 +15,7 @@ use crate::service::{Generation, Service};
 /// Starts every prompt, or none.
 ///
 /// # Errors
-/// The first prompt's that was refused.
+/// The error of the first prompt that was refused.
 pub(super) async fn start(
     service: &Service,
     prefix: &str,
@@ -45,10 +45,10 @@ pub(super) async fn start(
     Ok((head, events))
 }
 
-/// The events of several prompts, as they come. Choices are numbered through; the first error is the last item. A
-/// prompt counts once in an answer's usage, so only its first choice says how much of it was cached.
+/// Merged events of several prompts, in order of arrival. Choices are numbered across prompts; the first error is the
+/// last item. Only the first choice of a prompt reports its cached tokens, because usage counts each prompt once.
 pub(super) struct Merged<S> {
-    /// By the number of their first choice.
+    /// Streams by the number of their first choice.
     streams: StreamMap<u32, S>,
 }
 
@@ -77,18 +77,18 @@ impl<S: Stream<Item = Result<Event, RequestError>> + Unpin> Stream for Merged<S>
                 }
                 finished.choice += first;
             }
-            // Cancels the other prompts.
+            // Clearing cancels the other prompts.
             Err(_) => self.streams.clear(),
         }
         Poll::Ready(Some(item))
     }
 }
 
-/// Digits that tell bindings of experts to several classes apart.
+/// Hex digits that distinguish bindings to several numerics classes.
 const BINDING_DIGITS: usize = 12;
 
-/// Names what decides the bits beside the seed: the model; how outputs are added where that is not the same for every
-/// placement; and which devices compute, if not CPUs.
+/// Names everything that decides the bits beside the seed: the model, a combine mode that depends on the placement, and
+/// the numerics classes of devices other than CPUs.
 fn system_fingerprint(model: &ModelInfo, binding: BindingName) -> String {
     let fingerprint = model.fingerprint.short();
     let combine = match model.combine {

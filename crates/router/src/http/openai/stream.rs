@@ -1,7 +1,7 @@
 //! Events as OpenAI's server-sent events.
 //!
-//! [`Chunks`] is pure: what is said for each event. [`Sse`] puts it on the wire and knows the ends: `[DONE]` after
-//! the last chunk, an `{"error": …}` and no `[DONE]` after a failure.
+//! [`Chunks`] is pure: the chunks of each event. [`Sse`] frames them and their end: `[DONE]` after the last chunk, or
+//! an `{"error": …}` without `[DONE]` after a failure.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -24,7 +24,7 @@ pub(crate) struct Chunks<D> {
     head: Head,
     usage: StreamUsage,
     count: Count,
-    /// Characters said so far, by choice.
+    /// Characters sent so far, by choice.
     characters: Vec<usize>,
     dialect: PhantomData<fn() -> D>,
 }
@@ -35,13 +35,13 @@ impl<D: Dialect> Chunks<D> {
         Self { head, usage, count: Count::default(), characters, dialect: PhantomData }
     }
 
-    /// What comes before the first event.
+    /// Chunks before the first event.
     pub(crate) fn open(&self) -> Vec<String> {
         let choices = if D::OPENING { self.head.choices } else { 0 };
         (0..choices).map(|choice| self.chunk(choice, Part::Opening, None)).collect()
     }
 
-    /// What one event is told as: nothing, where it brought no text.
+    /// Chunks of one event; none if it brought no text.
     pub(crate) fn event(&mut self, event: Event) -> Vec<String> {
         match event {
             Event::Token(frame) => self.token(frame).into_iter().collect(),
@@ -49,7 +49,7 @@ impl<D: Dialect> Chunks<D> {
         }
     }
 
-    /// What comes after the last event.
+    /// Chunks after the last event.
     pub(crate) fn close(&self) -> Vec<String> {
         let mut last = Vec::new();
         if self.usage == StreamUsage::Included {
@@ -95,7 +95,7 @@ impl<D: Dialect> Chunks<D> {
 
 /// The body of a streamed answer.
 pub(crate) struct Sse<D, S> {
-    /// `None` once the end was reached, which gives the request's resources back at once.
+    /// `None` after the end, so that the request's resources are released at once.
     events: Option<S>,
     chunks: Chunks<D>,
     ready: VecDeque<String>,

@@ -1,11 +1,11 @@
-//! Values of fields: numbers in a range, texts, and lists that stop at their cap. `null` is as good as leaving a field out.
+//! Values of fields: numbers in a range, texts, and lists that stop at their cap. `null` equals an absent field.
 
 use std::collections::HashSet;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Largest magnitude up to which every integer is a number of its own in JSON as JavaScript writes it.
+/// Largest magnitude up to which every integer is exact in a JavaScript number.
 const EXACT: f64 = 9_007_199_254_740_992.0;
 
 /// An integer of this range.
@@ -79,14 +79,14 @@ impl<'de> Visitor<'de> for Integer {
         self.check(i64::try_from(value).ok(), value)
     }
 
-    /// Some languages write whole numbers with a point.
+    /// Some languages write whole numbers with a decimal point.
     fn visit_f64<E: Error>(self, value: f64) -> Result<Option<i64>, E> {
         let is_whole = value.fract() == 0.0 && value.abs() <= EXACT;
         self.check(is_whole.then_some(value as i64), value)
     }
 }
 
-/// A number; its range is the service's to check.
+/// A number; the service checks its range.
 pub(super) struct Number;
 
 impl<'de> DeserializeSeed<'de> for Number {
@@ -121,7 +121,7 @@ impl<'de> Visitor<'de> for Number {
     }
 }
 
-/// Reads a switch.
+/// Reads a boolean.
 pub(super) fn flag<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<bool>, A::Error> {
     map.next_value_seed(Flag)
 }
@@ -152,7 +152,7 @@ impl<'de> Visitor<'de> for Flag {
     }
 }
 
-/// Integers, at most so many; `null` is none.
+/// A list of integers with a cap; `null` is an empty one.
 pub(super) struct Integers(pub(super) usize);
 
 impl<'de> DeserializeSeed<'de> for Integers {
@@ -179,7 +179,7 @@ impl<'de> Visitor<'de> for Integers {
         while values.len() < self.0 {
             let entry = Integer::new(0, i64::from(u32::MAX));
             let Some(value) = seq.next_element_seed(entry)? else { return Ok(values) };
-            // A `null` in a list is no number.
+            // `null` inside a list is refused.
             let value = value.and_then(|value| u32::try_from(value).ok());
             values.push(value.ok_or_else(|| A::Error::custom("has an entry that is null"))?);
         }
@@ -188,7 +188,7 @@ impl<'de> Visitor<'de> for Integers {
     }
 }
 
-/// One string or a list of at most so many; `null` is none.
+/// One string, or a list of strings with a cap; `null` is an empty one.
 pub(super) struct Strings(pub(super) usize);
 
 impl<'de> DeserializeSeed<'de> for Strings {
@@ -225,7 +225,7 @@ impl<'de> Visitor<'de> for Strings {
     }
 }
 
-/// Whether a list ends where it has to.
+/// Refuses a list that goes on after `most` elements.
 fn end<'de, A: SeqAccess<'de>>(seq: &mut A, most: usize) -> Result<(), A::Error> {
     match seq.next_element::<IgnoredAny>()? {
         None => Ok(()),
@@ -233,7 +233,7 @@ fn end<'de, A: SeqAccess<'de>>(seq: &mut A, most: usize) -> Result<(), A::Error>
     }
 }
 
-/// `{"token id": bias}`, at most so many; `null` is none.
+/// `{"token id": bias}` with a cap; `null` is an empty map.
 pub(super) struct Biases(pub(super) usize);
 
 impl<'de> DeserializeSeed<'de> for Biases {
@@ -260,7 +260,7 @@ impl<'de> Visitor<'de> for Biases {
         while let Some(key) = map.next_key::<String>()? {
             let wrong = || A::Error::custom(format_args!("has the key {key:?}, which is no token id"));
             let id: u32 = key.parse().map_err(|_| wrong())?;
-            // Written in one way, so that no id is there twice.
+            // Only the canonical spelling, so that no id occurs twice.
             if id.to_string() != key {
                 return Err(wrong());
             }

@@ -3,7 +3,7 @@
 use super::reply::{Count, Dialect, Envelope, Head, to_json};
 use crate::request::{Event, FinishReason};
 
-/// An answer in the making.
+/// An answer under construction.
 pub(crate) struct Whole<D: Dialect> {
     head: Head,
     choices: Vec<Gathered<D>>,
@@ -26,7 +26,7 @@ impl<D: Dialect> Whole<D> {
         Self { head, choices, count: Count::default() }
     }
 
-    /// Takes the next event. One of a choice that was not asked for is ignored.
+    /// Adds the next event. Events of unknown choices are ignored.
     pub(crate) fn event(&mut self, event: Event) {
         let choice = match &event {
             Event::Token(frame) => frame.choice,
@@ -50,9 +50,9 @@ impl<D: Dialect> Whole<D> {
         }
     }
 
-    /// About as many bytes as the JSON will have.
+    /// Estimated bytes of the JSON.
     pub(crate) fn size(&self) -> usize {
-        /// Of one token with log-probabilities: an entry for it and, by a guess, some alternatives.
+        /// Estimate for a token with log-probabilities: its entry and some alternatives.
         const ENTRY: usize = 400;
         let size = |choice: &Gathered<D>| {
             choice.text.len() + if choice.logprobs.is_some() { ENTRY * choice.tokens } else { 0 }

@@ -1,4 +1,4 @@
-//! What clients do that nobody here wrote: half-closed connections, other origins, names of requests, wrong paths.
+//! Behaviour of foreign clients: half-closed connections, other origins, names of requests, wrong paths.
 
 use muster_identity::Access;
 use muster_identity::NewKey;
@@ -57,7 +57,7 @@ async fn a_client_that_closed_its_half_and_went_cancels() {
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{request}",
         request.len()
     );
-    // Whatever it sent behind the request, which waits until the request is answered.
+    // Bytes behind the request, which wait until it is answered.
     for behind in ["", "\r\n", "GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", &"GET / HTTP/1.1\r\n".repeat(200)]
     {
         let (sender, mut choices) = mpsc::channel(1);
@@ -73,7 +73,7 @@ async fn a_client_that_closed_its_half_and_went_cancels() {
     }
 }
 
-/// A request of a page, and what it is told.
+/// A request sent by a page of `origin`.
 fn from(origin: &str, method: &str, path: &str, more: &str) -> Vec<u8> {
     format!("{method} {path} HTTP/1.1\r\nhost: x\r\norigin: {origin}\r\nconnection: close\r\n{more}\r\n")
         .into_bytes()

@@ -5,7 +5,7 @@ use super::super::common::Asked;
 use super::super::fields::{Class, Level};
 use super::requests::{chat_of, chat_with, completion, one_message, refused, with};
 
-/// Names in the header of a request that is taken.
+/// Names in the ignored header of an accepted request.
 fn ignored(asked: Result<Asked, ApiError>) -> String {
     let asked = asked.unwrap_or_else(|error| panic!("{}", error.body.message));
     asked.ignored.header().map(|value| value.to_str().unwrap().to_owned()).unwrap_or_default()

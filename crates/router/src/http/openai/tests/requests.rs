@@ -121,7 +121,7 @@ fn prompts_that_are_taken() {
         matches!(&prompts(r#"["a", "b"]"#)[..], [Prompt::Text(a), Prompt::Text(b)] if a == "a" && b == "b")
     );
     assert!(matches!(&prompts(r#"["a", [3]]"#)[..], [Prompt::Text(_), Prompt::Tokens(ids)] if *ids == [3]));
-    // Whether an empty prompt can be served is the service's to say.
+    // The service decides whether an empty prompt is allowed.
     assert!(matches!(&prompts("[[1], []]")[..], [_, Prompt::Tokens(ids)] if ids.is_empty()));
 }
 
@@ -408,7 +408,7 @@ fn tools_and_variables_reach_the_template_as_they_are() {
     assert_eq!(chat_of(&asked).tools[0].to_string(), expected.to_string());
     let variables = serde_json::json!({"enable_thinking": false, "documents": [{"text": "x"}]});
     assert_eq!(serde_json::Value::Object(chat_of(&asked).variables.clone()), variables);
-    // A model that is to call nothing is told of nothing.
+    // With `tool_choice` "none" the template gets no tools.
     let none = chat_with(&format!(r#", "tools": [{TOOL}], "tool_choice": "none""#)).unwrap();
     assert!(chat_of(&none).tools.is_empty());
     let nothing = chat_with(r#", "tools": null, "tool_choice": null, "chat_template_kwargs": null"#).unwrap();
@@ -508,7 +508,7 @@ fn chat_settings_that_contradict_each_other() {
     assert_eq!(chat_with(r#", "logprobs": true"#).unwrap().requests[0].top_logprobs, Some(0));
 }
 
-/// What a body asks for beside a model with these defaults.
+/// The request of a chat body with `fields`, under the model's `defaults`.
 fn beside(defaults: SamplingDefaults, fields: &str) -> crate::request::GenerateRequest {
     let bounds = Bounds { defaults, ..bounds() };
     let body = format!(r#"{{"messages": [{{"role": "user", "content": "hi"}}]{fields}}}"#);
