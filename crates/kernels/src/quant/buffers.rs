@@ -3,7 +3,7 @@
 use super::dot::Picked;
 use super::rows::{QRows, RowBlock, blocks_of, quantise, room};
 use crate::cpu::Cpu;
-use crate::ffn::ExpertRows;
+use crate::expert::ExpertRows;
 
 /// Quantised rows of a call, kept for the next.
 #[derive(Debug, Default)]
