@@ -73,7 +73,7 @@ MUTANTS = [
      "(!is_default).then(|| Self(Sha256::digest([]).into()))"),
     ("changes of the binding are not counted", "crates/placement/src/binding.rs",
      "next.changes += u64::from(next.name != self.name);", "next.changes += 0;"),
-    ("the leader mixes classes", "crates/placement/src/plan/board.rs",
+    ("the leader mixes classes", "crates/placement/src/plan/draft.rs",
      "Numerics::Exact => class.index(),", "Numerics::Exact => 0,"),
     ("another class contradicts a claim", f"{DELIVERY}/flight.rs",
      "let is_alike = |claim: &&Claim| self.parts[claim.part].shard.class == class;",

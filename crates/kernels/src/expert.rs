@@ -119,6 +119,15 @@ impl Weights {
     }
 }
 
+/// An expert and the rows that it is applied to.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertRows<'a> {
+    /// The expert.
+    pub expert: &'a Expert,
+    /// Row numbers into `x`; a row may occur in any number of groups.
+    pub rows: &'a [u32],
+}
+
 impl Expert {
     /// `gate` and `up` are `[intermediate, hidden]`, `down` is `[hidden, intermediate]`; the activation is
     /// [`Gating::Silu`], and there are no biases.

@@ -11,7 +11,7 @@ use muster_types::Compute;
 
 use crate::cpu::Cpu;
 use crate::disjoint::Disjoint;
-use crate::expert::{Expert, Halves, Weights, Wide};
+use crate::expert::{Expert, ExpertRows, Halves, Weights, Wide};
 use crate::gating::{Activate, Plain};
 use crate::kernel::{Kernel, run_flushing};
 use crate::linear::{LinearTask, Output};
@@ -23,15 +23,6 @@ use crate::path::{Path, path};
 use crate::quant::{self, Quantised};
 use crate::simd::{LANES, Simd, store_bf16_pairs, store_part};
 use crate::tile::{Dense, Gathered, Sink, Work, panels_per_task, rows_per_task};
-
-/// An expert and the rows that it is applied to.
-#[derive(Debug, Clone, Copy)]
-pub struct ExpertRows<'a> {
-    /// The expert.
-    pub expert: &'a Expert,
-    /// Row numbers into `x`; a row may occur in any number of groups.
-    pub rows: &'a [u32],
-}
 
 /// Memory that [`grouped_ffn`] keeps between calls, grown to the largest call seen. Its content between calls is
 /// meaningless.

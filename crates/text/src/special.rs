@@ -1,4 +1,13 @@
-//! Special tokens: by the names that templates know them by, and as they are listed.
+//! Special tokens: by the names that templates know them by, as they are listed, and what becomes of them in text.
+
+/// Treatment of special tokens in decoding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpecialText {
+    /// They are text like any other.
+    Keep,
+    /// They leave no trace.
+    Drop,
+}
 
 /// The texts of a model's special tokens by the names that its chat template knows them by: `bos_token`, `eos_token`,
 /// `unk_token`, `sep_token`, `pad_token`, `cls_token`, `mask_token`, and those that the model adds (`image_token`).

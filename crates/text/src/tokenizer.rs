@@ -11,7 +11,7 @@ use crate::library::{AddedByLibrary, Library, encode};
 use crate::pieces::Pieces;
 use crate::seams::Seams;
 use crate::template::ChatTemplate;
-use crate::{Detokenizer, SpecialToken, SpecialTokens, TextError, TokenizerFiles};
+use crate::{Detokenizer, SpecialText, SpecialToken, SpecialTokens, TextError, TokenizerFiles};
 
 /// Cap on a text to encode. Edges have smaller caps of their own; this one bounds what the crate can be
 /// made to allocate.
@@ -37,15 +37,6 @@ pub struct Bounds {
     /// Most bytes that hold together, so that they can only be tokenized at once: a word, or a whole text where nothing is
     /// known of how the tokenizer splits it.
     pub stretch: usize,
-}
-
-/// Treatment of special tokens in decoding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SpecialText {
-    /// They are text like any other.
-    Keep,
-    /// They leave no trace.
-    Drop,
 }
 
 /// A model's tokenizer. Cloning is cheap.

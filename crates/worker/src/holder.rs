@@ -22,7 +22,7 @@ const IN_USE: Duration = Duration::from_millis(10);
 
 /// An expert to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Task {
+pub(crate) struct LoadTask {
     pub(crate) key: ExpertKey,
     /// Addresses of workers that hold it, as the order says.
     pub(crate) peers: Vec<String>,
@@ -34,7 +34,7 @@ pub(crate) struct Task {
 #[derive(Debug)]
 pub(crate) enum Work {
     /// Load an expert.
-    Load(Task),
+    Load(LoadTask),
     /// Announce that experts were removed.
     Released,
     /// Stop.
@@ -59,7 +59,7 @@ struct State {
     /// the store after it.
     held: BTreeMap<ExpertKey, WeightDigest>,
     /// Wanted experts that are not loaded, the most urgent first.
-    tasks: VecDeque<Task>,
+    tasks: VecDeque<LoadTask>,
     /// Held experts that are not wanted, with the time of their removal.
     released: BTreeMap<ExpertKey, Instant>,
     /// The last source that was passed over for damaged or different weights.
@@ -258,7 +258,7 @@ impl Holder {
 impl Custody for Holder {
     fn assign(&self, assignment: Assignment) {
         let Assignment { keep, load, peers, router, operation, .. } = assignment;
-        let task = |key, of: &[u32], digest| Task {
+        let task = |key, of: &[u32], digest| LoadTask {
             key,
             digest,
             peers: of.iter().filter_map(|&peer| peers.get(peer as usize).cloned()).collect(),
@@ -378,7 +378,7 @@ mod tests {
         held.experts.iter().map(|key| key.expert.get()).collect()
     }
 
-    fn next(holder: &Holder) -> Task {
+    fn next(holder: &Holder) -> LoadTask {
         match holder.next() {
             Work::Load(task) => task,
             other => panic!("{other:?}"),
@@ -410,7 +410,10 @@ mod tests {
         let holder = holder(&[0]);
         holder.assign(orders(&[0], &[5, 3]));
         assert_eq!((announced(&holder), holder.held().loading), (vec![0], 2));
-        assert_eq!(next(&holder), Task { key: key(5), peers: vec!["b:2".into()], digest: Some(digest(5)) });
+        assert_eq!(
+            next(&holder),
+            LoadTask { key: key(5), peers: vec!["b:2".into()], digest: Some(digest(5)) }
+        );
         holder.defer(key(5));
         assert_eq!(next(&holder).key, key(3));
         holder.take_in(key(3), expert(), digest(3)).unwrap();
@@ -422,7 +425,7 @@ mod tests {
         assert!(holder.get(key(5)).is_none());
         // A missing expert of `keep` is loaded too.
         holder.assign(orders(&[0, 3, 4], &[]));
-        assert_eq!(next(&holder), Task { key: key(4), peers: vec![], digest: None });
+        assert_eq!(next(&holder), LoadTask { key: key(4), peers: vec![], digest: None });
     }
 
     #[test]

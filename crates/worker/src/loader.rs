@@ -18,7 +18,7 @@ use muster_proto::control::Fetch;
 use muster_types::{Compute, ExpertKey, Fingerprint, WeightDType, WeightDigest};
 use tokio::runtime::Handle;
 
-use crate::holder::{Holder, Task, Work};
+use crate::holder::{Holder, LoadTask, Work};
 
 /// Niceness of the thread.
 const NICE: i32 = 10;
@@ -148,7 +148,7 @@ impl Loader {
     }
 
     /// Loads an expert, or returns the time of the next attempt.
-    fn load(&self, hands: &mut Hands, task: &Task) -> Result<(), Instant> {
+    fn load(&self, hands: &mut Hands, task: &LoadTask) -> Result<(), Instant> {
         let later = Instant::now() + PAUSE;
         let Some((form, bytes)) = self.form(task.key) else {
             tracing::error!(expert = %task.key, "told to load an expert that the model does not have");
@@ -186,7 +186,7 @@ impl Loader {
     fn find(
         &self,
         hands: &mut Hands,
-        task: &Task,
+        task: &LoadTask,
         form: &ExpertForm,
         bytes: usize,
     ) -> Option<(PackedExpert, WeightDigest, &'static str)> {
@@ -226,7 +226,7 @@ impl Loader {
         &self,
         fetcher: &mut Fetcher,
         source: &Source<'_>,
-        task: &Task,
+        task: &LoadTask,
         form: &ExpertForm,
         bytes: usize,
     ) -> Result<(PackedExpert, WeightDigest), Passed> {

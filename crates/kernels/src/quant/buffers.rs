@@ -3,7 +3,7 @@
 use super::dot::Picked;
 use super::rows::{QRows, RowBlock, blocks_of, quantise, room};
 use crate::cpu::Cpu;
-use crate::ffn::ExpertRows;
+use crate::expert::ExpertRows;
 
 /// Buffers of quantised rows, reused between calls.
 #[derive(Debug, Default)]

@@ -11,8 +11,8 @@
 //! by layer, which evens out their sums too; a layer counts as one, whatever the number of its experts. Does not
 //! know how the target is reached: that is the transition's.
 
-mod board;
 mod cover;
+mod draft;
 mod rebalance;
 #[cfg(test)]
 mod tests;
@@ -23,7 +23,7 @@ use std::num::NonZero;
 use muster_types::{ExpertKey, NumericsClass, Speed, WorkerId};
 
 use crate::{Binding, ExpertSizes, Loads, Shape};
-use board::Board;
+use draft::Draft;
 
 /// Keys by worker.
 pub type Holdings = BTreeMap<WorkerId, BTreeSet<ExpertKey>>;
@@ -113,20 +113,20 @@ pub fn plan(
     goals: &Goals,
     binding: &Binding,
 ) -> Target {
-    let mut board = Board::new(shape, sizes, members, loads, goals, binding);
-    board.shed_overflow();
+    let mut draft = Draft::new(shape, sizes, members, loads, goals, binding);
+    draft.shed_overflow();
     let on_leave = held_by_leavers(members);
-    let mut uncovered = cover::cover(&mut board, &on_leave);
-    cover::replicate(&mut board, goals.budget);
+    let mut uncovered = cover::cover(&mut draft, &on_leave);
+    cover::replicate(&mut draft, goals.budget);
     if uncovered.is_empty() {
-        board.relax_all();
-        rebalance::rebalance(&mut board, goals.budget);
+        draft.relax_all();
+        rebalance::rebalance(&mut draft, goals.budget);
     } else {
         // A new copy elsewhere may have made another one dispensable.
-        uncovered = cover::cover(&mut board, &on_leave);
-        board.relax_all();
+        uncovered = cover::cover(&mut draft, &on_leave);
+        draft.relax_all();
     }
-    Target { figures: board.figures(uncovered), hold: board.into_holdings(members) }
+    Target { figures: draft.figures(uncovered), hold: draft.into_holdings(members) }
 }
 
 /// What draining workers still serve.

@@ -2,7 +2,7 @@
 //!
 //! Owns the copies and the split of loads over them. What a worker uses is the sum of its copies' bytes; the loads
 //! of an expert's copies add up to its own, and each worker's load at a layer is the sum of its copies' there. Only
-//! workers that stay are on the board, by position in ascending order of ids. Changes are logged, and can be undone.
+//! workers that stay are on the draft, by position in ascending order of ids. Changes are logged, and can be undone.
 //!
 //! Workers are in pools, those of one numerics class together, or all of them where classes may be mixed. All copies of an
 //! expert are in one pool.
@@ -18,7 +18,7 @@ use crate::{Binding, ExpertSizes, Loads, Shape};
 /// The part of a layer's load that is taken to be spread evenly, whatever was counted.
 const EVEN_PART: f64 = 0.1;
 
-/// Why a worker has a copy on the board.
+/// Why a worker has a copy on the draft.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Origin {
     /// It holds it already.
@@ -136,7 +136,7 @@ enum Change {
 
 /// The state of a plan in the making.
 #[derive(Debug)]
-pub(super) struct Board<'a> {
+pub(super) struct Draft<'a> {
     pub(super) layers: Vec<Layer>,
     pub(super) bins: Vec<Bin<'a>>,
     pub(super) hysteresis: f64,
@@ -151,7 +151,7 @@ pub(super) struct Board<'a> {
     fill: Vec<(f64, f64, f64)>,
 }
 
-impl<'a> Board<'a> {
+impl<'a> Draft<'a> {
     pub(super) fn new(
         shape: &Shape,
         sizes: &ExpertSizes,
@@ -167,7 +167,7 @@ impl<'a> Board<'a> {
             busy: vec![0.0; bins.len()],
         });
         let hysteresis = if goals.hysteresis.is_nan() { 0.0 } else { goals.hysteresis.clamp(0.0, 1.0) };
-        let mut board = Self {
+        let mut draft = Self {
             layers: layers.collect(),
             hysteresis,
             min_replicas: goals.min_replicas.get() as usize,
@@ -180,19 +180,19 @@ impl<'a> Board<'a> {
             bins,
         };
         if binding.numerics() == Numerics::Exact {
-            board.settle(members, binding);
+            draft.settle(members, binding);
         }
-        for worker in 0..board.bins.len() {
-            let held = board.bins[worker].held;
+        for worker in 0..draft.bins.len() {
+            let held = draft.bins[worker].held;
             for &key in held.iter().filter(|&&key| shape.contains(key)) {
-                if board.is_at_home(key, worker) {
-                    board.insert(key, worker, Origin::Held);
+                if draft.is_at_home(key, worker) {
+                    draft.insert(key, worker, Origin::Held);
                 }
             }
         }
-        board.relax_all();
-        board.log.clear();
-        board
+        draft.relax_all();
+        draft.log.clear();
+        draft
     }
 
     /// Gives every expert the pool of the class that it is bound to, or else of one that holds it.
