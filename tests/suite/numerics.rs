@@ -68,11 +68,11 @@ async fn outputs_are_of_one_class_and_end_when_it_is_gone() {
     let before = run(&mut cluster, request(), nothing).await;
     assert_eq!(before.ids, expected.ids);
     assert_eq!(before.started.numerics, "cpu-canonical");
-    assert_eq!(before.end.unwrap().numerics, ["cpu-canonical"]);
+    assert!(before.end.unwrap().numerics.is_empty(), "it is told once");
     assert_eq!(before.started.resume_key, expected.started.resume_key, "a cluster of CPUs could go on");
     assert_eq!(cuda.told(), [0], "it was never asked");
 
-    let broken = run(&mut cluster, greedy(&[6, 90, 701], 1500), |cluster| cluster.workers[0].kill()).await;
+    let broken = run(&mut cluster, greedy(&[6, 90, 701], 500), |cluster| cluster.workers[0].kill()).await;
     let status = broken.end.unwrap_err();
     assert_eq!(status.code(), Code::Aborted, "{status}");
     assert!(
@@ -81,7 +81,7 @@ async fn outputs_are_of_one_class_and_end_when_it_is_gone() {
 
     let after = run(&mut cluster, request(), nothing).await;
     assert_eq!(after.started.numerics, "cuda-mma");
-    assert_eq!(after.end.unwrap().numerics, ["cuda-mma"]);
+    assert!(after.end.is_ok());
     assert_ne!(after.started.resume_key, before.started.resume_key);
     assert!(cuda.told()[0] > 0);
     // A stream begun on CPUs is not resumed on the CUDA device.

@@ -525,7 +525,9 @@ impl Active {
     }
 
     fn finished(&self, End { reason, text }: End) -> Finished {
-        let Self { choice, generated: output_tokens, classes, .. } = *self;
+        let Self { choice, generated: output_tokens, .. } = *self;
+        // A bound stream is the same frame for frame, wherever it was resumed.
+        let classes = if self.binding == BindingName::Any { self.classes } else { ClassSet::EMPTY };
         // The scheduler counts resumed output tokens as prompt; they are left out here.
         let cached_prompt_tokens = self.cached_prompt_tokens.min(self.prompt_tokens);
         Finished { choice, reason, output_tokens, cached_prompt_tokens, classes, text }
