@@ -155,7 +155,7 @@ fn certificates(directory: &Path, role: &str) -> String {
 /// A model that computes almost only in its experts: one layer of the demo model, with experts many times as wide and
 /// all zeros.
 fn model_of_wide_experts() -> tempfile::TempDir {
-    const WIDTH: usize = 6144;
+    const WIDTH: usize = 18_432;
     let model = copy_of(&demo_model());
     let path = |name: &str| model.path().join(name);
     let mut config: Value = serde_json::from_slice(&fs::read(path("config.json")).unwrap()).unwrap();
