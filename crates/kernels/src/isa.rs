@@ -14,7 +14,7 @@ pub enum Isa {
     Avx512,
     /// [`Isa::Avx512`] with AVX512-BF16, whose dot product has the order of [`Compute::Bf16Pairs`].
     ///
-    /// [`Compute::Bf16Pairs`]: crate::Compute::Bf16Pairs
+    /// [`Compute::Bf16Pairs`]: muster_types::Compute::Bf16Pairs
     Avx512Bf16,
     /// [`Isa::Avx512Bf16`] with AMX tiles, whose dot product has the canonical order.
     Amx,
