@@ -37,9 +37,10 @@ utils.all_versions = functools.cache(utils.all_versions)
 
 
 def known_keys(root, role):
-    """Keys of a role, as the crate that reads them has them."""
-    source = (root / f"crates/config/src/{role}.rs").read_text()
-    return set(re.findall(r'Key \{\s*name: "(\w+)"', source))
+    """Keys of a role, as the page has them that is written from their declarations."""
+    page = (root / "docs/configuration.md").read_text()
+    tables = [page.split(f"<!-- {part}:begin -->")[1].split(f"<!-- {part}:end -->")[0] for part in (role, "both")]
+    return {key for table in tables for key in re.findall(r"^\| `(\w+)` \|", table, re.M)}
 
 
 def walk(node, path=""):
